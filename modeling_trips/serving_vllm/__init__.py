@@ -20,7 +20,8 @@ def check_release(version: str):
         ValueError: The plugin does not fit this release of vLLM.
     """
     first, end = (tuple(int(part) for part in release.split(".")) for release in RELEASES)
-    if not first <= tuple(int(part) for part in version.split(".")[:2]) < end:
+    parts = version.split(".")[:2]
+    if not (all(map(str.isdigit, parts)) and first <= tuple(map(int, parts)) < end):
         raise ValueError(f"Patch selection needs vLLM >={RELEASES[0]},<{RELEASES[1]}, got {version}.")
 
 

@@ -17,7 +17,7 @@ from vllm.model_executor.models.transformers.multimodal import (
     MultiModalProcessor,
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalFieldConfig
+from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.platforms import current_platform
 
 from ..hosts.layers import Projections
@@ -26,7 +26,6 @@ from .selection import QUESTION, SelectingModel, SelectionProcessor, ServedLayer
 
 
 INTEGERS = {2: torch.int16, 4: torch.int32}  # by the size of the embeddings' dtype
-WHOLE_SIZES = "whole_sizes"  # number of visual tokens of each image without selection; not passed to the model
 
 
 class FusedLayer(ServedLayer):
@@ -46,34 +45,8 @@ class TripsVlmProcessingInfo(MultiModalProcessingInfo):
 
 
 class TripsVlmProcessor(SelectionProcessor, MultiModalProcessor):
-    """Processor that leaves as many placeholders of each image as the model keeps."""
-
-    def _apply_hf_processor_main(self, mm_items, hf_kwargs):
-        outputs = super()._apply_hf_processor_main(mm_items, hf_kwargs)
-        if "image_replacement_ids" not in outputs:
-            return outputs
-        pieces = [*outputs["image_replacement_ids"].split(outputs["image_replacement_sizes"].tolist())]
-        num_tiles = outputs["num_image_patches"].tolist() if "image_grid_thw" not in outputs else [1] * len(pieces)
-        whole_sizes = []
-        for index, (ids, number) in enumerate(zip(pieces, num_tiles)):
-            is_visual = ids == self.image_token_id
-            whole_sizes.append(int(is_visual.sum()))
-            size = whole_sizes[-1] // number  # of each tile
-            kept = self.settings.at_exit.num_kept(size, self.settings.num_kept_in_tower(size))
-            pieces[index] = ids[~is_visual | ((is_visual.cumsum(0) - 1) % size < kept)]
-        outputs["image_replacement_ids"] = torch.cat(pieces)
-        outputs["image_replacement_sizes"] = torch.tensor([len(piece) for piece in pieces])
-        outputs[WHOLE_SIZES] = torch.tensor(whole_sizes)
-        return outputs
-
-    def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs):
-        fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
-        if WHOLE_SIZES in hf_inputs:
-            fields[WHOLE_SIZES] = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
-        return fields
-
-    def whole_sizes(self, out_mm_kwargs) -> list[int]:
-        return [int(item.pop(WHOLE_SIZES).data) for item in out_mm_kwargs.get("image", [])]
+    def num_tiles(self, image) -> int:
+        return 1 if "image_grid_thw" in image else int(image["num_image_patches"].data)
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -105,8 +78,7 @@ class TripsVlmForConditionalGeneration(SelectingModel, TransformersMultiModalFor
         counts = num_patches.flatten().tolist()
         features: list[torch.Tensor] = []
         for images in self.split(pixel_values, counts):
-            first = sum(counts[: images.start])
-            rows = slice(first, first + sum(counts[images]))
+            rows = slice(sum(counts[: images.start]), sum(counts[: images.stop]))
             part = {name: take(value, images, len(counts), rows, sum(counts)) for name, value in inputs.items()}
             features += self.encode_images(part, counts[images])
         return features

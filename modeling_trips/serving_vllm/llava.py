@@ -17,7 +17,6 @@ from ..hosts.layers import SelectionPass
 from ..hosts.vlm.families import Llava
 from ..hosts.vlm.tower import CURRENT_PASS
 from .selection import QUESTION, SelectingModel, SelectionProcessor, ServedLayer
-from .settings import ServingSettings
 
 
 class ClipLayer(ServedLayer):
@@ -56,24 +55,13 @@ class ServedLlava(Llava):
         self.config = model.config
 
 
-class TripsLlavaProcessingInfo(LlavaProcessingInfo):
-    def get_whole_size(self) -> int:
-        """Return the number of visual tokens of an image without selection."""
-        side = self.get_hf_config().vision_config.image_size
-        return super().get_num_image_tokens(image_width=side, image_height=side)
-
-    def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
-        return ServingSettings.of(self.get_hf_config()).num_kept(self.get_whole_size())
-
-
 class TripsLlavaProcessor(SelectionProcessor, LlavaMultiModalProcessor):
-    def whole_sizes(self, out_mm_kwargs) -> list[int]:
-        size = self.info.get_whole_size()
-        return [size if "pixel_values" in item else 0 for item in out_mm_kwargs.get("image", [])]
+    def num_kept(self, size: int) -> int:
+        return self.settings.num_kept(size)  # the tower's [CLS] may be a visual token
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    TripsLlavaProcessor, info=TripsLlavaProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder
+    TripsLlavaProcessor, info=LlavaProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder
 )
 class TripsLlavaForConditionalGeneration(SelectingModel, LlavaForConditionalGeneration):
     """LLaVA-1.5 that drops patches inside its tower, and visual tokens after it."""

@@ -1,7 +1,7 @@
 """Parts that both kinds of models share: the question in the hash of the image, and the selection itself."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 
 import torch
@@ -24,13 +24,6 @@ QUESTION = "question_ids"
 OPTIONS = {QUESTION, "patch_selection"}  # of the image's processor, for the hash only
 # Processors run in the process that serves /metrics. vLLM removes foreign counters whose names begin with its own.
 VISUAL_TOKENS = Counter("trips_visual_tokens", "Visual tokens of the images in prompts.", ["state"])
-
-
-@dataclass
-class KeptTokens(PromptUpdateDetails):
-    """Tokens that replace an image's placeholder, and how many visual tokens were dropped from them."""
-
-    num_dropped: int = 0
 
 
 class SelectionProcessor(BaseMultiModalProcessor):
@@ -66,22 +59,27 @@ class SelectionProcessor(BaseMultiModalProcessor):
         return fields
 
     def _get_prompt_updates(self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs):
-        sizes = self.whole_sizes(out_mm_kwargs)
+        tiles = [self.num_tiles(item) if "pixel_values" in item else 0 for item in out_mm_kwargs.get("image", [])]
         updates = super()._get_prompt_updates(mm_items, without_own(hf_processor_mm_kwargs), out_mm_kwargs)
-        return [replace(update, replacement=partial(self.details, update.replacement, sizes)) for update in updates]
+        return [replace(update, replacement=partial(self.shorten, update.replacement, tiles)) for update in updates]
 
-    def details(self, replacement, sizes: list[int], item: int) -> KeptTokens:
-        """Return the replacement of an image whose whole number of visual tokens is among `sizes`."""
-        ids = replacement(item)
-        is_embed = None
-        if isinstance(ids, PromptUpdateDetails):  # vLLM takes its most frequent token for the visual token
-            ids = ids.full
-            is_embed = PromptUpdateDetails.select_token_id(ids, self.image_token_id).is_embed
-        return KeptTokens(ids, is_embed, max(0, sizes[item] - ids.count(self.image_token_id)))
+    def shorten(self, replacement: Callable, tiles: list[int], item: int) -> PromptUpdateDetails:
+        """Return the tokens that replace an image's placeholder; embeddings of the caller have 0 tiles and stay."""
+        whole = replacement(item)
+        ids = torch.tensor(whole if isinstance(whole, list) else whole.full)
+        is_visual = ids == self.image_token_id
+        size = int(is_visual.sum()) // max(1, tiles[item])
+        is_kept = ~is_visual | ((is_visual.cumsum(0) - 1) % size < (self.num_kept(size) if tiles[item] else size))
+        kept = PromptUpdateDetails.select_token_id(ids[is_kept].tolist(), self.image_token_id)
+        kept.num_dropped = int((~is_kept).sum())  # for the counters
+        return kept
 
-    def whole_sizes(self, out_mm_kwargs) -> list[int]:
-        """Return the number of visual tokens of each image without selection."""
-        raise NotImplementedError
+    def num_tiles(self, image: Mapping) -> int:
+        return 1
+
+    def num_kept(self, size: int) -> int:
+        """Return how many tokens of an image (or tile) are kept."""
+        return self.settings.at_exit.num_kept(size, self.settings.num_kept_in_tower(size))
 
     def _maybe_apply_prompt_updates(self, mm_items, mm_res):
         for (own,) in mm_res.prompt_updates.get("image", []):
@@ -107,9 +105,6 @@ class ServedLayer(TowerLayer):
 class SelectingModel(nn.Module):
     """Model of vLLM that selects patches."""
 
-    settings: ServingSettings
-    family: Family
-
     def select_patches(self, family: Family, vllm_config: VllmConfig):
         """Replace layers of the tower by selection layers, where the settings fit the model and the engine."""
         if vllm_config.compilation_config.compile_mm_encoder:
@@ -122,9 +117,8 @@ class SelectingModel(nn.Module):
         self.guides = [] if guide is None else [guide.to(vllm_config.device_config.device)]
         family.wrap_layers(self.settings.tower)
         self.max_tokens = vllm_config.scheduler_config.max_num_encoder_input_tokens
-        (logger.warning if self.settings.keeps_all else logger.info)(
-            "Patch selection %s.", self.settings.describe(family.tokens_per_image)
-        )
+        log = logger.warning if self.settings.keeps_all else logger.info
+        log("Patch selection %s.", self.settings.describe(family.tokens_per_image))
 
     def split(self, pixel_values: torch.Tensor, counts: list[int]) -> list[slice]:
         """

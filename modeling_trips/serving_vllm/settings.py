@@ -24,10 +24,8 @@ ARCHITECTURES = {
     ),
 }
 NOT_SUPPORTED = {
-    "gemma3": "vLLM does not compute its attention in both directions on CPUs, so it is not tested",
-    "paligemma": "vLLM does not compute its attention in both directions on CPUs, so it is not tested",
-    "qwen3_vl": "vLLM's Transformers backend drops its deepstack features",
-    "qwen3_vl_moe": "vLLM's Transformers backend drops its deepstack features",
+    **dict.fromkeys(("gemma3", "paligemma"), "vLLM does not compute its attention in both directions on CPUs"),
+    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe"), "vLLM's Transformers backend drops its deepstack features"),
     "smolvlm": "its processor does not count tokens, as vLLM's Transformers backend needs",
 }
 KEYS = ("schedule", "visual_tokens", "visual_scorer", "text_guide")
@@ -96,12 +94,10 @@ class ServingSettings:
         if name in ("llava_next", "llava_onevision") and self.tower.layers:
             if self.text_guide is not None:
                 raise ValueError(f"`text_guide` is not supported for {name}.")
-            most = self.num_kept_in_tower((config.vision_config.image_size // config.vision_config.patch_size) ** 2)
-            if self.visual_tokens is None or self.visual_tokens > most:
-                raise ValueError(  # images keep different numbers, but at least these
-                    f"`visual_tokens` of {name} must be at most {most}, the tokens of a tile that "
-                    f"{self.schedule} keeps, got {self.visual_tokens}."
-                )
+            if self.visual_tokens is None:
+                raise ValueError(f"`visual_tokens` of {name} must be set with a schedule, got None.")
+            # Images keep different numbers, but at least those of a tile.
+            self.check_number((config.vision_config.image_size // config.vision_config.patch_size) ** 2)
 
     def check_fits(self, family: Family) -> TextGuide | None:
         """Return the guide. Raise a TypeError or a ValueError if the settings do not fit the model."""
@@ -109,21 +105,25 @@ class ServingSettings:
         family.check_schedule(self.tower)
         check_generative(family, self.tower, self.at_exit, guide)
         size = family.tokens_per_image
-        if self.visual_tokens is None:
-            return guide
-        if size is not None and self.visual_tokens > (most := replace(self, visual_tokens=None).num_kept(size)):
-            raise ValueError(
-                f"`visual_tokens` must be at most {most}, the tokens of an image that {self.schedule} keeps, got "
-                f"{self.visual_tokens}."
-            )
+        if size is not None and self.visual_tokens is not None:
+            self.check_number(size)
         if self.visual_scorer == "pooling":  # an image that does not fit would end the engine
-            if size is None or self.tower.layers:
+            if size is None or self.visual_tokens is None or self.tower.layers:
                 raise ValueError(
-                    "`visual_scorer` must not be 'pooling' for images of any shape or with a schedule: only a square "
-                    "grid can be pooled. Use 'prompt' or 'diversity'."
+                    "`visual_scorer` 'pooling' needs `visual_tokens`, no schedule and images of one square shape. Use "
+                    "'prompt' or 'diversity'."
                 )
             self.at_exit.select(torch.zeros(1, size, 1), None, None, self.visual_tokens)
         return guide
+
+    def check_number(self, size: int):
+        """Raise a ValueError if the tower keeps fewer than `visual_tokens` of an image (or tile) of `size` tokens."""
+        most = replace(self, visual_tokens=None).num_kept(size)
+        if self.visual_tokens > most:
+            raise ValueError(
+                f"`visual_tokens` must be at most {most}, the tokens of {size} that {self.schedule} keeps, got "
+                f"{self.visual_tokens}."
+            )
 
     @property
     def reads_prompt(self) -> bool:
@@ -149,15 +149,11 @@ class ServingSettings:
         """Return a line that says what is kept of images (or tiles) of `size` tokens, by what, and what is cached."""
         if self.keeps_all:
             return "keeps all visual tokens: neither `schedule` nor `visual_tokens` is set"
-        if size is not None:
-            parts = [f"keeps {self.num_kept(size)} of {size} visual tokens"]
-        else:
-            parts = [f"keeps at most {self.visual_tokens or 'a share'} of the visual tokens"]
-        for layer, selection in self.tower.by_layer.items():
-            parts.append(f"tower layer {layer} keeps {selection.keep_rate} by the {selection.guidance}")
-        if self.reads_prompt:
-            return "; ".join([*parts, "chosen by the question: images are encoded per question"])
-        return "; ".join([*parts, "chosen by the image: images are encoded once"])
+        number = self.visual_tokens or "a share" if size is None else self.num_kept(size)
+        layers = self.tower.by_layer.items()
+        in_tower = [f"; tower layer {layer} keeps {own.keep_rate} by the {own.guidance}" for layer, own in layers]
+        by = "question: images are encoded per question" if self.reads_prompt else "image: images are encoded once"
+        return f"keeps {number} of {size or 'the'} visual tokens{''.join(in_tower)}; chosen by the {by}"
 
 
 def find_question(ids: Sequence[int], image_token_id: int) -> list[int]:

@@ -62,11 +62,7 @@ def main(argv: list[str] | None = None):
         "visual_tokens": {"type": int, "help": "Visual tokens per image. Default: all that the tower keeps."},
         "visual_scorer": {"default": "prompt", "choices": SCORERS, "help": "Scorer of these tokens."},
         "text_guide": {"help": "Folder or repository of a TextGuide, for a layer scored by the text."},
-        "hf_overrides": {
-            "type": json.loads,
-            "default": {},
-            "help": "Further overrides for vLLM, as JSON.",
-        },
+        "hf_overrides": {"type": json.loads, "default": {}, "help": "More overrides for vLLM, as JSON."},
     }
     for name, options in own.items():
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", **options)

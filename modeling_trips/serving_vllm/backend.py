@@ -45,8 +45,7 @@ class TripsVlmProcessingInfo(MultiModalProcessingInfo):
 
 
 class TripsVlmProcessor(SelectionProcessor, MultiModalProcessor):
-    def num_tiles(self, image) -> int:
-        return 1 if "image_grid_thw" in image else int(image["num_image_patches"].data)
+    pass
 
 
 @MULTIMODAL_REGISTRY.register_processor(

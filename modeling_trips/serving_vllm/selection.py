@@ -59,12 +59,12 @@ class SelectionProcessor(BaseMultiModalProcessor):
         return fields
 
     def _get_prompt_updates(self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs):
-        tiles = [self.num_tiles(item) if "pixel_values" in item else 0 for item in out_mm_kwargs.get("image", [])]
+        tiles = [num_tiles(image) for image in out_mm_kwargs.get("image", [])]
         updates = super()._get_prompt_updates(mm_items, without_own(hf_processor_mm_kwargs), out_mm_kwargs)
         return [replace(update, replacement=partial(self.shorten, update.replacement, tiles)) for update in updates]
 
     def shorten(self, replacement: Callable, tiles: list[int], item: int) -> PromptUpdateDetails:
-        """Return the tokens that replace an image's placeholder; embeddings of the caller have 0 tiles and stay."""
+        """Return the tokens that replace an image's placeholder."""
         whole = replacement(item)
         ids = torch.tensor(whole if isinstance(whole, list) else whole.full)
         is_visual = ids == self.image_token_id
@@ -73,9 +73,6 @@ class SelectionProcessor(BaseMultiModalProcessor):
         kept = PromptUpdateDetails.select_token_id(ids[is_kept].tolist(), self.image_token_id)
         kept.num_dropped = int((~is_kept).sum())  # for the counters
         return kept
-
-    def num_tiles(self, image: Mapping) -> int:
-        return 1
 
     def num_kept(self, size: int) -> int:
         """Return how many tokens of an image (or tile) are kept."""
@@ -86,6 +83,13 @@ class SelectionProcessor(BaseMultiModalProcessor):
             VISUAL_TOKENS.labels("kept").inc(own.content.full.count(self.image_token_id))
             VISUAL_TOKENS.labels("dropped").inc(own.content.num_dropped)
         return super()._maybe_apply_prompt_updates(mm_items, mm_res)
+
+
+def num_tiles(image: Mapping) -> int:
+    """Return the number of tiles of an image, 0 for embeddings of the caller, which stay as they are."""
+    if {"pixel_values", "num_image_patches"} <= image.keys() and "image_grid_thw" not in image:
+        return int(image["num_image_patches"].data)
+    return int("pixel_values" in image)
 
 
 def without_own(options: Mapping[str, object]) -> dict[str, object]:

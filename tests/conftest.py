@@ -37,14 +37,6 @@ if Version(transformers.__version__) >= Version("5.24"):
     collect_ignore = []
 
 
-def pytest_collection_modifyitems(config, items):
-    """Deselect the tests that download, unless `-m` names them."""
-    if "network" not in config.option.markexpr:
-        skipped = [item for item in items if item.get_closest_marker("network")]
-        items[:] = [item for item in items if item not in skipped]
-        config.hook.pytest_deselected(items=skipped)
-
-
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

@@ -15,10 +15,7 @@ RELEASES = ("0.32", "0.34")
 
 
 def check_release(version: str):
-    """
-    Raises:
-        ValueError: The plugin does not fit this release of vLLM.
-    """
+    """Raise a ValueError if the plugin does not fit this release of vLLM."""
     first, end = (tuple(int(part) for part in release.split(".")) for release in RELEASES)
     parts = version.split(".")[:2]
     if not (all(map(str.isdigit, parts)) and first <= tuple(map(int, parts)) < end):

@@ -26,7 +26,8 @@ def make_command(args: argparse.Namespace, others: list[str], distribution: str)
         server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
     for name in filter(None, (args.model, args.text_guide)):
         try:
-            os.path.isdir(name) or validate_repo_id(name)
+            if not os.path.isdir(name):
+                validate_repo_id(name)
         except HFValidationError as error:
             raise ValueError(f"The folder {name} does not exist.") from error
     settings = ServingSettings(**{name: getattr(args, name) for name in KEYS})
@@ -39,10 +40,9 @@ def make_command(args: argparse.Namespace, others: list[str], distribution: str)
     settings.check_fits(family)
     changed = {name: getattr(args, name) for name in KEYS if getattr(args, name) != getattr(ServingSettings, name)}
     own = {"architectures": [ARCHITECTURES[config.model_type]], "patch_selection": changed}
-    given = args.hf_overrides
-    is_dotted = any(other.replace("_", "-").startswith("--hf-overrides") for other in others)
-    if is_dotted or not isinstance(given, dict) or given.keys() & own.keys():
-        raise ValueError(f"--hf-overrides must be one JSON object without {' and '.join(own)}, got {given}.")
+    given, dotted = args.hf_overrides, [other for other in others if other.startswith(("--hf-over", "--hf_over"))]
+    if dotted or not isinstance(given, dict) or given.keys() & own.keys():
+        raise ValueError(f"--hf-overrides must be one JSON object without {' and '.join(own)}, got {dotted or given}.")
     return [*server, args.model, "--hf-overrides", json.dumps({**given, **own}), *others]
 
 
@@ -58,14 +58,10 @@ def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser("python -m modeling_trips.serving_vllm", description=__doc__, allow_abbrev=False)
     parser.add_argument("model", metavar="MODEL", help="Folder or repository of the model.")
     parser.add_argument("--schedule", default="unpruned", help="Selection inside the tower: 8:image:0.33.")
-    own = {  # both spellings: vLLM writes --max-model-len, Transformers --output_dir
-        "visual_tokens": {"type": int, "help": "Visual tokens per image. Default: all that the tower keeps."},
-        "visual_scorer": {"default": "prompt", "choices": SCORERS, "help": "Scorer of these tokens."},
-        "text_guide": {"help": "Folder or repository of a TextGuide, for a layer scored by the text."},
-        "hf_overrides": {"type": json.loads, "default": {}, "help": "More overrides for vLLM, as JSON."},
-    }
-    for name, options in own.items():
-        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", **options)
+    parser.add_argument("--visual_tokens", "--visual-tokens", type=int, help="Visual tokens per image. Default: all.")
+    parser.add_argument("--visual_scorer", "--visual-scorer", default="prompt", choices=SCORERS, help="Their scorer.")
+    parser.add_argument("--text_guide", "--text-guide", help="Folder or repository of a TextGuide for a text layer.")
+    parser.add_argument("--hf_overrides", "--hf-overrides", type=json.loads, default={}, help="More overrides (JSON).")
     parser.add_argument("--run", action="store_true", help="Start the server instead of printing its command.")
     args, others = parser.parse_known_args(argv)
     release, distribution = find_release()

@@ -111,10 +111,9 @@ class SelectingModel(nn.Module):
 
     def select_patches(self, family: Family, vllm_config: VllmConfig):
         """Replace layers of the tower by selection layers, where the settings fit the model and the engine."""
-        if vllm_config.compilation_config.compile_mm_encoder:
-            raise ValueError("Patch selection does not support `compile_mm_encoder`, got True.")
-        if vllm_config.lora_config is not None and vllm_config.lora_config.enable_tower_connector_lora:
-            raise ValueError("Patch selection does not support `enable_tower_connector_lora`, got True.")
+        lora = vllm_config.lora_config
+        if vllm_config.compilation_config.compile_mm_encoder or (lora and lora.enable_tower_connector_lora):
+            raise ValueError("Patch selection supports no `compile_mm_encoder` and no `enable_tower_connector_lora`.")
         self.settings, self.family = ServingSettings.of(family.config), family
         guide = self.settings.check_fits(family)
         # A list hides the guide from vLLM, which expects its weights in the model's checkpoint.

@@ -16,13 +16,10 @@ from ..patch_selection import num_kept_tokens
 
 
 # Architecture of vLLM for each type of model.
-ARCHITECTURES = {
-    "llava": "TripsLlavaForConditionalGeneration",
-    **dict.fromkeys(
-        ("idefics3", "internvl", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen2_vl"),
-        "TripsVlmForConditionalGeneration",
-    ),
-}
+ARCHITECTURES = {"llava": "TripsLlavaForConditionalGeneration"} | dict.fromkeys(
+    ("idefics3", "internvl", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen2_vl"),
+    "TripsVlmForConditionalGeneration",
+)
 NOT_SUPPORTED = {
     **dict.fromkeys(("gemma3", "paligemma"), "vLLM does not compute its attention in both directions on CPUs"),
     **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe"), "vLLM's Transformers backend drops its deepstack features"),
@@ -79,6 +76,8 @@ class ServingSettings:
             )
         settings = cls(**given)
         settings.check_type(config)
+        if config.architectures != [architecture := ARCHITECTURES[config.model_type]]:
+            raise ValueError(f"`architectures` must be ['{architecture}'], got {config.architectures}.")
         return settings
 
     def check_type(self, config: PreTrainedConfig):
@@ -92,10 +91,8 @@ class ServingSettings:
         if name == "idefics3" and self.visual_tokens is not None:
             raise ValueError(f"`visual_tokens` is not supported for {name}, whose tokens are separated tile by tile.")
         if name in ("llava_next", "llava_onevision") and self.tower.layers:
-            if self.text_guide is not None:
-                raise ValueError(f"`text_guide` is not supported for {name}.")
-            if self.visual_tokens is None:
-                raise ValueError(f"`visual_tokens` of {name} must be set with a schedule, got None.")
+            if self.text_guide is not None or self.visual_tokens is None:
+                raise ValueError(f"A schedule for {name} needs `visual_tokens` and no `text_guide`, got {self}.")
             # Images keep different numbers, but at least those of a tile.
             self.check_number((config.vision_config.image_size // config.vision_config.patch_size) ** 2)
 
@@ -105,7 +102,7 @@ class ServingSettings:
         family.check_schedule(self.tower)
         check_generative(family, self.tower, self.at_exit, guide)
         size = family.tokens_per_image
-        if size is not None and self.visual_tokens is not None:
+        if size is not None:
             self.check_number(size)
         if self.visual_scorer == "pooling":  # an image that does not fit would end the engine
             if size is None or self.visual_tokens is None or self.tower.layers:
@@ -119,7 +116,7 @@ class ServingSettings:
     def check_number(self, size: int):
         """Raise a ValueError if the tower keeps fewer than `visual_tokens` of an image (or tile) of `size` tokens."""
         most = replace(self, visual_tokens=None).num_kept(size)
-        if self.visual_tokens > most:
+        if self.visual_tokens is not None and self.visual_tokens > most:
             raise ValueError(
                 f"`visual_tokens` must be at most {most}, the tokens of {size} that {self.schedule} keeps, got "
                 f"{self.visual_tokens}."

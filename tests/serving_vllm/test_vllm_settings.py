@@ -114,9 +114,20 @@ def test_pooling_that_fits_is_accepted(folders, capsys, name, number):
 @pytest.mark.parametrize("given", [None, "2:image:0.5", {"visual_token": 6}, {"schedule": "2;image;0.5"}])
 def test_overrides_by_hand_are_checked(given):
     config = BY_NAME["llava"].make().config
+    config.architectures = ["TripsLlavaForConditionalGeneration"]
     if given is not None:
         config.patch_selection = given
     with pytest.raises(ValueError):
+        ServingSettings.of(config)
+
+
+def test_the_architecture_must_be_that_of_the_model():
+    config = BY_NAME["llava"].make().config
+    config.patch_selection = {"visual_tokens": 6}
+    config.architectures = ["TripsLlavaForConditionalGeneration"]
+    assert ServingSettings.of(config).visual_tokens == 6
+    config.architectures = ["TripsVlmForConditionalGeneration"]
+    with pytest.raises(ValueError, match="TripsLlavaForConditionalGeneration"):
         ServingSettings.of(config)
 
 

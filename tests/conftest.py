@@ -16,7 +16,6 @@ os.environ["HF_DATASETS_CACHE"] = CACHE.name
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers"), str(ROOT / "benchmarks"), str(ROOT / "docs")]
 sys.path.append(str(ROOT / "benchmarks" / "images"))
-sys.path.append(str(ROOT / "benchmarks" / "vlm_small"))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -58,8 +58,5 @@ def test_the_readmes_commands_lead_to_a_published_model(clone, tmp_path):
             )  # fmt: skip
             assert result.returncode == 0, f"{command}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
             output[command] = result.stdout
-    said = "".join(output.values())
-    assert "Asked about a scene of seven shapes:" in said and "No faults found." in said
-    assert "Dry run: nothing was sent to ada/mine." in said and "Published: " in said
     assert {"model.safetensors", "config.json", "README.md"} <= hub.repositories["ada/mine"].files.keys()
     assert "'answer': " in output[path_of_the_readme()[-1]]  # loaded from the Hub, with its code

@@ -26,8 +26,8 @@ def run(job: dict) -> dict:
         for text, files in job["prompts"]
     ]
     greedy = SamplingParams(temperature=0, max_tokens=job["num_tokens"], ignore_eos=True, logprobs=0)
-    hashes = engine.renderer.render_cmpl(prompts[:1])[0]["mm_hashes"]["image"]
     passes = [engine.generate(prompts, greedy, use_tqdm=False) for _ in range(job["passes"])]
+    hashes = engine.renderer.render_cmpl(prompts[:1])[0]["mm_hashes"]["image"]
     del engine
     gc.collect()
     cleanup_dist_env_and_memory()

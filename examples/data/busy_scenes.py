@@ -8,9 +8,9 @@ import io
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import count
+from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -28,7 +28,17 @@ COLORS = {
     "pink": (240, 130, 180),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
-MARKS = ("dot", "bar", "dash", "ring")  # inside the shapes; no text is about them
+# White marks inside the shapes, as boxes around the center; no text is about them.
+MARKS = {"dot": (-1, -1, 1, 1), "bar": (0, -3, 1, 3), "dash": (-3, 0, 3, 1), "ring": (-3, -3, 3, 3)}
+# Corners of polygons in the square from (-1, -1) to (1, 1)
+_CROSS = (-0.4, 0.4, 0.4, 1, 1, 0.4, 0.4, -0.4, -0.4, -1, -1, -0.4)
+_RAYS = [(math.pi * (corner / 5 - 0.5), (1.0, 0.5)[corner % 2]) for corner in range(10)]
+POLYGONS = {
+    "triangle": [(0, -1), (1, 1), (-1, 1)],
+    "diamond": [(0, -1), (1, 0), (0, 1), (-1, 0)],
+    "cross": list(zip(_CROSS, _CROSS[-3:] + _CROSS[:-3])),
+    "star": [(math.cos(angle) * length, math.sin(angle) * length) for angle, length in _RAYS],
+}
 PLACES = ("topleft", "topright", "bottomleft", "bottomright")
 KINDS = ("color", "shape", "place", "presence")
 
@@ -47,8 +57,7 @@ STATEMENTS = {
 }
 
 
-@dataclass(frozen=True)
-class Item:
+class Item(NamedTuple):
     """One shape of a scene. `box` is (x0, y0, x1, y1) in pixels, x1 and y1 exclusive."""
 
     color: str
@@ -61,33 +70,22 @@ class Item:
         return f"{self.color} {self.shape}"
 
 
-@dataclass(frozen=True)
-class Question:
-    """A question. `region` is the box of its shape, or None if the shape is absent."""
-
-    kind: str
-    text: str
-    answer: str
-    region: tuple[int, int, int, int] | None
-
-
-@dataclass(frozen=True, eq=False)
-class Scene:
-    """An image with its items and questions, `QUESTIONS_PER_KIND` of each kind."""
+class Scene(NamedTuple):
+    """An image with its items, and `QUESTIONS_PER_KIND` questions of each kind."""
 
     image: PIL.Image.Image
     items: list[Item]
-    questions: list[Question]
+    questions: list[dict]  # with kind, question, answer, and as region the box of the shape, None if it is absent
 
 
 def draw_scene(split: str, number: int, seed: int = 0, grid: int = 4) -> Scene:
     """Draw scene `number` of a split, of `grid` x `grid` cells. Another `seed` gives other scenes."""
     rng = random.Random(f"busy {split} {seed} {number}")
     side = grid * CELL_SIZE
-    image = draw_ground(side, rng)
+    image = _draw_ground(side, rng)
     draw = PIL.ImageDraw.Draw(image)
     for _ in range(rng.randint(2 * grid**2, 3 * grid**2)):
-        draw_clutter(draw, side, rng)
+        _draw_clutter(draw, side, rng)
     cells = sorted(rng.sample(range(grid**2), rng.randint(*NUM_ITEMS[grid])))
     while True:
         names = [(rng.choice(list(COLORS)), rng.choice(SHAPES)) for _ in cells]
@@ -96,24 +94,15 @@ def draw_scene(split: str, number: int, seed: int = 0, grid: int = 4) -> Scene:
         if grid < 4 or len(questions) == QUESTIONS_PER_KIND * len(KINDS):
             break
     for item in items:
-        draw_item(draw, item.color, item.shape, item.box, rng)
+        _draw_item(draw, item, rng)
     return Scene(image, items, questions)
 
 
-def encoded(image: PIL.Image.Image) -> dict:
+def _encoded(image: PIL.Image.Image) -> dict:
     """Return an image as PNG in the form that `datasets.Image` takes."""
     png = io.BytesIO()
     image.save(png, "PNG", compress_level=1)
     return {"bytes": png.getvalue(), "path": None}
-
-
-def check_busy_scenes(task: str, numbers: Iterable[int], grid: int):
-    """Raise a `ValueError` if `busy_records` cannot draw so many scenes of the splits."""
-    fewest = 2 if task == "nlvr2" else 1  # statements name what both images have, and what one of them has
-    if not fewest <= grid <= max(NUM_ITEMS):
-        raise ValueError(f"grid is {grid}: choose {fewest} to {max(NUM_ITEMS)} cells along each side of a scene.")
-    if min(numbers) < 1:
-        raise ValueError(f"The number of scenes is {min(numbers)}: choose at least 1 for each split.")
 
 
 def busy_records(task: str, split: str, num_scenes: int, grid: int = 4, seed: int = 0) -> Iterator[dict]:
@@ -131,9 +120,9 @@ def busy_records(task: str, split: str, num_scenes: int, grid: int = 4, seed: in
     Args:
         task (`str`): `"vqa"`, `"captions"`, `"grounding"` or `"nlvr2"`.
         split (`str`): `"train"`, `"validation"` or `"test"`.
-        num_scenes (`int`): Number of scenes, at least 1; for `"nlvr2"` of pairs. The first scenes do not depend on it.
-        grid (`int`, *optional*, defaults to 4): Cells of 24 x 24 pixels along each side, 1 to 4. Scenes of fewer cells
-            are easier and may lack questions of a kind; up to 2 x 2 have none for places. Statements need 2.
+        num_scenes (`int`): Number of scenes; for `"nlvr2"` of pairs. The first scenes do not depend on it.
+        grid (`int`, *optional*, defaults to 4): Cells per side, 1 to 4. Scenes of fewer cells are easier and may lack
+            questions of a kind; up to 2 x 2 have none for places. Statements need 2.
         seed (`int`, *optional*, defaults to 0)
 
     Yields:
@@ -145,18 +134,14 @@ def busy_records(task: str, split: str, num_scenes: int, grid: int = 4, seed: in
         return
     for number in range(num_scenes):
         scene = draw_scene(split, number, seed, grid)
-        shared = {"image": encoded(scene.image), "image_id": f"{split} scene {number + 1}"}
+        shared = {"image": _encoded(scene.image), "image_id": f"{split} scene {number + 1}"}
         rng = random.Random(f"texts {split} {seed} {number}")
         if task == "captions":
             yield {**shared, "captions": [_caption(scene, grid, rng) for _ in range(2)]}
         elif task == "vqa":
-            for question in scene.questions:
-                region = None if question.region is None else list(question.region)
-                fields = {"kind": question.kind, "question": question.text, "answer": question.answer}
-                yield {**shared, **fields, "region": region}
+            yield from ({**shared, **question} for question in scene.questions)
         else:
-            for expression, item in _expressions(scene, rng):
-                yield {**shared, "expression": expression, "box": list(item.box)}
+            yield from ({**shared, **expression} for expression in _expressions(scene, rng))
 
 
 def _statement_records(split: str, num_pairs: int, grid: int, seed: int) -> Iterator[dict]:
@@ -166,12 +151,14 @@ def _statement_records(split: str, num_pairs: int, grid: int, seed: int) -> Iter
         while True:
             drawn = [next(numbers), next(numbers)]
             scenes = [draw_scene(split, number, seed, grid) for number in drawn]
-            left, right = ({True: _present(scene.items), False: _absent(scene.items)} for scene in scenes)
+            left, right = (
+                {True: {item.name for item in scene.items}, False: _absent(scene.items)} for scene in scenes
+            )
             named = {(a, b): sorted(left[a] & right[b]) for a in left for b in right}
             if all(named.values()):
                 break
         shared = {
-            "images": [encoded(scene.image) for scene in scenes],
+            "images": [_encoded(scene.image) for scene in scenes],
             "image_ids": [f"{split} scene {number + 1}" for number in drawn],
         }
         for number in range(STATEMENTS_PER_PAIR):
@@ -181,15 +168,11 @@ def _statement_records(split: str, num_pairs: int, grid: int, seed: int) -> Iter
             yield {**shared, "statement": statement.format(f"a {name}"), "label": label}
 
 
-def _present(items: list[Item]) -> set[str]:
-    return {item.name for item in items}
-
-
 def _absent(items: list[Item]) -> set[str]:
     """Return the names of absent shapes that have the color or the form of one in the scene."""
-    colors, shapes = ({getattr(item, field) for item in items} for field in ("color", "shape"))
+    colors, shapes = {item.color for item in items}, {item.shape for item in items}
     near = {f"{color} {shape}" for color in COLORS for shape in SHAPES if color in colors or shape in shapes}
-    return near - _present(items)
+    return near - {item.name for item in items}
 
 
 def _caption(scene: Scene, grid: int, rng: random.Random) -> str:
@@ -199,38 +182,41 @@ def _caption(scene: Scene, grid: int, rng: random.Random) -> str:
     return ", ".join(f"a {item.name} at the {item.place}" for item in items)
 
 
-def _expressions(scene: Scene, rng: random.Random) -> Iterator[tuple[str, Item]]:
+def _expressions(scene: Scene, rng: random.Random) -> Iterator[dict]:
     names = [(f"{item.color} one", item.shape, item.name) for item in scene.items]
     times = Counter(name for group in names for name in group)
     for group, item in zip(names, scene.items, strict=True):
         if unique := [name for name in group if times[name] == 1]:
-            yield f"the {rng.choice(unique)}", item
+            yield {"expression": f"the {rng.choice(unique)}", "box": list(item.box)}
 
 
-def _questions(items: list[Item], grid: int, rng: random.Random) -> list[Question]:
+def _questions(items: list[Item], grid: int, rng: random.Random) -> list[dict]:
     """Return `QUESTIONS_PER_KIND` questions of each kind, or fewer if the items do not allow them."""
     times = Counter(value for item in items for value in (item.color, item.shape, item.name))
-    pools: dict[str, list[Question]] = {kind: [] for kind in KINDS}
+    pools: dict[str, list[tuple]] = {kind: [] for kind in KINDS}
     for item in items:
         by_color, by_shape, by_name = (times[value] == 1 for value in (item.color, item.shape, item.name))
         if by_shape:
-            pools["color"].append(Question("color", f"what color is the {item.shape}?", item.color, item.box))
+            pools["color"].append((f"what color is the {item.shape}?", item.color, list(item.box)))
         if by_color:
-            pools["shape"].append(Question("shape", f"what shape is the {item.color} one?", item.shape, item.box))
+            pools["shape"].append((f"what shape is the {item.color} one?", item.shape, list(item.box)))
         names = [f"the {item.color} one"] * by_color + [f"the {item.shape}"] * by_shape
         if names and grid > 2:  # in small scenes, [CLS] alone tells which quarters hold shapes
-            pools["place"].append(Question("place", f"where is {rng.choice(names)}?", item.place, item.box))
+            pools["place"].append((f"where is {rng.choice(names)}?", item.place, list(item.box)))
         if by_name:
-            pools["presence"].append(Question("presence", f"is there a {item.name}?", "yes", item.box))
+            pools["presence"].append((f"is there a {item.name}?", "yes", list(item.box)))
     # An absent item combines a color and a shape of the scene, so that neither alone gives the answer.
-    absent = sorted({f"{a.color} {b.shape}" for a in items for b in items} - _present(items))
-    pools["absence"] = [Question("presence", f"is there a {name}?", "no", None) for name in absent]
-    numbers = dict.fromkeys(KINDS, QUESTIONS_PER_KIND) | {"presence": 1, "absence": 1}
-    chosen = ((pools[kind], min(number, len(pools[kind]))) for kind, number in numbers.items())
-    return [question for pool, number in chosen for question in rng.sample(pool, number)]
+    absent = sorted({f"{a.color} {b.shape}" for a in items for b in items} - {item.name for item in items})
+    pools["absence"] = [(f"is there a {name}?", "no", None) for name in absent]
+    questions = []
+    for pool, texts in pools.items():
+        kind, number = ("presence", 1) if pool in ("presence", "absence") else (pool, QUESTIONS_PER_KIND)
+        for question, answer, region in rng.sample(texts, min(number, len(texts))):
+            questions.append({"kind": kind, "question": question, "answer": answer, "region": region})
+    return questions
 
 
-def draw_ground(side: int, rng: random.Random) -> PIL.Image.Image:
+def _draw_ground(side: int, rng: random.Random) -> PIL.Image.Image:
     """Return a textured background of `side` x `side` pixels."""
     noise = np.random.default_rng(rng.getrandbits(64))
     coarse = noise.uniform(60, 190, (rng.randint(3, 8), rng.randint(3, 8), 3)).astype(np.uint8)
@@ -245,7 +231,7 @@ def _shade(color: tuple[int, ...], rng: random.Random) -> tuple[int, ...]:
     return tuple(min(255, max(0, value + light + rng.randint(-8, 8))) for value in color)
 
 
-def draw_clutter(draw: PIL.ImageDraw.ImageDraw, side: int, rng: random.Random):
+def _draw_clutter(draw: PIL.ImageDraw.ImageDraw, side: int, rng: random.Random):
     """Draw a thin line, an outline or a few dots, often in the color of a shape."""
     named = rng.random() < 0.6
     color = _shade(rng.choice(list(COLORS.values())) if named else (rng.randint(0, 255),) * 3, rng)
@@ -269,49 +255,22 @@ def _place_item(color: str, shape: str, cell: int, grid: int, rng: random.Random
     return Item(color, shape, (x0, y0, x0 + size, y0 + size), place)
 
 
-def draw_item(
-    draw: PIL.ImageDraw.ImageDraw, color: str, shape: str, box: tuple[int, int, int, int], rng: random.Random
-):
-    """Draw a shape with a random mark in its square box (x0, y0, x1, y1), x1 and y1 exclusive."""
-    x0, y0, size = box[0], box[1], box[2] - box[0]
-    fill, edge = _shade(COLORS[color], rng), _shade((25, 25, 25), rng)
+def _draw_item(draw: PIL.ImageDraw.ImageDraw, item: Item, rng: random.Random):
+    x0, y0, size = item.box[0], item.box[1], item.box[2] - item.box[0]
+    fill, edge = _shade(COLORS[item.color], rng), _shade((25, 25, 25), rng)
     x1, y1, middle_x, middle_y = x0 + size - 1, y0 + size - 1, x0 + (size - 1) / 2, y0 + (size - 1) / 2
-    if shape == "circle":
+    if item.shape == "circle":
         draw.ellipse([x0, y0, x1, y1], fill=fill, outline=edge)
-    elif shape == "square":
+    elif item.shape == "square":
         draw.rectangle([x0 + 1, y0 + 1, x1 - 1, y1 - 1], fill=fill, outline=edge)
     else:
-        corners = _corners(shape)
+        corners = POLYGONS[item.shape]
         points = [(middle_x + x * (size - 1) / 2, middle_y + y * (size - 1) / 2) for x, y in corners]
         draw.polygon(points, fill=fill, outline=edge)
-    _draw_mark(draw, rng.choice(MARKS), middle_x, middle_y + (2 if shape == "triangle" else 0))
-
-
-def _corners(shape: str) -> list[tuple[float, float]]:
-    """Return the corners of a polygon in the square from (-1, -1) to (1, 1)."""
-    if shape == "triangle":
-        return [(0, -1), (1, 1), (-1, 1)]
-    if shape == "diamond":
-        return [(0, -1), (1, 0), (0, 1), (-1, 0)]
-    if shape == "cross":
-        a = 0.4
-        xs = (-a, a, a, 1, 1, a, a, -a, -a, -1, -1, -a)
-        ys = (-1, -1, -a, -a, a, a, 1, 1, a, a, -a, -a)
-        return list(zip(xs, ys))
-    angles = [math.pi * (corner / 5 - 0.5) for corner in range(10)]
-    return [
-        (math.cos(angle) * (1.0, 0.5)[corner % 2], math.sin(angle) * (1.0, 0.5)[corner % 2])
-        for corner, angle in enumerate(angles)
-    ]
-
-
-def _draw_mark(draw: PIL.ImageDraw.ImageDraw, mark: str, x: float, y: float):
-    x, y, white = round(x), round(y), (255, 255, 255)
-    if mark == "dot":
-        draw.rectangle([x - 1, y - 1, x + 1, y + 1], fill=white)
-    elif mark == "bar":
-        draw.rectangle([x, y - 3, x + 1, y + 3], fill=white)
-    elif mark == "dash":
-        draw.rectangle([x - 3, y, x + 3, y + 1], fill=white)
+    mark = rng.choice(list(MARKS))
+    x, y = round(middle_x), round(middle_y + (2 if item.shape == "triangle" else 0))
+    box = [x + MARKS[mark][0], y + MARKS[mark][1], x + MARKS[mark][2], y + MARKS[mark][3]]
+    if mark == "ring":
+        draw.ellipse(box, outline="white", width=1)
     else:
-        draw.ellipse([x - 3, y - 3, x + 3, y + 3], outline=white, width=1)
+        draw.rectangle(box, fill="white")

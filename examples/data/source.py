@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trips_examples.data.busy_scenes import check_busy_scenes
+from trips_examples.data.busy_scenes import NUM_ITEMS
 
 
 SPLITS = ("train", "validation", "test")
@@ -175,4 +175,8 @@ class DataSource:
             return
         if chosen := [f"{split}_split" for split, part in self.splits.items() if part is not None]:
             raise ValueError(f"{BUNDLED} has its own splits. Leave out {' and '.join(chosen)}.")
-        check_busy_scenes(task, self.num_scenes.values(), self.grid)
+        fewest = 2 if task == "nlvr2" else 1  # statements name what both images have, and what one of them has
+        if not fewest <= self.grid <= max(NUM_ITEMS):
+            raise ValueError(f"grid is {self.grid}: choose {fewest} to {max(NUM_ITEMS)} cells per side of a scene.")
+        if min(self.num_scenes.values()) < 1:
+            raise ValueError("train_scenes, validation_scenes and test_scenes must be at least 1.")

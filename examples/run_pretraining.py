@@ -36,7 +36,7 @@ if __name__ == "__main__":
 
 from modeling_trips import TripsForPreTraining
 from trips_examples.data.checking import with_fitting_texts
-from trips_examples.data.pretraining import PretrainingCollator
+from trips_examples.data.collators import PretrainingCollator
 from trips_examples.training.models import load_start, make_model, train_processor
 from trips_examples.training.pretraining import PretrainingTrainer, check_objectives, load_pairs
 from trips_examples.training.runs import parse_arguments, train_and_evaluate

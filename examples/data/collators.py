@@ -1,4 +1,4 @@
-"""Batches of the tasks: sampling by image, each image decoded once, and inputs of the models."""
+"""Batches of the tasks and of pre-training: sampling by image, each image decoded once, and inputs of the models."""
 
 import hashlib
 import random
@@ -10,7 +10,9 @@ from typing import Any
 
 import PIL.Image
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
+from transformers import DataCollatorForLanguageModeling
 
 from modeling_trips import TripsProcessor
 from trips_examples.data.images import first_rows, read_image
@@ -53,12 +55,8 @@ class ImageGroupedSampler(Sampler[int]):
 @dataclass
 class ImageBatchCollator:
     """
-    Base of collators from rows with encoded images to model inputs. Each image is decoded once per batch. Subclasses
-    implement `encode`. A batch also has `sources`, the sources of its rows for error messages, which
-    [`ImageGroupedTrainer`] removes.
-
-    Args:
-        processor (`TripsProcessor`)
+    Base of collators from rows with encoded images to model inputs. Each image is decoded once per batch. A batch also
+    has `sources`, the sources of its rows for error messages, which [`ImageGroupedTrainer`] removes.
 
     Raises:
         `ValueError`: A batch cannot be made. The message names its rows.
@@ -68,12 +66,11 @@ class ImageBatchCollator:
 
     def __call__(self, rows: list[dict]) -> dict[str, Any]:
         images, image_index = self.distinct_images(rows)
+        sources = [row["source"] for row in rows]
         try:
-            inputs = self.encode(images, image_index, rows)
+            return {**self.encode(images, image_index, rows), "sources": sources}
         except ValueError as error:
-            sources = ", ".join(row["source"] for row in rows)
-            raise ValueError(f"{str(error).rstrip('.')}. The batch is: {sources}.") from error
-        return {**inputs, "sources": [row["source"] for row in rows]}
+            raise ValueError(f"{str(error).rstrip('.')}. The batch is: {', '.join(sources)}.") from error
 
     def encode(self, images: list[PIL.Image.Image], image_index: list, rows: list[dict]) -> dict[str, torch.Tensor]:
         """Return the inputs and labels of the model. Row i has image `image_index[i]`."""
@@ -81,6 +78,15 @@ class ImageBatchCollator:
 
     def inputs(self, images: list[PIL.Image.Image], image_index: list, texts: list[str]) -> dict[str, torch.Tensor]:
         return self.processor(images=images, text=texts, image_index=image_index, return_tensors="pt")
+
+    def boxes(self, images: list[PIL.Image.Image], image_index: list, boxes: list) -> torch.Tensor:
+        """Return boxes as the models take them, and zeros in place of None."""
+        known = [place for place, box in enumerate(boxes) if box]
+        encoded = torch.zeros(len(boxes), 4)
+        if known:
+            sizes = [images[image_index[place]].size[::-1] for place in known]
+            encoded[known] = self.processor.encode_boxes([boxes[place] for place in known], sizes)
+        return encoded
 
     def distinct_images(self, rows: list[dict]) -> tuple[list[PIL.Image.Image], list]:
         """Return the distinct images of the rows, upright and RGB, and the index of each row's image or images."""
@@ -95,18 +101,12 @@ class ImageBatchCollator:
         return read, index if per_row == 1 else [index[row : row + 2] for row in range(0, len(index), 2)]
 
 
-# Tasks
-
-
 @dataclass
 class VqaCollator(ImageBatchCollator):
     """
     Collator from rows of `TASKS["vqa"]` to inputs of [`TripsForQuestionAnswering`]. In training, all distinct
     answers of a question are labels, weighted by their number of annotators (`text_index`, `loss_weights`), and
-    `regions` are added for rows with a `region`. In evaluation, the label is the most common answer.
-
-    Args:
-        training (`bool`): whether the batches are for training.
+    `regions` are added if a row has a `region`. In evaluation, the label is the most common answer.
     """
 
     training: bool = False
@@ -114,23 +114,11 @@ class VqaCollator(ImageBatchCollator):
     def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
         inputs = self.inputs(images, image_index, [row["question"] for row in rows])
         if not self.training:
-            return {**inputs, **self.single_labels(rows)}
-        sizes = [(images[index].height, images[index].width) for index in image_index]
-        return {**inputs, **self.weighted_labels(rows), **self.regions(rows, sizes)}
-
-    def regions(self, rows: list[dict], sizes: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
-        """Return the target regions of the rows in images of `sizes` (height, width); unknown regions are empty."""
-        known = [place for place, row in enumerate(rows) if row.get("region")]
-        if not known:
-            return {}
-        regions = torch.zeros(len(rows), 4)
-        boxes, sizes = [rows[place]["region"] for place in known], [sizes[place] for place in known]
-        regions[known] = self.processor.encode_boxes(boxes, sizes)
-        return {"regions": regions}
-
-    def single_labels(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        answers = [max(row["answers"], key=row["answers"].count) for row in rows]
-        return {"labels": self.processor.encode_answers(answers)}
+            answers = [max(row["answers"], key=row["answers"].count) for row in rows]
+            return {**inputs, "labels": self.processor.encode_answers(answers)}
+        regions = [row.get("region") for row in rows]
+        boxes = {"regions": self.boxes(images, image_index, regions)} if any(regions) else {}
+        return {**inputs, **self.weighted_labels(rows), **boxes}
 
     def weighted_labels(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         triples = [
@@ -149,12 +137,8 @@ class VqaCollator(ImageBatchCollator):
 @dataclass
 class CaptionCollator(ImageBatchCollator):
     """
-    Collator from rows of `TASKS["captions"]` to inputs of [`TripsForConditionalGeneration`]. In training, the
-    captions of an image in one batch share its encoding (`text_index`).
-
-    Args:
-        training (`bool`): whether the batches are for training.
-        prompt (`str`): text input of every image.
+    Collator from rows of `TASKS["captions"]` to inputs of [`TripsForConditionalGeneration`]. `prompt` is the text of
+    every image. In training, the captions of an image in one batch share its encoding (`text_index`).
     """
 
     training: bool = False
@@ -174,8 +158,7 @@ class GroundingCollator(ImageBatchCollator):
 
     def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
         inputs = self.inputs(images, image_index, [row["expression"] for row in rows])
-        sizes = [(images[index].height, images[index].width) for index in image_index]
-        return {**inputs, "labels": self.processor.encode_boxes([row["box"] for row in rows], sizes)}
+        return {**inputs, "labels": self.boxes(images, image_index, [row["box"] for row in rows])}
 
 
 @dataclass
@@ -203,18 +186,70 @@ class RetrievalCollator(ImageBatchCollator):
         return {**inputs, "image_ids": torch.tensor(image_ids)}
 
 
-def number_of(image_id: str) -> int:
-    """Return a number below 2^63 for an image, a hash that is the same in every process."""
-    return int.from_bytes(hashlib.blake2b(image_id.encode(), digest_size=8).digest(), "big") >> 1
+def number_of(text: str) -> int:
+    """Return a number below 2^63 for a text, a hash that is the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def a_text_per_image(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the inputs of a [`TripsModel`] from a batch of any task. A text with several images is repeated."""
-    texts = {name: inputs[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in inputs}
-    image_index = inputs.get("image_index")
-    if image_index is None:
-        image_index = torch.arange(len(inputs["input_ids"]), device=inputs["input_ids"].device)
-    if image_index.ndim == 2:
-        texts = {name: rows.repeat_interleave(image_index.shape[1], dim=0) for name, rows in texts.items()}
-        image_index = image_index.flatten()
-    return texts | {"pixel_values": inputs["pixel_values"], "image_index": image_index}
+@dataclass
+class PretrainingCollator(RetrievalCollator):
+    """
+    Collator from rows with `image`, `image_id` and `caption` to inputs of [`TripsForPreTraining`].
+
+    `seed` and the batch's rows determine masked words and cuts, independently of resuming and of the number of
+    workers. Of the words, 15% are masked: 80% of them become [MASK], 10% another word, and 10% stay.
+
+    Args:
+        masks_words, cuts_captions (`bool`, *optional*, defaults to `True`): whether to add inputs of masked language
+            modeling, and of prefix language modeling.
+        seed (`int`, *optional*, defaults to 0)
+    """
+
+    masks_words: bool = True
+    cuts_captions: bool = True
+    seed: int = 0
+
+    def __call__(self, rows: list[dict]) -> dict:
+        rows_and_seed = "\n".join([str(self.seed), *(f"{row['source']}\t{row['caption']}" for row in rows)])
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(number_of(rows_and_seed))
+            return super().__call__(rows)
+
+    def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
+        inputs = super().encode(images, image_index, rows)
+        if self.masks_words:
+            inputs |= self.masked_words(inputs["input_ids"])
+        if self.cuts_captions:
+            inputs |= self.cut_captions(inputs["input_ids"])
+        return inputs
+
+    def masked_words(self, input_ids: torch.LongTensor) -> dict[str, torch.LongTensor]:
+        """Mask words of `(num_texts, text_length)`. The labels are the masked tokens, and -100 elsewhere."""
+        tokenizer = self.processor.tokenizer
+        special = torch.isin(input_ids, torch.tensor(tokenizer.all_special_ids))
+        masker = DataCollatorForLanguageModeling(tokenizer)
+        masked, labels = masker.torch_mask_tokens(input_ids.clone(), special_tokens_mask=special)
+        return {"mlm_input_ids": masked, "mlm_labels": labels}
+
+    def cut_captions(self, input_ids: torch.LongTensor) -> dict[str, torch.LongTensor]:
+        """
+        Cut captions, `(num_texts, text_length)`, at random between two words. The beginnings have the special tokens
+        of a prompt; the continuations end with [SEP]. A caption of one word is not cut, and its labels are all -100.
+        """
+        tokenizer = self.processor.tokenizer
+        ends = {tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id}
+        beginnings, continuations = [], []
+        for ids, draw in zip(input_ids.tolist(), torch.rand(len(input_ids)).tolist()):
+            places = [place for place, token in enumerate(ids) if token not in ends]
+            cut = 1 + int(draw * (len(places) - 1))  # 1 to len(places) - 1
+            later = set(places[cut:])
+            beginnings.append([t for place, t in enumerate(ids) if place not in later and t != tokenizer.pad_token_id])
+            rest = [ids[place] for place in places[cut:]]
+            continuations.append([*rest, tokenizer.sep_token_id] if rest else [-100])
+        mask = _padded([[1] * len(beginning) for beginning in beginnings], 0)
+        prompts = {"prompt_input_ids": _padded(beginnings, tokenizer.pad_token_id), "prompt_attention_mask": mask}
+        return {**prompts, "labels": _padded(continuations, -100)}
+
+
+def _padded(rows: list[list[int]], value: int) -> torch.LongTensor:
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)

@@ -7,7 +7,7 @@ import torch
 from toy_pairs import make_rows, make_tokenizer
 
 from modeling_trips import TripsConfig
-from trips_examples.data.pretraining import PretrainingCollator
+from trips_examples.data.collators import PretrainingCollator
 from trips_examples.training.models import make_processor
 
 

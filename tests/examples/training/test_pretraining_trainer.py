@@ -8,7 +8,7 @@ from datasets import Dataset
 from toy_pairs import make_rows, make_tokenizer
 
 from modeling_trips import TripsConfig, TripsForPreTraining
-from trips_examples.data.pretraining import PretrainingCollator
+from trips_examples.data.collators import PretrainingCollator
 from trips_examples.training.models import make_processor
 from trips_examples.training.options import PretrainingArguments
 from trips_examples.training.pretraining import PretrainingTrainer

@@ -3,16 +3,9 @@
 `datasets.load_dataset` is used for tables that hold images. It would shift the columns of a CSV file with unquoted
 commas, convert cells such as `none` and `01`, and reject a whole file for one invalid line, so texts are read here.
 
-Public files are recognized by their content and converted to the columns of `load_task_dataset`:
-
-| Data set | File | Task |
-|---|---|---|
-| VQAv2 | questions, with the file of annotations beside it | `"vqa"` |
-| COCO | `captions_train2014.json` | `"captions"` |
-| COCO, Flickr8k, Flickr30k as split by Karpathy | `dataset_coco.json` | `"captions"` |
-| NLVR2 | `train.json` | `"nlvr2"` |
-| RefCOCO, RefCOCO+, RefCOCOg | `refs(unc).p`, with `instances.json` beside it | `"grounding"` |
-| ALBEF's lists | captions, questions, NLVR2 | the task of the list |
+Public annotation files are recognized by their content and converted to the columns of `load_task_dataset`: those of
+VQAv2 and RefCOCO with a second file beside them, COCO's captions and those as split by Karpathy. The records of NLVR2
+and of ALBEF's lists are read as they are.
 """
 
 import codecs
@@ -23,13 +16,13 @@ import pickle
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.parquet
 
-from trips_examples.data.source import AnnotationFile, existing_file
+from trips_examples.data.source import AnnotationFile
 from trips_examples.data.tasks import BadRowError
 
 
@@ -54,20 +47,17 @@ def parsed_record(record: dict | str) -> dict:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict:
-    if repeated := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
-        raise ValueError(f"the key {repeated[0]!r} occurs twice")
+    _refuse_repeated([key for key, _ in pairs])
     return dict(pairs)
 
 
-def read_records(file: Path) -> NumberedRecords:
-    """
-    Yield the records of a JSON, JSONL, CSV or Parquet file.
+def _refuse_repeated(names: Sequence[str]):
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"the key or column {repeated[0]!r} occurs twice")
 
-    Raises:
-        `FileNotFoundError`: The file does not exist.
-        `ValueError`: The file as a whole cannot be read.
-    """
-    existing_file(file)
+
+def read_records(file: Path) -> NumberedRecords:
+    """Yield the records of a JSON, JSONL, CSV or Parquet file. Raise a `ValueError` if it cannot be read."""
     readers = {".json": _read_json, ".jsonl": _read_json_lines, ".csv": _read_csv, ".parquet": _read_parquet}
     if (suffix := file.suffix.lower()) not in readers:
         raise ValueError(f"{file} ends with {suffix!r}. Convert it to one of {', '.join(readers)}.")
@@ -95,8 +85,7 @@ def _read_csv(file: Path) -> NumberedRecords:
     with file.open(encoding="utf-8-sig", newline="") as lines:
         table = csv.DictReader(lines, strict=True)
         try:
-            if repeated := [name for name, count in Counter(table.fieldnames or ()).items() if count > 1]:
-                raise ValueError(f"the column {repeated[0]!r} occurs twice")
+            _refuse_repeated(table.fieldnames or ())
             for number, record in enumerate(table, start=1):
                 if None in record:
                     raise ValueError(f"row {number} has more cells than the header; quote cells that have commas")
@@ -124,13 +113,7 @@ def _read_parquet(file: Path) -> NumberedRecords:
 
 
 def _second_document(file: AnnotationFile, items: str, key: str) -> dict:
-    """
-    Return the content of a second file.
-
-    Raises:
-        `FileNotFoundError`: It does not exist.
-        `ValueError`: The first of its `items` has no `key`.
-    """
+    """Return the content of a second file. Raise an error if it does not exist, or if its `items` have no `key`."""
     path = file.second_path
     if not path.is_file():
         raise FileNotFoundError(f"{file.path} needs {path}, which does not exist. Copy or link it there.")
@@ -148,7 +131,6 @@ def read_annotations(file: AnnotationFile, task: str) -> NumberedRecords:
         `FileNotFoundError`: The file or its second file does not exist.
         `ValueError`: The file cannot be read, belongs to another task, or lacks the split.
     """
-    existing_file(file.path)
     is_pickle = file.path.suffix.lower() in (".p", ".pkl", ".pickle")
     content = read_plain_pickle(file.path) if is_pickle else _document(file.path)
     public = next((each for each in _FORMATS if each.matches(content)), None)

@@ -16,7 +16,6 @@ from modeling_trips import TripsProcessor, __version__
 from trips_examples.data.annotations import parsed_record
 from trips_examples.data.images import check_image, column_of, path_or_bytes, without_decoding
 from trips_examples.data.tasks import (
-    AS_SIZE,
     TASKS,
     BadRowError,
     Fault,
@@ -40,23 +39,17 @@ CHECKED = {"source": _TEXT, "reason": _TEXT, "detail": _TEXT, "ids": [_TEXT], "c
 
 def stamp_of(path: str | Path) -> str:
     """Return a path with the time and size of its file, for fingerprints."""
-    try:
+    with contextlib.suppress(OSError, ValueError):
         status = os.stat(path)
-    except (OSError, ValueError):
-        return f"{path} -"
-    return f"{path} {status.st_mtime_ns} {status.st_size}"
+        return f"{path} {status.st_mtime_ns} {status.st_size}"
+    return f"{path} -"
 
 
 @dataclass
 class RowReader:
     """
-    Converter from the records of a split to checked rows.
-
-    Args:
-        task (`Task`)
-        name (`str`): Name of the split, for `source` and errors.
-        image_root (`str`): Folder that paths are relative to.
-        patch_size (`int`): Side of the model's patches in pixels.
+    Converter from the records of a split to checked rows. `name` names the split in `source` and errors, paths are
+    relative to `image_root`, and images with a side below `patch_size` pixels cannot be used.
     """
 
     task: Task
@@ -68,12 +61,7 @@ class RowReader:
         self.sizes: dict[str, tuple[int, int]] = {}  # each image is decoded once
 
     def rows_and_faults(self, records: Dataset) -> tuple[Dataset, list[Fault]]:
-        """
-        Return the rows that can be used, and the faults of the others.
-
-        Raises:
-            `ValueError`: No record has the task's text.
-        """
+        """Return the rows that can be used, and the faults of the others."""
         if len(records) == 0:
             raise ValueError(f"{self.name} has no rows. It needs the columns {self.task.needs}.")
         records = without_decoding(records)
@@ -98,17 +86,8 @@ class RowReader:
                 good.append(place)
             else:
                 faults.append(Fault(source, *fault))
-        if not good and {fault.reason for fault in faults} == {f"no {self.task.text}"}:
-            raise ValueError(f"No row of {self.name} has {self.task.text}. {self.remedy(_parsed(records[0]))}")
         rows = checked.select_columns(list(self.task.features))
         return rows if len(good) == len(rows) else rows.select(good), faults
-
-    def remedy(self, record: dict) -> str:
-        """Name the task that a record without the text of this one is for, or the columns that this one needs."""
-        others = (name for name, task in TASKS.items() if not is_missing(record.get(task.text)) and task != self.task)
-        if (other := next(others, None)) is not None:
-            return f"The rows have {TASKS[other].text}: give a file of this task, or choose the task {other!r}."
-        return f"It needs the columns {self.task.needs}, and the first row has {', '.join(record)}."
 
     def fingerprint(self, records: Dataset) -> str:
         """Hash the records, the settings and the versions of the image files, so that repaired images are checked."""
@@ -169,20 +148,19 @@ class RowReader:
 
     def image_values(self, record: dict) -> list:
         """Return the images of a record. Raise a `BadRowError` if one is missing."""
-        columns = ["left_image", "right_image"] if self.task.has_two_images else ["image"]
-        if self.task.has_two_images and not is_missing(values := record.get("images")):
-            values = list_of(values, "images")
-            if len(values) != 2:
-                raise BadRowError("not two images", reprlib.repr(values))
-            if any(map(is_missing, values)):
-                raise BadRowError("no image", f"images is {reprlib.repr(values)}")
-            return values
-        if self.task.has_two_images and "identifier" in record:
+        if not self.task.has_two_images:
+            values = [record.get("image")]
+        elif not is_missing(record.get("images")):
+            values = list_of(record["images"], "images")
+        elif "identifier" in record:
             return self.nlvr2_images(record)
-        for column in columns:
-            if is_missing(path_or_bytes(record.get(column))):
-                raise missing(column, record)
-        return [record[column] for column in columns]
+        else:
+            values = [record.get("left_image"), record.get("right_image")]
+        if self.task.has_two_images and len(values) != 2:
+            raise BadRowError("not two images", reprlib.repr(values))
+        if any(is_missing(path_or_bytes(value)) for value in values):
+            raise missing("image", record)
+        return values
 
     def nlvr2_images(self, record: dict) -> list[str]:
         """Return the paths of both images: those of train-10171-0-1 are train-10171-0-img0.png and -img1.png."""
@@ -207,7 +185,7 @@ def _within(box: list[float], size: tuple[int, int], column: str) -> list[float]
         return cut
     detail = f"[x0, y0, x1, y1] = {box}, the image is {width} x {height}"
     if min(x0, y0, x1 - 1, y1 - 1) >= 0 and x0 + x1 <= width + 1 and y0 + y1 <= height + 1:
-        detail += f"; {AS_SIZE}"
+        detail += "; as [x, y, width, height] it is inside: give [x, y, x + width, y + height]"
     raise BadRowError(f"{column} outside the image" if has_area(box) else f"{column} without area", detail)
 
 
@@ -232,37 +210,32 @@ def check_fit(dataset: Dataset, task: str, processor: TripsProcessor) -> tuple[d
         for each column that has some.
     """
     tokenizer = processor.tokenizer
-    # Generated texts are not cleaned, and end with [SEP].
-    special = {TASKS[task].text: tokenizer.num_special_tokens_to_add(), TASKS[task].written: 1}
     faults: dict[int, Fault] = {}
     unknown = []
     for column in TASKS[task].texts:
+        is_read = column == TASKS[task].text  # generated texts are not cleaned, and end with [SEP]
+        num_special = tokenizer.num_special_tokens_to_add() if is_read else 1
         rows = [[texts] if isinstance(texts, str) else texts for texts in column_of(dataset, column)]
         different = list(dict.fromkeys(text for texts in rows for text in texts))
-        cleaned = processor.clean_texts(different) if column == TASKS[task].text else different
+        cleaned = processor.clean_texts(different) if is_read else different
         tokens = tokenizer(cleaned, add_special_tokens=False, verbose=False)["input_ids"] if different else []
         lengths = dict(zip(different, map(len, tokens)))
         for place, (texts, source) in enumerate(zip(rows, column_of(dataset, "source"))):
             try:
                 for text in texts:
-                    check_length(lengths[text], processor, column, special[column])
+                    check_length(lengths[text], processor, column, num_special)
             except BadRowError as error:
                 faults.setdefault(place, Fault(source, error.reason, error.detail))
         if odd := [text for text, ids in zip(different, tokens) if tokenizer.unk_token_id in ids]:
-            what, examples = column if column.endswith("s") else f"{column}s", ", ".join(map(repr, odd[:3]))
-            unknown.append(f"{len(odd)} different {what} hold words that the tokenizer does not know, e.g. {examples}")
+            examples = ", ".join(map(repr, odd[:3]))
+            unknown.append(f"{column}: {len(odd)} texts hold words that the tokenizer does not know, e.g. {examples}")
     return faults, unknown
 
 
 def with_fitting_texts(data: DatasetDict, task: str, processor: TripsProcessor, skip: bool) -> DatasetDict:
     """
-    Return the rows that pass [`check_fit`], and warn of unknown words.
-
-    Args:
-        data (`DatasetDict`): Splits of the task.
-        task (`str`)
-        processor (`TripsProcessor`)
-        skip (`bool`): Whether to skip other rows with a warning that counts them, instead of raising an error.
+    Return the rows of all splits that pass [`check_fit`], and warn of unknown words. Other rows are skipped with a
+    warning that counts them, or are an error.
 
     Raises:
         `ValueError`: Some rows do not fit and `skip` is off. The message names the first few.

@@ -49,10 +49,7 @@ def decode_image(image: str | bytes, patch_size: int = 1) -> PIL.Image.Image:
 
 
 def decode_untrusted_image(image: str | bytes, patch_size: int = 1) -> PIL.Image.Image:
-    """
-    Decode an image from an untrusted source, within the limits of
-    [`modeling_trips.untrusted_images.decode_untrusted`]. [`decode_image`] accepts every format that Pillow decodes.
-    """
+    """Decode an image from an untrusted source, within the limits of [`decode_untrusted`]."""
     with named_errors(image):
         if isinstance(image, str) and os.path.getsize(image) > MAX_FILE_BYTES:
             raise BadRowError("unreadable image", f"the file has more than {MAX_FILE_BYTES:,} bytes")
@@ -78,13 +75,7 @@ def named_errors(image: str | bytes) -> Iterator[None]:
 
 
 def usable_size(image: PIL.Image.Image, patch_size: int = 1) -> tuple[int, int]:
-    """
-    Return the upright width and height of an opened image. Only the header is read.
-
-    Raises:
-        `BadRowError`: The mode or the size cannot be used.
-        `ValueError`: The format is not supported.
-    """
+    """Return the upright width and height of an opened image, of which only the header is read."""
     check_format(image)
     if image.mode in ("I", "F"):
         raise BadRowError(
@@ -119,10 +110,6 @@ def without_decoding(dataset: Dataset) -> Dataset:
 def read_image(row: dict, patch_size: int = 1) -> PIL.Image.Image:
     """
     Return the image of a row, RGB and upright.
-
-    Args:
-        row (`dict`): With `source` and `image`, which is encoded, or decoded in rows of a stream.
-        patch_size (`int`, *optional*, defaults to 1): Smallest accepted side in pixels.
 
     Raises:
         `ValueError`: The image cannot be used. The message names the row.

@@ -37,8 +37,7 @@ def load_task_dataset(
         source ([`DataSource`], *optional*): Source of the data. Default: the bundled scenes.
         skip_bad_rows (`bool`, *optional*, defaults to `False`): Whether to skip rows that cannot be used, with a
             warning that counts them, instead of raising an error.
-        patch_size (`int`, *optional*, defaults to 1): Side of the model's patches in pixels. Images with a shorter
-            side cannot be used.
+        patch_size (`int`, *optional*, defaults to 1): Shortest usable side of an image in pixels.
         seed (`int`, *optional*, defaults to 0): Seed of the scenes.
         faults (`list[Fault]`, *optional*): List that receives the faults. Bad rows, and files that cannot be read, are
             then left out.
@@ -50,8 +49,6 @@ def load_task_dataset(
         `ValueError`: Rows cannot be used (the message names the first few), or the arguments contradict each other.
         `FileNotFoundError`: A file or `image_root` does not exist.
     """
-    if task not in TASKS:
-        raise ValueError(f"`task` must be one of {', '.join(TASKS)}, got {task!r}.")
     source = source or DataSource()
     source.check(task)
     if source.is_bundled:
@@ -88,7 +85,11 @@ def _bundled(task: str, source: DataSource, seed: int) -> DatasetDict:
 
 
 def _tables(task: str, source: DataSource) -> dict[str, tuple[str, str, Callable[[], Dataset]]]:
-    """Return a name of each split, the folder that paths of images are relative to, and a reader of its records."""
+    """
+    Return a name of each split, the folder that paths of images are relative to, and a reader of its records. A data
+    set without a training split is for evaluation. Its test split must be requested by name, because public test
+    splits often lack answers.
+    """
     if source.files:
         files = source.files.items()
         return {split: (file.path.name, str(file.folder), partial(_records, file, task)) for split, file in files}
@@ -98,23 +99,14 @@ def _tables(task: str, source: DataSource) -> dict[str, tuple[str, str, Callable
         table = DatasetDict(train=table) if isinstance(table, Dataset) else table
     else:
         table = load_dataset(name, source.dataset_config_name)
-    parts = _hub_splits(table, name, source.splits)
-    return {split: (f"{name} {part}", "", partial(table.__getitem__, part)) for split, part in parts}
-
-
-def _hub_splits(hub: DatasetDict, name: str, splits: dict[str, str | None]) -> list[tuple[str, str]]:
-    """
-    Return pairs of split names: this project's and the data set's. A data set without a training split is for
-    evaluation. The test split must be requested by name, because public test splits often lack answers.
-    """
-    defaults = {"train", "validation"} & hub.keys() if "train" in hub else {"validation"}
-    parts = [(split, part or split) for split, part in splits.items() if part or split in defaults]
-    if missing := {part for _, part in parts} - hub.keys():
+    defaults = {"train", "validation"} & table.keys() if "train" in table else {"validation"}
+    parts = {split: part or split for split, part in source.splits.items() if part or split in defaults}
+    if missing := {*parts.values()} - table.keys():
         raise ValueError(
-            f"{name} has no split {sorted(missing)}, only {sorted(hub)}. Choose with train_split and "
+            f"{name} has no split {sorted(missing)}, only {sorted(table)}. Choose with train_split and "
             "validation_split, or choose another data set or configuration."
         )
-    return parts
+    return {split: (f"{name} {part}", "", partial(table.__getitem__, part)) for split, part in parts.items()}
 
 
 def _records(file: AnnotationFile, task: str) -> Dataset:

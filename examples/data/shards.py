@@ -17,22 +17,6 @@ from trips_examples.data.images import without_decoding
 from trips_examples.data.tasks import BadRowError, Fault, printable
 
 
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-
-
-class StrictHeader(tarfile.TarInfo):
-    """Header of a member of a tar file. A broken one is an error; `tarfile` would take it for the end of the file."""
-
-    @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> "StrictHeader":
-        try:
-            return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-            raise
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(f"{error} after the files before it") from error
-
-
 @dataclass(frozen=True)
 class TarShard:
     """
@@ -46,11 +30,11 @@ class TarShard:
         from webdataset.gopen import gopen
 
         try:
-            with gopen(self.name) as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=StrictHeader) as tar:
+            with gopen(self.name) as file, tarfile.open(fileobj=file, mode="r|*") as tar:
                 yield from self._pairs(tar)
-                end: Any = tar.fileobj  # after the first of two blocks of zeros
+                end: Any = tar.fileobj  # after the first of two blocks of zeros, or a broken header
                 if end.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                    raise tarfile.ReadError("it does not end with two blocks of zeros")
+                    raise tarfile.ReadError("its last file is not followed by two blocks of zeros")
                 if any(block.strip(b"\0") for block in iter(partial(end.read, 1 << 20), b"")):
                     raise tarfile.ReadError("its end is followed by other data, as in joined files")
         except Exception as error:  # broken files and connections raise any type of error
@@ -140,7 +124,7 @@ def find_shards(
         if not found:
             raise FileNotFoundError(f"The file {name} does not exist. Correct {option}.")
         for path in found:
-            is_tar = path.endswith(TAR_SUFFIXES)
+            is_tar = path.endswith((".tar", ".tar.gz", ".tgz"))
             shards.append(TarShard(path) if is_tar else FileShard(path, image_root or str(Path(path).parent)))
     return shards
 

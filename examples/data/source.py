@@ -8,29 +8,14 @@ from pathlib import Path
 from trips_examples.data.busy_scenes import NUM_ITEMS
 
 
-SPLITS = ("train", "validation", "test")
 BUNDLED = "busy_scenes"
-
-
-def existing_file(path: Path) -> Path:
-    """Return the path of a file. Raise a `FileNotFoundError` if it does not exist."""
-    if path.is_dir():
-        raise FileNotFoundError(f"{path} is a folder. Give a file, or a saved data set with --dataset_name.")
-    if not path.is_file():
-        raise FileNotFoundError(f"The file {path} does not exist.")
-    return path
 
 
 @dataclass(frozen=True)
 class AnnotationFile:
     """
-    A file of annotations and the options for reading it.
-
-    Args:
-        path (`Path`)
-        default_split (`str`): Split to read from a file with several splits: `"train"`, `"val"` or `"test"`.
-        split (`str`, *optional*): Replaces `default_split`. A file without splits is then an error.
-        image_root (`Path`, *optional*): Folder that paths of images are relative to. Default: the folder of the file.
+    A file of annotations. `split`, or else `default_split` (`"train"`, `"val"` or `"test"`), is read from a file with
+    several splits. Paths of images are relative to `image_root`, or else to the folder of the file.
     """
 
     path: Path
@@ -72,24 +57,13 @@ class DataSource:
     """
     The source of a task's data: files, a data set on the Hub or on disk, or bundled scenes.
 
-    **Files** are JSON (a list of objects, or one object per line), JSONL, CSV or Parquet, in UTF-8. In CSV, lists are
-    JSON lists or texts separated by `|`. Rows count from 1, without the header of CSV. Columns by task:
-
-    - `"vqa"`: `image`, `question`, and `answer` (one) or `answers` (a list; blank ones are dropped)
-    - `"captions"`: `image`, and `caption` (one) or `captions` (a list, one row each)
-    - `"nlvr2"`: `images` (two) or `left_image` and `right_image`; `statement`; `label` (1, 0, true or false)
-    - `"grounding"`: `image`, `expression`, `box` ([x0, y0, x1, y1] in pixels, at most one pixel outside the image, and
-      clipped to it)
-
-    An `image` is a path, in tables also the encoded image, as bytes or as a struct of `bytes` and `path`. `image_id`
-    (`image_ids` for `"nlvr2"`) and `question_id` are optional. By default, rows of one path or of equal bytes have one
-    `image_id`. Public annotation files are supported, see `annotations`.
-
-    **Data sets**: `dataset_name` is a data set with the same columns: on the Hub, a folder that `load_dataset` reads
-    (as of `imagefolder`), or one that `save_to_disk` has written.
-
-    **Bundled**, and the default: `dataset_name="busy_scenes"`, scenes of six to eight shapes among clutter, with texts
-    that need one of them, see `busy_records`. For `"nlvr2"` the numbers of scenes are numbers of pairs.
+    - Files are JSON (a list of objects, or one object per line), JSONL, CSV or Parquet, in UTF-8, or public annotation
+      files, see `annotations`. In CSV, lists are JSON lists or texts separated by `|`. Rows count from 1, without the
+      header of CSV. An image is a path, or in Parquet also bytes or a struct of `bytes` and `path`. By default, rows
+      of one path or of equal bytes have one `image_id`. docs/data.md has the columns of each task.
+    - `dataset_name` is a data set with the same columns: on the Hub, a folder that `load_dataset` reads (as of
+      `imagefolder`), or one that `save_to_disk` has written.
+    - Bundled scenes, `dataset_name="busy_scenes"`, are the default, see `busy_records`.
     """
 
     dataset_name: str | None = field(
@@ -128,12 +102,12 @@ class DataSource:
     def files(self) -> dict[str, AnnotationFile]:
         """The file of each split that has one."""
         root = None if self.image_root is None else Path(self.image_root)
-        files = {}
-        for split in SPLITS:
-            if (path := getattr(self, f"{split}_file")) is not None:
-                default_split = "val" if split == "validation" else split
-                files[split] = AnnotationFile(Path(path), default_split, self.splits[split], root)
-        return files
+        names = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
+        return {
+            split: AnnotationFile(Path(name), "val" if split == "validation" else split, self.splits[split], root)
+            for split, name in names.items()
+            if name is not None
+        }
 
     @property
     def num_scenes(self) -> dict[str, int]:
@@ -147,29 +121,19 @@ class DataSource:
         return not self.files and self.dataset_name in (None, BUNDLED)
 
     def check_files(self):
-        """
-        Raises:
-            `ValueError`: Options contradict each other.
-            `FileNotFoundError`: A file or `image_root` does not exist.
-        """
-        files, name, root = self.files, self.dataset_name, self.image_root
-        if files and name is not None:
-            raise ValueError(f"dataset_name is {name!r}, but there are files as well ({sorted(files)}). Give one.")
-        if root is not None and not files:
-            raise ValueError(f"image_root (is {str(root)!r}) needs train_file or validation_file. Give one of them.")
-        for file in files.values():
-            existing_file(file.path)
-        if root is not None and not Path(root).is_dir():
-            raise FileNotFoundError(f"The folder {root} does not exist. Correct image_root.")
+        """Raise a `ValueError` if options contradict each other, or a `FileNotFoundError` for a missing file."""
+        if self.files and self.dataset_name is not None:
+            raise ValueError(f"dataset_name is {self.dataset_name!r}, but there are files as well. Give one.")
+        if self.image_root is not None and not self.files:
+            raise ValueError("image_root needs train_file, validation_file or test_file. Give one of them.")
+        for file in self.files.values():
+            if not file.path.is_file():
+                raise FileNotFoundError(f"There is no file {file.path}.")
+        if self.image_root is not None and not Path(self.image_root).is_dir():
+            raise FileNotFoundError(f"The folder {self.image_root} does not exist. Correct image_root.")
 
     def check(self, task: str):
-        """
-        Check the options before any data is read.
-
-        Raises:
-            `ValueError`: Options contradict each other or the task.
-            `FileNotFoundError`: A file or `image_root` does not exist.
-        """
+        """Check the options before any data is read: `check_files`, and whether a task's scenes can be drawn."""
         self.check_files()
         if not self.is_bundled:
             return

@@ -1,13 +1,6 @@
 """
 Image-text pairs as a stream, for data that is too large to load or to check before training: tar shards, files of
 rows, data sets on the Hub.
-
-A [`PairStream`] is endless. Each pass reads the shards in another order, with `datasets`: it gives shards to processes
-and workers, and saves and restores positions, from which torchdata's `StatefulDataLoader` resumes with the next pair.
-Records are shuffled block by block, because `datasets` does not save the contents of its shuffle buffer.
-
-Images are decoded after shuffling, so that a block holds compressed images. A bad pair stops the run, or is skipped,
-counted, and logged in `bad_pairs-*.jsonl`. Too many bad pairs stop the run.
 """
 
 import json
@@ -39,9 +32,13 @@ class PairStream(TorchIterableDataset):
     """
     Endless stream of rows with `image` (an RGB `PIL.Image`), `image_id`, `caption` and `source`.
 
+    Each pass reads the shards in another order, with `datasets`: it gives shards to processes and workers, and saves
+    and restores positions, from which torchdata's `StatefulDataLoader` resumes with the next pair. Records are
+    shuffled block by block, because `datasets` does not save the contents of its shuffle buffer.
+
     A record has an image (a path, encoded bytes, or both as in Parquet files of the `datasets` library) and one or
-    more captions. Each pass draws one of them. `image_id`, or else `sha256`, `md5`, `url` or the path, identifies the
-    image. Images without any of these are distinct.
+    more captions, of which each pass draws one. The first of `ID_COLUMNS`, or else the path, identifies the image.
+    Images without any of these are distinct.
 
     Args:
         shards (`Sequence[Shard]`): see `find_shards` and `hub_shards`. With fewer shards than processes, each process
@@ -55,7 +52,8 @@ class PairStream(TorchIterableDataset):
             and so are images smaller than a patch.
         max_bad_share (`float`, *optional*, defaults to 0.0): largest share of bad pairs, which are skipped. With 0,
             the first bad pair stops the run.
-        log_folder (`str` or `Path`, *optional*): folder for the bad pairs of the first pass, one file per reader.
+        log_folder (`str` or `Path`, *optional*): folder of `bad_pairs-*.jsonl`, the bad pairs of the first pass, one
+            file per reader.
 
     Raises:
         ValueError: Raised by iteration, if there are too many bad pairs or no good pair.
@@ -74,8 +72,6 @@ class PairStream(TorchIterableDataset):
         max_bad_share: float = 0.0,
         log_folder: str | Path | None = None,
     ):
-        if not shards:
-            raise ValueError("A stream needs at least one of `shards`.")
         if buffer_size < 1:
             raise ValueError(f"`buffer_size` must be at least 1, got {buffer_size}.")
         if not 0 <= max_bad_share <= 1:
@@ -85,8 +81,8 @@ class PairStream(TorchIterableDataset):
         self.image_columns = IMAGE_COLUMNS if image_column is None else (image_column,)
         self.caption_columns = CAPTION_COLUMNS if caption_column is None else (caption_column,)
         self.processor, self.max_bad_share = processor, max_bad_share
-        self.log_folder = None if log_folder is None else Path(log_folder)
-        self.pass_number, self.seen, self.bad, self.reader = 0, 0, 0, process_index
+        self.log_folder, self.log = log_folder, None
+        self.pass_number, self.seen, self.bad = 0, 0, 0
         self.last_fault: Fault | None = None
         self.records: IterableDataset | None = None  # of the current pass
         self.start: dict | None = None  # state of a saved position
@@ -103,7 +99,9 @@ class PairStream(TorchIterableDataset):
     def __iter__(self) -> Iterator[dict]:
         worker = get_worker_info()
         num_workers, worker_id = (1, 0) if worker is None else (worker.num_workers, worker.id)
-        self.reader = self.process_index * num_workers + worker_id
+        if self.log_folder is not None:
+            reader = self.process_index * num_workers + worker_id
+            self.log = Path(self.log_folder) / f"bad_pairs-{reader:05d}.jsonl"
         while worker_id < (records := self.records_of_pass()).num_shards:  # else other workers read all shards
             if self.start is not None:
                 records.load_state_dict(self.start)
@@ -117,8 +115,6 @@ class PairStream(TorchIterableDataset):
                 else:
                     yield row
             self._judge(fewest=0)
-            if self.seen == self.bad:
-                self._stop("It found no usable pair.")
             self.pass_number += 1
 
     def records_of_pass(self) -> IterableDataset:
@@ -137,12 +133,12 @@ class PairStream(TorchIterableDataset):
         """Return a record as a row with its decoded image, or its fault."""
         if isinstance(record, Fault):
             return record
-        source, image_root = record["source"], record.get("image_root", "")
+        source = record["source"]
         columns = {name: value for name, value in record.items() if name not in ("source", "image_root")}
         try:
             caption = self._caption(columns, f"{self.seed}-{self.pass_number}-{source}")
             encoded = encoded_image(columns, self.image_columns)
-            place = encoded if isinstance(encoded, bytes) else str(Path(image_root) / encoded)
+            place = encoded if isinstance(encoded, bytes) else str(Path(record.get("image_root", "")) / encoded)
             image = decode_image(place, 1 if self.processor is None else self.processor.patch_size)
             image_id = text_of(columns.get(_first_filled(columns, ID_COLUMNS)), "image_id")
         except BadRowError as error:
@@ -154,8 +150,7 @@ class PairStream(TorchIterableDataset):
         name = _first_filled(columns, self.caption_columns)
         value = columns.get(name)
         captions = list_of(value, name) if name == "captions" else value if isinstance(value, list) else [value]
-        texts = caption_texts(captions, columns)
-        text = random.Random(seed).choice(texts)
+        text = random.Random(seed).choice(caption_texts(captions, columns))
         if (processor := self.processor) is not None:
             tokenizer = processor.tokenizer
             (tokens,) = tokenizer(processor.clean_texts([text]), add_special_tokens=False, verbose=False)["input_ids"]
@@ -174,16 +169,13 @@ class PairStream(TorchIterableDataset):
         self._judge(fewest=FEWEST_TO_JUDGE)
 
     def _judge(self, fewest: int):
-        if self.seen >= fewest and self.bad > self.max_bad_share * self.seen:
-            self._stop(f"{self.bad} of the first {self.seen} pairs are bad: more than --max_bad_share allows.")
-
-    def _stop(self, reason: str):
+        if self.seen < fewest or self.bad <= self.max_bad_share * self.seen and (fewest or self.bad < self.seen):
+            return
         named = "" if self.log is None else f" {self.log} names bad ones."
-        raise ValueError(f"Reader {self.reader} stops. {reason}{named} The last bad one: {self.last_fault}.")
-
-    @property
-    def log(self) -> Path | None:
-        return None if self.log_folder is None else self.log_folder / f"bad_pairs-{self.reader:05d}.jsonl"
+        raise ValueError(
+            f"{self.bad} of the first {self.seen} pairs are bad: more than --max_bad_share allows, or all.{named} "
+            f"The last bad one: {self.last_fault}."
+        )
 
 
 def read_shards(shards: list[Shard]) -> Iterator[dict]:

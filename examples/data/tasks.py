@@ -15,7 +15,6 @@ from datasets import Features, Image, Sequence, Value
 logger = logging.getLogger(__name__)
 
 SHOWN = 5  # faults that an error names
-AS_SIZE = "as [x, y, width, height] it is inside"
 
 
 # Faults
@@ -27,13 +26,7 @@ def printable(text: str) -> str:
 
 
 class BadRowError(ValueError):
-    """
-    Error of a row that cannot be used.
-
-    Args:
-        reason (`str`): The fault, the same text for all rows that have it.
-        detail (`str`, *optional*, defaults to `""`): The value at fault.
-    """
+    """Error of a row that cannot be used: a reason, the same for all rows that have it, and the value at fault."""
 
     def __init__(self, reason: str, detail: str = ""):
         self.reason, self.detail = reason, printable(detail)
@@ -68,23 +61,12 @@ def settle(faults: list[Fault], name: str, total: int, skip: bool):
     if skip:
         reasons = Counter(fault.reason for fault in faults)
         counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
-        logger.warning(" ".join([f"Skipped {len(faults)} of the {total} rows of {name} ({counts}).", *advice(faults)]))
+        logger.warning(f"Skipped {len(faults)} of the {total} rows of {name} ({counts}).")
         return
     lines = [f"{len(faults)} of the {total} rows of {name} cannot be used:", *(f"  {each}" for each in faults[:SHOWN])]
     if len(faults) > SHOWN:
         lines.append(f"  and {len(faults) - SHOWN} more")
-    lines += [*advice(faults), "Correct them, or leave them out with --skip_bad_rows."]
-    raise ValueError("\n".join(lines))
-
-
-def advice(faults: list[Fault]) -> list[str]:
-    """Return lines on how to correct common faults."""
-    lines = []
-    if any(fault.reason == "missing image" for fault in faults):
-        lines.append("Paths of images are relative to --image_root, by default the folder of the file.")
-    if sum(AS_SIZE in fault.detail for fault in faults) > sum("[x0, y0" in fault.detail for fault in faults) / 2:
-        lines.append("These boxes look like [x, y, width, height]: give [x, y, x + width, y + height], in all rows.")
-    return lines
+    raise ValueError("\n".join([*lines, "Correct them, or leave them out with --skip_bad_rows."]))
 
 
 # Values of records
@@ -202,8 +184,6 @@ def _statement(record: dict) -> list[dict]:
 
 
 def _expression(record: dict) -> list[dict]:
-    if "ref_id" in record and "box" not in record:
-        raise BadRowError("no box", "for ALBEF's list give RefCOCO's refs(unc).p with --train_annotations")
     expression = filled_text(record, "expression")
     if is_missing(record.get("box")):
         raise missing("box", record)
@@ -217,9 +197,9 @@ class Task:
     Data format of a task.
 
     Args:
-        features (`Features`): Columns of the rows, one row per text. `image` is decoded to a `PIL.Image` of its stored
-            mode when a row is read. `image_id` is equal for rows that share an image. `question_id` is the given one,
-            or the number of the row. `source` is the origin, as in "train.jsonl row 17".
+        features (`Features`): Columns of the rows, one row per text. Rows with one image have one `image_id`.
+            `question_id` is the given one, or the number of the row. `source` is the origin, as in
+            "train.jsonl row 17".
         text (`str`): Column with the model's text input.
         needs (`str`): Required columns of a record, in words.
         read_texts (`Callable[[dict], list[dict]]`): Converts a record to rows, usually one, without the images, their

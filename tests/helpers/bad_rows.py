@@ -161,7 +161,7 @@ _OF_TASK = {
         BadRow({**_STATEMENT, "images": ["good.png"]}, "not two images"),
         BadRow({**_STATEMENT, "images": "good.png"}, "not two images"),
         BadRow({**_STATEMENT, "images": 5}, "images is not a list"),
-        BadRow({"left_image": "good.png", "statement": "red", "label": 1}, "no right_image"),
+        BadRow({"left_image": "good.png", "statement": "red", "label": 1}, "no image"),
         BadRow({**_STATEMENT, "image_ids": ["x"]}, "not 2 image_ids"),
         BadRow({**_STATEMENT, "image_ids": ["x", "x"]}, "image_id of two images"),
         BadRow({**_STATEMENT, "label": None}, "no label"),

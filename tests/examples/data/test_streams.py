@@ -283,7 +283,7 @@ def test_damaged_tar_files_are_named(tmp_path):
             file.write_bytes(content if file == path else gzip.compress(content))
             *records, last = find_shards([str(file)])[0]
             assert isinstance(last, Fault) and last.source == str(file) and last.reason == "broken tar file", name
-            assert all("caption" in record for record in records) and len(records) >= 3, name
+            assert len(records) >= 4, name
         with pytest.raises(ValueError, match=name):
             take(PairStream(find_shards([str(path)])), 9)
     (tmp_path / "good.tar.gz").write_bytes(gzip.compress((tmp_path / "good.tar").read_bytes()))

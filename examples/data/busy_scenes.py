@@ -107,13 +107,12 @@ def _encoded(image: PIL.Image.Image) -> dict:
 
 def busy_records(task: str, split: str, num_scenes: int, grid: int = 4, seed: int = 0) -> Iterator[dict]:
     """
-    Draw scenes with their texts.
+    Draw scenes with their texts, as records in the columns that `load_task_dataset` reads.
 
-    - `"vqa"`: `QUESTIONS_PER_KIND` questions of each kind: the color of the only shape of a form, the form of the only
-      one of a color, the quarter that holds the only one of a color or a form, and the presence of a color and a form,
-      once with "yes" and once with "no". `region`: the box of the shape; None if it is absent.
+    - `"vqa"`: `QUESTIONS_PER_KIND` questions of each kind; the presence of a color and a form once with "yes" and once
+      with "no". `region`: the box of the shape; None if it is absent.
     - `"captions"`: two captions of each scene, each with color, form and quarter of all shapes in random order.
-    - `"grounding"`: an expression for each shape that is unique by color, form or both. `box`: the box of the shape.
+    - `"grounding"`: an expression for each shape that is unique by color, form or both.
     - `"nlvr2"`: `STATEMENTS_PER_PAIR` statements about two scenes ("only one image has a red circle"), as often true
       as false. A scene without a red circle has something red or a circle.
 
@@ -124,10 +123,6 @@ def busy_records(task: str, split: str, num_scenes: int, grid: int = 4, seed: in
         grid (`int`, *optional*, defaults to 4): Cells per side, 1 to 4. Scenes of fewer cells are easier and may lack
             questions of a kind; up to 2 x 2 have none for places. Statements need 2.
         seed (`int`, *optional*, defaults to 0)
-
-    Yields:
-        `dict`: Records in the columns that `load_task_dataset` reads. Boxes are (x0, y0, x1, y1) in pixels, x1 and y1
-        exclusive. Records of one scene have equal `image_id`.
     """
     if task == "nlvr2":
         yield from _statement_records(split, num_scenes, grid, seed)

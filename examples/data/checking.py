@@ -21,7 +21,6 @@ from trips_examples.data.tasks import (
     Fault,
     Task,
     filled_text,
-    has_area,
     is_missing,
     list_of,
     missing,
@@ -121,9 +120,10 @@ class RowReader:
         if len(given) != len(contents):
             raise BadRowError(f"not {len(contents)} image_ids", reprlib.repr(given))
         ids = [text_of(value, "image_id") or content for value, content in zip(given, contents)]
-        shared: dict[str, Any] = {"image": images[0], "image_id": ids[0]}
         if self.task.has_two_images:
-            shared = {"images": list(images), "image_ids": ids}
+            shared: dict[str, Any] = {"images": list(images), "image_ids": ids}
+        else:
+            shared = {"image": images[0], "image_id": ids[0]}
         if "question_id" in self.task.features:
             question_id = text_of(record.get("question_id", record.get("identifier")), "question_id")
             shared["question_id"] = question_id or source.rpartition(" ")[2]
@@ -181,12 +181,15 @@ def _within(box: list[float], size: tuple[int, int], column: str) -> list[float]
     (x0, y0, x1, y1), (width, height) = box, size
     limits = [width, height, width, height]
     cut = [min(max(value, 0.0), float(limit)) for value, limit in zip(box, limits)]
-    if has_area(cut) and all(-1 <= value <= limit + 1 for value, limit in zip(box, limits)):
-        return cut
     detail = f"[x0, y0, x1, y1] = {box}, the image is {width} x {height}"
     if min(x0, y0, x1 - 1, y1 - 1) >= 0 and x0 + x1 <= width + 1 and y0 + y1 <= height + 1:
         detail += "; as [x, y, width, height] it is inside: give [x, y, x + width, y + height]"
-    raise BadRowError(f"{column} outside the image" if has_area(box) else f"{column} without area", detail)
+    if min(x1 - x0, y1 - y0) < 0.01:
+        raise BadRowError(f"{column} without area", detail)
+    is_near = all(-1 <= value <= limit + 1 for value, limit in zip(box, limits))
+    if not is_near or min(cut[2] - cut[0], cut[3] - cut[1]) < 0.01:
+        raise BadRowError(f"{column} outside the image", detail)
+    return cut
 
 
 # Checks that need the processor

@@ -46,8 +46,21 @@ class TarShard:
         named = ((*base_plus_ext(member.name), member) for member in tar if member.isfile())
         for key, members in groupby(named, key=itemgetter(0)):
             contents = [(suffix.lower(), tar.extractfile(member).read()) for _, suffix, member in members if suffix]
-            if key is not None:
-                yield _record_of_tar(printable(f"{self.name}/{key}"), contents)
+            source, sample = printable(f"{self.name}/{key}"), dict(contents)
+            if key is None:
+                continue
+            if len(sample) < len(contents):
+                yield Fault(source, "a file twice", ", ".join(suffix for suffix, _ in contents))
+                continue
+            try:
+                record = parsed_record(sample["json"].decode("utf-8")) if "json" in sample else {}
+                if "txt" in sample:
+                    record["caption"] = sample["txt"].decode("utf-8")
+            except (BadRowError, UnicodeDecodeError) as error:
+                yield Fault(source, "broken .json or .txt", str(error))
+                continue
+            image = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
+            yield {**record, "source": source, "image": image}
 
 
 @dataclass(frozen=True)
@@ -81,21 +94,6 @@ class HubShard:
         rows = self.dataset.shard(num_shards=self.dataset.num_shards, index=self.index)
         for number, record in enumerate(rows, start=1):
             yield {**record, "source": f"{self.name} row {number}"}
-
-
-def _record_of_tar(source: str, contents: list[tuple[str, bytes]]) -> dict | Fault:
-    """Return the image, `.txt` and `.json` files of one name as a record."""
-    sample = dict(contents)
-    if len(sample) < len(contents):
-        return Fault(source, "a file twice", ", ".join(suffix for suffix, _ in contents))
-    try:
-        record = parsed_record(sample["json"].decode("utf-8")) if "json" in sample else {}
-        if "txt" in sample:
-            record["caption"] = sample["txt"].decode("utf-8")
-    except (BadRowError, UnicodeDecodeError) as error:
-        return Fault(source, "broken .json or .txt", str(error))
-    image = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
-    return {**record, "source": source, "image": image}
 
 
 def find_shards(

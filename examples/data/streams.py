@@ -41,17 +41,16 @@ class PairStream(TorchIterableDataset):
     Images without any of these are distinct.
 
     Args:
-        shards (`Sequence[Shard]`): see `find_shards` and `hub_shards`. With fewer shards than processes, each process
-            reads all of them and takes its share of the records. A process uses at most one worker per shard.
+        shards (`Sequence[Shard]`): with fewer shards than processes, each process reads all of them and takes its
+            share of the records. A process uses at most one worker per shard.
         seed (`int`, *optional*, defaults to 0): seed of the order of shards and records, and of the captions.
         buffer_size (`int`, *optional*, defaults to 1000): number of records in a shuffled block.
         process_index, num_processes (`int`, *optional*): rank and number of training processes.
         image_column, caption_column (`str`, *optional*): by default the first of `IMAGE_COLUMNS` and of
             `CAPTION_COLUMNS` that a record has.
-        processor (`TripsProcessor`, *optional*): the model's processor. Captions with no tokens or too many are bad,
-            and so are images smaller than a patch.
-        max_bad_share (`float`, *optional*, defaults to 0.0): largest share of bad pairs, which are skipped. With 0,
-            the first bad pair stops the run.
+        processor (`TripsProcessor`, *optional*): captions that it makes no tokens or too many of are bad, and so are
+            images smaller than its patches.
+        max_bad_share (`float`, *optional*, defaults to 0.0): largest share of bad pairs, which are skipped.
         log_folder (`str` or `Path`, *optional*): folder of `bad_pairs-*.jsonl`, the bad pairs of the first pass, one
             file per reader.
 
@@ -74,8 +73,6 @@ class PairStream(TorchIterableDataset):
     ):
         if buffer_size < 1:
             raise ValueError(f"`buffer_size` must be at least 1, got {buffer_size}.")
-        if not 0 <= max_bad_share <= 1:
-            raise ValueError(f"`max_bad_share` must be in [0, 1], got {max_bad_share}.")
         self.shards, self.seed, self.buffer_size = list(shards), seed, buffer_size
         self.process_index, self.num_processes = process_index, num_processes
         self.image_columns = IMAGE_COLUMNS if image_column is None else (image_column,)
@@ -133,12 +130,12 @@ class PairStream(TorchIterableDataset):
         """Return a record as a row with its decoded image, or its fault."""
         if isinstance(record, Fault):
             return record
-        source = record["source"]
-        columns = {name: value for name, value in record.items() if name not in ("source", "image_root")}
+        columns = dict(record)
+        source, image_root = columns.pop("source"), columns.pop("image_root", "")
         try:
             caption = self._caption(columns, f"{self.seed}-{self.pass_number}-{source}")
             encoded = encoded_image(columns, self.image_columns)
-            place = encoded if isinstance(encoded, bytes) else str(Path(record.get("image_root", "")) / encoded)
+            place = encoded if isinstance(encoded, bytes) else str(Path(image_root) / encoded)
             image = decode_image(place, 1 if self.processor is None else self.processor.patch_size)
             image_id = text_of(columns.get(_first_filled(columns, ID_COLUMNS)), "image_id")
         except BadRowError as error:

@@ -115,12 +115,6 @@ def list_of(value: Any, column: str) -> list:
     return value
 
 
-def has_area(box: list[float]) -> bool:
-    """Return whether both sides of a box (x0, y0, x1, y1) have at least a hundredth of a pixel."""
-    x0, y0, x1, y1 = box
-    return min(x1 - x0, y1 - y0) >= 0.01
-
-
 def _box(record: dict, column: str) -> list[float]:
     try:
         box = [float(number) for number in list_of(record[column], column) if not isinstance(number, bool)]

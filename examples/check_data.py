@@ -49,20 +49,17 @@ def check(name: str, model_args: ModelArguments, data_args: DataArguments) -> di
     Return the report on the data of a task: `splits` (numbers of usable rows, images and different texts), `reasons`
     (numbers of faults), `faults`, and `notes` on what training accepts.
     """
-    task, faults, notes = TASKS[name], [], []
+    task, faults = TASKS[name], []
     config, processor = load_start(model_args, data_args.scene_size)
     data = load_task_dataset(name, data_args, patch_size=config.vision_config.patch_shape[0], faults=faults)
     usable = DatasetDict({split: rows for split, rows in data.items() if len(rows)})
     faults += [Fault(split, "no row that can be used", f"needed: {task.needs}") for split in data.keys() - usable]
     if usable.keys() & {"train", "validation"}:
         processor = processor or train_processor(config, data_args.vocabulary(usable, *task.texts))
-    for split, rows in usable.items() if processor is not None else ():
-        unfit, unknown = check_fit(rows, name, processor)
-        faults += unfit.values()
-        notes += [f"{split}: {line}" for line in unknown]
+    for rows in usable.values() if processor is not None else ():
+        faults += check_fit(rows, name, processor).values()
     images = {split: image_ids(rows) for split, rows in data.items()}
-    if shared := sum(count > 1 for count in Counter(chain.from_iterable(images.values())).values()):
-        notes.append(f"{shared} images are in several splits: evaluation on them is biased")
+    shared = sum(count > 1 for count in Counter(chain.from_iterable(images.values())).values())
     texts = {split: set(column_of(rows, task.text)) for split, rows in data.items()}
     return {
         "task": name,
@@ -70,7 +67,7 @@ def check(name: str, model_args: ModelArguments, data_args: DataArguments) -> di
             split: {"rows": len(rows), "images": len(images[split]), f"different {task.text}s": len(texts[split])}
             for split, rows in data.items()
         },
-        "notes": notes,
+        "notes": [f"{shared} images are in several splits: evaluation on them is biased"] if shared else [],
         "reasons": dict(Counter(fault.reason for fault in faults).most_common()),
         "faults": [asdict(fault) for fault in faults],
     }

@@ -118,22 +118,16 @@ def _second_document(file: AnnotationFile, items: str, key: str) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{file.path} needs {path}, which does not exist. Copy or link it there.")
     content = _document(path)
-    if content is None or key not in _first(content.get(items)):
+    if key not in _first(content, items):
         raise ValueError(f"{path} is not valid JSON, or has no {items} with {key}. Give the official file.")
     return content
 
 
 def read_annotations(file: AnnotationFile, task: str) -> NumberedRecords:
-    """
-    Yield the records of a file in any of the formats above, as `read_records` does.
-
-    Raises:
-        `FileNotFoundError`: The file or its second file does not exist.
-        `ValueError`: The file cannot be read, belongs to another task, or lacks the split.
-    """
+    """Yield the records of a file in any format. Raise a `ValueError` if it is for another task or lacks the split."""
     is_pickle = file.path.suffix.lower() in (".p", ".pkl", ".pickle")
     content = read_plain_pickle(file.path) if is_pickle else _document(file.path)
-    public = next((each for each in _FORMATS if each.matches(content)), None)
+    public = next((each for each in _FORMATS if each.keys <= _first(content, each.items).keys()), None)
     if public is None and is_pickle:
         raise ValueError(f"{file.path} is a pickle, and not of RefCOCO's refs: convert it to JSON lines.")
     if public is not None and public.task != task:
@@ -161,14 +155,10 @@ class _PublicFormat(NamedTuple):
     read: Callable[[Any, AnnotationFile], NumberedRecords]
     has_splits: bool
 
-    def matches(self, content: Any) -> bool:
-        if self.items is not None:
-            content = content.get(self.items) if isinstance(content, dict) else None
-        return self.keys <= _first(content).keys()
 
-
-def _first(items: Any) -> dict:
-    return items[0] if isinstance(items, list) and items and isinstance(items[0], dict) else {}
+def _first(content: Any, items: str | None) -> dict:
+    rows = content.get(items) if isinstance(content, dict) else content
+    return rows[0] if isinstance(rows, list) and rows and isinstance(rows[0], dict) else {}
 
 
 def _document(file: Path) -> dict | None:
@@ -225,19 +215,12 @@ class _PlainUnpickler(pickle._Unpickler):  # the one in C allocates a table of t
 
 
 def read_plain_pickle(file: Path) -> Any:
-    """
-    Read a pickle of lists, dictionaries, texts and numbers. No code in it is executed.
-
-    Raises:
-        `ValueError`: The file holds other objects or is not a pickle.
-    """
+    """Read a pickle of lists, dictionaries, texts and numbers. No code in it is executed."""
     try:
         return _PlainUnpickler(io.BytesIO(file.read_bytes()), encoding="utf-8").load()
     # A broken pickle can raise any type of error.
     except Exception as error:
-        raise ValueError(
-            f"{file} cannot be read: {error}. Only pickles of lists, dicts, texts and numbers are supported."
-        ) from error
+        raise ValueError(f"{file} cannot be read: {error}. Only pickles of plain data are supported.") from error
 
 
 def _read_refs(refs: list, file: AnnotationFile) -> NumberedRecords:

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import logging
 import os
 import reprlib
 from dataclasses import dataclass
@@ -28,8 +27,6 @@ from trips_examples.data.tasks import (
     text_of,
 )
 
-
-logger = logging.getLogger(__name__)
 
 ROWS_PER_PROCESS = 2000  # a data set of fewer rows is checked by one process
 _TEXT = Value("string")
@@ -204,19 +201,12 @@ def check_length(num_tokens: int, processor: TripsProcessor, column: str, num_sp
         raise BadRowError(f"more than {limit} tokens", f"{column} has {num_tokens + num_special}")
 
 
-def check_fit(dataset: Dataset, task: str, processor: TripsProcessor) -> tuple[dict[int, Fault], list[str]]:
-    """
-    Check that a model can take the texts of a split that it reads or generates.
-
-    Returns:
-        `tuple[dict[int, Fault], list[str]]`: Faults by row index, and a description of the texts with an unknown token
-        for each column that has some.
-    """
+def check_fit(dataset: Dataset, task: str, processor: TripsProcessor) -> dict[int, Fault]:
+    """Return the faults by row index of the texts of a split that a model reads or writes and cannot take."""
     tokenizer = processor.tokenizer
     faults: dict[int, Fault] = {}
-    unknown = []
     for column in TASKS[task].texts:
-        is_read = column == TASKS[task].text  # generated texts are not cleaned, and end with [SEP]
+        is_read = column == TASKS[task].text  # written texts are not cleaned, and end with [SEP]
         num_special = tokenizer.num_special_tokens_to_add() if is_read else 1
         rows = [[texts] if isinstance(texts, str) else texts for texts in column_of(dataset, column)]
         different = list(dict.fromkeys(text for texts in rows for text in texts))
@@ -229,25 +219,14 @@ def check_fit(dataset: Dataset, task: str, processor: TripsProcessor) -> tuple[d
                     check_length(lengths[text], processor, column, num_special)
             except BadRowError as error:
                 faults.setdefault(place, Fault(source, error.reason, error.detail))
-        if odd := [text for text, ids in zip(different, tokens) if tokenizer.unk_token_id in ids]:
-            examples = ", ".join(map(repr, odd[:3]))
-            unknown.append(f"{column}: {len(odd)} texts hold words that the tokenizer does not know, e.g. {examples}")
-    return faults, unknown
+    return faults
 
 
 def with_fitting_texts(data: DatasetDict, task: str, processor: TripsProcessor, skip: bool) -> DatasetDict:
-    """
-    Return the rows of all splits that pass [`check_fit`], and warn of unknown words. Other rows are skipped with a
-    warning that counts them, or are an error.
-
-    Raises:
-        `ValueError`: Some rows do not fit and `skip` is off. The message names the first few.
-    """
+    """Return the rows of all splits that pass [`check_fit`]. The others are skipped, or are an error, see `settle`."""
     fitting = {}
     for split, dataset in data.items():
-        faults, unknown = check_fit(dataset, task, processor)
+        faults = check_fit(dataset, task, processor)
         settle([faults[place] for place in sorted(faults)], split, len(dataset), skip)
         fitting[split] = dataset.select([place for place in range(len(dataset)) if place not in faults])
-        for line in unknown:
-            logger.warning(f"{split}: {line}.")
     return DatasetDict(fitting)

@@ -28,10 +28,8 @@ def path_or_bytes(image: Any) -> Any:
 
 def check_image(image: str | bytes, patch_size: int = 1, decode: bool = True) -> tuple[int, int]:
     """
-    Return the upright width and height of an image (path or encoded), after decoding it unless `decode` is off.
-
-    Raises:
-        `BadRowError`: The image is missing, cannot be read, or has a side below `patch_size` pixels.
+    Return the upright width and height of an image (path or encoded), after decoding it unless `decode` is off. Raise
+    a `BadRowError` if it is missing, cannot be read, or has a side below `patch_size` pixels.
     """
     with named_errors(image), PIL.Image.open(image if isinstance(image, str) else io.BytesIO(image)) as opened:
         size = usable_size(opened, patch_size)
@@ -108,12 +106,7 @@ def without_decoding(dataset: Dataset) -> Dataset:
 
 
 def read_image(row: dict, patch_size: int = 1) -> PIL.Image.Image:
-    """
-    Return the image of a row, RGB and upright.
-
-    Raises:
-        `ValueError`: The image cannot be used. The message names the row.
-    """
+    """Return the image of a row, RGB and upright. The message of a `ValueError` names the row."""
     if isinstance(row["image"], PIL.Image.Image):  # streams decode images, to skip broken ones
         return row["image"]
     try:

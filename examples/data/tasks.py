@@ -17,9 +17,6 @@ logger = logging.getLogger(__name__)
 SHOWN = 5  # faults that an error names
 
 
-# Faults
-
-
 def printable(text: str) -> str:
     """Return a text with lone surrogates, which cannot be encoded, escaped as `\\ud800`."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
@@ -51,10 +48,8 @@ class Fault:
 
 def settle(faults: list[Fault], name: str, total: int, skip: bool):
     """
-    Skip the faulty rows of a split of `total` rows, with a warning that counts them, or raise an error.
-
-    Raises:
-        `ValueError`: There are faults and `skip` is off. The message names the first few.
+    Skip the faulty rows of a split of `total` rows, with a warning that counts them, or raise a `ValueError` that
+    names the first few.
     """
     if not faults:
         return
@@ -63,10 +58,9 @@ def settle(faults: list[Fault], name: str, total: int, skip: bool):
         counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
         logger.warning(f"Skipped {len(faults)} of the {total} rows of {name} ({counts}).")
         return
-    lines = [f"{len(faults)} of the {total} rows of {name} cannot be used:", *(f"  {each}" for each in faults[:SHOWN])]
-    if len(faults) > SHOWN:
-        lines.append(f"  and {len(faults) - SHOWN} more")
-    raise ValueError("\n".join([*lines, "Correct them, or leave them out with --skip_bad_rows."]))
+    lines = [f"{len(faults)} of the {total} rows of {name} cannot be used:", *map(str, faults[:SHOWN])]
+    named = "\n  ".join([*lines, *([f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else [])])
+    raise ValueError(f"{named}\nCorrect them, or leave them out with --skip_bad_rows.")
 
 
 # Values of records

@@ -35,13 +35,9 @@ def train_wordpiece_tokenizer(texts: Iterable[str], vocab_size: int = 1000) -> P
     equal vocabulary. It adds `[CLS]` and `[SEP]` around a text as BERT's does.
 
     Args:
-        texts (`Iterable[str]`)
-        vocab_size (`int`, *optional*, defaults to 1000):
-            Largest size of the vocabulary. It always contains the special tokens `[PAD]` (id 0), `[UNK]`, `[CLS]`,
-            `[SEP]` and `[MASK]`, and each character of the texts.
-
-    Raises:
-        `ValueError`: The texts have no characters.
+        texts (`Iterable[str]`): Texts to train on. A `ValueError` is raised if they have no characters.
+        vocab_size (`int`, *optional*, defaults to 1000): Largest size of the vocabulary. It always contains the
+            special tokens `[PAD]` (id 0), `[UNK]`, `[CLS]`, `[SEP]` and `[MASK]`, and each character of the texts.
     """
     texts = list(texts)
     if not any(text.strip() for text in texts):

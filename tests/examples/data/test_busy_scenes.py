@@ -93,9 +93,7 @@ def test_statements_are_true_of_their_scenes_and_the_text_alone_does_not_tell():
         assert max(counts.values()) / counts.total() < 0.65
 
 
-@pytest.mark.parametrize(
-    ("task", "grid"), [(task, grid) for task in TASKS for grid in (1, 2, 4) if task != "nlvr2" or grid > 1]
-)
+@pytest.mark.parametrize(("task", "grid"), [("vqa", 1), ("captions", 2), ("nlvr2", 2), ("grounding", 4)])
 def test_rows_are_those_of_the_records(task, grid):
     image, image_id, per_scene = ("images", "image_ids", 2) if task == "nlvr2" else ("image", "image_id", 1)
     sizes = {"train": 6, "validation": 2, "test": 3}
@@ -110,7 +108,3 @@ def test_rows_are_those_of_the_records(task, grid):
         assert rows["source"][:] == [f"busy_scenes {split} row {number}" for number in numbers]
         assert len(np.unique(rows[image_id][:])) == per_scene * size
         assert rows[0][image] is not None and all(rows[TASKS[task].text])
-    if task == "captions":
-        words = set(" ".join(rows["caption"]).replace(",", " ").split())
-        assert words & set(COLORS) and words & set(SHAPES)
-        assert any(word.startswith(("top", "bottom")) for word in words) == (grid > 1)

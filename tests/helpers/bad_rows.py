@@ -66,7 +66,6 @@ _LINES = [
     BadRow("[" * 100_000, "broken JSON"),
     BadRow('{"image": "good.png", "image": "good.jpg"}', "broken JSON"),
     BadRow("3", "not a JSON object"),
-    BadRow('["image"]', "not a JSON object"),
 ]
 
 
@@ -112,28 +111,19 @@ _FILES = [
 def _bad_texts(task: str) -> list[BadRow]:
     text = TEXT[task]
     name = "a caption" if task == "captions" else text
-
-    def of(value: Any, reason: str, found: str = "reading") -> BadRow:
-        return BadRow({**GOOD[task], text: value}, reason, found)
-
-    return [
-        BadRow({name: value for name, value in GOOD[task].items() if name != text}, f"no {text}"),
-        of(None, f"no {text}"),
-        of(" \n", f"no {text}"),
-        of("\x00\x01", f"no {text}"),
-        of("\u200b", f"no {text}"),
-        of(float("nan"), f"no {text}"),
-        of(True, f"{name} is not text"),
-        of(float("inf"), f"{name} is not text"),
-        of({"0": "a"}, f"{name} is not text"),
-        of("half a \ud83d", f"{name} is not valid Unicode"),
-        of("\ufffd", f"{text} without tokens", "tokenizer"),
-        of("red " * 63, "more than 64 tokens", "tokenizer"),
+    kinds = [
+        (None, f"no {text}", "reading"),
+        (" \n", f"no {text}", "reading"),
+        ("\u200b", f"no {text}", "reading"),
+        (float("nan"), f"no {text}", "reading"),
+        (True, f"{name} is not text", "reading"),
+        ({"0": "a"}, f"{name} is not text", "reading"),
+        ("half a \ud83d", f"{name} is not valid Unicode", "reading"),
+        ("\ufffd", f"{text} without tokens", "tokenizer"),
+        ("red " * 63, "more than 64 tokens", "tokenizer"),
     ]
-
-
-def _id(task: str, value: Any, reason: str) -> BadRow:
-    return BadRow({**GOOD[task], "image_id": value}, reason)
+    missing = BadRow({name: value for name, value in GOOD[task].items() if name != text}, f"no {text}")
+    return [missing, *(BadRow({**GOOD[task], text: value}, *expected) for value, *expected in kinds)]
 
 
 _QUESTION, _CAPTION, _STATEMENT, _EXPRESSION = (GOOD[task] for task in ("vqa", "captions", "nlvr2", "grounding"))
@@ -143,42 +133,33 @@ _OF_TASK = {
         BadRow({**_QUESTION, "answer": [" ", ""]}, "no answer"),
         BadRow({**_QUESTION, "answer": True}, "an answer is not text"),
         BadRow({**_QUESTION, "answers": [["red"]]}, "an answer is not text"),
-        BadRow({**_QUESTION, "answers": 5}, "answers is not a list"),
         BadRow({**_QUESTION, "answers": "['red']"}, "answers is not a JSON list"),
         BadRow({**_QUESTION, "answers": ["red", "\ufffd"]}, "answers without tokens", "tokenizer"),
         BadRow({**_QUESTION, "answers": ["red", "red " * 64]}, "more than 64 tokens", "tokenizer"),
         BadRow({**_QUESTION, "question_id": {"a": 1}}, "question_id is not text"),
-        _id("vqa", ["a"], "image_id is not text"),
+        BadRow({**_QUESTION, "image_id": ["a"]}, "image_id is not text"),
     ],
     "captions": [
         BadRow({**_CAPTION, "captions": ["two dogs", " "]}, "an empty caption"),
-        BadRow({**_CAPTION, "captions": ["two dogs", 5, None]}, "an empty caption"),
         BadRow({**_CAPTION, "captions": "[two dogs"}, "captions is not a JSON list"),
         BadRow({**_CAPTION, "captions": {"raw": "two"}}, "captions is not a list"),
-        _id("captions", {"a": 1}, "image_id is not text"),
     ],
     "nlvr2": [
         BadRow({**_STATEMENT, "images": ["good.png"]}, "not two images"),
-        BadRow({**_STATEMENT, "images": "good.png"}, "not two images"),
         BadRow({**_STATEMENT, "images": 5}, "images is not a list"),
         BadRow({"left_image": "good.png", "statement": "red", "label": 1}, "no image"),
         BadRow({**_STATEMENT, "image_ids": ["x"]}, "not 2 image_ids"),
         BadRow({**_STATEMENT, "image_ids": ["x", "x"]}, "image_id of two images"),
         BadRow({**_STATEMENT, "label": None}, "no label"),
-        BadRow({**_STATEMENT, "label": float("nan")}, "no label"),
         BadRow({**_STATEMENT, "label": 2}, "label is not 1, 0, true or false"),
-        BadRow({**_STATEMENT, "label": 0.5}, "label is not 1, 0, true or false"),
         BadRow({**_STATEMENT, "label": [1]}, "label is not text"),
     ],
     "grounding": [
         BadRow({**_EXPRESSION, "box": None}, "no box"),
-        BadRow({**_EXPRESSION, "box": []}, "no box"),
         BadRow({**_EXPRESSION, "box": 5}, "box is not four numbers"),
         BadRow({**_EXPRESSION, "box": [0, 0, 1]}, "box is not four numbers"),
         BadRow({**_EXPRESSION, "box": [True, 0, 9, 9]}, "box is not four numbers"),
-        BadRow({**_EXPRESSION, "box": [0, 0, 1, [1]]}, "box is not four numbers"),
         BadRow({**_EXPRESSION, "box": [0, 0, "nan", 1]}, "box is not four numbers"),
-        BadRow({**_EXPRESSION, "box": [0, 0, 10**400, 1]}, "box is not four numbers"),
         BadRow({**_EXPRESSION, "box": [2, 0, 2, 1]}, "box without area"),
         BadRow({**_EXPRESSION, "box": [0, 0, 1e-9, 1]}, "box without area"),
         BadRow({**_EXPRESSION, "box": [0, 0, 42, 30]}, "box outside the image"),

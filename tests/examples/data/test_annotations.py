@@ -48,22 +48,17 @@ def names_of(rows):
 def vqa(folder, subtype="train2014"):
     questions = [
         {"image_id": 9, "question": "What is it?", "question_id": 9000},
-        {"image_id": 9, "question": "How many?", "question_id": 9001},
         {"image_id": 581857, "question": "Is it red?", "question_id": 581857002},
     ]
     file = write(
         folder / f"v2_OpenEnded_mscoco_{subtype}_questions.json",
         {"info": {}, "task_type": "Open-Ended", "data_subtype": subtype, "questions": questions},
     )
-    answers = {9000: ["broccoli", "broccoli", "food"], 581857002: ["yes"], 9001: ["2", "two", "2"]}
+    answers = [{"answer": a, "answer_confidence": "yes", "answer_id": i} for i, a in enumerate(("2", "two", "2"), 1)]
+    about = {"question_type": "what", "answer_type": "other"}
     annotations = [
-        {
-            "question_type": "what",
-            "answers": [{"answer": a, "answer_confidence": "yes", "answer_id": i} for i, a in enumerate(given, 1)],
-            "answer_type": "other",
-            "question_id": question_id,
-        }
-        for question_id, given in answers.items()
+        {**about, "answers": answers[:1], "question_id": 581857002},
+        {**about, "answers": answers, "question_id": 9000},
     ]
     return file, write(folder / f"v2_mscoco_{subtype}_annotations.json", {"annotations": annotations})
 
@@ -72,27 +67,27 @@ def test_vqa_finds_its_annotations_and_images(coco):
     file, _ = vqa(coco)
     for root in ("images", "images/train2014"):  # with the split's folder, or all images in one
         rows = load("vqa", train_file=file, image_root=coco / root)["train"]
-        numbers = ("000000000009",) * 2 + ("000000581857",)
+        numbers = ("000000000009", "000000581857")
         assert names_of(rows) == [f"train2014/COCO_train2014_{number}.jpg" for number in numbers]
-    assert rows["image_id"][:] == ["9", "9", "581857"]
-    assert rows["question_id"][:] == ["9000", "9001", "581857002"]
-    assert rows["question"][:] == ["What is it?", "How many?", "Is it red?"]
-    assert rows["answers"][:] == [["broccoli", "broccoli", "food"], ["2", "two", "2"], ["yes"]]
-    assert rows["kind"][:] == ["what"] * 3 and rows["answer_type"][:] == ["other"] * 3
-    assert rows["source"][2] == "v2_OpenEnded_mscoco_train2014_questions.json row 3"
+    assert rows["image_id"][:] == ["9", "581857"]
+    assert rows["question_id"][:] == ["9000", "581857002"]
+    assert rows["question"][:] == ["What is it?", "Is it red?"]
+    assert rows["answers"][:] == [["2", "two", "2"], ["2"]]
+    assert rows["kind"][:] == ["what"] * 2 and rows["answer_type"][:] == ["other"] * 2
+    assert rows["source"][1] == "v2_OpenEnded_mscoco_train2014_questions.json row 2"
 
 
 def test_faults_of_vqa_files(coco):
     file, annotations = vqa(coco)
     given = {"train_file": file, "image_root": coco / "images"}
     questions = json.loads(file.read_text())
-    unanswered = {"image_id": 9, "question": "Why?", "question_id": 1}
-    write(file, {**questions, "questions": [*questions["questions"], unanswered]})
-    with pytest.raises(ValueError, match="row 4: no answer"):
-        load("vqa", **given)
-    write(file, {**questions, "questions": [*questions["questions"], {"image_id": 9}]})
-    with pytest.raises(ValueError, match="row 3.*'question_id'"):
-        load("vqa", **given)
+    for question, fault in (
+        ({"image_id": 9, "question": "Why?", "question_id": 1}, "row 3: no answer"),
+        ({"image_id": 9}, "row 2.*'question_id'"),
+    ):
+        write(file, {**questions, "questions": [*questions["questions"], question]})
+        with pytest.raises(ValueError, match=fault):
+            load("vqa", **given)
     with pytest.raises(ValueError, match="'vqa'.*'captions'"):
         load("captions", **given)
     with pytest.raises(ValueError, match="--train_split"):
@@ -178,7 +173,7 @@ def test_karpathy_of_flickr30k(coco):
 # NLVR2
 
 
-@pytest.mark.parametrize("folder", ["train/55", "55", "train", ""])
+@pytest.mark.parametrize("folder", ["train/55", ""])
 def test_nlvr2(tmp_path, folder):
     (tmp_path / folder).mkdir(parents=True, exist_ok=True)
     for side, width in ((0, 6), (1, 9)):
@@ -200,7 +195,7 @@ def test_nlvr2(tmp_path, folder):
 # RefCOCO
 
 
-def refcoco(folder, protocol):
+def refcoco(folder):
     boxes = {1: [1.5, 2.0, 10.0, 20.5], 2: [0.0, 0.0, 40.0, 30.0]}
     images = [{"id": 581857, "file_name": "COCO_train2014_000000581857.jpg", "width": 40, "height": 30}]
     annotations = [{"id": i, "image_id": 581857, "category_id": 1, "bbox": box} for i, box in boxes.items()]
@@ -216,13 +211,12 @@ def refcoco(folder, protocol):
         }
         for ref_id, ann_id, split in ((12, 2, "testA"), (11, 1, "train"), (13, 1, "val"))
     ]
-    (folder / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol))
+    (folder / "refs(unc).p").write_bytes(pickle.dumps(refs, 0))
     return folder / "refs(unc).p"
 
 
-@pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_refcoco(coco, protocol):
-    file = refcoco(coco, protocol)
+def test_refcoco(coco):
+    file = refcoco(coco)
     given = {"validation_file": file, "image_root": coco / "images"}
     loaded = load("grounding", train_file=file, **given, validation_split="testA")
     train, (test,) = loaded["train"], loaded["validation"]
@@ -236,7 +230,7 @@ def test_refcoco(coco, protocol):
 
 
 def test_refcoco_needs_its_boxes(coco):
-    given = {"train_file": refcoco(coco, 2), "image_root": coco / "images"}
+    given = {"train_file": refcoco(coco), "image_root": coco / "images"}
     instances = write(coco / "instances.json", {"images": [], "annotations": [{"id": 1, "bbox": [0, 0, 1, 1]}]})
     with pytest.raises(ValueError, match="RefCOCO.*581857"):  # the changed file is read
         load("grounding", **given)
@@ -282,7 +276,7 @@ class Hostile:
         return os.mkdir, (str(self.folder),)
 
 
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("protocol", [0, 2, 5])
 def test_hostile_pickle_runs_nothing(tmp_path, protocol):
     file = tmp_path / "refs(unc).p"
     content = pickle.dumps([{"ref_id": 1, "sentences": Hostile(tmp_path / "made")}], protocol)
@@ -295,19 +289,11 @@ def test_hostile_pickle_runs_nothing(tmp_path, protocol):
 
 
 def test_pickle_of_plain_data_is_read(tmp_path):
-    value = [{"a": [1, 2.5, "é", None, True]}, ("b",), 2**70, b"c"]
-    for protocol in (3, 4, 5):
-        (tmp_path / "file.p").write_bytes(pickle.dumps(value, protocol))
-        assert read_plain_pickle(tmp_path / "file.p") == value
     (tmp_path / "file.p").write_bytes(b"(lp0\nS'caf\\xc3\\xa9'\np1\na.")  # as written by Python 2
     assert read_plain_pickle(tmp_path / "file.p") == ["café"]
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b"]r\xff\xff\xff\x0f.", b"]p4000000000\n.", b"\x80\x05B\xff\xff\xff\x0fabc.", b"\x80\x05\x95\xff\xff\xff\x0f]."],
-    ids=["LONG_BINPUT", "PUT", "BINBYTES", "FRAME"],
-)
+@pytest.mark.parametrize("content", [b"]r\xff\xff\xff\x0f.", b"\x80\x05B\xff\xff\xff\x0fabc."])
 def test_a_small_pickle_takes_little_memory(tmp_path, content):
     """The pickles claim a large memo index or length."""
     file = tmp_path / "file.p"

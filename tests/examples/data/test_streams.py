@@ -71,7 +71,6 @@ def take(stream: PairStream, count: int) -> list[dict]:
     return list(islice(iter(stream), count))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Order
 
 
@@ -80,17 +79,17 @@ def test_a_pass_has_every_pair_once_and_the_next_pass_another_order(tars):
     first, second = captions(rows[:26]), captions(rows[26:])
     assert set(first) == set(second) == ALL
     assert first != second and first != sorted(first)
+    orders = [
+        captions(take(PairStream(find_shards([tars]), 0, 10), 26)),
+        captions(take(PairStream(find_shards([tars]), 1, 10), 26)),
+    ]
+    assert orders[0] == first != orders[1]
     assert all(row["image"].mode == "RGB" and row["image"].getpixel((0, 0)) == (255, 0, 0) for row in rows)
     # Blocks of ten mix pairs of several shards.
     assert len({caption[0] for caption in first[:10]}) > 1
 
 
-def test_the_order_depends_on_the_seed_alone(tars):
-    orders = [captions(take(PairStream(find_shards([tars]), seed=seed), 26)) for seed in (1, 1, 2)]
-    assert orders[0] == orders[1] != orders[2]
-
-
-@pytest.mark.parametrize("num_processes", [2, 3, 4, 7])
+@pytest.mark.parametrize("num_processes", [3, 7])
 def test_processes_share_the_pairs(tars, num_processes):
     """Processes share shards, or with more processes than shards, records."""
     passes = []
@@ -103,7 +102,6 @@ def test_processes_share_the_pairs(tars, num_processes):
     assert all(passes) and Counter(sum(passes, [])) == Counter(ALL)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Resuming
 
 
@@ -141,7 +139,6 @@ def test_a_loader_resumes_and_workers_may_outnumber_shards(tars, num_workers):
     assert list(islice(resumed, 6)) == rest
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # What a pair is
 
 
@@ -165,8 +162,7 @@ def test_images_of_any_kind_and_captions_in_text_or_json(tmp_path):
 
 def test_each_pass_takes_one_of_several_captions(tmp_path):
     (tmp_path / "red.png").write_bytes(encoded())
-    rows = [{"image": "red.png", "caption": ["one", "two", "three"]}]
-    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    (tmp_path / "pairs.json").write_text(json.dumps([{"image": "red.png", "caption": ["one", "two", "three"]}]))
     drawn, again = (captions(take(PairStream(find_shards([str(tmp_path / "*.json")])), 20)) for _ in range(2))
     assert set(drawn) == {"one", "two", "three"} and drawn == again
 
@@ -193,14 +189,12 @@ def test_patterns_name_shards_and_missing_ones_are_named(tars, tmp_path):
     assert [Path(shard.name).name for shard in find_shards([tars])] == [f"pairs-00{shard}.tar" for shard in range(4)]
     assert find_shards([f"{folder}/*.tar"]) == find_shards([tars])
     assert find_shards(["https://host/{0..1}.tar"])[1].name == "https://host/1.tar"
-    assert find_shards([f"{folder}/pairs-000.tar"], image_root="x") == find_shards([f"{folder}/pairs-000.tar"])
     with pytest.raises(FileNotFoundError, match="pairs-004.tar .*--train_shards"):
         find_shards([str(folder / "pairs-{000..005}.tar")])
     (tmp_path / "rows.csv").write_text("image,caption\n")
     assert find_shards([str(tmp_path / "*.csv")]) == [FileShard(str(tmp_path / "rows.csv"), str(tmp_path))]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Bad pairs
 
 
@@ -230,10 +224,8 @@ def test_bad_pairs_are_skipped_counted_and_named(tmp_path):
     assert log.name == "bad_pairs-00000.jsonl"
     errors = {Path(pair["source"]).name: pair["error"] for pair in map(json.loads, log.read_text().splitlines())}
     assert errors.keys() == {"torn", "blank", "alone", "imageless", "broken", "latin", "listed", "number", "double"}
-    assert "unreadable image" in errors["torn"] and errors["blank"] == "no caption (it has caption, image)"
-    assert errors["alone"] == "no caption (it has image)" and errors["imageless"] == "no image (it has caption)"
-    assert "broken .json" in errors["broken"] and "utf-8" in errors["latin"]
-    assert "not a JSON object" in errors["listed"] and errors["number"] == "a caption is not text ({'en': 'a'})"
+    assert "unreadable image" in errors["torn"] and errors["blank"].startswith("no caption")
+    assert errors["imageless"].startswith("no image") and "utf-8" in errors["latin"]
 
 
 def test_the_first_bad_pair_stops_a_stream_that_was_not_asked_to_skip(tmp_path):
@@ -266,7 +258,6 @@ def damaged_tars(folder: Path) -> dict[str, bytes]:
         "cut between pairs": good[: 4 * pair],
         "cut in a header": good[: 4 * pair + 100],
         "cut in an image": good[: 4 * pair + 600],
-        "cut between image and text": good[: 5 * pair - 1024],
         "cut after the last pair": end,
         "two files joined": good + good,
         "a zero block between pairs": good[: 4 * pair] + bytes(512) + good[4 * pair :],

@@ -2,7 +2,6 @@
 
 import json
 
-import datasets
 import numpy as np
 import PIL.Image
 import pytest
@@ -79,17 +78,6 @@ def test_faults_are_shown_up_to_a_limit(folder, capsys):
     assert [source for source, _ in faults_of(report)] == [f"t.jsonl row {i}" for i in range(1, 31)] + ["train"]
     printed = capsys.readouterr().out
     assert printed.count(f"missing image ({folder}/none.png)") == 20 and "and 11 more" in printed
-
-
-def test_images_of_equal_bytes_are_one_image(folder):
-    """Embedded images have no path. Rows of one image are grouped, and counted in both splits."""
-    images = [{"bytes": (folder / name).read_bytes(), "path": None} for name in ("a.png", "c.jpg", "a.png")]
-    columns = {"question": ["a", "b", "c"], "answer": ["x", "y", "z"]}
-    data = datasets.Dataset.from_dict({"image": images, **columns}).cast_column("image", datasets.Image())
-    datasets.DatasetDict(train=data, validation=data.select([0])).save_to_disk(folder / "saved")
-    code, report = run(folder, "--task", "vqa", "--dataset_name", str(folder / "saved"))
-    assert code == 0 and [note.startswith("1 images") for note in report["notes"]] == [True]
-    assert [split["images"] for split in report["splits"].values()] == [2, 1]
 
 
 def test_a_file_that_cannot_be_read_does_not_hide_the_other(folder):

@@ -7,7 +7,6 @@ import pickle
 import re
 from resource import RUSAGE_SELF, getrusage
 
-import numpy as np
 import PIL.Image
 import pytest
 from loading import load
@@ -19,15 +18,11 @@ from trips_examples.data.source import AnnotationFile
 @pytest.fixture
 def coco(tmp_path):
     """Write images of 40 x 30 pixels with COCO's names and folders."""
-    names = {
-        "train2014": ["COCO_train2014_000000000009.jpg", "COCO_train2014_000000581857.jpg"],
-        "val2014": ["COCO_val2014_000000391895.jpg", "COCO_val2014_000000060623.jpg"],
-        "train2017": ["000000000139.jpg"],
-    }
-    for folder, files in names.items():
-        (tmp_path / "images" / folder).mkdir(parents=True)
-        for number, file in enumerate(files):
-            PIL.Image.new("RGB", (40, 30), (50 * number, 0, 0)).save(tmp_path / "images" / folder / file)
+    names = ["train2014/COCO_train2014_000000000009.jpg", "train2014/COCO_train2014_000000581857.jpg"]
+    names += ["val2014/COCO_val2014_000000391895.jpg", "val2014/COCO_val2014_000000060623.jpg"]
+    for name in [*names, "train2017/000000000139.jpg"]:
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.new("RGB", (40, 30)).save(tmp_path / "images" / name)
     return tmp_path
 
 
@@ -88,7 +83,7 @@ def test_faults_of_vqa_files(coco):
         write(file, {**questions, "questions": [*questions["questions"], question]})
         with pytest.raises(ValueError, match=fault):
             load("vqa", **given)
-    with pytest.raises(ValueError, match="'vqa'.*'captions'"):
+    with pytest.raises(ValueError, match="captions"):
         load("captions", **given)
     with pytest.raises(ValueError, match="--train_split"):
         load("vqa", **given, train_split="val")
@@ -237,30 +232,6 @@ def test_refcoco_needs_its_boxes(coco):
     instances.unlink()
     with pytest.raises(FileNotFoundError, match="instances.json"):
         load("grounding", **given)
-
-
-# ALBEF's lists
-
-
-@pytest.mark.parametrize(
-    ("task", "record", "expected"),
-    [
-        ("captions", {"caption": ["One.", "Two."]}, {"caption": ["One.", "Two."]}),
-        (
-            "vqa",
-            {"question": "What?", "question_id": 5, "answer": ["red", "red", "blue"], "dataset": "vqa"},
-            {"question_id": ["5"], "answers": [["red", "red", "blue"]]},
-        ),
-        ("nlvr2", {"sentence": "Both.", "label": "True"}, {"statement": ["Both."], "label": [1]}),
-    ],
-)
-def test_albef_lists(coco, task, record, expected):
-    images = [f"train2014/COCO_train2014_{number}.jpg" for number in ("000000000009", "000000581857")]
-    record = {"images": images, **record} if task == "nlvr2" else {"image": images[1], **record}
-    rows = load(task, train_file=write(coco / "albef.json", [record]), image_root=coco / "images")["train"]
-    assert {name: rows[name][:] for name in expected} == expected
-    found = rows[0]["images"] if task == "nlvr2" else [rows[0]["image"]]
-    assert [np.asarray(image)[0, 0, 0] // 10 for image in found] == [0, 5][-len(found) :]
 
 
 # Pickles

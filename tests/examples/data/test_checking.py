@@ -6,7 +6,6 @@ from itertools import islice
 
 import pytest
 from bad_rows import GOOD, PATCH_SIZE, BadRow, bad_rows, tokenizer, write_images
-from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -121,23 +120,6 @@ def test_a_stream_names_them_all_in_the_same_words(folder, processor):
     lines = (folder / "bad_pairs-00000.jsonl").read_text().splitlines()
     named = {pair["source"]: pair["error"].partition(" (")[0] for pair in map(json.loads, lines)}
     assert named == expected(rows, "reading", "tokenizer")
-
-
-@each_task
-def test_images_in_a_table_are_checked_as_files_are(task, folder):
-    column = "images" if task == "nlvr2" else "image"
-    rows = [row for row in bad_rows(task) if row.file is not None]
-
-    def with_encoded_images(record):
-        names = record[column] if isinstance(record[column], list) else [record[column]]
-        images = [{"bytes": (folder / name).read_bytes(), "path": None} for name in names]
-        return {**record, column: images if task == "nlvr2" else images[0]}
-
-    table = Dataset.from_list([with_encoded_images(record) for record in [GOOD[task], *(row.record for row in rows)]])
-    table.to_parquet(folder / "rows.parquet")
-    faults, source = [], DataSource(train_file=str(folder / "rows.parquet"))
-    load_task_dataset(task, source, patch_size=PATCH_SIZE, faults=faults)
-    assert {fault.source.replace("parquet", "jsonl"): fault.reason for fault in faults} == expected(rows, "reading")
 
 
 # Random rows

@@ -20,9 +20,9 @@ def processor():
     return make_processor(train_wordpiece_tokenizer([*QUESTIONS, *ANSWERS]), TripsConfig.from_preset("tiny"))
 
 
-def encoded(color: str, size: tuple[int, int] = (64, 64)) -> dict:
+def encoded(color: str) -> dict:
     buffer = io.BytesIO()
-    PIL.Image.new("RGB", size, color).save(buffer, "PNG")
+    PIL.Image.new("RGB", (64, 64), color).save(buffer, "PNG")
     return {"bytes": buffer.getvalue(), "path": None}
 
 
@@ -74,14 +74,8 @@ def test_evaluation_label_is_the_most_common_answer(processor):
 def test_errors_name_the_row(processor):
     bad = row("a", 0, ["red"])
     bad["image"]["bytes"] = bad["image"]["bytes"][:60]
-    thin = row("a", 0, ["red"])
-    thin["image"]["bytes"] = encoded("red", (64, 7))["bytes"]
-    for image, fault in (
-        (bad, "unreadable image"),
-        (thin, r"image smaller than a patch .*64 x 7, a patch is 8 x 8\)"),
-    ):
-        with pytest.raises(ValueError, match=f"^toy row a-0: {fault}"):
-            VqaCollator(processor)([row("b", 1, ["no"]), image])
+    with pytest.raises(ValueError, match="^toy row a-0: unreadable image"):
+        VqaCollator(processor)([row("b", 1, ["no"]), bad])
     long = {**row("a", 0, ["red"]), "question": "red " * 100}
     with pytest.raises(ValueError, match=r"text\[1\].*toy row b-1, toy row a-0"):
         VqaCollator(processor)([row("b", 1, ["no"]), long])

@@ -85,17 +85,16 @@ def test_untrusted_images_have_limits(tmp_path):
     assert decode_image(str(tmp_path / "a.tiff")).size == (64, 40)
     (tmp_path / "large.png").touch()
     os.truncate(tmp_path / "large.png", 1 << 40)  # without blocks on the disk
-    gif = encoded("GIF", comment=b" " * 100_000)
-    for image in (str(tmp_path / "a.tiff"), str(tmp_path / "large.png"), gif, bomb(9000, 9000), b""):
+    for image, patch_size, reason in (
+        (str(tmp_path / "a.tiff"), 1, "unreadable image"),
+        (str(tmp_path / "large.png"), 1, "unreadable image"),
+        (bomb(9000, 9000), 1, "unreadable image"),
+        (str(tmp_path / "none.png"), 1, "missing image"),
+        (encoded("PNG"), 41, "image smaller than a patch"),
+    ):
         with pytest.raises(BadRowError) as raised:
-            decode_untrusted_image(image)
-        assert raised.value.reason == "unreadable image"
-    with pytest.raises(BadRowError) as raised:
-        decode_untrusted_image(str(tmp_path / "none.png"))
-    assert (raised.value.reason, raised.value.detail) == ("missing image", str(tmp_path / "none.png"))
-    with pytest.raises(BadRowError) as raised:
-        decode_untrusted_image(encoded("PNG"), patch_size=41)
-    assert raised.value.reason == "image smaller than a patch"
+            decode_untrusted_image(image, patch_size)
+        assert raised.value.reason == reason
 
 
 def test_images_of_captions_come_once():

@@ -51,15 +51,6 @@ def tars(tmp_path_factory) -> str:
     return f"{folder}/pairs-{{000..003}}.tar"
 
 
-@pytest.fixture(scope="module")
-def rows_file(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("rows")
-    (folder / "red.png").write_bytes(encoded())
-    lines = [json.dumps({"image": "red.png", "caption": f"0-{number}"}) for number in range(26)]
-    (folder / "pairs.jsonl").write_text("\n".join(lines))
-    return str(folder / "pairs.jsonl")
-
-
 ALL = {f"{shard}-{number}" for shard in range(4) for number in range(5 + shard)}
 
 
@@ -105,12 +96,10 @@ def test_processes_share_the_pairs(tars, num_processes):
 # Resuming
 
 
-@pytest.mark.parametrize("source", ["tars", "rows_file"])
 @pytest.mark.parametrize(("index", "num_processes"), [(0, 1), (1, 2), (4, 6)])
-def test_a_stream_continues_after_any_pair(source, index, num_processes, request):
+def test_a_stream_continues_after_any_pair(tars, index, num_processes):
     def make_stream():
-        shards = find_shards([request.getfixturevalue(source)])
-        return PairStream(shards, seed=3, buffer_size=4, process_index=index, num_processes=num_processes)
+        return PairStream(find_shards([tars]), seed=3, buffer_size=4, process_index=index, num_processes=num_processes)
 
     stream = make_stream()
     rows, states = [], []
@@ -143,15 +132,13 @@ def test_a_loader_resumes_and_workers_may_outnumber_shards(tars, num_workers):
 
 
 def test_images_of_any_kind_and_captions_in_text_or_json(tmp_path):
-    path = write_tar(
-        tmp_path / "mixed.tar",
-        [
-            {"jpg": encoded("blue", "JPEG"), "txt": " a blue square \n", "json": {"caption": "not this one"}},
-            {"webp": encoded("blue", "WEBP"), "json": {"caption": "from json", "url": "http://a/1.webp"}},
-            {"png": encoded("blue"), "json": {"text": "the same image", "url": "http://a/1.webp", "width": None}},
-            {"JPEG": encoded("blue", "JPEG"), "txt": "upper case", "cls": "7"},
-        ],
-    )
+    samples = [
+        {"jpg": encoded("blue", "JPEG"), "txt": " a blue square \n", "json": {"caption": "not this one"}},
+        {"webp": encoded("blue", "WEBP"), "json": {"caption": "from json", "url": "http://a/1.webp"}},
+        {"png": encoded("blue"), "json": {"text": "the same image", "url": "http://a/1.webp", "width": None}},
+        {"JPEG": encoded("blue", "JPEG"), "txt": "upper case", "cls": "7"},
+    ]
+    path = write_tar(tmp_path / "mixed.tar", samples)
     rows = {row["caption"]: row for row in take(PairStream(find_shards([str(path)])), 4)}
     assert rows.keys() == {"a blue square", "from json", "the same image", "upper case"}
     assert all(row["image"].getpixel((4, 4))[2] > 200 for row in rows.values())
@@ -245,8 +232,7 @@ def test_a_broken_shard_is_named_and_the_next_one_is_read(tars, tmp_path):
     assert {f"0-{number}" for number in range(5)} | {"3-0"} <= set(captions(rows))
     named = [json.loads(line) for line in (tmp_path / "bad_pairs-00000.jsonl").read_text().splitlines()]
     errors = {Path(pair["source"]).name: pair["error"] for pair in named}
-    assert "not a valid .json" in errors["broken.json"] and "broken tar file" in errors["torn.tar"]
-    assert ".parquet" in errors["broken.parquet"]
+    assert {"broken.json", "broken.parquet", "torn.tar"} <= errors.keys()
 
 
 def damaged_tars(folder: Path) -> dict[str, bytes]:
@@ -284,10 +270,9 @@ def test_damaged_tar_files_are_named(tmp_path):
 def test_too_many_bad_pairs_stop_the_stream(tmp_path):
     path = bad_tar(tmp_path, num_good=30)
     stream = PairStream(find_shards([str(path)]), max_bad_share=0.05, log_folder=tmp_path)
+    assert len(take(stream, 30)) == 30  # the share is not checked at the first pairs
     with pytest.raises(ValueError, match="--max_bad_share.*bad_pairs-00000.jsonl"):
-        take(stream, 31)
-    # The share is not checked at the first pairs.
-    assert len(take(PairStream(find_shards([str(path)]), max_bad_share=0.05), 30)) == 30
+        take(PairStream(find_shards([str(path)]), max_bad_share=0.05, log_folder=tmp_path), 31)
 
 
 def test_a_stream_without_a_good_pair_ends_with_an_error(tmp_path):
@@ -295,6 +280,3 @@ def test_a_stream_without_a_good_pair_ends_with_an_error(tmp_path):
     stream = PairStream(find_shards([str(tmp_path / "pairs.jsonl")]), max_bad_share=1.0, log_folder=tmp_path)
     with pytest.raises(ValueError, match="bad_pairs-00000.jsonl.*pairs.jsonl row"):
         take(stream, 1)
-    lines = (tmp_path / "bad_pairs-00000.jsonl").read_text()
-    assert "pairs.jsonl row 1" in lines and "missing.png" in lines
-    assert "pairs.jsonl row 2" in lines and "broken JSON" in lines

@@ -1,7 +1,6 @@
 """Busy scenes: marked shapes on a textured background with clutter in the same colors, and texts about one shape each.
 
-A scene is drawn from its seed in about three milliseconds, so a training set needs no disk. The splits use different
-seeds. Shapes do not follow the grid of the patches, and clutter has the colors of the shapes.
+Shapes do not follow the grid of the patches. The splits use different seeds.
 """
 
 import io
@@ -39,7 +38,6 @@ POLYGONS = {
     "cross": list(zip(_CROSS, _CROSS[-3:] + _CROSS[:-3])),
     "star": [(math.cos(angle) * length, math.sin(angle) * length) for angle, length in _RAYS],
 }
-PLACES = ("topleft", "topright", "bottomleft", "bottomright")
 KINDS = ("color", "shape", "place", "presence")
 
 CELL_SIZE = 24  # pixels; a cell holds at most one shape
@@ -98,13 +96,6 @@ def draw_scene(split: str, number: int, seed: int = 0, grid: int = 4) -> Scene:
     return Scene(image, items, questions)
 
 
-def _encoded(image: PIL.Image.Image) -> dict:
-    """Return an image as PNG in the form that `datasets.Image` takes."""
-    png = io.BytesIO()
-    image.save(png, "PNG", compress_level=1)
-    return {"bytes": png.getvalue(), "path": None}
-
-
 def busy_records(task: str, split: str, num_scenes: int, grid: int = 4, seed: int = 0) -> Iterator[dict]:
     """
     Draw scenes with their texts, as records in the columns that `load_task_dataset` reads.
@@ -137,6 +128,13 @@ def busy_records(task: str, split: str, num_scenes: int, grid: int = 4, seed: in
             yield from ({**shared, **question} for question in scene.questions)
         else:
             yield from ({**shared, **expression} for expression in _expressions(scene, rng))
+
+
+def _encoded(image: PIL.Image.Image) -> dict:
+    """Return an image as PNG in the form that `datasets.Image` takes."""
+    png = io.BytesIO()
+    image.save(png, "PNG", compress_level=1)
+    return {"bytes": png.getvalue(), "path": None}
 
 
 def _statement_records(split: str, num_pairs: int, grid: int, seed: int) -> Iterator[dict]:

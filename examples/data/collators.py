@@ -20,13 +20,8 @@ from trips_examples.data.images import first_rows, read_image
 
 class ImageGroupedSampler(Sampler[int]):
     """
-    Sampler of rows in random order, with up to `group_size` rows of one image next to each other, so that they share
-    its cached image states.
-
-    Args:
-        image_ids (`Sequence[Hashable]`): image or images of each row.
-        group_size (`int`): number of rows of an image that stay together.
-        seed (`int`): seed of the order, together with the epoch. All processes have the same order.
+    Sampler of rows in random order, with up to `group_size` rows of one image (or pair of images) next to each other,
+    so that they share its cached image states. `seed` and epoch decide the order, which is that of all processes.
     """
 
     def __init__(self, image_ids: Sequence[Hashable], group_size: int, seed: int = 0):

@@ -127,7 +127,6 @@ class PairStream(TorchIterableDataset):
         return records.map(shuffled, batched=True, batch_size=self.buffer_size, fn_kwargs=seed)
 
     def _row(self, record: dict | Fault) -> dict | Fault:
-        """Return a record as a row with its decoded image, or its fault."""
         if isinstance(record, Fault):
             return record
         columns = dict(record)

@@ -162,13 +162,11 @@ LABELS = {"true": 1, "false": 0, "1": 1, "0": 0, "1.0": 1, "0.0": 0}
 
 def _statement(record: dict) -> list[dict]:
     column = "sentence" if "statement" not in record and "sentence" in record else "statement"  # as NLVR2 names it
-    statement, label = filled_text(record, column), record.get("label")
-    label = (str(label) if isinstance(label, bool) else text_of(label, "label")).lower()
-    if not label:
-        raise missing("label", record)
+    label = record.get("label")
+    label = filled_text({**record, "label": str(label) if isinstance(label, bool) else label}, "label").lower()
     if label not in LABELS:
         raise BadRowError("label is not 1, 0, true or false", reprlib.repr(record["label"]))
-    return [{"statement": statement, "label": LABELS[label]}]
+    return [{"statement": filled_text(record, column), "label": LABELS[label]}]
 
 
 def _expression(record: dict) -> list[dict]:
@@ -192,7 +190,7 @@ class Task:
         needs (`str`): Required columns of a record, in words.
         read_texts (`Callable[[dict], list[dict]]`): Converts a record to rows, usually one, without the images, their
             ids, `question_id` and `source`.
-        written (`str`, *optional*): Column of texts that the model generates.
+        written (`str`, *optional*): Column of texts that the model generates. `texts` are both columns of texts.
     """
 
     features: Features
@@ -207,7 +205,6 @@ class Task:
 
     @property
     def texts(self) -> list[str]:
-        """The columns that the tokenizer reads."""
         return [self.text] if self.written is None else [self.text, self.written]
 
 

@@ -1,9 +1,8 @@
 """All kinds of bad rows by task: the record and its reason."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -21,17 +20,12 @@ GOOD = {
 TEXT = {"vqa": "question", "captions": "caption", "nlvr2": "statement", "grounding": "expression"}
 
 
-@dataclass(frozen=True)
-class BadRow:
-    """
-    A kind of bad row: a record or an invalid line, and the reason. `found` is the step that finds it: `"reading"` the
-    file, or the `"tokenizer"`. `file` is the name of a bad image.
-    """
+class BadRow(NamedTuple):
+    """A record or an invalid line, the reason, and the step that finds it: `"reading"` or the `"tokenizer"`."""
 
     record: dict | str
     reason: str
     found: str = "reading"
-    file: str | None = None
 
     @property
     def line(self) -> str:
@@ -40,9 +34,8 @@ class BadRow:
 
 def write_images(folder: Path):
     pixels = np.random.default_rng(0).integers(0, 256, (32, 40, 3), dtype=np.uint8)
-    image = PIL.Image.fromarray(pixels)
     for name in ("good.png", "good.jpg", "cut.jpg", "cut.gif", "cut.bmp", "cut.tiff", "cut.png", "cut.webp"):
-        image.save(folder / name)
+        PIL.Image.fromarray(pixels).save(folder / name)
     for path in folder.glob("cut.*"):
         path.write_bytes(path.read_bytes()[:-200])
     flipped = bytearray((folder / "good.png").read_bytes())
@@ -58,7 +51,11 @@ def write_images(folder: Path):
 
 
 def bad_rows(task: str) -> list[BadRow]:
-    return [*_LINES, *_bad_images(task), *_bad_texts(task), *_OF_TASK[task]]
+    def with_image(image: Any) -> dict:
+        return {**GOOD[task], **({"images": ["good.png", image]} if task == "nlvr2" else {"image": image})}
+
+    images = [BadRow(with_image(image), reason) for reason, images in _IMAGES.items() for image in images]
+    return [*_LINES, *images, *_bad_texts(task), *_OF_TASK[task]]
 
 
 _LINES = [
@@ -67,45 +64,16 @@ _LINES = [
     BadRow('{"image": "good.png", "image": "good.jpg"}', "broken JSON"),
     BadRow("3", "not a JSON object"),
 ]
-
-
-def _bad_images(task: str) -> list[BadRow]:
-    return [
-        *(BadRow(_with_image(task, image), reason) for image, reason in _NO_FILES),
-        *(BadRow(_with_image(task, file), reason, file=file) for file, reason in _FILES),
-    ]
-
-
-def _with_image(task: str, image: Any) -> dict:
-    if task == "nlvr2":
-        return {**GOOD[task], "images": ["good.png", image]}
-    return {**GOOD[task], "image": image}
-
-
-_NO_FILES = [
-    (None, "no image"),
-    ("", "no image"),
-    ({"url": "x"}, "image is not text"),
-    ({"bytes": None, "path": "none.png"}, "missing image"),
-    ("none.png", "missing image"),
-    ("nul\0.png", "unreadable image"),
-    ("folder.png", "not a regular file"),
-]
-_FILES = [
-    ("text.png", "unreadable image"),
-    ("empty.png", "unreadable image"),
-    ("cut.png", "unreadable image"),
-    ("flipped.png", "unreadable image"),
-    ("cut.jpg", "unreadable image"),
-    ("cut.webp", "unreadable image"),
-    ("cut.gif", "unreadable image"),
-    ("cut.bmp", "unreadable image"),
-    ("cut.tiff", "unreadable image"),
-    ("pixel.png", "image smaller than a patch"),
-    ("banner.png", "image smaller than a patch"),
-    ("mode_f.tiff", "image without a fixed range of grey values"),
-    ("mode_i.tiff", "image without a fixed range of grey values"),
-]
+_CUT = [f"cut.{suffix}" for suffix in ("png", "jpg", "webp", "gif", "bmp", "tiff")]
+_IMAGES = {
+    "no image": [None, ""],
+    "image is not text": [{"url": "x"}],
+    "missing image": ["none.png", {"bytes": None, "path": "none.png"}],
+    "not a regular file": ["folder.png"],
+    "unreadable image": ["nul\0.png", "text.png", "empty.png", "flipped.png", *_CUT],
+    "image smaller than a patch": ["pixel.png", "banner.png"],
+    "image without a fixed range of grey values": ["mode_f.tiff", "mode_i.tiff"],
+}
 
 
 def _bad_texts(task: str) -> list[BadRow]:

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import os
 import reprlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,7 @@ class RowReader:
     name: str
     image_root: str
     patch_size: int = 1
-
-    def __post_init__(self):
-        self.sizes: dict[str, tuple[int, int]] = {}  # each image is decoded once
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # of the images so far: each is decoded once
 
     def rows_and_faults(self, records: Dataset) -> tuple[Dataset, list[Fault]]:
         """Return the rows that can be used, and the faults of the others."""

@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +121,11 @@ def image_size(row: dict) -> tuple[int, int]:
     return check_image(path_or_bytes(row["image"]), decode=False)[::-1]
 
 
-class DecodedImages(torch.utils.data.Dataset):
+@dataclass
+class DecodedImages:
     """Images of rows, decoded on access."""
 
-    def __init__(self, rows: Dataset):
-        self.rows = rows
+    rows: Dataset
 
     def __len__(self) -> int:
         return len(self.rows)

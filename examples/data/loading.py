@@ -1,8 +1,7 @@
 """Loading of data sets in one schema per task: files, data sets on the Hub or on disk, and bundled synthetic data."""
 
 import json
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow
@@ -39,8 +38,7 @@ def load_task_dataset(
             warning that counts them, instead of raising an error.
         patch_size (`int`, *optional*, defaults to 1): Shortest usable side of an image in pixels.
         seed (`int`, *optional*, defaults to 0): Seed of the scenes.
-        faults (`list[Fault]`, *optional*): List that receives the faults. Bad rows, and files that cannot be read, are
-            then left out.
+        faults (`list[Fault]`, *optional*): List that receives the faults. Bad rows are then left out.
 
     Returns:
         `DatasetDict`: Splits with the columns of `TASKS[task].features`.
@@ -54,20 +52,14 @@ def load_task_dataset(
     if source.is_bundled:
         return _bundled(task, source, seed)
     data = {}
-    for split, (part, root, read_records) in _tables(task, source).items():
-        try:
-            records = read_records()
-            data[split], of_split = RowReader(TASKS[task], part, root, patch_size).rows_and_faults(records)
-            if faults is None:
-                settle(of_split, part, len(records), skip_bad_rows)
-                if not len(data[split]):
-                    raise ValueError(f"{part} has no row that can be used: it needs the columns {TASKS[task].needs}.")
-            else:
-                faults += of_split
-        except (ValueError, OSError) as error:
-            if faults is None:
-                raise
-            faults.append(Fault(part, "cannot be read", str(error)))
+    for split, part, root, records in _tables(task, source):
+        data[split], of_split = RowReader(TASKS[task], part, root, patch_size).rows_and_faults(records)
+        if faults is not None:
+            faults += of_split
+            continue
+        settle(of_split, part, len(records), skip_bad_rows)
+        if not len(data[split]):
+            raise ValueError(f"{part} has no row that can be used: it needs the columns {TASKS[task].needs}.")
     return DatasetDict(data)
 
 
@@ -84,15 +76,16 @@ def _bundled(task: str, source: DataSource, seed: int) -> DatasetDict:
     return DatasetDict(data)
 
 
-def _tables(task: str, source: DataSource) -> dict[str, tuple[str, str, Callable[[], Dataset]]]:
+def _tables(task: str, source: DataSource) -> Iterator[tuple[str, str, str, Dataset]]:
     """
-    Return a name of each split, the folder that paths of images are relative to, and a reader of its records. A data
+    Yield each split, its name in messages, the folder that paths of images are relative to, and its records. A data
     set without a training split is for evaluation. Its test split must be requested by name, because public test
     splits often lack answers.
     """
     if source.files:
-        files = source.files.items()
-        return {split: (file.path.name, str(file.folder), partial(_records, file, task)) for split, file in files}
+        for split, file in source.files.items():
+            yield split, file.path.name, str(file.folder), _records(file, task)
+        return
     name = source.dataset_name
     if any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json")):  # by save_to_disk
         table = load_from_disk(name)
@@ -106,7 +99,8 @@ def _tables(task: str, source: DataSource) -> dict[str, tuple[str, str, Callable
             f"{name} has no split {sorted(missing)}, only {sorted(table)}. Choose with train_split and "
             "validation_split, or choose another data set or configuration."
         )
-    return {split: (f"{name} {part}", "", partial(table.__getitem__, part)) for split, part in parts.items()}
+    for split, part in parts.items():
+        yield split, f"{name} {part}", "", table[part]
 
 
 def _records(file: AnnotationFile, task: str) -> Dataset:

@@ -80,16 +80,6 @@ def test_faults_are_shown_up_to_a_limit(folder, capsys):
     assert printed.count(f"missing image ({folder}/none.png)") == 20 and "and 11 more" in printed
 
 
-def test_a_file_that_cannot_be_read_does_not_hide_the_other(folder):
-    (folder / "train.json").write_text("[{]")
-    rows = [{"image": "none.png", "caption": "a"}, {"image": "a.png", "caption": "b"}]
-    files = ["--train_file", str(folder / "train.json"), "--validation_file", write(folder / "val.jsonl", rows)]
-    code, report = run(folder, "--task", "captions", *files)
-    assert code == 1
-    assert faults_of(report) == [("train.json", "cannot be read"), ("val.jsonl row 1", "missing image")]
-    assert report["splits"]["validation"]["rows"] == 1
-
-
 def test_a_run_from_scratch_and_the_check_measure_texts_alike(folder):
     """Without a tokenizer, both train the same one on the training split."""
     rows = [{"image": "a.png", "question": "red " * count, "answer": "blue"} for count in (62, 63)]

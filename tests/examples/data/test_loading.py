@@ -12,8 +12,14 @@ from loading import encoded, load, write
 from trips_examples.data.tasks import TASKS
 
 
-# Sizes of the images in `folder`
-A, B = (4, 3), (32, 32)
+@pytest.fixture
+def folder(tmp_path):
+    PIL.Image.new("L", (4, 3), 200).save(tmp_path / "a.png")
+    PIL.Image.effect_noise((32, 32), 50).convert("RGB").save(tmp_path / "b.png")
+    return tmp_path
+
+
+A, B = (4, 3), (32, 32)  # sizes of the images
 GOOD = [
     {"image": "a.png", "question": "what?", "answer": "red", "region": [0, 1, 3.5, 3]},
     {"image": "a.png", "question": "how many?", "answers": ["2", "two"]},
@@ -57,6 +63,7 @@ def in_folder(value, folder):
     return [in_folder(each, folder) for each in value] if isinstance(value, list) else value.format(folder=folder)
 
 
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
 @pytest.mark.parametrize("task", FILES)
 def test_file_of_each_format(folder, suffix, task):
     records, expected = FILES[task]
@@ -73,6 +80,7 @@ def test_file_of_each_format(folder, suffix, task):
     assert last.tobytes() == PIL.Image.open(folder / "b.png").tobytes()
 
 
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
 def test_bad_rows_are_skipped_and_counted(folder, suffix, caplog):
     bad = [{**GOOD[0], "image": "none.png"}, {**GOOD[0], "question": " "}, {**GOOD[0], "image_id": 8}]
     file = write(folder / f"train.{suffix}", [bad[0], GOOD[0], bad[0], bad[1], GOOD[2], bad[2]])

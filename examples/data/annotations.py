@@ -22,14 +22,13 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet
 
-from trips_examples.data.source import AnnotationFile
+from trips_examples.data.source import SPLIT_OPTIONS, AnnotationFile
 from trips_examples.data.tasks import BadRowError
 
 
 # A record, or the JSON text of one, with its number from 1: lines of JSONL, items of a list, records of a table.
 NumberedRecords = Iterator[tuple[int, dict | str]]
 
-ROWS_PER_READ = 256  # Parquet rows may hold images
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 
 
@@ -104,9 +103,8 @@ def _row_within(cell: str | None) -> str | None:
 
 def _read_parquet(file: Path) -> NumberedRecords:
     with pyarrow.parquet.ParquetFile(file) as table:
-        yield from enumerate(
-            (row for batch in table.iter_batches(ROWS_PER_READ) for row in batch.to_pylist()), start=1
-        )
+        batches = table.iter_batches(256)  # rows may hold images
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
 
 
 # Public annotation files
@@ -133,7 +131,7 @@ def read_annotations(file: AnnotationFile, task: str) -> NumberedRecords:
     if public is not None and public.task != task:
         raise ValueError(f"{file.path} is {public.name} for the task {public.task!r}, not {task!r}.")
     if file.split is not None and (public is None or not public.has_splits):
-        raise ValueError(f"{file.path} has no splits: leave out {file.split_option} {file.split}.")
+        raise ValueError(f"{file.path} has no splits: leave out {SPLIT_OPTIONS}.")
     if public is None:
         yield from read_records(file.path)
         return
@@ -142,9 +140,7 @@ def read_annotations(file: AnnotationFile, task: str) -> NumberedRecords:
         for number, record in public.read(content, file):
             yield number, record
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{file.path} is {public.name}, but incomplete after row {number}: {type(error).__name__}: {error}."
-        ) from error
+        raise ValueError(f"{file.path} is {public.name}, but incomplete after row {number}: {error!r}.") from error
 
 
 class _PublicFormat(NamedTuple):
@@ -208,8 +204,6 @@ def _read_karpathy(document: dict, file: AnnotationFile) -> NumberedRecords:
 
 
 class _PlainUnpickler(pickle._Unpickler):  # the one in C allocates a table of the size that a memo index claims
-    """An unpickler that refuses all classes and functions, and therefore code."""
-
     def find_class(self, module: str, name: str):
         raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is not plain data")
 

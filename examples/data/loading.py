@@ -12,7 +12,7 @@ from datasets.exceptions import DatasetGenerationError
 from trips_examples.data.annotations import read_annotations
 from trips_examples.data.busy_scenes import busy_records
 from trips_examples.data.checking import RowReader, stamp_of
-from trips_examples.data.source import BUNDLED, AnnotationFile, DataSource
+from trips_examples.data.source import BUNDLED, SPLIT_OPTIONS, AnnotationFile, DataSource
 from trips_examples.data.tasks import TASKS, Fault, settle
 
 
@@ -95,10 +95,7 @@ def _tables(task: str, source: DataSource) -> Iterator[tuple[str, str, str, Data
     defaults = {"train", "validation"} & table.keys() if "train" in table else {"validation"}
     parts = {split: part or split for split, part in source.splits.items() if part or split in defaults}
     if missing := {*parts.values()} - table.keys():
-        raise ValueError(
-            f"{name} has no split {sorted(missing)}, only {sorted(table)}. Choose with train_split and "
-            "validation_split, or choose another data set or configuration."
-        )
+        raise ValueError(f"{name} has no split {sorted(missing)}, only {sorted(table)}. Choose with {SPLIT_OPTIONS}.")
     for split, part in parts.items():
         yield split, f"{name} {part}", "", table[part]
 

@@ -1,6 +1,5 @@
 """The source of a task's data, in options that scripts read before they import what takes seconds."""
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +8,7 @@ from trips_examples.data.busy_scenes import NUM_ITEMS
 
 
 BUNDLED = "busy_scenes"
+SPLIT_OPTIONS = "--train_split, --validation_split or --test_split"
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,13 @@ class AnnotationFile:
         name = self.path.name.replace("OpenEnded_", "").replace("questions", "annotations")
         return self.path.with_name(name if is_json else "instances.json")
 
-    @property
-    def split_option(self) -> str:
-        return f"--{'validation' if self.default_split == 'val' else self.default_split}_split"
-
     def of_split(self, items: list[dict], split_of: Callable[[dict], str]) -> list[tuple[int, dict]]:
         """Return the items of the requested split and their numbers in the file."""
         wanted = self.split or self.default_split
         numbered = [(number, item) for number, item in enumerate(items, start=1) if split_of(item) == wanted]
         if not numbered:
-            only = ", ".join(f"{split} ({count})" for split, count in Counter(map(split_of, items)).items())
-            raise ValueError(f"{self.path} has no split {wanted!r}, only {only}. Choose one with {self.split_option}.")
+            only = ", ".join(sorted(set(map(split_of, items))))
+            raise ValueError(f"{self.path} has no split {wanted!r}, only {only}. Choose one with {SPLIT_OPTIONS}.")
         return numbered
 
     def first_path(self, *paths: str) -> str:

@@ -32,7 +32,7 @@ MARKS = {"dot": (-1, -1, 1, 1), "bar": (0, -3, 1, 3), "dash": (-3, 0, 3, 1), "ri
 # Corners of polygons in the square from (-1, -1) to (1, 1)
 _CROSS = (-0.4, 0.4, 0.4, 1, 1, 0.4, 0.4, -0.4, -0.4, -1, -1, -0.4)
 _RAYS = [(math.pi * (corner / 5 - 0.5), (1.0, 0.5)[corner % 2]) for corner in range(10)]
-POLYGONS = {
+POLYGONS: dict[str, list[tuple[float, float]]] = {
     "triangle": [(0, -1), (1, 1), (-1, 1)],
     "diamond": [(0, -1), (1, 0), (0, 1), (-1, 0)],
     "cross": list(zip(_CROSS, _CROSS[-3:] + _CROSS[:-3])),

@@ -122,7 +122,7 @@ def image_size(row: dict) -> tuple[int, int]:
 
 
 @dataclass
-class DecodedImages:
+class DecodedImages(torch.utils.data.Dataset):
     """Images of rows, decoded on access."""
 
     rows: Dataset

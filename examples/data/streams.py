@@ -78,7 +78,8 @@ class PairStream(TorchIterableDataset):
         self.image_columns = IMAGE_COLUMNS if image_column is None else (image_column,)
         self.caption_columns = CAPTION_COLUMNS if caption_column is None else (caption_column,)
         self.processor, self.max_bad_share = processor, max_bad_share
-        self.log_folder, self.log = log_folder, None
+        self.log_folder = log_folder
+        self.log: Path | None = None
         self.pass_number, self.seen, self.bad = 0, 0, 0
         self.last_fault: Fault | None = None
         self.records: IterableDataset | None = None  # of the current pass

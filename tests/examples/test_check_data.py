@@ -5,7 +5,6 @@ import json
 import numpy as np
 import PIL.Image
 import pytest
-from transformers import AutoTokenizer
 
 from trips_examples import run_vqa
 from trips_examples.check_data import main
@@ -91,16 +90,9 @@ def test_a_run_from_scratch_and_the_check_measure_texts_alike(folder):
 
 
 def test_images_smaller_than_a_patch_of_the_model(folder, checkpoints):
-    for side in (7, 8, 15, 16):
+    for side in (7, 8):
         PIL.Image.new("RGB", (64, side)).save(folder / f"{side}.png")
-    rows = [{"image": f"{side}.png", "caption": "a"} for side in (7, 8, 15, 16)]
-    given = ["--task", "captions", "--train_file", write(folder / "t.jsonl", rows)]
-    checkpoint, tokenizer = str(checkpoints["TripsForRetrieval"]), str(folder / "tokenizer")  # patches of 8
-    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tokenizer)
-    for options, bad in (
-        ([], (1,)),  # the preset tiny, as in run_vqa.py
-        (["--tokenizer", tokenizer, "--preset", "base"], (1, 2, 3)),  # patches of 16
-        (["--model", checkpoint], (1,)),
-    ):
-        _, report = run(folder, *given, *options)
-        assert faults_of(report) == [(f"t.jsonl row {row}", "image smaller than a patch") for row in bad]
+    rows = write(folder / "t.jsonl", [{"image": f"{side}.png", "caption": "a"} for side in (7, 8)])
+    for options in ([], ["--model", str(checkpoints["TripsForRetrieval"])]):  # the preset tiny has patches of 8, too
+        _, report = run(folder, "--task", "captions", "--train_file", rows, *options)
+        assert faults_of(report) == [("t.jsonl row 1", "image smaller than a patch")]

@@ -68,15 +68,6 @@ def _one_per_layer(field: str, value, layers: Sequence[int]) -> list:
     return values
 
 
-def refuse_top_p(fields: dict):
-    """Remove the fields of top-p selection. Raise a `ValueError` if they turn it on."""
-    mode, _, _ = (fields.pop(name, "topk") for name in ("selection_mode", "selection_mass", "min_keep_rate"))
-    if mode != "topk":
-        raise ValueError(
-            f"`selection_mode={mode!r}` is not supported: commit 5557927 is the last that has top-p selection."
-        )
-
-
 class LayerSelection(NamedTuple):
     """
     Settings of one selection layer.
@@ -85,14 +76,10 @@ class LayerSelection(NamedTuple):
         guidance (`str`, *optional*, defaults to `"text"`): What scores the candidates: `"text"`, `"image"` or
             `"random"`.
         keep_rate (`float`, *optional*, defaults to 0.7): Share of the candidates that is kept, in (0, 1].
-        fuse (`bool`, *optional*, defaults to `True`): Whether the other candidates become one fused token.
-        normalize (`bool`, *optional*, defaults to `False`): Whether the weights of the fused token sum to 1.
     """
 
     guidance: str = "text"
     keep_rate: float = 0.7
-    fuse: bool = True
-    normalize: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +111,7 @@ class SelectionSchedule:
             raise ValueError(
                 f"`selection_layers` must be numbers from 1, ascending without repetition, got {list(layers)}."
             )
-        for guidance, keep_rate, *_ in self.selections:
+        for guidance, keep_rate in self.selections:
             if guidance not in GUIDANCES:
                 raise ValueError(
                     f"`selection_guidance` must be one of {', '.join(map(repr, GUIDANCES))}, got {guidance!r}."
@@ -164,7 +151,7 @@ class SelectionSchedule:
         return cls(tuple(layers), tuple(selections))
 
     def __str__(self) -> str:
-        entries = [f"{layer}:{own.guidance}:{own.keep_rate:g}" for layer, own in zip(self.layers, self.selections)]
+        entries = [f"{layer}:{own.guidance}:{own.keep_rate}" for layer, own in zip(self.layers, self.selections)]
         return ",".join(entries) or "unpruned"
 
     def check_fits(self, num_layers: int):
@@ -221,17 +208,15 @@ class TripsVisionConfig(PreTrainedConfig):
         as well. All texts of an image share its computation up to the first layer that a text guides.
     fuse_inattentive_tokens (`bool`, *optional*, defaults to `True`):
         Whether the tokens that are not kept become one fused token, or are dropped.
-    normalize_fusion_weights (`bool`, *optional*, defaults to `False`):
-        Whether the weights of the fused token are rescaled to sum to 1.
     selection_gate (`float`, *optional*, defaults to 0.0):
         Share of the dropped tokens, drawn at random, that run beside the kept ones in training, so that the loss
-        teaches the scores of the last selection layer which tokens it misses: see [`gated_attention`]. If a text
+        teaches the scores of the last selection layer which tokens it misses: see [`attend`]. If a text
         scores that layer, the kept ones are drawn by their scores in training ([`draw_kept`]); they are the best in
         evaluation. The loss is that of the kept tokens alone. 0 turns the gate off, and so does `"random"` in that
         layer, whose scores learn nothing.
     guidance_hidden_size (`int`, *optional*):
         Width of the text guidance. A `selection_projection` layer is added only if it differs from `hidden_size`.
-        `None` means `hidden_size`; [`TripsConfig`] fills in the width of its text encoder.
+        `None` means `hidden_size`; [`TripsConfig`] sets it to the width of its text encoder.
 
     Example:
 
@@ -265,12 +250,10 @@ class TripsVisionConfig(PreTrainedConfig):
     keep_rate: float | int | list[float | int] | tuple[float | int, ...] = 0.7
     selection_guidance: str | list[str] | tuple[str, ...] = "text"
     fuse_inattentive_tokens: bool = True
-    normalize_fusion_weights: bool = False
     selection_gate: float | int = probability(default=0.0)
     guidance_hidden_size: int | None = None
 
     def __post_init__(self, **kwargs):
-        refuse_top_p(kwargs)
         self.selection_layers = list(self.selection_layers)
         self.architectures = self.architectures or []  # the Auto classes search it for the one of two models
         super().__post_init__(**kwargs)
@@ -285,24 +268,7 @@ class TripsVisionConfig(PreTrainedConfig):
         """
         guidances = _one_per_layer("selection_guidance", self.selection_guidance, self.selection_layers)
         keep_rates = _one_per_layer("keep_rate", self.keep_rate, self.selection_layers)
-        selections = tuple(self._selection(*pair) for pair in zip(guidances, keep_rates))
-        return SelectionSchedule(tuple(self.selection_layers), selections)
-
-    def _selection(self, guidance: str, keep_rate: float) -> LayerSelection:
-        """Return the settings of a layer; what a schedule's text form does not say is that of all layers."""
-        return LayerSelection(guidance, keep_rate, self.fuse_inattentive_tokens, self.normalize_fusion_weights)
-
-    def parse_schedule(self, text: str) -> SelectionSchedule:
-        """
-        Read a schedule for this tower from its text form. What the text does not say is as in the configuration.
-
-        Raises:
-            ValueError: The text has another form, or a layer does not exist.
-        """
-        schedule = SelectionSchedule.parse(text)
-        schedule.check_fits(self.num_hidden_layers)
-        selections = tuple(self._selection(own.guidance, own.keep_rate) for own in schedule.selections)
-        return SelectionSchedule(schedule.layers, selections)
+        return SelectionSchedule(tuple(self.selection_layers), tuple(map(LayerSelection, guidances, keep_rates)))
 
     @property
     def patch_shape(self) -> tuple[int, int]:
@@ -394,8 +360,8 @@ class TripsTextConfig(PreTrainedConfig):
 class TripsFusionConfig(TripsTextConfig):
     r"""
     encoder_hidden_size (`int`, *optional*):
-        Width of the image tokens that the layers attend to. `None` means `hidden_size`; [`TripsConfig`] fills in the
-        width of its vision tower.
+        Width of the image tokens that the layers attend to. `None` means `hidden_size`; [`TripsConfig`] sets it to
+        the width of its vision tower.
     fusion_type (`str`, *optional*, defaults to `"cross_attention"`):
         How text and image are fused. `"cross_attention"`: the text attends to the image tokens in every layer (ALBEF).
         `"skip_connected"`: after each `skip_stride` such layers, one attends over text and image tokens joined and
@@ -444,8 +410,8 @@ class TripsFusionConfig(TripsTextConfig):
 class TripsDecoderConfig(TripsTextConfig):
     r"""
     encoder_hidden_size (`int`, *optional*):
-        Width of the states that the layers attend to. `None` means `hidden_size`; [`TripsConfig`] fills in the width
-        of its fusion encoder.
+        Width of the states that the layers attend to. `None` means `hidden_size`; [`TripsConfig`] sets it to the
+        width of its fusion encoder.
     pooling_mode (`str`, *optional*, defaults to `"cls"`):
         Of the text encoder; not used here.
     """
@@ -466,11 +432,39 @@ class TripsDecoderConfig(TripsTextConfig):
         return self.encoder_hidden_size or self.hidden_size
 
 
-# Fields of parts that `TripsConfig` takes as keywords, too.
-SELECTION_KEYWORDS = ("selection_layers", "keep_rate", "selection_guidance", "fuse_inattentive_tokens")
-VISION_KEYWORDS = (*SELECTION_KEYWORDS, "normalize_fusion_weights", "selection_gate", "image_size")
-PARTS_OF_KEYWORDS = dict.fromkeys(VISION_KEYWORDS, "vision_config")
-PARTS_OF_KEYWORDS |= dict.fromkeys(("fusion_type", "skip_stride"), "fusion_encoder_config")
+# Fields of the text encoder that are defaults of the fusion encoder and the decoder.
+SHARED_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "max_position_embeddings",
+    "type_vocab_size",
+    "initializer_range",
+    "layer_norm_eps",
+    "pad_token_id",
+)
+# Fields of parts that are also fields of the whole.
+PART_FIELDS = {
+    "selection_layers": "vision_config",
+    "keep_rate": "vision_config",
+    "selection_guidance": "vision_config",
+    "selection_gate": "vision_config",
+    "fuse_inattentive_tokens": "vision_config",
+    "image_size": "vision_config",
+    "fusion_type": "fusion_encoder_config",
+    "skip_stride": "fusion_encoder_config",
+}
+
+
+def _part_field(part: str, name: str) -> property:
+    return property(
+        lambda config: getattr(getattr(config, part), name),
+        lambda config, value: setattr(getattr(config, part), name, value),
+    )
 
 
 @auto_docstring(
@@ -504,17 +498,12 @@ class TripsConfig(PreTrainedConfig):
         image's scores by the union of the regions of its texts. 0 turns it off.
     num_images (`int`, *optional*, defaults to 2):
         Images per text of [`TripsForImagesAndTextClassification`].
-    bbox_loss_weight (`float`, *optional*, defaults to 5.0):
-        Weight of the L1 loss of [`TripsForVisualGrounding`].
-    giou_loss_weight (`float`, *optional*, defaults to 2.0):
-        Weight of its generalised IoU loss.
     attention_loss_weight (`float`, *optional*, defaults to 0.0):
         Weight of the attention supervision in training: of the box head of [`TripsForVisualGrounding`], or of the
         text's [CLS] in the last cross-attention of the heads that write, if `regions` are given. 0 turns it off.
     kwargs:
-        Fields of [`TripsVisionConfig`] about the selection, and its `image_size`, are passed to `vision_config`;
-        `fusion_type` and `skip_stride` are passed to `fusion_encoder_config`; here and in `from_pretrained`. They can
-        be read and set only in the parts.
+        Fields of [`TripsVisionConfig`] about the selection, and its `image_size`, and `fusion_type` and `skip_stride`
+        of [`TripsFusionConfig`]. They belong to the parts, and can be given, read and set here, too.
 
     Example:
 
@@ -561,8 +550,6 @@ class TripsConfig(PreTrainedConfig):
     answer_ranking: Literal["likelihood", "albef"] = "likelihood"
     selection_loss_weight: float | int = number(default=0.5)
     num_images: int = count(default=2)
-    bbox_loss_weight: float | int = number(default=5.0)
-    giou_loss_weight: float | int = number(default=2.0)
     attention_loss_weight: float | int = number(default=0.0)
     initializer_range: float = number(default=0.02)
     is_encoder_decoder: bool = True
@@ -597,24 +584,21 @@ class TripsConfig(PreTrainedConfig):
         return sorted(PRESETS)
 
     def __post_init__(self, **kwargs):
-        refuse_top_p(kwargs)
-        for name in PARTS_OF_KEYWORDS.keys() & kwargs.keys():
-            part = PARTS_OF_KEYWORDS[name]
-            config = getattr(self, part)
-            config = config.to_dict() if isinstance(config, PreTrainedConfig) else config or {}
-            setattr(self, part, {**config, name: kwargs.pop(name)})
-        self.vision_config = self._sub_config("vision_config", {})
-        self.text_config = self._sub_config("text_config", {})
-        # Defaults of the fusion encoder and the decoder.
-        own = {"num_hidden_layers", "is_decoder", "pooling_mode"}
-        shared = {name: getattr(self.text_config, name) for name in TripsTextConfig.__annotations__.keys() - own}
-        self.fusion_encoder_config = self._sub_config("fusion_encoder_config", shared)
-        self.decoder_config = self._sub_config("decoder_config", shared)
+        for name in PART_FIELDS.keys() & kwargs.keys():
+            part = getattr(self, PART_FIELDS[name])
+            part = part.to_dict() if isinstance(part, PreTrainedConfig) else part or {}
+            setattr(self, PART_FIELDS[name], {**part, name: kwargs.pop(name)})
+        self.vision_config = self._part("vision_config")
+        self.text_config = self._part("text_config")
+        shared = {name: getattr(self.text_config, name) for name in SHARED_FIELDS}
+        self.fusion_encoder_config = self._part("fusion_encoder_config", **shared)
+        self.decoder_config = self._part("decoder_config", **shared)
         if self.fusion_encoder_config.fusion_type == "single_stream":
             self.text_config.num_hidden_layers = 0
-        self._fill_width("vision_config", "guidance_hidden_size", self.text_config.hidden_size)
-        self._fill_width("fusion_encoder_config", "encoder_hidden_size", self.vision_config.hidden_size)
-        self._fill_width("decoder_config", "encoder_hidden_size", self.fusion_encoder_config.hidden_size)
+        # Widths of what a part reads of another one.
+        self.vision_config.guidance_hidden_size = self.text_config.hidden_size
+        self.fusion_encoder_config.encoder_hidden_size = self.vision_config.hidden_size
+        self.decoder_config.encoder_hidden_size = self.fusion_encoder_config.hidden_size
         if self.pad_token_id is None:
             self.pad_token_id = self.decoder_config.pad_token_id
         if self.decoder_start_token_id is None:
@@ -622,32 +606,11 @@ class TripsConfig(PreTrainedConfig):
         self.architectures = self.architectures or []  # the Auto classes search it for the one of several heads
         super().__post_init__(**kwargs)
 
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """As in the parent. `kwargs` may be fields of parts, as in the constructor."""
-        for name in PARTS_OF_KEYWORDS.keys() & kwargs.keys():
-            part = PARTS_OF_KEYWORDS[name]
-            kwargs[part] = {**kwargs.get(part, {}), name: kwargs.pop(name)}
-        return super().from_dict(config_dict, **kwargs)
-
-    def __setattr__(self, name: str, value):
-        if name in PARTS_OF_KEYWORDS:
-            raise AttributeError(f"`{name}` is a field of a part: set `config.{PARTS_OF_KEYWORDS[name]}.{name}`.")
-        super().__setattr__(name, value)
-
-    def _sub_config(self, name: str, defaults: dict) -> PreTrainedConfig:
+    def _part(self, name: str, **defaults) -> PreTrainedConfig:
         value = getattr(self, name)
-        if value is None or isinstance(value, dict):
-            value, _ = self.sub_configs_defaults[name].create_subconfig(name, {**defaults, **(value or {})})
-            return value
-        return copy.deepcopy(value)  # widths are filled in below, but not in the argument
-
-    def _fill_width(self, part: str, field: str, width: int):
-        config = getattr(self, part)
-        if getattr(config, field) is None:
-            setattr(config, field, width)
-        elif getattr(config, field) != width:
-            raise ValueError(f"`{part}.{field}` ({getattr(config, field)}) must be {width}, the width of its source.")
+        if isinstance(value, PreTrainedConfig):
+            return copy.deepcopy(value)  # its widths are set, but not those of the argument
+        return self.sub_configs_defaults[name].config_class(**{**defaults, **(value or {})})
 
     def validate_fusion_width(self):
         if self.fusion_encoder_config.hidden_size != self.text_config.hidden_size:
@@ -686,6 +649,10 @@ class TripsConfig(PreTrainedConfig):
 
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
         return self.decoder_config if decoder else self.text_config
+
+
+for name, part in PART_FIELDS.items():
+    setattr(TripsConfig, name, _part_field(part, name))
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -19,6 +19,7 @@ highest, and `TripsFusionModel` fuses both. A head reads the fused states.
 """
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -155,12 +156,7 @@ class TripsModel(TripsPreTrainedModel):
             `ValueError`: `output_cls_attention` is set for a single stream.
         """
         schedule = self.vision_model.resolve_schedule(schedule)
-        images = {
-            "pixel_values": pixel_values,
-            "image_index": image_index,
-            "image_cache": image_cache,
-            "schedule": schedule,
-        }
+        images = {"pixel_values": pixel_values, "image_index": image_index, "image_cache": image_cache}
         # CODEPATH: as in `__init__`.
         if self.fusion_model is None:
             if output_cls_attention:
@@ -168,37 +164,32 @@ class TripsModel(TripsPreTrainedModel):
                     "`output_cls_attention` is not supported with `fusion_type='single_stream'`. Set "
                     "`attention_loss_weight` to 0."
                 )
-            joint = self.vision_model(text_states, attention_mask=attention_mask, **images, **kwargs)
-            return TripsModelOutput(
-                last_hidden_state=joint.text_states,
-                selection=joint.selection,
-                hidden_states=joint.hidden_states,
-                attentions=joint.attentions,
-                selection_losses=self.selection_losses(joint.selection, regions, **images),
-                vision_model_output=joint,
+            fused = vision = self.vision_model(
+                text_states, attention_mask=attention_mask, schedule=schedule, **images, **kwargs
             )
-        text_embeds = self.text_model.pooled(text_states, attention_mask)
-        vision_output = self.vision_model(text_embeds=text_embeds, **images, **kwargs)
-        fused = self.fusion_model(
-            text_states,
-            vision_output.last_hidden_state,
-            attention_mask,
-            vision_output.image_index,
-            output_cls_attention,
-            vision_output.gate,
-            vision_output.sampled_states,
-            **kwargs,
-        )
-        selection = selection_rows(vision_output.selection, vision_output.image_index)
+            fused_states, selection = vision.text_states, vision.selection
+        else:
+            text_embeds = self.text_model.pooled(text_states, attention_mask)
+            vision = self.vision_model(text_embeds=text_embeds, schedule=schedule, **images, **kwargs)
+            fused = self.fusion_model(
+                text_states,
+                vision.last_hidden_state,
+                attention_mask=attention_mask,
+                image_index=vision.image_index,
+                output_cls_attention=output_cls_attention,
+                sampled=vision.sampled,
+                **kwargs,
+            )
+            fused_states, selection = fused.last_hidden_state, selection_rows(vision.selection, vision.image_index)
         return TripsModelOutput(
-            last_hidden_state=fused.last_hidden_state,
+            last_hidden_state=fused_states,
             selection=selection,
             hidden_states=fused.hidden_states,
             attentions=fused.attentions,
-            cross_attentions=fused.cross_attentions,
-            cls_attention=fused.cls_attention,
-            selection_losses=self.selection_losses(selection, regions, **images),
-            vision_model_output=vision_output,
+            cross_attentions=fused.get("cross_attentions"),
+            cls_attention=fused.get("cls_attention"),
+            selection_losses=self.selection_losses(selection, regions, schedule=schedule, **images),
+            vision_model_output=vision,
         )
 
     def grid_of(self, pixel_values: torch.Tensor | None, image_cache: TripsImageCache | None) -> tuple[int, int]:
@@ -209,10 +200,10 @@ class TripsModel(TripsPreTrainedModel):
         self,
         selection: tuple[TripsSelection, ...],
         regions: torch.FloatTensor | None,
+        schedule: SelectionSchedule,
         pixel_values: torch.Tensor | None,
         image_index: torch.LongTensor | None,
         image_cache: TripsImageCache | None,
-        schedule: SelectionSchedule,
     ) -> torch.Tensor | None:
         """
         Return the mean over the layers that the text or the image scores, `(num_texts,)`, or `None` without any loss.
@@ -224,11 +215,11 @@ class TripsModel(TripsPreTrainedModel):
         # CODEPATH: a weight of 0 turns the loss off, and so does evaluation.
         if not (is_supervised and scored) or regions is None:
             return None
-        of_texts = region_targets(regions, self.grid_of(pixel_values, image_cache))
-        targets = {"text": of_texts, "image": of_texts}
+        text_targets = region_targets(regions, self.grid_of(pixel_values, image_cache))
+        targets = {"text": text_targets, "image": text_targets}
         if image_index is not None:
             num_images = len(image_cache.hidden_states if pixel_values is None else pixel_values)
-            targets["image"] = union_of_targets(of_texts, image_index, num_images)
+            targets["image"] = union_of_targets(text_targets, image_index, num_images)
         losses = [selection_loss(kept.scores, kept.candidate_indices, targets[guide]) for kept, guide in scored]
         return torch.stack(losses).mean(dim=0)
 
@@ -274,15 +265,21 @@ class TripsModel(TripsPreTrainedModel):
         [(1, 32), (1, 17)]
         ```
         """
-        text_output = self.text_model(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
+        text_output = self.text_model(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
         outputs = self.fuse(
             text_output.last_hidden_state,
-            attention_mask,
-            pixel_values,
-            image_index,
-            image_cache,
-            regions,
-            output_cls_attention,
+            attention_mask=attention_mask,
+            pixel_values=pixel_values,
+            image_index=image_index,
+            image_cache=image_cache,
+            regions=regions,
+            output_cls_attention=output_cls_attention,
             schedule=schedule,
             **kwargs,
         )
@@ -293,7 +290,7 @@ class TripsModel(TripsPreTrainedModel):
 TripsModel.register_for_auto_class("AutoModel")
 
 
-def weighted_sum(*weighted_losses: tuple[float, torch.Tensor | None]) -> torch.Tensor | None:
+def weighted_sum(weighted_losses: Iterable[tuple[float, torch.Tensor | None]]) -> torch.Tensor | None:
     """Return the sum of pairs of weight and loss, without losses that are `None`; `None` if all of them are."""
     losses = [weight * loss for weight, loss in weighted_losses if loss is not None]
     return sum(losses) if losses else None
@@ -321,6 +318,23 @@ regions (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
     The target region of each text, see [`TripsModel`].
 schedule (`SelectionSchedule`, *optional*):
     How the vision layers select, see [`TripsModel`].
+"""
+
+SEQ2SEQ_EXAMPLE = """
+Example:
+
+```python
+>>> from PIL import Image
+>>> from modeling_trips import TripsForQuestionAnswering, TripsProcessor
+
+>>> processor = TripsProcessor.from_pretrained("examples/trips-tiny-scenes")
+>>> model = TripsForQuestionAnswering.from_pretrained("examples/trips-tiny-scenes")
+>>> image = Image.open("examples/scene.png")  # seven shapes, one of them a pink cross
+>>> inputs = processor(images=image, text="what color is the cross?", return_tensors="pt")
+>>> processor.post_process_answers(model.generate(**inputs))
+['pink']
+>>> loss = model(**inputs, labels=processor.encode_answers(["pink"])).loss
+```
 """
 
 # Default of `generate`, enough for a caption.
@@ -374,14 +388,14 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
         As in Transformers. A checkpoint of a task without generation has no generation config, so that the special
         tokens come from the decoder's config.
         """
-        of_decoder = self.generation_config
+        decoder_config = self.generation_config
         super().adjust_generation_fn(*args, **kwargs)
         names = ["bos_token_id", "eos_token_id"]
         if self.generation_config.max_length is None:
             names.append("max_new_tokens")
         for name in names:
             if getattr(self.generation_config, name) is None:
-                setattr(self.generation_config, name, getattr(of_decoder, name))
+                setattr(self.generation_config, name, getattr(decoder_config, name))
 
     def get_output_embeddings(self):
         """
@@ -426,7 +440,7 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
         return shift_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id)
 
     @can_return_tuple
-    @auto_docstring(custom_args=SEQ2SEQ_ARGS)
+    @auto_docstring(custom_intro=SEQ2SEQ_EXAMPLE, custom_args=SEQ2SEQ_ARGS)
     @accept_former_cache_name
     def forward(
         self,
@@ -450,29 +464,14 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsSeq2SeqLMOutput:
-        r"""
-        Example:
-
-        ```python
-        >>> from PIL import Image
-        >>> from modeling_trips import TripsForQuestionAnswering, TripsProcessor
-
-        >>> processor = TripsProcessor.from_pretrained("examples/trips-tiny-scenes")
-        >>> model = TripsForQuestionAnswering.from_pretrained("examples/trips-tiny-scenes")
-        >>> image = Image.open("examples/scene.png")  # seven shapes, one of them a pink cross
-        >>> inputs = processor(images=image, text="what color is the cross?", return_tensors="pt")
-        >>> processor.post_process_answers(model.generate(**inputs))
-        ['pink']
-        >>> loss = model(**inputs, labels=processor.encode_answers(["pink"])).loss
-        ```
-        """
         is_supervised = self.training and labels is not None and regions is not None and encoder_outputs is None
         # CODEPATH: a weight of 0, the default, leaves the loss out.
         uses_attention_loss = is_supervised and self.config.attention_loss_weight > 0
         if encoder_outputs is None:
-            texts = (input_ids, pixel_values, attention_mask, token_type_ids)
-            images = (image_index, image_cache, inputs_embeds, regions)
-            encoder_outputs = self.model(*texts, *images, uses_attention_loss, schedule, **kwargs)
+            texts = {"input_ids": input_ids, "token_type_ids": token_type_ids, "inputs_embeds": inputs_embeds}
+            images = {"pixel_values": pixel_values, "image_index": image_index, "image_cache": image_cache}
+            options = {"regions": regions, "output_cls_attention": uses_attention_loss, "schedule": schedule}
+            encoder_outputs = self.model(attention_mask=attention_mask, **texts, **images, **options, **kwargs)
         elif not isinstance(encoder_outputs, ModelOutput):
             encoder_outputs = TripsModelOutput(last_hidden_state=encoder_outputs[0])
         cache = kwargs.pop("past_key_values", cache)  # the name before Transformers 5.24
@@ -483,9 +482,16 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
             if labels is None:
                 raise ValueError("Give `labels` or `decoder_input_ids`, or call `generate`.")
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        fused = (select_rows(encoder_outputs[0], text_index), select_rows(attention_mask, text_index))
-        decoder_inputs = (decoder_input_ids, decoder_attention_mask, *fused, decoder_inputs_embeds)
-        decoded = self.decoder(*decoder_inputs, cache=cache, use_cache=use_cache, **kwargs)
+        decoded = self.decoder(
+            decoder_input_ids,
+            attention_mask=decoder_attention_mask,
+            encoder_hidden_states=select_rows(encoder_outputs[0], text_index),
+            encoder_attention_mask=select_rows(attention_mask, text_index),
+            inputs_embeds=decoder_inputs_embeds,
+            cache=cache,
+            use_cache=use_cache,
+            **kwargs,
+        )
         logits = self.lm_head(decoded.last_hidden_state)
         losses = {}
         if labels is not None:
@@ -493,8 +499,7 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
             if uses_attention_loss:
                 grid_size = self.model.grid_of(pixel_values, image_cache)
                 text_losses["attention_loss"] = cls_attention_losses(encoder_outputs, regions, grid_size)
-            num_items = kwargs.get("num_items_in_batch")
-            losses = self.losses(logits, labels, loss_weights, text_index, text_losses, num_items)
+            losses = self.losses(logits, labels, text_losses, loss_weights, text_index, **kwargs)
         return TripsSeq2SeqLMOutput(
             **losses,
             logits=logits,
@@ -512,21 +517,20 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
         self,
         logits: torch.Tensor,
         labels: torch.LongTensor,
+        text_losses: dict[str, torch.Tensor | None],
         loss_weights: torch.FloatTensor | None,
         text_index: torch.LongTensor | None,
-        text_losses: dict[str, torch.Tensor | None],
-        num_items: int | torch.Tensor | None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        **kwargs,
     ) -> dict[str, torch.Tensor | None]:
         """Return the loss, and the means over label tokens of the losses of each text, `(num_texts,)`, by name."""
         means = {
-            name: None if losses is None else mean_over_labels(select_rows(losses, text_index), labels, num_items)
-            for name, losses in text_losses.items()
+            name: None if own is None else mean_over_labels(select_rows(own, text_index), labels, num_items_in_batch)
+            for name, own in text_losses.items()
         }
-        loss = weighted_sum(
-            (1, label_loss(logits, labels, loss_weights, num_items)),
-            *((getattr(self.config, f"{name}_weight"), mean) for name, mean in means.items()),
-        )
-        return {"loss": loss, **means}
+        loss = label_loss(logits, labels, loss_weights, num_items_in_batch)
+        weights = [getattr(self.config, f"{name}_weight") for name in means]
+        return {"loss": weighted_sum([(1, loss), *zip(weights, means.values())]), **means}
 
     @torch.no_grad()
     def score_labels(

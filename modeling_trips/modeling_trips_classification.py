@@ -134,7 +134,8 @@ class TripsForImagesAndTextClassification(TripsPreTrainedModel):
         (1, 2)
         ```
         """
-        text_output = self.model.text_model(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
+        texts = {"input_ids": input_ids, "token_type_ids": token_type_ids, "inputs_embeds": inputs_embeds}
+        text_output = self.model.text_model(attention_mask=attention_mask, **texts, **kwargs)
         num_texts = text_output.last_hidden_state.shape[0]
         pixel_values, image_index = _flatten_images(pixel_values, image_cache, image_index, num_texts, self.num_images)
 
@@ -145,11 +146,11 @@ class TripsForImagesAndTextClassification(TripsPreTrainedModel):
         regions = None if regions is None else regions.flatten(0, 1)
         fused = self.model.fuse(
             text_states,
-            attention_mask,
-            pixel_values,
-            image_index,
-            image_cache,
-            regions,
+            attention_mask=attention_mask,
+            pixel_values=pixel_values,
+            image_index=image_index,
+            image_cache=image_cache,
+            regions=regions,
             schedule=schedule,
             **kwargs,
         )

@@ -32,6 +32,7 @@ from .patch_selection import attention_losses
 
 
 SMALLEST_AREA = 1e-12  # lower bound of areas that are divisors
+L1_WEIGHT, GIOU_WEIGHT = 5.0, 2.0  # DETR's
 
 
 def _areas(boxes: torch.Tensor) -> torch.Tensor:
@@ -89,7 +90,7 @@ def box_l1_loss(boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor
 class TripsVisualGroundingOutput(ModelOutput):
     r"""
     loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
-        `config.bbox_loss_weight * l1_loss + config.giou_loss_weight * giou_loss`, and in training
+        `L1_WEIGHT * l1_loss + GIOU_WEIGHT * giou_loss` (DETR's 5 and 2), and in training
         `config.selection_loss_weight * selection_loss + config.attention_loss_weight * attention_loss`.
     l1_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
         L1 distance of predicted box and label, summed over the four numbers, per box.
@@ -223,44 +224,25 @@ class TripsForVisualGrounding(TripsPreTrainedModel):
         (1, 4)
         ```
         """
+        texts = {"input_ids": input_ids, "token_type_ids": token_type_ids, "inputs_embeds": inputs_embeds}
+        images = {"pixel_values": pixel_values, "image_index": image_index, "image_cache": image_cache}
         outputs = self.model(
-            input_ids,
-            pixel_values,
-            attention_mask,
-            token_type_ids,
-            image_index,
-            image_cache,
-            inputs_embeds,
-            regions=labels,
-            schedule=schedule,
-            **kwargs,
+            attention_mask=attention_mask, **texts, **images, regions=labels, schedule=schedule, **kwargs
         )
         vision = outputs.vision_model_output
         image_states = select_rows(vision.last_hidden_state, vision.image_index)[:, 1:]
         grid_size = self.model.grid_of(pixel_values, image_cache)
         indices = token_indices(outputs.selection, image_states)
-        centers = token_centers(indices, grid_size)
         class_state = class_states(outputs.last_hidden_state, attention_mask)
-        pred_boxes, weights = self.box_head(class_state, image_states, centers)
-        config, loss = self.config, None
-        losses = dict.fromkeys(("l1_loss", "giou_loss", "selection_loss", "attention_loss"))
+        pred_boxes, weights = self.box_head(class_state, image_states, token_centers(indices, grid_size))
+        losses = {}
         if labels is not None:
-            num_items = kwargs.get("num_items_in_batch")
-            losses["l1_loss"], losses["giou_loss"] = box_losses(pred_boxes, labels, num_items)
-            if outputs.selection_losses is not None:
-                losses["selection_loss"] = mean_over_boxes(outputs.selection_losses, num_items)
+            text_losses = {"selection_loss": outputs.selection_losses}
             # CODEPATH: a weight of 0, the default, leaves the loss out.
-            if self.training and config.attention_loss_weight > 0:
-                losses_of_texts = attention_losses(weights, indices, labels, grid_size)
-                losses["attention_loss"] = mean_over_boxes(losses_of_texts, num_items)
-            loss = weighted_sum(
-                (config.bbox_loss_weight, losses["l1_loss"]),
-                (config.giou_loss_weight, losses["giou_loss"]),
-                (config.selection_loss_weight, losses["selection_loss"]),
-                (config.attention_loss_weight, losses["attention_loss"]),
-            )
+            if self.training and self.config.attention_loss_weight > 0:
+                text_losses["attention_loss"] = attention_losses(weights, indices, labels, grid_size)
+            losses = self.losses(pred_boxes, labels, text_losses, kwargs.get("num_items_in_batch"))
         return TripsVisualGroundingOutput(
-            loss=loss,
             **losses,
             pred_boxes=pred_boxes,
             selection=outputs.selection,
@@ -268,6 +250,20 @@ class TripsForVisualGrounding(TripsPreTrainedModel):
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
         )
+
+    def losses(
+        self,
+        pred_boxes: torch.Tensor,
+        labels: torch.Tensor,
+        text_losses: dict[str, torch.Tensor | None],
+        num_items: int | torch.Tensor | None,
+    ) -> dict[str, torch.Tensor | None]:
+        """Return the loss, and the means over boxes of its parts, by name."""
+        l1_loss, giou_loss = box_losses(pred_boxes, labels, num_items)
+        means = {name: None if own is None else mean_over_boxes(own, num_items) for name, own in text_losses.items()}
+        weights = [L1_WEIGHT, GIOU_WEIGHT, *(getattr(self.config, f"{name}_weight") for name in means)]
+        losses = {"l1_loss": l1_loss, "giou_loss": giou_loss, **means}
+        return {"loss": weighted_sum(zip(weights, losses.values())), **losses}
 
 
 def box_losses(

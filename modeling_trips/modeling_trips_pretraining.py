@@ -234,11 +234,24 @@ def distilled_contrastive_loss(
     Returns:
         `torch.Tensor` of shape `()`, float32 or wider.
     """
+    (images, all_image_ids), (texts, all_text_image_ids) = teacher.images, teacher.texts
     loss_per_image = distilled_loss(
-        image_embeds, teacher.image_embeds, image_ids, *teacher.texts, temperature, teacher_weight
+        image_embeds,
+        teacher_queries=teacher.image_embeds,
+        query_ids=image_ids,
+        candidates=texts,
+        candidate_ids=all_text_image_ids,
+        temperature=temperature,
+        teacher_weight=teacher_weight,
     )
     loss_per_text = distilled_loss(
-        text_embeds, teacher.text_embeds, text_image_ids, *teacher.images, temperature, teacher_weight
+        text_embeds,
+        teacher_queries=teacher.text_embeds,
+        query_ids=text_image_ids,
+        candidates=images,
+        candidate_ids=all_image_ids,
+        temperature=temperature,
+        teacher_weight=teacher_weight,
     )
     # As in `contrastive_loss`: processes may have different numbers of images.
     image_share, text_share = len(image_ids) / teacher.num_images, len(text_image_ids) / teacher.num_texts
@@ -606,7 +619,13 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
             text_states = self.model.text_model(input_ids, attention_mask, token_type_ids, **kwargs).last_hidden_state
         text_states, attention_mask = select_rows(text_states, text_index), select_rows(attention_mask, text_index)
         fused = self.model.fuse(
-            text_states, attention_mask, pixel_values, image_index, image_cache, schedule=schedule, **kwargs
+            text_states,
+            attention_mask=attention_mask,
+            pixel_values=pixel_values,
+            image_index=image_index,
+            image_cache=image_cache,
+            schedule=schedule,
+            **kwargs,
         )
         return TripsMatchingOutput(
             itm_logits=self.itm_head(class_states(fused.last_hidden_state, attention_mask)),
@@ -655,11 +674,17 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         # CODEPATH: a weight of 0 leaves out a loss and its compute.
         if config.itc_weight > 0:
             outputs = self.compare(text_outputs, self.get_image_features(image_cache=image_cache, **kwargs))
-            features = (outputs.image_embeds, outputs.text_embeds, self.temp(), image_ids, pair_ids)
+            features = {
+                "image_embeds": outputs.image_embeds,
+                "text_embeds": outputs.text_embeds,
+                "temperature": self.temp(),
+                "image_ids": image_ids,
+                "text_image_ids": pair_ids,
+            }
             if teacher is None:
-                itc_loss = contrastive_loss(*features)
+                itc_loss = contrastive_loss(**features)
             else:
-                itc_loss = distilled_contrastive_loss(teacher, teacher_weight, *features)
+                itc_loss = distilled_contrastive_loss(teacher, teacher_weight, **features)
             pair_logits = outputs.logits_per_text[:, image_index]
         # CODEPATH: as above.
         if config.itm_weight > 0:
@@ -670,7 +695,7 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
                 image_cache=image_cache,
                 text_states=text_states,
                 text_index=pairs.text_index,
-                regions=_of_true_pairs(regions, len(pairs.labels)),
+                regions=_pad_pairs(regions, len(pairs.labels)),
                 **kwargs,
             )
             itm_loss = matching_loss(matched.itm_logits, pairs.labels, pairs.weights)
@@ -681,7 +706,7 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
             outputs = {**outputs, "itm_logits": matched.itm_logits, "selection": selection}
         losses = {"itc_loss": itc_loss, "itm_loss": itm_loss, "selection_loss": selection_loss}
         weights = (config.itc_weight, config.itm_weight, config.selection_loss_weight)
-        return {**outputs, **losses, "loss": weighted_sum(*zip(weights, losses.values()))}
+        return {**outputs, **losses, "loss": weighted_sum(zip(weights, losses.values()))}
 
 
 @auto_docstring(
@@ -749,9 +774,9 @@ class TripsForRetrieval(TripsContrastiveModel):
             outputs = self.pair_losses(
                 text_outputs,
                 image_cache,
-                attention_mask,
-                image_index,
-                image_ids,
+                attention_mask=attention_mask,
+                image_index=image_index,
+                image_ids=image_ids,
                 regions=regions,
                 schedule=schedule,
                 **kwargs,
@@ -766,7 +791,7 @@ def _normalized(embeds: torch.Tensor) -> torch.Tensor:
     return nn.functional.normalize(embeds.to(torch.promote_types(embeds.dtype, torch.float32)), dim=-1)
 
 
-def _of_true_pairs(rows: torch.Tensor | None, num_pairs: int) -> torch.Tensor | None:
+def _pad_pairs(rows: torch.Tensor | None, num_pairs: int) -> torch.Tensor | None:
     """Pad the supervision of the true pairs, which come first, with zeros (no supervision) for the negative pairs."""
     return None if rows is None else nn.functional.pad(rows, (0, 0, 0, num_pairs - len(rows)))
 
@@ -898,37 +923,33 @@ class TripsForPreTraining(TripsContrastiveModel):
         config = self.config
         image_cache = self.model.encode_images(pixel_values, schedule=schedule, **kwargs)
         text_outputs = self.get_text_features(input_ids, attention_mask, token_type_ids, **kwargs)
+        images = {"image_cache": image_cache, "image_index": image_index, "schedule": schedule}
         outputs = self.pair_losses(
             text_outputs,
-            image_cache,
-            attention_mask,
-            image_index,
-            image_ids,
-            teacher,
-            teacher_weight,
-            regions,
-            schedule=schedule,
+            attention_mask=attention_mask,
+            image_ids=image_ids,
+            teacher=teacher,
+            teacher_weight=teacher_weight,
+            regions=regions,
+            **images,
             **kwargs,
         )
         mlm_loss = prefix_lm_loss = mlm_logits = None
         # CODEPATH: a weight of 0 leaves out an objective and its compute.
         if config.mlm_weight > 0 and mlm_labels is not None:
-            mlm_logits = self.masked_token_logits(
-                mlm_input_ids, attention_mask, token_type_ids, image_index, image_cache, schedule=schedule, **kwargs
-            )
+            masked = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
+            mlm_logits = self.masked_token_logits(mlm_input_ids, **masked, **images, **kwargs)
             num_masked = mean_count((mlm_labels != -100).sum())
             teacher_logits = None if teacher is None else teacher.mlm_logits
             mlm_loss = masked_language_loss(mlm_logits, mlm_labels, teacher_logits, teacher_weight, num_masked)
         # CODEPATH: as above.
         if config.prefix_lm_weight > 0 and labels is not None:
-            logits = self.continuation_logits(
-                prompt_input_ids, prompt_attention_mask, image_index, image_cache, labels, schedule, **kwargs
-            )
+            prompts = {"prompt_input_ids": prompt_input_ids, "prompt_attention_mask": prompt_attention_mask}
+            logits = self.continuation_logits(labels=labels, **prompts, **images, **kwargs)
             num_tokens = mean_count((labels != -100).sum())  # 0 if all texts are too short to be cut
             prefix_lm_loss = label_loss(logits, labels, num_items_in_batch=num_tokens)
-        losses = {"mlm_weight": mlm_loss, "prefix_lm_weight": prefix_lm_loss}
         outputs["loss"] = weighted_sum(
-            (1.0, outputs["loss"]), *((getattr(self.config, name), loss) for name, loss in losses.items())
+            [(1.0, outputs["loss"]), (config.mlm_weight, mlm_loss), (config.prefix_lm_weight, prefix_lm_loss)]
         )
         return TripsForPreTrainingOutput(
             **outputs, mlm_loss=mlm_loss, prefix_lm_loss=prefix_lm_loss, mlm_logits=mlm_logits

@@ -41,13 +41,15 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_trips import TripsDecoderConfig, TripsFusionConfig, TripsTextConfig
 from .modeling_trips_vision import (
+    SampledTokens,
     TripsPreTrainedModel,
     bidirectional_mask,
     eager_attention_forward,
     first_positions,
     joint_padding_mask,
+    select_rows,
 )
-from .patch_selection import gated_attention, gather_tokens
+from .patch_selection import Keys, attend, gather_tokens
 
 
 # Name of the keys and values in `generate` and in outputs: "cache" since Transformers 5.24.
@@ -156,22 +158,14 @@ class TripsTextSelfAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         source_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        keys: Keys,
         cache: Cache | None = None,
-        source_index: torch.LongTensor | None = None,
-        gate: torch.Tensor | None = None,
-        num_sampled: int = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Row i reads row `source_index[i]` of `source_states`, by default row i."""
+        """`source_states` give keys and values."""
         query = self.split_heads(self.query(hidden_states))
-        key, value = self.key_value(source_states, cache)
-        if source_index is not None:
-            key, value = (states.index_select(0, source_index.to(states.device)) for states in (key, value))
-            gate = None if gate is None else gate.index_select(0, source_index.to(gate.device))
-        attn_output, attn_weights = self.attend(
-            query, key, value, attention_mask, gate=gate, num_sampled=num_sampled, **kwargs
-        )
+        key, value = (select_rows(states, keys.index) for states in self.key_value(source_states, cache))
+        attn_output, attn_weights = self.attend(query, key, value, keys.rows(keys.index), **kwargs)
         return attn_output.reshape(hidden_states.shape).contiguous(), attn_weights
 
     def attend(
@@ -179,19 +173,19 @@ class TripsTextSelfAttention(nn.Module):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        keys: Keys,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        return gated_attention(
+        return attend(
             attention_interface,
             self,
             query,
             key,
             value,
-            attention_mask,
+            keys=keys,
             dropout=self.dropout.p if self.training else 0.0,
             scaling=self.scaling,
             **kwargs,
@@ -246,31 +240,30 @@ class TripsTextCrossAttention(TripsTextSelfAttention):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        keys: Keys,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # Flash attention would also drop queries by its mask, which is of shape (batch_size, key_length).
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-            key, value, lengths = unpad_keys(key, value, attention_mask.bool(), query_length=query.shape[2])
-            return super().attend(query, key, value, None, **lengths, **kwargs)
-        return super().attend(query, key, value, attention_mask, **kwargs)
+        if isinstance(keys.mask, torch.Tensor) and keys.mask.dim() == 2:
+            key, value, lengths = unpad_keys(key, value, keys.mask.bool(), query_length=query.shape[2])
+            return super().attend(query, key, value, keys._replace(mask=None), **lengths, **kwargs)
+        return super().attend(query, key, value, keys, **kwargs)
 
     def cls_attention(
         self,
         hidden_states: torch.Tensor,
         source_states: torch.Tensor,
-        source_index: torch.LongTensor | None = None,
+        keys: Keys,
         text_start: torch.LongTensor | None = None,
     ) -> torch.Tensor:
         """
         Return the attention of [CLS] to each of the other states, `(num_texts, num_heads, num_tokens)`, float32. Fast
         attention implementations do not return it.
         """
+        source_states = source_states[:, : source_states.shape[1] - keys.sampled]
         start = hidden_states[:, :1] if text_start is None else gather_tokens(hidden_states, text_start[:, None])
         query = self.split_heads(self.query(start))
-        key = self.split_heads(self.key(source_states))
-        if source_index is not None:
-            key = key.index_select(0, source_index.to(key.device))
+        key = select_rows(self.split_heads(self.key(source_states)), keys.index)
         return (query @ key.transpose(2, 3) * self.scaling).float().softmax(dim=-1)[:, :, 0]
 
 
@@ -297,12 +290,10 @@ class TripsTextAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         source_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        cache: Cache | None = None,
-        source_index: torch.LongTensor | None = None,
+        keys: Keys,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        attn_output, _ = self.self(hidden_states, source_states, attention_mask, cache, source_index, **kwargs)
+        attn_output, _ = self.self(hidden_states, source_states, keys, **kwargs)
         return self.output(attn_output, hidden_states)
 
 
@@ -328,10 +319,10 @@ class TripsTextLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        keys: Keys,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        hidden_states = self.attention(hidden_states, hidden_states, attention_mask, **kwargs)
+        hidden_states = self.attention(hidden_states, hidden_states, keys, **kwargs)
         return self.output(self.intermediate(hidden_states), hidden_states)
 
 
@@ -346,33 +337,23 @@ class TripsCrossLayer(TripsTextLayer):
         self,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        encoder_attention_mask: torch.Tensor | None = None,
+        keys: Keys,
+        encoder_keys: Keys,
         cache: Cache | None = None,
-        image_index: torch.LongTensor | None = None,
         text_start: torch.LongTensor | None = None,
-        gate: torch.Tensor | None = None,
-        num_sampled: int = 0,
         output_cls_attention: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        Return the hidden states and, with `output_cls_attention`, the attention of [CLS], else `None`.
-
-        Row i reads row `image_index[i]` of `encoder_hidden_states`, by default row i. `text_start` is the position of
-        each text's [CLS], by default 0.
+        Return the hidden states and, with `output_cls_attention`, the attention of [CLS], else `None`. `text_start` is
+        the position of each text's [CLS], by default 0.
         """
-        hidden_states = self.attention(hidden_states, hidden_states, attention_mask, cache, **kwargs)
+        hidden_states = self.attention(hidden_states, hidden_states, keys, cache=cache, **kwargs)
         cls_attention = None
         if output_cls_attention:
-            kept_states = encoder_hidden_states[:, : encoder_hidden_states.shape[1] - num_sampled]
-            cls_attention = self.crossattention.self.cls_attention(hidden_states, kept_states, image_index, text_start)
-        hidden_states = self.crossattention(
-            *(hidden_states, encoder_hidden_states, encoder_attention_mask, cache, image_index),
-            gate=gate,
-            num_sampled=num_sampled,
-            **kwargs,
-        )
+            attention = self.crossattention.self
+            cls_attention = attention.cls_attention(hidden_states, encoder_hidden_states, encoder_keys, text_start)
+        hidden_states = self.crossattention(hidden_states, encoder_hidden_states, encoder_keys, cache=cache, **kwargs)
         return self.output(self.intermediate(hidden_states), hidden_states), cls_attention
 
 
@@ -386,17 +367,14 @@ class TripsConnectedLayer(TripsTextLayer):
         self,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
-        joint_attention_mask: torch.Tensor | None = None,
-        gate: torch.Tensor | None = None,
-        num_sampled: int = 0,
+        encoder_keys: Keys,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        joint_states = torch.cat((hidden_states, encoder_hidden_states), dim=1)
-        if gate is not None:
-            gate = nn.functional.pad(gate, (hidden_states.shape[1], 0), value=1.0)
-        joint_states = super().forward(
-            joint_states, joint_attention_mask, gate=gate, num_sampled=num_sampled, **kwargs
-        )
+        """The mask of `encoder_keys` is that of all tokens."""
+        joint_states, keys = torch.cat((hidden_states, encoder_hidden_states), dim=1), encoder_keys
+        if keys.gate is not None:
+            keys = keys._replace(gate=nn.functional.pad(keys.gate, (hidden_states.shape[1], 0), value=1.0))
+        joint_states = super().forward(joint_states, keys, **kwargs)
         text_states, image_states = joint_states.split((hidden_states.shape[1], encoder_hidden_states.shape[1]), dim=1)
         return text_states, encoder_hidden_states + image_states
 
@@ -408,11 +386,9 @@ class TripsTextStack(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList(TripsTextLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
 
-    def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Unpack[TransformersKwargs]
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, keys: Keys, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
         for layer in self.layer:
-            hidden_states = layer(hidden_states, attention_mask, **kwargs)
+            hidden_states = layer(hidden_states, keys=keys, **kwargs)
         return hidden_states
 
 
@@ -432,41 +408,39 @@ class TripsCrossStack(nn.Module):
         self,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        encoder_attention_mask: torch.Tensor | None = None,
+        keys: Keys,
+        encoder_keys: Keys,
         cache: Cache | None = None,
-        image_index: torch.LongTensor | None = None,
-        joint_attention_mask: torch.Tensor | None = None,
+        joint_mask: torch.Tensor | None = None,
         text_start: torch.LongTensor | None = None,
-        gate: torch.Tensor | None = None,
-        num_sampled: int = 0,
         output_cls_attention: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the hidden states and, with `output_cls_attention`, where [CLS] looks in the last cross layer."""
+        """
+        Return the hidden states and, with `output_cls_attention`, where [CLS] looks in the last cross layer.
+        `joint_mask` hides padding in the connected layers.
+        """
         cls_attention = None
         for number, layer in enumerate(self.layer, start=1):
             if isinstance(layer, TripsConnectedLayer):
-                if image_index is not None:  # from here on, each text has image tokens of its own
-                    index, image_index = image_index.to(encoder_hidden_states.device), None
-                    encoder_hidden_states = encoder_hidden_states.index_select(0, index)
-                    gate = None if gate is None else gate.index_select(0, index)
+                # From here on, each text has image tokens of its own.
+                encoder_hidden_states = select_rows(encoder_hidden_states, encoder_keys.index)
+                encoder_keys = encoder_keys.rows(encoder_keys.index)
                 hidden_states, encoder_hidden_states = layer(
-                    hidden_states, encoder_hidden_states, joint_attention_mask, gate, num_sampled, **kwargs
+                    hidden_states,
+                    encoder_hidden_states,
+                    encoder_keys=encoder_keys._replace(mask=joint_mask),
+                    **kwargs,
                 )
                 continue
-            is_last = number == self.last_cross_layer
             hidden_states, cls_attention = layer(
                 hidden_states,
                 encoder_hidden_states,
-                attention_mask,
-                encoder_attention_mask,
-                cache,
-                image_index,
-                text_start,
-                gate,
-                num_sampled,
-                output_cls_attention=output_cls_attention and is_last,
+                keys=keys,
+                encoder_keys=encoder_keys,
+                cache=cache,
+                text_start=text_start,
+                output_cls_attention=output_cls_attention and number == self.last_cross_layer,
                 **kwargs,
             )
         return hidden_states, cls_attention
@@ -518,7 +492,7 @@ class TripsTextModel(TripsPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         hidden_states = self.embeddings(input_ids, token_type_ids, inputs_embeds, attention_mask=attention_mask)
         extended_mask = bidirectional_mask(self.config, attention_mask, inputs_embeds=hidden_states)
-        hidden_states = self.encoder(hidden_states, extended_mask, **kwargs)
+        hidden_states = self.encoder(hidden_states, Keys(extended_mask), **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states, pooler_output=self.pooled(hidden_states, attention_mask)
         )
@@ -586,8 +560,7 @@ class TripsFusionModel(TripsPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         image_index: torch.LongTensor | None = None,
         output_cls_attention: bool = False,
-        gate: torch.FloatTensor | None = None,
-        sampled_states: torch.FloatTensor | None = None,
+        sampled: SampledTokens | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsFusionModelOutput:
         r"""
@@ -596,14 +569,13 @@ class TripsFusionModel(TripsPreTrainedModel):
             have in common are projected to keys and values once. By default row i.
         output_cls_attention (`bool`, *optional*, defaults to `False`):
             Whether to return `cls_attention`.
-        gate (`torch.FloatTensor` of shape `(num_rows, num_image_tokens + num_sampled)`, *optional*):
-            In training with `selection_gate`, the gate of `encoder_hidden_states` and `sampled_states`.
-        sampled_states (`torch.FloatTensor` of shape `(num_rows, num_sampled, encoder_hidden_size)`, *optional*):
-            The dropped image tokens that take part for the gate.
+        sampled ([`SampledTokens`], *optional*):
+            In training with `selection_gate`, the dropped image tokens that take part for the gate.
         """
-        num_sampled = 0 if sampled_states is None else sampled_states.shape[1]
-        if sampled_states is not None:
-            encoder_hidden_states = torch.cat((encoder_hidden_states, sampled_states), dim=1)
+        encoder_keys = Keys(index=image_index)
+        if sampled is not None:
+            encoder_hidden_states = torch.cat((encoder_hidden_states, sampled.states), dim=1)
+            encoder_keys = Keys(index=image_index, gate=sampled.gate, sampled=sampled.states.shape[1])
         text_mask = bidirectional_mask(self.config, attention_mask, inputs_embeds=inputs_embeds)
         joint_mask = text_start = None
         if self.image_projection is not None:
@@ -621,12 +593,10 @@ class TripsFusionModel(TripsPreTrainedModel):
         hidden_states, cls_attention = self.encoder(
             inputs_embeds,
             encoder_hidden_states,
-            text_mask,
-            image_index=image_index,
-            joint_attention_mask=joint_mask,
+            keys=Keys(text_mask),
+            encoder_keys=encoder_keys,
+            joint_mask=joint_mask,
             text_start=text_start,
-            gate=gate,
-            num_sampled=num_sampled,
             output_cls_attention=output_cls_attention,
             **kwargs,
         )
@@ -686,7 +656,12 @@ class TripsDecoder(TripsPreTrainedModel):
                 encoder_hidden_states=encoder_hidden_states,
             )
         hidden_states, _ = self.encoder(
-            hidden_states, encoder_hidden_states, attention_mask, encoder_attention_mask, cache=cache, **kwargs
+            hidden_states,
+            encoder_hidden_states,
+            keys=Keys(attention_mask),
+            encoder_keys=Keys(encoder_attention_mask),
+            cache=cache,
+            **kwargs,
         )
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
 

@@ -16,12 +16,14 @@ The base class of all models, and the vision towers of TRIPS: a Vision Transform
 in a single stream with the text (ViLT's form).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
@@ -40,14 +42,14 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_trips import LayerSelection, SelectionSchedule, TripsConfig, TripsVisionConfig
 from .patch_selection import (
     FUSED_TOKEN,
-    draw_dropped,
-    gate_of_best,
-    gate_of_drawn,
-    gated_attention,
-    gather_tokens,
+    Choice,
+    Keys,
+    attend,
+    choose_tokens,
+    num_kept_tokens,
     random_scores,
     score_tokens,
-    select_tokens,
+    shorten_tokens,
 )
 
 
@@ -78,6 +80,23 @@ class TripsPreTrainedModel(PreTrainedModel):
     auto_classes: ClassVar[tuple[str, ...]] = ()
     # The pipeline that runs it.
     pipeline_class: ClassVar[type[Pipeline] | None] = None
+
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs):
+        """
+        As in Transformers.
+
+        Raises:
+            ValueError: Layers would be recomputed without the values that they take by keyword, or with other draws.
+        """
+        options = getattr(gradient_checkpointing_func, "keywords", {})
+        if enable and options.get("use_reentrant", False):
+            raise ValueError("Activation checkpointing needs `use_reentrant=False`, got True.")
+        if enable and not options.get("preserve_rng_state", True):
+            raise ValueError(
+                "Activation checkpointing needs `preserve_rng_state=True`, got False: patches that are drawn would be "
+                "others when a layer is computed again."
+            )
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
     def save_pretrained(self, save_directory, **kwargs):
         """As in Transformers. The configuration names this class, and for `AutoModel` the bare model, but no other."""
@@ -252,9 +271,7 @@ class TripsVisionAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        gate: torch.Tensor | None = None,
-        num_sampled: int = 0,
+        keys: Keys,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
         query = self.split_heads(self.q_proj(hidden_states))
@@ -263,15 +280,13 @@ class TripsVisionAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        attn_output, attn_weights = gated_attention(
+        attn_output, attn_weights = attend(
             attention_interface,
             self,
             query,
             key,
             value,
-            attention_mask,
-            gate,
-            num_sampled,
+            keys=keys,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             **kwargs,
@@ -291,12 +306,33 @@ class TripsVisionMLP(nn.Module):
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))
 
 
+class Texts(NamedTuple):
+    """
+    The texts of a pass through a vision tower.
+
+    Args:
+        embeds (`torch.Tensor` of shape `(num_texts, hidden_size)`, *optional*): The text guidance.
+        image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*): The row of each text, as long as texts
+            share rows. By default text i has row i.
+        length (`int`, *optional*, defaults to 0): In a single stream, the number of text tokens before the image's
+            [CLS], padding included.
+        attention_mask (`torch.Tensor` of shape `(num_texts, length)`, *optional*): 0 marks their padding.
+    """
+
+    embeds: torch.Tensor | None = None
+    image_index: torch.Tensor | None = None
+    length: int = 0
+    attention_mask: torch.Tensor | None = None
+
+    @property
+    def are_given(self) -> bool:
+        return self.embeds is not None or self.length > 0
+
+
 class TripsVisionLayer(GradientCheckpointingLayer):
     """
     A pre-norm ViT layer that selects patches between attention and MLP (paper, section 3.2): the MLP already runs on
     the shorter sequence. In a single stream, text tokens come before the image's [CLS] and the candidates.
-
-    Reentrant checkpointing sees tensors that are arguments by position and items of the result, and no others.
     """
 
     def __init__(self, config: TripsVisionConfig):
@@ -311,98 +347,54 @@ class TripsVisionLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        text_embeds: torch.Tensor | None = None,
-        image_index: torch.LongTensor | None = None,
+        keys: Keys,
+        texts: Texts,
         selection: LayerSelection | None = None,
-        attention_mask: torch.Tensor | None = None,
-        text_length: int = 0,
-        text_start: torch.LongTensor | None = None,
-        gate: torch.Tensor | None = None,
-        num_sampled: int = 0,
         sampled_share: float = 0.0,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Choice | None]:
         """
         Args:
-            hidden_states (`torch.Tensor` of shape `(num_rows, text_length + 1 + num_candidates, hidden_size)`)
-            text_embeds (`torch.Tensor` of shape `(num_texts, hidden_size)`, *optional*): The text guidance.
-            image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*): The row of each text, in a layer that
-                `text_embeds` score: attention runs once per row, selection and MLP once per text. By default text i
-                has row i.
+            hidden_states (`torch.Tensor` of shape `(num_rows, texts.length + 1 + num_candidates, hidden_size)`)
+            keys ([`Keys`]): Padding, and the gate of an earlier layer, whose dropped tokens come last.
+            texts ([`Texts`]): With `image_index`, attention runs once per row, selection and MLP once per text.
             selection ([`LayerSelection`], *optional*): How the layer selects; by default it does not.
-            attention_mask (`torch.Tensor`, *optional*): Hides padding, in the form of the attention in use.
-            text_length (`int`, *optional*, defaults to 0): Number of text tokens, padding included.
-            text_start (`torch.LongTensor` of shape `(num_rows,)`, *optional*): Position of each text's [CLS], by
-                default 0.
-            gate (`torch.Tensor` of shape `(num_rows, num_tokens)`, *optional*), num_sampled (`int`, *optional*): Of an
-                earlier layer, see [`gated_attention`].
-            sampled_share (`float`, *optional*, defaults to 0.0): Share of the dropped candidates that a selection
-                leaves behind the others, for the gate. 0: no gate.
+            sampled_share (`float`, *optional*, defaults to 0.0): See [`choose_tokens`].
 
         Returns:
-            `(hidden_states, scores, kept_positions, gate)`; the last three are `None` without `selection`, and `gate`
-            without `sampled_share`.
+            `(hidden_states, scores, choice)`; the last two are `None` without `selection`.
         """
-        attn_output, _, query, key = self.attention(
-            self.layernorm_before(hidden_states), attention_mask, gate, num_sampled, **kwargs
-        )
-        hidden_states, scores, kept_positions, gate = hidden_states + self.dropout(attn_output), None, None, None
+        attn_output, _, query, key = self.attention(self.layernorm_before(hidden_states), keys, **kwargs)
+        hidden_states, scores, choice = hidden_states + self.dropout(attn_output), None, None
         if selection is not None:
-            hidden_states, key = select_rows(hidden_states, image_index), select_rows(key, image_index)
-            guide = self.guiding_query(query, selection.guidance, text_embeds, text_length, text_start)
-            scores = self.score(guide, key[:, :, text_length + 1 :], selection)
-            candidates = hidden_states[:, text_length + 1 :]
-            draw = self.draws(selection, sampled_share, text_embeds is not None or text_length > 0)
-            hidden_states, kept_positions = select_tokens(
-                hidden_states, scores, selection.keep_rate, selection.fuse, selection.normalize, draw
-            )
-            if sampled_share > 0 and kept_positions.shape[1] < candidates.shape[1]:
-                sampled_positions = draw_dropped(scores, kept_positions, sampled_share)
-                positions = torch.cat((kept_positions, sampled_positions), dim=1)
-                gate = gate_of_drawn(scores, positions) if draw else gate_of_best(scores, kept_positions, positions)
-                gate = self.gate_of_tokens(gate, kept_positions.shape[1], hidden_states.shape[1], text_length)
-                hidden_states = torch.cat((hidden_states, gather_tokens(candidates, sampled_positions)), dim=1)
+            start, end = texts.length + 1, hidden_states.shape[1] - keys.sampled
+            key = select_rows(key[:, :, start:end], texts.image_index)
+            scores = self.score(query, key, selection, texts)
+            # Patches that an image draws made its models worse.
+            draw = selection.guidance == "text" and texts.are_given
+            choice = choose_tokens(scores, selection.keep_rate, sampled_share, draw)
+            hidden_states = select_rows(hidden_states, texts.image_index)
+            hidden_states = shorten_tokens(hidden_states, scores, choice, self.config.fuse_inattentive_tokens)
         hidden_states = hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
-        return hidden_states, scores, kept_positions, gate
+        return hidden_states, scores, choice
 
-    def draws(self, selection: LayerSelection, sampled_share: float, has_text: bool) -> bool:
-        """Return whether the kept tokens are drawn: with a gate, where a text scores. Draws made images worse."""
-        return sampled_share > 0 and selection.guidance == "text" and has_text
-
-    def gate_of_tokens(self, gate: torch.Tensor, num_kept: int, num_tokens: int, text_length: int) -> torch.Tensor:
-        """
-        Return the gate of `num_tokens` tokens and the sampled ones behind them, from that of the kept and the sampled
-        ones. Nothing scores the tokens before the kept ones and the fused token behind them: their gate is 1.
-        """
-        start = text_length + 1
-        kept, sampled = gate.split((num_kept, gate.shape[1] - num_kept), dim=1)
-        kept = nn.functional.pad(kept, (start, num_tokens - start - num_kept), value=1.0)
-        return torch.cat((kept, sampled), dim=1)
-
-    def guiding_query(
-        self,
-        query: torch.Tensor,
-        guidance: str,
-        text_embeds: torch.Tensor | None,
-        text_length: int,
-        text_start: torch.LongTensor | None,
-    ) -> torch.Tensor:
-        """Return the query of the token that scores the candidates, `(num_texts, num_heads, head_dim)`."""
-        if guidance != "text":
-            return query[:, :, text_length]  # the image's [CLS]
-        if text_embeds is not None:
-            return self.attention.split_heads(self.attention.q_proj(text_embeds)[:, None])[:, :, 0]
-        # The first token is the text's [CLS] in a single stream, or the image's, which guides where no text is given.
-        if text_start is None:
-            return query[:, :, 0]
-        rows = text_start.to(query.device)[:, None, None, None].expand(-1, query.shape[1], 1, query.shape[3])
-        return query.gather(2, rows)[:, :, 0]
-
-    def score(self, query: torch.Tensor, key: torch.Tensor, selection: LayerSelection) -> torch.Tensor:
+    def score(self, query: torch.Tensor, key: torch.Tensor, selection: LayerSelection, texts: Texts) -> torch.Tensor:
         """Return the scores of the candidates, `(num_texts, num_candidates)`."""
         if selection.guidance == "random":
             return random_scores(key.shape[0], key.shape[2], key.device)
-        return score_tokens(query, key, self.attention.scaling)
+        return score_tokens(self.guiding_query(query, selection, texts), key, self.attention.scaling)
+
+    def guiding_query(self, query: torch.Tensor, selection: LayerSelection, texts: Texts) -> torch.Tensor:
+        """Return the query of the token that scores the candidates, `(num_texts, num_heads, head_dim)`."""
+        if selection.guidance != "text":
+            return query[:, :, texts.length]  # the image's [CLS]
+        if texts.embeds is not None:
+            return self.attention.split_heads(self.attention.q_proj(texts.embeds)[:, None])[:, :, 0]
+        # The first token is the text's [CLS] in a single stream, or the image's, which guides where no text is given.
+        if texts.attention_mask is None:
+            return query[:, :, 0]
+        first = first_positions(texts.attention_mask).to(query.device)
+        return query.gather(2, first[:, None, None, None].expand(-1, query.shape[1], 1, query.shape[3]))[:, :, 0]
 
 
 @auto_docstring(custom_intro="What one selection layer kept.")
@@ -447,8 +439,7 @@ class TripsImageCache:
         schedule (`SelectionSchedule`, *optional*):
             The schedule of the layers before `next_layer`. A pass with another schedule refuses the cache.
         gate (`torch.FloatTensor` of shape `(num_images, num_tokens)`, *optional*):
-            In training with `selection_gate`, the gate of the tokens, whose last `num_sampled` are dropped ones.
-        num_sampled (`int`, *optional*, defaults to 0)
+            In training with `selection_gate`, the gate of all tokens; dropped ones are behind the candidates.
     """
 
     hidden_states: torch.FloatTensor
@@ -458,7 +449,6 @@ class TripsImageCache:
     next_layer: int | None = None
     schedule: SelectionSchedule | None = None
     gate: torch.FloatTensor | None = None
-    num_sampled: int = 0
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -478,6 +468,61 @@ class TripsImageCache:
         return self.map(lambda value: value[rows])
 
 
+class ImageTokens(NamedTuple):
+    """
+    The tokens between two layers of a vision tower.
+
+    Args:
+        states (`torch.Tensor` of shape `(num_rows, text_length + 1 + num_candidates + num_sampled, hidden_size)`)
+        indices (`torch.LongTensor` of shape `(num_rows, num_candidates)`): The original index of each candidate, -1
+            for a fused token.
+        keys ([`Keys`]): What attention needs to know about them.
+        selection (`tuple(TripsSelection)`): What the layers before kept.
+    """
+
+    states: torch.Tensor
+    indices: torch.Tensor
+    keys: Keys
+    selection: tuple[TripsSelection, ...] = ()
+
+    @classmethod
+    def of_cache(cls, image_cache: TripsImageCache, text_length: int) -> "ImageTokens":
+        """Return the cached tokens, before which `text_length` text tokens may have been joined."""
+        states, indices = image_cache.hidden_states, image_cache.candidate_indices
+        num_sampled = states.shape[1] - text_length - 1 - indices.shape[1]
+        return cls(states, indices, Keys(gate=image_cache.gate, sampled=num_sampled), image_cache.selection)
+
+    def after(
+        self, states: torch.Tensor, scores: torch.Tensor, choice: Choice, image_index: torch.LongTensor | None
+    ) -> "ImageTokens":
+        """Return the tokens after a layer with this result, which gave each text a row of its own by `image_index`."""
+        keys, selection = self.keys.rows(image_index), selection_rows(self.selection, image_index)
+        indices = select_rows(self.indices, image_index).to(choice.kept.device)  # layers may be on several devices
+        selection = (*selection, TripsSelection(indices.gather(1, choice.kept), scores, indices))
+        start = self.states.shape[1] - self.indices.shape[1] - self.keys.sampled
+        num_sampled = self.keys.sampled if choice.sampled is None else choice.sampled.shape[1]
+        num_candidates, num_kept = states.shape[1] - start - num_sampled, choice.kept.shape[1]
+        if choice.gate is not None:
+            # Nothing scores the tokens before the kept ones and the fused token behind them: their gate is 1.
+            kept, sampled = choice.gate.split((num_kept, num_sampled), dim=1)
+            kept = nn.functional.pad(kept, (start, num_candidates - num_kept), value=1.0)
+            keys = Keys(gate=torch.cat((kept, sampled), dim=1), sampled=num_sampled)
+        return ImageTokens(states, next_candidates(selection[-1], num_candidates), keys, selection)
+
+
+class SampledTokens(NamedTuple):
+    """
+    Dropped tokens that took part in training with `selection_gate`.
+
+    Args:
+        states (`torch.Tensor` of shape `(num_rows, num_sampled, hidden_size)`): Their final states.
+        gate (`torch.Tensor` of shape `(num_rows, num_tokens + num_sampled)`): The gate of the other tokens and theirs.
+    """
+
+    states: torch.Tensor
+    gate: torch.Tensor
+
+
 @auto_docstring(custom_intro="Output of [`TripsVisionModel`].")
 @dataclass
 class TripsVisionModelOutput(BaseModelOutputWithPooling):
@@ -490,16 +535,13 @@ class TripsVisionModelOutput(BaseModelOutputWithPooling):
     image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
         The row of each text in the other fields. `None` where text i has row i: without `image_index`, and where a
         text guides a layer.
-    gate (`torch.FloatTensor` of shape `(batch_size, num_tokens + num_sampled)`, *optional*):
-        In training with `selection_gate`, the gate of `last_hidden_state` and `sampled_states`.
-    sampled_states (`torch.FloatTensor` of shape `(batch_size, num_sampled, hidden_size)`, *optional*):
-        The final states of the dropped tokens that took part for the gate.
+    sampled ([`SampledTokens`], *optional*):
+        In training with `selection_gate`, the dropped tokens that took part for the gate.
     """
 
     selection: tuple[TripsSelection, ...] | None = None
     image_index: torch.LongTensor | None = None
-    gate: torch.FloatTensor | None = None
-    sampled_states: torch.FloatTensor | None = None
+    sampled: SampledTokens | None = None
 
 
 class TripsVisionEmbeddings(nn.Module):
@@ -620,83 +662,81 @@ class TripsVisionModel(TripsPreTrainedModel):
         """
         schedule = self.resolve_schedule(schedule)
         stop = schedule.first_text_layer
-        states = self.run_layers(self.embed_images(pixel_values), schedule, stop, **kwargs)
-        return replace(states, schedule=schedule.before(stop))
+        image_cache = self.embed_images(pixel_values)
+        tokens = self.run_layers(image_cache, schedule, Texts(), stop=stop, **kwargs)
+        return replace(
+            image_cache,
+            hidden_states=tokens.states,
+            candidate_indices=tokens.indices,
+            selection=tokens.selection,
+            next_layer=stop,
+            schedule=schedule.before(stop),
+            gate=tokens.keys.gate,
+        )
 
     def run_layers(
         self,
-        states: TripsImageCache,
+        image_cache: TripsImageCache,
         schedule: SelectionSchedule,
+        texts: Texts,
         stop: int | None = None,
-        text_embeds: torch.Tensor | None = None,
-        image_index: torch.LongTensor | None = None,
-        text_length: int = 0,
-        attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> TripsImageCache:
+    ) -> ImageTokens:
         """
-        Run the layers from `states.next_layer` up to the one before `stop`, or all the others. The first layer that
-        `text_embeds` score gives each text a row of its own. In a single stream the states begin with `text_length`
-        text tokens, whose padding `attention_mask` marks.
+        Run the layers from `image_cache.next_layer` up to the one before `stop`, or all the others. The first layer
+        that `texts` score gives each text a row of its own.
         """
-        hidden_states, candidate_indices, selections = states.hidden_states, states.candidate_indices, states.selection
-        gate, num_sampled = states.gate, states.num_sampled
-        gated_layer = self.gated_layer(schedule)
-        text_start = None if attention_mask is None else first_positions(attention_mask)
-        mask = self.joint_mask(hidden_states, attention_mask, text_length)
+        tokens = self.mask_padding(ImageTokens.of_cache(image_cache, texts.length), texts)
+        gated_layer = self.gated_layer(schedule, math.prod(image_cache.grid_size))
         end = len(self.layers) + 1
-        for number in range(states.next_layer or end, stop or end):
-            layer_selection, index = schedule.by_layer.get(number), None
-            if image_index is not None and layer_selection is not None and layer_selection.guidance == "text":
-                index, image_index = image_index, None
-                candidate_indices = select_rows(candidate_indices, index)
-                selections = selection_rows(selections, index)
-            hidden_states, scores, kept_positions, new_gate = self.layers[number - 1](
-                hidden_states,
-                text_embeds,
-                index,
-                layer_selection,
-                mask,
-                text_length,
-                text_start,
-                gate,
-                num_sampled,
-                self.config.selection_gate if number == gated_layer else 0.0,
+        for number in range(image_cache.next_layer or end, stop or end):
+            selection = schedule.by_layer.get(number)
+            index = texts.image_index if selection is not None and selection.guidance == "text" else None
+            states, scores, choice = self.layers[number - 1](
+                tokens.states,
+                keys=tokens.keys,
+                texts=texts._replace(image_index=index),
+                selection=selection,
+                sampled_share=self.config.selection_gate if number == gated_layer else 0.0,
                 **kwargs,
             )
-            if kept_positions is not None:
-                num_candidates = hidden_states.shape[1] - text_length - 1
-                if new_gate is not None:
-                    gate = new_gate
-                    num_sampled = num_candidates - kept_positions.shape[1] - layer_selection.fuse
-                candidate_indices = candidate_indices.to(kept_positions.device)  # layers may be on several devices
-                kept_indices = candidate_indices.gather(1, kept_positions)
-                selections += (TripsSelection(kept_indices, scores, candidate_indices),)
-                candidate_indices = next_candidates(selections[-1], num_candidates - num_sampled)
-                mask = self.joint_mask(hidden_states, attention_mask, text_length)
-        return replace(
-            states,
-            hidden_states=hidden_states,
-            candidate_indices=candidate_indices,
-            selection=selections,
-            next_layer=stop,
-            gate=gate,
-            num_sampled=num_sampled,
-        )
+            if choice is None:
+                tokens = tokens._replace(states=states)
+            else:
+                tokens = self.mask_padding(tokens.after(states, scores, choice, index), texts)
+                texts = texts if index is None else texts._replace(image_index=None)
+        return tokens
 
-    def gated_layer(self, schedule: SelectionSchedule) -> int | None:
-        """Return the layer whose scores the gate teaches: the last of the schedule, in training."""
+    def gated_layer(self, schedule: SelectionSchedule, num_patches: int) -> int | None:
+        """
+        Return the layer whose scores the gate teaches: the last one that drops patches, where gradients are computed
+        in training.
+
+        Raises:
+            ValueError: No layer of the schedule drops patches, or the last one is scored at random.
+        """
         # CODEPATH: the gate takes part in training only.
-        is_gated = self.training and self.config.selection_gate > 0 and schedule.layers
-        last = schedule.layers[-1] if is_gated else None
-        return None if last is None or schedule.by_layer[last].guidance == "random" else last
-
-    def joint_mask(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, text_length: int):
-        """Return the mask of text and image tokens in the form of the attention in use, `None` without padding."""
-        if attention_mask is None:
+        if not (self.training and torch.is_grad_enabled() and self.config.selection_gate > 0 and schedule.layers):
             return None
-        mask = joint_padding_mask(attention_mask, hidden_states.shape[1] - text_length)
-        return bidirectional_mask(self.config, mask, inputs_embeds=hidden_states)
+        num_candidates, last = num_patches, None
+        for number, selection in schedule.by_layer.items():
+            num_kept = num_kept_tokens(num_candidates, selection.keep_rate)
+            if num_kept < num_candidates:
+                num_candidates, last = num_kept + self.config.fuse_inattentive_tokens, number
+        if last is None or schedule.by_layer[last].guidance == "random":
+            raise ValueError(
+                "`selection_gate` teaches the last layer that drops patches, which must be scored by the text or the "
+                f"image, got {schedule} for {num_patches} patches. Set `selection_gate` to 0, or change the schedule."
+            )
+        return last
+
+    def mask_padding(self, tokens: ImageTokens, texts: Texts) -> ImageTokens:
+        """Mask the padding of the texts in a single stream, in the form of the attention in use."""
+        if texts.attention_mask is None:
+            return tokens
+        mask = joint_padding_mask(texts.attention_mask, tokens.states.shape[1] - texts.length)
+        mask = bidirectional_mask(self.config, mask, inputs_embeds=tokens.states)
+        return tokens._replace(keys=tokens.keys._replace(mask=mask))
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -733,24 +773,19 @@ class TripsVisionModel(TripsPreTrainedModel):
         is_guided = text_embeds is not None and schedule.first_text_layer is not None
         if is_guided and self.selection_projection is not None:
             text_embeds = self.selection_projection(text_embeds)
-        states = self.run_layers(
-            image_cache,
-            schedule,
-            text_embeds=text_embeds if is_guided else None,
-            image_index=image_index if is_guided else None,
-            **kwargs,
-        )
-        hidden_states, sampled_states = self.layernorm(states.hidden_states), None
-        if states.gate is not None:
-            num_tokens = hidden_states.shape[1] - states.num_sampled
+        texts = Texts(text_embeds, image_index) if is_guided else Texts()
+        tokens = self.run_layers(image_cache, schedule, texts, **kwargs)
+        hidden_states, sampled = self.layernorm(tokens.states), None
+        if tokens.keys.gate is not None:
+            num_tokens = hidden_states.shape[1] - tokens.keys.sampled
             hidden_states, sampled_states = hidden_states[:, :num_tokens], hidden_states[:, num_tokens:]
+            sampled = SampledTokens(sampled_states, tokens.keys.gate)
         return TripsVisionModelOutput(
             last_hidden_state=hidden_states,
             pooler_output=hidden_states[:, 0],
-            selection=states.selection,
+            selection=tokens.selection,
             image_index=None if is_guided else image_index,
-            gate=states.gate,
-            sampled_states=sampled_states,
+            sampled=sampled,
         )
 
     def check_image_cache(self, image_cache: TripsImageCache, schedule: SelectionSchedule):
@@ -886,19 +921,17 @@ class TripsSingleStreamModel(TripsVisionModel):
         check_counts(text_states.shape[0], image_cache.hidden_states.shape[0], image_index)
         image_cache = image_cache.map(lambda tensor: select_rows(tensor, image_index))
         text_length = text_states.shape[1]
-        states = self.run_layers(
+        tokens = self.run_layers(
             replace(image_cache, hidden_states=self.join(text_states, image_cache.hidden_states)),
             self.resolve_schedule(schedule),
-            text_length=text_length,
-            attention_mask=attention_mask,
+            texts=Texts(length=text_length, attention_mask=attention_mask),
             **kwargs,
         )
-        num_tokens = states.hidden_states.shape[1] - states.num_sampled
-        hidden_states = self.layernorm(states.hidden_states[:, :num_tokens])
+        hidden_states = self.layernorm(tokens.states[:, : tokens.states.shape[1] - tokens.keys.sampled])
         return TripsSingleStreamModelOutput(
             last_hidden_state=hidden_states[:, text_length:],
             pooler_output=hidden_states[:, text_length],
-            selection=states.selection,
+            selection=tokens.selection,
             text_states=hidden_states[:, :text_length],
         )
 

@@ -19,6 +19,7 @@ The functions never form a full attention map. Shapes depend on shapes and rates
 
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
@@ -104,9 +105,7 @@ def gather_tokens(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor
     return tokens.gather(1, positions.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
-def fuse_tokens(
-    tokens: torch.Tensor, scores: torch.Tensor, kept_positions: torch.Tensor, normalize: bool = False
-) -> torch.Tensor:
+def fuse_tokens(tokens: torch.Tensor, scores: torch.Tensor, kept_positions: torch.Tensor) -> torch.Tensor:
     """
     Return the fused token: the sum of the tokens that are not kept, weighted by their scores.
 
@@ -116,56 +115,112 @@ def fuse_tokens(
         tokens (`torch.Tensor` of shape `(batch_size, num_candidates, hidden_size)`)
         scores (`torch.Tensor` of shape `(batch_size, num_candidates)`)
         kept_positions (`torch.LongTensor` of shape `(batch_size, num_kept)`)
-        normalize (`bool`, *optional*, defaults to `False`): Whether the weights are rescaled to sum to 1.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, 1, hidden_size)`, in the dtype of `tokens`.
     """
     weights = scores.scatter(1, kept_positions, 0.0)
-    if normalize:
-        weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
     return torch.bmm(weights.to(tokens.dtype).unsqueeze(1), tokens).to(tokens.dtype)
 
 
-def select_tokens(
-    tokens: torch.Tensor,
-    scores: torch.Tensor,
-    keep_rate: float,
-    fuse: bool = True,
-    normalize: bool = False,
-    draw: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
+class Choice(NamedTuple):
     """
-    Shorten a sequence of p other tokens (here [CLS]) and n candidates to these p, the k kept candidates in their
-    original order and, with `fuse`, one token for the rest.
+    What one layer keeps of its candidates.
 
     Args:
-        tokens (`torch.Tensor` of shape `(batch_size, p + n, hidden_size)`)
-        scores (`torch.Tensor` of shape `(batch_size, n)`)
-        keep_rate (`float`): Share of the candidates to keep, in (0, 1].
-        fuse (`bool`, *optional*, defaults to `True`): Whether the others become one token, or are dropped.
-        normalize (`bool`, *optional*, defaults to `False`): Whether its weights are rescaled to sum to 1.
-        draw (`bool`, *optional*, defaults to `False`): Whether the kept candidates are drawn by their scores, as in
-            [`draw_kept`], or are the best.
+        kept (`torch.LongTensor` of shape `(batch_size, num_kept)`): Positions of the kept candidates, ascending.
+        sampled (`torch.LongTensor` of shape `(batch_size, num_sampled)`, *optional*): Positions of dropped candidates
+            that run beside the kept ones for the gate.
+        gate (`torch.Tensor` of shape `(batch_size, num_kept + num_sampled)`, *optional*): Their gate, see
+            [`gate_of_best`] and [`gate_of_drawn`].
+    """
 
-    Returns:
-        The tokens, of shape `(batch_size, p + k + 1, hidden_size)` (`p + k` without `fuse`), and the positions of the
-        kept candidates, a `torch.LongTensor` of shape `(batch_size, k)`. If all are kept, `tokens` are returned
-        unchanged, without a fused token.
+    kept: torch.Tensor
+    sampled: torch.Tensor | None = None
+    gate: torch.Tensor | None = None
+
+
+def choose_tokens(scores: torch.Tensor, keep_rate: float, sampled_share: float = 0.0, draw: bool = False) -> Choice:
+    """
+    Decide which candidates are kept and, for the gate, which of the others also run.
+
+    Args:
+        scores (`torch.Tensor` of shape `(batch_size, num_candidates)`)
+        keep_rate (`float`): Share of the candidates to keep, in (0, 1].
+        sampled_share (`float`, *optional*, defaults to 0.0): Share of the dropped candidates that also run, in [0, 1].
+            0: there is no gate.
+        draw (`bool`, *optional*, defaults to `False`): Whether, with a gate, the kept candidates are drawn by their
+            scores, as in [`draw_kept`], or are the best.
     """
     num_candidates = scores.shape[1]
     num_kept = num_kept_tokens(num_candidates, keep_rate)
     if num_kept == num_candidates:
-        return tokens, torch.arange(num_candidates, device=scores.device).expand(scores.shape)
+        return Choice(torch.arange(num_candidates, device=scores.device).expand(scores.shape))
+    if sampled_share == 0:
+        return Choice(keep_topk(scores, num_kept))
+    kept = (draw_kept if draw else keep_topk)(scores, num_kept)
+    sampled = draw_dropped(scores, kept, sampled_share)
+    positions = torch.cat((kept, sampled), dim=1)
+    gate = gate_of_drawn(scores, positions) if draw else gate_of_best(scores, kept, positions)
+    return Choice(kept, sampled, gate)
+
+
+def shorten_tokens(tokens: torch.Tensor, scores: torch.Tensor, choice: Choice, fuse: bool = True) -> torch.Tensor:
+    """
+    Shorten a sequence of p other tokens (here [CLS]) and n candidates to these p, the k kept candidates in their
+    original order, with `fuse` one token for the rest, and the candidates that run for the gate.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(batch_size, p + n, hidden_size)`)
+        scores (`torch.Tensor` of shape `(batch_size, n)`)
+        choice ([`Choice`]): Result of [`choose_tokens`]. If all are kept, `tokens` are returned unchanged, without a
+            fused token.
+        fuse (`bool`, *optional*, defaults to `True`): Whether the others become one token, or are dropped.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, p + k + 1 + num_sampled, hidden_size)` (`p + k + num_sampled` without
+        `fuse`).
+    """
+    num_candidates = scores.shape[1]
+    if choice.kept.shape[1] == num_candidates:
+        return tokens
     others, candidates = tokens.split((tokens.shape[1] - num_candidates, num_candidates), dim=1)
-    kept_positions = (draw_kept if draw else keep_topk)(scores, num_kept)
-    parts = [others, gather_tokens(candidates, kept_positions)]
+    parts = [others, gather_tokens(candidates, choice.kept)]
     if fuse:
-        parts.append(fuse_tokens(candidates, scores, kept_positions, normalize))
-    return torch.cat(parts, dim=1), kept_positions
+        parts.append(fuse_tokens(candidates, scores, choice.kept))
+    if choice.sampled is not None:
+        parts.append(gather_tokens(candidates, choice.sampled))
+    return torch.cat(parts, dim=1)
 
 
-# The gate: scores that learn from the loss
+# Attention, and the gate: scores that learn from the loss
+
+
+class Keys(NamedTuple):
+    """
+    What attention needs to know about its keys. It travels where a mask alone would.
+
+    Args:
+        mask (`torch.Tensor`, *optional*): Hides padding, in the form of the attention in use; with a gate
+            broadcastable to `(batch_size, 1, num_queries, num_keys)`.
+        index (`torch.LongTensor` of shape `(batch_size,)`, *optional*): Queries of row i attend to row `index[i]` of
+            the keys, by default to row i.
+        gate (`torch.Tensor` of shape `(num_rows, num_keys)`, *optional*): See [`gate_of_best`], [`gate_of_drawn`]. A
+            key that nothing scores has a constant.
+        sampled (`int` or `torch.BoolTensor` of shape `(num_rows, num_keys)`, *optional*, defaults to 0): The dropped
+            tokens among the keys: the number of those at the end, or a mask.
+    """
+
+    mask: Any = None
+    index: torch.Tensor | None = None
+    gate: torch.Tensor | None = None
+    sampled: int | torch.Tensor = 0
+
+    def rows(self, index: torch.Tensor | None) -> "Keys":
+        """Return these rows of the keys, by default all."""
+        if index is None or self.gate is None:
+            return self._replace(index=None)
+        return self._replace(index=None, gate=self.gate.index_select(0, index.to(self.gate.device)))
 
 
 def draw_dropped(scores: torch.Tensor, kept_positions: torch.Tensor, share: float) -> torch.Tensor:
@@ -189,7 +244,7 @@ def gate_of_best(scores: torch.Tensor, kept_positions: torch.Tensor, positions: 
     """
     Return the gate of the candidates at `positions`, `(batch_size, num_positions)`, where the best are kept.
 
-    [`gated_attention`] takes a gate as 1 for a kept candidate and as 0 for a dropped one, and gives it the gradient
+    [`attend`] takes a gate as 1 for a kept candidate and as 0 for a dropped one, and gives it the gradient
     of that value (straight-through estimator, https://arxiv.org/abs/1308.3432); the gate's own value does not count.
     Here it is a sigmoid of the distance of the log scores from the threshold, midway between the lowest kept and the
     highest dropped one. Candidates that are far from it learn nothing.
@@ -219,8 +274,8 @@ def gate_of_drawn(scores: torch.Tensor, positions: torch.Tensor) -> torch.Tensor
 
 class GateGradient(torch.autograd.Function):
     """
-    The output of the attention to the kept tokens, as it is. In the backward pass it gives the gate the gradient that
-    it would have if each token took part with its attention among all tokens: see [`gated_attention`].
+    The output of the attention to the kept tokens, as it is. Its backward pass gives the gate of key j the gradient
+    sum over heads and queries of p_j * grad_output . (v_j - output), with p the attention among all tokens.
     """
 
     @staticmethod
@@ -239,52 +294,51 @@ class GateGradient(torch.autograd.Function):
             is_bool = attention_mask.dtype == torch.bool
             lowest = torch.finfo(logits.dtype).min  # finite, for the rows of padding, which see no key
             logits = logits.masked_fill(~attention_mask, lowest) if is_bool else logits + attention_mask
-        of_value = grad_output.transpose(1, 2).to(value.dtype) @ value.transpose(2, 3)
-        of_output = (grad_output.to(logits.dtype) * attn_output).sum(dim=-1).transpose(1, 2).unsqueeze(-1)
-        of_gate = (logits.softmax(dim=-1) * (of_value - of_output)).sum(dim=(1, 2))
-        return grad_output, of_gate.to(gate.dtype), None, None, None, None, None
+        grad_value = grad_output.transpose(1, 2).to(value.dtype) @ value.transpose(2, 3)
+        grad_attn_output = (grad_output.to(logits.dtype) * attn_output).sum(dim=-1).transpose(1, 2).unsqueeze(-1)
+        grad_gate = (logits.softmax(dim=-1) * (grad_value - grad_attn_output)).sum(dim=(1, 2))
+        return grad_output, grad_gate.to(gate.dtype), None, None, None, None, None
 
 
-def gated_attention(
+def attend(
     attention: Callable,
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    gate: torch.Tensor | None = None,
-    num_sampled: int = 0,
+    keys: Keys,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    Call an attention function of Transformers on tokens of which the last `num_sampled` keys are dropped ones.
+    Call an attention function of Transformers on keys of which some are dropped tokens that run for the gate.
 
-    Without a gate this is the call alone. With one, the output is that of the attention to the other keys, to the last
-    digit. The gradient of the gate of key j is the sum over heads and queries of `p_j * grad . (v_j - output)`, with
-    `p` the softmax over all keys: what the loss would gain or lose if a little of the token was there. (With the
-    attention among the kept keys in place of `p`, gradients of dropped tokens have no bound.)
+    Without a gate this is the call alone. With one, the output is that of the attention to the other keys, and
+    [`GateGradient`] tells the gate what the loss would gain or lose, to first order, if a little of a token was there.
+    (With the attention among the kept keys in place of that among all, gradients of dropped tokens have no bound.)
 
     Args:
         attention (`Callable`): Attention function, as of `ALL_ATTENTION_FUNCTIONS`.
         query, key, value (`torch.Tensor` of shape `(batch_size, num_heads, num_tokens, head_dim)`)
-        attention_mask (`torch.Tensor`, *optional*): As for `attention`; with a gate broadcastable to `(batch_size, 1,
-            num_queries, num_keys)`.
-        gate (`torch.Tensor` of shape `(batch_size, num_keys)`, *optional*): See [`gate_of_best`], [`gate_of_drawn`]. A
-            key that nothing scores has a constant.
-        num_sampled (`int`, *optional*, defaults to 0)
+        keys ([`Keys`]): With one row per query.
 
     Raises:
-        ValueError: `attention_mask` has another form, as FlashAttention and FlexAttention need it.
+        ValueError: With a gate, the mask has another form, as FlashAttention and FlexAttention need it.
     """
-    if gate is None:
-        return attention(module, query, key, value, attention_mask, **kwargs)
-    if attention_mask is not None and getattr(attention_mask, "ndim", 0) != 4:
+    if keys.gate is None:
+        return attention(module, query, key, value, keys.mask, **kwargs)
+    if keys.mask is not None and getattr(keys.mask, "ndim", 0) != 4:
         raise ValueError("With padding, `selection_gate` needs the attention implementation 'sdpa' or 'eager'.")
-    num_kept = key.shape[2] - num_sampled
-    mask = None if attention_mask is None else attention_mask[..., :num_kept]
-    attn_output, attn_weights = attention(module, query, key[:, :, :num_kept], value[:, :, :num_kept], mask, **kwargs)
-    states = (tensor.detach() for tensor in (query, key, value))
-    return GateGradient.apply(attn_output, gate, *states, attention_mask, kwargs["scaling"]), attn_weights
+    states = tuple(tensor.detach() for tensor in (query, key, value))
+    mask = keys.mask
+    if isinstance(keys.sampled, int):
+        num_kept = key.shape[2] - keys.sampled
+        key, value, mask = key[:, :, :num_kept], value[:, :, :num_kept], None if mask is None else mask[..., :num_kept]
+    else:
+        is_kept = ~keys.sampled[:, None, None]
+        mask = is_kept if mask is None else is_kept & mask
+    attn_output, attn_weights = attention(module, query, key, value, mask, **kwargs)
+    gated = GateGradient.apply(attn_output, keys.gate, *states, keys.mask, kwargs["scaling"])
+    return gated, attn_weights
 
 
 # Supervision of scores and attention by regions

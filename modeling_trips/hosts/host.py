@@ -95,13 +95,12 @@ class Host:
         takes_text = any(selection.guidance == "text" for selection in schedule.selections)
         for number in self.changed_layers(schedule):
             layer, selection = self.layers[number - 1], schedule.by_layer.get(number)
-            if selection is not None and not self.can_fuse:
-                selection = selection._replace(fuse=False)
             needs_text = selection is not None and selection.guidance == "text" and not self.passes_its_text
             self.layers[number - 1] = self.layer_classes[library_name(type(layer))].of(
                 layer,
                 number=number,
                 selection=selection,
+                fuse=self.can_fuse,
                 unit=self.unit,
                 num_prefix_tokens=self.num_prefix_tokens,
                 has_class_token=self.has_class_token,

@@ -24,14 +24,12 @@ from ..configuration_trips import LayerSelection
 from ..modeling_trips_vision import TripsSelection
 from ..patch_selection import (
     FUSED_TOKEN,
-    draw_dropped,
-    fuse_tokens,
-    gate_of_best,
-    gather_tokens,
-    keep_topk,
-    num_kept_tokens,
+    Choice,
+    Keys,
+    choose_tokens,
     random_scores,
     score_tokens,
+    shorten_tokens,
 )
 
 
@@ -200,11 +198,10 @@ class SelectionPass:
         self.scores: dict[int, torch.Tensor | list[torch.Tensor]] = {}
         self.num_kept: dict[int, list[int]] = {}  # packed: per image
         self.shortened: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        # In training with a gate: share of the dropped units that also run; then, of the tokens after the selection,
-        # `(num_images, seq_length)`, the gate and which of them are dropped ones.
+        # In training with a gate: share of the dropped units that also run; then what attention needs to know about
+        # the tokens after the selection.
         self.sampled_share = 0.0
-        self.gate: torch.Tensor | None = None
-        self.is_sampled: torch.Tensor | None = None
+        self.keys = Keys()
 
     def record(self, layer: int, kept: torch.Tensor, candidates: torch.Tensor, scores: torch.Tensor):
         self.kept[layer], self.candidates[layer], self.scores[layer] = kept, candidates, scores
@@ -237,6 +234,7 @@ class SelectionLayer(ModuleWrapper):
 
     number: int
     selection: LayerSelection | None  # None: the layer only shortens its arguments
+    fuse: bool  # the dropped patches become one token
     unit: int  # side of a unit in patches
     num_prefix_tokens: int  # leading [CLS] and registers, which are always kept
     has_class_token: bool  # token 0 is [CLS]
@@ -302,51 +300,36 @@ class SelectionLayer(ModuleWrapper):
         text_embeds: torch.Tensor | None,
     ) -> torch.Tensor:
         """
-        Reduce `(num_images, seq_length, hidden_size)` to prefix, kept units and, with `fuse`, the fused token.
+        Reduce `(num_images, seq_length, hidden_size)` to prefix, kept units and, with `self.fuse`, the fused token.
         `before` are the units that earlier layers of the pass have kept.
         """
         scores = self.score_units(current, before, normed, text_embeds)
+        choice = choose_tokens(scores, self.selection.keep_rate, current.sampled_share)
         num_candidates = scores.shape[1]
-        positions = keep_topk(scores, num_kept_tokens(num_candidates, self.selection.keep_rate))
-        if current.sampled_share > 0 and positions.shape[1] < num_candidates:
-            positions = self.add_sample(current, scores, positions)
+        if choice.sampled is not None:
+            choice, current.keys = self.in_order(choice)
         if before is None:
             candidates = torch.arange(num_candidates, device=scores.device).expand(scores.shape)
         else:
             candidates = nn.functional.pad(before, (0, num_candidates - before.shape[1]), value=FUSED_TOKEN)
-        current.record(self.number, candidates.gather(1, positions), candidates, scores)
-        if positions.shape[1] == num_candidates:
-            return hidden_states
-        return self.shorten(hidden_states, scores, positions, self.num_prefix_tokens, before is None)
+        current.record(self.number, candidates.gather(1, choice.kept), candidates, scores)
+        if self.unit == 1:
+            return shorten_tokens(hidden_states, scores, choice, self.fuse)
+        prefix, patches = hidden_states.tensor_split([self.num_prefix_tokens], dim=1)
+        units = to_units(patches, self.unit, before is None).flatten(2)
+        units = shorten_tokens(units, scores, choice, self.fuse)
+        return torch.cat([prefix, units.unflatten(2, (self.unit**2, -1)).flatten(1, 2)], dim=1)
 
-    def add_sample(self, current: SelectionPass, scores: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-        """Return the positions of the kept and of sampled dropped units in order. The pass gets their gate."""
-        sampled = draw_dropped(scores, kept, current.sampled_share)
-        positions, order = torch.cat([kept, sampled], dim=1).sort(dim=1)
+    def in_order(self, choice: Choice) -> tuple[Choice, Keys]:
+        """Return kept and sampled units as kept ones in order, as a grid needs them, and the gate of their tokens."""
+        kept, order = torch.cat([choice.kept, choice.sampled], dim=1).sort(dim=1)
 
-        def of_tokens(units: torch.Tensor, value: float) -> torch.Tensor:
-            units = units.repeat_interleave(self.unit**2, dim=1)
+        def token_values(units: torch.Tensor, value: float) -> torch.Tensor:
+            units = units.gather(1, order).repeat_interleave(self.unit**2, dim=1)
             return nn.functional.pad(units, (self.num_prefix_tokens, 0), value=value)
 
-        current.gate = of_tokens(gate_of_best(scores, kept, positions), 1.0)
-        current.is_sampled = of_tokens(order >= kept.shape[1], False)
-        return positions
-
-    def shorten(
-        self,
-        hidden_states: torch.Tensor,
-        scores: torch.Tensor,
-        positions: torch.Tensor,
-        num_prefix_tokens: int,
-        is_whole: bool = False,
-    ) -> torch.Tensor:
-        candidates = hidden_states[:, num_prefix_tokens:]
-        units = to_units(candidates, self.unit, is_whole)
-        kept = gather_tokens(units.flatten(2), positions).unflatten(2, units.shape[2:]).flatten(1, 2)
-        parts = [hidden_states[:, :num_prefix_tokens], kept]
-        if self.selection.fuse:
-            parts.append(fuse_tokens(candidates, scores, positions))
-        return torch.cat(parts, dim=1)
+        is_sampled = (torch.arange(order.shape[1], device=order.device) >= choice.kept.shape[1]).expand(order.shape)
+        return Choice(kept), Keys(gate=token_values(choice.gate, 1.0), sampled=token_values(is_sampled, False))
 
     def score_units(
         self,

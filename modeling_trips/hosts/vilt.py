@@ -20,7 +20,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..configuration_trips import SelectionSchedule
-from ..patch_selection import gather_tokens, keep_topk, num_kept_tokens, score_tokens
+from ..patch_selection import Choice, choose_tokens, gather_tokens, score_tokens, shorten_tokens
 from .host import Host
 from .layers import ModuleWrapper, Projections, SelectionLayer, SelectionPass
 
@@ -142,10 +142,10 @@ class ViltSelectionLayer(SelectionLayer):
         query = torch.cat([query, torch.ones_like(query[..., :1])], dim=-1)
         return score_tokens(query, torch.cat([key, mask], dim=-1), scaling)
 
-    def choose(self, scores: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def choose(self, scores: torch.Tensor, numbers: torch.Tensor) -> tuple[Choice, torch.Tensor]:
         """
-        Return the positions of the kept candidates, `(batch_size, num_kept)`, and a mask of the rows that drop some,
-        `(batch_size, 1)`. Padding, not dropped patches, fills rows that keep fewer.
+        Return the kept candidates, as many as in the longest row, and a mask of the rows that drop some, `(batch_size,
+        1)`. Padding, not dropped patches, fills rows that keep fewer.
         """
         is_padding = numbers == PADDING
         # `num_kept_tokens` of each row, in fixed point: float32 is too coarse, and not all devices have float64.
@@ -154,8 +154,7 @@ class ViltSelectionLayer(SelectionLayer):
         num_kept = (num_kept + unit - 1).div(unit, rounding_mode="floor").clamp(min=1)
         order = scores.masked_fill(is_padding, -1.0).argsort(dim=-1, descending=True, stable=True)
         is_attentive = order.argsort(dim=-1) < num_kept
-        longest = num_kept_tokens(scores.shape[1], self.selection.keep_rate)
-        return keep_topk(2.0 * is_attentive + is_padding, longest), num_candidates > num_kept
+        return choose_tokens(2.0 * is_attentive + is_padding, self.selection.keep_rate), num_candidates > num_kept
 
     def forward(
         self,
@@ -173,15 +172,14 @@ class ViltSelectionLayer(SelectionLayer):
         num_others = text_length + 1
         numbers = token_numbers[:, num_others:]
         scores = self.score_patches(normed, numbers, text_length)
-        positions, drops = self.choose(scores, numbers)
+        choice, drops = self.choose(scores, numbers)
         if selection_pass is not None:
             candidates = numbers - FIRST_PATCH
-            selection_pass.record(self.number, candidates.gather(1, positions), candidates, scores)
-        if positions.shape[1] < numbers.shape[1]:
-            hidden_states = self.shorten(hidden_states, scores, positions, num_others)
-            parts = [token_numbers[:, :num_others], numbers.gather(1, positions)]
-            if self.selection.fuse:  # padding in rows that drop nothing
-                parts.append(torch.where(drops, NO_PATCH, PADDING))
+            selection_pass.record(self.number, candidates.gather(1, choice.kept), candidates, scores)
+        hidden_states = shorten_tokens(hidden_states, scores, choice)
+        if choice.kept.shape[1] < numbers.shape[1]:
+            fused = torch.where(drops, NO_PATCH, PADDING)  # padding in rows that drop nothing
+            parts = [token_numbers[:, :num_others], numbers.gather(1, choice.kept), fused]
             token_numbers = torch.cat(parts, dim=1)
         layer_output = self.intermediate(self.layernorm_after(hidden_states))
         return self.output(layer_output, hidden_states), *attentions, token_numbers

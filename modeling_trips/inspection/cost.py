@@ -108,7 +108,7 @@ def _count_tower(config: TripsVisionConfig, schedule: SelectionSchedule, macs: C
     for number in range(1, config.num_hidden_layers + 1):
         macs[owner] += _attention(width, tokens)
         if number in selecting:
-            guidance, keep_rate, *_ = selecting[number]
+            guidance, keep_rate = selecting[number]
             if guidance == "text":
                 owner = "text"
                 macs[owner] += width**2  # the query

@@ -66,15 +66,14 @@ def test_without_selection_it_is_vilt():
         assert output.selection == ()
 
 
-@pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("guidance", ["text", "image"])
 @torch.no_grad()
-def test_with_selection_it_is_vilt_with_patch_selection(guidance, fuse):
+def test_with_selection_it_is_vilt_with_patch_selection(guidance):
     vilt = make_vilt()
     schedule = {"selection_layers": [2, 3], "keep_rate": 0.5}
-    model, _ = from_vilt(vilt, selection_guidance=guidance, fuse_inattentive_tokens=fuse, **schedule)
+    model, _ = from_vilt(vilt, selection_guidance=guidance, **schedule)
     output = model(IDS, images(4), MASK)
-    apply_patch_selection(vilt, schedule_of([2, 3], 0.5, guidance, fuse))
+    apply_patch_selection(vilt, schedule_of([2, 3], 0.5, guidance))
     with record_patch_selection(vilt) as selections:
         states = vilt(IDS, MASK, pixel_values=images(4)).last_hidden_state
     assert kept(output) == [entry.kept_indices.tolist() for entry in selections]

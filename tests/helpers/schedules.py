@@ -15,11 +15,11 @@ def make_schedule(layers, guidances, keep_rates) -> SelectionSchedule:
     return SelectionSchedule(tuple(layers), tuple(map(LayerSelection, guidances, keep_rates)))
 
 
-def schedule_of(layers, keep_rate=0.7, guidance="text", fuse=True) -> SelectionSchedule:
+def schedule_of(layers, keep_rate=0.7, guidance="text") -> SelectionSchedule:
     """Return a schedule with one rate and one guidance for all layers, or one for each."""
     rates = [keep_rate] * len(layers) if isinstance(keep_rate, (int, float)) else keep_rate
     guidances = [guidance] * len(layers) if isinstance(guidance, str) else guidance
-    settings = [LayerSelection(own, rate, fuse=fuse) for own, rate in zip(guidances, rates)]
+    settings = [LayerSelection(own, rate) for own, rate in zip(guidances, rates)]
     return SelectionSchedule(tuple(layers), tuple(settings))
 
 

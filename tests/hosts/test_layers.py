@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from modeling_trips.hosts import apply_patch_selection, record_patch_selection
-from modeling_trips.hosts.layers import ModuleWrapper, project_rows, score_states
+from modeling_trips.hosts.layers import ModuleWrapper, score_states
 from modeling_trips.patch_selection import score_tokens
 
 
@@ -274,16 +274,6 @@ def test_score_states_matches_score_tokens(dtype):
     torch.testing.assert_close(score_states(query, states, layer.weight[rows], 0.4), expected)
 
 
-def test_a_part_matches_the_whole_projection():
-    class Adapted(nn.Linear):
-        def forward(self, states):
-            return 2 * super().forward(states) + 1
-
-    states = torch.randn(4, 6)
-    for linear in (nn.Linear(6, 9), nn.Linear(6, 9, bias=False), Adapted(6, 9)):
-        torch.testing.assert_close(project_rows(linear, slice(3, 6), states), linear(states)[:, 3:6])
-
-
 def test_recorded_numbers_are_those_of_the_original_grid():
     """2 of 16 patches stay, then 1 of these and the fused token."""
     model = HOSTS["timm"].make_model()
@@ -304,11 +294,10 @@ def test_recorded_numbers_are_those_of_the_original_grid():
 def test_text_embeds_get_a_gradient_through_the_fused_token():
     model = HOSTS["clip"].make_model()
     text_embeds = torch.randn(3, 32, requires_grad=True)
-    for fuses in (True, False):
-        apply_patch_selection(model, schedule_of(LAYERS, RATE, "text", fuses))
-        features = model.get_image_features(PIXELS, text_embeds=text_embeds).pooler_output
-        (gradient,) = torch.autograd.grad(features.square().sum(), text_embeds, allow_unused=True)
-        assert (gradient is not None and bool((gradient.abs().amax(dim=1) > 0).all())) == fuses
+    apply_patch_selection(model, schedule_of(LAYERS, RATE, "text"))
+    features = model.get_image_features(PIXELS, text_embeds=text_embeds).pooler_output
+    (gradient,) = torch.autograd.grad(features.square().sum(), text_embeds)
+    assert (gradient.abs().amax(dim=1) > 0).all()
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip", "timm"])

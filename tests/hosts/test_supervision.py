@@ -21,7 +21,7 @@ from modeling_trips.hosts.vlm.supervision import (
     targets_of_masks,
 )
 from modeling_trips.hosts.vlm.tower import CURRENT_PASS
-from modeling_trips.patch_selection import selection_loss
+from modeling_trips.patch_selection import Keys, selection_loss
 
 
 families = pytest.mark.parametrize("vlm", VLMS, ids=lambda vlm: vlm.name)
@@ -95,19 +95,6 @@ def test_attention_is_that_of_the_eager_map(vlm):
     for image, target in zip(expected, targets):
         torch.testing.assert_close(target[: len(image)], image, atol=1e-5, rtol=1e-3)
         assert not target[len(image) :].any()
-
-
-def test_attention_targets_need_the_unpruned_model():
-    model, _ = guided(BY_NAME["llava"])
-    with pytest.raises(ValueError):
-        targets_of_attention(model, make_inputs(BY_NAME["llava"]), [1, 1])
-
-
-def test_guided_selection_needs_a_guide():
-    model = BY_NAME["llava"].make()
-    apply_patch_selection(model, "1:image:0.5")
-    with pytest.raises(ValueError):
-        guided_selection(model, make_inputs(BY_NAME["llava"]))
 
 
 def test_region_masks():
@@ -192,8 +179,9 @@ def test_the_gate_in_a_causal_attention_is_that_of_a_loop():
     query = torch.randn(2, 4, 5, 3, dtype=torch.float64)
     key, value = torch.randn(2, 2, 2, 5, 3, dtype=torch.float64).unbind()
     current = SelectionPass()
-    current.gate = torch.rand(2, 5, dtype=torch.float64).requires_grad_()
-    current.is_sampled = torch.tensor([[False, True, False, True, False], [False, False, True, False, True]])
+    gate = torch.rand(2, 5, dtype=torch.float64).requires_grad_()
+    is_sampled = torch.tensor([[False, True, False, True, False], [False, False, True, False, True]])
+    current.keys = Keys(gate=gate, sampled=is_sampled)
     mask = torch.ones(5, 5, dtype=torch.bool).tril().repeat(2, 1, 1, 1)
     mask[1, ..., 0] = False  # the first token of the second row is padding
     module = torch.nn.Module()
@@ -210,12 +198,12 @@ def test_the_gate_in_a_causal_attention_is_that_of_a_loop():
         seen = [j for j in range(i + 1) if mask[row, 0, i, j]]
         keys, values = key[row, head // 2], value[row, head // 2]
         powers = {j: (0.7 * query[row, head, i] @ keys[j]).exp() for j in seen}
-        kept = [j for j in seen if not current.is_sampled[row, j]]
+        kept = [j for j in seen if not is_sampled[row, j]]
         out = sum(powers[j] * values[j] for j in kept) / max(1e-9, sum(powers[j] for j in kept))
         for j in seen:
             torch.testing.assert_close(output[row, i, head], out)
             expected[row, j] += powers[j] / sum(powers.values()) * (weights[row, i, head] @ (values[j] - out))
-    torch.testing.assert_close(current.gate.grad, expected)
+    torch.testing.assert_close(gate.grad, expected)
 
 
 def scenes_of_one_square(number: int, generator: torch.Generator) -> tuple[dict, torch.Tensor]:

@@ -1,8 +1,5 @@
 """Configuration: errors of invalid fields, presets, round trips and selection fields."""
 
-import json
-import shutil
-
 import pytest
 from huggingface_hub.errors import StrictDataclassError
 from schedules import guidances_of, rates_of
@@ -41,80 +38,40 @@ SMALL = {
 }
 
 
-# The class, invalid fields, and the words (field, value, allowed values) of the error.
+CONVOLUTIONAL = {"patch_embedding_type": "convolutional"}
+# The class and an invalid field, the last given one, which the error names.
 WRONG_VALUES = [
-    (TripsVisionConfig, {"keep_rate": 0.0}, ["`keep_rate`"]),
-    (TripsVisionConfig, {"keep_rate": 1.5}, ["`keep_rate`"]),
-    (TripsVisionConfig, {"keep_rate": float("nan")}, ["`keep_rate`"]),
-    (TripsVisionConfig, {"keep_rate": "0.7"}, ["keep_rate"]),
-    (TripsVisionConfig, {"keep_rate": [0.7]}, ["`keep_rate`"]),
-    (TripsVisionConfig, {"selection_layers": [0, 3]}, ["`selection_layers`"]),
-    (TripsVisionConfig, {"selection_layers": [13]}, ["`selection_layers`"]),
-    (TripsVisionConfig, {"selection_layers": [5, 5]}, ["`selection_layers`"]),
-    (TripsVisionConfig, {"selection_layers": [10, 5]}, ["`selection_layers`"]),
-    (TripsVisionConfig, {"selection_guidance": "words"}, ["selection_guidance"]),
-    (TripsVisionConfig, {"selection_guidance": ["text"]}, ["`selection_guidance`"]),
-    (TripsVisionConfig, {"num_attention_heads": 7}, ["`num_attention_heads`", "(7)", "`hidden_size` (768)"]),
-    (TripsVisionConfig, {"num_attention_heads": 0}, ["num_attention_heads", "got 0"]),
-    (TripsVisionConfig, {"image_size": 225}, ["`image_size` (225)", "multiple", "`patch_size` (16)"]),
-    (TripsVisionConfig, {"image_size": 0}, ["`image_size`", "positive", "got 0"]),
-    (TripsVisionConfig, {"image_size": [224, 224, 224]}, ["`image_size`", "[224, 224, 224]"]),
-    (
-        TripsVisionConfig,
-        {"patch_embedding_type": "convolutional", "patch_size": 32, "hidden_size": 12},
-        ["`hidden_size` must be at least 16", "got 12"],
-    ),
-    (
-        TripsVisionConfig,
-        {"patch_embedding_type": "conv"},
-        ["patch_embedding_type", "conv", "'linear', 'convolutional'"],
-    ),
-    (
-        TripsVisionConfig,
-        {"patch_embedding_type": "convolutional", "patch_size": 12, "image_size": 24},
-        ["`patch_size`", "power of two", "got 12"],
-    ),
-    (TripsVisionConfig, {"hidden_size": 0}, ["hidden_size", "got 0"]),
-    (TripsVisionConfig, {"hidden_dropout_prob": -0.1}, ["hidden_dropout_prob", "got -0.1"]),
-    (TripsTextConfig, {"hidden_dropout_prob": 2.0}, ["hidden_dropout_prob", "got 2.0"]),
-    (TripsTextConfig, {"num_hidden_layers": -1}, ["num_hidden_layers", "got -1"]),
-    (TripsTextConfig, {"hidden_act": "foo"}, ["hidden_act", "gelu", "got foo"]),
-    (TripsTextConfig, {"vocab_size": 20, "pad_token_id": 20}, ["`pad_token_id` (20)", "below `vocab_size` (20)"]),
-    (TripsConfig, {"keep_rate": 1.5}, ["`keep_rate`"]),
-    (TripsConfig, {"selection_layers": [13]}, ["`selection_layers`"]),
-    (TripsConfig, {"projection_dim": 0}, ["projection_dim", "got 0"]),
-    (TripsConfig, {"itc_weight": float("nan")}, ["itc_weight", "got nan"]),
-    (TripsConfig, {"itm_weight": float("inf")}, ["itm_weight", "got inf"]),
-    (TripsConfig, {"bbox_loss_weight": -1}, ["bbox_loss_weight", "got -1"]),
-    (TripsConfig, {"num_images": 0}, ["num_images", "got 0"]),
-    (
-        TripsConfig,
-        {"fusion_encoder_config": {"hidden_size": 384}},
-        ["`fusion_encoder_config.hidden_size` (384)", "`text_config.hidden_size` (768)"],
-    ),
-    (
-        TripsConfig,
-        {"vision_config": {"guidance_hidden_size": 100}},
-        ["`vision_config.guidance_hidden_size` (100)", "must be 768"],
-    ),
-    (
-        TripsConfig,
-        {"decoder_config": {"encoder_hidden_size": 100}},
-        ["`decoder_config.encoder_hidden_size` (100)", "must be 768"],
-    ),
+    (TripsVisionConfig, {"keep_rate": 0.0}),
+    (TripsVisionConfig, {"keep_rate": 1.5}),
+    (TripsVisionConfig, {"keep_rate": float("nan")}),
+    (TripsVisionConfig, {"keep_rate": "0.7"}),
+    (TripsVisionConfig, {"keep_rate": [0.7]}),
+    (TripsVisionConfig, {"selection_layers": [0, 3]}),
+    (TripsVisionConfig, {"selection_layers": [13]}),
+    (TripsVisionConfig, {"selection_layers": [5, 5]}),
+    (TripsVisionConfig, {"selection_layers": [10, 5]}),
+    (TripsVisionConfig, {"selection_guidance": "words"}),
+    (TripsVisionConfig, {"selection_guidance": ["text"]}),
+    (TripsVisionConfig, {"num_attention_heads": 7}),
+    (TripsVisionConfig, {"image_size": 225}),
+    (TripsVisionConfig, {"image_size": [224, 224, 224]}),
+    (TripsVisionConfig, {**CONVOLUTIONAL, "patch_size": 32, "hidden_size": 12}),
+    (TripsVisionConfig, {**CONVOLUTIONAL, "image_size": 24, "patch_size": 12}),
+    (TripsVisionConfig, {"patch_embedding_type": "conv"}),
+    (TripsTextConfig, {"hidden_dropout_prob": 2.0}),
+    (TripsTextConfig, {"vocab_size": 20, "pad_token_id": 20}),
+    (TripsConfig, {"keep_rate": 1.5}),
+    (TripsConfig, {"selection_layers": [13]}),
+    (TripsConfig, {"itc_weight": float("nan")}),
+    (TripsConfig, {"num_images": 0}),
+    (TripsConfig, {"fusion_encoder_config": {"hidden_size": 384}}),
 ]
 
 
-def assert_refused(make, words):
-    with pytest.raises((StrictDataclassError, ValueError)) as error:
-        make()
-    for word in words:
-        assert word in str(error.value)
-
-
-@pytest.mark.parametrize("config_class, fields, words", WRONG_VALUES, ids=lambda value: str(value)[:40])
-def test_wrong_value_is_refused_when_a_config_is_made(config_class, fields, words):
-    assert_refused(lambda: config_class(**fields), words)
+@pytest.mark.parametrize("config_class, fields", WRONG_VALUES, ids=lambda value: str(value)[:40])
+def test_wrong_value_is_refused_when_a_config_is_made(config_class, fields):
+    with pytest.raises((StrictDataclassError, ValueError), match=[*fields][-1]):
+        config_class(**fields)
 
 
 def test_boundaries_of_what_is_allowed():
@@ -131,7 +88,6 @@ def test_defaults_are_the_papers():
     vision, text = config.vision_config, config.text_config
     assert rates_of(vision) == {5: 0.7, 10: 0.7}
     assert (vision.selection_guidance, vision.fuse_inattentive_tokens) == ("text", True)
-    assert vision.normalize_fusion_weights is False
     assert (vision.num_hidden_layers, vision.hidden_size, vision.patch_size) == (12, 768, 16)
     assert (text.num_hidden_layers, config.fusion_encoder_config.num_hidden_layers) == (6, 6)
 
@@ -179,20 +135,24 @@ def test_round_trip_through_a_file(tmp_path):
         keep_rate=[0.3],
         selection_guidance="image",
         fuse_inattentive_tokens=False,
-        normalize_fusion_weights=True,
     )
     config.save_pretrained(tmp_path)
     loaded = TripsConfig.from_pretrained(tmp_path)
     assert loaded.to_diff_dict() == config.to_diff_dict()
     vision = loaded.vision_config
     assert (vision.keep_rate, vision.selection_layers, vision.selection_guidance) == ([0.3], [2], "image")
-    assert (vision.fuse_inattentive_tokens, vision.normalize_fusion_weights) == (False, True)
+    assert vision.fuse_inattentive_tokens is False
     assert type(loaded.vision_config) is TripsVisionConfig and type(loaded.text_config) is TripsTextConfig
     # A part can be read from the file of the whole.
     assert TripsVisionConfig.from_pretrained(tmp_path).to_diff_dict() == config.vision_config.to_diff_dict()
 
 
-def test_selection_fields_reach_the_vision_config():
+def test_selection_fields_are_those_of_the_vision_config():
+    config = TripsConfig(**{**SMALL, "vision_config": {**SMALL["vision_config"], "keep_rate": 0.5}})
+    assert config.keep_rate == config.vision_config.keep_rate == 0.5
+    config.keep_rate, config.selection_gate = 0.25, 0.1
+    assert rates_of(config.vision_config) == {2: 0.25} and config.vision_config.selection_gate == 0.1
+    assert not {"keep_rate", "selection_gate"} & config.to_dict().keys()
     config = TripsConfig(**SMALL, keep_rate=0.25, selection_layers=[1, 3])
     assert rates_of(config.vision_config) == {1: 0.25, 3: 0.25}
     assert config.vision_config.hidden_size == 16  # the given part is kept but for the selection
@@ -228,19 +188,6 @@ def test_selection_fields_can_be_overridden_in_from_pretrained(checkpoint):
     assert rates_of(model.vision_model.config) == {2: 0.7}
 
 
-def test_a_checkpoint_with_top_p_selection_is_refused_and_one_with_its_defaults_loads(checkpoint, tmp_path):
-    fields = json.loads((checkpoint / "config.json").read_text())
-    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
-    for mode in ("topk", "mass"):
-        fields["vision_config"] |= {"selection_mode": mode, "selection_mass": [0.9], "min_keep_rate": 0.1}
-        (tmp_path / "config.json").write_text(json.dumps(fields))
-        if mode == "topk":
-            config = TripsModel.from_pretrained(tmp_path).config
-            assert not {"selection_mode", "selection_mass", "min_keep_rate"} & config.to_dict()["vision_config"].keys()
-        else:
-            assert_refused(lambda: TripsModel.from_pretrained(tmp_path), ["selection_mode", "mass"])
-
-
 @pytest.fixture(scope="module")
 def old_checkpoint(tmp_path_factory):
     """Return a pre-training checkpoint without a decoder objective, whose start token is outside its vocabulary."""
@@ -252,8 +199,8 @@ def old_checkpoint(tmp_path_factory):
 
 @pytest.mark.parametrize("head", [TripsForQuestionAnswering, TripsForConditionalGeneration, TripsForPreTraining])
 def test_a_start_token_out_of_the_vocabulary_is_refused_by_heads_that_write(old_checkpoint, head):
-    words = ["`decoder_start_token_id` (101)", "vocabulary of 12 tokens", "`bos_token_id`"]
-    assert_refused(lambda: head(TripsConfig.from_pretrained(old_checkpoint, prefix_lm_weight=1.0)), words)
+    with pytest.raises(ValueError, match="decoder_start_token_id"):
+        head(TripsConfig.from_pretrained(old_checkpoint, prefix_lm_weight=1.0))
     ends = {"bos_token_id": 1, "eos_token_id": 2}  # the fix that the error suggests
     loaded = head.from_pretrained(old_checkpoint, decoder_config=ends, decoder_start_token_id=1)
     assert (loaded.config.decoder_start_token_id, loaded.config.decoder_config.eos_token_id) == (1, 2)
@@ -267,14 +214,12 @@ def test_heads_that_do_not_write_load_with_any_start_token(old_checkpoint, head)
 
 @pytest.mark.parametrize(("name", "value"), [("keep_rate", 0), ("selection_layers", [4])])
 def test_wrong_override_is_refused_when_a_model_is_made(checkpoint, name, value):
-    assert_refused(lambda: TripsModel.from_pretrained(checkpoint, **{name: value}), [f"`{name}`"])
+    with pytest.raises((StrictDataclassError, ValueError), match=name):
+        TripsModel.from_pretrained(checkpoint, **{name: value})
     config = TripsConfig(**SMALL)
-
-    def set_and_make():
-        setattr(config.vision_config, name, value)
+    setattr(config.vision_config, name, value)
+    with pytest.raises((StrictDataclassError, ValueError), match=name):
         TripsModel(config)
-
-    assert_refused(set_and_make, [f"`{name}`"])
 
 
 def test_the_first_layer_that_a_text_scores():

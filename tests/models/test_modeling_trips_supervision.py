@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from tiny_models import ANSWERS, BOXES, IMAGES, TEXTS, enable_checkpointing, make_config
+from tiny_models import ANSWERS, BOXES, IMAGES, TEXTS, enable_checkpointing, gradients_of, make_config
 
 from modeling_trips import (
     TripsForImagesAndTextClassification,
     TripsForQuestionAnswering,
     TripsForVisualGrounding,
+    patch_selection,
 )
 from modeling_trips.patch_selection import region_targets, selection_loss
 
@@ -220,13 +221,12 @@ def test_a_question_learns_to_look_into_its_region():
 
 
 @pytest.mark.parametrize("fusion_type", ["cross_attention", "skip_connected"])
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_attention_loss_with_gradient_checkpointing_is_the_same(use_reentrant, fusion_type):
+def test_attention_loss_with_gradient_checkpointing_is_the_same(fusion_type):
     gradients = []
     for checkpointing in (False, True):
         model = make_reader(fusion_type=fusion_type)
         if checkpointing:
-            enable_checkpointing(model, use_reentrant=use_reentrant)
+            enable_checkpointing(model)
         model(**batch()).attention_loss.backward()
         layer = model.model.fusion_model.encoder.layer[0]
         gradients.append(layer.crossattention.self.query.weight.grad)
@@ -234,13 +234,22 @@ def test_attention_loss_with_gradient_checkpointing_is_the_same(use_reentrant, f
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("fusion_type", ["cross_attention", "skip_connected"])
+def test_dropped_patches_that_run_for_the_gate_get_no_attention(fusion_type, monkeypatch):
+    monkeypatch.setattr(patch_selection, "draw_kept", patch_selection.keep_topk)
+    outputs = []
+    for gate in (0.0, 0.5):
+        model = make_reader(fusion_type=fusion_type, selection_gate=gate)
+        outputs.append(model(**batch()))
+        outputs[-1].loss.backward()
+        assert all(value.isfinite().all() for value in gradients_of(model).values())
+    assert outputs[0].attention_loss > 0
+    assert torch.equal(outputs[0].attention_loss, outputs[1].attention_loss)
+    assert torch.equal(outputs[0].loss, outputs[1].loss)
+
+
 @pytest.mark.slow
 def test_training_with_it_is_one_graph():
     model = make_reader(patch_embedding_type="linear")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(**batch()).attention_loss, model(**batch()).attention_loss)
-
-
-def test_a_fusion_without_cross_attention_refuses_it():
-    with pytest.raises(ValueError, match="attention_loss_weight"):
-        make_reader(fusion_type="single_stream")(**batch())

@@ -7,15 +7,15 @@ import torch
 
 from modeling_trips.patch_selection import (
     attention_losses,
+    choose_tokens,
     draw_kept,
-    fuse_tokens,
     keep_topk,
     num_kept_tokens,
     random_scores,
     region_targets,
     score_tokens,
-    select_tokens,
     selection_loss,
+    shorten_tokens,
     targets_of_candidates,
     union_of_targets,
 )
@@ -29,21 +29,20 @@ SCORES = torch.tensor([[0.1, 0.25, 0.05, 0.2, 0.4]])
 FUSED = [0.25, 2.5]
 
 
+def select(tokens, scores, keep_rate, fuse=True):
+    choice = choose_tokens(scores, keep_rate)
+    return shorten_tokens(tokens, scores, choice, fuse), choice.kept
+
+
 def test_example_by_hand():
-    tokens, kept = select_tokens(TOKENS, SCORES, keep_rate=0.6)
+    tokens, kept = select(TOKENS, SCORES, keep_rate=0.6)
     assert kept.tolist() == [[1, 3, 4]]
     expected = torch.tensor([[[9.0, 9.0], [2.0, 20.0], [4.0, 40.0], [5.0, 50.0], FUSED]])
     torch.testing.assert_close(tokens, expected)
 
 
-def test_example_by_hand_normalised():
-    tokens, kept = select_tokens(TOKENS, SCORES, keep_rate=0.6, normalize=True)
-    assert kept.tolist() == [[1, 3, 4]]
-    torch.testing.assert_close(tokens[0, -1], torch.tensor([5 / 3, 50 / 3]))
-
-
 def test_example_by_hand_without_fusing():
-    tokens, kept = select_tokens(TOKENS, SCORES, keep_rate=0.6, fuse=False)
+    tokens, kept = select(TOKENS, SCORES, keep_rate=0.6, fuse=False)
     assert kept.tolist() == [[1, 3, 4]]
     assert tokens.tolist() == [[[9.0, 9.0], [2.0, 20.0], [4.0, 40.0], [5.0, 50.0]]]
 
@@ -60,12 +59,22 @@ def test_candidates_are_drawn_by_their_scores():
 
 def test_drawn_candidates_are_kept_and_the_others_fused():
     torch.manual_seed(0)
-    selected, kept = select_tokens(TOKENS.expand(20, -1, -1), SCORES.expand(20, -1), keep_rate=0.6, draw=True)
-    assert len({tuple(row) for row in kept.tolist()}) > 1
-    for row, own in zip(selected, kept.tolist()):
-        assert own == sorted(set(own))
+    scores = SCORES.expand(20, -1)
+    choice = choose_tokens(scores, keep_rate=0.6, sampled_share=1.0, draw=True)
+    selected = shorten_tokens(TOKENS.expand(20, -1, -1), scores, choice)
+    assert len({tuple(row) for row in choice.kept.tolist()}) > 1
+    for row, own, sampled in zip(selected, choice.kept.tolist(), choice.sampled.tolist()):
+        assert own == sorted(set(own)) and sorted(own + sampled) == [*range(5)]
         assert torch.equal(row[1:4], TOKENS[0, 1:][own])
-        torch.testing.assert_close(row[4], sum(SCORES[0, i] * TOKENS[0, 1 + i] for i in range(5) if i not in own))
+        torch.testing.assert_close(row[4], sum(SCORES[0, i] * TOKENS[0, 1 + i] for i in sampled))
+        assert torch.equal(row[5:], TOKENS[0, 1:][sampled])
+    assert choice.gate.shape == (20, 5)
+
+
+def test_of_all_that_are_kept_nothing_runs_for_the_gate():
+    choice = choose_tokens(SCORES, keep_rate=0.9, sampled_share=1.0, draw=True)
+    assert choice.kept.tolist() == [[0, 1, 2, 3, 4]] and choice.sampled is None and choice.gate is None
+    assert shorten_tokens(TOKENS, SCORES, choice) is TOKENS
 
 
 def test_score_tokens_by_hand():
@@ -94,7 +103,7 @@ def test_equal_scores_go_to_the_lower_index():
 
 def test_scores_get_their_gradient_from_the_fused_token_only():
     tokens, scores = TOKENS.clone().requires_grad_(), SCORES.clone().requires_grad_()
-    selected, _ = select_tokens(tokens, scores, keep_rate=0.6)
+    selected, _ = select(tokens, scores, keep_rate=0.6)
     selected.sum().backward()
     # d(sum of the fused token) / d(a_i) = the sum of X_i: 1 + 10 and 3 + 30 for the two that were fused.
     torch.testing.assert_close(scores.grad, torch.tensor([[11.0, 0.0, 33.0, 0.0, 0.0]]))
@@ -102,14 +111,8 @@ def test_scores_get_their_gradient_from_the_fused_token_only():
     torch.testing.assert_close(tokens.grad[0, :, 0], torch.tensor([1.0, 0.1, 1.0, 0.05, 1.0, 1.0]))
 
 
-def test_normalised_fusion_of_vanishing_scores_is_finite():
-    scores = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]])
-    fused = fuse_tokens(TOKENS[:, 1:], scores, torch.tensor([[1, 3]]), normalize=True)
-    assert fused.tolist() == [[[0.0, 0.0]]]
-
-
 def test_fused_token_has_the_dtype_of_the_tokens():
-    tokens, _ = select_tokens(TOKENS.bfloat16(), SCORES, keep_rate=0.6)
+    tokens, _ = select(TOKENS.bfloat16(), SCORES, keep_rate=0.6)
     assert tokens.dtype == torch.bfloat16
     torch.testing.assert_close(tokens[0, -1].float(), torch.tensor(FUSED), rtol=1e-2, atol=0)
 

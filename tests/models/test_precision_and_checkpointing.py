@@ -63,25 +63,23 @@ def test_autocast_computes_in_half_precision(case, dtype):
 
 @each_model
 @pytest.mark.parametrize("fields", [{}, {"selection_guidance": "random"}], ids=str)
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing_changes_no_gradient(case, fields, use_reentrant):
-    assert_checkpointing_changes_no_gradient(case, case.make_inputs(training=True), use_reentrant, **fields)
+def test_gradient_checkpointing_changes_no_gradient(case, fields):
+    assert_checkpointing_changes_no_gradient(case, case.make_inputs(training=True), **fields)
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing_changes_no_gradient_of_shared_images(use_reentrant):
+def test_gradient_checkpointing_changes_no_gradient_of_shared_images():
     case = CASES[0]
     inputs = case.make_inputs()
     inputs |= {"pixel_values": inputs["pixel_values"][:2], "image_index": torch.tensor([1, 0, 1, 1])}
-    assert_checkpointing_changes_no_gradient(case, inputs, use_reentrant)
+    assert_checkpointing_changes_no_gradient(case, inputs)
 
 
-def assert_checkpointing_changes_no_gradient(case, inputs, use_reentrant, **fields):
+def assert_checkpointing_changes_no_gradient(case, inputs, **fields):
     def run(checkpointing: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
         model = case.make_model(**fields).train()
         torch.manual_seed(0)
         if checkpointing:
-            enable_checkpointing(model, use_reentrant=use_reentrant)
+            enable_checkpointing(model)
         calls = []
         for layer in model.modules():
             if isinstance(layer, GradientCheckpointingLayer):

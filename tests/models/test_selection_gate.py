@@ -2,17 +2,17 @@
 
 import pytest
 import torch
-from huggingface_hub.errors import StrictDataclassFieldValidationError
-from tiny_models import CASES, NoNumbers, each_model, gradients_of, kept_by, loss_of
+from tiny_models import CASES, Case, NoNumbers, each_model, enable_checkpointing, gradients_of, kept_by, loss_of
 
-from modeling_trips import patch_selection
+from modeling_trips import TripsModel, patch_selection
 from modeling_trips.modeling_trips_vision import TripsVisionModel
 from modeling_trips.patch_selection import (
+    Keys,
+    attend,
     draw_dropped,
     draw_kept,
     gate_of_best,
     gate_of_drawn,
-    gated_attention,
     keep_topk,
     score_tokens,
 )
@@ -88,8 +88,8 @@ def test_the_gradient_of_the_gate_is_that_of_a_loop():
     mask = torch.ones(2, 1, 3, 4, dtype=torch.bool)
     mask[1, :, :, 0] = False
     module, scaling, num_kept = torch.nn.Module(), 0.7, 3
-    inputs = (query, key, value, mask, gate, 4 - num_kept)
-    output, _ = gated_attention(sdpa, module, *inputs, scaling=scaling)
+    keys = Keys(mask, gate=gate, sampled=4 - num_kept)
+    output, _ = attend(sdpa, module, query, key, value, keys, scaling=scaling)
     weights = torch.randn_like(output)
     (output * weights).sum().backward()
 
@@ -119,7 +119,8 @@ def test_an_additive_mask_gives_the_same_gradient():
     gradients = []
     for form in (mask, torch.zeros(mask.shape).masked_fill(~mask, torch.finfo().min)):
         gate = torch.ones(2, 4, requires_grad=True)
-        gated_attention(sdpa, torch.nn.Module(), query, key, value, form, gate, 1, scaling=0.7)[0].sum().backward()
+        keys = Keys(form, gate=gate, sampled=1)
+        attend(sdpa, torch.nn.Module(), query, key, value, keys, scaling=0.7)[0].sum().backward()
         gradients.append(gate.grad)
     torch.testing.assert_close(*gradients)
 
@@ -153,22 +154,15 @@ def test_scores_near_zero_have_finite_gradients(drawn):
     assert logits.grad.isfinite().all()
 
 
-def test_masks_without_queries_are_refused():
-    query, key, value = torch.randn(3, 2, 2, 4, 3).unbind()
-    mask, gate = torch.ones(2, 4, dtype=torch.long), torch.ones(2, 4)
-    with pytest.raises(ValueError):
-        gated_attention(sdpa, torch.nn.Module(), query, key, value, mask, gate, 1, scaling=0.7)
-
-
-def test_the_sample_is_of_dropped_candidates_without_repetition():
-    scores = torch.rand(50, 20)
-    kept = keep_topk(scores, 5)
-    drawn = draw_dropped(scores, kept, share=0.4)
-    assert drawn.shape == (50, 6)
-    for row, own in zip(drawn.tolist(), kept.tolist()):
-        assert len(set(row)) == 6 and not set(row) & set(own)
-    assert sorted(drawn.flatten().unique().tolist()) == list(range(20))
-    assert draw_dropped(scores, kept, share=1.0).shape == (50, 15)
+def test_dropped_candidates_are_sampled_at_random():
+    torch.manual_seed(0)
+    scores = torch.tensor([[0.3, 0.02, 0.2, 0.05, 0.4, 0.03]])  # kept: 0, 2, 4
+    kept, num_rows = torch.tensor([[0, 2, 4]]), 6000
+    calls = [draw_dropped(scores.expand(num_rows, -1), kept.expand(num_rows, -1), share=0.3) for _ in range(2)]
+    assert calls[0].shape == (num_rows, 1) and not torch.equal(*calls)
+    for sample in calls:  # each about equally often, whatever its score: a share of 1 / 3, +- 5 standard deviations
+        shares = torch.bincount(sample[:, 0], minlength=6) / num_rows
+        torch.testing.assert_close(shares[[1, 3, 5]], torch.full((3,), 1 / 3), rtol=0, atol=0.03)
 
 
 @pytest.mark.parametrize("drawn", [True, False])
@@ -184,7 +178,8 @@ def test_a_patch_that_lowers_the_loss_gets_a_higher_score(drawn):
     value[0, 0, 3, 3] = 5.0
     gate = gate_of_drawn(scores, positions) if drawn else gate_of_best(scores, kept, positions)
     query = torch.zeros(1, 1, 1, 4)
-    output, _ = gated_attention(sdpa, torch.nn.Module(), query, key, value, None, gate, 4, scaling=0.5)
+    keys = Keys(gate=gate, sampled=4)
+    output, _ = attend(sdpa, torch.nn.Module(), query, key, value, keys, scaling=0.5)
     assert output[..., 3].item() == 0.0
     (-output[..., 3].sum()).backward()
     better = score_tokens(guide.detach() - 0.1 * guide.grad, key, scaling=0.5)
@@ -193,11 +188,10 @@ def test_a_patch_that_lowers_the_loss_gets_a_higher_score(drawn):
 
 
 @each_model
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing_changes_no_gradient(case, use_reentrant):
+def test_checkpointing_changes_no_gradient(case):
     _, expected, _ = loss_and_gradients(case, selection_gate=0.3)
     model = case.make_model(selection_gate=0.3).train()
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    enable_checkpointing(model)
     inputs = case.make_inputs(training=True)
     torch.manual_seed(3)
     loss_of(model(**inputs)).backward()
@@ -232,14 +226,49 @@ def test_in_half_precision_the_gradient_points_the_same_way(guidance):
     assert cosine > 0.9
 
 
-def test_evaluation_and_random_scores_have_no_gate():
-    model = QUESTIONS.make_model(selection_gate=0.5)
+def test_only_training_with_gradients_has_a_gate():
+    model = QUESTIONS.make_model(selection_gate=0.5, patch_embedding_type="linear")
     tower: TripsVisionModel = model.model.vision_model
-    images = QUESTIONS.make_inputs()["pixel_values"]
-    assert tower(images).gate is None
-    assert tower.train()(images).gate is not None
-    tower.config.selection_guidance = "random"
-    assert tower(images).gate is None
+    inputs = QUESTIONS.make_inputs(training=True)
+    expected = kept_by(model(**inputs))
+    assert tower(inputs["pixel_values"]).sampled is None
+    assert tower.train()(inputs["pixel_values"]).sampled is not None
+    with torch.no_grad():  # a model that was left in training mode keeps the best
+        assert tower(inputs["pixel_values"]).sampled is None
+        assert kept_by(model.train()(**inputs)) == expected
+
+
+@pytest.mark.parametrize("guidance", [["text", "text"], ["image", "text"], ["image", "image"], ["text", "random"]])
+def test_the_last_layer_that_drops_patches_learns(guidance):
+    # The second layer keeps all by rounding: ceil(0.99 * (39 + 1)) = 40.
+    fields = {"selection_gate": 0.3, "selection_guidance": guidance, "keep_rate": [0.6, 0.99]}
+    model, inputs = QUESTIONS.make_model(**fields).model.train(), Case(TripsModel).make_inputs()
+    shared = {**inputs, "pixel_values": inputs["pixel_values"][:2], "image_index": torch.tensor([0, 1, 1, 0])}
+    for own in (inputs, shared):
+        outputs = model(**own)
+        last, vision = outputs.selection[-1], outputs.vision_model_output
+        assert last.scores.shape[1] == last.kept_indices.shape[1] == 40
+        assert torch.equal(last.kept_indices[:, -1], torch.full((4,), -1))
+        assert (vision.last_hidden_state.shape[1], vision.sampled.states.shape[1]) == (41, 8)  # ceil(0.3 * 25)
+        vision.sampled.gate.retain_grad()
+        loss_of(outputs).backward()
+        assert (vision.sampled.gate.grad[:, 1:] != 0).all()
+
+
+@pytest.mark.parametrize("fields", [{"keep_rate": 0.99}, {"selection_guidance": "random"}], ids=str)
+def test_training_without_a_layer_that_can_learn_is_refused(fields):
+    model, inputs = QUESTIONS.make_model(selection_gate=0.3, **fields).train(), QUESTIONS.make_inputs(training=True)
+    with pytest.raises(ValueError, match="selection_gate"):
+        model(**inputs)
+    model.eval()(**inputs)
+
+
+@pytest.mark.parametrize("options", [{"preserve_rng_state": False}, {"use_reentrant": True}], ids=str)
+def test_checkpointing_that_would_compute_something_else_is_refused(options):
+    model = QUESTIONS.make_model()
+    with pytest.raises(ValueError, match=next(iter(options))):
+        enable_checkpointing(model, **options)
+    assert not model.is_gradient_checkpointing
 
 
 @each_guidance
@@ -253,22 +282,9 @@ def test_a_text_tries_other_tokens_than_the_best_in_training_only(guidance):
     assert (first[-1] == second[-1]) == (guidance == "image")
 
 
-def test_an_image_without_a_text_keeps_the_best_in_training():
-    model = QUESTIONS.make_model(selection_gate=0.3, patch_embedding_type="linear").train()
-    tower: TripsVisionModel = model.model.vision_model
-    images = QUESTIONS.make_inputs()["pixel_values"].repeat(8, 1, 1, 1)
-    assert kept_by(tower(images)) == kept_by(tower(images))
-
-
 def test_a_training_step_asks_the_device_for_no_number():
     model = QUESTIONS.make_model(selection_gate=0.5).train()
     inputs = QUESTIONS.make_inputs(training=True)
     model(**inputs)
     with NoNumbers():
         model.model(**{name: value for name, value in inputs.items() if name != "labels"})
-
-
-@pytest.mark.parametrize("share", [-0.1, 1.5])
-def test_a_share_out_of_range_is_refused(share):
-    with pytest.raises(StrictDataclassFieldValidationError):
-        QUESTIONS.make_model(selection_gate=share)

@@ -135,7 +135,7 @@ class VisionSuite(TripsSuite):
         model = self.model_class(config).train()
         model.requires_grad_(False)
         weight = model.layers[-1].mlp.fc2.weight.requires_grad_()
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+        model.activation_checkpointing_enable()
         model.enable_input_require_grads()
         model(**inputs).last_hidden_state.square().sum().backward()
         self.assertGreater(weight.grad.abs().sum(), 0)

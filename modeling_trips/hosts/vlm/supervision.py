@@ -16,7 +16,7 @@ Selection supervision of a text guide on a frozen model.
 
 `selection_loss` of [`modeling_trips.modeling_trips`] compares the scores of `guided_selection` with targets. Targets
 come from regions of the data, or from the attention of the unpruned model's answer. `answer_losses` needs no targets:
-the gate of [`modeling_trips.patch_selection.gated_attention`] gives the scores a gradient of the answer's loss.
+the gate of [`modeling_trips.patch_selection.attend`] gives the scores a gradient of the answer's loss.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +32,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...modeling_trips_vision import TripsSelection
-from ...patch_selection import GateGradient, keep_topk, num_kept_tokens
+from ...patch_selection import Keys, attend, choose_tokens
 from ..apply import record_patch_selection
 from ..layers import SelectionPass, selecting_layers
 from .families import Family, LlavaNext, find_family
@@ -171,7 +171,7 @@ def answer_losses(
 
     The values are those of the pruned model. With `sampled_share`, a random sample of the dropped units runs through
     the rest of the tower and the language model. No token attends to them, but the losses have a gradient to the
-    scores of the units that run: see [`gated_attention`].
+    scores of the units that run: see [`attend`].
 
     Args:
         model (`PreTrainedModel`): A model with a `guide` and no other selection, see [`apply_patch_selection`].
@@ -199,7 +199,7 @@ def answer_losses(
     with _attention("trips_gate", _attend_gated, *gated):
         pruned, _, current = prune(family, inputs, selection.at_exit, True, selection.guide, sampled_share)
         labels = pruned.pop("labels")[:, -longest:]
-        if current.gate is not None:
+        if current.keys.gate is not None:
             _gate_prompt(family, pruned, current)
         elif gated:
             raise ValueError(f"A layer that learns must drop patches, got {selection.schedule}. Lower its keep rate.")
@@ -211,27 +211,26 @@ def answer_losses(
     losses = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels, reduction="none")
     (layer,) = selecting_layers(model)
     recorded = layer.recorded(current)
-    if current.gate is not None:  # of the units that ran
-        num_kept = num_kept_tokens(recorded.scores.shape[1], layer.selection.keep_rate)
-        recorded.kept_indices = keep_topk(recorded.scores, num_kept)
+    if current.keys.gate is not None:  # not all units that ran
+        recorded.kept_indices = choose_tokens(recorded.scores, layer.selection.keep_rate).kept
     return losses.sum(dim=1) / counts, recorded
 
 
 def _gate_prompt(family: Family, pruned: dict, current: SelectionPass):
     """Give the tokens of the prompt the gate of the tower's, and positions that do not count the sampled ones."""
-    ids, num_images = pruned["input_ids"], len(current.gate)
+    ids, keys, num_images = pruned["input_ids"], current.keys, len(current.keys.gate)
     is_visual = ids == family.image_token_id
     num_units = current.kept_before().shape[1]
     num_others = int(is_visual.sum()) // num_images - num_units  # LLaVA may pass the tower's [CLS]
 
-    def of_prompt(tokens: torch.Tensor, value: float) -> torch.Tensor:
+    def prompt_values(tokens: torch.Tensor, value: float) -> torch.Tensor:
         units = tokens[:, -num_units * family.unit**2 :: family.unit**2]
         units = nn.functional.pad(units, (num_others, 0), value=value)
         return units.new_full(ids.shape, value).masked_scatter(is_visual, units)
 
-    current.gate, current.is_sampled = of_prompt(current.gate, 1.0), of_prompt(current.is_sampled, False)
+    current.keys = Keys(gate=prompt_values(keys.gate, 1.0), sampled=prompt_values(keys.sampled, False))
     mask = pruned.setdefault("attention_mask", torch.ones_like(ids))
-    pruned["position_ids"] = ((mask * ~current.is_sampled).cumsum(dim=1) - 1).clamp(min=0)
+    pruned["position_ids"] = ((mask * ~current.keys.sampled).cumsum(dim=1) - 1).clamp(min=0)
 
 
 @contextmanager
@@ -254,15 +253,10 @@ def _causal_mask(*args, **kwargs) -> torch.Tensor | None:
 
 
 def _attend_gated(module: nn.Module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """Call SDPA. In a pass with a gate, the keys of sampled tokens are masked, see `gated_attention`."""
+    """Call SDPA on the keys of the pass."""
     current = CURRENT_PASS.get()
-    if current is None or current.gate is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    mask = ~current.is_sampled[:, None, None]
-    mask = mask if attention_mask is None else mask & attention_mask
-    output, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
-    states = (tensor.detach() for tensor in (query, key, value))
-    return GateGradient.apply(output, current.gate, *states, attention_mask, scaling), None
+    keys = (Keys() if current is None else current.keys)._replace(mask=attention_mask)
+    return attend(sdpa_attention_forward, module, query, key, value, keys=keys, scaling=scaling, **kwargs)
 
 
 _recording: ContextVar[tuple | None] = ContextVar("trips_answer_rows", default=None)

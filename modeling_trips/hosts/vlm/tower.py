@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from ...modeling_trips_vision import TripsSelection
-from ...patch_selection import keep_topk, num_kept_tokens, random_scores
+from ...patch_selection import Choice, choose_tokens, random_scores, shorten_tokens
 from ..layers import PADDING, Projections, SelectionLayer, SelectionPass
 from ..vision import ClipLayer
 
@@ -156,15 +156,14 @@ class PackedLayer(TowerLayer):
             images = normed.split([number * size for number in num_units])
             queries = [None] * len(images) if current.query is None else current.query.split(1)
             rows = [self.score_images(image[None], query) for image, query in zip(images, queries)]
-        num_kept = [num_kept_tokens(number, self.selection.keep_rate) for number in num_units]
-        firsts = accumulate(num_units, initial=0)
-        positions = torch.cat(
-            [first + keep_topk(row, number)[0] for first, row, number in zip(firsts, rows, num_kept)]
-        )
+        kept = [choose_tokens(row, self.selection.keep_rate).kept[0] for row in rows]
+        positions = torch.cat([first + own for first, own in zip(accumulate(num_units, initial=0), kept)])
         candidates = torch.arange(sum(num_units), device=positions.device) if before is None else before
         current.record(self.number, candidates[positions], candidates, rows)
-        current.num_kept[self.number] = num_kept
-        return hidden_states.unflatten(0, (-1, size))[positions].flatten(0, 1)
+        current.num_kept[self.number] = [len(own) for own in kept]
+        units = hidden_states.unflatten(0, (-1, size)).flatten(1)[None]
+        units = shorten_tokens(units, torch.cat(rows, dim=1), Choice(positions[None]), fuse=False)
+        return units[0].unflatten(1, (size, -1)).flatten(0, 1)
 
     def score_images(self, normed: torch.Tensor, query: torch.Tensor | None) -> torch.Tensor:
         """Score the units of images with equal numbers of units: `(num_images, num_units)`."""

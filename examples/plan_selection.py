@@ -12,7 +12,7 @@ import trips_examples  # noqa: F401  # isort: skip
 
 from dataclasses import dataclass, field
 
-from modeling_trips import TripsConfig
+from modeling_trips import SelectionSchedule, TripsConfig
 from modeling_trips.inspection.plan import PlannedSchedule, plan_schedules, plan_selection
 from trips_examples.training.parser import make_parser, run_script
 
@@ -73,7 +73,9 @@ def main(argv: list[str] | None = None) -> list[PlannedSchedule]:
     (args,) = make_parser(PlanArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
     config = load_config(args)
     if args.schedule:
-        schedules = [config.vision_config.parse_schedule(text) for text in args.schedule]
+        schedules = [SelectionSchedule.parse(text) for text in args.schedule]
+        for schedule in schedules:
+            schedule.check_fits(config.vision_config.num_hidden_layers)
         rows = plan_schedules(config, schedules, args.texts_per_image, args.text_length)
     else:
         found = plan_selection(config, args.texts_per_image, args.text_length, args.budget)

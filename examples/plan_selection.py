@@ -41,7 +41,7 @@ OPTIONS = make_parser(PlanArguments, description=__doc__)
 if __name__ == "__main__":
     OPTIONS.check()  # before the imports that take seconds
 
-from modeling_trips import TripsConfig
+from modeling_trips import SelectionSchedule, TripsConfig
 from modeling_trips.inspection.plan import PlannedSchedule, plan_schedules, plan_selection
 
 
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> list[PlannedSchedule]:
     (args,) = OPTIONS.parse_args_into_dataclasses(args=argv)
     config = load_config(args)
     if args.schedule:
-        schedules = [config.vision_config.parse_schedule(text) for text in args.schedule]
+        schedules = [SelectionSchedule.parse(text) for text in args.schedule]
         rows = plan_schedules(config, schedules, args.texts_per_image, args.text_length)
     else:
         found = plan_selection(config, args.texts_per_image, args.text_length, args.budget)

@@ -1,28 +1,24 @@
-"""`generate` of every class that generates text: greedy search, prompts, caches, shared images and saved options."""
+"""`generate`, which all classes that write inherit: greedy search, caches, shared images and saved options."""
 
 import pytest
 import torch
 from tiny_question_answering import END, PAD, START, inputs, make_config
 from transformers import GenerationConfig
 
-from modeling_trips import TripsForVisualGrounding
+from modeling_trips import TripsForConditionalGeneration, TripsForVisualGrounding
 from modeling_trips.modeling_trips_text import CACHE_NAME
-from modeling_trips.registration_trips import MODELS
 
 
 VOCABULARY = 12
 ENDLESS = {"eos_token_id": VOCABULARY + 1}  # an end token that no text can have
 
-generative_classes = dict.fromkeys(model for models in MODELS.values() for model in models if model.can_generate())
-each_class = pytest.mark.parametrize("model_class", generative_classes, ids=lambda model_class: model_class.__name__)
 
-
-def make_model(model_class, attn_implementation="sdpa"):
+def make_model():
     """Return a model whose texts differ between questions and tokens. Two of four texts end with the end token."""
     torch.manual_seed(61)
     config = make_config(VOCABULARY)
     config.tie_word_embeddings = config.decoder_config.tie_word_embeddings = False
-    model = model_class._from_config(config, attn_implementation=attn_implementation).eval()
+    model = TripsForConditionalGeneration(config).eval()
     with torch.no_grad():
         for name, weight in model.decoder.named_parameters():
             if name.endswith("output.dense.weight"):
@@ -35,10 +31,9 @@ def next_token_scores(model, written):
     return model(**inputs(), decoder_input_ids=written, use_cache=False).logits[:, -1].log_softmax(dim=-1)
 
 
-@each_class
 @torch.no_grad()
-def test_greedy_search_writes_the_likeliest_token_and_says_how_likely(model_class):
-    model = make_model(model_class)
+def test_greedy_search_writes_the_likeliest_token_and_says_how_likely():
+    model = make_model()
     output = model.generate(
         **inputs(), max_new_tokens=6, return_dict_in_generate=True, output_scores=True, output_logits=True
     )
@@ -54,9 +49,8 @@ def test_greedy_search_writes_the_likeliest_token_and_says_how_likely(model_clas
     assert len({tuple(row) for row in written.tolist()}) > 1
 
 
-@each_class
-def test_an_end_token_ends_a_text_and_padding_follows(model_class):
-    model = make_model(model_class)
+def test_an_end_token_ends_a_text_and_padding_follows():
+    model = make_model()
     free = model.generate(**inputs(), max_new_tokens=6, **ENDLESS)
     ends = [free[0, 2].item(), free[1, 4].item()]
     expected = free.clone()
@@ -69,26 +63,12 @@ def test_an_end_token_ends_a_text_and_padding_follows(model_class):
     assert torch.equal(stopped, expected)
 
 
-@each_class
-def test_without_a_length_a_text_fits_the_positions(model_class):
-    assert make_model(model_class).generate(**inputs(), **ENDLESS).shape == (4, 13)
+def test_without_a_length_a_text_fits_the_positions():
+    assert make_model().generate(**inputs(), **ENDLESS).shape == (4, 13)
 
 
-@each_class
-def test_a_prompt_is_continued(model_class):
-    model = make_model(model_class)
-    expected = model.generate(**inputs(), max_new_tokens=6, **ENDLESS)
-    continued = model.generate(**inputs(), decoder_input_ids=expected[:, :4], max_new_tokens=3, **ENDLESS)
-    assert torch.equal(continued, expected)
-    other = expected[:, :2].clone()
-    other[:, 1] = (other[:, 1] - 3 + 1) % (VOCABULARY - 3) + 3
-    continued = model.generate(**inputs(), decoder_input_ids=other, max_new_tokens=3, **ENDLESS)
-    assert torch.equal(continued[:, :2], other) and continued.shape == (4, 5)
-
-
-@each_class
-def test_a_cache_is_continued(model_class):
-    model = make_model(model_class)
+def test_a_cache_is_continued():
+    model = make_model()
     expected = model.generate(**inputs(), max_new_tokens=6, **ENDLESS)
     begun = model.generate(**inputs(), max_new_tokens=3, return_dict_in_generate=True, **ENDLESS)
     runs = []
@@ -105,21 +85,9 @@ def test_a_cache_is_continued(model_class):
     assert runs == [1, 1, 1]  # never a token that the cache holds
 
 
-@each_class
-@pytest.mark.parametrize("num_beams", [1, 3])
-def test_a_static_cache_changes_nothing(model_class, num_beams):
-    model = make_model(model_class)
-    options = {"max_new_tokens": 6, "num_beams": num_beams, "disable_compile": True}
-    expected = model.generate(**inputs(), **options)
-    output = model.generate(**inputs(), **options, cache_implementation="static", return_dict_in_generate=True)
-    assert torch.equal(output.sequences, expected)
-    assert output[CACHE_NAME].self_attention_cache.is_compileable
-
-
-@each_class
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True}])
-def test_texts_that_share_an_image_are_written_as_if_each_had_its_own(model_class, options):
-    model = make_model(model_class)
+def test_texts_that_share_an_image_are_written_as_if_each_had_its_own(options):
+    model = make_model()
     results = []
     for shared in (True, False):
         batch = inputs()
@@ -130,17 +98,8 @@ def test_texts_that_share_an_image_are_written_as_if_each_had_its_own(model_clas
     assert torch.equal(*results)
 
 
-@each_class
-def test_text_embeddings_in_place_of_ids(model_class):
-    model = make_model(model_class)
-    batch = inputs()
-    batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids"))
-    assert torch.equal(model.generate(**batch, max_new_tokens=4), model.generate(**inputs(), max_new_tokens=4))
-
-
-@each_class
-def test_a_checkpoint_remembers_how_to_generate(model_class, tmp_path):
-    model = make_model(model_class)
+def test_a_checkpoint_remembers_how_to_generate(tmp_path):
+    model = make_model()
     options = {"num_beams": 3, "max_new_tokens": 4, "length_penalty": 0.5}
     expected = model.generate(**inputs(), **options)
     assert not torch.equal(expected, model.generate(**inputs(), max_new_tokens=4))
@@ -148,13 +107,12 @@ def test_a_checkpoint_remembers_how_to_generate(model_class, tmp_path):
     assert torch.equal(model.generate(**inputs(), generation_config=config), expected)
     model.generation_config = config
     model.save_pretrained(tmp_path)
-    assert torch.equal(model_class.from_pretrained(tmp_path).generate(**inputs()), expected)
+    assert torch.equal(TripsForConditionalGeneration.from_pretrained(tmp_path).generate(**inputs()), expected)
 
 
-@each_class
-def test_the_decoder_says_what_ends_a_text_where_a_checkpoint_does_not(model_class, tmp_path):
+def test_the_decoder_says_what_ends_a_text_where_a_checkpoint_does_not(tmp_path):
     """A grounding checkpoint has no generation config."""
-    TripsForVisualGrounding(make_model(model_class).config).save_pretrained(tmp_path)
+    TripsForVisualGrounding(make_model().config).save_pretrained(tmp_path)
     assert not (tmp_path / "generation_config.json").exists()
-    options = model_class.from_pretrained(tmp_path).generation_config
+    options = TripsForConditionalGeneration.from_pretrained(tmp_path).generation_config
     assert (options.bos_token_id, options.eos_token_id, options.max_new_tokens) == (START, END, 12)

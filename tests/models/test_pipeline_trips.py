@@ -14,14 +14,12 @@ from datasets import Image as ImageFeature
 from jinja2.exceptions import TemplateError
 from PIL import Image
 from transformers import pipeline
-from transformers.pipelines.pt_utils import KeyDataset
 
 from modeling_trips import (
     TripsForConditionalGeneration,
     TripsForQuestionAnswering,
     TripsForRetrieval,
     TripsProcessor,
-    TripsVisualQuestionAnsweringPipeline,
     TripsZeroShotImageClassificationPipeline,
     convert_to_rgb,
 )
@@ -116,13 +114,13 @@ def test_every_form_of_call_gives_the_same_answers(oracle, tmp_path):
         return oracle(*args, top_k=1, max_new_tokens=4, **options)
 
     items = [{"image": IMAGES[i], "question": QUESTIONS[q]} for i, q in ((0, 0), (1, 2), (2, 1))]
-    dataset = Dataset.from_dict({"image": [0, 1, 2], "question": QUESTIONS})
     path = tmp_path / "image.png"
     IMAGES[1].save(path)
+    assert ask([], "red?") == ask([]) == []
     assert_same(ask(image=IMAGES[0], question=QUESTIONS[1]), by_hand[0, 1])
     assert_same(ask(items[1]), by_hand[1, 2])
     assert_same(ask(str(path), QUESTIONS[2]), by_hand[1, 2])
-    for batch_size in (1, 2, 4):
+    for batch_size in (1, 2):
         check(ask(items, batch_size=batch_size), (0, 0), (1, 2), (2, 1))
         check(ask(IMAGES, QUESTIONS[0], batch_size=batch_size), (0, 0), (1, 0), (2, 0))
         check(ask(IMAGES[0], QUESTIONS, batch_size=batch_size), (0, 0), (0, 1), (0, 2))
@@ -134,8 +132,6 @@ def test_every_form_of_call_gives_the_same_answers(oracle, tmp_path):
         stream = ask((item for item in items), batch_size=batch_size)
         assert not isinstance(stream, list)
         check(list(stream), (0, 0), (1, 2), (2, 1))
-    images = KeyDataset(dataset.map(lambda row: {"path": str(path)}), "path")
-    check(ask(images, QUESTIONS[0]), (1, 0), (1, 0), (1, 0))
 
 
 @pytest.fixture
@@ -155,23 +151,12 @@ def web(tmp_path):
 @pytest.mark.parametrize("options", [{}, {"timeout": 10.0}])
 def test_images_come_from_the_web(oracle, captioner, tmp_path, web, options):
     IMAGES[1].save(tmp_path / "image.png")
-    address, generation = f"{web}/image.png", {"max_new_tokens": 4}
-    expected = oracle(IMAGES[1], QUESTIONS, top_k=2, **generation)
-    for answers, answers_expected in zip(oracle(address, QUESTIONS, top_k=2, **generation, **options), expected):
-        assert_same(answers, answers_expected)
-    items = [{"image": address, "question": QUESTIONS[1]}] * 2
-    for answers in oracle(items, top_k=2, batch_size=2, **generation, **options):
-        assert_same(answers, expected[1])
-    captions = captioner([IMAGES[1], IMAGES[0]], **generation)
-    assert captioner([address, IMAGES[0]], **generation, **options) == captions
-
-
-@pytest.mark.parametrize("options", [{}, {"timeout": 10.0}])
-def test_an_address_without_an_image_is_named(oracle, captioner, web, options):
-    with pytest.raises(ValueError, match=f"{web}/missing.png"):
-        oracle(f"{web}/missing.png", QUESTIONS[0], **options)
-    with pytest.raises(ValueError, match=f"{web}/missing.png"):
-        captioner([IMAGES[0], f"{web}/missing.png"], **options)
+    for answers, expected in zip(oracle(f"{web}/image.png", QUESTIONS, **options), oracle(IMAGES[1], QUESTIONS)):
+        assert_same(answers, expected)
+    assert captioner([f"{web}/image.png", IMAGES[0]], **options) == captioner([IMAGES[1], IMAGES[0]])
+    for call in (lambda image: oracle(image, QUESTIONS[0], **options), lambda image: captioner([image], **options)):
+        with pytest.raises(ValueError, match=f"{web}/missing.png"):
+            call(f"{web}/missing.png")
 
 
 def test_questions_about_one_image_share_its_computation(oracle):
@@ -194,15 +179,6 @@ def test_answers_can_be_picked_from_a_list(oracle):
     for row, question in enumerate(picked):
         assert [answer["answer"] for answer in question] == [answers[i] for i in ranking.answer_indices[row, :3]]
         assert [answer["score"] for answer in question] == pytest.approx(ranking.scores[row, :3].exp().tolist())
-
-
-def test_options_at_construction_hold_for_every_call(checkpoints):
-    folder = checkpoints["TripsForQuestionAnswering"]
-    model, processor = TripsForQuestionAnswering.from_pretrained(folder), TripsProcessor.from_pretrained(folder)
-    oracle = TripsVisualQuestionAnsweringPipeline(model=model, processor=processor, top_k=2, max_new_tokens=1)
-    answers = oracle(IMAGES[0], QUESTIONS[0])
-    assert answers == oracle(IMAGES[0], QUESTIONS[0], top_k=2, max_new_tokens=1)
-    assert len(answers) < len(oracle(IMAGES[0], QUESTIONS[0], top_k=6))
 
 
 def test_captions_are_what_the_model_writes_after_the_prompt(captioner):
@@ -249,8 +225,6 @@ def test_the_stock_pipeline_takes_chat_messages(captioner, oracle):
         assert [row[0]["generated_text"] for row in answers] == [row["generated_text"] for row in plain]
     (dialogue,) = stock(text=chats[0], max_new_tokens=5)
     assert dialogue["generated_text"][-1] == {"role": "assistant", "content": plain[0]["generated_text"]}
-    parts = stock(text=messages(IMAGES[0], *QUESTIONS[0].split(" ", 1)), return_full_text=False, max_new_tokens=5)
-    assert parts[0]["generated_text"] == plain[0]["generated_text"]
     stock = pipeline("image-text-to-text", model=captioner.model, processor=captioner.processor)
     for chat, prompt in ((messages(IMAGES[0]), ""), (messages(IMAGES[0], "a picture of"), "a picture of")):
         caption = stock(text=chat, return_full_text=False, max_new_tokens=5)[0]["generated_text"]
@@ -297,19 +271,10 @@ def test_transparent_pixels_are_white_by_every_road(oracle, captioner, classifie
         assert captioner(given) == captioner(on_white)
 
 
-def test_half_precision_models_get_images_of_their_type(checkpoints):
-    folder = checkpoints["TripsForQuestionAnswering"]
-    model = TripsForQuestionAnswering.from_pretrained(folder, dtype=torch.bfloat16)
-    oracle = TripsVisualQuestionAnsweringPipeline(model=model, processor=TripsProcessor.from_pretrained(folder))
-    assert len(oracle(IMAGES[0], QUESTIONS, top_k=2)) == 3
-
-
-@pytest.mark.parametrize("content", [None, b"no picture"], ids=["missing", "corrupt"])
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_an_image_that_cannot_be_read_is_named(oracle, captioner, tmp_path, content, batch_size):
+def test_an_image_that_cannot_be_read_is_named(oracle, captioner, tmp_path, batch_size):
     path = tmp_path / "unreadable.png"
-    if content is not None:
-        path.write_bytes(content)
+    path.write_bytes(b"no picture")
     items = [{"image": image, "question": "red?"} for image in (IMAGES[0], str(path))]
     with pytest.raises(ValueError, match="unreadable.png"):
         oracle(items, batch_size=batch_size)
@@ -318,32 +283,20 @@ def test_an_image_that_cannot_be_read_is_named(oracle, captioner, tmp_path, cont
 
 
 @pytest.mark.parametrize(
-    ("call", "item"),
+    ("inputs", "options", "item"),
     [
-        (lambda oracle: oracle(IMAGES[0], ["is it red?", "  "]), "'  '"),
-        (lambda oracle: oracle({"image": IMAGES[0], "question": None}), "question"),
-        (lambda oracle: oracle(IMAGES[0]), "question"),
-        (lambda oracle: oracle(IMAGES[0], "red " * 100), r"text\[0\]"),
-        (lambda oracle: oracle(IMAGES[0], "red?", top_k=0), "top_k"),
-        (lambda oracle: oracle(IMAGES[0], "red?", answers=["red", ""]), r"answers\[1\]"),
-        (lambda oracle: oracle(IMAGES[0], "red?", max_tokens=3), "max_tokens"),
-        (lambda oracle: oracle(IMAGES[0], "red?", answers="red"), "answers"),
-        (lambda oracle: oracle(IMAGES[0], "red?", answers=["red"], num_beams=2), "num_beams"),
+        ((IMAGES[0], ["is it red?", "  "]), {}, "'  '"),
+        (({"image": IMAGES[0], "question": None},), {}, "question"),
+        ((IMAGES[0], "red?"), {"top_k": 0}, "top_k"),
+        ((IMAGES[0], "red?"), {"answers": ["red", ""]}, r"answers\[1\]"),
+        ((IMAGES[0], "red?"), {"max_tokens": 3}, "max_tokens"),
     ],
 )
-def test_bad_input_is_refused_by_name(oracle, call, item):
+def test_bad_input_is_refused_by_name(oracle, captioner, inputs, options, item):
     with pytest.raises((ValueError, TypeError), match=item):
-        call(oracle)
-
-
-@pytest.mark.parametrize("prompt", [["a", "b"], 5])
-def test_a_prompt_is_one_text(captioner, prompt):
+        oracle(*inputs, **options)
     with pytest.raises(ValueError, match="prompt"):
-        captioner(IMAGES[:2], prompt=prompt)
-
-
-def test_no_images_have_no_results(oracle, captioner):
-    assert oracle([], "red?") == oracle([], QUESTIONS) == oracle([]) == captioner([]) == []
+        captioner(IMAGES[:2], prompt=["a", "b"])
 
 
 def test_long_texts_are_cut_on_request(oracle, captioner):

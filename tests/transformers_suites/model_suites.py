@@ -1,7 +1,6 @@
 """
 `ModelTesterMixin` on every model that an Auto class loads, on the decoder, and on the other forms of the bare model. A
-new class is tested once it is registered; one whose inputs or labels are its own needs a suite, and an entry in
-`SUITES`.
+new class is tested once it is registered; one whose inputs or labels are its own needs a tester of its name.
 
 A test of the suites that does not fit is replaced by one of the same name and purpose. Of Transformers' mixins, only
 `ModelTesterMixin` runs. `GenerationTesterMixin` is an empty stub, as the source distribution lacks it;
@@ -17,12 +16,9 @@ import transformers
 from torch import nn
 
 from modeling_trips import (
-    TripsConfig,
     TripsDecoder,
-    TripsForImagesAndTextClassification,
     TripsForPreTraining,
     TripsForRetrieval,
-    TripsForVisualGrounding,
     TripsModel,
     TripsSingleStreamModel,
     TripsTextModel,
@@ -33,21 +29,8 @@ from modeling_trips.registration_trips import MODELS
 
 from ...generation.test_utils import GenerationTesterMixin
 from ...test_modeling_common import ModelTesterMixin
-from .model_testers import (
-    VISION_LENGTHS,
-    TripsDecoderTester,
-    TripsForImagesAndTextClassificationTester,
-    TripsForPreTrainingTester,
-    TripsForRetrievalTester,
-    TripsForVisualGroundingTester,
-    TripsGenerativeModelTester,
-    TripsModelTester,
-    TripsSingleStreamedModelTester,
-    TripsSingleStreamModelTester,
-    TripsSkipConnectedModelTester,
-    TripsTextModelTester,
-    TripsVisionModelTester,
-)
+from . import model_testers
+from .model_testers import VISION_LENGTHS
 
 
 def make_names_known():
@@ -79,17 +62,11 @@ class TripsSuite(ModelTesterMixin):
         self.assertEqual([tuple(tensor.shape[1:]) for tensor in tensors], shapes)
 
 
-class TextSuite(TripsSuite):
-    model_tester = TripsTextModelTester()
-
-
 class DecoderSuite(TripsSuite):
-    model_tester = TripsDecoderTester()
     additional_model_inputs = ["encoder_hidden_states"]
 
 
 class VisionSuite(TripsSuite):
-    model_tester = TripsVisionModelTester()
     additional_model_inputs = ["text_embeds"]
     test_resize_embeddings = False  # no vocabulary
 
@@ -115,12 +92,10 @@ class VisionSuite(TripsSuite):
 
 
 class SingleStreamSuite(VisionSuite):
-    model_tester = TripsSingleStreamModelTester()
     additional_model_inputs = ["pixel_values", "attention_mask"]
 
 
 class HeadSuite(TripsSuite):
-    model_tester = TripsModelTester()
     additional_model_inputs = ["pixel_values"]
     _is_composite = True
 
@@ -129,16 +104,7 @@ class HeadSuite(TripsSuite):
         return {**inputs, **self.model_tester.training_inputs()} if return_labels else inputs
 
 
-class SkipConnectedSuite(HeadSuite):
-    model_tester = TripsSkipConnectedModelTester()
-
-
-class SingleStreamedSuite(HeadSuite):
-    model_tester = TripsSingleStreamedModelTester()
-
-
 class GenerativeSuite(HeadSuite, GenerationTesterMixin):  # the mixin is a stub
-    model_tester = TripsGenerativeModelTester()
     is_encoder_decoder = True
 
     def test_attention_outputs(self):
@@ -151,17 +117,7 @@ class GenerativeSuite(HeadSuite, GenerationTesterMixin):  # the mixin is a stub
         self.assert_shapes([entry.kept_indices for entry in outputs.selection], [(8,), (5,)])
 
 
-class ImagesAndTextClassificationSuite(HeadSuite):
-    model_tester = TripsForImagesAndTextClassificationTester()
-
-
-class VisualGroundingSuite(HeadSuite):
-    model_tester = TripsForVisualGroundingTester()
-
-
 class RetrievalSuite(HeadSuite):
-    model_tester = TripsForRetrievalTester()
-
     def setUp(self):
         """Draw the same negatives each time."""
 
@@ -198,8 +154,6 @@ class RetrievalSuite(HeadSuite):
 
 
 class PreTrainingSuite(RetrievalSuite):
-    model_tester = TripsForPreTrainingTester()
-
     def test_batching_equivalence(self):
         """The matching loss is off, because its negatives depend on the batch."""
         with patch.object(self.model_tester, "itm_weight", 0.0):
@@ -208,32 +162,24 @@ class PreTrainingSuite(RetrievalSuite):
 
 SUITES = {
     TripsDecoder: DecoderSuite,
-    TripsForImagesAndTextClassification: ImagesAndTextClassificationSuite,
     TripsForPreTraining: PreTrainingSuite,
     TripsForRetrieval: RetrievalSuite,
-    TripsForVisualGrounding: VisualGroundingSuite,
     TripsSingleStreamModel: SingleStreamSuite,
-    TripsTextModel: TextSuite,
+    TripsTextModel: TripsSuite,
     TripsVisionModel: VisionSuite,
 }
-FORMS = {"TripsModel_skip_connected": SkipConnectedSuite, "TripsModel_single_stream": SingleStreamedSuite}
 
 
-def suite_of(model_class):
-    if model_class in SUITES:
-        return SUITES[model_class]
-    if model_class.config_class is not TripsConfig:
-        raise KeyError(f"{model_class.__name__} is a part of a model: enter its suite in SUITES of {__file__}.")
-    return GenerativeSuite if model_class.can_generate() else HeadSuite
-
-
-def add_test_case(name, suite, model_class):
-    attributes = {"all_model_classes": (model_class,), "__module__": __name__}
+def add_test_case(name, model_class):
+    """Add the suite of a class, and the tester of its name or, of a class that writes, the common one."""
+    suite = SUITES.get(model_class, GenerativeSuite if model_class.can_generate() else HeadSuite)
+    tester = getattr(model_testers, f"{name}Tester", model_testers.TripsGenerativeModelTester)
+    attributes = {"all_model_classes": (model_class,), "model_tester": tester(), "__module__": __name__}
     globals()[f"{name}Test"] = type(f"{name}Test", (suite, unittest.TestCase), attributes)
 
 
 make_names_known()
 for _model in dict.fromkeys([*(model for models in MODELS.values() for model in models), TripsDecoder]):
-    add_test_case(_model.__name__, suite_of(_model), _model)
-for _name, _suite in FORMS.items():
-    add_test_case(_name, _suite, TripsModel)
+    add_test_case(_model.__name__, _model)
+for _name in ("TripsModel_skip_connected", "TripsModel_single_stream"):
+    add_test_case(_name, TripsModel)

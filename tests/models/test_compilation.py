@@ -3,15 +3,11 @@
 import onnxruntime
 import pytest
 import torch
-from tiny_models import CASES, LargestSquare, NoNumbers, each_model, gradients_of, kept_by, loss_of, main_output
+from tiny_models import CASES, LargestSquare, NoNumbers, each_model, kept_by, loss_of, main_output
 from torch.export import Dim
-from transformers import CompileConfig
 
-from modeling_trips import TripsForPreTraining, TripsForQuestionAnswering
+from modeling_trips import TripsForPreTraining
 from modeling_trips.patch_selection import keep_topk
-
-
-QUESTION_ANSWERING = next(case for case in CASES if case.model_class is TripsForQuestionAnswering)
 
 
 @each_model
@@ -61,10 +57,10 @@ def compile_and_count(model: torch.nn.Module) -> tuple[torch.nn.Module, list]:
     return torch.compile(model, backend=count_graphs, fullgraph=True), graphs
 
 
-def batches(case, training=False):
+def batches(case):
     """Three batches of one shape."""
     for brightness in range(3):
-        inputs = case.make_inputs(training=training)
+        inputs = case.make_inputs()
         inputs["pixel_values"] += brightness
         yield inputs
 
@@ -100,40 +96,6 @@ def test_one_graph_serves_all_image_caches_of_a_schedule():
         image_cache = model.encode_images(inputs.pop("pixel_values"))
         assert_same_outputs(compiled(**inputs, image_cache=image_cache), expected)
     assert len(graphs) == 1
-
-
-@pytest.mark.slow
-def test_inductor_compiles_training_once_for_all_batches_of_a_shape():
-    torch._dynamo.reset()
-    model, expected = (QUESTION_ANSWERING.make_model().train() for _ in range(2))
-    compiled = torch.compile(model, fullgraph=True)
-    for number, inputs in enumerate(batches(QUESTION_ANSWERING, training=True)):
-        with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
-            loss = loss_of(compiled(**inputs))
-            loss.backward()
-        loss_expected = loss_of(expected(**inputs))
-        loss_expected.backward()
-        torch.testing.assert_close(loss, loss_expected)
-    torch.testing.assert_close(gradients_of(model), gradients_of(expected), rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_generation_with_a_static_cache_compiles_its_step_once():
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    case = QUESTION_ANSWERING
-    model = case.make_model()
-    compile_config = CompileConfig(fullgraph=True, mode="default")
-    compile_config._compile_all_devices = True  # `generate` leaves CPUs out otherwise
-    length = {"min_new_tokens": 6, "max_new_tokens": 6}
-    for number, inputs in enumerate(batches(case)):
-        inputs = {name: tensor for name, tensor in inputs.items() if name not in case.inputs}
-        with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
-            sequences = model.generate(
-                **inputs, **length, cache_implementation="static", compile_config=compile_config
-            )
-        assert torch.equal(sequences, model.generate(**inputs, **length))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.slow

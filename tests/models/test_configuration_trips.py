@@ -77,8 +77,9 @@ def test_defaults_are_the_papers():
 
 def test_preset_overrides_are_merged_field_by_field_and_do_not_leak():
     before = TripsConfig.from_preset("tiny").to_dict()
-    changed = TripsConfig.from_preset("tiny", keep_rate=0.123, text_config={"vocab_size": 99})
-    assert (changed.vision_config.keep_rate, changed.text_config.vocab_size) == (0.123, 99)
+    changed = TripsConfig.from_preset("tiny", keep_rate=0.123, image_size=96, text_config={"vocab_size": 99})
+    assert (changed.vision_config.keep_rate, changed.vision_config.image_size) == (0.123, 96)
+    assert changed.text_config.vocab_size == 99
     assert changed.text_config.hidden_size == 128  # the rest of the part stays the preset's
     assert changed.decoder_config.vocab_size == 99  # and dependent fields change too
     assert TripsConfig.from_preset("tiny").to_dict() == before
@@ -98,12 +99,7 @@ def test_parts_take_what_they_share_from_the_text_config():
 
 
 def test_round_trip_through_a_file(tmp_path):
-    config = TripsConfig(
-        **SMALL,
-        keep_rate=[0.3],
-        selection_guidance="image",
-        fuse_inattentive_tokens=False,
-    )
+    config = TripsConfig(**SMALL, keep_rate=[0.3], selection_guidance="image", fuse_inattentive_tokens=False)
     config.save_pretrained(tmp_path)
     loaded = TripsConfig.from_pretrained(tmp_path)
     assert loaded.to_diff_dict() == config.to_diff_dict()
@@ -126,18 +122,10 @@ def test_selection_fields_are_those_of_the_vision_config():
     assert config.vision_config.hidden_size == 16  # the given part is kept but for the selection
     config = TripsConfig(vision_config=TripsVisionConfig(hidden_size=24, num_attention_heads=2), selection_layers=[1])
     assert (config.vision_config.hidden_size, config.vision_config.selection_layers) == (24, [1])
-
-
-def test_the_size_of_images_reaches_the_vision_config():
-    config = TripsConfig.from_preset("tiny", image_size=96)
-    assert config.vision_config.image_size == 96
-    assert "image_size" not in config.to_diff_dict()
-    assert TripsConfig(**config.to_dict()).vision_config.image_size == 96
-
-
-def test_selection_fields_for_a_tower_that_the_default_selection_does_not_fit():
-    config = TripsConfig(vision_config={"num_hidden_layers": 3}, selection_layers=[2])
-    assert rates_of(config.vision_config) == {2: 0.7}
+    # Layers that fit a tower which the default ones would not fit.
+    assert rates_of(TripsConfig(vision_config={"num_hidden_layers": 3}, selection_layers=[2]).vision_config) == {
+        2: 0.7
+    }
 
 
 @pytest.fixture(scope="module")

@@ -117,9 +117,8 @@ def test_an_image_cache_of_other_settings_before_the_text_is_refused(before, aft
     for source, target in ((model, changed), (changed, model)):
         image_cache = source.encode_images(images(2))
         schedule = target.config.schedule
-        with pytest.raises(ValueError) as raised:
+        with pytest.raises(ValueError):
             source(image_cache=image_cache, text_embeds=texts(2), schedule=schedule)
-        assert str(image_cache.schedule) in str(raised.value) and str(schedule) in str(raised.value)
 
 
 def test_an_image_cache_of_other_settings_behind_the_text_is_used():
@@ -128,13 +127,6 @@ def test_an_image_cache_of_other_settings_behind_the_text_is_used():
     model.config.keep_rate = [0.5, 0.4]
     expected = model(images(2), texts(2)).last_hidden_state
     torch.testing.assert_close(model(image_cache=image_cache, text_embeds=texts(2)).last_hidden_state, expected)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Without selection, captured outputs, stem, random guidance
-
-
-VIT_FIELDS = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 
 
 def test_captured_outputs_have_the_shrinking_shapes():
@@ -163,26 +155,19 @@ def test_convolutional_stem_gives_the_same_grid():
 
 
 def test_random_guidance_keeps_other_patches_of_each_image():
-    model = make_model(**VIT_FIELDS, image_size=32, selection_guidance="random", selection_layers=[1], keep_rate=0.6)
-    for kept in (each(images(4, (32, 32)), texts(4, 32)).selection[0].kept_indices for each in (model, model.train())):
+    model = make_model(image_size=32, selection_guidance="random", selection_layers=[1], keep_rate=0.6)
+    for kept in (each(images(4, (32, 32)), texts(4)).selection[0].kept_indices for each in (model, model.train())):
         assert kept.shape == (4, math.ceil(0.6 * 64))
         assert not (kept == kept[0]).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Computation that texts of an image share
-
-
-INDEX = torch.tensor([1, 0, 1, 1])
-
-
 CASE = Case(TripsModel)
-IMAGES = CASE.make_inputs()["pixel_values"][:2]
 
 
-def make_inputs(**images):
+def make_inputs():
     """Return four texts about two images."""
-    return {**CASE.make_inputs(), "pixel_values": IMAGES, "image_index": INDEX, **images}
+    inputs = CASE.make_inputs()
+    return {**inputs, "pixel_values": inputs["pixel_values"][:2], "image_index": torch.tensor([1, 0, 1, 1])}
 
 
 @pytest.mark.parametrize(
@@ -190,8 +175,6 @@ def make_inputs(**images):
     [
         (["image", "text"], [(2, 2), (2, 2), (2, 4)]),  # patches are chosen between a layer's two halves
         (["text", "image"], [(2, 2), (2, 4), (4, 4)]),
-        ("text", [(2, 2), (2, 4), (4, 4)]),
-        ("image", [(2, 2), (2, 2), (2, 2)]),
     ],
     ids=str,
 )

@@ -131,13 +131,6 @@ def test_a_loaded_processor_gives_the_same(image, tmp_path):
         loaded(text="cat " * 11)
 
 
-def test_pixel_values_are_the_image_processors(processor, image):
-    pixel_values = processor(images=[image, image], return_tensors="pt").pixel_values
-    expected = processor.image_processor(images=[image, image], return_tensors="pt").pixel_values
-    assert pixel_values.shape == (2, 3, 32, 32) and pixel_values.dtype == torch.float32
-    assert torch.equal(pixel_values, expected)
-
-
 @pytest.mark.parametrize("make", [np.array, lambda image: torch.from_numpy(np.array(image))], ids=["numpy", "torch"])
 def test_arrays_give_the_same_as_pictures(processor, image, make):
     grey = image.convert("L")

@@ -72,17 +72,6 @@ def test_resize_that_cannot_be_traced_back_is_refused(options):
         make_processor(BlipImageProcessor(**options)).patch_boxes([[0]], [(10, 10)])
 
 
-def test_boxes_of_a_squashed_image():
-    processor, sizes = make_processor(SQUASH), [(50, 200), (100, 100)]
-    boxes = [[50, 10, 150, 20], [0, 0, 100, 100]]
-    labels = processor.encode_boxes(boxes, sizes)
-    assert labels.dtype == torch.float32
-    torch.testing.assert_close(labels, torch.tensor([[0.5, 0.3, 0.5, 0.2], [0.5, 0.5, 1.0, 1.0]]))
-    pixels = processor.post_process_grounding(labels, sizes)
-    assert pixels.dtype == torch.float32
-    torch.testing.assert_close(pixels, torch.tensor(boxes, dtype=torch.float32))
-
-
 def test_predictions_beyond_the_image_are_clipped():
     boxes = torch.tensor([[0.0, 1.0, 0.5, 1.0]])
     assert make_processor(SQUASH).post_process_grounding(boxes, [(80, 40)]).tolist() == [[0, 40, 10, 80]]

@@ -80,31 +80,12 @@ def test_a_model_that_fsdp_shards_is_saved_under_its_own_class(checkpoints, tmp_
     assert load_file(tmp_path / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
 
 
-def test_a_part_is_saved_with_the_auto_classes_of_its_configuration(tmp_path):
-    TripsVisionModel(TripsConfig.from_preset("tiny").vision_config).save_pretrained(tmp_path)
-    config = read_config(tmp_path)
-    assert config["auto_map"] == {
-        "AutoConfig": "configuration_trips.TripsVisionConfig",
-        "AutoModel": "modeling_trips_vision.TripsVisionModel",
-    }
-    assert "custom_pipelines" not in config
-
-
 def test_saving_names_no_code_of_others_in_the_configuration(checkpoints, tmp_path):
     folder, saved = shutil.copytree(checkpoints["TripsForQuestionAnswering"], tmp_path / "hostile"), tmp_path / "saved"
     name_foreign_code(folder)
     TripsForQuestionAnswering.from_pretrained(folder).save_pretrained(saved)
     for field in ("auto_map", "custom_pipelines"):
         assert read_config(saved)[field] == read_config(checkpoints["TripsForQuestionAnswering"])[field]
-
-
-def test_a_checkpoint_lists_the_pipelines_of_its_head_alone(checkpoints):
-    tasks = {name: sorted(read_config(folder).get("custom_pipelines", {})) for name, folder in checkpoints.items()}
-    assert {name: own for name, own in tasks.items() if own} == {
-        "TripsForConditionalGeneration": ["image-to-text"],
-        "TripsForQuestionAnswering": ["visual-question-answering"],
-        "TripsForRetrieval": ["zero-shot-image-classification"],
-    }
 
 
 @pytest.mark.parametrize(("part_class", "part"), [(TripsVisionModel, "vision_model"), (TripsTextModel, "text_model")])
@@ -116,6 +97,7 @@ def test_parts_load_from_the_checkpoint_of_a_whole_model(checkpoints, tmp_path, 
     assert not info["missing_keys"] and len(info["unexpected_keys"]) == len(weights) - len(expected)
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
+    assert read_config(tmp_path)["auto_map"]["AutoModel"].endswith(f".{part_class.__name__}")
     assert saved.keys() == expected.keys()
     assert all(torch.equal(saved[key], expected[key]) for key in expected)
 
@@ -150,9 +132,3 @@ def test_every_documented_way_makes_the_pipeline(checkpoints, model_class, call)
     made = call(task, own, model, processor, folder)
     assert (type(made).__name__, made.task) == (own.__name__, task)
     assert made.model.config.architectures == [model_class.__name__] and made.processor.patch_size == 8
-
-
-def test_code_of_a_checkpoint_runs_only_where_it_is_trusted(checkpoints):
-    folder = str(checkpoints["TripsForQuestionAnswering"])
-    with pytest.raises(ValueError, match="trust_remote_code=True"):
-        pipeline("visual-question-answering", model=folder)

@@ -26,12 +26,31 @@ def assert_same_outputs(model, expected, case):
     assert kept_by(outputs) == kept_by(expected)
 
 
+def split_device_map(model) -> dict[str, str]:
+    """Put every other indivisible module, and all remaining weights, on the disk."""
+    names = [name for name, module in model.named_modules() if type(module).__name__ in model._no_split_modules]
+    device_map = {name: ("cpu", "disk")[number % 2] for number, name in enumerate(names)}
+    rest = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
+    return device_map | {
+        name: "disk" for name in sorted(rest) if not any(name == key or name.startswith(key + ".") for key in names)
+    }
+
+
+def load_on_cpu_and_disk(case, model, folder):
+    """Save a model in shards, and load it with some weights on the disk."""
+    model.save_pretrained(folder / "checkpoint", max_shard_size="50KB")
+    options = {"device_map": split_device_map(model), "offload_folder": folder / "offload"}
+    loaded = case.model_class.from_pretrained(folder / "checkpoint", **options)
+    assert {parameter.device.type for parameter in loaded.parameters()} == {"cpu", "meta"}
+    return loaded
+
+
 @each_model
-def test_parameters_and_buffers_come_back_from_shards(case, tmp_path):
+def test_parameters_and_buffers_come_back_from_shards_also_on_several_devices(case, tmp_path):
     model = make_used_model(case)
-    model.save_pretrained(tmp_path, max_shard_size="50KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    loaded, report = case.model_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert_same_outputs(load_on_cpu_and_disk(case, model, tmp_path), model, case)
+    assert len(list(tmp_path.glob("checkpoint/*.safetensors"))) > 1
+    loaded, report = case.model_class.from_pretrained(tmp_path / "checkpoint", output_loading_info=True)
     assert not any(report.values())
     state, expected = loaded.state_dict(), model.state_dict()
     statistics = [name for name in expected if "running" in name]
@@ -56,31 +75,6 @@ def test_a_larger_vocabulary_reaches_every_table_and_its_checkpoint(case, tmp_pa
     assert loss_of(model(**inputs)).isfinite()
     model.save_pretrained(tmp_path)
     assert_same_outputs(case.model_class.from_pretrained(tmp_path), model, case)
-
-
-def split_device_map(model) -> dict[str, str]:
-    """Put every other indivisible module, and all remaining weights, on the disk."""
-    names = [name for name, module in model.named_modules() if type(module).__name__ in model._no_split_modules]
-    device_map = {name: ("cpu", "disk")[number % 2] for number, name in enumerate(names)}
-    rest = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
-    return device_map | {
-        name: "disk" for name in sorted(rest) if not any(name == key or name.startswith(key + ".") for key in names)
-    }
-
-
-def load_on_cpu_and_disk(case, model, folder):
-    """Save a model in shards, and load it with some weights on the disk."""
-    model.save_pretrained(folder / "checkpoint", max_shard_size="50KB")
-    options = {"device_map": split_device_map(model), "offload_folder": folder / "offload"}
-    loaded = case.model_class.from_pretrained(folder / "checkpoint", **options)
-    assert {parameter.device.type for parameter in loaded.parameters()} == {"cpu", "meta"}
-    return loaded
-
-
-@each_model
-def test_a_device_map_over_cpu_and_disk(case, tmp_path):
-    model = make_used_model(case)
-    assert_same_outputs(load_on_cpu_and_disk(case, model, tmp_path), model, case)
 
 
 @each_generator

@@ -49,20 +49,6 @@ def test_greedy_search_writes_the_likeliest_token_and_says_how_likely():
     assert len({tuple(row) for row in written.tolist()}) > 1
 
 
-def test_an_end_token_ends_a_text_and_padding_follows():
-    model = make_model()
-    free = model.generate(**inputs(), max_new_tokens=6, **ENDLESS)
-    ends = [free[0, 2].item(), free[1, 4].item()]
-    expected = free.clone()
-    for row in expected:
-        first = min((i for i in range(1, 7) if row[i] in ends), default=7)
-        row[first + 1 :] = PAD
-    expected = expected[:, (expected != PAD).any(dim=0)]
-    assert PAD in expected and (expected[:, -1] != PAD).any()
-    stopped = model.generate(**inputs(), max_new_tokens=6, eos_token_id=ends, pad_token_id=PAD)
-    assert torch.equal(stopped, expected)
-
-
 def test_without_a_length_a_text_fits_the_positions():
     assert make_model().generate(**inputs(), **ENDLESS).shape == (4, 13)
 

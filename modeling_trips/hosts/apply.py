@@ -1,16 +1,5 @@
 # Copyright 2026 The TRIPS for Transformers authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """
 Patch selection inside models of Transformers and timm: ViLT, BLIP, BridgeTower, CLIP, SigLIP, VisionTransformer, and
 generative vision-language models such as LLaVA and Qwen-VL.
@@ -46,6 +35,7 @@ from .vlm.families import FAMILIES, Family, find_family
 from .vlm.guide import TextGuide
 from .vlm.pruning import ExitSelection
 from .vlm.scoring import Scorer
+from .vlm.tower import TowerLayer
 from .vlm.wrapper import check_generative, prune_calls, selection_of
 
 
@@ -149,9 +139,15 @@ def remove_patch_selection(model: nn.Module):
 
     Raises:
         RuntimeError: `record_patch_selection` is open on a generative model.
-        ValueError: A selection layer has hooks of Accelerate.
+        ValueError: The model is a part of a generative model with selection, or a selection layer has hooks of
+            Accelerate.
     """
     generative = selection_of(model)
+    if generative is None and any(isinstance(layer, TowerLayer) for layer in model.modules()):
+        raise ValueError(
+            f"This {type(model).__name__} is a part of a model with patch selection. Call `apply_patch_selection` or "
+            "`remove_patch_selection` with the whole model."
+        )
     if generative is not None and generative.records:
         raise RuntimeError("Patch selection cannot change inside `record_patch_selection`. Leave it first.")
     places = [

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from modeling_trips.hosts import apply_patch_selection, record_patch_selection
-from modeling_trips.hosts.layers import ModuleWrapper, project_rows, score_states
+from modeling_trips.hosts.layers import ModuleWrapper, score_states
 from modeling_trips.patch_selection import score_tokens
 
 
@@ -272,16 +272,6 @@ def test_score_states_matches_score_tokens(dtype):
     key = nn.functional.linear(states.float(), layer.weight[rows].float(), layer.bias[rows].float())
     expected = score_tokens(query.float(), key.unflatten(-1, (4, 6)).transpose(1, 2), 0.4)
     torch.testing.assert_close(score_states(query, states, layer.weight[rows], 0.4), expected)
-
-
-def test_a_part_matches_the_whole_projection():
-    class Adapted(nn.Linear):
-        def forward(self, states):
-            return 2 * super().forward(states) + 1
-
-    states = torch.randn(4, 6)
-    for linear in (nn.Linear(6, 9), nn.Linear(6, 9, bias=False), Adapted(6, 9)):
-        torch.testing.assert_close(project_rows(linear, slice(3, 6), states), linear(states)[:, 3:6])
 
 
 def test_recorded_numbers_are_those_of_the_original_grid():

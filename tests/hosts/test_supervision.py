@@ -97,19 +97,6 @@ def test_attention_is_that_of_the_eager_map(vlm):
         assert not target[len(image) :].any()
 
 
-def test_attention_targets_need_the_unpruned_model():
-    model, _ = guided(BY_NAME["llava"])
-    with pytest.raises(ValueError):
-        targets_of_attention(model, make_inputs(BY_NAME["llava"]), [1, 1])
-
-
-def test_guided_selection_needs_a_guide():
-    model = BY_NAME["llava"].make()
-    apply_patch_selection(model, "1:image:0.5")
-    with pytest.raises(ValueError):
-        guided_selection(model, make_inputs(BY_NAME["llava"]))
-
-
 def test_region_masks():
     images = [PIL.Image.new("RGB", (10, 6), "red")] * 3
     masks = region_masks(images, [(2, 1, 5, 3), None, (4, 4, 4, 4)])

@@ -1,6 +1,5 @@
 """`generate`, which all classes that write inherit: greedy search, caches, shared images and saved options."""
 
-import pytest
 import torch
 from tiny_question_answering import END, PAD, START, inputs, make_config
 from transformers import GenerationConfig
@@ -49,10 +48,6 @@ def test_greedy_search_writes_the_likeliest_token_and_says_how_likely():
     assert len({tuple(row) for row in written.tolist()}) > 1
 
 
-def test_without_a_length_a_text_fits_the_positions():
-    assert make_model().generate(**inputs(), **ENDLESS).shape == (4, 13)
-
-
 def test_a_cache_is_continued():
     model = make_model()
     expected = model.generate(**inputs(), max_new_tokens=6, **ENDLESS)
@@ -69,19 +64,6 @@ def test_a_cache_is_continued():
     )
     assert torch.equal(continued, expected)
     assert runs == [1, 1, 1]  # never a token that the cache holds
-
-
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True}])
-def test_texts_that_share_an_image_are_written_as_if_each_had_its_own(options):
-    model = make_model()
-    results = []
-    for shared in (True, False):
-        batch = inputs()
-        if not shared:
-            batch["pixel_values"] = batch["pixel_values"][batch.pop("image_index")]
-        torch.manual_seed(3)
-        results.append(model.generate(**batch, max_new_tokens=6, **ENDLESS, **options))
-    assert torch.equal(*results)
 
 
 def test_a_checkpoint_remembers_how_to_generate(tmp_path):

@@ -30,20 +30,6 @@ from modeling_trips.patch_selection import region_targets, selection_loss
 
 
 @torch.no_grad()
-def test_padding_and_batch_change_no_feature():
-    model, order = make_model(), torch.tensor([3, 1, 0, 2])
-    image_features = model.get_image_features(images()).pooler_output
-    text_features = model.get_text_features(TEXTS, MASK).pooler_output
-    torch.testing.assert_close(model.get_image_features(images()[order]).pooler_output, image_features[order])
-    from_cache = model.get_image_features(image_cache=model.model.encode_images(images())).pooler_output
-    torch.testing.assert_close(from_cache, image_features)
-    torch.testing.assert_close(model.get_text_features(TEXTS[order], MASK[order]).pooler_output, text_features[order])
-    for row in range(4):
-        alone = model.get_text_features(TEXTS[row : row + 1, : int(MASK[row].sum())]).pooler_output
-        torch.testing.assert_close(alone[0], text_features[row])
-
-
-@torch.no_grad()
 def test_logits_compare_all_images_with_all_texts():
     model = make_model()
     output = model(TEXTS[:3], images(1), MASK[:3])  # as many as one likes
@@ -102,19 +88,6 @@ def test_negatives_cost_no_second_pass_over_the_image(selection_guidance, attent
     assert calls_of(last.attention.k_proj, lambda: run(model)) == attention
     assert calls_of(last.mlp.fc1, lambda: run(model)) == mlp
     assert calls_of(model.model.text_model, lambda: run(model)) == [6]
-
-
-@torch.no_grad()
-def test_a_weight_of_0_skips_the_contrastive_loss():
-    model = make_model(itc_weight=0.0)
-    output = run(model)
-    assert torch.equal(output.loss, output.itm_loss)
-    torch.manual_seed(0)
-    pairs = matching_pairs(torch.zeros(6, 6), PAIR_IDS)  # all as likely
-    expected = model.match(
-        TEXTS, images(), MASK, text_index=pairs.text_index, image_index=IMAGE_INDEX[pairs.image_index]
-    )
-    torch.testing.assert_close(output.itm_logits, expected.itm_logits)
 
 
 def test_a_batch_of_one_image_trains_on_its_true_pairs():

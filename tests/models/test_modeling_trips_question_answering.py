@@ -9,7 +9,6 @@ from tiny_question_answering import (
     END,
     LABELS,
     MASK,
-    PAD,
     QUESTION_INDEX,
     QUESTIONS,
     START,
@@ -142,25 +141,3 @@ def test_ranking_in_two_stages(k):
         assert ranking.scores[row].tolist() == pytest.approx([scores[i] for i in expected], rel=1e-5)
         differs |= set(expected) != set(sorted(scores, key=lambda i: -scores[i])[:k])
     assert differs  # from scoring all answers in full
-
-
-@torch.no_grad()
-def test_of_answers_with_the_same_first_token_the_first_listed_go_on():
-    answers = torch.tensor([[first, second, END] for first in (5, 6) for second in range(3, 12)])
-    model = make_model()
-    ranking = model.rank_answers(answers, k=4, **inputs())
-    for row in range(4):
-        first = model(**inputs_of(row), decoder_input_ids=torch.tensor([[START]])).logits[0, 0]
-        start = 0 if first[5] > first[6] else 9
-        assert sorted(ranking.answer_indices[row].tolist()) == [start, start + 1, start + 2, start + 3]
-
-
-@torch.no_grad()
-def test_ways_of_marking_the_padding_of_answers_are_equal():
-    model = make_model()
-    expected = model.rank_answers(ANSWERS, **inputs())
-    padded = ANSWERS.masked_fill(ANSWERS == -100, PAD)
-    masked = ANSWERS.masked_fill(ANSWERS == -100, 9), ANSWERS != -100
-    for output in (model.rank_answers(padded, **inputs()), model.rank_answers(*masked, **inputs())):
-        assert torch.equal(output.answer_indices, expected.answer_indices)
-        torch.testing.assert_close(output.scores, expected.scores)

@@ -251,17 +251,6 @@ def test_transparent_pixels_are_white_by_every_road(oracle, captioner, classifie
         assert captioner(given) == captioner(on_white)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_an_image_that_cannot_be_read_is_named(oracle, captioner, tmp_path, batch_size):
-    path = tmp_path / "unreadable.png"
-    path.write_bytes(b"no picture")
-    items = [{"image": image, "question": "red?"} for image in (IMAGES[0], str(path))]
-    with pytest.raises(ValueError, match="unreadable.png"):
-        oracle(items, batch_size=batch_size)
-    with pytest.raises(ValueError, match="unreadable.png"):
-        captioner([IMAGES[0], str(path)], batch_size=batch_size)
-
-
 @pytest.mark.parametrize(
     ("inputs", "options", "item"),
     [

@@ -103,6 +103,11 @@ class HeadSuite(TripsSuite):
         inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels)
         return {**inputs, **self.model_tester.training_inputs()} if return_labels else inputs
 
+    def test_training_gradient_checkpointing_use_reentrant_true(self):
+        """Layers would be recomputed without what they take by keyword."""
+        with self.assertRaisesRegex(ValueError, "use_reentrant"):
+            self.model_class(self.model_tester.get_config()).gradient_checkpointing_enable({"use_reentrant": True})
+
 
 class GenerativeSuite(HeadSuite, GenerationTesterMixin):  # the mixin is a stub
     is_encoder_decoder = True

@@ -1,16 +1,5 @@
 # Copyright 2026 The TRIPS for Transformers authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """
 Selection of visual tokens between the vision tower and the language model.
 
@@ -31,7 +20,7 @@ from ...patch_selection import gather_tokens, num_kept_tokens
 from ..layers import SelectionPass
 from .families import Family, find_family
 from .guide import TextGuide
-from .scoring import SCORERS, Scorer
+from .scoring import SCORERS, Scorer, pooling_cells
 
 
 @dataclass(frozen=True)
@@ -66,16 +55,26 @@ class ExitSelection:
         if not callable(self.scorer) and self.scorer not in SCORERS:
             raise ValueError(f"`scorer` must be a function or one of {', '.join(SCORERS)}, got {self.scorer!r}.")
 
-    def check_fits(self, family: Family):
+    def check_fits(self, family: Family, in_tower: bool = False):
         """
+        Check the selection for a family whose tower selects, too, if `in_tower`.
+
         Raises:
-            ValueError: Every image of the model has fewer visual tokens.
+            ValueError: Every image of the model has fewer visual tokens, or no grid of them that can be pooled.
         """
         most = family.tokens_per_image
         if self.visual_tokens is not None and most is not None and self.visual_tokens > most:
             raise ValueError(
                 f"`visual_tokens` must be at most {most}, the tokens of an image, got {self.visual_tokens}."
             )
+        if self.scorer == "pooling" and (self.visual_tokens or self.keep_rate) is not None:
+            if in_tower:
+                raise ValueError(
+                    "`scorer='pooling'` needs the whole grid of visual tokens, but layers of the tower drop some. "
+                    "Use another scorer, or the schedule 'unpruned'."
+                )
+            if most is not None:
+                pooling_cells(most, self.num_kept(most, most))
 
     def num_kept(self, size: int, num_candidates: int) -> int:
         """Return the number of kept tokens of an image; the tower has kept `num_candidates` of `size`."""

@@ -1,16 +1,5 @@
 # Copyright 2026 The TRIPS for Transformers authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Scorers of visual tokens: by the prompt, by diversity, at random, or by pooling."""
 
 import math
@@ -102,16 +91,13 @@ def select_at_random(
     return kept, gather_tokens(features, kept)
 
 
-def pool(
-    features: torch.Tensor, prompt: torch.Tensor, prompt_mask: torch.Tensor, num_kept: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def pooling_cells(num_tokens: int, num_kept: int) -> tuple[int, int, int]:
     """
-    Average the tokens of a square grid over `num_kept` cells, at the position of each middle token. A control.
+    Return the side of the grid of visual tokens, and the cells down and across that pool it.
 
     Raises:
         ValueError: The tokens are not a square grid, or the cells do not fit it.
     """
-    num_tokens = features.shape[1]
     side = math.isqrt(num_tokens)
     if side * side != num_tokens:
         raise ValueError(f"Pooling needs a square grid of visual tokens, got {num_tokens} tokens.")
@@ -119,6 +105,17 @@ def pool(
     columns = num_kept // rows
     if columns > side:
         raise ValueError(f"{num_kept} cells do not fit a grid of {side} x {side} visual tokens.")
+    return side, rows, columns
+
+
+def pool(
+    features: torch.Tensor, prompt: torch.Tensor, prompt_mask: torch.Tensor, num_kept: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Average the tokens of a square grid over `num_kept` cells, at the position of each middle token. A control. It
+    raises the errors of `pooling_cells`.
+    """
+    side, rows, columns = pooling_cells(features.shape[1], num_kept)
     grid = features.transpose(1, 2).unflatten(2, (side, side))
     pooled = nn.functional.adaptive_avg_pool2d(grid, (rows, columns)).flatten(2).transpose(1, 2)
     row = ((torch.arange(rows) + 0.5) * side / rows).long()

@@ -1,16 +1,5 @@
 # Copyright 2026 The TRIPS for Transformers authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Vision-language models whose `forward` and `generate` prune their own inputs."""
 
 import copy
@@ -85,7 +74,7 @@ def check_generative(family: Family, schedule: SelectionSchedule, at_exit: ExitS
     """
     model, name = family.model, type(family.model).__name__
     check_forward(model, name)
-    at_exit.check_fits(family)
+    at_exit.check_fits(family, in_tower=bool(schedule.layers))
     if schedule.layers and not family.layer_classes:
         tower = type(getattr(family.base, "vision_tower", model)).__name__
         raise TypeError(f"Selection inside the tower of {name} ({tower}) is not supported. Use only `visual_tokens`.")

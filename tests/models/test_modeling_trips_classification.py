@@ -21,13 +21,9 @@ def make_model(num_images=2, num_labels=2, **vision):
     return TripsForImagesAndTextClassification(config).eval()
 
 
-def images(count=3):
-    return IMAGES[:count, 0]
-
-
 def inputs(image_index=PAIRS):
     """Return the images of each statement as (4, num_images, 3, 32, 32)."""
-    return {"input_ids": STATEMENTS, "attention_mask": MASK, "pixel_values": images(4)[image_index]}
+    return {"input_ids": STATEMENTS, "attention_mask": MASK, "pixel_values": IMAGES[image_index, 0]}
 
 
 def composed(model, row, statement_images):
@@ -50,7 +46,7 @@ def test_it_is_its_parts_for_one_image_at_a_time(num_images):
     output = model(**inputs(index))
     assert output.logits.shape == (4, 3)
     for row in range(4):
-        logits, kept = composed(model, row, images()[index[row]])
+        logits, kept = composed(model, row, IMAGES[index[row], 0])
         torch.testing.assert_close(output.logits[row], logits, rtol=1e-4, atol=1e-5)
         for rows, rows_expected in zip(kept_by(output), zip(*kept), strict=True):
             assert rows[row * num_images : (row + 1) * num_images] == list(rows_expected)
@@ -87,4 +83,4 @@ def test_bad_inputs_are_refused():
         model(STATEMENTS, five[:, :2], MASK, image_index=PAIRS)
     for index in (PAIRS[:, 0], PAIRS[:3], PAIRS.flatten()):
         with pytest.raises(ValueError, match="image_index"):
-            model(STATEMENTS, images(), MASK, image_index=index)
+            model(STATEMENTS, IMAGES[:3, 0], MASK, image_index=index)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torchvision
-from tiny_models import kept_by, make_config
+from tiny_models import BOXES, TEXTS, Case, kept_by
 
 from modeling_trips.modeling_trips_grounding import (
     TripsForVisualGrounding,
@@ -15,39 +15,23 @@ from modeling_trips.modeling_trips_grounding import (
 )
 
 
-TEXTS = torch.tensor([[1, 5, 7, 9, 2], [1, 8, 2, 0, 0], [1, 4, 6, 2, 0], [1, 9, 9, 2, 0]])
-MASK = (TEXTS != 0).long()
-IMAGE_INDEX = torch.tensor([1, 0, 1, 1])
-BOXES = torch.tensor([[0.5, 0.5, 1.0, 1.0], [0.25, 0.5, 0.5, 0.25], [0.5, 0.125, 0.5, 0.25], [0.9, 0.9, 0.1, 0.05]])
+CASE = Case(TripsForVisualGrounding)
 WIDTH, IMAGE_WIDTH = 48, 32
-
-
-def make_model(**vision):
-    torch.manual_seed(0)
-    return TripsForVisualGrounding(make_config(**vision)).eval()
-
-
-def images(count=2):
-    return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))[:count]
-
-
-def inputs():
-    """Four texts about two images."""
-    return {"input_ids": TEXTS, "attention_mask": MASK, "pixel_values": images(), "image_index": IMAGE_INDEX}
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("as_cache", [False, True], ids=["pixels", "image_cache"])
 def test_it_is_its_parts_for_one_text_at_a_time(as_cache):
     """Places are those of the image itself, of 4 x 16 patches here, not of the configured grid."""
-    model = make_model()
+    model = CASE.make_model()
     pixel_values = torch.randn(2, 3, 16, 64, generator=torch.Generator().manual_seed(3))
     given = {"image_cache": model.model.encode_images(pixel_values)} if as_cache else {"pixel_values": pixel_values}
-    output = model(TEXTS, attention_mask=MASK, image_index=IMAGE_INDEX, **given)
+    texts, mask, index = TEXTS[:4], (TEXTS[:4] != 0).long(), torch.tensor([1, 0, 1, 1])
+    output = model(texts, attention_mask=mask, image_index=index, **given)
     assert (output.pred_boxes.shape, output.pred_boxes.dtype) == ((4, 4), torch.float32)
     for row in range(4):
-        text = model.model.text_model(TEXTS[row : row + 1, : int(MASK[row].sum())]).last_hidden_state
-        vision = model.model.vision_model(pixel_values[IMAGE_INDEX[row]][None], text[:, 0])
+        text = model.model.text_model(texts[row : row + 1, : int(mask[row].sum())]).last_hidden_state
+        vision = model.model.vision_model(pixel_values[index[row]][None], text[:, 0])
         fused = model.model.fusion_model(text, vision.last_hidden_state).last_hidden_state
         kept = [*kept_by(vision)[-1][0], -1]  # -1: fused tokens, the last one new
         centers = [[0.5, 0.5] if i < 0 else [(i % 16 + 0.5) / 16, (i // 16 + 0.5) / 4] for i in kept]
@@ -57,7 +41,7 @@ def test_it_is_its_parts_for_one_text_at_a_time(as_cache):
 
 
 def test_the_head_is_detrs_around_the_place_that_it_attends_to():
-    head, state, tokens = make_model().box_head, torch.randn(WIDTH), torch.randn(3, IMAGE_WIDTH)
+    head, state, tokens = CASE.make_model().box_head, torch.randn(WIDTH), torch.randn(3, IMAGE_WIDTH)
     centers = [[0.1, 0.9], [0.5, 0.5], [0.7, 0.3]]
     boxes, looks = head(state[None], tokens[None], torch.tensor([centers]))
 
@@ -86,7 +70,7 @@ def test_losses_by_hand():
 @torch.no_grad()
 def test_autocast_does_not_round_places():
     """All tokens are at 0.7123, which bfloat16 would round to 0.7109."""
-    head = make_model().box_head
+    head = CASE.make_model().box_head
     for layer in (head.query, head.key, head.layers[2]):
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.zeros_(layer.bias)
@@ -97,10 +81,10 @@ def test_autocast_does_not_round_places():
 
 
 def test_bad_inputs_are_refused():
-    model = make_model()
-    for labels in (BOXES[:3], BOXES[:, :3], BOXES[:1], BOXES[None]):
+    model = CASE.make_model()
+    for labels in (BOXES[:3], BOXES[:4, :3], BOXES[:1], BOXES[None, :4]):
         with pytest.raises(ValueError, match="labels"):
-            model(**inputs(), labels=labels)
+            model(**CASE.make_inputs(), labels=labels)
 
 
 def random_boxes(count, seed):

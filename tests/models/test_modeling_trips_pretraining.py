@@ -13,7 +13,6 @@ from two_processes import results_of
 
 from modeling_trips import TripsForPreTraining
 from modeling_trips.modeling_trips_pretraining import matching_pairs
-from trips_examples.training.momentum import MomentumTeacher
 from trips_examples.training.trainer import unused_parameters
 
 
@@ -60,16 +59,6 @@ def test_captions_that_are_too_short_to_be_cut_add_nothing():
     model, batch = make_model(), make_batch()
     batch["labels"] = torch.full_like(batch["labels"], -100)
     assert model(**batch).prefix_lm_loss == 0
-
-
-def test_a_teacher_needs_to_know_the_images():
-    """Otherwise images of different batches would have equal ids in the queue."""
-    model, batch = make_model(), make_batch()
-    del batch["image_ids"]
-    with pytest.raises(ValueError, match="image_ids"):
-        MomentumTeacher(model, queue_size=8).teach(batch, 0.4)
-    model = make_model(itc_weight=0.0)  # no features, no queues
-    model(**MomentumTeacher(model, queue_size=8).teach(batch, 0.4))
 
 
 def part_of(batch: dict[str, torch.Tensor], first_half: bool) -> dict[str, torch.Tensor]:

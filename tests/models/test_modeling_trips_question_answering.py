@@ -95,33 +95,18 @@ def test_beam_search_with_enough_beams_is_the_exhaustive_search():
 
 
 @torch.no_grad()
-def test_generation_from_an_image_cache_equals_from_pixels():
-    model = make_model()
-    image_cache = model.model.encode_images(images())
-    with_cache = {name: value for name, value in inputs().items() if name != "pixel_values"}
-    expected = model.generate(**inputs(), max_new_tokens=6, num_beams=3)
-    assert torch.equal(model.generate(**with_cache, image_cache=image_cache, max_new_tokens=6, num_beams=3), expected)
-    ranking = model.rank_answers(ANSWERS, **with_cache, image_cache=image_cache)
-    assert torch.equal(ranking.answer_indices, model.rank_answers(ANSWERS, **inputs()).answer_indices)
-
-
-@torch.no_grad()
-def test_encoded_once_and_generated_twice():
-    model, options = make_model(), {"num_beams": 3, "max_new_tokens": 4}
-    expected = model.generate(**inputs(), **options)
-    encoder_outputs = model.model(**inputs())
+def test_images_or_texts_encoded_ahead_give_the_same_answers_and_ranking():
+    model, options = make_model(), {"num_beams": 3, "max_new_tokens": 6}
+    cached = {name: value for name, value in inputs().items() if name != "pixel_values"}
+    cached["image_cache"] = model.model.encode_images(images())
+    encoded = {"encoder_outputs": model.model(**inputs()), "attention_mask": MASK}
+    expected, ranking_expected = model.generate(**inputs(), **options), model.rank_answers(ANSWERS, **inputs())
     for _ in range(2):
-        generated = model.generate(QUESTIONS, encoder_outputs=encoder_outputs, attention_mask=MASK, **options)
-        assert torch.equal(generated, expected)
-
-
-@torch.no_grad()
-def test_ranking_in_steps_changes_nothing():
-    model = make_model()
-    expected = model.rank_answers(ANSWERS, answers_per_step=100, **inputs())
-    actual = model.rank_answers(ANSWERS, answers_per_step=2, **inputs())
-    assert torch.equal(actual.answer_indices, expected.answer_indices)
-    torch.testing.assert_close(actual.scores, expected.scores)
+        assert torch.equal(model.generate(**cached, **options), expected)
+        assert torch.equal(model.generate(QUESTIONS, **encoded, **options), expected)
+    ranking = model.rank_answers(ANSWERS, answers_per_step=2, **cached)
+    assert torch.equal(ranking.answer_indices, ranking_expected.answer_indices)
+    torch.testing.assert_close(ranking.scores, ranking_expected.scores)
 
 
 @torch.no_grad()

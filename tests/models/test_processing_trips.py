@@ -70,13 +70,10 @@ def test_an_image_index_that_fits_nothing_is_refused(processor, image, image_ind
         processor(text="red", image_index=[0])
 
 
-def test_answers_have_no_special_tokens(processor):
+def test_answers_become_text_and_labels_by_hand(processor):
     sequences = torch.tensor([[CLS, 10, 11, SEP, PAD], [CLS, 7, SEP, PAD, PAD], [CLS, SEP, PAD, PAD, PAD]])
     assert processor.post_process_answers(sequences) == ["a cat", "red", ""]
     assert processor.post_process_image_text_to_text(sequences)[:2] == ["a cat", "red"]
-
-
-def test_answers_become_labels_by_hand(processor):
     labels = processor.encode_answers(["red cat", "a"])
     red, cat, a = (VOCABULARY[word] for word in ("red", "cat", "a"))
     assert labels.tolist() == [[red, cat, SEP], [a, SEP, -100]]

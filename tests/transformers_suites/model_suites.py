@@ -106,7 +106,7 @@ class HeadSuite(TripsSuite):
     def test_training_gradient_checkpointing_use_reentrant_true(self):
         """Layers would be recomputed without what they take by keyword."""
         with self.assertRaisesRegex(ValueError, "use_reentrant"):
-            self.model_class(self.model_tester.get_config()).gradient_checkpointing_enable({"use_reentrant": True})
+            self.model_class(self.model_tester.get_config()).activation_checkpointing_enable({"use_reentrant": True})
 
 
 class GenerativeSuite(HeadSuite, GenerationTesterMixin):  # the mixin is a stub

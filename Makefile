@@ -7,14 +7,14 @@ BIN = $(VENV)/bin
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help try demo test test-slow quality docs clean
+.PHONY: help try demo test test-slow test-all quality docs clean
 
 help:
 	@echo "make try       ask a trained model about a picture, see where it looked (seconds, after installing)"
 	@echo "make demo      teach a trained model from answers alone which patches to keep (5 minutes on 2 cores)"
-	@echo "make test      the test suite without the slow tests"
+	@echo "make test      the quick tests (minutes; WORKERS=1 for one process, 2 by default)"
 	@echo "make test-slow the slow tests: real processes, longer trainings"
-	@echo "               WORKERS=1 for either: one process; 2 by default"
+	@echo "make test-all  all tests, with those that only a release needs"
 	@echo "make quality   ruff, mlinter and mypy"
 	@echo "make docs      the documentation as a site, in build/docs"
 	@echo "make clean     remove the environment and what the demo wrote"
@@ -44,10 +44,13 @@ demo: $(VENV)/.examples
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.dev
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not release"
 
 test-slow: $(VENV)/.dev
-	$(PYTEST) -m slow --durations 20
+	$(PYTEST) -m "slow and not release" --durations 20
+
+test-all: $(VENV)/.dev
+	$(PYTEST) --durations 20
 
 quality: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -2,14 +2,14 @@ r"""
 Train a task with several ways to select patches, and unpruned, over several seeds, and compare the results.
 
     python benchmarks/ablate_selection.py --output_json scenes.json -- \
-        --dataset_name busy_scenes --model_name_or_path examples/trips-tiny-scenes-unpruned --keep_rate 0.1
+        --dataset_name busy_scenes --model examples/trips-tiny-scenes-unpruned --keep_rate 0.1
     python benchmarks/ablate_selection.py --script run_grounding.py --metric eval_accuracy --output_json boxes.json
     python benchmarks/ablate_selection.py --variants_file benchmarks/variants/answers.json --output_json rows.json -- \
-        --dataset_name busy_scenes --model_name_or_path outputs/starts/seed{seed}
+        --dataset_name busy_scenes --model outputs/starts/seed{seed}
 
 The options after `--` go to each run, together with those of its variant (`--selection_guidance`, or `--keep_rate 1.0`
 for the unpruned baseline, or those of `--variants_file`), its `--seed` and its folder. `{seed}` in any option is the
-seed: `--model_name_or_path outputs/starts/unpruned-seed{seed}` gives each seed a start of its own. Finished runs are
+seed: `--model outputs/starts/unpruned-seed{seed}` gives each seed a start of its own. Finished runs are
 not repeated, so that an interrupted ablation continues. Each run has its log in its folder. With `--eval_strategy
 epoch` the rows hold the learning curve.
 
@@ -95,10 +95,7 @@ def make_runs(args: AblationArguments, options: list[str]) -> list[Run]:
     for seed in args.seeds:
         for variant in chosen:
             folder = Path(args.output_dir) / f"{variant.replace(' ', '-')}-seed{seed}"
-            words = variants[variant]
-            # A control has a script of its own: "../benchmarks/train_control.py constant", then options.
-            script, words = (words[:2], words[2:]) if words[0].endswith(".py") else ([args.script], words)
-            words = [word.replace("{seed}", str(seed)) for word in (*script, *options, *words)]
+            words = [word.replace("{seed}", str(seed)) for word in (args.script, *options, *variants[variant])]
             runs.append(Run(variant, seed, folder, (*words, "--seed", str(seed))))
     return runs
 

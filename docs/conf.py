@@ -1,13 +1,14 @@
 """Configuration of the site: Sphinx with MyST for the pages and autodoc for the API, offline."""
 
+import re
 import sys
+import textwrap
 from pathlib import Path
 
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-from docstrings import docstring_as_rst  # noqa: E402
-from tables import outdated  # noqa: E402
+import tables  # noqa: E402
 
 import modeling_trips  # noqa: E402
 
@@ -17,9 +18,8 @@ author = "The TRIPS for Transformers authors"
 project_copyright = f"2026 {author}"
 version = release = modeling_trips.__version__
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["attrs_inline"]
-nb_execution_mode = "off"  # docs/run_tour.py runs the notebook and stores its output
 myst_heading_anchors = 4  # as GitHub's, so links work in both
 myst_links_external_new_tab = False
 
@@ -34,9 +34,22 @@ autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+default_role = "code"
+
+FENCE = re.compile(r"^( *)```\w*\n(.*?)\n *```$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\[([^\]`\n]+)\]\((http[^)\s]+)\)")
+SECTION = re.compile(r"(?<=\S)\n( *(?:Parameters|Returns):\n)")  # without an empty line before it
+REFERENCE = re.compile(r"\[(`[^`\n]+`)\]")
+
+
+def docstring_as_rst(app, what, name, obj, options, lines: list[str]):
+    """Make code blocks, links and references of Markdown those of reStructuredText, in place."""
+    text = FENCE.sub(lambda code: f"{code[1]}::\n\n{textwrap.indent(code[2], '    ')}\n", "\n".join(lines))
+    text = SECTION.sub(r"\n\n\1", REFERENCE.sub(r"\1", LINK.sub(r"`\1 <\2>`__", text)))
+    lines[:] = text.splitlines()
 
 
 def setup(app):
-    if pages := [path.name for path in outdated()]:
-        raise ValueError(f"Tables are out of date in {', '.join(pages)}: run `python docs/tables.py`.")
     app.connect("autodoc-process-docstring", docstring_as_rst, priority=400)  # before napoleon
+    if tables.rewrite(page := tables.PAGE.read_text(encoding="utf-8")) != page:
+        raise ValueError("Tables of docs/evidence.md are out of date: run `python docs/tables.py`.")

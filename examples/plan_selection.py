@@ -7,7 +7,7 @@ Plan a selection schedule for a number of texts per image and a budget.
 
 Costs are MACs of text encoder, vision tower and fusion encoder relative to the unpruned model, which also shares its
 vision tower among the texts of an image. They are counted, not measured (benchmarks/benchmark.py measures), and say
-nothing about accuracy: see docs/guidance.md.
+nothing about accuracy: see docs/choose.md.
 """
 
 import trips_examples  # noqa: F401  # isort: skip

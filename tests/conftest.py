@@ -16,7 +16,6 @@ os.environ["HF_DATASETS_CACHE"] = CACHE.name
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers"), str(ROOT / "benchmarks"), str(ROOT / "docs")]
 sys.path.append(str(ROOT / "benchmarks" / "images"))
-sys.path.append(str(ROOT / "benchmarks" / "vlm_small"))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -35,14 +34,6 @@ torch.set_num_threads(1)
 collect_ignore = ["docs", "export"]
 if Version(transformers.__version__) >= Version("5.24"):
     collect_ignore = []
-
-
-def pytest_collection_modifyitems(config, items):
-    """Deselect the tests that download, unless `-m` names them."""
-    if "network" not in config.option.markexpr:
-        skipped = [item for item in items if item.get_closest_marker("network")]
-        items[:] = [item for item in items if item not in skipped]
-        config.hook.pytest_deselected(items=skipped)
 
 
 @pytest.fixture(autouse=True)

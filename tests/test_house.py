@@ -1,85 +1,38 @@
-"""The structure of packages and the direction of imports."""
+"""The direction of imports."""
 
 import ast
 import sys
 from graphlib import TopologicalSorter
 
-import pytest
 from import_graph import modules
 from places import ROOT
 
 
 MODULES = modules()
 FLAT = {name.removeprefix("modeling_trips.") for name in MODULES if name.count(".") == 1 and MODULES[name].is_flat}
+PACKAGE = {name for name in MODULES if name.partition(".")[0] == "modeling_trips"}
+SERVICE = {name for name in MODULES if name.partition(".")[0] == "trips_serving"}
 SCRIPTS = {name for name, module in MODULES.items() if module.path.parent == ROOT / "examples" and "." in name}
-PACKAGES_OF_EXAMPLES = {name for name in MODULES if name.startswith("trips_examples.")} - SCRIPTS
-
-# Allowed imports of the files that a checkpoint may carry.
-ARROWS = {
-    "image_decoding_trips": set(),
-    "patch_selection": set(),
-    "configuration_trips": set(),
-    "processing_trips": {"configuration_trips", "image_decoding_trips"},
-    "pipeline_trips": {"processing_trips"},
-    "pipeline_trips_retrieval": {"processing_trips"},
-    "modeling_trips_text": {"configuration_trips", "modeling_trips_vision", "patch_selection"},
-    "modeling_trips_vision": {"configuration_trips", "patch_selection"},
-    "modeling_trips": {
-        "configuration_trips",
-        "modeling_trips_text",
-        "modeling_trips_vision",
-        "patch_selection",
-        "pipeline_trips",
-    },
-    "modeling_trips_classification": {
-        "configuration_trips",
-        "modeling_trips",
-        "modeling_trips_text",
-        "modeling_trips_vision",
-    },
-    "modeling_trips_grounding": {
-        "configuration_trips",
-        "modeling_trips",
-        "modeling_trips_text",
-        "modeling_trips_vision",
-        "patch_selection",
-    },
-    "modeling_trips_pretraining": {
-        "configuration_trips",
-        "modeling_trips",
-        "modeling_trips_text",
-        "modeling_trips_vision",
-        "pipeline_trips_retrieval",
-    },
-}
+SHARED = {name for name in MODULES if name.startswith("trips_examples.")} - SCRIPTS  # what the scripts share
 
 
-def imports_of(names) -> set[tuple[str, str]]:
-    return {(name, target) for name in names for target in MODULES[name].imports}
+def imports_of(names) -> set[str]:
+    return {target for name in names for target in MODULES[name].imports}
 
 
-def test_no_module_imports_itself_in_the_end():
-    tuple(TopologicalSorter({name: module.imports for name, module in MODULES.items()}).static_order())
+def test_imports_point_down():
+    tuple(TopologicalSorter({name: module.imports for name, module in MODULES.items()}).static_order())  # no circle
+    assert imports_of(["modeling_trips.patch_selection", "modeling_trips.configuration_trips"]) == set()
+    assert imports_of(f"modeling_trips.{name}" for name in FLAT) <= {f"modeling_trips.{name}" for name in FLAT}
+    assert SCRIPTS and SHARED
+    assert imports_of(PACKAGE) <= PACKAGE
+    assert imports_of(SHARED) <= PACKAGE | SHARED
+    assert imports_of(SERVICE) <= PACKAGE | SERVICE
 
 
-@pytest.mark.parametrize("name", ARROWS)
-def test_arrows_go_down(name):
-    targets = {target.removeprefix("modeling_trips.") for target in MODULES[f"modeling_trips.{name}"].imports}
-    assert targets <= ARROWS[name]
-
-
-def test_the_models_import_what_an_installation_without_extras_has():
+def test_a_checkpoint_carries_what_its_files_import():
+    """Transformers copies siblings that are imported as `from .sibling import name`, and follows nothing else."""
     installed = {"PIL", "huggingface_hub", "numpy", "packaging", "safetensors", "torch", "transformers"}
-    for name in FLAT:
-        nodes = [node for node in MODULES[f"modeling_trips.{name}"].tree.body if isinstance(node, ast.Import)]
-        names = [alias.name for node in nodes for alias in node.names]
-        tree = MODULES[f"modeling_trips.{name}"].tree
-        names += [node.module for node in tree.body if isinstance(node, ast.ImportFrom) and not node.level]
-        assert {name.partition(".")[0] for name in names} <= installed | sys.stdlib_module_names, name
-
-
-def test_a_checkpoint_carries_whole_what_it_imports():
-    """Transformers only copies files that are imported as `from .sibling import name`."""
     for name in FLAT:
         for node in ast.walk(MODULES[f"modeling_trips.{name}"].tree):
             if isinstance(node, ast.ImportFrom) and node.level:
@@ -87,21 +40,6 @@ def test_a_checkpoint_carries_whole_what_it_imports():
             elif isinstance(node, (ast.Import, ast.ImportFrom)):
                 sources = [getattr(node, "module", None) or alias.name for alias in node.names]
                 roots = {source.partition(".")[0] for source in sources}
+                allowed = installed | sys.stdlib_module_names if node.col_offset == 0 else roots
+                assert roots <= allowed, f"{name}.py, line {node.lineno}"
                 assert not roots & {"modeling_trips", "trips_examples"}, f"{name}.py, line {node.lineno}"
-
-
-def test_the_list_of_all_classes_is_imported_at_the_top_alone():
-    assert [name for name, target in imports_of(MODULES) if target.endswith(".registration_trips")] == [
-        "modeling_trips"
-    ]
-
-
-def test_the_package_knows_no_example_and_the_packages_of_examples_know_no_script():
-    assert SCRIPTS and PACKAGES_OF_EXAMPLES
-    package = {name for name in MODULES if name.partition(".")[0] == "modeling_trips"}
-    assert {target for _, target in imports_of(package)} <= package
-    assert {target for _, target in imports_of(PACKAGES_OF_EXAMPLES)} <= package | PACKAGES_OF_EXAMPLES
-    service = {name for name in MODULES if name.partition(".")[0] == "trips_serving"}
-    assert {target for _, target in imports_of(service)} <= package | service
-    benchmarks = set(MODULES) - package - SCRIPTS - PACKAGES_OF_EXAMPLES - {"trips_examples"} - service
-    assert {target for _, target in imports_of(benchmarks)} <= package | PACKAGES_OF_EXAMPLES | benchmarks

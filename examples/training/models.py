@@ -184,7 +184,7 @@ def choose_schedule(config: TripsConfig, args: ModelArguments, texts_per_image: 
     elif chosen:
         logger.warning(
             "The schedule %s takes %.2f times the operations of the unpruned model at %.1f texts per image. Cheaper, "
-            "with %.2f: %s. More: docs/schedules.md.",
+            "with %.2f: %s. More: docs/choose.md.",
             *(config.vision_config.schedule, ratio(own), texts_per_image, ratio(chosen)),
             " ".join(f"--{name} {_words(value)}" for name, value in chosen.items()),
         )

@@ -17,7 +17,7 @@ from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 from trips_examples.training.models import make_processor
 
 
-SLOW = {"docs/deploy_cpu.md": pytest.mark.slow}  # it exports a model
+SLOW = {"docs/deploy.md": pytest.mark.slow}  # it exports a model
 WITH_PYTHON = [
     pytest.param(document, marks=SLOW.get(str(document), ())) for document in DOCUMENTS if document.blocks("python")
 ]
@@ -73,7 +73,7 @@ def test_what_the_blocks_say_is_so(demo_model, tmp_path):
     ].config.vision_config.keep_rate == [0.5, 0.7]
     assert used["vilt"].config.fusion_encoder_config.fusion_type == "single_stream"
     assert run(page_named("docs/weights.md"))["retriever"].config.vision_config.keep_rate == [0.7, 0.7, 0.3]
-    kept = run(page_named("docs/hosts.md"))["kept"]
+    kept = run(page_named("docs/vlm.md"))["kept"]
     assert [layer.kept_indices.shape[1] for layer in kept] == [101, 72]  # ceil(.7 * 144), ceil(.7 * 102)
 
 

@@ -33,9 +33,8 @@ class Module(NamedTuple):
 
 
 def modules() -> dict[str, Module]:
-    """Return the modules of the package, the examples, the service and the benchmarks, by name."""
+    """Return the modules of the package, the examples and the service, by name."""
     paths = {_name(package, path): path for package, root in ROOTS.items() for path in sorted(root.rglob("*.py"))}
-    paths |= {path.stem: path for path in sorted((ROOT / "benchmarks").glob("*.py"))}
     trees = {name: ast.parse(path.read_text("utf-8")) for name, path in paths.items()}
     return {name: Module(name, path, trees[name], _imports(name, path, trees)) for name, path in paths.items()}
 

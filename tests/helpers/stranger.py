@@ -80,7 +80,6 @@ def main(source: str, image: str, folder: str):
     }
     results["pipelines"] = use_pipelines(source, image)
     results["project"] = "modeling_trips" in sys.modules
-    results["transformers"] = transformers.__version__
     torch.save(results, f"{folder}/results.pt")
 
 

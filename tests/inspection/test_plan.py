@@ -19,7 +19,7 @@ from modeling_trips.inspection.plan import (
 
 BASE = TripsConfig.from_preset("base", vision_config={"image_size": 384})
 NUMBERS = (1, 2, 5, 10)
-# Schedules of docs/speed.md and the paper.
+# Schedules of docs/choose.md and the paper.
 NAMED = {"5,10", "5:image,10:image", "5:image,10", "3:image:0.7,6:image:0.7,9:image:0.7,12:text:0.3", "2:text:0.1"}
 
 

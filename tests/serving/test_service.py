@@ -117,8 +117,8 @@ def test_bad_requests_are_rejected(service, name):
 
 
 def test_documented_client(service, monkeypatch, capsys):
-    document = next(page for page in PAGES if str(page) == "docs/serve.md")
-    client, *_ = document.blocks("python")
+    document = next(page for page in PAGES if str(page) == "docs/deploy.md")
+    (client,) = [block for block in document.blocks("python") if "httpx" in block]
     monkeypatch.chdir(ROOT)
     assert "127.0.0.1:3000" in client
     exec(client.replace("127.0.0.1:3000", f"127.0.0.1:{service.port}"), {})

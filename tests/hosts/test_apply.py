@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import subprocess
 import sys
 
@@ -12,7 +13,6 @@ from schedules import schedule_of
 from timm.models.vision_transformer import ParallelScalingBlock
 from tiny_hosts import (
     HOSTS,
-    KEPT,
     LAYERS,
     PIXELS,
     RATE,
@@ -26,8 +26,6 @@ from tiny_hosts import (
 from tiny_models import enable_checkpointing
 from torch import nn
 from transformers import (
-    BertConfig,
-    BertModel,
     BlipForConditionalGeneration,
     CLIPForImageClassification,
     PreTrainedModel,
@@ -47,13 +45,6 @@ def test_keep_rate_one_changes_nothing(host):
     with record_patch_selection(model) as selections:
         host.run(model)
     assert [selection.kept_indices.shape[1] for selection in selections] == [12]
-
-
-@each_host
-def test_sequence_lengths_follow_the_keep_rate(host):
-    model = host.make_model()
-    host.apply(model)
-    assert [indices.shape[1] for indices in kept_by(host, model)] == KEPT
 
 
 def snapshot(model: nn.Module) -> dict:
@@ -101,22 +92,6 @@ def test_checkpoints_have_the_same_names_and_load_without_selection(host, tmp_pa
     assert torch.equal(host.run(plain), expected)
     host.apply(plain)
     assert torch.equal(host.run(plain), host.run(model))
-
-
-@each_host
-def test_rows_do_not_depend_on_their_order(host):
-    model = host.make_model()
-    host.apply(model)
-    order = torch.tensor([2, 0, 1])
-    shuffled = {name: tensor[order] for name, tensor in host.inputs.items()}
-    for actual, expected in zip(kept_by(host, model, shuffled), kept_by(host, model)):
-        assert torch.equal(actual, expected[order])
-    actual, expected = host.run(model, shuffled), host.run(model)
-    if actual.shape == (3, 3):  # all images against all texts
-        expected = expected[order][:, order]
-    elif len(expected) == 3:
-        expected = expected[order]
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -180,40 +155,36 @@ def test_hidden_states_of_the_vision_tower_get_shorter(name, recorded_before):
 
 @pytest.mark.slow
 def test_importing_loads_no_model_modules():
-    code = """
-import sys
-import modeling_trips
-before = {*sys.modules}
-import modeling_trips.hosts
-print([name for name in {*sys.modules} - before if ".models." in name or name.startswith("timm")])
-"""
+    code = "import sys, modeling_trips; old = {*sys.modules}; import modeling_trips.hosts; print({*sys.modules} - old)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+    assert "modeling_trips.hosts" in result.stdout and not re.search(r"\.models\.|'timm", result.stdout)
 
 
 @pytest.mark.parametrize(
-    "make_model",
+    ("make_model", "schedule", "error"),
     [
-        lambda: BertModel(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)),
-        lambda: make_clip(CLIPForImageClassification),
-        lambda: nn.Linear(2, 2),
+        (lambda: nn.Linear(2, 2), "1:image:0.5", TypeError),
+        (lambda: make_clip(CLIPForImageClassification), "1:image:0.5", TypeError),
+        (lambda: make_timm(block_fn=ParallelScalingBlock), "1:image:0.5", TypeError),
+        (lambda: make_timm(attn_layer="diff"), "1:image:0.5", TypeError),
+        (make_bridgetower, "1:image:0.5,3:image:0.5", ValueError),  # after its first bridge
+        (make_bridgetower, "1:text:0.5", ValueError),
+        (make_timm, "1:text:0.5", ValueError),
+        (lambda: make_blip(BlipForConditionalGeneration), "1:text:0.5", ValueError),
+        (lambda: make_clip(hidden_size=16), "1:text:0.5", ValueError),  # another width than the tower's
+        (make_clip, "1:random:0.5", ValueError),  # of generative models alone
     ],
 )
-def test_unsupported_model_raises_with_the_supported_ones(make_model):
-    model = make_model()
-    with pytest.raises(TypeError) as error:
-        apply_patch_selection(model, schedule_of([1]))
-    assert type(model).__name__ in str(error.value)
-    for name in (
-        "Vilt",
-        "BlipForQuestionAnswering",
-        "BridgeTowerModel",
-        "CLIPModel",
-        "LlavaModel",
-        "SiglipModel",
-        "timm",
-    ):
-        assert name in str(error.value)
+def test_unsupported_models_and_schedules_raise(make_model, schedule, error):
+    with pytest.raises(error):
+        apply_patch_selection(make_model(), schedule)
+
+
+def test_an_attention_mask_of_timm_raises():
+    model = HOSTS["timm"].make_model()
+    HOSTS["timm"].apply(model)
+    with pytest.raises(ValueError):
+        model(PIXELS, attn_mask=torch.ones(19, 19, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("schedule", ["2:image,4:image", "1:image:0.5:0.9"])
@@ -227,74 +198,33 @@ def test_bad_schedule_raises_and_leaves_the_model_unchanged(schedule):
     assert torch.equal(host.run(model), expected)
 
 
-def test_bridgetower_rejects_layers_after_its_first_bridge():
-    apply_patch_selection(make_bridgetower(), "1:image:0.5,2:image:0.5")
-    with pytest.raises(ValueError, match="3"):
-        apply_patch_selection(make_bridgetower(), "1:image:0.5,3:image:0.5")
-
-
-@pytest.mark.parametrize(
-    "make_model",
-    [lambda: make_blip(BlipForConditionalGeneration), make_bridgetower, lambda: make_clip(hidden_size=16), make_timm],
-)
-def test_unsupported_text_guidance_raises(make_model):
-    model = make_model()
-    apply_patch_selection(model, "1:image:0.5,2:image:0.5")
-    with pytest.raises(ValueError, match="text"):
-        apply_patch_selection(model, "1:image:0.5,2:text:0.5")
-
-
-def test_options_of_generative_models_raise_for_other_models():
-    with pytest.raises(ValueError, match="visual_tokens"):
-        apply_patch_selection(make_clip(), "1:image:0.5", visual_tokens=4)
-    with pytest.raises(ValueError, match="random"):
-        apply_patch_selection(make_clip(), "1:random:0.5")
-
-
-def test_text_embeds_of_wrong_shape_raise():
-    model = HOSTS["clip"].make_model()
-    apply_patch_selection(model, schedule_of(LAYERS, RATE, "text"))
-    for shape in [(3, 16), (2, 32), (3, 5, 32)]:
-        with pytest.raises(ValueError, match=r"must have shape \(3, 32\)"):
-            model.get_image_features(PIXELS, text_embeds=torch.zeros(shape))
-    apply_patch_selection(model, schedule_of(LAYERS, RATE, "image"))
-    with pytest.raises(ValueError, match="text_embeds"):
-        model.get_image_features(PIXELS, text_embeds=torch.zeros(3, 32))
-
-
-def test_unsupported_layers_raise():
-    with pytest.raises(TypeError, match="Layer 1 .*Block.*ParallelScalingBlock"):
-        apply_patch_selection(make_timm(block_fn=ParallelScalingBlock), schedule_of(LAYERS, RATE, "image"))
-    with pytest.raises(TypeError, match="DiffAttention"):
-        apply_patch_selection(make_timm(attn_layer="diff"), schedule_of(LAYERS, RATE, "image"))
-    model = make_timm()
-    apply_patch_selection(model, schedule_of(LAYERS, RATE, "image"))
-    with pytest.raises(ValueError, match="attn_mask"):
-        model(PIXELS, attn_mask=torch.ones(17, 17, dtype=torch.bool))
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_text_embeds_are_given_if_and_only_if_they_are_used(name):
+    model = HOSTS[name].make_model()
+    for guidance, shapes in (("text", [None, (2, 32), (3, 5, 32)]), (["image", "text"], [None]), ("image", [(3, 32)])):
+        apply_patch_selection(model, schedule_of(LAYERS, RATE, guidance))
+        for shape in shapes:
+            with pytest.raises(ValueError, match="text_embeds"):
+                model.get_image_features(PIXELS, **({"text_embeds": torch.zeros(shape)} if shape else {}))
 
 
 def test_compiled_or_hooked_layers_raise():
-    model = HOSTS["clip"].make_model()
-    add_hook_to_module(model.vision_model.encoder.layers[0], ModelHook())
-    with pytest.raises(ValueError, match="layer 1 .*forward"):
-        HOSTS["clip"].apply(model)
-    model = HOSTS["clip"].make_model()
-    model.vision_model.encoder.layers[1].compile()
-    with pytest.raises(ValueError, match="layer 2 .*_compiled_call_impl"):
-        HOSTS["clip"].apply(model)
-    model = HOSTS["clip"].make_model()
-    HOSTS["clip"].apply(model)
-    add_hook_to_module(model.vision_model.encoder.layers[0], ModelHook())
-    with pytest.raises(ValueError, match="hook of Accelerate"):
-        remove_patch_selection(model)
+    hooked, compiled, patched = (HOSTS["clip"].make_model() for _ in range(3))
+    HOSTS["clip"].apply(patched)
+    for model in (hooked, patched):
+        add_hook_to_module(model.vision_model.encoder.layers[0], ModelHook())
+    compiled.vision_model.encoder.layers[1].compile()
+    for model in (hooked, compiled):
+        with pytest.raises(ValueError):
+            HOSTS["clip"].apply(model)
+    with pytest.raises(ValueError):
+        remove_patch_selection(patched)
 
 
 def test_recording_nothing_raises():
     model = HOSTS["clip"].make_model()
-    with pytest.raises(ValueError, match="no selection layers"):
-        with record_patch_selection(model):
-            pass
+    with pytest.raises(ValueError), record_patch_selection(model):
+        pass
     HOSTS["clip"].apply(model)
-    with pytest.raises(RuntimeError, match="Nothing was recorded"):
-        with record_patch_selection(model):
-            pass
+    with pytest.raises(RuntimeError), record_patch_selection(model):
+        pass

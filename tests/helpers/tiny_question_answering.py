@@ -30,8 +30,8 @@ def make_model(attn_implementation="sdpa", **fields):
     return TripsForQuestionAnswering._from_config(config, attn_implementation=attn_implementation).eval()
 
 
-def images():
-    return tiny_retrieval.images(2)
+def images(count=2):
+    return tiny_retrieval.images(count)
 
 
 def inputs():

@@ -5,9 +5,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from schedules import schedule_of
-from tiny_models import kept_by as kept
-from tiny_retrieval import images
-from tiny_single_stream import HEADS, IDS, MASK, make_config, make_model, randomize
+from tiny_single_stream import HEADS, IDS, MASK, images, kept, make_config, make_model, randomize
 from transformers import (
     AutoModel,
     ViltConfig,

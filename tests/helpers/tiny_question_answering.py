@@ -2,12 +2,13 @@
 
 import tiny_retrieval
 import torch
+from tiny_models import TEXTS, kept_by
 
 from modeling_trips import TripsForQuestionAnswering
 
 
 PAD, START, END = 0, 1, 2
-QUESTIONS = torch.tensor([[1, 5, 7, 9, 2], [1, 8, 2, 0, 0], [1, 4, 6, 2, 0], [1, 9, 9, 2, 0]])
+QUESTIONS = TEXTS[:4]
 MASK = (QUESTIONS != PAD).long()
 IMAGE_INDEX = torch.tensor([1, 0, 1, 0])
 # Six answers; the first two, and the next two, begin with the same token.
@@ -18,6 +19,7 @@ ANSWERS = torch.tensor(
 LABELS = ANSWERS[[0, 3, 5, 2, 1, 4, 0]]
 QUESTION_INDEX = torch.tensor([0, 0, 1, 2, 2, 2, 3])
 WEIGHTS = torch.tensor([0.7, 0.3, 1.0, 0.1, 0.6, 0.3, 1.0])
+kept = kept_by
 
 
 def make_config(vocab_size=12):

@@ -1,7 +1,7 @@
 """A tiny model for retrieval, with six captions of four images and helpers for its losses."""
 
 import torch
-from tiny_models import TEXTS
+from tiny_models import TEXTS, kept_by
 
 from modeling_trips import TripsConfig
 from modeling_trips.modeling_trips_pretraining import TripsForRetrieval, matching_pairs
@@ -12,6 +12,7 @@ MASK = (TEXTS != 0).long()
 IMAGE_INDEX = torch.tensor([1, 0, 1, 2, 3, 0])
 IMAGE_IDS = torch.tensor([7, 4, 5, 7])
 PAIR_IDS = IMAGE_IDS[IMAGE_INDEX]
+kept = kept_by
 
 
 def make_config(dropout=0.0, selection_guidance="text", pooling_mode="cls", vocab_size=20, decoder_layers=1, **fields):

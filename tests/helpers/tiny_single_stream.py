@@ -1,7 +1,8 @@
 """A tiny single stream with random weights, and inputs to call it."""
 
 import torch
-from tiny_models import TEXTS
+from tiny_models import TEXTS, kept_by
+from tiny_retrieval import images as some_images
 
 from modeling_trips import (
     TripsConfig,
@@ -14,6 +15,7 @@ from modeling_trips import (
 
 IDS = TEXTS[:4]
 MASK = (IDS != 0).long()
+kept, images = kept_by, some_images
 HEADS = [TripsForQuestionAnswering, TripsForImagesAndTextClassification, TripsForVisualGrounding]
 
 

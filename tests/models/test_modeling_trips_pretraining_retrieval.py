@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from tiny_models import TEXTS
-from tiny_models import kept_by as kept
 from tiny_retrieval import (
     IMAGE_IDS,
     IMAGE_INDEX,
     MASK,
     PAIR_IDS,
+    TEXTS,
     calls_of,
     gradients,
     images,
+    kept,
     make_model,
     matched_alone,
     pairs_of,

@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from tiny_models import kept_by as kept
 from tiny_question_answering import (
     ANSWERS,
     END,
@@ -19,6 +18,7 @@ from tiny_question_answering import (
     images,
     inputs,
     inputs_of,
+    kept,
     log_probability,
     make_model,
     tokens_of,

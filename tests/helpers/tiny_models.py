@@ -9,7 +9,6 @@ from transformers.utils import ModelOutput
 
 from modeling_trips import (
     TripsConfig,
-    TripsForConditionalGeneration,
     TripsForImagesAndTextClassification,
     TripsForPreTraining,
     TripsForQuestionAnswering,
@@ -68,7 +67,6 @@ class Case(NamedTuple):
 
 CASES = [
     Case(TripsModel),
-    Case(TripsForConditionalGeneration, {"decoder_input_ids": DECODER_INPUT_IDS}, {"labels": ANSWERS}),
     Case(TripsForQuestionAnswering, {"decoder_input_ids": DECODER_INPUT_IDS}, {"labels": ANSWERS}),
     Case(
         TripsForImagesAndTextClassification,

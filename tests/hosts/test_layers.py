@@ -8,17 +8,7 @@ import pytest
 import torch
 from schedules import schedule_of
 from timm.models.deit import VisionTransformerDistilled
-from tiny_hosts import (
-    HOSTS,
-    INPUT_IDS,
-    KEPT,
-    LAYERS,
-    PAIRS,
-    PIXEL_MASK,
-    PIXELS,
-    RATE,
-    make_timm,
-)
+from tiny_hosts import HOSTS, INPUT_IDS, KEPT, LAYERS, PAIRS, PIXEL_MASK, PIXELS, RATE, make_timm
 from tiny_models import LargestSquare, enable_checkpointing, gradients_of
 from torch import nn
 from transformers import PreTrainedModel

@@ -18,12 +18,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.vision_utils import get_vision_window_index
 
-from modeling_trips.hosts import (
-    TextGuide,
-    apply_patch_selection,
-    record_patch_selection,
-    remove_patch_selection,
-)
+from modeling_trips.hosts import TextGuide, apply_patch_selection, record_patch_selection, remove_patch_selection
 from modeling_trips.hosts.vlm.wrapper import selection_of
 
 

@@ -4,16 +4,10 @@ import pytest
 import torch
 import transformers
 from schedules import schedule_of
-from tiny_hosts import (
-    PAIRS,
-    RATE,
-    make_bridgetower,
-)
+from tiny_hosts import PAIRS, RATE, make_bridgetower
 from tiny_vlms import IMAGE
 from torch import nn
-from transformers import (
-    BridgeTowerForMaskedLM,
-)
+from transformers import BridgeTowerForMaskedLM
 
 from modeling_trips.hosts import apply_patch_selection, record_patch_selection, remove_patch_selection
 

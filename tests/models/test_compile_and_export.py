@@ -42,20 +42,6 @@ def compile_and_count(model: torch.nn.Module) -> tuple[torch.nn.Module, list]:
     return torch.compile(model, backend=count_graphs, fullgraph=True), graphs
 
 
-@pytest.mark.slow
-@torch.no_grad()
-def test_batches_of_all_sizes_share_two_graphs():
-    """The first graph is specialized for the first size; the second one has a dynamic size."""
-    torch._dynamo.reset()
-    case = QUESTION_ANSWERING
-    model = case.make_model()
-    compiled, graphs = compile_and_count(model)
-    for num_texts in (4, 3, 6):
-        inputs = case.make_inputs(num_texts)
-        assert_same_outputs(compiled(**inputs), model(**inputs))
-    assert len(graphs) == 2
-
-
 def batches(case, training=False):
     """Three batches of one shape."""
     for brightness in range(3):
@@ -192,18 +178,3 @@ def test_of_equal_scores_the_lower_index_wins_in_onnx_too(num_kept):
         scores = torch.randint(num_levels, (5, 32)) / 8
         (kept,) = session.run(None, {name: scores.numpy()})
         assert torch.equal(torch.from_numpy(kept), keep_topk(scores, num_kept))
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_transformers_exporter_writes_a_model_that_onnx_runtime_reads(tmp_path):
-    from transformers.exporters import ExportedModel, OnnxConfig, OnnxExporter  # new in 5.24
-
-    case = CASES[0]
-    model, inputs = case.make_model(), case.make_inputs()
-    config = OnnxConfig(dynamic_shapes=dynamic_shapes(inputs))
-    OnnxExporter().export(model, inputs, config=config).save_pretrained(tmp_path)
-    exported = ExportedModel.from_pretrained(tmp_path)
-    for num_texts in SIZES:
-        inputs = other_inputs(case, num_texts)
-        assert_same_outputs(exported(**inputs), model(**inputs))

@@ -111,19 +111,3 @@ def test_loss_is_the_cross_entropy_per_statement():
     per_batch = model(**inputs(), labels=LABELS, num_items_in_batch=torch.tensor(10)).loss
     torch.testing.assert_close(per_batch.double(), nll.sum() / 10)
     assert "loss" not in model(**inputs())
-
-
-def test_bad_inputs_are_refused():
-    model = make_model()
-    five = torch.zeros(4, 3, 3, 32, 32)
-    with pytest.raises(ValueError, match="pixel_values"):
-        model(STATEMENTS, five, MASK)
-    with pytest.raises(ValueError, match="image_index"):
-        model(STATEMENTS, five[:, :2], MASK, image_index=PAIRS)
-    for index in (PAIRS[:, 0], PAIRS[:3], PAIRS.flatten()):
-        with pytest.raises(ValueError, match="image_index"):
-            model(STATEMENTS, images(), MASK, image_index=index)
-    with pytest.raises(ValueError, match="image_index"):
-        model(STATEMENTS, images(), MASK)
-    with pytest.raises(ValueError, match="image_index"):
-        model(STATEMENTS, attention_mask=MASK, image_cache=model.model.encode_images(images()))

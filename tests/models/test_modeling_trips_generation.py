@@ -55,26 +55,6 @@ def test_greedy_search_writes_the_likeliest_token_and_says_how_likely(model_clas
 
 
 @each_class
-def test_an_end_token_ends_a_text_and_padding_follows(model_class):
-    model = make_model(model_class)
-    free = model.generate(**inputs(), max_new_tokens=6, **ENDLESS)
-    ends = [free[0, 2].item(), free[1, 4].item()]
-    expected = free.clone()
-    for row in expected:
-        first = min((i for i in range(1, 7) if row[i] in ends), default=7)
-        row[first + 1 :] = PAD
-    expected = expected[:, (expected != PAD).any(dim=0)]
-    assert PAD in expected and (expected[:, -1] != PAD).any()
-    stopped = model.generate(**inputs(), max_new_tokens=6, eos_token_id=ends, pad_token_id=PAD)
-    assert torch.equal(stopped, expected)
-
-
-@each_class
-def test_without_a_length_a_text_fits_the_positions(model_class):
-    assert make_model(model_class).generate(**inputs(), **ENDLESS).shape == (4, 13)
-
-
-@each_class
 def test_a_prompt_is_continued(model_class):
     model = make_model(model_class)
     expected = model.generate(**inputs(), max_new_tokens=6, **ENDLESS)
@@ -103,39 +83,6 @@ def test_a_cache_is_continued(model_class):
     )
     assert torch.equal(continued, expected)
     assert runs == [1, 1, 1]  # never a token that the cache holds
-
-
-@each_class
-@pytest.mark.parametrize("num_beams", [1, 3])
-def test_a_static_cache_changes_nothing(model_class, num_beams):
-    model = make_model(model_class)
-    options = {"max_new_tokens": 6, "num_beams": num_beams, "disable_compile": True}
-    expected = model.generate(**inputs(), **options)
-    output = model.generate(**inputs(), **options, cache_implementation="static", return_dict_in_generate=True)
-    assert torch.equal(output.sequences, expected)
-    assert output[CACHE_NAME].self_attention_cache.is_compileable
-
-
-@each_class
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True}])
-def test_texts_that_share_an_image_are_written_as_if_each_had_its_own(model_class, options):
-    model = make_model(model_class)
-    results = []
-    for shared in (True, False):
-        batch = inputs()
-        if not shared:
-            batch["pixel_values"] = batch["pixel_values"][batch.pop("image_index")]
-        torch.manual_seed(3)
-        results.append(model.generate(**batch, max_new_tokens=6, **ENDLESS, **options))
-    assert torch.equal(*results)
-
-
-@each_class
-def test_text_embeddings_in_place_of_ids(model_class):
-    model = make_model(model_class)
-    batch = inputs()
-    batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids"))
-    assert torch.equal(model.generate(**batch, max_new_tokens=4), model.generate(**inputs(), max_new_tokens=4))
 
 
 @each_class

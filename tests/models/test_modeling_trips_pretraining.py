@@ -19,22 +19,6 @@ from trips_examples.training.momentum import MomentumTeacher
 from trips_examples.training.trainer import unused_parameters
 
 
-@torch.no_grad()
-def test_the_loss_is_the_weighted_sum_of_what_each_objective_is_on_its_own():
-    model, batch = make_model(), make_batch()
-    torch.manual_seed(3)
-    outputs = model(**batch)
-    parts = (outputs.itc_loss, outputs.itm_loss, outputs.mlm_loss, outputs.prefix_lm_loss)
-    torch.testing.assert_close(outputs.loss, sum(weight * part for weight, part in zip(WEIGHTS.values(), parts)))
-
-    retrieval = TripsForRetrieval(model.config).eval()
-    retrieval.load_state_dict(model.state_dict(), strict=False)
-    names = ("input_ids", "attention_mask", "pixel_values", "image_index", "image_ids")
-    torch.manual_seed(3)
-    alone = retrieval(**{name: batch[name] for name in names}, return_loss=True)
-    torch.testing.assert_close((outputs.itc_loss, outputs.itm_loss), (alone.itc_loss, alone.itm_loss))
-
-
 def count_calls(modules: dict[str, torch.nn.Module], run) -> dict[str, int]:
     calls = dict.fromkeys(modules, 0)
 
@@ -125,16 +109,6 @@ def test_nothing_waits_for_the_device():
         model(**inputs).loss.backward()
         teacher.push(inputs["teacher"])
         teacher.update(model)
-
-
-def test_a_teacher_needs_to_know_the_images():
-    """Otherwise images of different batches would have equal ids in the queue."""
-    model, batch = make_model(), make_batch()
-    del batch["image_ids"]
-    with pytest.raises(ValueError, match="image_ids"):
-        MomentumTeacher(model, queue_size=8).teach(batch, 0.4)
-    model = make_model(itc_weight=0.0)  # no features, no queues
-    model(**MomentumTeacher(model, queue_size=8).teach(batch, 0.4))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

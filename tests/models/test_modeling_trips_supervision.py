@@ -253,8 +253,3 @@ def test_training_with_it_is_one_graph():
     model = make_reader(patch_embedding_type="linear")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(**batch()).attention_loss, model(**batch()).attention_loss)
-
-
-def test_a_fusion_without_cross_attention_refuses_it():
-    with pytest.raises(ValueError, match="attention_loss_weight"):
-        make_reader(fusion_type="single_stream")(**batch())

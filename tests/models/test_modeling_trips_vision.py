@@ -1,7 +1,5 @@
 """The vision tower against a naive loop implementation and ViT, cached image states, and what texts share."""
 
-import math
-
 import pytest
 import torch
 from naive_reference import NaiveVisionTower
@@ -153,11 +151,6 @@ def test_an_image_cache_of_other_settings_behind_the_text_is_used():
     torch.testing.assert_close(model(image_cache=image_cache, text_embeds=texts(2)).last_hidden_state, expected)
 
 
-def test_number_of_channels_must_be_the_configured_one():
-    with pytest.raises(ValueError, match="pixel_values"):
-        make_model()(images()[:, :1], texts())
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Without selection, captured outputs, stem, random guidance
 
@@ -187,9 +180,6 @@ def test_selection_adds_no_parameter_unless_the_widths_differ():
     assert make_model(selection_layers=[1, 2, 3], guidance_hidden_size=8).state_dict().keys() == plain
     projected = make_model(guidance_hidden_size=5).state_dict().keys()
     assert projected - plain == {"selection_projection.weight", "selection_projection.bias"}
-
-
-BIG = {**VIT_FIELDS, "image_size": 32, "patch_size": 4, "selection_layers": [1, 3], "keep_rate": 0.6}  # 64 patches
 
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
@@ -226,14 +216,6 @@ def test_convolutional_stem_gives_the_same_grid():
     changed[..., 8:, :8] += 1.0
     difference = model.embeddings.patch_embeddings(changed) - model.embeddings.patch_embeddings(pixel_values)
     assert difference.norm(dim=-1).argmax() == 3
-
-
-def test_random_guidance_keeps_other_patches_of_each_image():
-    fields = {**BIG, "selection_guidance": "random"}
-    model = make_model(**fields)
-    for kept in (each(images(4, (32, 32)), texts(4, 32)).selection[0].kept_indices for each in (model, model.train())):
-        assert kept.shape == (4, math.ceil(0.6 * 64))
-        assert not (kept == kept[0]).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -294,13 +276,3 @@ def test_an_image_cache_carries_what_was_kept_so_far():
     output = model(**make_inputs(pixel_values=None, image_cache=cache))
     assert torch.equal(output.selection[0].kept_indices, cache.selection[0].kept_indices[INDEX])
     assert torch.equal(output.selection[1].candidate_indices, cache.candidate_indices[INDEX])
-
-
-def test_the_pass_without_a_text_is_the_same_trunk():
-    model = CASE.make_model(selection_guidance=["image", "text"])
-    cache = model.encode_images(IMAGES)
-    for output in (model.vision_model(IMAGES), model.vision_model(image_cache=cache)):
-        assert torch.equal(output.selection[0].kept_indices, cache.selection[0].kept_indices)
-    # The text only selects before the fusion encoder, so that the compared states do not depend on it.
-    pooled = model.vision_model(text_embeds=torch.randn(4, 48), image_cache=cache, image_index=INDEX).pooler_output
-    torch.testing.assert_close(pooled, model.vision_model(image_cache=cache).pooler_output[INDEX])

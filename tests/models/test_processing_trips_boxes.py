@@ -7,7 +7,6 @@ import torchvision
 from transformers import BertTokenizer, BlipImageProcessor, CLIPImageProcessor
 
 from modeling_trips import TripsProcessor
-from modeling_trips.modeling_trips_grounding import TripsVisualGroundingOutput
 
 
 SQUASH = BlipImageProcessor(size={"height": 64, "width": 64}, do_normalize=False)
@@ -42,16 +41,6 @@ def test_boxes_of_a_squashed_image():
     pixels = processor.post_process_grounding(labels, sizes)
     assert pixels.dtype == torch.float32
     torch.testing.assert_close(pixels, torch.tensor(boxes, dtype=torch.float32))
-
-
-def test_boxes_of_a_center_crop():
-    # 240 x 120 (width x height) -> 128 x 64 -> the middle 64 x 64, from x = 32: 60 to 180 in the original
-    processor, sizes = make_processor(CROP), [(120, 240)] * 2
-    labels = processor.encode_boxes([[90, 30, 120, 60], [30, 0, 90, 120]], sizes)
-    # The left half of the second box is cut off.
-    torch.testing.assert_close(labels, torch.tensor([[0.375, 0.375, 0.25, 0.25], [0.125, 0.5, 0.25, 1.0]]))
-    pixels = processor.post_process_grounding(labels, sizes)
-    torch.testing.assert_close(pixels, torch.tensor([[90.0, 30, 120, 60], [60, 0, 90, 120]]))
 
 
 def test_boxes_of_a_crop_larger_than_the_image():
@@ -107,45 +96,5 @@ def test_labels_agree_with_the_pixels(image_processor):
             assert positions[-1].item() + 1 == pytest.approx(end.item() * len(lit), abs=1)
 
 
-def test_outputs_of_a_model_and_their_boxes_alone_are_equal():
-    processor = make_processor(SQUASH)
-    # Exact in bfloat16, but the sums of center and half a side are not.
-    boxes = torch.tensor([[0.75, 0.75, 0.0625, 0.00390625]], dtype=torch.bfloat16, requires_grad=True)
-    expected = torch.tensor([[143.75, 59.84375, 156.25, 60.15625]])
-    for outputs in (TripsVisualGroundingOutput(pred_boxes=boxes), boxes, boxes.detach().float().numpy()):
-        assert torch.equal(processor.post_process_grounding(outputs, torch.tensor([[80, 200]])), expected)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad boxes
-
-
-@pytest.mark.parametrize(
-    ("box", "problem"),
-    [
-        ([10, 10, 10, 20], r"x0 < x1 and y0 < y1"),
-        ([10, 10, 20, 82], "reaches out of the image"),
-        ([-2, 10, 20, 30], "reaches out of the image"),
-        ([40, 10, 41, 20], "has no part that `pixel_values` show"),
-        ([10, 10, float("nan"), 20], "not finite"),
-    ],
-    ids=str,
-)
-def test_a_bad_box_is_named_by_its_row(box, problem):
-    good = [0, 0, 40, 80]
-    with pytest.raises(ValueError, match=rf"`boxes\[2\]` \[.*80 x 40 pixels \(height x width\).*{problem}"):
-        make_processor(SQUASH).encode_boxes([good, good, box, good, box], [(80, 40)] * 5)
-
-
-def test_a_box_outside_of_the_crop_is_named():
-    with pytest.raises(ValueError, match=r"`boxes\[1\]`.*`pixel_values`"):
-        make_processor(CROP).encode_boxes([[70, 0, 90, 20], [0, 0, 60, 120]], [(120, 240)] * 2)
-
-
-def test_boxes_need_one_size_each_and_four_numbers():
-    processor = make_processor(SQUASH)
-    for boxes in ([[0, 0, 1, 1]], [[0, 0, 1]] * 2, [0, 0, 1, 1]):
-        with pytest.raises(ValueError, match=r"`boxes`.*\(2, 4\).*`image_sizes`"):
-            processor.encode_boxes(boxes, [(8, 8)] * 2)
-        with pytest.raises(ValueError, match=r"\(2, 4\).*`target_sizes`"):
-            processor.post_process_grounding(torch.tensor(boxes), [(8, 8)] * 2)

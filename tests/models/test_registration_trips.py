@@ -17,19 +17,14 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoProcessor,
-    BlipConfig,
-    BlipForConditionalGeneration,
     pipeline,
-    pipelines,
 )
-from transformers.pipelines import PIPELINE_REGISTRY
 
 import modeling_trips
 from modeling_trips import (
     TripsConfig,
     TripsForQuestionAnswering,
     TripsForRetrieval,
-    TripsImageToTextPipeline,
     TripsModel,
     TripsPreTrainedModel,
     TripsProcessor,
@@ -189,30 +184,3 @@ def test_every_documented_way_makes_the_pipeline(checkpoints, model_class, call)
     made = call(task, own, model, processor, folder)
     assert (type(made).__name__, made.task) == (own.__name__, task)
     assert made.model.config.architectures == [model_class.__name__] and made.processor.patch_size == 8
-
-
-def test_code_of_a_checkpoint_runs_only_where_it_is_trusted(checkpoints):
-    folder = str(checkpoints["TripsForQuestionAnswering"])
-    with pytest.raises(ValueError, match="trust_remote_code=True"):
-        pipeline("visual-question-answering", model=folder)
-
-
-def test_importing_this_package_leaves_transformers_as_it_was():
-    """Transformers' errors of removed tasks stay."""
-    for task in ("summarization", "visual-question-answering"):
-        with pytest.raises(KeyError, match=f"{task} has been removed"):
-            pipeline(task)
-    assert pipelines._resolve_deprecated_task.__module__ == pipelines.__name__
-    assert "Trips" not in str(PIPELINE_REGISTRY.supported_tasks)
-
-
-def test_models_of_others_are_told_their_pipeline(checkpoints):
-    processor = TripsProcessor.from_pretrained(checkpoints["TripsForQuestionAnswering"])
-    blip = BlipForConditionalGeneration(
-        BlipConfig(
-            text_config={"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
-            vision_config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32},
-        )
-    )
-    with pytest.raises(ValueError, match="blip"):
-        TripsImageToTextPipeline(model=blip, processor=processor)

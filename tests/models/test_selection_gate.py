@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from huggingface_hub.errors import StrictDataclassFieldValidationError
 from tiny_models import CASES, Case, NoNumbers, each_model, enable_checkpointing, gradients_of, kept_by, loss_of
 
 from modeling_trips import TripsModel, patch_selection
@@ -155,24 +154,6 @@ def test_scores_near_zero_have_finite_gradients(drawn):
     assert logits.grad.isfinite().all()
 
 
-def test_masks_without_queries_are_refused():
-    query, key, value = torch.randn(3, 2, 2, 4, 3).unbind()
-    keys = Keys(torch.ones(2, 4, dtype=torch.long), gate=torch.ones(2, 4), sampled=1)
-    with pytest.raises(ValueError):
-        attend(sdpa, torch.nn.Module(), query, key, value, keys, scaling=0.7)
-
-
-def test_the_sample_is_of_dropped_candidates_without_repetition():
-    scores = torch.rand(50, 20)
-    kept = keep_topk(scores, 5)
-    drawn = draw_dropped(scores, kept, share=0.4)
-    assert drawn.shape == (50, 6)
-    for row, own in zip(drawn.tolist(), kept.tolist()):
-        assert len(set(row)) == 6 and not set(row) & set(own)
-    assert sorted(drawn.flatten().unique().tolist()) == list(range(20))
-    assert draw_dropped(scores, kept, share=1.0).shape == (50, 15)
-
-
 def test_dropped_candidates_are_sampled_at_random():
     torch.manual_seed(0)
     scores = torch.tensor([[0.3, 0.02, 0.2, 0.05, 0.4, 0.03]])  # kept: 0, 2, 4
@@ -301,22 +282,9 @@ def test_a_text_tries_other_tokens_than_the_best_in_training_only(guidance):
     assert (first[-1] == second[-1]) == (guidance == "image")
 
 
-def test_an_image_without_a_text_keeps_the_best_in_training():
-    model = QUESTIONS.make_model(selection_gate=0.3, patch_embedding_type="linear").train()
-    tower: TripsVisionModel = model.model.vision_model
-    images = QUESTIONS.make_inputs()["pixel_values"].repeat(8, 1, 1, 1)
-    assert kept_by(tower(images)) == kept_by(tower(images))
-
-
 def test_a_training_step_asks_the_device_for_no_number():
     model = QUESTIONS.make_model(selection_gate=0.5).train()
     inputs = QUESTIONS.make_inputs(training=True)
     model(**inputs)
     with NoNumbers():
         model.model(**{name: value for name, value in inputs.items() if name != "labels"})
-
-
-@pytest.mark.parametrize("share", [-0.1, 1.5])
-def test_a_share_out_of_range_is_refused(share):
-    with pytest.raises(StrictDataclassFieldValidationError):
-        QUESTIONS.make_model(selection_gate=share)

@@ -34,6 +34,8 @@ def test_logits_compare_all_images_with_all_texts():
     model = make_model()
     output = model(TEXTS[:3], images(1), MASK[:3])  # as many as one likes
     image_features = model.get_image_features(images(1)).pooler_output
+    image_cache = model.model.encode_images(images(1))
+    torch.testing.assert_close(model.get_image_features(image_cache=image_cache).pooler_output, image_features)
     text_features = model.get_text_features(TEXTS[:3], MASK[:3]).pooler_output
     torch.testing.assert_close(output.logits_per_image, image_features @ text_features.T / 0.07)
     assert torch.equal(output.logits_per_text, output.logits_per_image.T)

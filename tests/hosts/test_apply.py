@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module
 from tiny_hosts import (
     HOSTS,
     KEPT,
@@ -196,19 +195,3 @@ def test_bridgetower_rejects_layers_after_its_first_bridge():
     apply_patch_selection(make_bridgetower(), "1:image:0.5,2:image:0.5")
     with pytest.raises(ValueError, match="3"):
         apply_patch_selection(make_bridgetower(), "1:image:0.5,3:image:0.5")
-
-
-def test_compiled_or_hooked_layers_raise():
-    model = HOSTS["clip"].make_model()
-    add_hook_to_module(model.vision_model.encoder.layers[0], ModelHook())
-    with pytest.raises(ValueError, match="layer 1 .*forward"):
-        HOSTS["clip"].apply(model)
-    model = HOSTS["clip"].make_model()
-    model.vision_model.encoder.layers[1].compile()
-    with pytest.raises(ValueError, match="layer 2 .*_compiled_call_impl"):
-        HOSTS["clip"].apply(model)
-    model = HOSTS["clip"].make_model()
-    HOSTS["clip"].apply(model)
-    add_hook_to_module(model.vision_model.encoder.layers[0], ModelHook())
-    with pytest.raises(ValueError, match="hook of Accelerate"):
-        remove_patch_selection(model)

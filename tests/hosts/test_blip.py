@@ -26,17 +26,6 @@ def test_blip_patches_depend_on_the_text(name):
         assert [torch.equal(a, b) for a, b in zip(kept, kept_for_other)] == are_equal
 
 
-def test_blip_takes_its_arguments_by_position():
-    host = HOSTS["blip_vqa"]
-    model = host.make_model()
-    host.apply(model)
-    inputs = host.inputs
-    names = ("input_ids", "pixel_values", "decoder_input_ids")
-    mask = inputs["attention_mask"]
-    output = model(*(inputs[name] for name in names), None, mask, labels=inputs["labels"])
-    assert torch.equal(output.loss[None], host.run(model))
-
-
 @pytest.mark.parametrize("guidance", ["text", "image", ["image", "text"]], ids=str)
 def test_blip_generate_keeps_the_patches_of_its_forward_pass(guidance):
     host = HOSTS["blip_vqa"]

@@ -88,7 +88,3 @@ def log_probability(model, row, answer):
 
 def tokens_of(answer):
     return [token for token in answer.tolist() if token not in (-100, PAD)]
-
-
-def kept(output):
-    return [entry.kept_indices.tolist() for entry in output.selection]

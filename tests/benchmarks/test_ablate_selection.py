@@ -30,8 +30,7 @@ def grounding_metrics(folder, *options: str) -> dict:
 
 def test_an_evaluation_describes_what_each_selection_layer_keeps(tmp_path):
     metrics = grounding_metrics(tmp_path, "--selection_layers=3", "--keep_rate=0.25")
-    of_layer = {"kept", "mass", "entropy", "coverage", "text_sensitivity"}
-    of_layer |= {"patch_precision", "patch_precision_z", "region_recall"}
+    of_layer = {"kept", "entropy", "coverage", "text_sensitivity", "patch_precision", "region_recall"}
     assert {name for name in metrics if "layer" in name} == {f"eval_layer3_{name}" for name in of_layer}
     assert metrics["eval_patch_precision_at_random"] == pytest.approx(REGION)
     assert 0.25 <= metrics["eval_layer3_coverage"] <= 1 and 0 <= metrics["eval_layer3_patch_precision"] <= 1

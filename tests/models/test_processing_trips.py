@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_processors import CLS, PAD, SEP, VOCABULARY, WORDS, encoded, make_processor
+from tiny_processors import CLS, PAD, SEP, VOCABULARY, WORDS, encoded, make_bert_tokenizer, make_processor
 from transformers import AutoProcessor, BertTokenizer, CLIPImageProcessor
 
 from modeling_trips import TripsProcessor
 from modeling_trips.processing_trips import clean_caption, clean_question
-from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 
 
 @pytest.fixture
@@ -158,7 +157,7 @@ CAPTION = "Whats a persons t shirt [MASK] 25 3"
 
 @pytest.fixture
 def tokenizer():
-    return train_wordpiece_tokenizer([TEXT, QUESTION, CAPTION])
+    return make_bert_tokenizer([TEXT.replace("[MASK]", ""), QUESTION.replace("[MASK]", "")])
 
 
 def test_cleaning_by_hand():

@@ -1,8 +1,6 @@
 """A tiny single stream with random weights, and inputs to call it."""
 
 import torch
-from tiny_models import TEXTS, kept_by
-from tiny_retrieval import images as some_images
 
 from modeling_trips import (
     TripsConfig,
@@ -13,10 +11,13 @@ from modeling_trips import (
 )
 
 
-IDS = TEXTS[:4]
+IDS = torch.tensor([[1, 5, 7, 9, 2], [1, 8, 2, 0, 0], [1, 4, 6, 2, 0], [1, 9, 9, 2, 0]])
 MASK = (IDS != 0).long()
-kept, images = kept_by, some_images
 HEADS = [TripsForQuestionAnswering, TripsForImagesAndTextClassification, TripsForVisualGrounding]
+
+
+def images(count):
+    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
 def randomize(model):
@@ -57,3 +58,7 @@ def make_config(**fields):
 
 def make_model(attn_implementation="sdpa", model_class=TripsModel, **fields):
     return randomize(model_class._from_config(make_config(**fields), attn_implementation=attn_implementation))
+
+
+def kept(output):
+    return [entry.kept_indices.tolist() for entry in output.selection]

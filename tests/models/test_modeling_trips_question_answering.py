@@ -9,6 +9,7 @@ from tiny_question_answering import (
     END,
     LABELS,
     MASK,
+    PAD,
     QUESTION_INDEX,
     QUESTIONS,
     START,
@@ -104,9 +105,11 @@ def test_images_or_texts_encoded_ahead_give_the_same_answers_and_ranking():
     for _ in range(2):
         assert torch.equal(model.generate(**cached, **options), expected)
         assert torch.equal(model.generate(QUESTIONS, **encoded, **options), expected)
-    ranking = model.rank_answers(ANSWERS, answers_per_step=2, **cached)
-    assert torch.equal(ranking.answer_indices, ranking_expected.answer_indices)
-    torch.testing.assert_close(ranking.scores, ranking_expected.scores)
+    padding = ANSWERS == -100
+    for answers in ([ANSWERS], [ANSWERS.masked_fill(padding, PAD)], [ANSWERS.masked_fill(padding, 9), ~padding]):
+        ranking = model.rank_answers(*answers, answers_per_step=2, **cached)
+        assert torch.equal(ranking.answer_indices, ranking_expected.answer_indices)
+        torch.testing.assert_close(ranking.scores, ranking_expected.scores)
 
 
 @torch.no_grad()

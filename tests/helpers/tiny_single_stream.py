@@ -13,7 +13,6 @@ from modeling_trips import (
 
 IDS = torch.tensor([[1, 5, 7, 9, 2], [1, 8, 2, 0, 0], [1, 4, 6, 2, 0], [1, 9, 9, 2, 0]])
 MASK = (IDS != 0).long()
-INDEX = torch.tensor([1, 0, 1, 1])
 HEADS = [TripsForQuestionAnswering, TripsForImagesAndTextClassification, TripsForVisualGrounding]
 
 

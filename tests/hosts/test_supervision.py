@@ -6,7 +6,7 @@ from dataclasses import replace
 import PIL.Image
 import pytest
 import torch
-from tiny_vlms import BY_NAME, IMAGE, VLMS, Vlm, make_inputs
+from tiny_vlms import BY_NAME, IMAGE, Vlm, families, make_inputs
 
 from modeling_trips.hosts import TextGuide, apply_patch_selection, prune_inputs
 from modeling_trips.hosts.layers import SelectionPass
@@ -24,7 +24,6 @@ from modeling_trips.hosts.vlm.tower import CURRENT_PASS
 from modeling_trips.patch_selection import Keys, selection_loss
 
 
-families = pytest.mark.parametrize("vlm", VLMS, ids=lambda vlm: vlm.name)
 PACKED_ANEW = ("llava_next", "llava_onevision")
 GATED = ("llava", "paligemma", "smolvlm", "idefics3", "internvl")
 
@@ -95,6 +94,22 @@ def test_attention_is_that_of_the_eager_map(vlm):
     for image, target in zip(expected, targets):
         torch.testing.assert_close(target[: len(image)], image, atol=1e-5, rtol=1e-3)
         assert not target[len(image) :].any()
+
+
+def test_supervision_needs_the_unpruned_model_or_the_guide_alone():
+    vlm = BY_NAME["llava"]
+    (model, guide), inputs = guided(vlm), make_inputs(vlm)
+    with pytest.raises(ValueError):
+        targets_of_attention(model, inputs, [1, 1])
+    alone = ("unpruned", "1:image:0.5", "1:text:0.5,2:image:0.5", "1:text:0.999")  # the last one drops nothing
+    for schedule in alone:
+        tokens, own = (4, None) if "text" not in schedule else (None, guide)
+        apply_patch_selection(model, schedule, tokens, guide=own)
+        with pytest.raises(ValueError):
+            answer_losses(model, inputs, [1, 1], sampled_share=0.2)
+    apply_patch_selection(model, "1:image:0.5")
+    with pytest.raises(ValueError):
+        guided_selection(model, inputs)
 
 
 def test_region_masks():
@@ -257,18 +272,3 @@ def test_a_guide_learns_from_answers_alone():
     learned_loss, learned_recall = evaluate()
     assert learned_loss < 0.1 < 1 < loss
     assert recall < 0.2 < 0.4 < learned_recall  # one patch of the four is enough for the answer
-
-
-def test_answers_need_the_guide_alone():
-    vlm = BY_NAME["llava"]
-    inputs, model = make_inputs(vlm), vlm.make()
-    guide = TextGuide.for_model(model)
-    with pytest.raises(ValueError, match="only selection"):
-        answer_losses(model, inputs, [1, 1])
-    for schedule, options in (("1:text:0.5,2:image:0.5", {}), ("1:text:0.5", {"visual_tokens": 4})):
-        apply_patch_selection(model, schedule, guide=guide, **options)
-        with pytest.raises(ValueError, match="only selection"):
-            answer_losses(model, inputs, [1, 1])
-    apply_patch_selection(model, "1:text:0.999", guide=guide)
-    with pytest.raises(ValueError, match="1:text:0.999"):
-        answer_losses(model, inputs, [1, 1], sampled_share=0.2)

@@ -16,7 +16,6 @@ from modeling_trips.patch_selection import (
     selection_loss,
     shorten_tokens,
     targets_of_candidates,
-    union_of_targets,
 )
 
 
@@ -154,13 +153,6 @@ def test_the_target_is_no_way_for_the_gradient():
     selection_loss(scores, torch.arange(4)[None], wanted).sum().backward()
     target = (wanted * scores.sqrt()).detach()
     torch.testing.assert_close(logits.grad, scores.detach() - target / target.sum())
-
-
-def test_the_union_of_the_targets_of_an_image_by_hand():
-    """Texts 0, 1 and 3 belong to image 1, text 2 to image 0. Text 3 has no target. Image 2 has no text."""
-    targets = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.25, 0.75], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
-    union = union_of_targets(targets, torch.tensor([1, 1, 0, 1]), num_images=3)
-    assert union.tolist() == [[0.5, 0.5, 0.75], [0.5, 0.5, 0.75], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
 
 
 def test_the_attention_loss_by_hand():

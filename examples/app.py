@@ -18,22 +18,13 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from modeling_trips import UNPRUNED, SelectionSchedule, TripsForQuestionAnswering, TripsProcessor
-from modeling_trips.inspection.checkpoints import load_checkpoint
-from modeling_trips.untrusted_images import IsolatedDecoder
-from trips_examples.analysis import SAME_WEIGHTS, SAME_WEIGHTS_NOTE
-from trips_examples.ask import CHECKPOINT, QUESTIONS, SCENE, answers_of, draw_selection
 from trips_examples.training.parser import make_parser, run_script
-
-
-MAX_QUESTIONS, MAX_LENGTH = 6, 300
-DELETION = (60, 600)  # every minute, files that are older than ten minutes
 
 
 @dataclass
 class AppArguments:
     model: str = field(
-        default=os.environ.get("TRIPS_MODEL", str(CHECKPOINT)),
+        default=os.environ.get("TRIPS_MODEL", str(Path(__file__).with_name("trips-tiny-scenes"))),
         metadata={"help": "A checkpoint: folder, or name on the Hub. On a Space: the variable TRIPS_MODEL."},
     )
     max_megabytes: int = field(default=10, metadata={"help": "Largest file that can be uploaded."})
@@ -43,41 +34,86 @@ class AppArguments:
     port: int | None = field(default=None, metadata={"help": "Default: the first free one from 7860."})
 
 
+OPTIONS = make_parser(AppArguments, description=__doc__)
+if __name__ == "__main__":
+    OPTIONS.check()  # before the imports that take seconds
+
+import math
+from collections.abc import Sequence
+
+from modeling_trips import UNPRUNED, SelectionSchedule, TripsForQuestionAnswering, TripsProcessor
+from modeling_trips.inspection.checkpoints import load_checkpoint
+from modeling_trips.patch_selection import num_kept_tokens
+from modeling_trips.untrusted_images import IsolatedDecoder
+from trips_examples.ask import (
+    CHECKPOINT,
+    QUESTIONS,
+    SAME_WEIGHTS,
+    SAME_WEIGHTS_NOTE,
+    SCENE,
+    answers_of,
+    draw_selection,
+)
+
+
+MAX_QUESTIONS, MAX_LENGTH = 6, 300
+DELETION = (60, 600)  # every minute, files that are older than ten minutes
+
+
 def questions_of(lines: str, processor: TripsProcessor, max_tokens: int) -> list[str]:
     """Return the questions, one per line. Raise a `ValueError` with a message for visitors if there is a mistake."""
     questions = [line.strip() for line in lines[: MAX_QUESTIONS * MAX_LENGTH].splitlines() if line.strip()]
     if not 1 <= len(questions) <= MAX_QUESTIONS:
         raise ValueError(f"Write 1 to {MAX_QUESTIONS} lines, got {len(questions)}.")
-    longest = max(map(len, processor.tokenizer(processor.clean_texts(questions))["input_ids"]))
-    if longest > max_tokens:
-        raise ValueError(f"A line must have at most {max_tokens} tokens, got {longest}.")
+    for question, tokens in zip(questions, processor.tokenizer(processor.clean_texts(questions))["input_ids"]):
+        if len(tokens) > max_tokens:
+            raise ValueError(f"A line must have at most {max_tokens} tokens, got {len(tokens)}: {question[:40]} ...")
     return questions
+
+
+def kept_patches(trained: SelectionSchedule, num_patches: int, fuse: bool) -> list[int]:
+    """Return how many of an image's patches each layer keeps."""
+    counts, candidates = [], num_patches
+    for selection in trained.selections:
+        counts.append(num_kept_tokens(candidates, selection.keep_rate))
+        candidates = counts[-1] + (fuse and counts[-1] < candidates)
+    return counts
+
+
+def schedule_that_keeps(
+    counts: Sequence[float], trained: SelectionSchedule, num_patches: int, fuse: bool
+) -> SelectionSchedule:
+    """Return the trained schedule with these numbers of kept patches, or with all that are left if these are fewer."""
+    selections, candidates = [], num_patches
+    for selection, count in zip(trained.selections, counts):
+        kept = min(int(count), candidates)
+        selections.append(selection._replace(keep_rate=kept / candidates))
+        candidates = kept + (fuse and kept < candidates)
+    return SelectionSchedule(trained.layers, tuple(selections))
 
 
 def build(args: AppArguments):
     """Return the page for a checkpoint, a `gradio.Blocks`."""
     import gradio as gr  # an extra
 
-    model, processor = (
-        load_checkpoint(args.model, [TripsForQuestionAnswering]),
-        TripsProcessor.from_pretrained(args.model),
-    )
-    decoder, trained = IsolatedDecoder(), model.config.vision_config.schedule
+    model = load_checkpoint(args.model, [TripsForQuestionAnswering])
+    processor, decoder = TripsProcessor.from_pretrained(args.model), IsolatedDecoder()
+    vision = model.config.vision_config
+    trained, num_patches, fuse = vision.schedule, math.prod(vision.grid_size), vision.fuse_inattentive_tokens
     max_tokens = processor.max_text_length(model.config)
 
-    def look(path: str | None, lines: str, *rates: float):
+    def look(path: str | None, lines: str, *counts: float):
         try:
             if path is None or not Path(path).is_file():
                 raise ValueError("There is no image. Upload one; it is deleted after ten minutes.")
             questions = questions_of(lines, processor, max_tokens)
-            layers = (selection._replace(keep_rate=rate) for selection, rate in zip(trained.selections, rates))
-            schedule = SelectionSchedule(trained.layers, tuple(layers))
+            schedule = schedule_that_keeps(counts, trained, num_patches, fuse)
             image = decoder.decode(Path(path).read_bytes())
             found = answers_of(model, processor, image, questions, schedule)
             others = answers_of(model, processor, image, questions, UNPRUNED)
             answers = [best["answer"] for best in found]
             figure = None
-            if min(rates, default=1.0) < 1:
+            if schedule.layers:
                 figure = draw_selection(model, processor, image, questions, answers, schedule=schedule)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
@@ -91,29 +127,33 @@ def build(args: AppArguments):
         gr.Markdown(f"Model: `{'/'.join(Path(args.model).parts[-2:])}`. {known}\n\n{SAME_WEIGHTS_NOTE}")
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                image = gr.Image(label="Image", sources=["upload", "clipboard"], type="filepath", height=260)
+                sources = ["upload", "clipboard"]
+                image = gr.Image(str(SCENE), label="Image", sources=sources, type="filepath", height=260)
                 image.preprocess = lambda payload: None if payload is None else payload.path  # Gradio does not open it
                 lines = gr.Textbox("\n".join(QUESTIONS), label="Questions, one per line", max_lines=MAX_QUESTIONS)
-                rates = [
-                    gr.Slider(0.05, 1.0, selection.keep_rate, step=0.05, label=f"Keep rate of layer {layer}")
-                    for layer, selection in trained.by_layer.items()
+                sliders = [
+                    gr.Slider(1, num_patches, count, step=1, label=f"Patches that layer {layer} keeps")
+                    for layer, count in zip(trained.layers, kept_patches(trained, num_patches, fuse))
                 ]
                 button = gr.Button("Look", variant="primary")
             with gr.Column(scale=3, min_width=280):
                 result = gr.Dataframe(headers=["question", "answer", SAME_WEIGHTS], wrap=True, interactive=False)
-                figure = gr.Plot(label="Kept patches")
-        changes = [button.click, lines.submit, *(slider.release for slider in rates)]
-        gr.on(changes, look, [image, lines, *rates], [result, figure], api_name="look")
-        if args.model == str(CHECKPOINT):
-            gr.Examples([[str(SCENE)]], [image], cache_examples=False)
+                figure = gr.Plot(show_label=False)
+        changes = [button.click, lines.submit, *(slider.release for slider in sliders)]
+        gr.on(changes, look, [image, lines, *sliders], [result, figure], api_name="look")
     return page
 
 
-def main(argv: list[str] | None = None, **launching):
-    (args,) = make_parser(AppArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
+def main(argv: list[str] | None = None, block: bool = True):
+    (args,) = OPTIONS.parse_args_into_dataclasses(args=argv)
     page = build(args).queue(max_size=32, default_concurrency_limit=1)
     limits = {"max_file_size": args.max_megabytes * 2**20, "allowed_paths": [str(SCENE)]}
-    return page.launch(server_name=args.host, server_port=args.port, **limits, **launching)
+    address = {"server_name": args.host, "server_port": args.port}
+    launched = page.launch(**address, **limits, prevent_thread_lock=True, quiet=True)
+    print(f"The page is at {launched[1]} until Ctrl+C.", flush=True)
+    if block:
+        page.block_thread()
+    return launched
 
 
 if __name__ == "__main__":

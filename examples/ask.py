@@ -9,27 +9,9 @@ Ask a trained model about an image, draw the patches that it keeps, and compare 
 
 import trips_examples  # noqa: F401  # isort: skip
 
-import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import PIL.Image
-import torch
-import transformers
-from matplotlib.figure import Figure
-
-from modeling_trips import (
-    UNPRUNED,
-    SelectionSchedule,
-    TripsForQuestionAnswering,
-    TripsProcessor,
-    TripsVisualQuestionAnsweringPipeline,
-)
-from modeling_trips.inspection import plot_selection
-from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint
-from modeling_trips.inspection.speed import seconds_in_turns
-from modeling_trips.processing_trips import read_image
-from trips_examples.analysis import SAME_WEIGHTS, SAME_WEIGHTS_NOTE
 from trips_examples.training.parser import make_parser, run_script
 
 
@@ -51,6 +33,41 @@ class AskArguments:
     image: str = field(default=str(SCENE), metadata={"help": "An image. Default: a busy scene of the test split."})
     question: list[str] = field(default_factory=lambda: list(QUESTIONS), metadata={"help": "One or more questions."})
     picture: str = field(default="outputs/kept_patches.png", metadata={"help": "Drawing of the kept patches."})
+
+    def check_files(self):
+        if not Path(self.image).is_file():
+            raise FileNotFoundError(f"--image {self.image}: there is no such file.")
+
+
+OPTIONS = make_parser(AskArguments, description=__doc__)
+if __name__ == "__main__":
+    OPTIONS.check()  # before the imports that take seconds
+
+import statistics
+
+import PIL.Image
+import torch
+import transformers
+from matplotlib.figure import Figure
+
+from modeling_trips import (
+    UNPRUNED,
+    SelectionSchedule,
+    TripsForQuestionAnswering,
+    TripsProcessor,
+    TripsVisualQuestionAnsweringPipeline,
+)
+from modeling_trips.inspection import plot_selection
+from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint
+from modeling_trips.inspection.speed import seconds_in_turns
+from modeling_trips.processing_trips import read_image
+
+
+SAME_WEIGHTS = "same weights, keep rate 1.0"
+SAME_WEIGHTS_NOTE = (
+    f'"{SAME_WEIGHTS[0].upper()}{SAME_WEIGHTS[1:]}" prunes nothing, but the weights were not trained that way. '
+    "An unpruned baseline needs its own training."
+)
 
 
 def load_model(checkpoint: str) -> TripsForQuestionAnswering:
@@ -111,7 +128,7 @@ def print_times(model: TripsForQuestionAnswering, inputs: dict, is_compared: boo
 
 
 def main(argv: list[str] | None = None):
-    (args,) = make_parser(AskArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
+    (args,) = OPTIONS.parse_args_into_dataclasses(args=argv)
     transformers.utils.logging.disable_progress_bar()
     try:
         image = read_image(args.image)

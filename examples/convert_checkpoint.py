@@ -14,14 +14,9 @@ by name; anything else is an error.
 
 import trips_examples  # noqa: F401  # isort: skip
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from modeling_trips.conversion import ALBEF_TASKS, AlbefDepths, ConversionReport
-from modeling_trips.conversion.files import WEIGHT_FILES
-from modeling_trips.conversion.published import convert_published
-from modeling_trips.inspection.files import whole_folder
 from trips_examples.training.options import one_or_several
 from trips_examples.training.parser import make_parser, run_script
 
@@ -40,8 +35,8 @@ class ConvertArguments:
     task: str | None = field(
         default=None,
         metadata={
-            "help": f"One of {', '.join(ALBEF_TASKS)}. Default: what the checkpoint was trained for. A pre-trained "
-            "ALBEF can be made ready to be fine-tuned for each of them."
+            "help": "Of pretraining, retrieval, question-answering. Default: what the checkpoint was trained for. A "
+            "pre-trained ALBEF can be made ready to be fine-tuned for each of them."
         },
     )
     tokenizer: str | None = field(
@@ -56,8 +51,8 @@ class ConvertArguments:
     depths: list[int] | None = field(
         default=None,
         metadata={
-            "help": f"Layers ({', '.join(AlbefDepths._fields)}) of a model made with ALBEF's code in another size. "
-            f"Default: {' '.join(map(str, AlbefDepths()))}, which all files of ALBEF's authors have."
+            "help": "Layers (vision, text, fusion, decoder) of a model of ALBEF's code in another size. Default: 12 6 "
+            "6 6, which all files of ALBEF's authors have."
         },
     )
     selection_layers: list[int] | None = field(
@@ -74,10 +69,13 @@ class ConvertArguments:
     def __post_init__(self):
         if Path(self.output_dir).exists():
             raise ValueError(f"--output_dir {self.output_dir} exists. Choose another one, or remove it first.")
-        if Path(self.checkpoint).suffix in WEIGHT_FILES and not Path(self.checkpoint).is_file():
+        if (
+            Path(self.checkpoint).suffix in (".pth", ".pt", ".bin", ".safetensors")
+            and not Path(self.checkpoint).is_file()
+        ):
             raise ValueError(f"--checkpoint {self.checkpoint}: there is no such file.")
-        if self.depths is not None and len(self.depths) != len(AlbefDepths._fields):
-            raise ValueError(f"--depths takes {len(AlbefDepths._fields)} numbers, got {self.depths}.")
+        if self.depths is not None and len(self.depths) != 4:
+            raise ValueError(f"--depths takes 4 numbers, got {self.depths}.")
 
     def options(self) -> dict:
         """Return the given options of `convert_published`."""
@@ -86,8 +84,19 @@ class ConvertArguments:
         return fields | {name: one_or_several(fields[name]) for name in PER_LAYER if name in fields}
 
 
+OPTIONS = make_parser(ConvertArguments, description=__doc__)
+if __name__ == "__main__":
+    OPTIONS.check()  # before the imports that take seconds
+
+import json
+
+from modeling_trips.conversion import ConversionReport
+from modeling_trips.conversion.published import convert_published
+from modeling_trips.inspection.files import whole_folder
+
+
 def main(argv: list[str] | None = None) -> ConversionReport:
-    (args,) = make_parser(ConvertArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
+    (args,) = OPTIONS.parse_args_into_dataclasses(args=argv)
     print(f"Reading {args.checkpoint}")
     model, processor, report = convert_published(args.checkpoint, **args.options())
     print(f"A {type(model).__name__} with these weights:\n{report}")

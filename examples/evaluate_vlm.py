@@ -1,10 +1,13 @@
 r"""
-Evaluate patch selection in a vision-language model on tasks of lmms-eval, beside the unpruned model and controls.
+Evaluate patch selection in a vision-language model on your questions, beside the unpruned model and controls.
 
-    pip install lmms-eval "filelock<4"
-    python examples/evaluate_vlm.py --model_name_or_path llava-hf/llava-1.5-7b-hf --tasks gqa pope --batch_size 16
-    python examples/evaluate_vlm.py --model_name_or_path Qwen/Qwen2.5-VL-3B-Instruct --tasks pope --visual_tokens 64 \
-        --selections tower_image fewer_pixels --limit 500 --output_json outputs/qwen.json
+    python examples/evaluate_vlm.py --model llava-hf/llava-1.5-7b-hf --validation_file val.jsonl --image_root images
+    python examples/evaluate_vlm.py --model Qwen/Qwen2.5-VL-3B-Instruct --validation_file val.jsonl \
+        --visual_tokens 64 --selections tower_image fewer_pixels --limit 500 --output_json outputs/qwen.json
+    python examples/evaluate_vlm.py ... --tasks gqa pope   # of lmms-eval: pip install lmms-eval "filelock<4"
+
+The file has the columns image, question and answer (or answers), as for run_vqa.py. Answers are scored by VQA
+accuracy, or by exact match if a question has one.
 
 Every selection keeps about the same number of visual tokens per image: inside the vision tower (`tower_image`,
 `tower_text` with a trained --guide, `tower_random`), between the tower and the language model (`exit_prompt`,
@@ -18,24 +21,10 @@ evaluated again. Run one process.
 
 import trips_examples  # noqa: F401  # isort: skip
 
-import json
-import math
-import time
-from argparse import Namespace
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForImageTextToText
-
-from modeling_trips.hosts import TextGuide
-from modeling_trips.hosts.vlm.families import find_family
-from modeling_trips.inspection.provenance import provenance
-from trips_examples.training.files import write_json
 from trips_examples.training.parser import make_parser, run_script
 
 
@@ -48,14 +37,22 @@ SELECTIONS = {
     "exit_random": "exit, at random",
     "fewer_pixels": "lower resolution",
 }
-# Rows of one file agree in these.
-SETTINGS = ("model_name_or_path", "dtype", "layer", "guide", "limit", "seed")
 
 
 @dataclass
 class EvaluationArguments:
-    model_name_or_path: str = field(metadata={"help": "A vision-language model: a folder, or on the Hub."})
-    tasks: list[str] = field(metadata={"help": "Tasks of lmms-eval that generate text."})
+    model: str = field(metadata={"help": "A vision-language model: a folder, or on the Hub."})
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Your questions, in the formats of run_vqa.py: JSONL, JSON, CSV, ..."}
+    )
+    image_root: str | None = field(
+        default=None, metadata={"help": "Folder that image paths are relative to. Default: the folder of the file."}
+    )
+    instruction: str = field(
+        default="Answer the question using a single word or phrase.",
+        metadata={"help": "Line after each question of --validation_file."},
+    )
+    tasks: list[str] | None = field(default=None, metadata={"help": "Tasks of lmms-eval that generate text."})
     visual_tokens: list[int] = field(
         default_factory=lambda: [576, 192, 128, 64], metadata={"help": "Numbers of visual tokens per image."}
     )
@@ -63,8 +60,7 @@ class EvaluationArguments:
         default=None, metadata={"help": f"Of {', '.join(SELECTIONS)}. Default: all, tower_text with --guide."}
     )
     layer: int | None = field(
-        default=None,
-        metadata={"help": "Layer of the tower that selects. Default: the guide's, or a third."},
+        default=None, metadata={"help": "Layer of the tower that selects. Default: the guide's, or a third."}
     )
     guide: str | None = field(default=None, metadata={"help": "A TextGuide of this layer: a folder, or on the Hub."})
     batch_size: int = field(default=1, metadata={"help": "Questions per step."})
@@ -72,7 +68,7 @@ class EvaluationArguments:
     device: str | None = field(default=None, metadata={"help": "Device to run on. Default: a GPU if there is one."})
     dtype: str = field(default="auto", metadata={"help": "Of the weights: auto, float32, bfloat16 or float16."})
     seed: int = field(default=0, metadata={"help": "Seed of random selection at the exit and of sampling."})
-    include_path: str | None = field(default=None, metadata={"help": "Folder with tasks of your own."})
+    include_path: str | None = field(default=None, metadata={"help": "Folder with lmms-eval tasks of your own."})
     output_json: str = field(default="outputs/vlm.json", metadata={"help": "File that the rows are written to."})
 
     def __post_init__(self):
@@ -82,14 +78,54 @@ class EvaluationArguments:
             raise ValueError(f"--selections must be of {', '.join(SELECTIONS)}, got {', '.join(wrong)}.")
         if "tower_text" in self.selections and self.guide is None:
             raise ValueError("--selections tower_text needs a trained --guide.")
+        if self.validation_file is None and not self.tasks:
+            raise ValueError("Give your questions with --validation_file, or --tasks of lmms-eval.")
         for name in ("visual_tokens", "batch_size", "limit"):
             value = getattr(self, name)
             if value is not None and min(value if isinstance(value, list) else [value]) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}.")
 
-    @property
-    def settings(self) -> dict:
-        return {name: getattr(self, name) for name in SETTINGS}
+    def check_files(self):
+        """Raise an error if the file of questions, or lmms-eval for its tasks, is missing."""
+        if self.validation_file is not None and not Path(self.validation_file).is_file():
+            raise FileNotFoundError(f"--validation_file {self.validation_file} does not exist.")
+        if self.tasks and find_spec("lmms_eval") is None:
+            raise ValueError(
+                '--tasks needs lmms-eval (pip install lmms-eval "filelock<4"). Own questions: --validation_file.'
+            )
+
+
+OPTIONS = make_parser(EvaluationArguments, description=__doc__)
+if __name__ == "__main__":
+    OPTIONS.check()  # before the imports that take seconds
+
+import json
+import math
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from functools import cache
+from importlib.metadata import version
+
+import torch
+from datasets import Dataset
+from datasets.fingerprint import Hasher
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForImageTextToText, set_seed
+
+from modeling_trips.hosts import TextGuide
+from modeling_trips.hosts.vlm.families import find_family
+from modeling_trips.inspection.provenance import provenance
+from trips_examples.data.images import column_of, read_image
+from trips_examples.data.loading import DataSource, load_task_dataset
+from trips_examples.lmms.generation import VisionLanguageModel
+from trips_examples.metrics.texts import variety
+from trips_examples.metrics.vqa_accuracy import answer_score, most_common_answer, normalize_answer
+from trips_examples.training.files import write_json
+
+
+# Rows of one file agree in these.
+SETTINGS = ("model", "dtype", "layer", "guide", "limit", "seed")
 
 
 def default_layer(name: str, guide: str | None = None) -> int:
@@ -107,7 +143,7 @@ def default_layer(name: str, guide: str | None = None) -> int:
 
 
 def model_arguments(selection: str, visual_tokens: int | None, keep_rate: float, args: EvaluationArguments) -> dict:
-    """Return the arguments of the model `trips_vlm` for a selection."""
+    """Return the arguments of [`VisionLanguageModel`] for a selection."""
     if selection == UNPRUNED:
         return {}
     if selection == "fewer_pixels":
@@ -119,6 +155,42 @@ def model_arguments(selection: str, visual_tokens: int | None, keep_rate: float,
     return {"schedule": f"{args.layer}:{scored_by}:{keep_rate}", **guide}
 
 
+def load_questions(args: EvaluationArguments) -> Dataset:
+    """Return the questions of `--validation_file`, at most `--limit`."""
+    source = DataSource(validation_file=args.validation_file, image_root=args.image_root)
+    data = load_task_dataset("vqa", source)["validation"]
+    return data if args.limit is None else data.select(range(min(args.limit, len(data))))
+
+
+def task_name(questions: Dataset, args: EvaluationArguments) -> str:
+    """Return the name of the questions in rows, which changes with their content."""
+    columns = [column_of(questions, name) for name in ("source", "image_id", "question", "answers")]
+    return f"{Path(args.validation_file).name} ({Hasher.hash([columns, args.instruction])[:8]})"
+
+
+def evaluate_questions(vlm: VisionLanguageModel, questions: Dataset, args: EvaluationArguments) -> dict:
+    """Return the score of the model's answers to questions, its standard error, and how the answers vary."""
+    set_seed(args.seed)
+    answers: list[str] = []
+    for start in tqdm(range(0, len(questions), args.batch_size), desc="questions", leave=False):
+        batch = [questions[row] for row in range(start, min(start + args.batch_size, len(questions)))]
+        asked = [(read_image(row), f"{row['question']}\n{args.instruction}".strip()) for row in batch]
+        contents = [[{"type": "image", "image": image}, {"type": "text", "text": text}] for image, text in asked]
+        answers += vlm.answer([[{"role": "user", "content": each}] for each in contents], {"max_new_tokens": 32})
+    references = column_of(questions, "answers")
+
+    def scores(texts: list[str]) -> torch.Tensor:
+        pairs = zip(texts, references, strict=True)
+        return torch.tensor([answer_score(*pair) for pair in pairs], dtype=torch.float64)
+
+    found, count = scores(answers), len(answers)
+    truths = map(most_common_answer, references)
+    varied = variety([*map(normalize_answer, answers)], [*truths], "answer", lambda texts: scores(texts).mean().item())
+    error = {"score_error": found.std().item() / math.sqrt(count)} if count > 1 else {}
+    named = {name.removeprefix("eval_"): value for name, value in varied.items()}
+    return {"score": found.mean().item(), **error, "num_samples": count, **named}
+
+
 @cache
 def task_manager(include_path: str | None):
     """Return the tasks of lmms-eval, and those in a folder."""
@@ -127,74 +199,90 @@ def task_manager(include_path: str | None):
     return TaskManager("WARNING", include_path=include_path, model_name="trips_vlm")
 
 
-def evaluate(selection: dict, task: str, args: EvaluationArguments) -> dict:
-    """Return the results of a task, and the mean number of visual tokens per image."""
+def evaluate_task(vlm: VisionLanguageModel, task: str, args: EvaluationArguments) -> dict:
+    """Return the score of a task of lmms-eval, and its standard error if the task has one."""
     from lmms_eval.evaluator import simple_evaluate
+    from tenacity import RetryError
 
     from trips_examples.lmms.vlm import TripsVlm
 
+    try:
+        found = simple_evaluate(
+            TripsVlm(vlm, batch_size=args.batch_size),
+            tasks=[task],
+            batch_size=args.batch_size,
+            limit=args.limit,
+            task_manager=task_manager(args.include_path),
+            torch_random_seed=args.seed,
+            log_samples=False,
+            verbosity="WARNING",
+            # Tasks write files for submission into this folder.
+            cli_args=Namespace(output_path=str(Path(args.output_json).parent), process_with_media=False),
+        )
+    except RetryError as error:
+        reason = error.last_attempt.exception()
+        raise ConnectionError(f"The data of the task {task} cannot be loaded: {reason}") from error
+    num_samples = sum(number["effective"] for number in found["n-samples"].values())
+    if not num_samples:
+        raise ValueError(f"The task {task} has no samples to evaluate.")
+    scores = [score_of(found, name) for name in [task, *found["results"]]]
+    scores = scores[:1] if scores[0] else [score for score in scores if score]  # a group may only have its tasks'
+    if len(scores) > 1:
+        scores = [{"score": sum(score["score"] for score in scores) / len(scores)}]
+    return {
+        **(scores[0] if scores else {}),
+        "num_samples": num_samples,
+        "task_versions": found["versions"],
+        "lmms_eval_version": version("lmms_eval"),
+    }
+
+
+def score_of(found: dict, task: str) -> dict[str, float]:
+    """Return the `score` of a task of lmms-eval, its first metric in which higher is better, and `score_error`."""
+    own = {name.partition(",")[0]: value for name, value in found["results"].get(task, {}).items()}
+    numbers = {name: value for name, value in own.items() if isinstance(value, (int, float)) and math.isfinite(value)}
+    for name, higher in found["higher_is_better"].get(task, {}).items():
+        if higher and name in numbers:
+            error = numbers.get(f"{name}_stderr")
+            return {"score": numbers[name]} | ({} if error is None else {"score_error": error})
+    return {}
+
+
+def evaluate(selection: dict, task: str, questions: Dataset | None, args: EvaluationArguments) -> dict:
+    """Return the results of a task or, if they are given, of questions, with the mean of visual tokens per image."""
     start = time.perf_counter()
     try:
-        model = TripsVlm(
-            args.model_name_or_path, **selection, batch_size=args.batch_size, device=args.device, dtype=args.dtype
-        )
+        vlm = VisionLanguageModel(args.model, **selection, device=args.device, dtype=args.dtype)
     except (TypeError, ValueError) as error:
         if not selection:
             raise
         return {"not_supported": str(error)}
-    found = simple_evaluate(
-        model,
-        tasks=[task],
-        batch_size=args.batch_size,
-        limit=args.limit,
-        task_manager=task_manager(args.include_path),
-        torch_random_seed=args.seed,
-        log_samples=False,
-        verbosity="WARNING",
-        # Tasks write files for submission into this folder.
-        cli_args=Namespace(output_path=str(Path(args.output_json).parent), process_with_media=False),
-    )
-    num_samples = sum(number["effective"] for number in found["n-samples"].values())
-    if not num_samples:
-        raise ValueError(f"The task {task} has no samples to evaluate.")
+    found = evaluate_task(vlm, task, args) if questions is None else evaluate_questions(vlm, questions, args)
     return {
-        "visual_tokens_per_image": model.vlm.visual_tokens_per_image,
-        "results": {name: numbers_in(own) for name, own in found["results"].items()},
-        "higher_is_better": found["higher_is_better"],
-        "num_samples": num_samples,
-        "task_versions": found["versions"],
-        "lmms_eval_version": version("lmms_eval"),
-        "model_commit": getattr(model.vlm.model.config, "_commit_hash", None),  # on the Hub
-        "device": str(model.vlm.model.device),
+        **found,
+        "visual_tokens_per_image": vlm.visual_tokens_per_image,
+        "model_commit": getattr(vlm.model.config, "_commit_hash", None),  # on the Hub
+        "device": str(vlm.model.device),
         "minutes": round((time.perf_counter() - start) / 60, 2),
     }
-
-
-def numbers_in(results: dict) -> dict[str, float | None]:
-    """Return the numbers of a task's results. A number that is not finite, which JSON has not, is `None`."""
-    numbers = {name: value for name, value in results.items() if isinstance(value, (int, float))}
-    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
 
 def read_rows(args: EvaluationArguments) -> list[dict]:
     """Return the rows of the output file. Raise a `ValueError` if they have other settings."""
     path = Path(args.output_json)
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}. Choose another --output_json.") from error
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     for row in rows:
-        if other := [name for name, value in args.settings.items() if row.get(name) != value]:
+        if other := [name for name in SETTINGS if row.get(name) != getattr(args, name)]:
             found = ", ".join(f"{name} {row.get(name)}" for name in other)
             raise ValueError(f"{path} holds rows with another {found}. Choose another --output_json.")
     return rows
 
 
-def make_rows(args: EvaluationArguments) -> Iterator[dict]:
+def make_rows(tasks: dict[str, Dataset | None], args: EvaluationArguments) -> Iterator[dict]:
     """Yield all rows, those of the unpruned model first. New ones are written before they are yielded."""
     rows = read_rows(args)
-    runs: list[tuple[str, int | None, str]] = [(UNPRUNED, None, task) for task in args.tasks]
-    runs += [(name, number, task) for number in args.visual_tokens for name in args.selections for task in args.tasks]
+    runs: list[tuple[str, int | None, str]] = [(UNPRUNED, None, task) for task in tasks]
+    runs += [(name, number, task) for number in args.visual_tokens for name in args.selections for task in tasks]
     mean_tokens: dict[str, float | None] = {}
     for selection, number, task in (bar := tqdm(runs, desc="evaluations")):
         bar.set_postfix_str(f"{task}, {selection}" + ("" if number is None else f", {number} tokens"))
@@ -206,9 +294,11 @@ def make_rows(args: EvaluationArguments) -> Iterator[dict]:
         if row is None:
             keep_rate = 1.0 if number is None or mean is None else number / mean
             arguments = model_arguments(selection, number, keep_rate, args)
-            result = evaluate(arguments, task, args)
-            origin = provenance(result.get("device", "cpu"), args.seed)
-            row = origin | args.settings | key | {"model_args": arguments, "batch_size": args.batch_size} | result
+            result = evaluate(arguments, task, tasks[task], args)
+            origin = provenance(result.get("device", "cpu"), args.seed) | {
+                name: getattr(args, name) for name in SETTINGS
+            }
+            row = origin | key | {"model_args": arguments, "batch_size": args.batch_size} | result
             rows.append(row)
             write_json(args.output_json, rows)
         if selection == UNPRUNED:
@@ -216,29 +306,13 @@ def make_rows(args: EvaluationArguments) -> Iterator[dict]:
         yield row
 
 
-def score_of(row: dict) -> tuple[float | None, float | None]:
-    """
-    Return the task's first metric in which higher is better, and its standard error. A group of tasks without a score
-    of its own has the mean of theirs. Missing values are `None`.
-    """
-    scores = []
-    for name in [row["task"], *row["results"]]:
-        own = {metric.partition(",")[0]: value for metric, value in row["results"].get(name, {}).items()}
-        upward = [metric for metric, higher in row["higher_is_better"].get(name, {}).items() if higher]
-        chosen = next((metric for metric in upward if own.get(metric) is not None), None)
-        if chosen is not None and name == row["task"]:
-            return own[chosen], own.get(f"{chosen}_stderr")
-        scores += [] if chosen is None else [own[chosen]]
-    return (sum(scores) / len(scores) if scores else None), None
-
-
 def print_table(rows: list[dict], tasks: list[str]):
     """
     Print percent of the unpruned model's score in Markdown, with the standard error of the task's metric, and the mean
     over the tasks. In the row of the unpruned model its scores are in brackets.
     """
-    done = [row for row in rows if "results" in row]
-    base = {row["task"]: score_of(row)[0] for row in done if row["selection"] == UNPRUNED}
+    done = [row for row in rows if "not_supported" not in row]
+    base = {row["task"]: row.get("score") for row in done if row["selection"] == UNPRUNED}
     print(f"| selection | visual tokens | mean per image | {' | '.join(tasks)} | mean (%) |")
     print("|---|---|---|" + "---|" * (len(tasks) + 1))
     for selection, number in dict.fromkeys((row["selection"], row["visual_tokens"]) for row in done):
@@ -246,7 +320,7 @@ def print_table(rows: list[dict], tasks: list[str]):
         tokens = [row["visual_tokens_per_image"] for row in own.values() if row["visual_tokens_per_image"] is not None]
         cells, shares = [], []
         for task in tasks:
-            score, error = score_of(own[task]) if task in own else (None, None)
+            score, error = (own.get(task, {}).get(name) for name in ("score", "score_error"))
             cell = "-"
             if score is not None and base[task]:
                 shares.append(100 * score / base[task])
@@ -256,18 +330,22 @@ def print_table(rows: list[dict], tasks: list[str]):
         per_image = f"{sum(tokens) / len(tokens):.1f}" if tokens else "-"
         title = SELECTIONS.get(selection, selection)
         print(f"| {title} | {number or 'all'} | {per_image} | {' | '.join(cells)} | {mean} |")
-    for selection, reason in {
-        row["selection"]: row["not_supported"] for row in rows if "not_supported" in row
-    }.items():
+    reasons = {row["selection"]: row["not_supported"] for row in rows if "not_supported" in row}
+    for selection, reason in reasons.items():
         print(f"\nNot supported: {SELECTIONS[selection]}. {reason}")
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    (args,) = make_parser(EvaluationArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
+    (args,) = OPTIONS.parse_args_into_dataclasses(args=argv)
+    args.check_files()
+    tasks: dict[str, Dataset | None] = dict.fromkeys(args.tasks or [])
+    if args.validation_file is not None:
+        questions = load_questions(args)
+        tasks[task_name(questions, args)] = questions
     if args.layer is None:
-        args.layer = default_layer(args.model_name_or_path, args.guide)
-    rows = list(make_rows(args))
-    print_table(rows, args.tasks)
+        args.layer = default_layer(args.model, args.guide)
+    rows = list(make_rows(tasks, args))
+    print_table(rows, [*tasks])
     return rows
 
 

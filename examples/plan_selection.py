@@ -2,7 +2,7 @@
 Plan a selection schedule for a number of texts per image and a budget.
 
     python examples/plan_selection.py --preset base --image_size 384 --texts_per_image 1 2 5 10 --budget 0.8
-    python examples/plan_selection.py --model_name_or_path demo/model --text_length 10 --texts_per_image 4 --budget 0.6
+    python examples/plan_selection.py --model demo/model --text_length 10 --texts_per_image 4 --budget 0.6
     python examples/plan_selection.py --preset base --texts_per_image 1 10 --budget 0.4 0.75 --plot plan.png
 
 Costs are MACs of text encoder, vision tower and fusion encoder relative to the unpruned model, which also shares its
@@ -22,9 +22,7 @@ from trips_examples.training.parser import make_parser, run_script
 
 @dataclass
 class PlanArguments:
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Checkpoint: a folder, or a name on the Hub."}
-    )
+    model: str | None = field(default=None, metadata={"help": "Checkpoint: a folder, or a name on the Hub."})
     preset: str | None = field(
         default=None, metadata={"help": f"Size in place of a checkpoint: {', '.join(TripsConfig.presets())}."}
     )
@@ -42,12 +40,12 @@ class PlanArguments:
 
 
 def load_config(args: PlanArguments) -> TripsConfig:
-    if (args.model_name_or_path is None) == (args.preset is None):
-        raise ValueError("Give either a --model_name_or_path or a --preset.")
+    if (args.model is None) == (args.preset is None):
+        raise ValueError("Give either a --model or a --preset.")
     if args.preset is not None:
         config = TripsConfig.from_preset(args.preset)
     else:
-        config = TripsConfig.from_pretrained(args.model_name_or_path)
+        config = TripsConfig.from_pretrained(args.model)
     if args.image_size is not None:
         config.vision_config.image_size = args.image_size
         config.vision_config.validate()

@@ -11,11 +11,9 @@ The card names the data by the names of the training's files; --datasets and --e
 
 import trips_examples  # noqa: F401  # isort: skip
 
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from modeling_trips.publishing import CardArguments, build_repository, publish
 from trips_examples.training.parser import make_parser, run_script
 
 
@@ -29,15 +27,30 @@ class PublishArguments:
         default=None, metadata={"help": "New or empty folder for the files. Default: a temporary one."}
     )
     dry_run: bool = field(default=False, metadata={"help": "Show the files and the card without uploading them."})
+    license: str | None = field(default=None, metadata={"help": "License of the weights, as in apache-2.0."})
+    language: list[str] | None = field(default=None, metadata={"help": "ISO 639 codes of the texts, as in en."})
+    datasets: list[str] | None = field(default=None, metadata={"help": "Training data. Default: names of its files."})
+    eval_dataset: str | None = field(default=None, metadata={"help": "Evaluation data. Default: name of its file."})
+    eval_split: str | None = field(default=None, metadata={"help": "Evaluation split. Default: that of the results."})
+    command: str | None = field(default=None, metadata={"help": "Command that trained the model."})
 
     def __post_init__(self):
         if self.repo_id.count("/") != 1:
             raise ValueError(f"--repo_id {self.repo_id}: give the owner and the name, as in ada/trips-scenes.")
 
 
+OPTIONS = make_parser(PublishArguments, description=__doc__)
+if __name__ == "__main__":
+    OPTIONS.check()  # before the imports that take seconds
+
+import tempfile
+
+from modeling_trips.publishing import CardArguments, build_repository, publish
+
+
 def main(argv: list[str] | None = None) -> str | None:
-    parser = make_parser(PublishArguments, CardArguments, description=__doc__)
-    args, card_args = parser.parse_args_into_dataclasses(args=argv)
+    (args,) = OPTIONS.parse_args_into_dataclasses(args=argv)
+    card_args = CardArguments(**{name: getattr(args, name) for name in CardArguments.__dataclass_fields__})
     with tempfile.TemporaryDirectory() as temporary:
         target = Path(args.output_dir or temporary)
         files = build_repository(target, Path(args.model), args.repo_id, card_args, args.with_handler)

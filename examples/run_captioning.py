@@ -2,10 +2,10 @@ r"""
 Train and evaluate TRIPS on image captioning. The text is a prompt, the same for all images. A model from scratch
 selects patches by the image in early layers, and by the prompt in the last one.
 
-    python examples/run_captioning.py --model_name_or_path examples/trips-tiny-scenes-unpruned --grid 2 \
+    python examples/run_captioning.py --model examples/trips-tiny-scenes-unpruned --grid 2 \
         --image_size 48 --selection_layers 3 4 --selection_guidance image text --keep_rate 0.7 0.3  # bundled scenes
     accelerate launch examples/run_captioning.py --train_file train.json --validation_file val.json \
-        --image_root images --model_name_or_path pretrained --image_size 384 --learning_rate 1e-5 \
+        --image_root images --model pretrained --image_size 384 --learning_rate 1e-5 \
         --per_device_train_batch_size 32 --generation_num_beams 5
 
 The training loop is Transformers' `Seq2SeqTrainer`, whose options are options here. The scores need the extra
@@ -14,7 +14,14 @@ The training loop is Transformers' `Seq2SeqTrainer`, whose options are options h
 
 import trips_examples  # noqa: F401  # isort: skip
 
-from dataclasses import dataclass, field
+from trips_examples.training.options import CaptioningArguments, DataArguments, ModelArguments, TrainingOptions
+from trips_examples.training.parser import make_parser, run_script
+
+
+OPTIONS = make_parser(ModelArguments, CaptioningArguments, DataArguments, TrainingOptions, description=__doc__)
+if __name__ == "__main__":
+    OPTIONS.check()  # before the imports that take seconds
+
 
 import evaluate
 from transformers import EvalPrediction, GenerationConfig
@@ -24,31 +31,18 @@ from trips_examples.data.checking import with_fitting_texts
 from trips_examples.data.collators import CaptionCollator
 from trips_examples.data.images import one_row_per_image
 from trips_examples.metrics import CAPTION_METRICS
+from trips_examples.metrics.caption_metrics import split_words
+from trips_examples.metrics.texts import lost_signs, variety
+from trips_examples.training.files import texts_of, write_predictions
 from trips_examples.training.models import load_start, make_model, train_processor
-from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments
-from trips_examples.training.parser import run_script
-from trips_examples.training.predictions import texts_of, write_predictions
 from trips_examples.training.runs import load_data, parse_arguments, train_and_evaluate
 from trips_examples.training.trainer import ImageGroupedTrainer
 
 
-@dataclass
-class CaptioningArguments:
-    prompt: str = field(default="a picture of ", metadata={"help": "Text that the image is pruned and fused with."})
-    length_penalty: float = field(
-        default=1.0, metadata={"help": "Of beam search: above 0 prefers long captions, below 0 short ones."}
-    )
-    no_repeat_ngram_size: int = field(
-        default=0, metadata={"help": "Forbid repeated n-grams of this size (0 disables)."}
-    )
-
-
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    model_args, task_args, data_args, training_args = parse_arguments(
-        argv, ModelArguments, CaptioningArguments, DataArguments, TripsTrainingArguments, description=__doc__
-    )
+    model_args, task_args, data_args, training_args = parse_arguments(OPTIONS, argv)
     metric = evaluate.load(CAPTION_METRICS)
-    config, processor = load_start(model_args, data_args.scene_size, selects_late=True)
+    config, processor = load_start(model_args, data_args.scene_size)
     writing = {
         "max_new_tokens": training_args.generation_max_length or config.decoder_config.max_position_embeddings,
         "num_beams": training_args.generation_num_beams or 1,
@@ -59,6 +53,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     data = load_data("captions", data_args, training_args, config)
     processor = processor or train_processor(config, data_args.vocabulary(data, "caption"))
     data = with_fitting_texts(data, "captions", processor, skip=data_args.skip_bad_rows)
+    lost = lost_signs(data, "caption", processor, split_words)
     # The captions of an image share its prompt, so that each image has one text.
     model = make_model(TripsForConditionalGeneration, model_args, config, processor)
     model.generation_config.update(max_length=None, **writing)
@@ -86,11 +81,15 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     def evaluate_captions() -> dict[str, float]:
         output = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
+        captions = texts_of(output.predictions, processor)
         if trainer.is_world_process_zero():
-            captions = zip(references(), texts_of(output.predictions, processor), strict=True)
-            rows = ({"captions": truths, "prediction": caption} for truths, caption in captions)
+            pairs = zip(references(), captions, strict=True)
+            rows = ({"captions": truths, "prediction": caption} for truths, caption in pairs)
             write_predictions(training_args.output_dir, trainer.eval_dataset, ["source", "image_id"], rows)
-        return {**output.metrics, "eval_samples": len(trainer.eval_dataset)}
+        varied = variety(captions, [truths[0] for truths in references()], "caption")
+        split = "test" if trainer.eval_dataset is images.get("test") else "validation"
+        counts = {"eval_captions_with_lost_signs": lost[split], "eval_samples": len(trainer.eval_dataset)}
+        return {**output.metrics, **varied, **counts}
 
     return train_and_evaluate(trainer, evaluate_captions, images.get("test"))
 

@@ -1,10 +1,10 @@
 r"""
 Train and evaluate TRIPS on visual grounding: the box of what an expression refers to (RefCOCO, RefCOCO+, RefCOCOg).
 
-    python examples/run_grounding.py --model_name_or_path examples/trips-tiny-scenes-unpruned --selection_layers 2 \
+    python examples/run_grounding.py --model examples/trips-tiny-scenes-unpruned --selection_layers 2 \
         --keep_rate 0.25 --selection_gate 0.2 --selection_loss_weight 0 --attention_loss_weight 2  # bundled scenes
     accelerate launch examples/run_grounding.py --train_file train.jsonl --validation_file val.jsonl \
-        --image_root images --model_name_or_path pretrained --image_size 384 --learning_rate 2e-5 \
+        --image_root images --model pretrained --image_size 384 --learning_rate 2e-5 \
         --per_device_train_batch_size 32
 
 The training loop is Transformers' `Trainer`, whose options are options here.
@@ -12,46 +12,79 @@ The training loop is Transformers' `Trainer`, whose options are options here.
 
 import trips_examples  # noqa: F401  # isort: skip
 
-from dataclasses import dataclass, field
+from trips_examples.training.options import DataArguments, GroundingArguments, ModelArguments, TrainingOptions
+from trips_examples.training.parser import make_parser, run_script
+
+
+OPTIONS = make_parser(
+    ModelArguments,
+    GroundingArguments,
+    DataArguments,
+    TrainingOptions,
+    description=__doc__,
+    num_train_epochs=5.0,
+    per_device_train_batch_size=64,
+    learning_rate=5e-4,
+)
+if __name__ == "__main__":
+    OPTIONS.check()  # before the imports that take seconds
+
+import io
+from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import evaluate
 import PIL.Image
 import torch
+from datasets import Dataset
 from transformers import EvalPrediction
 
-from modeling_trips import TripsForVisualGrounding
+from modeling_trips import TripsForVisualGrounding, TripsPreTrainedModel, TripsProcessor
+from modeling_trips.inspection import draw_kept_patches
+from trips_examples.data.boxes import draw_boxes, sheet
 from trips_examples.data.checking import with_fitting_texts
 from trips_examples.data.collators import GroundingCollator
-from trips_examples.data.images import column_of, image_sizes
+from trips_examples.data.images import column_of, image_sizes, read_image
 from trips_examples.metrics import GROUNDING_ACCURACY
 from trips_examples.metrics.groups import accuracy_by_group
 from trips_examples.metrics.selection import diagnose_selection
+from trips_examples.training.files import write_predictions, write_whole
 from trips_examples.training.models import load_start, make_model, train_processor
-from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments
-from trips_examples.training.parser import run_script
-from trips_examples.training.predictions import draw_predicted_boxes, image_with_kept_patches, write_predictions
 from trips_examples.training.runs import load_data, parse_arguments, train_and_evaluate
 from trips_examples.training.trainer import ImageGroupedTrainer
 
 
-@dataclass
-class GroundingArguments:
-    num_pictures: int = field(default=0, metadata={"help": "Number of predictions to draw beside the true boxes."})
+@torch.inference_mode()
+def image_with_kept_patches(row: dict, text: str, model: TripsPreTrainedModel, processor: TripsProcessor):
+    """Draw the image of a row with faded patches that the last selection layer drops."""
+    image = read_image(row)
+    inputs = processor(images=image, text=text, return_tensors="pt").to(model.device)
+    selection = model.base_model(**inputs).selection
+    if not selection:
+        return image
+    (kept,) = processor.patch_boxes(selection[-1].kept_indices, [(image.height, image.width)])
+    return draw_kept_patches(image, kept, min_side=1)
+
+
+def draw_predicted_boxes(
+    path: Path,
+    dataset: Dataset,
+    boxes: list[list[float]],
+    num_pictures: int,
+    image_of: Callable[[dict], PIL.Image.Image] = read_image,
+):
+    """Draw predicted and true boxes of evenly spaced rows on the images of `image_of`."""
+    step = max(1, len(dataset) // num_pictures)
+    rows = dataset.select(range(0, len(dataset), step)[:num_pictures])
+    pictures = [draw_boxes(image_of(row), row["box"], box) for row, box in zip(rows, boxes[::step])]
+    png = io.BytesIO()
+    sheet(pictures, column_of(rows, "expression")).save(png, "PNG")
+    write_whole(path, png.getvalue())
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    model_args, task_args, data_args, training_args = parse_arguments(
-        argv,
-        ModelArguments,
-        GroundingArguments,
-        DataArguments,
-        TripsTrainingArguments,
-        description=__doc__,
-        num_train_epochs=5.0,
-        per_device_train_batch_size=64,
-        learning_rate=5e-4,
-    )
+    model_args, task_args, data_args, training_args = parse_arguments(OPTIONS, argv)
     config, processor = load_start(model_args, data_args.scene_size)
     data = load_data("grounding", data_args, training_args, config)
     processor = processor or train_processor(config, data_args.vocabulary(data, "expression"))
@@ -95,7 +128,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                 def image_of(row: dict) -> PIL.Image.Image:
                     return image_with_kept_patches(row, row["expression"], model.eval(), processor)
 
-                draw_predicted_boxes(folder, rows, boxes, task_args.num_pictures, image_of)
+                draw_predicted_boxes(Path(folder, "predictions.png"), rows, boxes, task_args.num_pictures, image_of)
         groups = accuracy_by_group(metric, boxes, column_of(rows, "box"), rows)
         return {**output.metrics, **groups, **diagnose_selection(trainer), "eval_samples": len(rows)}
 

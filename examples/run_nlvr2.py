@@ -1,16 +1,32 @@
 r"""
 Train and evaluate TRIPS on statements about two images: true or false (NLVR2).
 
-    python examples/run_nlvr2.py --model_name_or_path examples/trips-tiny-scenes-unpruned --grid 2 --image_size 48 \
+    python examples/run_nlvr2.py --model examples/trips-tiny-scenes-unpruned --grid 2 --image_size 48 \
         --train_scenes 5000 --texts_per_image 8 --per_device_train_batch_size 240 --max_steps 300  # bundled scenes
     accelerate launch examples/run_nlvr2.py --train_file train.json --validation_file dev.json --image_root images \
-        --model_name_or_path pretrained --learning_rate 2e-5 --per_device_train_batch_size 32 \
+        --model pretrained --learning_rate 2e-5 --per_device_train_batch_size 32 \
         --num_train_epochs 10
 
 The training loop is Transformers' `Trainer`, whose options are options here.
 """
 
 import trips_examples  # noqa: F401  # isort: skip
+
+from trips_examples.training.options import DataArguments, ModelArguments, TrainingOptions
+from trips_examples.training.parser import make_parser, run_script
+
+
+OPTIONS = make_parser(
+    ModelArguments,
+    DataArguments,
+    TrainingOptions,
+    description=__doc__,
+    num_train_epochs=10.0,
+    per_device_train_batch_size=64,
+    learning_rate=5e-4,
+)
+if __name__ == "__main__":
+    OPTIONS.check()  # before the imports that take seconds
 
 import numpy as np
 import torch
@@ -19,11 +35,11 @@ from transformers import EvalPrediction
 from modeling_trips import TripsForImagesAndTextClassification
 from trips_examples.data.checking import with_fitting_texts
 from trips_examples.data.collators import Nlvr2Collator
+from trips_examples.data.images import column_of
 from trips_examples.metrics.selection import diagnose_selection
+from trips_examples.metrics.texts import variety
+from trips_examples.training.files import write_predictions
 from trips_examples.training.models import load_start, make_model, train_processor
-from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments
-from trips_examples.training.parser import run_script
-from trips_examples.training.predictions import write_predictions
 from trips_examples.training.runs import load_data, parse_arguments, train_and_evaluate
 from trips_examples.training.trainer import ImageGroupedTrainer
 
@@ -39,16 +55,7 @@ def judgements_of(logits: np.ndarray) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    model_args, data_args, training_args = parse_arguments(
-        argv,
-        ModelArguments,
-        DataArguments,
-        TripsTrainingArguments,
-        description=__doc__,
-        num_train_epochs=10.0,
-        per_device_train_batch_size=64,
-        learning_rate=5e-4,
-    )
+    model_args, data_args, training_args = parse_arguments(OPTIONS, argv)
     config, processor = load_start(model_args, data_args.scene_size, num_images=2, num_labels=2)
     data = load_data("nlvr2", data_args, training_args, config)
     processor = processor or train_processor(config, data_args.vocabulary(data, "statement"))
@@ -67,11 +74,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     def evaluate() -> dict[str, float]:
         output = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
+        predictions = judgements_of(output.predictions)
         if trainer.is_world_process_zero():
             columns = ["source", "question_id", "statement", "label"]
-            predictions = judgements_of(output.predictions)
             write_predictions(training_args.output_dir, trainer.eval_dataset, columns, predictions)
-        return {**output.metrics, **diagnose_selection(trainer), "eval_samples": len(trainer.eval_dataset)}
+        labels = column_of(trainer.eval_dataset, "label")
+        chosen = [each["prediction"] for each in predictions]
+        varied = variety(chosen, labels, "label", lambda label: labels.count(label[0]) / len(labels))
+        return {**output.metrics, **varied, **diagnose_selection(trainer), "eval_samples": len(labels)}
 
     return train_and_evaluate(trainer, evaluate, data.get("test"))
 

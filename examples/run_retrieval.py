@@ -1,10 +1,10 @@
 r"""
 Train and evaluate TRIPS on image-text retrieval: texts find images, images find texts.
 
-    python examples/run_retrieval.py --model_name_or_path examples/trips-tiny-scenes-unpruned --grid 2 \
+    python examples/run_retrieval.py --model examples/trips-tiny-scenes-unpruned --grid 2 \
         --image_size 48 --selection_layers 3 4 --selection_guidance image text --keep_rate 0.7 0.3  # bundled scenes
     accelerate launch examples/run_retrieval.py --train_file train.jsonl --validation_file val.jsonl \
-        --image_root images --model_name_or_path albef_trips --rerank_k 128 --learning_rate 1e-5
+        --image_root images --model albef_trips --rerank_k 128 --learning_rate 1e-5
 
 Two losses are added: contrast (ITC) of each image and text with all of the batch, of all processes, and matching
 (ITM) on hard negatives, which each process draws from its own part of the batch. Accumulating gradients enlarges
@@ -14,16 +14,30 @@ whose options are options here.
 
 import trips_examples  # noqa: F401  # isort: skip
 
+from trips_examples.training.options import DataArguments, ModelArguments, RetrievalArguments, TrainingOptions
+from trips_examples.training.parser import make_parser, run_script
+
+
+OPTIONS = make_parser(
+    ModelArguments,
+    RetrievalArguments,
+    DataArguments,
+    TrainingOptions,
+    description=__doc__,
+    num_train_epochs=5.0,
+    per_device_train_batch_size=48,
+    texts_per_image=1,
+)
+if __name__ == "__main__":
+    OPTIONS.check()  # before the imports that take seconds
+
 from modeling_trips import TripsForRetrieval
 from trips_examples.data.checking import with_fitting_texts
 from trips_examples.data.collators import RetrievalCollator
 from trips_examples.metrics.retrieval import RECALL_AT
 from trips_examples.training.models import load_start, make_model, train_processor
-from trips_examples.training.options import DataArguments, ModelArguments, RetrievalArguments, TripsTrainingArguments
-from trips_examples.training.parser import run_script
-from trips_examples.training.predictions import write_rankings
+from trips_examples.training.retrieval import RetrievalTrainer, write_rankings
 from trips_examples.training.runs import load_data, parse_arguments, train_and_evaluate
-from trips_examples.training.trainer import RetrievalTrainer
 
 
 def describe(metrics: dict[str, float]) -> str:
@@ -37,19 +51,9 @@ def describe(metrics: dict[str, float]) -> str:
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    model_args, task_args, data_args, training_args = parse_arguments(
-        argv,
-        ModelArguments,
-        RetrievalArguments,
-        DataArguments,
-        TripsTrainingArguments,
-        description=__doc__,
-        num_train_epochs=5.0,
-        per_device_train_batch_size=48,
-        texts_per_image=1,
-    )
+    model_args, task_args, data_args, training_args = parse_arguments(OPTIONS, argv)
     side = data_args.scene_size
-    config, processor = load_start(model_args, side, selects_late=True, **task_args.config_overrides())
+    config, processor = load_start(model_args, side, **task_args.config_overrides())
     data = load_data("captions", data_args, training_args, config)
     processor = processor or train_processor(config, data_args.vocabulary(data, "caption"))
     data = with_fitting_texts(data, "captions", processor, skip=data_args.skip_bad_rows)

@@ -1,15 +1,23 @@
 r"""
 Train and evaluate TRIPS on visual question answering.
 
-    python examples/run_vqa.py --model_name_or_path examples/trips-tiny-scenes-unpruned --selection_layers 2 \
+    python examples/run_vqa.py --model examples/trips-tiny-scenes-unpruned --selection_layers 2 \
         --keep_rate 0.1 --selection_gate 0.2 --selection_loss_weight 0          # bundled scenes, from answers alone
     accelerate launch examples/run_vqa.py --train_file train.jsonl --validation_file val.jsonl --image_root images \
-        --preset base --tokenizer_name bert-base-uncased
+        --preset base --tokenizer bert-base-uncased
 
 The training loop is Transformers' `Seq2SeqTrainer`, whose options are options here.
 """
 
 import trips_examples  # noqa: F401  # isort: skip
+
+from trips_examples.training.options import DataArguments, ModelArguments, TrainingOptions
+from trips_examples.training.parser import make_parser, run_script
+
+
+OPTIONS = make_parser(ModelArguments, DataArguments, TrainingOptions, description=__doc__)
+if __name__ == "__main__":
+    OPTIONS.check()  # before the imports that take seconds
 
 from pathlib import Path
 
@@ -24,20 +32,21 @@ from trips_examples.data.images import column_of
 from trips_examples.metrics import VQA_ACCURACY
 from trips_examples.metrics.groups import accuracy_by_group
 from trips_examples.metrics.selection import diagnose_selection
-from trips_examples.training.files import write_json
+from trips_examples.metrics.texts import lost_signs, measurable_answers, most_tokens, variety
+from trips_examples.metrics.vqa_accuracy import most_common_answer, normalize_answer
+from trips_examples.training.files import texts_of, write_json, write_predictions
 from trips_examples.training.models import load_start, make_model, train_processor
-from trips_examples.training.options import DataArguments, ModelArguments, TripsTrainingArguments
-from trips_examples.training.parser import run_script
-from trips_examples.training.predictions import texts_of, write_predictions
-from trips_examples.training.runs import load_data, parse_arguments, train_and_evaluate
+from trips_examples.training.runs import TripsTrainingArguments, load_data, parse_arguments, train_and_evaluate
 from trips_examples.training.trainer import ImageGroupedTrainer
 
 
-def write_answers(folder: Path, dataset: Dataset, answers: list[str], metric: evaluate.Metric):
+def write_answers(
+    folder: Path, dataset: Dataset, answers: list[str], references: list[list[str]], metric: evaluate.Metric
+):
     """Write `predictions.jsonl` and `accuracy_by_answer.json`, and print the 20 most frequent answers."""
     columns = ["source", "question_id", "question", "answers"]
     write_predictions(folder, dataset, columns, ({"prediction": answer} for answer in answers))
-    result = metric.compute(predictions=answers, references=column_of(dataset, "answers"), by_answer=True)
+    result = metric.compute(predictions=answers, references=references, by_answer=True)
     write_json(folder / "accuracy_by_answer.json", result["by_answer"])
     for answer, row in list(result["by_answer"].items())[:20]:
         print(f"  {answer:<20} {row['accuracy']:7.2%} of {row['count']}")
@@ -51,14 +60,21 @@ def train_question_answering(
     data = load_data("vqa", data_args, training_args, config)
     processor = processor or train_processor(config, data_args.vocabulary(data, "question", "answers"))
     data = with_fitting_texts(data, "vqa", processor, skip=data_args.skip_bad_rows)
+    lost = lost_signs(data, "answers", processor, normalize_answer)
     images = {"rows": data.get("train"), "group_size": training_args.texts_per_image}
     model = make_model(TripsForQuestionAnswering, model_args, config, processor, **images)
-    model.generation_config.update(max_new_tokens=training_args.generation_max_length or 10, max_length=None)
+    longest = training_args.generation_max_length or max(10, most_tokens(data, "answers", processor))
+    model.generation_config.update(max_new_tokens=longest, max_length=None)
     metric = evaluate.load(VQA_ACCURACY)
 
+    def scores(answers: list[str]) -> dict[str, float]:
+        return metric.compute(predictions=answers, references=references())
+
+    def references() -> list[list[str]]:
+        return measurable_answers(column_of(trainer.eval_dataset, "answers"), processor)
+
     def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-        answers = texts_of(prediction.predictions, processor)
-        return metric.compute(predictions=answers, references=column_of(trainer.eval_dataset, "answers"))
+        return scores(texts_of(prediction.predictions, processor))
 
     trainer = ImageGroupedTrainer(
         model=model,
@@ -76,16 +92,19 @@ def train_question_answering(
         output = trainer.predict(rows, metric_key_prefix="eval")
         answers = texts_of(output.predictions, processor)
         if trainer.is_world_process_zero():
-            write_answers(Path(training_args.output_dir), rows, answers, metric)
-        groups = accuracy_by_group(metric, answers, column_of(rows, "answers"), rows)
-        return {**output.metrics, **groups, **diagnose_selection(trainer), "eval_samples": len(rows)}
+            write_answers(Path(training_args.output_dir), rows, answers, references(), metric)
+        groups = accuracy_by_group(metric, answers, references(), rows)
+        truths = [most_common_answer(each) for each in references()]
+        varied = variety(answers, truths, "answer", lambda answers: scores(answers)["accuracy"])
+        split = "test" if rows is data.get("test") else "validation"
+        counts = {"eval_answers_with_lost_signs": lost[split], "eval_samples": len(rows)}
+        return {**output.metrics, **varied, **groups, **diagnose_selection(trainer), **counts}
 
     return train_and_evaluate(trainer, evaluate_answers, data.get("test"))
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    options = (ModelArguments, DataArguments, TripsTrainingArguments)
-    return train_question_answering(*parse_arguments(argv, *options, description=__doc__))
+    return train_question_answering(*parse_arguments(OPTIONS, argv))
 
 
 if __name__ == "__main__":

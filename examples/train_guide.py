@@ -1,7 +1,7 @@
 r"""
 Train a TextGuide: the prompt scores the patches inside the vision tower of a frozen vision-language model.
 
-    accelerate launch examples/train_guide.py --model_name_or_path llava-hf/llava-1.5-7b-hf --layer 8 \
+    accelerate launch examples/train_guide.py --model llava-hf/llava-1.5-7b-hf --layer 8 \
         --train_file train.jsonl --validation_file val.jsonl --image_root images --output_dir guide
     python examples/train_guide.py ... --teacher answers   # data without regions, or --teacher attention
 
@@ -14,9 +14,54 @@ The training loop is Transformers' `Trainer`, whose options are options here. Th
 
 import trips_examples  # noqa: F401  # isort: skip
 
+from dataclasses import dataclass, field
+
+from trips_examples.training.options import DataArguments, RunOptions
+from trips_examples.training.parser import make_parser, run_script
+
+
+TEACHERS = ("regions", "attention", "answers")
+
+
+@dataclass
+class GuideArguments:
+    model: str = field(metadata={"help": "The vision-language model, with its processor."})
+    layer: int = field(default=2, metadata={"help": "Tower layer that selects, from 1."})
+    keep_rate: float = field(
+        default=0.11, metadata={"help": "Keep rate of the evaluation, and of --teacher answers in training."}
+    )
+    teacher: str = field(default="regions", metadata={"help": f"What the guide learns from: {' or '.join(TEACHERS)}."})
+    selection_gate: float = field(
+        default=0.2, metadata={"help": "Share of the dropped patches that --teacher answers runs, in (0, 1]."}
+    )
+    dtype: str = field(default="auto", metadata={"help": "Data type of the frozen model."})
+
+    def __post_init__(self):
+        if self.teacher not in TEACHERS:
+            raise ValueError(f"--teacher must be {' or '.join(TEACHERS)}, got {self.teacher}.")
+        if not 0 < self.selection_gate <= 1:
+            raise ValueError(f"--selection_gate must be in (0, 1], got {self.selection_gate}.")
+
+
+OPTIONS = make_parser(
+    GuideArguments,
+    DataArguments,
+    RunOptions,
+    description=__doc__,
+    output_dir="outputs/guide",
+    max_steps=300,
+    per_device_train_batch_size=16,
+    per_device_eval_batch_size=16,
+    learning_rate=1e-2,
+    weight_decay=0.01,
+    save_steps=100,
+    max_eval_samples=512,
+)
+if __name__ == "__main__":
+    OPTIONS.check()  # before the imports that take seconds
+
 import logging
 import math
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import PIL.Image
@@ -40,40 +85,17 @@ from modeling_trips.patch_selection import selection_loss, targets_of_candidates
 from trips_examples.data.images import column_of, read_image
 from trips_examples.data.loading import BUNDLED
 from trips_examples.lmms.generation import VisionLanguageModel, encode
-from trips_examples.training.options import DataArguments, RunArguments
-from trips_examples.training.parser import run_script
 from trips_examples.training.runs import load_data, parse_arguments, train_and_evaluate
 from trips_examples.training.trainer import FiniteTrainer
 
 
 logger = logging.getLogger(__name__)
 
-TEACHERS = ("regions", "attention", "answers")
 # Options of the trainer that a resumed training must share.
 SETTINGS = (
     *("seed", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "bf16", "fp16"),
 )
-
-
-@dataclass
-class GuideArguments:
-    model_name_or_path: str = field(metadata={"help": "The vision-language model, with its processor."})
-    layer: int = field(default=2, metadata={"help": "Tower layer that selects, from 1."})
-    keep_rate: float = field(
-        default=0.11, metadata={"help": "Keep rate of the evaluation, and of --teacher answers in training."}
-    )
-    teacher: str = field(default="regions", metadata={"help": f"What the guide learns from: {' or '.join(TEACHERS)}."})
-    selection_gate: float = field(
-        default=0.2, metadata={"help": "Share of the dropped patches that --teacher answers runs, in (0, 1]."}
-    )
-    dtype: str = field(default="auto", metadata={"help": "Data type of the frozen model."})
-
-    def __post_init__(self):
-        if self.teacher not in TEACHERS:
-            raise ValueError(f"--teacher must be {' or '.join(TEACHERS)}, got {self.teacher}.")
-        if not 0 < self.selection_gate <= 1:
-            raise ValueError(f"--selection_gate must be in (0, 1], got {self.selection_gate}.")
 
 
 class GuideCollator:
@@ -219,25 +241,18 @@ class GuideTrainer(FiniteTrainer):
 
 
 def rows_with_region(data: Dataset, split: str, should_log: bool) -> Dataset:
-    """
-    Return the rows that have a region, and count the others in a warning.
-
-    Raises:
-        ValueError: No row has a region.
-    """
+    """Return the rows that have a region, and count the others in a warning. None at all raise a `ValueError`."""
     rows = [row for row, region in enumerate(column_of(data, "region")) if region is not None]
     if not rows:
         raise ValueError(f"No row of the {split} split has a region. Use --teacher attention or answers.")
-    if len(rows) < len(data) and should_log:
-        logger.warning(
-            "Left out %d of the %d rows of %s, which have no region.", len(data) - len(rows), len(data), split
-        )
+    if (missing := len(data) - len(rows)) and should_log:
+        logger.warning("Left out %d of the %d rows of %s, which have no region.", missing, len(data), split)
     return data.select(rows)
 
 
 def facts_of(args, data_args, training_args, data, model) -> dict:
     """Return what makes the weights of a guide, for its card and its checkpoints: model, data and options."""
-    name, columns = Path(args.model_name_or_path), ("source", "image_id", "question", "answers", "region")
+    name, columns = Path(args.model), ("source", "image_id", "question", "answers", "region")
     options = training_args.to_dict()
     file = Path(data_args.train_file).name if data_args.train_file else data_args.dataset_name or BUNDLED
     return {
@@ -254,26 +269,12 @@ def facts_of(args, data_args, training_args, data, model) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    args, data_args, training_args = parse_arguments(
-        argv,
-        GuideArguments,
-        DataArguments,
-        RunArguments,
-        description=__doc__,
-        output_dir="outputs/guide",
-        max_steps=300,
-        per_device_train_batch_size=16,
-        per_device_eval_batch_size=16,
-        learning_rate=1e-2,
-        weight_decay=0.01,
-        save_steps=100,
-        max_eval_samples=512,
-    )
+    args, data_args, training_args = parse_arguments(OPTIONS, argv)
     data = load_data("vqa", data_args, training_args)
     if args.teacher == "regions":
         data = {split: rows_with_region(rows, split, training_args.should_log) for split, rows in data.items()}
-    vlm = VisionLanguageModel(args.model_name_or_path, args.dtype)
-    model = vlm.model.to(training_args.device).requires_grad_(False)
+    vlm = VisionLanguageModel(args.model, device=training_args.device, dtype=args.dtype)
+    model = vlm.model.requires_grad_(False)
     if training_args.do_train:
         guide = TextGuide.for_model(
             model, args.layer, trained_with=facts_of(args, data_args, training_args, data, model)

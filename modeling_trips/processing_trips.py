@@ -251,7 +251,7 @@ def _refuse_boxes(boxes: torch.Tensor, image_sizes: torch.Tensor, rows: torch.Bo
 
 
 def _join_words(text: str) -> str:
-    """Remove the spaces that decoding puts around punctuation within numbers and words."""
+    """Remove the spaces that a WordPiece decoder puts around punctuation within numbers and words."""
     text = re.sub(r"(?<=\d)\s*([.,:/])\s*(?=\d)", r"\1", text)
     return re.sub(r"(?<=\w)\s*(['\-])\s*(?=\w)", r"\1", text)
 
@@ -411,15 +411,18 @@ class TripsProcessor(ProcessorMixin):
                 Output of `generate`.
 
         Returns:
-            `list[str]`: One text per sequence, without special tokens. Numbers, times and words that WordPiece
-            tokenizers split are joined: "2.5", "10:30", "don't", "t-shirt".
+            `list[str]`: One text per sequence, without special tokens. WordPiece tokenizers, as BERT's, do not keep
+            the spaces of a text: numbers, times and words that they split are joined ("2.5", "10:30", "t-shirt").
         """
         return self.post_process_image_text_to_text(sequences)
 
     def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs) -> list[str]:
         """As `post_process_answers`, for the `image-text-to-text` pipeline."""
         texts = self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
-        return [_join_words(text).strip() for text in texts]
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)  # missing in tokenizers in Python
+        if backend is None or type(backend.decoder).__name__ == "WordPiece":
+            texts = map(_join_words, texts)
+        return [text.strip() for text in texts]
 
     def patch_boxes(
         self,

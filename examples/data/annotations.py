@@ -7,12 +7,12 @@ Public files are recognized by their content and converted to the columns of `lo
 
 | Data set | File | Task |
 |---|---|---|
-| VQAv2 | questions, with the file of annotations | `"vqa"` |
+| VQAv2 | questions, with the file of annotations beside it | `"vqa"` |
 | COCO | `captions_train2014.json` | `"captions"` |
 | COCO, Flickr8k, Flickr30k as split by Karpathy | `dataset_coco.json` | `"captions"` |
 | NLVR2 | `train.json` | `"nlvr2"` |
-| RefCOCO, RefCOCO+, RefCOCOg | `refs(unc).p`, with `instances.json` | `"grounding"` |
-| ALBEF's lists | captions, questions, NLVR2; RefCOCO with `refs(unc).p` | the task of the list |
+| RefCOCO, RefCOCO+, RefCOCOg | `refs(unc).p`, with `instances.json` beside it | `"grounding"` |
+| ALBEF's lists | captions, questions, NLVR2 | the task of the list |
 """
 
 import codecs
@@ -20,15 +20,16 @@ import csv
 import io
 import json
 import pickle
+import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.parquet
 
+from trips_examples.data.source import AnnotationFile, existing_file
 from trips_examples.data.tasks import BadRowError
 
 
@@ -36,15 +37,7 @@ from trips_examples.data.tasks import BadRowError
 NumberedRecords = Iterator[tuple[int, dict | str]]
 
 ROWS_PER_READ = 256  # Parquet rows may hold images
-
-
-def existing_file(path: Path) -> Path:
-    """Return the path of a file. Raise a `FileNotFoundError` if it does not exist."""
-    if path.is_dir():
-        raise FileNotFoundError(f"{path} is a folder. Give a file, or a saved data set with --dataset_name.")
-    if not path.is_file():
-        raise FileNotFoundError(f"The file {path} does not exist.")
-    return path
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 
 
 def parsed_record(record: dict | str) -> dict:
@@ -52,12 +45,18 @@ def parsed_record(record: dict | str) -> dict:
     if isinstance(record, dict):
         return record
     try:
-        value = json.loads(record)
+        value = json.loads(record, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
         raise BadRowError("broken JSON", str(error).partition(";")[0]) from error
     if not isinstance(value, dict):
         raise BadRowError("not a JSON object", reprlib.repr(value))
     return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict:
+    if repeated := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+        raise ValueError(f"the key {repeated[0]!r} occurs twice")
+    return dict(pairs)
 
 
 def read_records(file: Path) -> NumberedRecords:
@@ -82,7 +81,7 @@ def read_records(file: Path) -> NumberedRecords:
 def _read_json(file: Path) -> NumberedRecords:
     content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
     if content.lstrip().startswith(b"["):
-        return enumerate(map(json.dumps, json.loads(content)), start=1)
+        return enumerate(map(json.dumps, json.loads(content, object_pairs_hook=_unique_keys)), start=1)
     return _read_json_lines(file)
 
 
@@ -92,11 +91,26 @@ def _read_json_lines(file: Path) -> NumberedRecords:
 
 
 def _read_csv(file: Path) -> NumberedRecords:
+    number = 0
     with file.open(encoding="utf-8-sig", newline="") as lines:
-        for number, record in enumerate(csv.DictReader(lines), start=1):
-            if None in record:
-                raise ValueError(f"row {number} has more cells than the header; quote cells that have commas")
-            yield number, record
+        table = csv.DictReader(lines, strict=True)
+        try:
+            if repeated := [name for name, count in Counter(table.fieldnames or ()).items() if count > 1]:
+                raise ValueError(f"the column {repeated[0]!r} occurs twice")
+            for number, record in enumerate(table, start=1):
+                if None in record:
+                    raise ValueError(f"row {number} has more cells than the header; quote cells that have commas")
+                if row := next(filter(None, map(_row_within, record.values())), None):
+                    raise ValueError(f"a cell of row {number} holds a whole row, {row!r}; correct its quotes")
+                yield number, record
+        except csv.Error as error:
+            raise ValueError(f"row {number + 1}: {error}; correct its quotes") from error
+
+
+def _row_within(cell: str | None) -> str | None:
+    """Return a line of a cell of CSV that has an image file among its cells: a row that stray quotes swallowed."""
+    image = re.compile(rf".*\.({'|'.join(IMAGE_SUFFIXES)}) *\"?(,|$)", re.IGNORECASE)
+    return next((line for line in (cell or "").splitlines()[1:] if "," in line and image.match(line)), None)
 
 
 def _read_parquet(file: Path) -> NumberedRecords:
@@ -109,61 +123,21 @@ def _read_parquet(file: Path) -> NumberedRecords:
 # Public annotation files
 
 
-@dataclass(frozen=True)
-class AnnotationFile:
+def _second_document(file: AnnotationFile, items: str, key: str) -> dict:
     """
-    A file of annotations and the options for reading it.
+    Return the content of a second file.
 
-    Args:
-        path (`Path`)
-        default_split (`str`): Split to read from a file with several splits: `"train"`, `"val"` or `"test"`.
-        split (`str`, *optional*): Replaces `default_split`. A file without splits is then an error.
-        annotations (`Path`, *optional*): Second file of VQAv2 and RefCOCO. Default: the file with the official name.
-        image_root (`Path`, *optional*): Folder that paths of images are relative to. Default: the folder of the file.
+    Raises:
+        `FileNotFoundError`: It does not exist.
+        `ValueError`: The first of its `items` has no `key`.
     """
-
-    path: Path
-    default_split: str
-    split: str | None = None
-    annotations: Path | None = None
-    image_root: Path | None = None
-
-    @property
-    def folder(self) -> Path:
-        return self.image_root or self.path.parent
-
-    def option(self, what: str) -> str:
-        return f"--{'validation' if self.default_split == 'val' else self.default_split}_{what}"
-
-    def refuse_unused(self, name: str, has_splits: bool, has_second_file: bool):
-        """Raise a `ValueError` if a split or a second file is given that this format does not have."""
-        if self.split is not None and not has_splits:
-            raise ValueError(f"{self.path} is {name}, without splits: leave out {self.option('split')} {self.split}.")
-        if self.annotations is not None and not has_second_file:
-            option = f"{self.option('annotations')} {self.annotations}"
-            raise ValueError(f"{self.path} is {name}, without a second file: leave out {option}.")
-
-    def second_file(self, official_name: str, what: str) -> Path:
-        """Return the second file: the one given, or the one with the official name beside this file."""
-        file = self.annotations or self.path.with_name(official_name)
-        if not file.is_file():
-            option = self.option("annotations")
-            raise FileNotFoundError(f"{self.path} needs {what}, but {file} does not exist. Give it with {option}.")
-        return file
-
-    def of_split(self, items: list[dict], split_of: Callable[[dict], str]) -> list[tuple[int, dict]]:
-        """Return the items of the requested split and their numbers in the file."""
-        wanted = self.split or self.default_split
-        numbered = [(number, item) for number, item in enumerate(items, start=1) if split_of(item) == wanted]
-        if not numbered:
-            only = ", ".join(f"{split} ({count})" for split, count in Counter(map(split_of, items)).items())
-            option = self.option("split")
-            raise ValueError(f"{self.path} has no split {wanted!r}, only {only}. Choose one with {option}.")
-        return numbered
-
-    def first_path(self, *paths: str) -> str:
-        """Return the first of several possible paths of an image that exists, or the first one."""
-        return str(next((path for path in map(Path, paths) if (self.folder / path).is_file()), Path(paths[0])))
+    path = file.second_path
+    if not path.is_file():
+        raise FileNotFoundError(f"{file.path} needs {path}, which does not exist. Copy or link it there.")
+    content = _document(path)
+    if content is None or key not in _first(content.get(items)):
+        raise ValueError(f"{path} is not valid JSON, or has no {items} with {key}. Give the official file.")
+    return content
 
 
 def read_annotations(file: AnnotationFile, task: str) -> NumberedRecords:
@@ -177,16 +151,16 @@ def read_annotations(file: AnnotationFile, task: str) -> NumberedRecords:
     existing_file(file.path)
     is_pickle = file.path.suffix.lower() in (".p", ".pkl", ".pickle")
     content = read_plain_pickle(file.path) if is_pickle else _document(file.path)
-    public = next((each for each in (_REFS, _VQA, _COCO, _KARPATHY) if each.matches(content)), None)
+    public = next((each for each in _FORMATS if each.matches(content)), None)
     if public is None and is_pickle:
         raise ValueError(f"{file.path} is a pickle, and not of RefCOCO's refs: convert it to JSON lines.")
-    if public is None:
-        file.refuse_unused("a list of rows", has_splits=False, has_second_file=task == "grounding")
-        yield from read_records(file.path) if file.annotations is None else _read_albef_refs(file)
-        return
-    if public.task != task:
+    if public is not None and public.task != task:
         raise ValueError(f"{file.path} is {public.name} for the task {public.task!r}, not {task!r}.")
-    file.refuse_unused(public.name, public.has_splits, public.has_second_file)
+    if file.split is not None and (public is None or not public.has_splits):
+        raise ValueError(f"{file.path} has no splits: leave out {file.split_option} {file.split}.")
+    if public is None:
+        yield from read_records(file.path)
+        return
     number = 0
     try:
         for number, record in public.read(content, file):
@@ -197,15 +171,13 @@ def read_annotations(file: AnnotationFile, task: str) -> NumberedRecords:
         ) from error
 
 
-@dataclass(frozen=True)
-class _PublicFormat:
+class _PublicFormat(NamedTuple):
     name: str
     task: str
     items: str | None  # key of the list of items; None if the file is a list
     keys: set[str]  # of an item
     read: Callable[[Any, AnnotationFile], NumberedRecords]
-    has_splits: bool = False
-    has_second_file: bool = False
+    has_splits: bool
 
     def matches(self, content: Any) -> bool:
         if self.items is not None:
@@ -228,23 +200,9 @@ def _document(file: Path) -> dict | None:
         return None  # JSON lines, or an error that reading the records reports
 
 
-def _load_json(file: Path, items: str, key: str, what: str) -> dict:
-    """Return a second file. Raise a `ValueError` if the first of its items lacks a key."""
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file} is not a valid JSON file: {error}.") from error
-    if not isinstance(content, dict) or key not in _first(content.get(items)):
-        raise ValueError(f"{file} has no {key}. Give {what}.")
-    return content
-
-
 def _read_vqa(document: dict, file: AnnotationFile) -> NumberedRecords:
-    official_name = file.path.name.replace("OpenEnded_", "").replace("questions", "annotations")
-    annotations = file.second_file(official_name, "a file of annotations")
-    what = f"the annotations of {file.path} as {file.option('annotations')}"
-    content = _load_json(annotations, "annotations", "answers", what)
-    by_question = {each["question_id"]: each for each in content["annotations"]}
+    annotations = _second_document(file, "annotations", "answers")["annotations"]
+    by_question = {each["question_id"]: each for each in annotations}
     folder = document["data_subtype"].replace("test-dev", "test")
     for number, question in enumerate(document["questions"], start=1):
         name = f"COCO_{folder}_{int(question['image_id']):012d}.jpg"
@@ -300,65 +258,20 @@ def read_plain_pickle(file: Path) -> Any:
         ) from error
 
 
-def _read_instances(path: Path, file: AnnotationFile) -> Callable[[dict], dict]:
-    """Return a function from a ref to its image and its box in `instances.json`."""
-    content = _load_json(path, "annotations", "bbox", "the instances.json of RefCOCO or COCO")
+def _read_refs(refs: list, file: AnnotationFile) -> NumberedRecords:
+    content = _second_document(file, "annotations", "bbox")
     images, annotations = ({each["id"]: each for each in content[name]} for name in ("images", "annotations"))
-
-    def image_and_box(ref: dict) -> dict:
+    for number, ref in file.of_split(refs, lambda ref: ref["split"]):
         x, y, width, height = annotations[ref["ann_id"]]["bbox"]
         path = _coco_path(images[ref["image_id"]], file)
-        return {"image": path, "image_id": ref["image_id"], "box": [x, y, x + width, y + height]}
-
-    return image_and_box
-
-
-def _read_refs(refs: list, file: AnnotationFile) -> NumberedRecords:
-    instances = file.second_file("instances.json", "the boxes in instances.json")
-    image_and_box = _read_instances(instances, file)
-    for number, ref in file.of_split(refs, lambda ref: ref["split"]):
+        record = {"image": path, "image_id": ref["image_id"], "box": [x, y, x + width, y + height]}
         for sentence in ref["sentences"]:
-            yield number, {**image_and_box(ref), "expression": sentence["sent"], "question_id": sentence["sent_id"]}
+            yield number, {**record, "expression": sentence["sent"], "question_id": sentence["sent_id"]}
 
 
-def _read_albef_refs(file: AnnotationFile) -> NumberedRecords:
-    """Yield the records of a list of ALBEF, whose boxes are those of a `ref_id` in the second file."""
-    refs = read_plain_pickle(file.annotations)
-    if not _REFS.matches(refs):
-        raise ValueError(f"{file.annotations} has no refs. {file.option('annotations')} takes refs(unc).p here.")
-    refs = {ref["ref_id"]: ref for ref in refs}
-    image_and_box = _read_instances(file.annotations.with_name("instances.json"), file)
-    for number, text in read_records(file.path):
-        record = parsed_record(text)
-        if record.get("ref_id") not in refs:
-            raise ValueError(f"{file.path} row {number} has no ref_id of {file.annotations}: {record.get('ref_id')}.")
-        box = image_and_box(refs[record["ref_id"]])
-        yield number, {**box, "image": record.get("image"), "expression": record.get("text")}
-
-
-_VQA = _PublicFormat(
-    "a file of VQAv2's questions",
-    "vqa",
-    "questions",
-    {"question", "question_id", "image_id"},
-    _read_vqa,
-    has_second_file=True,
-)
-_COCO = _PublicFormat("a file of COCO's captions", "captions", "annotations", {"caption"}, _read_coco_captions)
-_KARPATHY = _PublicFormat(
-    "a split by Karpathy",
-    "captions",
-    "images",
-    {"sentences", "filename", "split"},
-    _read_karpathy,
-    has_splits=True,
-)
-_REFS = _PublicFormat(
-    "a file of RefCOCO's refs",
-    "grounding",
-    None,
-    {"ref_id", "ann_id", "image_id", "split", "sentences"},
-    _read_refs,
-    has_splits=True,
-    has_second_file=True,
-)
+_FORMATS = [
+    _PublicFormat("RefCOCO's refs", "grounding", None, {"ref_id", "ann_id", "split", "sentences"}, _read_refs, True),
+    _PublicFormat("VQAv2's questions", "vqa", "questions", {"question", "question_id", "image_id"}, _read_vqa, False),
+    _PublicFormat("COCO's captions", "captions", "annotations", {"caption"}, _read_coco_captions, False),
+    _PublicFormat("Karpathy's split", "captions", "images", {"sentences", "filename", "split"}, _read_karpathy, True),
+]

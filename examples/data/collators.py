@@ -79,15 +79,20 @@ class ImageBatchCollator:
         """Return the inputs and labels of the model. Row i has image `image_index[i]`."""
         raise NotImplementedError
 
+    def inputs(self, images: list[PIL.Image.Image], image_index: list, texts: list[str]) -> dict[str, torch.Tensor]:
+        return self.processor(images=images, text=texts, image_index=image_index, return_tensors="pt")
+
     def distinct_images(self, rows: list[dict]) -> tuple[list[PIL.Image.Image], list]:
-        """Return the distinct images of the rows, upright and RGB, and the index of each row's image."""
-        return distinct_images(rows, self.processor.patch_size)
-
-
-def distinct_images(rows: list[dict], patch_size: int) -> tuple[list[PIL.Image.Image], list[int]]:
-    """Return the distinct images of rows with `image`, `image_id` and `source`, and the index of each row's image."""
-    firsts, image_index = first_rows([row["image_id"] for row in rows])
-    return [read_image(rows[first], patch_size) for first in firsts], image_index
+        """Return the distinct images of the rows, upright and RGB, and the index of each row's image or images."""
+        images = [image for row in rows for image in row.get("images") or [row["image"]]]
+        ids = [image_id for row in rows for image_id in row.get("image_ids") or [row["image_id"]]]
+        per_row = len(images) // len(rows)
+        firsts, index = first_rows(ids)
+        read = [
+            read_image({"image": images[first], "source": rows[first // per_row]["source"]}, self.processor.patch_size)
+            for first in firsts
+        ]
+        return read, index if per_row == 1 else [index[row : row + 2] for row in range(0, len(index), 2)]
 
 
 # Tasks
@@ -107,9 +112,7 @@ class VqaCollator(ImageBatchCollator):
     training: bool = False
 
     def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
-        inputs = self.processor(
-            images=images, text=[row["question"] for row in rows], image_index=image_index, return_tensors="pt"
-        )
+        inputs = self.inputs(images, image_index, [row["question"] for row in rows])
         if not self.training:
             return {**inputs, **self.single_labels(rows)}
         sizes = [(images[index].height, images[index].width) for index in image_index]
@@ -160,9 +163,7 @@ class CaptionCollator(ImageBatchCollator):
     def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
         labels = self.processor.encode_answers([row["caption"] for row in rows])
         if not self.training:
-            prompts = [self.prompt] * len(rows)
-            inputs = self.processor(images=images, text=prompts, image_index=image_index, return_tensors="pt")
-            return {**inputs, "labels": labels}
+            return {**self.inputs(images, image_index, [self.prompt] * len(rows)), "labels": labels}
         inputs = self.processor(images=images, text=[self.prompt] * len(images), return_tensors="pt")
         return {**inputs, "labels": labels, "text_index": torch.tensor(image_index)}
 
@@ -172,9 +173,7 @@ class GroundingCollator(ImageBatchCollator):
     """Collator from rows of `TASKS["grounding"]` to inputs of [`TripsForVisualGrounding`]."""
 
     def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
-        inputs = self.processor(
-            images=images, text=[row["expression"] for row in rows], image_index=image_index, return_tensors="pt"
-        )
+        inputs = self.inputs(images, image_index, [row["expression"] for row in rows])
         sizes = [(images[index].height, images[index].width) for index in image_index]
         return {**inputs, "labels": self.processor.encode_boxes([row["box"] for row in rows], sizes)}
 
@@ -186,19 +185,8 @@ class Nlvr2Collator(ImageBatchCollator):
     left image `image_index[i, 0]` and the right image `image_index[i, 1]`.
     """
 
-    def distinct_images(self, rows: list[dict]) -> tuple[list[PIL.Image.Image], list[list[int]]]:
-        sides = [
-            {"image": image, "image_id": image_id, "source": row["source"]}
-            for row in rows
-            for image, image_id in zip(row["images"], row["image_ids"], strict=True)
-        ]
-        images, index = distinct_images(sides, self.processor.patch_size)
-        return images, [list(pair) for pair in zip(index[::2], index[1::2])]
-
     def encode(self, images: list[PIL.Image.Image], image_index: list[list[int]], rows: list[dict]) -> dict:
-        inputs = self.processor(
-            images=images, text=[row["statement"] for row in rows], image_index=image_index, return_tensors="pt"
-        )
+        inputs = self.inputs(images, image_index, [row["statement"] for row in rows])
         return {**inputs, "labels": torch.tensor([row["label"] for row in rows])}
 
 
@@ -210,8 +198,7 @@ class RetrievalCollator(ImageBatchCollator):
     """
 
     def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
-        captions = [row["caption"] for row in rows]
-        inputs = self.processor(images=images, text=captions, image_index=image_index, return_tensors="pt")
+        inputs = self.inputs(images, image_index, [row["caption"] for row in rows])
         image_ids = [number_of(image_id) for image_id in dict.fromkeys(row["image_id"] for row in rows)]
         return {**inputs, "image_ids": torch.tensor(image_ids)}
 

@@ -33,7 +33,7 @@ def check_image(image: str | bytes, patch_size: int = 1, decode: bool = True) ->
     Raises:
         `BadRowError`: The image is missing, cannot be read, or has a side below `patch_size` pixels.
     """
-    with open_image(image) as opened:
+    with named_errors(image), PIL.Image.open(image if isinstance(image, str) else io.BytesIO(image)) as opened:
         size = usable_size(opened, patch_size)
         if decode:
             opened.draft(None, (1, 1))  # JPEG: reads the whole file, but makes few pixels of it
@@ -43,7 +43,7 @@ def check_image(image: str | bytes, patch_size: int = 1, decode: bool = True) ->
 
 def decode_image(image: str | bytes, patch_size: int = 1) -> PIL.Image.Image:
     """Decode an image (path or encoded) to upright RGB. Errors are those of [`check_image`]."""
-    with open_image(image) as opened:
+    with named_errors(image), PIL.Image.open(image if isinstance(image, str) else io.BytesIO(image)) as opened:
         usable_size(opened, patch_size)
         return convert_to_rgb(opened)
 
@@ -53,45 +53,28 @@ def decode_untrusted_image(image: str | bytes, patch_size: int = 1) -> PIL.Image
     Decode an image from an untrusted source, within the limits of
     [`modeling_trips.untrusted_images.decode_untrusted`]. [`decode_image`] accepts every format that Pillow decodes.
     """
-    try:
-        if isinstance(image, str):
-            _check_is_file(image)
-            if os.path.getsize(image) > MAX_FILE_BYTES:
-                raise BadRowError("unreadable image", f"the file has more than {MAX_FILE_BYTES:,} bytes")
+    with named_errors(image):
+        if isinstance(image, str) and os.path.getsize(image) > MAX_FILE_BYTES:
+            raise BadRowError("unreadable image", f"the file has more than {MAX_FILE_BYTES:,} bytes")
         decoded = decode_untrusted(Path(image).read_bytes() if isinstance(image, str) else image)
         usable_size(decoded, patch_size)
-    except (OSError, ValueError) as error:
-        raise _named(error, image) from error
-    return decoded
+        return decoded
 
 
 @contextlib.contextmanager
-def open_image(image: str | bytes) -> Iterator[PIL.Image.Image]:
-    """Open an image. Errors inside the context become a `BadRowError` that names it."""
-    try:
-        if isinstance(image, str):
-            _check_is_file(image)
-        with PIL.Image.open(image if isinstance(image, str) else io.BytesIO(image)) as opened:
-            yield opened
-    # Broken files raise any type of error, depending on Pillow's plugin.
-    except Exception as error:
-        raise _named(error, image) from error
-
-
-def _check_is_file(path: str):
-    """Refuse pipes and devices, which may block."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise BadRowError("not a regular file")
-
-
-def _named(error: Exception, image: str | bytes) -> BadRowError:
-    """Return the error of an image as a `BadRowError` that names it."""
+def named_errors(image: str | bytes) -> Iterator[None]:
+    """Refuse pipes and devices, which may block, and make errors inside the context a `BadRowError` with a name."""
     name = image if isinstance(image, str) else f"{len(image)} bytes"
-    if isinstance(error, BadRowError):
-        return BadRowError(error.reason, f"{name}: {error.detail}" if error.detail else name)
-    if isinstance(error, FileNotFoundError):
-        return BadRowError("missing image", os.path.abspath(name))
-    return BadRowError("unreadable image", f"{name}: {error}")
+    try:
+        if isinstance(image, str) and os.path.exists(image) and not os.path.isfile(image):
+            raise BadRowError("not a regular file")
+        yield
+    except BadRowError as error:
+        raise BadRowError(error.reason, f"{name}: {error.detail}" if error.detail else name) from error
+    except FileNotFoundError as error:
+        raise BadRowError("missing image", os.path.abspath(name)) from error
+    except Exception as error:  # broken files raise any type of error, depending on Pillow's plugin
+        raise BadRowError("unreadable image", f"{name}: {error}") from error
 
 
 def usable_size(image: PIL.Image.Image, patch_size: int = 1) -> tuple[int, int]:

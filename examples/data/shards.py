@@ -1,41 +1,69 @@
 """Shards of image-text pairs. A shard yields records, or faults in their place, in a fixed order."""
 
 import glob
+import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from datasets import IterableDataset, load_dataset
 
-from trips_examples.data.annotations import parsed_record, read_records
+from trips_examples.data.annotations import IMAGE_SUFFIXES, parsed_record, read_records
 from trips_examples.data.images import without_decoding
 from trips_examples.data.tasks import BadRowError, Fault, printable
 
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+
+
+class StrictHeader(tarfile.TarInfo):
+    """Header of a member of a tar file. A broken one is an error; `tarfile` would take it for the end of the file."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> "StrictHeader":
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error} after the files before it") from error
 
 
 @dataclass(frozen=True)
 class TarShard:
-    """A tar file of WebDataset (https://github.com/webdataset/webdataset). The files of one name are a pair."""
+    """
+    A tar file of WebDataset (https://github.com/webdataset/webdataset). The files of one name are a pair. A file that
+    is cut, or that goes on after its end, has a fault.
+    """
 
     name: str
 
     def __iter__(self) -> Iterator[dict | Fault]:
-        from webdataset.tariterators import tarfile_samples
+        from webdataset.gopen import gopen
 
-        errors = []
+        try:
+            with gopen(self.name) as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=StrictHeader) as tar:
+                yield from self._pairs(tar)
+                end: Any = tar.fileobj  # after the first of two blocks of zeros
+                if end.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError("it does not end with two blocks of zeros")
+                if any(block.strip(b"\0") for block in iter(partial(end.read, 1 << 20), b"")):
+                    raise tarfile.ReadError("its end is followed by other data, as in joined files")
+        except Exception as error:  # broken files and connections raise any type of error
+            yield Fault(self.name, "broken tar file", printable(str(error)))
 
-        def keep(error: Exception) -> bool:
-            errors.append(Fault(self.name, "broken tar file", str(error.args[0] if error.args else error)))
-            return True  # continue
+    def _pairs(self, tar: tarfile.TarFile) -> Iterator[dict | Fault]:
+        from webdataset.tariterators import base_plus_ext
 
-        for sample in tarfile_samples([{"url": self.name}], handler=keep):
-            yield from _emptied(errors)
-            yield _record_of_tar(sample)
-        yield from _emptied(errors)
+        named = ((*base_plus_ext(member.name), member) for member in tar if member.isfile())
+        for key, members in groupby(named, key=itemgetter(0)):
+            contents = [(suffix.lower(), tar.extractfile(member).read()) for _, suffix, member in members if suffix]
+            if key is not None:
+                yield _record_of_tar(printable(f"{self.name}/{key}"), contents)
 
 
 @dataclass(frozen=True)
@@ -71,14 +99,11 @@ class HubShard:
             yield {**record, "source": f"{self.name} row {number}"}
 
 
-def _emptied(errors: list[Fault]) -> Iterator[Fault]:
-    while errors:
-        yield errors.pop(0)
-
-
-def _record_of_tar(sample: dict[str, Any]) -> dict | Fault:
+def _record_of_tar(source: str, contents: list[tuple[str, bytes]]) -> dict | Fault:
     """Return the image, `.txt` and `.json` files of one name as a record."""
-    source = printable(f"{sample['__url__']}/{sample['__key__']}")
+    sample = dict(contents)
+    if len(sample) < len(contents):
+        return Fault(source, "a file twice", ", ".join(suffix for suffix, _ in contents))
     try:
         record = parsed_record(sample["json"].decode("utf-8")) if "json" in sample else {}
         if "txt" in sample:
@@ -106,35 +131,18 @@ def find_shards(
     Raises:
         FileNotFoundError: A path does not exist.
     """
-    names, missing = [], []
-    for pattern in patterns:
-        for name in _expanded(pattern):
-            found = [name] if _is_remote(name) or Path(name).is_file() else sorted(glob.glob(name))
-            names += found
-            missing += [] if found else [name]
-    if missing:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise FileNotFoundError(f"The files {shown} do not exist. Correct {option}.")
-    return [
-        TarShard(name) if name.endswith(TAR_SUFFIXES) else FileShard(name, image_root or str(Path(name).parent))
-        for name in names
-    ]
+    from webdataset.shardlists import expand_urls
 
-
-def _is_remote(name: str) -> bool:
-    return "://" in name or name.startswith("pipe:")
-
-
-def _expanded(pattern: str) -> list[str]:
-    if "{" not in pattern and not pattern.endswith(TAR_SUFFIXES):
-        return [pattern]
-    try:
-        from webdataset.shardlists import expand_urls
-    except ImportError as error:
-        raise ImportError(
-            f"{pattern} needs the webdataset library, which is not installed: `pip install webdataset`."
-        ) from error
-    return expand_urls(pattern)
+    shards: list[TarShard | FileShard] = []
+    for name in (name for pattern in patterns for name in (expand_urls(pattern) if "{" in pattern else [pattern])):
+        is_remote = "://" in name or name.startswith("pipe:")
+        found = [name] if is_remote or Path(name).is_file() else sorted(glob.glob(name))
+        if not found:
+            raise FileNotFoundError(f"The file {name} does not exist. Correct {option}.")
+        for path in found:
+            is_tar = path.endswith(TAR_SUFFIXES)
+            shards.append(TarShard(path) if is_tar else FileShard(path, image_root or str(Path(path).parent)))
+    return shards
 
 
 def hub_shards(name: str, config_name: str | None = None, split: str = "train", **load_options) -> list[HubShard]:

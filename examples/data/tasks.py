@@ -15,6 +15,7 @@ from datasets import Features, Image, Sequence, Value
 logger = logging.getLogger(__name__)
 
 SHOWN = 5  # faults that an error names
+AS_SIZE = "as [x, y, width, height] it is inside"
 
 
 # Faults
@@ -67,14 +68,23 @@ def settle(faults: list[Fault], name: str, total: int, skip: bool):
     if skip:
         reasons = Counter(fault.reason for fault in faults)
         counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
-        logger.warning(f"Skipped {len(faults)} of the {total} rows of {name} ({counts}).")
+        logger.warning(" ".join([f"Skipped {len(faults)} of the {total} rows of {name} ({counts}).", *advice(faults)]))
         return
     lines = [f"{len(faults)} of the {total} rows of {name} cannot be used:", *(f"  {each}" for each in faults[:SHOWN])]
     if len(faults) > SHOWN:
         lines.append(f"  and {len(faults) - SHOWN} more")
+    lines += [*advice(faults), "Correct them, or leave them out with --skip_bad_rows."]
+    raise ValueError("\n".join(lines))
+
+
+def advice(faults: list[Fault]) -> list[str]:
+    """Return lines on how to correct common faults."""
+    lines = []
     if any(fault.reason == "missing image" for fault in faults):
         lines.append("Paths of images are relative to --image_root, by default the folder of the file.")
-    raise ValueError("\n".join([*lines, "Correct them, or leave them out with --skip_bad_rows."]))
+    if sum(AS_SIZE in fault.detail for fault in faults) > sum("[x0, y0" in fault.detail for fault in faults) / 2:
+        lines.append("These boxes look like [x, y, width, height]: give [x, y, x + width, y + height], in all rows.")
+    return lines
 
 
 # Values of records
@@ -89,7 +99,7 @@ def text_of(value: Any, column: str) -> str:
     """Return the stripped text of a value, or `""` if it is missing or has no visible character."""
     if is_missing(value):
         return ""
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value in (math.inf, -math.inf):
         raise BadRowError(f"{column} is not text", reprlib.repr(value))
     text = str(value).strip()
     if text != printable(text):
@@ -131,13 +141,11 @@ def has_area(box: list[float]) -> bool:
 
 def _box(record: dict, column: str) -> list[float]:
     try:
-        box = [float(number) for number in list_of(record[column], column)]
+        box = [float(number) for number in list_of(record[column], column) if not isinstance(number, bool)]
     except (TypeError, ValueError, OverflowError) as error:
         raise BadRowError(f"{column} is not four numbers", reprlib.repr(record[column])) from error
     if len(box) != 4 or not all(map(math.isfinite, box)):
         raise BadRowError(f"{column} is not four numbers", str(box))
-    if not has_area(box):
-        raise BadRowError(f"{column} without area", f"[x0, y0, x1, y1] = {box}")
     return box
 
 
@@ -184,13 +192,13 @@ LABELS = {"true": 1, "false": 0, "1": 1, "0": 0, "1.0": 1, "0.0": 0}
 
 def _statement(record: dict) -> list[dict]:
     column = "sentence" if "statement" not in record and "sentence" in record else "statement"  # as NLVR2 names it
-    label = record.get("label")
+    statement, label = filled_text(record, column), record.get("label")
     label = (str(label) if isinstance(label, bool) else text_of(label, "label")).lower()
     if not label:
         raise missing("label", record)
     if label not in LABELS:
         raise BadRowError("label is not 1, 0, true or false", reprlib.repr(record["label"]))
-    return [{"statement": filled_text(record, column), "label": LABELS[label]}]
+    return [{"statement": statement, "label": LABELS[label]}]
 
 
 def _expression(record: dict) -> list[dict]:
@@ -226,47 +234,27 @@ class Task:
     written: str | None = None
 
     @property
-    def image_column(self) -> str:
-        return "image" if "image" in self.features else "images"
+    def has_two_images(self) -> bool:
+        return "images" in self.features
+
+    @property
+    def texts(self) -> list[str]:
+        """The columns that the tokenizer reads."""
+        return [self.text] if self.written is None else [self.text, self.written]
 
 
 _TEXT, _BOX = Value("string"), Sequence(Value("float32"))  # boxes (x0, y0, x1, y1) in pixels, x1 and y1 exclusive
-_IMAGE = {"image": Image(), "image_id": _TEXT, "source": _TEXT}
+_IMAGE = {"image": Image(), "image_id": _TEXT, "source": _TEXT, "question_id": _TEXT}
+_IMAGES = {"images": Sequence(Image()), "image_ids": Sequence(_TEXT), "source": _TEXT, "question_id": _TEXT}
+_CAPTIONS = {"image": Image(), "image_id": _TEXT, "source": _TEXT, "caption": _TEXT}
 _QUESTION = {"question": _TEXT, "answers": Sequence(_TEXT), "region": _BOX, "kind": _TEXT, "answer_type": _TEXT}
+_STATEMENT = {"statement": _TEXT, "label": Value("int64")}
+_EXPRESSION = {"expression": _TEXT, "box": _BOX, "kind": _TEXT}
 
+# There is an answer per annotator; images are left and right; label 1 is true; region, kind, answer_type may be None.
 TASKS = {
-    "vqa": Task(  # one answer per annotator; `region`, `kind` and `answer_type` may be None
-        features=Features({**_IMAGE, "question_id": _TEXT, **_QUESTION}),
-        text="question",
-        needs="image, question and answer",
-        read_texts=_question,
-        written="answers",
-    ),
-    "captions": Task(
-        features=Features({**_IMAGE, "caption": _TEXT}),
-        text="caption",
-        needs="image and caption",
-        read_texts=_captions,
-    ),
-    "nlvr2": Task(  # `images` are left and right; `label` is 1 for true
-        features=Features(
-            {
-                "images": Sequence(Image()),
-                "image_ids": Sequence(_TEXT),
-                "question_id": _TEXT,
-                "statement": _TEXT,
-                "label": Value("int64"),
-                "source": _TEXT,
-            }
-        ),
-        text="statement",
-        needs="images (two), statement and label",
-        read_texts=_statement,
-    ),
-    "grounding": Task(  # `kind` may be None
-        features=Features({**_IMAGE, "question_id": _TEXT, "expression": _TEXT, "box": _BOX, "kind": _TEXT}),
-        text="expression",
-        needs="image, expression and box",
-        read_texts=_expression,
-    ),
+    "vqa": Task(Features(_IMAGE | _QUESTION), "question", "image, question and answer", _question, written="answers"),
+    "captions": Task(Features(_CAPTIONS), "caption", "image and caption", _captions),
+    "nlvr2": Task(Features(_IMAGES | _STATEMENT), "statement", "images (two), statement and label", _statement),
+    "grounding": Task(Features(_IMAGE | _EXPRESSION), "expression", "image, expression and box", _expression),
 }

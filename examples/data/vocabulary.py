@@ -1,12 +1,21 @@
-"""Training of a WordPiece tokenizer for runs without a pretrained one; words of the bundled synthetic data."""
+"""Training of a tokenizer for runs without a pretrained one; words of the bundled synthetic data."""
 
 from collections.abc import Iterable
 
-from tokenizers.trainers import WordPieceTrainer
-from transformers import BertTokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
 
 
-SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+SPECIAL_TOKENS = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+# Marks, each with the space before it, and Han characters are split from their words.
+SPLIT = Regex(r"▁?[\p{P}$+<=>^`|~]|\p{Han}")
 
 # The vocabulary of the models that ship, in their order: all words of the bundled scenes and of the captioning prompt,
 # and some of older scenes. Models of all tasks share it, so that one can start from another.
@@ -18,37 +27,38 @@ BUNDLED_WORDS = """
 """.split()
 
 
-def train_wordpiece_tokenizer(texts: Iterable[str], vocab_size: int = 1000) -> BertTokenizer:
+def train_wordpiece_tokenizer(texts: Iterable[str], vocab_size: int = 1000) -> PreTrainedTokenizerFast:
     """
-    Train a lower-casing WordPiece tokenizer like BERT's. Equal texts give an equal vocabulary.
+    Train a tokenizer whose `decode` returns a text as it was written: byte-pair encoding of characters, with spaces as
+    part of the words, as in SentencePiece. Punctuation marks and Han characters are split from words. Texts are
+    composed (Unicode NFC), stripped, and lower-cased if none of `texts` has an upper-case letter. Equal texts give an
+    equal vocabulary. It adds `[CLS]` and `[SEP]` around a text as BERT's does.
 
     Args:
         texts (`Iterable[str]`)
         vocab_size (`int`, *optional*, defaults to 1000):
             Largest size of the vocabulary. It always contains the special tokens `[PAD]` (id 0), `[UNK]`, `[CLS]`,
-            `[SEP]` and `[MASK]`, and each character of the texts twice: at the start of a word and within.
+            `[SEP]` and `[MASK]`, and each character of the texts.
 
     Raises:
         `ValueError`: The texts have no characters.
     """
     texts = list(texts)
-    backend = BertTokenizer().backend_tokenizer
-    alphabet = sorted(
-        {
-            character
-            for text in texts
-            for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text))
-            for character in word
-        }
-    )
-    if not alphabet:
+    if not any(text.strip() for text in texts):
         raise ValueError(f"A tokenizer cannot be trained on {len(texts)} texts without a character.")
-    # The trainer numbers the characters within words in the random order of a hash map and breaks ties by number.
-    # Passing them as special tokens fixes their numbers.
-    trainer = WordPieceTrainer(
-        vocab_size=vocab_size,
-        special_tokens=SPECIAL_TOKENS + [f"##{character}" for character in alphabet],
-        show_progress=False,
+    backend = Tokenizer(models.BPE(unk_token=SPECIAL_TOKENS["unk_token"], fuse_unk=True))
+    is_lower = all(text == text.lower() for text in texts)
+    steps = [normalizers.NFC(), normalizers.Strip(), *([normalizers.Lowercase()] if is_lower else [])]
+    backend.normalizer = normalizers.Sequence(steps)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(), pre_tokenizers.Split(SPLIT, "isolated")]
     )
-    backend.train_from_iterator(texts, trainer)
-    return BertTokenizer(vocab=backend.get_vocab(with_added_tokens=False))
+    backend.decoder = decoders.Metaspace()
+    special = list(SPECIAL_TOKENS.values())
+    backend.train_from_iterator(texts, BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False))
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        special_tokens=[(token, backend.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+    )
+    # A text such as "[SEP]" is encoded by its characters.
+    return PreTrainedTokenizerFast(tokenizer_object=backend, split_special_tokens=True, **SPECIAL_TOKENS)

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 
 import torch
+from accelerate import PartialState
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, PreTrainedModel, ProcessorMixin
 
-from modeling_trips.hosts import record_patch_selection
+from modeling_trips.hosts import TextGuide, apply_patch_selection, record_patch_selection
 from modeling_trips.hosts.vlm.families import Llava, Qwen2Vl, Smolvlm, find_family
 from modeling_trips.hosts.vlm.wrapper import selection_of
 
@@ -70,23 +71,41 @@ def encode(processor: ProcessorMixin, conversations: list[list[dict]], **options
 
 class VisionLanguageModel:
     """
-    Vision-language model with its processor.
+    Vision-language model with its processor and a selection of patches.
 
     Args:
         pretrained (`str`): Folder or Hub repository of a model for `AutoModelForImageTextToText`. Code in the
             repository does not run.
+        schedule (`str`, *optional*, defaults to `"unpruned"`): Selection inside the vision tower.
+        visual_tokens (`int`, *optional*): Number of visual tokens per image in the language model.
+        scorer (`str`, *optional*, defaults to `"prompt"`): Scorer of these tokens.
+        guide (`str`, *optional*): Folder or Hub repository of a `TextGuide`, for a layer that is scored by the text.
+        resolution_tokens (`int`, *optional*): Reduce images to about this number of visual tokens.
+        device (`str` or `torch.device`, *optional*): Device. Default: a GPU if there is one.
         dtype (`str`, *optional*, defaults to `"auto"`): Dtype of the weights.
 
     Raises:
         OSError: The model or its processor is missing.
-        ValueError: The model is not a vision-language model.
+        TypeError: The model does not support a selection.
+        ValueError: The model is not a vision-language model, the schedule does not fit it, or a lower resolution is
+            not supported.
 
     Attributes:
         num_images (`int`): Number of processed images.
         num_visual_tokens (`torch.Tensor`): Number of their visual tokens in the language model.
     """
 
-    def __init__(self, pretrained: str, dtype: str = "auto"):
+    def __init__(
+        self,
+        pretrained: str,
+        schedule: str = "unpruned",
+        visual_tokens: int | None = None,
+        scorer: str = "prompt",
+        guide: str | None = None,
+        resolution_tokens: int | None = None,
+        device: str | torch.device | None = None,
+        dtype: str = "auto",
+    ):
         options = {"trust_remote_code": False}
         try:
             model = AutoModelForImageTextToText.from_pretrained(
@@ -95,12 +114,17 @@ class VisionLanguageModel:
         except ValueError as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"{pretrained} is not a vision-language model that Transformers has: {reason}") from error
-        self.model: PreTrainedModel = model.eval()
+        self.model: PreTrainedModel = model.eval().to(device or PartialState().device)
         self.processor: ProcessorMixin = AutoProcessor.from_pretrained(pretrained, **options)
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        if resolution_tokens is not None:
+            self.lower_resolution(resolution_tokens)
+        if schedule != "unpruned" or visual_tokens is not None or guide is not None:
+            loaded = None if guide is None else TextGuide.from_pretrained(guide).to(self.model.device).eval()
+            apply_patch_selection(self.model, schedule, visual_tokens, scorer, loaded)
         self.num_images = 0
         self.num_visual_tokens = torch.zeros((), dtype=torch.long)
 

@@ -13,55 +13,33 @@ from lmms_eval.protocol import ChatMessages
 from lmms_eval.utils import Collator
 from tqdm.auto import tqdm
 
-from modeling_trips.hosts import TextGuide, apply_patch_selection
 from trips_examples.lmms.generation import VisionLanguageModel
 
 
 class TripsVlm(lmms):
     """
     Args:
-        pretrained (`str`): Folder or Hub repository of a model for `AutoModelForImageTextToText`.
+        pretrained (`str` or `VisionLanguageModel`): A model, or its folder or Hub repository.
         schedule (`str`, *optional*, defaults to `"unpruned"`): Selection inside the vision tower. Several layers need
             quotes: `schedule="5:image:0.7,12:image:0.5"`.
-        visual_tokens (`int`, *optional*): Number of visual tokens per image in the language model.
-        scorer (`str`, *optional*, defaults to `"prompt"`): Scorer of these tokens.
-        guide (`str`, *optional*): Folder or Hub repository of a `TextGuide`, for a layer that is scored by the text.
-        resolution_tokens (`int`, *optional*): Reduce images to about this number of visual tokens.
         batch_size (`int`, *optional*, defaults to 1): Conversations per step.
-        device (`str`, *optional*): Device. Default: the device of this process.
-        dtype (`str`, *optional*, defaults to `"auto"`): Dtype of the weights.
-
-    Raises:
-        TypeError: The model is not supported.
-        ValueError: The schedule does not fit the model, or a lower resolution is not supported.
+        options: Further arguments of [`VisionLanguageModel`].
     """
 
     is_simple = False
 
     def __init__(
-        self,
-        pretrained: str,
-        schedule: str = "unpruned",
-        visual_tokens: int | None = None,
-        scorer: str = "prompt",
-        guide: str | None = None,
-        resolution_tokens: int | None = None,
-        batch_size: int | str = 1,
-        device: str | None = None,
-        dtype: str = "auto",
+        self, pretrained: str | VisionLanguageModel, schedule: str = "unpruned", batch_size: int | str = 1, **options
     ):
         super().__init__()
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.batch_size = int(batch_size)
-        self.vlm = VisionLanguageModel(pretrained, dtype)
-        self.vlm.model.to(device or self.accelerator.device)
-        schedule = schedule.strip("\"'")  # lmms-eval keeps the quotes
-        if resolution_tokens is not None:
-            self.vlm.lower_resolution(int(resolution_tokens))
-        if schedule != "unpruned" or visual_tokens is not None or guide is not None:
-            loaded = None if guide is None else TextGuide.from_pretrained(guide).to(self.vlm.model.device).eval()
-            apply_patch_selection(self.vlm.model, schedule, visual_tokens, scorer, loaded)
+        if isinstance(pretrained, str):
+            pretrained = VisionLanguageModel(
+                pretrained, schedule.strip("\"'"), **options
+            )  # lmms-eval keeps the quotes
+        self.vlm = pretrained
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Return the answer to each request."""

@@ -1,17 +1,18 @@
 """BLEU, METEOR, ROUGE-L and CIDEr of captions as an `evaluate` metric, with COCO's scorers in pycocoevalcap.
 
-With Java, COCO's PTB tokenizer splits the words, and scores equal those of `pycocoevalcap.eval.COCOEvalCap`. Without
-Java, METEOR is missing and a simpler rule splits the words, so that scores of captions with unusual punctuation differ
-slightly from published ones. The metric needs no network, also by
-`evaluate.load("examples/metrics/caption_metrics.py")`.
+With Java, COCO's PTB tokenizer splits the words of captions in Latin letters, and scores equal those of
+`pycocoevalcap.eval.COCOEvalCap`. [`split_words`] splits captions in other scripts, which PTB does not know, and all
+captions without Java, where METEOR is missing, and scores of captions with unusual punctuation differ slightly from
+published ones. The metric needs no network, also by `evaluate.load("examples/metrics/caption_metrics.py")`.
 """
 
 import logging
-import re
 import subprocess
+import unicodedata
 
 import datasets
 import evaluate
+import regex
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor.meteor import Meteor
@@ -43,14 +44,22 @@ Example:
 0.9999999...
 """
 
-# Tokens that COCO's evaluation removes as punctuation, and the endings that PTB splits off.
-_WORD = re.compile(r"[^\W_]+(?:[.,:/'’\-][^\W_]+)*")
-_ENDING = re.compile(r"(?:n['’]t|['’](?:s|m|d|re|ve|ll))$")
+# A character of a script without spaces between words, or a word. Other characters are removed, as COCO's evaluation
+# does with punctuation.
+_UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}--\p{M}]\p{M}*"
+_LETTERS = r"(?:[\p{L}\p{M}\p{N}--[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]])+"
+_WORD = regex.compile(rf"{_UNSPACED}|{_LETTERS}(?:[.,:/'’\-]{_LETTERS})*", regex.V1)
+_NOT_LATIN = regex.compile(r"[\p{L}--[\p{Latin}\p{Common}]]", regex.V1)
+# The endings that PTB splits off.
+_ENDING = regex.compile(r"(?:n['’]t|['’](?:s|m|d|re|ve|ll))$")
 
 
 def split_words(caption: str) -> str:
-    """Return the lower-cased words of a caption, separated by spaces, as PTB does for plain sentences."""
-    words = []
+    """
+    Return the lower-cased words of a caption, separated by spaces, as PTB does for plain sentences. Each character is
+    a word in scripts that are written without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese).
+    """
+    caption, words = unicodedata.normalize("NFC", caption), []
     for word in _WORD.findall(caption.lower()):
         ending = _ENDING.search(word)
         words += [word] if ending is None or ending.start() == 0 else [word[: ending.start()], ending.group()]
@@ -66,10 +75,16 @@ def java_runs() -> bool:
 
 
 def _tokenized(captions: list[list[str]], use_java: bool) -> dict[int, list[str]]:
-    if not use_java:
-        return {image: [split_words(caption) for caption in each] for image, each in enumerate(captions)}
-    rows = {image: [{"caption": caption} for caption in each] for image, each in enumerate(captions)}
-    return PTBTokenizer().tokenize(rows)
+    if use_java:
+        rows = {image: [{"caption": caption} for caption in each] for image, each in enumerate(captions)}
+        words = PTBTokenizer().tokenize(rows)
+    else:
+        words = {image: list(each) for image, each in enumerate(captions)}
+    for image, each in enumerate(captions):
+        for number, caption in enumerate(each):
+            if not use_java or _NOT_LATIN.search(caption):
+                words[image][number] = split_words(caption)
+    return words
 
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)

@@ -128,12 +128,10 @@ class RetrievalEvaluator:
             images (`Sequence[PIL.Image.Image]`): may be a `Dataset` that opens files on access.
         """
         batches = _batches(len(images), self.batch_size)
-        features = {}
-        with self._bar("Images", len(images), "image") as bar:
-            for number, pixel_values in self._load(images, batches):
-                embeds = self.model.get_image_features(pixel_values).pooler_output
-                features[number] = embeds.to("cpu", self.dtype)
-                bar.update(len(embeds))
+        features = {
+            number: self.model.get_image_features(pixel_values).pooler_output.to("cpu", self.dtype)
+            for number, pixel_values in self._load(images, batches, "Images")
+        }
         return _finite(torch.cat(_gathered(features)), "image")
 
     @torch.no_grad()
@@ -141,16 +139,14 @@ class RetrievalEvaluator:
         """Return the features and token states of texts."""
         batches = _batches(len(texts), self.batch_size)
         indexed = {}
-        with self._bar("Texts", len(texts), "text") as bar:
-            for number in _own(batches):
-                inputs = self.processor(text=[texts[text] for text in batches[number]], return_tensors="pt")
-                outputs = self.model.get_text_features(**inputs.to(self.model.device))
-                # Each text's tokens are copied, because a view would keep the padding.
-                states = outputs.last_hidden_state.to("cpu", self.dtype)
-                lengths = inputs["attention_mask"].sum(dim=-1).tolist()
-                states = tuple(row[:length].clone() for row, length in zip(states, lengths))
-                indexed[number] = outputs.pooler_output.to("cpu", self.dtype), states
-                bar.update(len(states))
+        for number in self._own(batches, "Texts"):
+            inputs = self.processor(text=[texts[text] for text in batches[number]], return_tensors="pt")
+            outputs = self.model.get_text_features(**inputs.to(self.model.device))
+            # Each text's tokens are copied, because a view would keep the padding.
+            states = outputs.last_hidden_state.to("cpu", self.dtype)
+            lengths = inputs["attention_mask"].sum(dim=-1).tolist()
+            states = tuple(row[:length].clone() for row, length in zip(states, lengths))
+            indexed[number] = outputs.pooler_output.to("cpu", self.dtype), states
         embeds, states = zip(*_gathered(indexed))
         return TextIndex(_finite(torch.cat(embeds), "text"), sum(states, start=()))
 
@@ -164,28 +160,24 @@ class RetrievalEvaluator:
             texts ([`TextIndex`])
             pairs (`torch.LongTensor` of shape `(num_pairs, 2)`): image and text of each pair, sorted by image.
         """
-        wanted, pairs_per_image = pairs[:, 0].unique_consecutive(return_counts=True)
+        wanted, image_rows, counts = pairs[:, 0].unique_consecutive(return_inverse=True, return_counts=True)
         chunks = [wanted[rows].tolist() for rows in _batches(len(wanted), self.batch_size)]
-        pairs_per_chunk = [int(counts.sum()) for counts in pairs_per_image.split(self.batch_size)]
-        pairs_of_chunk = pairs.split(pairs_per_chunk)
+        pairs_per_chunk = [int(each.sum()) for each in counts.split(self.batch_size)]
+        rows_of_chunk, texts_of_chunk = (each.split(pairs_per_chunk) for each in (image_rows, pairs[:, 1]))
         scores = {}
-        with self._bar("Matching", sum(len(pairs_of_chunk[number]) for number in _own(chunks)), "pair") as bar:
-            for number, pixel_values in self._load(images, chunks):
-                scores[number] = self._match_chunk(pixel_values, chunks[number], texts, pairs_of_chunk[number], bar)
+        for number, pixel_values in self._load(images, chunks, "Matching"):
+            image_cache = self.model.model.encode_images(pixel_values)
+            rows = rows_of_chunk[number] - number * self.batch_size
+            steps = zip(rows.split(self.batch_size), texts_of_chunk[number].split(self.batch_size))
+            # Only images of a step: if no text scores patches, the upper layers run on all cached images.
+            scores[number] = torch.cat(
+                [
+                    self._match_step(image_cache[step[0] : step[-1] + 1], step - step[0], texts, numbers)
+                    for step, numbers in steps
+                ]
+            )
+            del image_cache  # before the next one
         return _finite(torch.cat(_gathered(scores)), "pair")
-
-    def _match_chunk(
-        self, pixel_values: torch.Tensor, images: list[int], texts: TextIndex, pairs: torch.LongTensor, bar: tqdm
-    ) -> torch.FloatTensor:
-        """Return the log-odds of the pairs of a chunk of images, in ascending order."""
-        image_cache, scores = self.model.model.encode_images(pixel_values), []
-        image_rows = torch.searchsorted(torch.tensor(images), pairs[:, 0].contiguous())
-        for rows, numbers in zip(image_rows.split(self.batch_size), pairs[:, 1].split(self.batch_size)):
-            # Only images of this step: if no text scores patches, the upper layers run on all cached images.
-            part = image_cache[rows[0] : rows[-1] + 1]
-            scores.append(self._match_step(part, rows - rows[0], texts, numbers))
-            bar.update(len(numbers))
-        return torch.cat(scores)
 
     def _match_step(
         self,
@@ -237,11 +229,14 @@ class RetrievalEvaluator:
         metrics = {f"features_{name}": value for name, value in recalls(found_texts, found_images).items()}
         if rerank_k == 0:
             return RetrievalResults(metrics, found_texts, found_images)
-        pairs = pairs_to_match(found_texts, found_images)
+        of_texts, of_images = _pair_keys(found_texts, found_images)
+        keys, places = torch.cat((of_texts.flatten(), of_images.flatten())).unique(return_inverse=True)
         start = time.perf_counter()
+        pairs = torch.stack((keys // len(texts), keys % len(texts)), dim=1)
         scores = self.match(images, text_index, pairs)
         seconds = time.perf_counter() - start
-        scores_of_texts, scores_of_images = scores_by_query(found_texts, found_images, pairs, scores)
+        parts = scores[places].split((of_texts.numel(), of_images.numel()))
+        scores_of_texts, scores_of_images = parts[0].view_as(of_texts), parts[1].view_as(of_images)
         if rerank_by == "both":
             temperature = self.model.temp().item()
             scores_of_texts = scores_of_texts + found_texts.similarities / temperature
@@ -253,13 +248,13 @@ class RetrievalEvaluator:
         return RetrievalResults(metrics, found_texts, found_images)
 
     def _load(
-        self, images: Sequence[PIL.Image.Image], batches: Sequence[Sequence[int]]
+        self, images: Sequence[PIL.Image.Image], batches: Sequence[Sequence[int]], title: str
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield number and `pixel_values`, on the model's device, of the image batches of this process."""
-        own = _own(batches)
+        own = self._own(batches, title)
         loader = DataLoader(
             images,
-            batch_sampler=[batches[number] for number in own],
+            batch_sampler=[batches[number] for number in own.iterable],
             collate_fn=self._pixel_values,
             num_workers=self.num_workers,
         )
@@ -269,9 +264,11 @@ class RetrievalEvaluator:
     def _pixel_values(self, images: list[PIL.Image.Image]) -> torch.Tensor:
         return self.processor(images=images, return_tensors="pt")["pixel_values"]
 
-    def _bar(self, title: str, total: int, unit: str) -> tqdm:
-        is_shown = self.progress and PartialState().is_main_process
-        return tqdm(desc=title, total=total, unit=f" {unit}s", disable=not is_shown)
+    def _own(self, batches: Sequence, title: str) -> tqdm:
+        """Return the numbers of the batches of this process, behind a progress bar."""
+        state = PartialState()
+        numbers = range(state.process_index, len(batches), state.num_processes)
+        return tqdm(numbers, desc=title, disable=not (self.progress and state.is_main_process))
 
 
 def rank(
@@ -314,24 +311,6 @@ def rerank(
     return Ranking(candidates, similarities, torch.where(right.any(dim=1), _first(right), ranking.first_right))
 
 
-def pairs_to_match(found_texts: Ranking, found_images: Ranking) -> torch.LongTensor:
-    """
-    Return the distinct (image, text) pairs that were found in either direction, `(num_pairs, 2)`, sorted.
-    """
-    keys = torch.cat([keys.flatten() for keys in _keys(found_texts, found_images)]).unique()
-    num_texts = len(found_images.candidates)
-    return torch.stack((keys // num_texts, keys % num_texts), dim=1)
-
-
-def scores_by_query(
-    found_texts: Ranking, found_images: Ranking, pairs: torch.LongTensor, scores: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the scores of `pairs_to_match` in the shapes of the candidates of both rankings."""
-    keys = pairs[:, 0] * len(found_images.candidates) + pairs[:, 1]
-    of_texts, of_images = (scores[torch.searchsorted(keys, wanted)] for wanted in _keys(found_texts, found_images))
-    return of_texts, of_images
-
-
 def recalls(found_texts: Ranking, found_images: Ranking) -> dict[str, float]:
     """Return `i2t_r1` (image to text) to `t2i_r10` (text to image) as shares, and their mean `r_mean`."""
     directions = {"i2t": found_texts, "t2i": found_images}
@@ -339,12 +318,12 @@ def recalls(found_texts: Ranking, found_images: Ranking) -> dict[str, float]:
     return {**results, "r_mean": sum(results.values()) / len(results)}
 
 
-def _keys(found_texts: Ranking, found_images: Ranking) -> tuple[torch.LongTensor, torch.LongTensor]:
+def _pair_keys(found_texts: Ranking, found_images: Ranking) -> tuple[torch.LongTensor, torch.LongTensor]:
     """Return a number for each (image, text) pair in the candidates' shapes, ascending by image, then by text."""
     num_images, num_texts = len(found_texts.candidates), len(found_images.candidates)
-    of_images = torch.arange(num_images)[:, None] * num_texts + found_texts.candidates
-    of_texts = found_images.candidates * num_texts + torch.arange(num_texts)[:, None]
-    return of_images, of_texts
+    of_texts = torch.arange(num_images)[:, None] * num_texts + found_texts.candidates
+    of_images = found_images.candidates * num_texts + torch.arange(num_texts)[:, None]
+    return of_texts, of_images
 
 
 def _first(right: torch.BoolTensor) -> torch.LongTensor:
@@ -354,12 +333,6 @@ def _first(right: torch.BoolTensor) -> torch.LongTensor:
 
 def _batches(count: int, size: int) -> list[range]:
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def _own(batches: Sequence) -> range:
-    """Return the numbers of the batches of this process."""
-    state = PartialState()
-    return range(state.process_index, len(batches), state.num_processes)
 
 
 def _gathered(results: dict[int, Result]) -> list[Result]:

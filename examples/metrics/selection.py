@@ -1,6 +1,7 @@
 """Diagnostics of the patch selection of a trained model, for `eval_results.json` of any task."""
 
 import math
+from statistics import mean
 
 import torch
 from transformers import Trainer
@@ -9,7 +10,6 @@ from modeling_trips import TripsPreTrainedModel, TripsProcessor, TripsSelection
 from modeling_trips.inspection import (
     image_sensitivity,
     kept_coverage,
-    kept_mass,
     patch_precision,
     region_recall,
     score_entropy,
@@ -55,10 +55,9 @@ def measure_selection(
         processor (`TripsProcessor`)
 
     Returns:
-        `dict[str, float]`: for selection layer L `layer{L}_kept` (number of kept candidates), `_entropy`,
-        `_mass`, `_coverage`, `_text_sensitivity` (1 minus the overlap of texts that share an image) and
-        `_image_sensitivity` (of several images). With target regions also `_patch_precision`, `_patch_precision_z`
-        (its number of standard errors above random selection), `_region_recall`, and, once,
+        `dict[str, float]`: for selection layer L `layer{L}_kept` (number of kept candidates), `_entropy`, `_coverage`,
+        `_text_sensitivity` (1 minus the overlap of texts that share an image) and `_image_sensitivity` (of several
+        images). With target regions also `_patch_precision`, `_region_recall`, and, once,
         `patch_precision_at_random`, that of random selection. Empty without selection.
     """
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
@@ -72,7 +71,6 @@ def measure_selection(
         name = f"layer{layer}"
         metrics[f"{name}_kept"] = float(selection.kept_indices.shape[1])
         metrics[f"{name}_entropy"] = score_entropy(selection).mean().item()
-        metrics[f"{name}_mass"] = kept_mass(selection).mean().item()
         metrics[f"{name}_coverage"] = kept_coverage(selection, num_patches)
         if num_images < len(image_index):
             metrics[f"{name}_text_sensitivity"] = text_sensitivity(selection, image_index, num_patches)
@@ -98,20 +96,13 @@ def _region_metrics(
         return {}
     sizes = [image_size(rows[number]) for number in regions]
     boxes = processor.patch_boxes([selection.kept_indices[number] for number in regions], sizes)
-    precisions = torch.tensor([patch_precision(kept, region) for kept, region in zip(boxes, regions.values())])
-    recalls = [region_recall(kept, region) for kept, region in zip(boxes, regions.values())]
-    areas = torch.tensor(
-        [
-            ((region[2] - region[0]) * (region[3] - region[1])).item() / (height * width)
-            for region, (height, width) in zip(regions.values(), sizes)
-        ]
-    )
-    gains = precisions - areas
-    metrics = {
-        f"{name}_patch_precision": precisions.mean().item(),
-        f"{name}_region_recall": sum(recalls) / len(recalls),
-        "patch_precision_at_random": areas.mean().item(),
+    pairs = [*zip(boxes, regions.values())]
+    shares = [
+        ((region[2] - region[0]) * (region[3] - region[1])).item() / math.prod(size)
+        for region, size in zip(regions.values(), sizes)
+    ]
+    return {
+        f"{name}_patch_precision": mean(patch_precision(*pair) for pair in pairs),
+        f"{name}_region_recall": mean(region_recall(*pair) for pair in pairs),
+        "patch_precision_at_random": mean(shares),
     }
-    if len(gains) > 1 and (error := gains.std().item() / math.sqrt(len(gains))) > 0:
-        metrics[f"{name}_patch_precision_z"] = gains.mean().item() / error
-    return metrics

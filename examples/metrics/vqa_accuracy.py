@@ -9,6 +9,7 @@ another name. Accuracies are in [0, 1]. The metric needs no network, also by
 
 import functools
 import re
+import unicodedata
 from collections import Counter, defaultdict
 
 import datasets
@@ -98,8 +99,17 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match(prediction: str, answer: str) -> float:
-    """Return 1 if the normalized answers are equal, else 0. It is the score of questions with one answer."""
-    return float(normalize_answer(prediction) == normalize_answer(answer))
+    """
+    Return 1 if the normalized answers are equal, else 0. It is the score of questions with one answer. Unicode's
+    composed and decomposed characters are equal, and answers of punctuation or an article alone are compared as they
+    are.
+    """
+    return float(_comparable(prediction) == _comparable(answer))
+
+
+def _comparable(text: str) -> str:
+    text = unicodedata.normalize("NFC", text)
+    return normalize_answer(text) or text.strip().lower()
 
 
 def vqa_accuracy(prediction: str, answers: list[str]) -> float:

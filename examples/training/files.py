@@ -1,10 +1,19 @@
-"""Atomic writing of files."""
+"""Files of a run: results, predictions and figures. A file is whole or absent."""
 
+import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+from datasets import Dataset
+
+from modeling_trips import TripsProcessor
 from modeling_trips.inspection.files import whole_file
+from trips_examples.data.images import without_decoding
+
+
+KIND_COLUMNS = ("kind", "answer_type")
 
 
 def write_whole(path: str | Path, content: str | bytes):
@@ -21,3 +30,50 @@ def write_json(path: str | Path, value):
 def write_json_lines(path: str | Path, rows: Iterable[dict]):
     """Write JSON lines atomically."""
     write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def texts_of(sequences: np.ndarray, processor: TripsProcessor) -> list[str]:
+    """Decode generated tokens of shape `(num_texts, text_length)`, which `Trainer` pads with -100."""
+    return processor.post_process_answers(np.where(sequences < 0, processor.tokenizer.pad_token_id, sequences))
+
+
+def write_predictions(folder: str | Path, dataset: Dataset, columns: list[str], predictions: Iterable[dict]):
+    """
+    Write `predictions.jsonl` with an object per row: these columns, `image` (or `images`), the prediction, and
+    `KIND_COLUMNS` if present. An image is its path, or its `image_id` if the data hold it encoded.
+    """
+    columns = [*columns, *(column for column in KIND_COLUMNS if column in dataset.column_names)]
+    images = ["images", "image_ids"] if "images" in dataset.column_names else ["image", "image_id"]
+    texts, images = dataset.select_columns(columns), without_decoding(dataset.select_columns(images))
+    rows = zip(texts, map(_image_names, images), predictions, strict=True)
+    lines = ({**row, **names, **prediction} for row, names, prediction in rows)
+    write_json_lines(Path(folder, "predictions.jsonl"), lines)
+
+
+def _image_names(row: dict) -> dict:
+    if "images" in row:
+        return {"images": [image["path"] or name for image, name in zip(row["images"], row["image_ids"])]}
+    return {"image": row["image"]["path"] or row["image_id"]}
+
+
+def plot_training(history: list[dict], path: Path):
+    """
+    Draw the training loss and the first metric of the evaluations over steps.
+
+    Args:
+        history (`list[dict]`): Entries as in `TrainerState.log_history`, with `step` and `loss` or `eval_...`.
+        path (`Path`): File to write; its suffix sets the format.
+    """
+    from matplotlib.figure import Figure  # slow to import
+
+    technical = ("_loss", "_runtime", "_per_second", "_samples", "_images")
+    names = [name for entry in history for name in entry if name.startswith("eval_") and not name.endswith(technical)]
+    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
+    for axes, name in zip(figure.subplots(1, 2), ["loss", *names[:1]]):
+        points = [(entry["step"], entry[name]) for entry in history if name in entry]
+        axes.plot(*zip(*points), marker="." if len(points) < 30 else "")
+        axes.set(xlabel="step", ylabel=name.replace("_", " "))
+        axes.grid(alpha=0.3)
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix.removeprefix("."))
+    write_whole(path, content.getvalue())

@@ -1,14 +1,14 @@
 """Initial model and processor of a run, and its schedule."""
 
-import copy
 import logging
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterable
 
 import torch
+import transformers
 from datasets import Dataset
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from modeling_trips import UNPRUNED, SelectionSchedule, TripsConfig, TripsPreTrainedModel, TripsProcessor
@@ -23,11 +23,10 @@ from trips_examples.training.options import ModelArguments
 logger = logging.getLogger(__name__)
 
 TEXT_COLUMNS = ("question", "expression", "statement", "caption")
-SCHEDULE_FIELDS = ("selection_layers", "keep_rate", "selection_guidance")
 
 
 def load_start(
-    args: ModelArguments, image_size: int | None = None, selects_late: bool = False, **config_fields
+    args: ModelArguments, image_size: int | None = None, **config_fields
 ) -> tuple[TripsConfig, TripsProcessor | None]:
     """
     Check the options of the initial model before data are read.
@@ -35,29 +34,25 @@ def load_start(
     Args:
         args (`ModelArguments`): Options.
         image_size (`int`, *optional*): Side of the images of a model from scratch in pixels if `args` has none.
-        selects_late (`bool`, *optional*, defaults to `False`): New models select by [`late_choice`] unless `args`
-            names layers.
         config_fields: Fields of `TripsConfig` that the task sets.
 
     Returns:
-        The configuration, and the processor; None for a model from scratch without `--tokenizer_name`, whose tokenizer
+        The configuration, and the processor; None for a model from scratch without `--tokenizer`, whose tokenizer
         [`train_processor`] trains.
 
     Raises:
         `ValueError`, `OSError`: The options do not fit, or the checkpoint or tokenizer does not exist.
     """
     fields, processor = {**args.config_overrides(), **config_fields}, None
-    if selects_late and args.model_name_or_path is None and args.selection_layers is None:
-        fields = {**late_choice(num_vision_layers(args)), **fields}
-    if args.model_name_or_path is not None:
-        config = TripsConfig.from_pretrained(args.model_name_or_path, **fields)
-        processor = TripsProcessor.from_pretrained(args.model_name_or_path)
+    if args.model is not None:
+        config = TripsConfig.from_pretrained(args.model, **fields)
+        processor = TripsProcessor.from_pretrained(args.model)
         if args.image_size is not None:
             set_image_size(processor, args.image_size)
     elif args.starts_from_parts:
         towers = args.vision_model_name_or_path, args.text_model_name_or_path
         config = vision_text_config(*towers, None, args.num_fusion_layers, args.image_size, **fields)
-        tokenizer = _tokenizer(args.tokenizer_name or towers[1])
+        tokenizer = _tokenizer(args.tokenizer or towers[1])
         _set_ends(config, tokenizer)
         processor = make_processor(tokenizer, config)
         source = AutoImageProcessor.from_pretrained(towers[0])  # the tower's normalization of images
@@ -68,8 +63,8 @@ def load_start(
         config = TripsConfig.from_preset(
             args.preset, vision_config={} if side is None else {"image_size": side}, **fields
         )
-        if args.tokenizer_name is not None:
-            tokenizer = _tokenizer(args.tokenizer_name)
+        if args.tokenizer is not None:
+            tokenizer = _tokenizer(args.tokenizer)
             _set_vocabulary(config, tokenizer)
             processor = make_processor(tokenizer, config)
     most = config.vision_config.num_hidden_layers
@@ -102,20 +97,13 @@ def make_model(
     Args:
         model_class (`type[TripsPreTrainedModel]`): Class of the task's model.
         args (`ModelArguments`), config (`TripsConfig`), processor (`TripsProcessor`): As in `load_start`.
-        rows (`Dataset`, *optional*): Training rows, for [`choose_schedule`]. Default: one text per image.
+        rows (`Dataset`, *optional*): Training rows, for the texts per image. Default: one text per image.
         group_size (`int`, *optional*, defaults to 1): Texts of an image that may share a batch.
     """
-    choose_schedule(config, args, *_texts_of_images(rows, group_size, processor))
+    warn_of_costs(config, *_texts_of_images(rows, group_size, processor))
     attention = None if torch.accelerator.is_available() else "eager"  # faster on CPUs
-    if args.model_name_or_path is not None:
-        model, loading = model_class.from_pretrained(
-            args.model_name_or_path,
-            config=config,
-            attn_implementation=attention,
-            output_loading_info=True,
-        )
-        if has_new_decoder(model, loading["missing_keys"]) and start_decoder_from_text(model):
-            logger.info("%s has no decoder. The decoder starts from the text encoder.", args.model_name_or_path)
+    if args.model is not None:
+        model = _load_weights(model_class, args.model, config, attention)
     elif args.starts_from_parts:
         towers = args.vision_model_name_or_path, args.text_model_name_or_path
         model, _ = make_vision_text_model(model_class, config, *towers, decoder_from_text=True)
@@ -125,7 +113,35 @@ def make_model(
         model = model_class._from_config(config, attn_implementation=attention)
     if args.freeze_vision_layers is not None:
         freeze_vision_layers(model, args.freeze_vision_layers)
-    logger.info("%s parameters, %s", f"{model.num_parameters():,}", config.vision_config.schedule)
+    vision = config.vision_config
+    numbers = (model.num_parameters(), vision.image_size, math.prod(vision.grid_size), vision.schedule)
+    logger.info(
+        "%d parameters; %s pixels per side, %d patches; selection %s, gate %g", *numbers, vision.selection_gate
+    )
+    return model
+
+
+def _load_weights(
+    model_class: type[TripsPreTrainedModel], name: str, config: TripsConfig, attention: str | None
+) -> TripsPreTrainedModel:
+    """Load a checkpoint of any task, and log which parts are new or left out."""
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # a line for each weight of another task's head
+    try:
+        model, loading = model_class.from_pretrained(
+            name, config=config, attn_implementation=attention, output_loading_info=True
+        )
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+    parts = {
+        kind: sorted({key.partition(".")[0] for key in loading[keys]})
+        for kind, keys in (("new", "missing_keys"), ("left out", "unexpected_keys"))
+    }
+    if has_new_decoder(model, loading["missing_keys"]) and start_decoder_from_text(model):
+        parts["started from the text encoder"] = ["decoder"]
+    told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in parts.items() if names)
+    if told:
+        logger.info("Weights of %s: %s", name, told)
     return model
 
 
@@ -133,7 +149,7 @@ def _tokenizer(name: str) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(name)
     for token in ("pad_token", "cls_token", "sep_token"):
         if getattr(tokenizer, token) is None:
-            raise ValueError(f"--tokenizer_name {name} has no `{token}`. Use a BERT-like tokenizer.")
+            raise ValueError(f"--tokenizer {name} has no `{token}`. Use a BERT-like tokenizer.")
     return tokenizer
 
 
@@ -153,45 +169,26 @@ def _set_ends(config: TripsConfig, tokenizer: PreTrainedTokenizerBase):
 # The schedule
 
 
-def choose_schedule(config: TripsConfig, args: ModelArguments, texts_per_image: float, text_length: int):
+def warn_of_costs(config: TripsConfig, texts_per_image: float, text_length: int):
     """
-    Set the schedule of a new model, if no option does: the preset's, or else [`late_choice`], or else the preset's
-    layers scored by the image: the first that costs no more MACs than the unpruned model. A schedule of the options or
-    the checkpoint is kept; if it costs more, a warning names a cheaper one.
+    Warn if a schedule takes more operations than the unpruned model, and name a cheaper one: scores of the text in an
+    early layer make the layers behind it compute each image once per text.
 
     Args:
         config (`TripsConfig`): Configuration of the initial model.
-        args (`ModelArguments`): Options.
         texts_per_image (`float`), text_length (`int`): Texts that share an image in a batch, and their tokens.
     """
-    own: dict = {}
-    late, by_image = late_choice(config.vision_config.num_hidden_layers), {"selection_guidance": "image"}
-    is_given = args.model_name_or_path is not None or any(getattr(args, name) is not None for name in SCHEDULE_FIELDS)
-
-    def with_fields(fields: dict) -> SelectionSchedule:
-        vision_config = copy.copy(config.vision_config)
-        for name, value in fields.items():
-            setattr(vision_config, name, value)
-        return vision_config.schedule
-
-    def ratio(fields: dict) -> float:
-        return cost_ratio(config, with_fields(fields), texts_per_image, text_length)
-
-    chosen = next(fields for fields in (own, late, by_image, {"keep_rate": 1.0}) if ratio(fields) <= 1)
-    if not is_given:
-        for name, value in chosen.items():
-            setattr(config.vision_config, name, value)
-    elif chosen:
+    schedule = config.vision_config.schedule
+    by_image = SelectionSchedule(
+        schedule.layers, tuple(selection._replace(guidance="image") for selection in schedule.selections)
+    )
+    own, cheaper = (cost_ratio(config, each, texts_per_image, text_length) for each in (schedule, by_image))
+    if own > 1:
         logger.warning(
             "The schedule %s takes %.2f times the operations of the unpruned model at %.1f texts per image. Cheaper, "
-            "with %.2f: %s. More: docs/choose.md.",
-            *(config.vision_config.schedule, ratio(own), texts_per_image, ratio(chosen)),
-            " ".join(f"--{name} {_words(value)}" for name, value in chosen.items()),
+            "with %.2f: --selection_guidance image. More: docs/choose.md.",
+            *(schedule, own, texts_per_image, cheaper),
         )
-
-
-def _words(value) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def cost_ratio(config: TripsConfig, schedule: SelectionSchedule, texts_per_image: float, text_length: int) -> float:
@@ -216,30 +213,6 @@ def _texts_of_images(rows: Dataset | None, group_size: int, processor: TripsProc
     texts = column_of(rows.select(range(min(256, len(rows)))), column)
     lengths = map(len, processor.tokenizer(processor.clean_texts(texts))["input_ids"])
     return sum(counts) / sum(math.ceil(count / group_size) for count in counts), max(lengths)
-
-
-def late_choice(num_layers: int) -> dict:
-    """
-    Return the fields of `TripsConfig` for new models with many texts per image: patches are scored by the image in the
-    paper's layers, at 5/12 and 10/12 of `num_layers` (from layer 3 on), and by the text only in the last layer, so
-    further texts cost little in the tower.
-    """
-    places = (round(num_layers * part / 12) for part in (5, 10))
-    by_image = [layer for layer in places if 3 <= layer < num_layers]
-    return {
-        "selection_layers": [*by_image, num_layers],
-        "keep_rate": [0.7] * len(by_image) + [0.3],
-        "selection_guidance": ["image"] * len(by_image) + ["text"],
-    }
-
-
-def num_vision_layers(args: ModelArguments) -> int:
-    """Return the depth of a new model's vision tower."""
-    if not args.starts_from_parts:
-        return TripsConfig.from_preset(args.preset).vision_config.num_hidden_layers
-    config = AutoConfig.from_pretrained(args.vision_model_name_or_path)
-    config = getattr(config, "vision_config", config)  # CLIP's
-    return getattr(config, "num_hidden_layers", 12)  # loading rejects models without it
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,28 +1,26 @@
 """
-Options of the scripts: [`ModelArguments`], [`DataArguments`] and [`TripsTrainingArguments`] for all scripts, and
-further classes for some.
+Options of the scripts: [`ModelArguments`], [`DataArguments`] and [`TrainingOptions`] for all trainings, and further
+classes for some. They are read before a script imports what takes seconds, so this module imports nothing of it.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import TYPE_CHECKING
 
-import torch
-from datasets import DatasetDict
-from transformers import Seq2SeqTrainingArguments, TrainingArguments
-
-from modeling_trips import TripsConfig
 from trips_examples.data.busy_scenes import CELL_SIZE
-from trips_examples.data.images import column_of
-from trips_examples.data.loading import DataSource
-from trips_examples.data.vocabulary import BUNDLED_WORDS
+from trips_examples.data.source import DataSource
+
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
 
 
 @dataclass
 class ModelArguments:
     """Options of the initial weights and of the patch selection."""
 
-    model_name_or_path: str | None = field(
+    model: str | None = field(
         default=None, metadata={"help": "TRIPS checkpoint of any task to start from. Default: from scratch."}
     )
     vision_model_name_or_path: str | None = field(
@@ -37,10 +35,8 @@ class ModelArguments:
     freeze_vision_layers: int | None = field(
         default=None, metadata={"help": "Freeze the patch embedding and the first N vision layers."}
     )
-    preset: str = field(
-        default="tiny", metadata={"help": f"Size of a model from scratch: {', '.join(TripsConfig.presets())}."}
-    )
-    tokenizer_name: str | None = field(
+    preset: str = field(default="tiny", metadata={"help": "Size of a model from scratch: tiny, small or base."})
+    tokenizer: str | None = field(
         default=None, metadata={"help": "Tokenizer of a model from scratch. Default: trained on the training texts."}
     )
     image_size: int | None = field(
@@ -72,8 +68,8 @@ class ModelArguments:
     def __post_init__(self):
         if (self.vision_model_name_or_path is None) != (self.text_model_name_or_path is None):
             raise ValueError("--vision_model_name_or_path and --text_model_name_or_path must be given together.")
-        if self.starts_from_parts and self.model_name_or_path is not None:
-            raise ValueError("--model_name_or_path and --vision_model_name_or_path exclude each other. Give one.")
+        if self.starts_from_parts and self.model is not None:
+            raise ValueError("--model and --vision_model_name_or_path exclude each other. Give one.")
         if self.num_fusion_layers is not None and not self.starts_from_parts:
             raise ValueError("--num_fusion_layers needs --vision_model_name_or_path.")
 
@@ -83,7 +79,7 @@ class ModelArguments:
 
     @property
     def starts_from_weights(self) -> bool:
-        return self.starts_from_parts or self.model_name_or_path is not None
+        return self.starts_from_parts or self.model is not None
 
     def config_overrides(self) -> dict:
         """Return the fields of `TripsConfig` that were given."""
@@ -114,6 +110,9 @@ class DataArguments(DataSource):
     """Options of the data: [`DataSource`], and the use of its rows."""
 
     skip_bad_rows: bool = field(default=False, metadata={"help": "Skip and count unusable rows instead of stopping."})
+    lowercase: bool = field(
+        default=False, metadata={"help": "Train a tokenizer from scratch that lower-cases all texts."}
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Truncate the training split."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Truncate the validation and test splits."})
 
@@ -128,32 +127,48 @@ class DataArguments(DataSource):
         """The side of the bundled scenes in pixels, or None for other data."""
         return CELL_SIZE * self.grid if self.is_bundled else None
 
-    def vocabulary(self, data: DatasetDict, *columns: str) -> Iterator[str]:
+    def vocabulary(self, data: "DatasetDict", *columns: str) -> Iterator[str]:
         """Yield the texts to train a tokenizer on: these columns, or for bundled scenes the words of all tasks."""
+        from trips_examples.data.images import column_of
+        from trips_examples.data.vocabulary import BUNDLED_WORDS
+
         if self.is_bundled:
             yield from BUNDLED_WORDS
             return
         dataset = data["train"] if "train" in data else data["validation"]
         for texts in chain.from_iterable(column_of(dataset, column) for column in columns):
-            yield from [texts] if isinstance(texts, str) else texts
+            for text in [texts] if isinstance(texts, str) else texts:
+                yield text.lower() if self.lowercase else text
 
 
 @dataclass
-class RunArguments(TrainingArguments):
-    """`TrainingArguments` with the defaults of all training scripts, checked before data are read."""
+class RunOptions:
+    """
+    The options of `TrainingArguments` that most runs need, with defaults of their own. A script accepts all options of
+    `TrainingArguments`: [`parse_arguments`] turns these into [`RunArguments`].
+    """
 
     output_dir: str | None = field(default="outputs", metadata={"help": "Folder of checkpoints and results."})
     do_train: bool = field(default=True, metadata={"help": "Train the model."})
     do_eval: bool = field(default=True, metadata={"help": "Evaluate at the end."})
     do_predict: bool = field(default=True, metadata={"help": "Evaluate on the test split, if any."})
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Number of training epochs."})
+    max_steps: int = field(default=-1, metadata={"help": "Number of steps in place of --num_train_epochs."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Texts per device and training step."})
+    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Rows per device in evaluation."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per step."})
+    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate of AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up steps; below 1, their share of all steps."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay, except for biases and norms."})
+    bf16: bool = field(default=False, metadata={"help": "Train in bf16 mixed precision. Default: float32."})
+    seed: int = field(default=42, metadata={"help": "Seed of weights, order of the rows, and draws."})
     logging_steps: float = field(default=0.05, metadata={"help": "Log every N steps; below 1, a share of all steps."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "The collators need all columns."})
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Not used: a loss that is not finite stops the run."}
-    )
+    save_steps: float = field(default=500, metadata={"help": "Save a checkpoint every N steps."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Number of checkpoints to keep."})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "Folder of a checkpoint, or last: the latest whole one of --output_dir."}
+    )
 
     def __post_init__(self):
         if self.max_steps == 0:
@@ -162,25 +177,16 @@ class RunArguments(TrainingArguments):
         for name in (*sizes, "save_steps"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} must be positive, got {getattr(self, name)}.")
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        super().__post_init__()
-
-    @property
-    def n_gpu(self) -> int:
-        """At most 1 per process, because `nn.DataParallel` separates images from texts. Use `accelerate launch`."""
-        return min(super().n_gpu, 1)
 
 
 @dataclass
-class TripsTrainingArguments(RunArguments, Seq2SeqTrainingArguments):
+class TrainingOptions(RunOptions):
     """
-    `Seq2SeqTrainingArguments` with defaults that train the tiny preset from scratch on the bundled data. Fine-tuning a
-    larger model needs a learning rate of about 2e-5 and smaller batches.
+    Options of the training of a TRIPS model, which [`parse_arguments`] turns into [`TripsTrainingArguments`]. The
+    defaults train the tiny preset from scratch on the bundled data. Fine-tuning a larger model needs a learning rate
+    of about 2e-5 and smaller batches.
     """
 
-    auto_bf16: bool = field(
-        default=True, metadata={"help": "Train in bf16 mixed precision on hardware with fast bf16."}
-    )
     num_train_epochs: float = field(default=6.0, metadata={"help": "Number of training epochs."})
     per_device_train_batch_size: int = field(default=256, metadata={"help": "Texts per device and training step."})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Rows per device in evaluation."})
@@ -191,25 +197,31 @@ class TripsTrainingArguments(RunArguments, Seq2SeqTrainingArguments):
     adam_beta2: float = field(default=0.98, metadata={"help": "AdamW's decay of the second moment."})
     weight_decay: float = field(default=0.05, metadata={"help": "Weight decay, except for biases and norms."})
     texts_per_image: int = field(default=4, metadata={"help": "Texts of an image that may share a training batch."})
-    health_steps: float = field(
-        default=0.25, metadata={"help": "Check the selection every N steps; below 1, a share of all. 0: never."}
-    )
-    predict_with_generate: bool = field(default=True, metadata={"help": "Evaluate generated texts."})
 
     def __post_init__(self):
-        if self.label_smoothing_factor != 0.0:
-            raise ValueError("--label_smoothing_factor is not supported. Leave it at 0.")
-        if not self.predict_with_generate:
-            raise ValueError("--predict_with_generate False is not supported. Leave it on.")
+        super().__post_init__()
         if self.tower_learning_rate is not None and len(self.tower_learning_rate) > 2:
             raise ValueError(f"--tower_learning_rate takes one or two values, got {self.tower_learning_rate}.")
-        if self.health_steps < 0:
-            raise ValueError(f"--health_steps must be at least 0, got {self.health_steps}.")
-        if self.eval_steps is None and self.logging_steps < 1:
-            self.eval_steps = self.save_steps  # evaluations are slower than logging
-        if self.auto_bf16 and not self.fp16:
-            self.bf16 = self.bf16 or bf16_is_fast()
-        super().__post_init__()
+
+
+@dataclass
+class CaptioningArguments:
+    """Options of run_captioning.py."""
+
+    prompt: str = field(default="a picture of ", metadata={"help": "Text that the image is pruned and fused with."})
+    length_penalty: float = field(
+        default=1.0, metadata={"help": "Of beam search: above 0 prefers long captions, below 0 short ones."}
+    )
+    no_repeat_ngram_size: int = field(
+        default=0, metadata={"help": "Forbid repeated n-grams of this size (0 disables)."}
+    )
+
+
+@dataclass
+class GroundingArguments:
+    """Options of run_grounding.py."""
+
+    num_pictures: int = field(default=0, metadata={"help": "Number of predictions to draw beside the true boxes."})
 
 
 @dataclass
@@ -233,13 +245,8 @@ class PretrainingArguments(RetrievalArguments):
     prefix_lm_weight: float | None = field(default=None, metadata={"help": "Weight of prefix language modeling."})
     rerank_k: int = field(default=0, metadata={"help": "Candidates of a query that are ranked again. 0: none."})
     momentum_teacher: bool = field(default=True, metadata={"help": "Train with a momentum teacher and its queues."})
-    momentum: float = field(default=0.995, metadata={"help": "Momentum of the teacher."})
     queue_size: int | None = field(
         default=None, metadata={"help": "Queued features. Default: 65536, or a tenth of the captions if that is less."}
-    )
-    teacher_weight: float = field(default=0.4, metadata={"help": "Weight of the teacher in the targets."})
-    teacher_ramp_steps: int | None = field(
-        default=None, metadata={"help": "Steps until the full teacher weight. Default: an epoch, or 1/30 of a stream."}
     )
     teacher_start_steps: int | None = field(
         default=None, metadata={"help": "Steps without the teacher. Default: 0 from a checkpoint, else an epoch."}
@@ -256,11 +263,6 @@ class PretrainingArguments(RetrievalArguments):
         metadata={"help": "Largest share of bad pairs to skip. Default: 0.05 with --skip_bad_rows, else 0."},
     )
 
-    def __post_init__(self):
-        for name in ("momentum", "teacher_weight"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name} must be in [0, 1], got {getattr(self, name)}.")
-
     @property
     def is_stream(self) -> bool:
         return self.train_shards is not None or self.streaming
@@ -268,11 +270,3 @@ class PretrainingArguments(RetrievalArguments):
     def config_overrides(self) -> dict:
         fields = {"mlm_weight": self.mlm_weight, "prefix_lm_weight": self.prefix_lm_weight}
         return {**super().config_overrides(), **given(fields)}
-
-
-def bf16_is_fast() -> bool:
-    """Return whether the accelerator, or else the CPU, multiplies bfloat16 matrices in hardware."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older releases
-    return capabilities.get("avx512_bf16", False)

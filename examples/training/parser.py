@@ -1,17 +1,20 @@
 """Command lines of the scripts: options from dataclasses, and errors in words."""
 
-import linecache
+import ast
 import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable
-from traceback import walk_tb
+from importlib.util import find_spec
+from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArgumentParser
+
+from trips_examples.training.options import RunOptions
 
 
-PACKAGES = ("__main__", "modeling_trips", "trips_examples")
+TRAINING_FILES = ("training_args.py", "training_args_seq2seq.py")  # of Transformers
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -26,7 +29,44 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
 
 
 class Parser(HfArgumentParser):
-    """Parser that reports unknown and invalid options without a traceback."""
+    """
+    Parser of the options in dataclasses, which guesses no abbreviated ones. With [`RunOptions`] among them, the script
+    also takes the options of Transformers' `TrainingArguments`: [`check`] accepts them by name, and `parse_arguments`
+    reads them.
+
+    Args:
+        classes (`type`): Dataclasses, one object of each is returned.
+        description (`str`): Text above the options.
+        defaults: Defaults that override those of the classes.
+    """
+
+    def __init__(self, *classes: type, description: str, **defaults):
+        layout = {"usage": "%(prog)s [options]", "formatter_class": HelpFormatter, "allow_abbrev": False}
+        super().__init__(classes, description=description.strip(), **layout)
+        self.classes, self.defaults = classes, defaults
+        self.trains = any(issubclass(each, RunOptions) for each in classes)
+        self.set_defaults(**defaults)
+        if self.trains:
+            self.add_argument("--help_all", action="help", help="Show the options of Transformers' Trainer, too.")
+
+    def check(self):
+        """
+        End the process at `--help`, or with a message if the command line has unknown or wrong options or names files
+        that do not exist. Scripts call it before the imports that take seconds.
+        """
+        if self.trains and "--help_all" in sys.argv:
+            return  # `parse_arguments` knows them
+        try:
+            *options, rest = self.parse_args_into_dataclasses(return_remaining_strings=True)
+            known = training_options() if self.trains else set()
+            names = [word[2:].partition("=")[0].replace("-", "_") for word in rest if word.startswith("--")]
+            if unknown := [f"--{name}" for name in names if name not in known] or (rest if not names else []):
+                raise ValueError(f"There is no option {', '.join(unknown)}. --help lists the options.")
+            for each in options:
+                if hasattr(each, "check_files"):
+                    each.check_files()
+        except (ValueError, OSError) as error:
+            self.error(str(error))
 
     def parse_args_into_dataclasses(self, args: list[str] | None = None, **kwargs) -> tuple:
         try:
@@ -37,34 +77,33 @@ class Parser(HfArgumentParser):
             raise
 
 
-def make_parser(*classes: type, description: str) -> HfArgumentParser:
-    """Make a parser of the options in these dataclasses with a short usage line."""
-    return Parser(classes, description=description.strip(), usage="%(prog)s [options]", formatter_class=HelpFormatter)
+def training_options() -> set[str]:
+    """Return the names of the options of Transformers' trainings, which its import would take seconds to tell."""
+    folder = Path(find_spec("transformers").origin).parent
+    trees = [ast.parse((folder / name).read_text(encoding="utf-8")) for name in TRAINING_FILES]
+    fields = [node.target for tree in trees for node in ast.walk(tree) if isinstance(node, ast.AnnAssign)]
+    names = {target.id for target in fields if isinstance(target, ast.Name)}
+    return names | {f"no_{name}" for name in names}
+
+
+def make_parser(*classes: type, description: str, **defaults) -> Parser:
+    """Return a [`Parser`] of the options in these dataclasses."""
+    return Parser(*classes, description=description, **defaults)
 
 
 def run_script(main: Callable[[], object]):
     """
-    Run the `main` of a script. An error of the user's options, files or data ends the process with status 1 and one
-    message; `TRIPS_TRACEBACK=1` shows its traceback. Other exceptions keep theirs. At the end, the processes of a
+    Run the `main` of a script. Errors of values, files and missing packages end the process with status 1 and one
+    message; `TRIPS_TRACEBACK=1` shows their traceback. Other exceptions keep theirs. At the end, the processes of a
     launch wait for each other.
     """
     try:
         main()
-    except Exception as error:
-        if os.environ.get("TRIPS_TRACEBACK", "0") != "0" or not is_user_error(error):
+    except (ValueError, OSError, ImportError, FloatingPointError, StrictDataclassError) as error:
+        if os.environ.get("TRIPS_TRACEBACK", "0") != "0":
             raise
         sys.exit(f"error: {error}\n(TRIPS_TRACEBACK=1 shows the traceback.)")
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_available() and distributed.is_initialized():
         distributed.barrier()  # gloo can abort processes that only exit
         distributed.destroy_process_group()
-
-
-def is_user_error(error: Exception) -> bool:
-    """Return whether an error is about files or an invalid configuration, or a `raise` of this project's code."""
-    if isinstance(error, (OSError, StrictDataclassError)):
-        return True
-    *_, (frame, line) = walk_tb(error.__traceback__)
-    is_raised = linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("raise ")
-    is_ours = frame.f_globals["__name__"].partition(".")[0] in PACKAGES
-    return is_raised and is_ours and isinstance(error, (ValueError, TypeError, FloatingPointError, ImportError))

@@ -21,13 +21,14 @@ from trips_examples.data.streams import PairStream, Shard
 from trips_examples.metrics.pretraining import word_and_matching_metrics
 from trips_examples.training.files import write_json
 from trips_examples.training.momentum import MomentumTeacher
-from trips_examples.training.options import DataArguments, PretrainingArguments, TripsTrainingArguments
-from trips_examples.training.runs import load_data
-from trips_examples.training.trainer import RetrievalTrainer
+from trips_examples.training.options import DataArguments, PretrainingArguments
+from trips_examples.training.retrieval import RetrievalTrainer
+from trips_examples.training.runs import TripsTrainingArguments, load_data
 
 
 OBJECTIVES = ("itc_weight", "itm_weight", "mlm_weight", "prefix_lm_weight")
 MAX_QUEUE_SIZE = 65536  # ALBEF's
+TEACHER_WEIGHT = 0.4  # ALBEF's, reached after an epoch with the teacher
 EPOCH_OF_A_STREAM = 1 / 30  # of all steps, as ALBEF trains for 30 epochs
 
 
@@ -81,7 +82,7 @@ def open_stream(
     else:
         shards = hub_shards(data_args.dataset_name, data_args.dataset_config_name, data_args.train_split or "train")
     if processor is None:
-        raise ValueError("A stream needs --tokenizer_name for a model from scratch.")
+        raise ValueError("A stream needs --tokenizer for a model from scratch.")
     max_bad_share = args.max_bad_share
     if max_bad_share is None:
         max_bad_share = 0.05 if data_args.skip_bad_rows else 0.0
@@ -137,7 +138,7 @@ class PretrainingTrainer(RetrievalTrainer):
         if self.task_args.momentum_teacher and (config.itc_weight > 0 or config.mlm_weight > 0):
             if is_deepspeed_zero3_enabled():
                 raise ValueError("ZeRO-3 does not support --momentum_teacher. Use zero2.yaml, fsdp2.yaml or ddp.yaml.")
-            self.teacher = MomentumTeacher(self.model, self.task_args.momentum, self.queue_size)
+            self.teacher = MomentumTeacher(self.model, queue_size=self.queue_size)
             self.teacher.to(self.args.device)  # `Trainer` does not move models for FSDP or DeepSpeed
             self.add_callback(TeacherCallback(self))
         self.stream_loader: DataLoader | None = None
@@ -204,8 +205,7 @@ class PretrainingTrainer(RetrievalTrainer):
     def current_teacher_weight(self) -> float:
         if not self.teacher_takes_part:
             return 0.0
-        ramp = self.epoch_steps if self.task_args.teacher_ramp_steps is None else self.task_args.teacher_ramp_steps
-        return self.task_args.teacher_weight * (min(1.0, self.teacher_steps / ramp) if ramp > 0 else 1.0)
+        return TEACHER_WEIGHT * min(1.0, self.teacher_steps / self.epoch_steps)
 
     def compute_loss(self, model, inputs, **kwargs):
         if not self.teacher_takes_part:
@@ -230,7 +230,6 @@ class PretrainingTrainer(RetrievalTrainer):
 
     def _save_checkpoint(self, model, trial):
         """Save the teacher and the stream first, because a complete checkpoint has the trainer's state."""
-        self.monitor.check()
         if not self.args.save_only_model:
             folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             folder.mkdir(parents=True, exist_ok=True)

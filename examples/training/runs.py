@@ -2,17 +2,20 @@
 
 import json
 import logging
+import re
 import zipfile
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from datasets import Dataset, DatasetDict
 from filelock import FileLock, Timeout
 from safetensors import safe_open
-from transformers import Trainer, set_seed
+from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
@@ -20,44 +23,98 @@ from modeling_trips import TripsConfig
 from modeling_trips.inspection import provenance
 from trips_examples.data.images import column_of, without_decoding
 from trips_examples.data.loading import load_task_dataset
-from trips_examples.training.callbacks import check_metrics
-from trips_examples.training.options import DataArguments, RunArguments
-from trips_examples.training.parser import make_parser
-from trips_examples.training.predictions import plot_training
-from trips_examples.training.trainer import ImageGroupedTrainer
+from trips_examples.training.files import plot_training
+from trips_examples.training.options import DataArguments, RunOptions, TrainingOptions
+from trips_examples.training.parser import Parser, make_parser
+from trips_examples.training.trainer import ImageGroupedTrainer, check_metrics
 
 
 logger = logging.getLogger(__name__)
 
 # Patterns of the files for resuming: one process or DDP, FSDP, DeepSpeed.
 MODEL_FILES = {"model.safetensors": ("model*.safetensors", "pytorch_model_fsdp*", "global_step*")}
-STATE_FILES = {
-    "optimizer.pt": ("optimizer*", "global_step*"),
-    "scheduler.pt": ("scheduler.pt", "global_step*"),
-    "rng_state.pth": ("rng_state*.pth",),
-}
+STATE_FILES = {"optimizer.pt": ("optimizer*", "global_step*"), "scheduler.pt": ("scheduler.pt", "global_step*")}
+# Metrics that are written to the results and not printed.
+TECHNICAL = re.compile(r"_(runtime|per_second|model_preparation_time|flos|samples|images)$|^total_flos$|_kept$")
 
 _locks: dict[Path, FileLock] = {}  # held by this process, by output folder
 
 
-def parse_arguments(argv: list[str] | None, *classes: type, description: str, **defaults) -> tuple[Any, ...]:
+@dataclass
+class RunArguments(RunOptions, TrainingArguments):
+    """`TrainingArguments` with the defaults of [`RunOptions`]. `hub_token` is not written to checkpoints."""
+
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The collators need all columns."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Not used: a loss that is not finite stops the run."}
+    )
+
+    def __post_init__(self):
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        super().__post_init__()
+        TrainingArguments.__post_init__(self)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "hub_token": None}
+
+    @property
+    def n_gpu(self) -> int:
+        """At most 1 per process, because `nn.DataParallel` separates images from texts. Use `accelerate launch`."""
+        return min(super().n_gpu, 1)
+
+    @property
+    def precision(self) -> str:
+        return "bfloat16 mixed" if self.bf16 else "float16 mixed" if self.fp16 else "float32"
+
+
+@dataclass
+class TripsTrainingArguments(TrainingOptions, RunArguments, Seq2SeqTrainingArguments):
+    """`Seq2SeqTrainingArguments` with the defaults of [`TrainingOptions`]."""
+
+    predict_with_generate: bool = field(default=True, metadata={"help": "Evaluate generated texts."})
+
+    def __post_init__(self):
+        if self.label_smoothing_factor != 0.0:
+            raise ValueError("--label_smoothing_factor is not supported. Leave it at 0.")
+        if not self.predict_with_generate:
+            raise ValueError("--predict_with_generate False is not supported. Leave it on.")
+        if self.eval_steps is None and self.logging_steps < 1:
+            self.eval_steps = self.save_steps  # evaluations are slower than logging
+        super().__post_init__()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Return False for warnings of a resumed `Trainer` about tied weights and about steps that are given as shares."""
+    message = record.getMessage()
+    if "missing keys in the checkpoint" in message:
+        return not all(name.endswith("decoder.weight") for name in re.findall(r"'([^']+)'", message))
+    if "arguments do not match" in message:
+        return "save_steps" in message or "batch_size" in message
+    return True
+
+
+def parse_arguments(parser: Parser, argv: list[str] | None = None) -> tuple[Any, ...]:
     """
-    Parse the options of a script, one object per class, with `RunArguments` last, and set up logging and the
-    seed. `defaults` override defaults of the classes. A training run locks its output folder until
-    `train_and_evaluate` or the process ends, and finds the checkpoint to resume from.
+    Parse the options of a training script, with Transformers' own: one object per class of the parser, in the place of
+    [`RunOptions`] or [`TrainingOptions`] a [`RunArguments`] or [`TripsTrainingArguments`], which must be the last. Set
+    up logging and the seed. A training run locks its output folder until `train_and_evaluate` or the process ends, and
+    finds the checkpoint to resume from.
 
     Raises:
         BlockingIOError: Another process trains in the output folder.
         OSError: The output folder is not writable.
         ValueError: As in `checkpoint_to_resume`.
     """
-    parser = make_parser(*classes, description=description)
-    parser.set_defaults(**defaults)
-    arguments = parser.parse_args_into_dataclasses(args=argv)
+    full: dict[type, type] = {RunOptions: RunArguments, TrainingOptions: TripsTrainingArguments}
+    classes = [full.get(each, each) for each in parser.classes]
+    whole = make_parser(*classes, description=parser.description, **parser.defaults)
+    arguments = whole.parse_args_into_dataclasses(args=argv)
     training_args = arguments[-1]
     level = logging.INFO if training_args.should_log else logging.WARNING
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=level)
     transformers.utils.logging.set_verbosity_warning()
+    for name in ("transformers.trainer", "transformers.trainer_utils"):
+        logging.getLogger(name).addFilter(_is_news)
     set_seed(training_args.seed)
     if training_args.do_train:  # before data are read
         if training_args.process_index == 0:
@@ -69,24 +126,15 @@ def parse_arguments(argv: list[str] | None, *classes: type, description: str, **
 def _lock_output(output_dir: str):
     folder = Path(output_dir).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "_training.lock"
-    lock = _locks.setdefault(folder, FileLock(path, thread_local=False))
-    is_current = False
-    while not is_current:  # a run that ends removes the file, for which this one may have waited
-        path.touch()
-        inode = path.stat().st_ino
-        try:
-            lock.acquire(timeout=5)  # workers of a killed run may still hold it
-        except Timeout as error:
-            raise BlockingIOError(f"Another process trains in {output_dir}. Choose another --output_dir.") from error
-        is_current = path.exists() and path.stat().st_ino == inode
-        if not is_current:
-            lock.release(force=True)
+    lock = _locks.setdefault(folder, FileLock(folder / ".training.lock", thread_local=False))
+    try:
+        lock.acquire(timeout=5)  # workers of a killed run may still hold it
+    except Timeout as error:
+        raise BlockingIOError(f"Another process trains in {output_dir}. Choose another --output_dir.") from error
 
 
 def _unlock_output(output_dir: str):
     if lock := _locks.pop(Path(output_dir).resolve(), None):
-        Path(lock.lock_file).unlink(missing_ok=True)
         lock.release(force=True)
 
 
@@ -145,11 +193,11 @@ def checkpoint_to_resume(args: RunArguments) -> str | None:
     if wanted is None:
         return None
     if wanted != "last":
-        if flaw := flaw_of(Path(wanted), args.save_only_model):
+        if flaw := flaw_of(Path(wanted), args):
             raise ValueError(f"--resume_from_checkpoint {wanted}: {flaw}. Resume from another checkpoint.")
         return wanted
     for folder in folders:
-        flaw = flaw_of(folder, args.save_only_model)
+        flaw = flaw_of(folder, args)
         if flaw is None:
             return str(folder)
         if args.should_log:
@@ -157,18 +205,20 @@ def checkpoint_to_resume(args: RunArguments) -> str | None:
     raise ValueError(f"--resume_from_checkpoint last: {args.output_dir} has no complete checkpoint.")
 
 
-def flaw_of(checkpoint: Path, only_model: bool = False) -> str | None:
+def flaw_of(checkpoint: Path, args: RunArguments) -> str | None:
     """
-    Return the defect of a checkpoint (a missing, empty or truncated file), or None if it is complete.
-
-    Args:
-        checkpoint (`Path`): Folder.
-        only_model (`bool`, *optional*, defaults to `False`): The run does not save the state of its optimizer.
+    Return the defect of a checkpoint, or None if it is complete: a missing, empty or truncated file. With the state of
+    the optimizer, which `save_only_model` leaves out, belongs the random state of each process of this run.
     """
-    needed = {TRAINER_STATE_NAME: (TRAINER_STATE_NAME,), **MODEL_FILES, **({} if only_model else STATE_FILES)}
+    needed = {TRAINER_STATE_NAME: (TRAINER_STATE_NAME,), **MODEL_FILES}
+    if not args.save_only_model:
+        ranks = range(args.world_size) if args.world_size > 1 else []
+        states = [f"rng_state_{rank}.pth" for rank in ranks] or ["rng_state.pth"]
+        needed |= {**STATE_FILES, **{name: (name,) for name in states}}
     for name, patterns in needed.items():
         if not any(any(checkpoint.glob(pattern)) for pattern in patterns):
-            return f"{name} is missing"
+            processes = f" (this run has {args.world_size} processes)" if name.startswith("rng") else ""
+            return f"{name} is missing{processes}"
     for path in sorted(checkpoint.iterdir()):
         try:
             _read_ends(path)
@@ -207,34 +257,45 @@ def train_and_evaluate(
         `dict[str, float]`: Metrics of the training, of the validation split (`eval_...`) and of the test split
         (`test_...`).
     """
-    metrics, evaluation = {}, {}
+    args, metrics, evaluation = trainer.args, {}, {}
     given: dict[str, Any] = {}
-    if isinstance(trainer, ImageGroupedTrainer):
+    if isinstance(trainer, ImageGroupedTrainer) and args.do_train:
         given["regions_used_for"] = trainer.regions_used_for
-        logger.info("Regions are used for: %s", trainer.regions_used_for)
+        if trainer.model.config.vision_config.schedule.layers:
+            logger.info("The selection learns from %s.", trainer.selection_teachers)
     try:
-        if trainer.args.do_train:
-            result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+        if args.do_train:
+            result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
             trainer.save_model()
             trainer.save_state()
             _report(trainer, "train", {**result.metrics, **given})
             metrics |= result.metrics
-        if trainer.args.do_eval:
+        if args.do_eval:
             evaluation = evaluate()
             _report(trainer, "eval", {**evaluation, **given})
             metrics |= evaluation
-        if trainer.args.do_train and trainer.is_world_process_zero():
+        if args.do_train and trainer.is_world_process_zero():
             history = [*trainer.state.log_history, {"step": trainer.state.global_step, **evaluation}]
-            plot_training(history, Path(trainer.args.output_dir, "training.png"))
-        if trainer.args.do_predict and test_dataset is not None:
+            plot_training(history, Path(args.output_dir, "training.png"))
+        if args.do_predict and test_dataset is not None:
             with _on_test_split(trainer, test_dataset):
                 evaluation = evaluate()
             evaluation = {f"test_{name.removeprefix('eval_')}": value for name, value in evaluation.items()}
             _report(trainer, "test", {**evaluation, **given})
             metrics |= evaluation
+        if args.do_train and args.should_log:
+            print(f"Model, results, predictions and training.png: {args.output_dir}\nNext: {next_command(trainer)}")
     finally:
-        _unlock_output(trainer.args.output_dir)
+        _unlock_output(args.output_dir)
     return metrics
+
+
+def next_command(trainer: Trainer) -> str:
+    """Return what to type after a training."""
+    folder = trainer.args.output_dir
+    if type(trainer.model).__name__ == "TripsForQuestionAnswering":
+        return f"python examples/ask.py --model {folder} --image IMAGE --question QUESTION"
+    return f"python examples/push_to_hub.py --model {folder} --repo_id NAME/MODEL --dry_run"
 
 
 @contextmanager
@@ -249,7 +310,9 @@ def _on_test_split(trainer: Trainer, dataset: Dataset) -> Iterator[None]:
         trainer.eval_dataset, trainer.args.output_dir = eval_dataset, output_dir
 
 
-def _report(trainer: Trainer, split: str, metrics: dict[str, float]):
+def _report(trainer: Trainer, split: str, metrics: dict[str, Any]):
+    args = trainer.args
     check_metrics(metrics, trainer.state.global_step)
-    trainer.log_metrics(split, metrics)
-    trainer.save_metrics(split, {**metrics, **provenance(trainer.args.device.type, trainer.args.seed)})
+    trainer.log_metrics(split, {name: value for name, value in metrics.items() if not TECHNICAL.search(name)})
+    origin = {"precision": args.precision, **provenance(args.device.type, args.seed)}
+    trainer.save_metrics(split, {**metrics, **origin})

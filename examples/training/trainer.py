@@ -1,25 +1,27 @@
 """Trainers of the scripts."""
 
-import json
+import math
 from collections import defaultdict
-from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from modeling_trips import TripsForPreTraining, TripsPreTrainedModel
 from modeling_trips.modeling_trips_pretraining import TripsContrastiveModel
 from trips_examples.data.collators import ImageBatchCollator, ImageGroupedSampler
-from trips_examples.data.images import DecodedImages, column_of, images_of
-from trips_examples.metrics.retrieval import RetrievalEvaluator, RetrievalResults
+from trips_examples.data.images import column_of
 from trips_examples.metrics.selection import REGION_COLUMNS
-from trips_examples.training.callbacks import TrainingMonitor
 from trips_examples.training.models import image_keys
-from trips_examples.training.options import RetrievalArguments
+
+
+REMEDY = (
+    "Resume from a checkpoint (--resume_from_checkpoint last), and if the rows are fine with a lower --learning_rate, "
+    "a longer --warmup_steps or in float32."
+)
 
 
 class SamplerCallback(TrainerCallback):
@@ -67,24 +69,41 @@ def unused_parameters(model: TripsPreTrainedModel) -> list[nn.Parameter]:
     return [parameter for parameter in parameters if parameter is not tied]
 
 
+class FiniteCallback(TrainerCallback):
+    """Raise a `FloatingPointError` at the first gradient or metric of an evaluation that is not finite."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if args.fp16 or not gradients:  # the scaler of fp16 skips such steps, DeepSpeed has its own gradients
+            return
+        norm = nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2
+        if not norm.isfinite():
+            raise FloatingPointError(f"The gradient norm of step {state.global_step + 1} is {norm:g}. {REMEDY}")
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        check_metrics(metrics or {}, state.global_step)
+
+
+def check_metrics(metrics: dict[str, float], step: int):
+    """Raise a `FloatingPointError` that names the metrics that are not finite."""
+    broken = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
+    if broken:
+        raise FloatingPointError(f"The evaluation after step {step} is not finite in {', '.join(broken)}.")
+
+
 class FiniteTrainer(Trainer):
     """
-    `Trainer` that stops at the first value that is not finite ([`TrainingMonitor`]), and trains no step more when it
-    resumes from the last one. Batches may name their rows as `sources`.
+    `Trainer` whose processes all stop at the first loss, gradient or metric that is not finite, and that trains no
+    step more when it resumes from the last one. Batches may name their rows as `sources`.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.monitor = TrainingMonitor(self, getattr(self.args, "health_steps", 0.0))
-        self.add_callback(self.monitor)
-
-    def train(self, *args, **kwargs):
-        output = super().train(*args, **kwargs)
-        self.monitor.check()
-        return output
+        self.add_callback(FiniteCallback())
 
     def _run_epoch(self, *args, **kwargs):
-        # `Trainer` runs one extra step after resuming from the last step within an epoch.
+        # `Trainer` runs one extra step after resuming from the last step within an epoch, and has no hook for it.
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
         else:
@@ -93,20 +112,12 @@ class FiniteTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         sources = inputs.pop("sources", [])
         loss = super().training_step(model, inputs, num_items_in_batch)
-        losses = self.accelerator.gather(loss.detach().reshape(1))
-        self.monitor.watch("loss", losses, self.state.global_step + 1, sources)
+        if not self.accelerator.gather(loss.detach().reshape(1)).isfinite().all():
+            rows = f" for the rows {', '.join(sources)}" if sources else ""
+            own = [] if loss.isfinite() else [f"{loss.item()}{rows}"]
+            step = self.state.global_step + 1
+            raise FloatingPointError(f"The loss of step {step} is {'; '.join(gather_object(own))}. {REMEDY}")
         return loss
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        norm = super()._get_grad_norm(model, grad_norm)
-        if norm is not None and not self.args.fp16:  # the scaler of fp16 skips steps that are not finite
-            whole = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)
-            self.monitor.watch("gradient norm", whole, self.state.global_step + 1)
-        return norm
-
-    def _save_checkpoint(self, model, trial):
-        self.monitor.check()
-        super()._save_checkpoint(model, trial)
 
 
 class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
@@ -133,23 +144,32 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
 
     @property
     def regions_used_for(self) -> str:
-        """
-        The losses that regions of the training data teach: "selection loss", "attention loss", both, or "none". An
-        evaluation without training knows what is in `train_results.json` beside its checkpoint, or is "unknown".
-        """
+        """The losses that regions of the training data teach: "selection loss", "attention loss", both, or "none"."""
         config, rows = self.model.config, self.train_dataset
-        if not self.args.do_train:
-            results = Path(config.name_or_path, "train_results.json")
-            known = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
-            return known.get("regions_used_for", "unknown")
         columns = set(REGION_COLUMNS).intersection(rows.column_names) if isinstance(rows, Dataset) else ()
         has_regions = any(region is not None for column in columns for region in column_of(rows, column))
         uses = {
             "selection loss": config.selection_loss_weight > 0 and config.vision_config.schedule.layers,
             "attention loss": config.attention_loss_weight > 0,
         }
-        used = [loss for loss, is_used in uses.items() if is_used and has_regions]
-        return ", ".join(used) or "none"
+        return ", ".join(loss for loss, is_used in uses.items() if is_used and has_regions) or "none"
+
+    @property
+    def selection_teachers(self) -> str:
+        """What teaches the selection which patches to keep, in words."""
+        config, vision = self.model.config, self.model.config.vision_config
+        if vision.schedule.first_text_layer is None:
+            return "nothing: no layer is scored by the text"
+        teachers = []
+        if "selection loss" in self.regions_used_for:
+            teachers.append(
+                f"the regions of the data (--selection_loss_weight {config.selection_loss_weight}; 0: not)"
+            )
+        if vision.selection_gate > 0:
+            teachers.append(f"the loss of the task, by the gate (--selection_gate {vision.selection_gate})")
+        elif vision.fuse_inattentive_tokens:
+            teachers.append("the loss of the task, by the fused token alone (--selection_gate 0.2 teaches more)")
+        return " and ".join(teachers) or "nothing"
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler[int]:
         keys = image_keys(self.train_dataset if train_dataset is None else train_dataset)
@@ -198,67 +218,3 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
             self.model.generation_config.max_length = None  # avoids a warning about `max_new_tokens`
             return result
         return Trainer.prediction_step(self, model, inputs, *args, **kwargs)
-
-
-class RetrievalTrainer(ImageGroupedTrainer):
-    """
-    Trainer that evaluates retrieval, also during training.
-
-    Args:
-        task_args ([`RetrievalArguments`]): Options of reranking.
-        args, kwargs: As in [`ImageGroupedTrainer`].
-    """
-
-    logged_losses: tuple[str, ...] = ("itc_loss", "itm_loss", "selection_loss")
-
-    def __init__(self, *args, task_args: RetrievalArguments, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.task_args = task_args
-        if self.args.do_eval and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
-            raise ValueError(
-                "Evaluation is not supported under FSDP or ZeRO-3. Train with --do_eval False, and evaluate the saved "
-                "model without them: --model_name_or_path OUTPUT --do_train False."
-            )
-
-    def model_to_evaluate(self) -> TripsPreTrainedModel:
-        """Return the unwrapped model on the device, in half precision with --bf16_full_eval or --fp16_full_eval."""
-        model = self.accelerator.unwrap_model(self.model).eval()
-        if self.is_in_train:
-            return model
-        model = model.to(self.args.device)  # `Trainer` may not have moved it
-        return model if self.full_eval_dtype is None else model.to(self.full_eval_dtype)
-
-    @property
-    def full_eval_dtype(self) -> torch.dtype | None:
-        return torch.float16 if self.args.fp16_full_eval else torch.bfloat16 if self.args.bf16_full_eval else None
-
-    def search(self, dataset: Dataset) -> RetrievalResults:
-        """Search among all images and captions of a data set, in both directions."""
-        args, model = self.args, self.model_to_evaluate()
-        evaluator = RetrievalEvaluator(
-            model,
-            self.processing_class,
-            batch_size=args.per_device_eval_batch_size,
-            num_workers=args.dataloader_num_workers,
-            dtype=self.full_eval_dtype or torch.float32,
-            progress=not args.disable_tqdm,
-        )
-        image_rows, image_of_text = images_of(dataset)
-        with self.accelerator.autocast():
-            return evaluator.evaluate(
-                DecodedImages(dataset.select(image_rows)),
-                column_of(dataset, "caption"),
-                image_of_text,
-                self.task_args.rerank_k if model.config.itm_weight > 0 else 0,  # without loss, the head is untrained
-                self.task_args.rerank_by,
-            )
-
-    def metrics_of(self, dataset: Dataset) -> dict[str, float]:
-        return self.search(dataset).metrics
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        metrics = self.metrics_of(self.eval_dataset if eval_dataset is None else eval_dataset)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics

@@ -2,6 +2,7 @@
 
 import functools
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -44,10 +45,11 @@ def provenance(device: str = "cpu", seed: int | None = None) -> dict[str, str | 
 
 
 def _command() -> str:
-    """Return the command line, with paths of the project's scripts relative to the project."""
+    """Return the command line without the Hub's token, with paths of the project's scripts relative to the project."""
     script, *options = sys.argv
     path = Path(script).resolve()
-    return shlex.join([str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name, *options])
+    words = shlex.join([str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name, *options])
+    return re.sub(r"(--hub.token[ =])\S+", r"\1...", words)
 
 
 def _cpu_name() -> str:

@@ -25,6 +25,7 @@ TEMPLATE = Path(__file__).with_name("model_card_template.md")
 NOT_METRICS = re.compile(
     r"loss|runtime|model_preparation_time|\w+_per_second|samples|images|reranked_pairs"
     r"|layer\d+_\w+|patch_precision_at_random|chance_\w+|\w+_majority"
+    r"|different_predictions|most_frequent_share|collapsed|\w+_with_lost_signs"
 )
 
 
@@ -151,6 +152,7 @@ def make_model_card(
         tokens=[states.shape[1] for states in outputs.vision_model_output.hidden_states],
         training_data=_training_data(args, results) or _section(former, "Training data") or "Unknown.",
         measured=measured,
+        machine=_machine_of(results) if results else None,
     )
 
 
@@ -181,6 +183,13 @@ def read_results(path: Path, task: str, args: CardArguments) -> list[EvalResult]
         )
         for name, value in metrics.items()
     ]
+
+
+def _machine_of(results: Path) -> str | None:
+    """Return precision and processor of a run in words, if its file of results has them."""
+    content = json.loads(results.read_text(encoding="utf-8"))
+    facts = [content.get(name) for name in ("precision", "device_name", "cpu_capability")]
+    return "{} on {} ({})".format(*facts) if all(facts) else None
 
 
 def _data_of_run(results: dict, split: str) -> str | None:

@@ -14,7 +14,7 @@ def test_an_evaluation_describes_what_each_selection_layer_keeps(tmp_path):
     options = ["--selection_layers=3", "--keep_rate=0.25", "--do_train=False", f"--output_dir={run}"]
     run_grounding.main([*data, *OPTIONS, *options])
     metrics = json.loads((run / "eval_results.json").read_text())
-    of_layer = {"kept", "mass", "entropy", "coverage", "patch_precision", "patch_precision_z", "region_recall"}
+    of_layer = {"kept", "entropy", "coverage", "patch_precision", "region_recall"}
     assert {name for name in metrics if "layer" in name} >= {f"eval_layer3_{name}" for name in of_layer}
     assert metrics["eval_patch_precision_at_random"] == pytest.approx(40 * 40 / (120 * 60))
     assert 0.25 <= metrics["eval_layer3_coverage"] <= 1 and 0 <= metrics["eval_layer3_patch_precision"] <= 1

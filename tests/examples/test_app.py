@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,13 +12,14 @@ from types import SimpleNamespace
 
 import PIL.Image
 import pytest
+import torch
 from places import EXAMPLES
 from programs import add_fake_ghostscript
 from running_service import free_port
 
-from modeling_trips import TripsConfig, TripsForVisualGrounding
+from modeling_trips import SelectionSchedule, TripsForQuestionAnswering
 from trips_examples import app as page
-from trips_examples.ask import QUESTIONS, SCENE
+from trips_examples.ask import CHECKPOINT, QUESTIONS, SCENE
 
 
 gradio = pytest.importorskip("gradio")
@@ -63,15 +65,16 @@ def app(tmp_path_factory):
         except OSError:
             time.sleep(0.5)
     connected = client.Client(f"http://127.0.0.1:{port}/", verbose=False)
-    yield SimpleNamespace(client=connected, folder=folder, log=log, eps=eps, gs_was_started=gs_was_started)
+    url = f"http://127.0.0.1:{port}/"
+    yield SimpleNamespace(client=connected, url=url, folder=folder, log=log, eps=eps, gs_was_started=gs_was_started)
     connected.close()
     process.terminate()
     process.wait(60)
 
 
-def ask(app, image: Path | str = SCENE, lines: str = "\n".join(QUESTIONS), rate: float = 0.25) -> list[list[str]]:
-    table, figure = app.client.predict(client.handle_file(str(image)), lines, rate, api_name="/look")
-    assert figure is None if rate == 1 else figure["plot"].startswith("data:image/")
+def ask(app, image: Path | str = SCENE, lines: str = "\n".join(QUESTIONS), kept: int = 36) -> list[list[str]]:
+    table, figure = app.client.predict(client.handle_file(str(image)), lines, kept, api_name="/look")
+    assert figure is None if kept == 144 else figure["plot"].startswith("data:image/")
     return table["data"]
 
 
@@ -86,15 +89,54 @@ def test_answers_are_right_and_no_host_is_looked_up(app):
         answers = list(pool.map(lambda _: ask(app), range(4)))
     assert answers == [answers[0]] * 4 and [row[0] for row in answers[0]] == QUESTIONS
     assert [row[1].split()[0] for row in answers[0]] == ["pink", "circle", "yes", "no"]
-    assert ask(app, rate=1.0)[0][1] == answers[0][0][2]  # the same weights at keep rate 1.0
+    assert ask(app, kept=144)[0][1] == answers[0][0][2]  # the same weights at keep rate 1.0
     assert set((app.folder / "names").read_text().split()) <= {"127.0.0.1", "localhost", "None"}
+
+
+def test_the_first_click_answers(app):
+    """Gradio checks the values with which the page opens: image, questions and the trained number of patches."""
+    table, figure = app.client.predict(api_name="/look")
+    assert [row[1].split()[0] for row in table["data"]] == ["pink", "circle", "yes", "no"]
+    assert figure["plot"].startswith("data:image/")
+    assert app.url in app.log.read_text() and "public" not in app.log.read_text()
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
+def test_the_first_click_in_a_browser_answers(app):
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        opened = browser.new_page()
+        opened.goto(app.url)
+        opened.get_by_role("button", name="Look").click()
+        opened.wait_for_selector("text=/pink \\(/")
+        opened.wait_for_selector(".matplotlib img")
+        assert opened.get_by_text("Error", exact=True).count() == 0
+        browser.close()
+
+
+def test_the_sliders_keep_what_they_say():
+    """Also in a second layer, whose candidates are the patches that the first one keeps and a fused token."""
+    schedule = SelectionSchedule.parse("1:image:0.5,2:text:0.1")
+    model = TripsForQuestionAnswering.from_pretrained(CHECKPOINT, selection_layers=[1, 2], keep_rate=0.5).eval()
+    inputs = {"pixel_values": torch.rand(1, 3, 96, 96), "input_ids": torch.tensor([[5, 6, 7]])}
+    assert page.kept_patches(schedule, 144, fuse=True) == [72, 8]
+    for counts, kept in (([1, 1], [1, 1]), ([72, 8], [72, 8]), ([143, 1], [143, 1]), ([9, 144], [9])):
+        changed = page.schedule_that_keeps(counts, schedule, 144, fuse=True)
+        with torch.no_grad():
+            selection = model.model(**inputs, schedule=changed).selection
+        assert [each.kept_indices.shape[1] for each in selection] == kept
 
 
 def test_mistakes_of_visitors_are_named(app, tmp_path):
     assert "JPEG" in error_of(app, app.eps) and not app.gs_was_started.exists()
     PIL.Image.new("1", (8000, 8000)).save(tmp_path / "wide.png")
     assert "8000 x 8000" in error_of(app, tmp_path / "wide.png")
-    assert "122" in error_of(app, lines=120 * "a ")
+    too_long = error_of(app, lines="is it red?\n" + 120 * "a ")
+    assert "122" in too_long and "a a a" in too_long and "red" not in too_long
     assert "got 0" in error_of(app, lines=" ") and "got 7" in error_of(app, lines=7 * "a\n")
     assert "Traceback" not in app.log.read_text()
 
@@ -108,21 +150,15 @@ def test_large_files_are_refused(app, tmp_path):
 def test_uploads_are_deleted(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "DELETION", (1, 30))
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "cache"))
-    served, url, _ = page.main([], prevent_thread_lock=True, quiet=True)
+    _, url, _ = page.main([], block=False)
     try:
         connected = client.Client(url, verbose=False)
         upload = tmp_path / "upload.png"
         PIL.Image.new("RGB", (64, 64), "teal").save(upload)
-        connected.predict(client.handle_file(str(upload)), "is there a circle?", 0.25, api_name="/look")
+        connected.predict(client.handle_file(str(upload)), "is there a circle?", 36, api_name="/look")
         until = time.monotonic() + 120
         while list((tmp_path / "cache").rglob("upload.png")):
             assert time.monotonic() < until
             time.sleep(0.5)
     finally:
         gradio.close_all()
-
-
-def test_checkpoints_of_other_tasks_are_refused(tmp_path):
-    TripsForVisualGrounding(TripsConfig.from_preset("tiny")).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="TripsForVisualGrounding"):
-        page.main(["--model", str(tmp_path)])

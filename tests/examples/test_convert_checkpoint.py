@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerFast
 
 from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsProcessor
 from modeling_trips.conversion.processors import load_albef_tokenizer
-from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -117,20 +116,6 @@ def test_texts_are_prepared_as_albef_does(arguments, tokenizer, sizes, task, hea
     assert processor.tokenizer.mask_token_id in processor(text="a [MASK] circle")["input_ids"]
 
 
-def test_truncation_that_a_tokenizers_file_holds_is_none_of_the_models(arguments, tokenizer):
-    cut = PreTrainedTokenizerFast.from_pretrained(arguments["tokenizer"])
-    cut.backend_tokenizer.enable_truncation(3)
-    cut.backend_tokenizer.enable_padding(length=9)
-    cut.save_pretrained(arguments["tokenizer"])
-    convert(arguments)
-    processor = TripsProcessor.from_pretrained(arguments["output_dir"])
-    expected = tokenizer("what is the red circle", add_special_tokens=False)["input_ids"]
-    assert processor(text="what is the red circle")["input_ids"][1:] == expected
-    assert processor.encode_answers(["what is the red circle"])[0].tolist() == [*expected, tokenizer.sep_token_id]
-    stored = json.loads((arguments["output_dir"] / "tokenizer.json").read_text())
-    assert stored["truncation"] is None and stored["padding"] is None
-
-
 def test_texts_are_in_lower_case_whatever_the_tokenizer_does(tokenizer, tmp_path):
     vocabulary = tokenizer.get_vocab()
     cased = PreTrainedTokenizerFast(
@@ -162,29 +147,9 @@ def test_a_file_that_holds_more_than_data_is_refused_and_runs_nothing(arguments,
     assert not (tmp_path / "ran").exists() and not arguments["output_dir"].exists()
 
 
-def test_wrong_options_are_refused(arguments, tmp_path):
-    train_wordpiece_tokenizer(["abc"]).save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="13 tokens"):
-        convert(arguments, tokenizer=tmp_path / "other")
-    with pytest.raises(ValueError, match="missing.pth"):
-        convert(arguments, checkpoint=tmp_path / "missing.pth")
-    with pytest.raises(ValueError, match="--depths takes 4 numbers, got"):
-        convert(arguments, depths=[3, 1])
-    with pytest.raises(ValueError, match="--output_dir .*bert exists"):
-        convert(arguments, output_dir=tmp_path / "bert")
-
-
 def test_a_failed_conversion_leaves_nothing_behind(arguments, tmp_path, monkeypatch):
     before = sorted(tmp_path.iterdir())
     monkeypatch.setattr(TripsProcessor, "save_pretrained", lambda *_: 1 / 0)  # after the model was written
     with pytest.raises(ZeroDivisionError):
         convert(arguments)
     assert sorted(tmp_path.iterdir()) == before
-
-
-def test_a_model_of_other_depths_converts_if_they_are_given(arguments, sizes):
-    small = sizes._replace(num_vision_layers=3, num_text_layers=3, first_fusion_layer=1, num_decoder_layers=1)
-    torch.save({"model": random_checkpoint("question-answering", small)}, arguments["checkpoint"])
-    convert(arguments, depths=[3, 1, 2, 1], selection_layers=[2])
-    model = TripsForQuestionAnswering.from_pretrained(arguments["output_dir"])
-    assert model.config.vision_config.num_hidden_layers == 3

@@ -1,27 +1,80 @@
-"""Rows, scores and the table of an evaluation of a vision-language model. lmms/test_vlm.py runs it."""
+"""`examples/evaluate_vlm.py` on questions of a file, and its table. lmms/test_vlm.py runs tasks of lmms-eval."""
 
 import json
 import math
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
+from places import ROOT
+from tiny_vlm_processors import conversation, noise, save_tiny_vlm
 from tiny_vlms import BY_NAME
 
 from modeling_trips import SelectionSchedule
 from modeling_trips.hosts import TextGuide
 from trips_examples import evaluate_vlm
-from trips_examples.evaluate_vlm import EvaluationArguments, default_layer, model_arguments, numbers_in, score_of
+from trips_examples.evaluate_vlm import EvaluationArguments, default_layer, model_arguments, score_of
+from trips_examples.lmms.generation import VisionLanguageModel
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return save_tiny_vlm("idefics3", tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def questions(checkpoint, tmp_path_factory) -> Path:
+    """Return a file of questions with the unpruned model's answers as truth, except the last."""
+    folder, rows = tmp_path_factory.mktemp("questions"), []
+    vlm = VisionLanguageModel(checkpoint, device="cpu")
+    for number in range(4):
+        noise(64, 64, seed=number).save(folder / f"{number}.png")
+        (answer,) = vlm.answer([conversation("what color ?", noise(64, 64, seed=number))], {"max_new_tokens": 32})
+        rows.append({"image": f"{number}.png", "question": "what color ?", "answer": answer if number < 3 else "x"})
+    (folder / "val.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "val.jsonl"
+
+
+def test_own_questions_are_evaluated_once(checkpoint, questions, tmp_path, capsys, monkeypatch):
+    """Without lmms-eval. A selection that the model does not support is named, and other settings are refused."""
+    options = ["--model", checkpoint, "--validation_file", questions, "--instruction", "", "--device", "cpu"]
+    options += ["--selections", "exit_prompt", "fewer_pixels", "--visual_tokens", "8"]
+    options = [*map(str, options), "--batch_size=2", f"--output_json={tmp_path / 'rows.json'}"]
+    unpruned, pruned, smaller = evaluate_vlm.main(options)
+    assert unpruned["score"] == 0.75 and unpruned["num_samples"] == 4
+    assert unpruned["score_error"] == pytest.approx(math.sqrt(4 * 0.75 * 0.25 / 3) / 2)
+    assert unpruned["different_predictions"] >= 1 and unpruned["task"].startswith("val.jsonl")
+    assert pruned["visual_tokens_per_image"] == 8 < unpruned["visual_tokens_per_image"] and 0 <= pruned["score"] <= 1
+    assert "Idefics3" in smaller["not_supported"] and smaller["not_supported"] in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate_vlm, "evaluate", None)  # it would be called for another row
+        assert evaluate_vlm.main(options) == json.loads((tmp_path / "rows.json").read_text())
+        with pytest.raises(ValueError, match="limit"):
+            evaluate_vlm.main([*options, "--limit=2"])
+    questions.write_text(questions.read_text().replace('"x"', '"y"'))
+    assert len(evaluate_vlm.main(options)) == 3
+    assert len(json.loads((tmp_path / "rows.json").read_text())) == 6  # the questions are others
+
+
+def test_what_is_missing_is_named_in_a_line(tmp_path):
+    """Not in a traceback of imports or of lmms-eval."""
+    cases = [["--validation_file", str(tmp_path / "missing.jsonl")]]
+    cases += [["--tasks", "gqa"]] if find_spec("lmms_eval") is None else []
+    for options, word in zip(cases, ("missing.jsonl", "pip install lmms-eval")):
+        command = [sys.executable, str(ROOT / "examples" / "evaluate_vlm.py"), "--model", "none", *options]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode != 0 and word in result.stderr and "Traceback" not in result.stderr
 
 
 def make_args(**options) -> EvaluationArguments:
-    return EvaluationArguments(**{"model_name_or_path": "model", "tasks": ["gqa"], "layer": 2, **options})
+    return EvaluationArguments(**{"model": "model", "tasks": ["gqa"], "layer": 2, **options})
 
 
 def make_row(selection: str, visual_tokens: int | None, task: str, score=None, tokens: float = 64.0, **fields) -> dict:
-    row = {**make_args().settings, "selection": selection, "visual_tokens": visual_tokens, "task": task, **fields}
-    if score is not None:
-        row["results"] = {task: {"exact_match,none": score, "exact_match_stderr,none": 0.01}}
-        row |= {"higher_is_better": {task: {"exact_match": True}}, "visual_tokens_per_image": tokens}
-    return row
+    row = {"selection": selection, "visual_tokens": visual_tokens, "task": task, **fields}
+    return row if score is None else row | {"score": score, "score_error": 0.01, "visual_tokens_per_image": tokens}
 
 
 def test_the_default_layer_is_a_third_of_the_way_or_that_of_the_guide(tmp_path):
@@ -41,30 +94,22 @@ def test_tower_selection_keeps_what_is_asked_for():
     assert arguments == {"schedule": "2:text:0.5", "guide": "guide"}
 
 
-def test_selections_and_numbers_are_checked():
+@pytest.mark.parametrize(
+    "wrong",
+    [{"selections": ["tower_text"]}, {"selections": ["exit"]}, {"visual_tokens": [0]}, {"limit": 0}, {"tasks": None}],
+    ids=str,
+)
+def test_selections_and_numbers_are_checked(wrong):
     assert "tower_text" in make_args(guide="guide").selections and "tower_text" not in make_args().selections
-    numbers = ({"visual_tokens": [0]}, {"limit": 0}, {"limit": -1}, {"batch_size": 0})
-    for wrong in ({"selections": ["tower_text"]}, {"selections": ["exit"]}, *numbers):
-        with pytest.raises(ValueError):
-            make_args(**wrong)
+    with pytest.raises(ValueError):
+        make_args(**wrong)
 
 
-def test_score_of_a_task_and_of_a_group():
-    row = make_row("unpruned", None, "gqa", 0.5)
-    assert score_of(row) == (0.5, 0.01)
-    assert score_of({**row, "higher_is_better": {"gqa": {"exact_match": False}}}) == (None, None)
-    group = {**make_row("unpruned", None, "a", 0.5), "task": "gqa"}
-    group["results"] |= {"gqa": {}, "b": {"f1,none": 0.9}}
-    group["higher_is_better"]["b"] = {"f1": True}
-    assert score_of(group) == (pytest.approx(0.7), None)
-
-
-def test_numbers_that_json_has_not_are_missing():
-    found = numbers_in(
-        {"exact_match,none": math.nan, "exact_match_stderr,none": math.inf, "f1,none": 0.5, "alias": "a"}
-    )
-    assert json.loads(json.dumps(found, allow_nan=False))["f1,none"] == 0.5
-    assert score_of({**make_row("unpruned", None, "gqa", 0.5), "results": {"gqa": found}}) == (None, None)
+def test_score_of_a_task_is_its_first_finite_metric_that_should_rise():
+    results = {"loss,none": 9.0, "bleu,none": math.nan, "f1,none": 0.5, "f1_stderr,none": 0.01, "alias": "gqa"}
+    found = {"results": {"gqa": results}, "higher_is_better": {"gqa": {"loss": False, "bleu": True, "f1": True}}}
+    assert score_of(found, "gqa") == {"score": 0.5, "score_error": 0.01}
+    assert score_of(found, "group") == {}
 
 
 def test_table_is_relative_to_the_unpruned_model(capsys):
@@ -81,14 +126,3 @@ def test_table_is_relative_to_the_unpruned_model(capsys):
     assert prompt[1:] == ["16", "15.0", "80.0 ± 2.0", "100.0 ± 1.2", "90.0"]
     assert image[1:] == ["16", "16.0", "120.0 ± 2.0", "-", "-"]
     assert "Tiles." in lines[-1]
-
-
-def test_rows_of_a_file_are_not_evaluated_again(tmp_path, monkeypatch):
-    args = make_args(visual_tokens=[64, 16], selections=["tower_image"], output_json=str(tmp_path / "rows.json"))
-    rows = [make_row("unpruned", None, "gqa", 0.5), make_row("tower_image", 16, "gqa", 0.4, 16.0)]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    monkeypatch.setattr(evaluate_vlm, "evaluate", None)  # it would be called for another row
-    assert list(evaluate_vlm.make_rows(args)) == rows  # 64 tokens are all that the unpruned model has
-    args.limit = 5
-    with pytest.raises(ValueError, match="limit"):
-        list(evaluate_vlm.make_rows(args))

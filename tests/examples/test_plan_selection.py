@@ -30,7 +30,7 @@ def test_the_table_has_the_named_schedules_and_the_model_s_own(capsys, tmp_path)
 def test_a_checkpoint_is_planned_at_the_size_of_its_images(tmp_path):
     config = TripsConfig.from_preset("tiny", keep_rate=1.0)
     config.save_pretrained(tmp_path)
-    arguments = ["--model_name_or_path", str(tmp_path), "--text_length=6"]
+    arguments = ["--model", str(tmp_path), "--text_length=6"]
     assert main(arguments).unpruned.cost.tokens[-1] == 65
     assert main([*arguments, "--image_size=96"]).unpruned.cost.tokens[-1] == 145
 
@@ -38,7 +38,7 @@ def test_a_checkpoint_is_planned_at_the_size_of_its_images(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "either a --model_name_or_path or a --preset"),
+        ([], "either a --model or a --preset"),
         ([*TINY, "--image_size", "60"], "must be a multiple of `patch_size`"),
         ([*TINY, "--budget", "1.5"], "`budget`"),
     ],

@@ -11,11 +11,10 @@ from datasets import Dataset
 from modeling_trips import TripsConfig
 from trips_examples.data.boxes import draw_boxes
 from trips_examples.data.collators import GroundingCollator
-from trips_examples.data.images import image_size
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 from trips_examples.metrics import GROUNDING_ACCURACY
+from trips_examples.run_grounding import draw_predicted_boxes
 from trips_examples.training.models import make_processor
-from trips_examples.training.predictions import draw_predicted_boxes
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +51,6 @@ def test_labels_are_where_the_pixels_are_after_resizing(processor):
         assert label.tolist() == pytest.approx(red_box(pixels), abs=0.02)
 
 
-def test_image_size_is_that_of_the_upright_image():
-    exif = PIL.Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
-    image = PIL.Image.new("RGB", (100, 50))
-    assert image_size({"image": encoded(image)}) == (50, 100)
-    assert image_size({"image": encoded(image, exif=exif)}) == (100, 50)
-
-
 def test_accuracy_counts_boxes_from_half_overlap_on():
     metric = evaluate.load(GROUNDING_ACCURACY)
     true_box = [0.0, 0.0, 10.0, 10.0]
@@ -79,6 +70,6 @@ def test_pictures_show_both_boxes(tmp_path):
     assert picture.getpixel((20, 60)) == (0x2B, 0x8A, 0x3E)  # the left edge of the true box, at twice the size
     assert picture.getpixel((120, 60)) == (0x18, 0x64, 0xAB)
     rows = Dataset.from_list([row([10, 5, 40, 25], image_id=str(number)) for number in range(7)])
-    draw_predicted_boxes(tmp_path, rows, [[10.0, 5.0, 40.0, 25.0]] * 7, num_pictures=5)
+    draw_predicted_boxes(tmp_path / "predictions.png", rows, [[10.0, 5.0, 40.0, 25.0]] * 7, num_pictures=5)
     assert PIL.Image.open(tmp_path / "predictions.png").size == (4 * 250, 2 * 270)
     assert [path.name for path in tmp_path.iterdir()] == ["predictions.png"]

@@ -6,11 +6,9 @@ from pathlib import Path
 import pytest
 import toy_tasks
 from places import EXAMPLES, HELPERS
-from schedules import guidances_of, rates_of
 from toy_pairs import TWO_PROCESSES
 from toy_tasks import run, write_task
 
-from modeling_trips import TripsForRetrieval
 from trips_examples import run_retrieval
 
 
@@ -65,7 +63,7 @@ def test_what_was_found_is_written_down(trained):
 
 
 def test_evaluation_alone_finds_the_same(data, trained, tmp_path):
-    again = [f"--model_name_or_path={trained[0]}", "--do_train=False", "--rerank_k=3", f"--output_dir={tmp_path}"]
+    again = [f"--model={trained[0]}", "--do_train=False", "--rerank_k=3", f"--output_dir={tmp_path}"]
     metrics = run_retrieval.main([*data, *OPTIONS, *again])
     for name in ("eval_r_mean", "eval_features_r_mean", "eval_reranked_pairs"):
         assert metrics[name] == trained[1][name]
@@ -73,26 +71,10 @@ def test_evaluation_alone_finds_the_same(data, trained, tmp_path):
     assert "eval_r_mean" not in features and features["eval_features_r_mean"] > 0.9
 
 
-def test_options_reach_the_model(data, tmp_path):
-    options = ["--itc_weight=0.5", "--itm_weight=2"]
-    schedule = ["--selection_layers", "1", "4", "--keep_rate", "0.9", "0.5"]
-    run_retrieval.main([*data, *OPTIONS, *options, *schedule, "--max_steps=1", f"--output_dir={tmp_path}"])
-    config = TripsForRetrieval.from_pretrained(tmp_path).config
-    assert (config.itc_weight, config.itm_weight) == (0.5, 2)
-    assert rates_of(config.vision_config) == {1: 0.9, 4: 0.5}
-    assert guidances_of(config.vision_config) == {1: "text", 4: "text"}
-
-
-def test_without_a_matching_loss_nothing_is_ranked_again(data, tmp_path):
-    options = ["--itm_weight=0", "--max_steps=1", f"--output_dir={tmp_path}"]
-    metrics = run_retrieval.main([*data, *OPTIONS, *options])
-    assert "eval_features_r_mean" in metrics and "eval_r_mean" not in metrics
-
-
 @pytest.mark.slow
 def test_two_processes_evaluate_as_one(data, trained, tmp_path):
     # 5 images in batches of 4 are 2 batches, 10 captions 3: one process has more than the other.
-    options = [f"--model_name_or_path={trained[0]}", "--do_train=False", "--rerank_k=3", f"--output_dir={tmp_path}"]
+    options = [f"--model={trained[0]}", "--do_train=False", "--rerank_k=3", f"--output_dir={tmp_path}"]
     run(*TWO_PROCESSES, SCRIPT, *data, *OPTIONS, *options)
     for name in ("found_images.jsonl", "found_texts.jsonl"):
         assert (tmp_path / name).read_text() == (trained[0] / name).read_text()

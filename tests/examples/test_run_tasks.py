@@ -13,7 +13,6 @@ from toy_tasks import COLORS, OPTIONS, SCRIPTS, predictions, run, write_task
 from transformers import ViTModel
 
 from modeling_trips import TripsConfig, TripsModel
-from trips_examples import run_nlvr2
 from trips_examples.data.collators import Nlvr2Collator
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 from trips_examples.training.models import make_processor
@@ -44,7 +43,7 @@ def backbone(tmp_path_factory) -> str:
     torch.manual_seed(0)
     TripsModel(config).save_pretrained(folder)
     make_processor(tokenizer, config).save_pretrained(folder)
-    return f"--model_name_or_path={folder}"
+    return f"--model={folder}"
 
 
 @pytest.mark.slow
@@ -57,7 +56,7 @@ def test_learns_the_toy_data_and_leaves_a_model_that_is_loaded(task, steps, tmp_
     assert metrics[metric] == pytest.approx(1.0, abs=1e-3)
     rows = predictions(folder)
     assert {row["source"] for row in rows} == {f"rows.jsonl row {number}" for number in range(1, len(rows) + 1)}
-    loaded = [f"--model_name_or_path={folder}", "--do_train=False", f"--output_dir={tmp_path / 'again'}"]
+    loaded = [f"--model={folder}", "--do_train=False", f"--output_dir={tmp_path / 'again'}"]
     assert main_of(task)([*data, *options, *loaded])[metric] == metrics[metric]
     assert predictions(tmp_path / "again") == rows
 
@@ -101,9 +100,11 @@ def test_the_test_split_is_reported_beside_the_validation_split(task, backbone, 
     rows = predictions(tmp_path / "out" / "test")
     assert metrics["test_samples"] == len(rows) == 3
     assert all(row["source"].startswith("test.jsonl") for row in rows)
+    assert all(Path(path).is_file() for row in rows for path in row.get("images") or [row["image"]])
     for split in ("eval", "test"):
         results = json.loads((tmp_path / f"out/{split}_results.json").read_text())
         assert f"{split}_{METRICS[task]}" in results
+        assert task == "grounding" or {f"{split}_collapsed", f"{split}_different_predictions"} <= results.keys()
         assert not [name for name in results if name.startswith({"eval": "test_", "test": "eval_"}[split])]
     without = main_of(task)([*options, "--do_predict=False", f"--output_dir={tmp_path / 'without'}"])
     assert not [name for name in without if name.startswith("test_")]
@@ -152,11 +153,3 @@ def test_collator_of_pairs_decodes_each_image_once_and_keeps_left_and_right():
     red, blue, green = batch["pixel_values"].mean(dim=(2, 3))
     assert red.argmax() == 0 and green.argmax() == 1 and blue.argmax() == 2
     assert batch["sources"] == ["toy row red-blue", "toy row blue-blue", "toy row green-red"]
-
-
-def test_predictions_of_pairs_hold_the_probability_of_true():
-    logits = torch.tensor([[0.0, 2.0], [1.0, 0.0], [3.0, 0.0]]).numpy()
-    judgements = run_nlvr2.judgements_of(logits)
-    assert [judgement["prediction"] for judgement in judgements] == [1, 0, 0]
-    probabilities = [judgement["probability"] for judgement in judgements]
-    assert probabilities == pytest.approx([0.8808, 0.2689, 0.0474], abs=1e-4)

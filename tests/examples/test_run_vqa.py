@@ -13,6 +13,7 @@ import pytest
 import torch
 from places import EXAMPLES, ROOT
 from safetensors.torch import load_file
+from tiny_processors import make_bert_tokenizer
 from toy_pairs import TWO_PROCESSES
 from toy_tasks import ENVIRONMENT, OPTIONS, predictions, run
 
@@ -63,6 +64,18 @@ def test_learns_the_toy_data_and_leaves_a_model_that_answers(data, tmp_path):
     assert processor.post_process_answers(model.generate(**inputs)) == ["green"]
 
 
+def test_signs_that_a_given_tokenizer_loses_are_counted(data, tmp_path, caplog):
+    """In a warning before the training and in the results."""
+    files = [Path(option.partition("=")[2]) for option in data]
+    (tmp_path / "rows.jsonl").write_text(files[1].read_text().replace('"answer": "no"', '"answer": "50%"'))
+    make_bert_tokenizer(["what color is it? red blue green white yes 50%"]).save_pretrained(tmp_path / "bert")
+    files = [f"--{split}_file={tmp_path / 'rows.jsonl'}" for split in ("train", "validation")]
+    options = [*files, f"--image_root={Path(data[0].partition('=')[2]).parent}", f"--tokenizer={tmp_path / 'bert'}"]
+    metrics = run_vqa.main(options_of(options, tmp_path / "out", "--max_steps=1"))
+    assert metrics["eval_answers_with_lost_signs"] == 3
+    assert "validation: the tokenizer loses signs in 3 of the 44 answers: '50%' becomes '50 %'" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("options", "used_for"),
     [
@@ -70,25 +83,26 @@ def test_learns_the_toy_data_and_leaves_a_model_that_answers(data, tmp_path):
         (["--attention_loss_weight=2"], "selection loss, attention loss"),
         (["--keep_rate=1.0"], "none"),
         (["--attention_loss_weight=2", "--keep_rate=1.0"], "attention loss"),
-        (["--selection_loss_weight=0"], "none"),
+        (["--selection_loss_weight=0", "--selection_gate=0.2"], "none"),
+        (["--selection_gate=0.2"], "selection loss"),
     ],
     ids=str,
 )
-def test_results_say_what_regions_were_used_for(options, used_for, data, tmp_path):
+def test_a_run_says_what_regions_and_answers_teach(options, used_for, data, tmp_path, caplog, capsys):
+    caplog.set_level("INFO")
     files = [Path(option.partition("=")[2]) for option in data]
     rows = [{**json.loads(line), "region": [8, 8, 24, 24]} for line in files[0].read_text().splitlines()]
     (tmp_path / "regions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with_regions = [f"--train_file={tmp_path / 'regions.jsonl'}", data[1], f"--image_root={files[0].parent}"]
     run_vqa.main(options_of(with_regions, tmp_path / "out", "--max_steps=1", *options))
-    start = ["--do_train=False", f"--model_name_or_path={tmp_path / 'out'}"]
-    run_vqa.main([*data, *start, f"--output_dir={tmp_path / 'again'}"])
-    for folder, name in (("out", "train"), ("out", "eval"), ("again", "eval")):
-        assert json.loads((tmp_path / folder / f"{name}_results.json").read_text())["regions_used_for"] == used_for
-
-
-def test_without_regions_they_are_used_for_nothing(data, tmp_path):
-    run_vqa.main(options_of(data, tmp_path, "--max_steps=1", "--attention_loss_weight=2"))
-    assert json.loads((tmp_path / "eval_results.json").read_text())["regions_used_for"] == "none"
+    for name in ("train", "eval"):
+        results = json.loads((tmp_path / "out" / f"{name}_results.json").read_text())
+        assert results["regions_used_for"] == used_for
+        assert results["precision"] == "float32" and results["cpu_capability"]
+    (line,) = [line for line in caplog.messages if "learns from" in line] or [""]
+    assert ("--selection_loss_weight" in line) == ("selection loss" in used_for)
+    assert ("by the gate" in line) == ("--selection_gate=0.2" in options)
+    assert f"examples/ask.py --model {tmp_path / 'out'} " in capsys.readouterr().out
 
 
 def test_a_bad_row_stops_the_run_unless_it_may_be_skipped(data, tmp_path, caplog):
@@ -107,11 +121,6 @@ def test_a_bad_row_stops_the_run_unless_it_may_be_skipped(data, tmp_path, caplog
     assert "Skipped 1 of the 11 rows of train (more than 64 tokens: 1)" in caplog.text
 
 
-def test_a_missing_training_split_is_named(data, tmp_path):
-    with pytest.raises(ValueError, match="--train_file"):
-        run_vqa.main(options_of(data[1:], tmp_path))
-
-
 @pytest.mark.slow
 def test_killed_and_resumed_ends_with_the_weights_of_a_run_left_alone(data, tmp_path):
     options = ["--max_steps=12", "--save_strategy=steps", "--save_steps=4", "--do_eval=False", "--logging_steps=1"]
@@ -121,7 +130,7 @@ def test_killed_and_resumed_ends_with_the_weights_of_a_run_left_alone(data, tmp_
     killed = [script, *options_of(data, tmp_path / "killed", *options)]
     process = subprocess.Popen([sys.executable, *killed], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     # The trainer state is written last and marks a complete checkpoint.
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not (tmp_path / "killed/checkpoint-4/trainer_state.json").exists():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
@@ -144,7 +153,7 @@ BEST = ["--eval_strategy=steps", "--eval_steps=1", "--load_best_model_at_end", "
 @pytest.mark.parametrize(
     "options", [[], pytest.param(BEST, marks=pytest.mark.slow)], ids=["the last weights", "the best weights"]
 )
-def test_resuming_a_finished_run_trains_no_further(options, data, tmp_path):
+def test_resuming_a_finished_run_trains_no_further(options, data, tmp_path, capfd):
     """Four steps of four rows end within an epoch of twelve."""
     steps = ["--max_steps=4", "--save_strategy=steps", "--save_steps=1", "--do_eval=False", "--report_to=none"]
     words = options_of(data, tmp_path, *steps, *options)
@@ -159,7 +168,8 @@ def test_resuming_a_finished_run_trains_no_further(options, data, tmp_path):
         assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
         assert {path.name for path in tmp_path.glob("checkpoint-*")} == folders
         assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 4
-    assert not (tmp_path / "_training.lock").exists()
+    printed = capfd.readouterr().err  # nothing looks like damage
+    assert "missing keys" not in printed and "do not match" not in printed
 
 
 @pytest.mark.slow

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-
-from trips_examples.data.vocabulary import train_wordpiece_tokenizer
+from tiny_processors import make_bert_tokenizer
 
 
 PATCH_SIZE = 8
@@ -62,6 +61,7 @@ def bad_rows(task: str) -> list[BadRow]:
 _LINES = [
     BadRow('{"image": "good.png", "question', "broken JSON"),
     BadRow("[" * 100_000, "broken JSON"),
+    BadRow('{"image": "good.png", "image": "good.jpg"}', "broken JSON"),
     BadRow("3", "not a JSON object"),
 ]
 
@@ -107,6 +107,7 @@ def _bad_texts(task: str) -> list[BadRow]:
         of("\u200b", f"no {text}"),
         of(float("nan"), f"no {text}"),
         of(True, f"{name} is not text"),
+        of(float("inf"), f"{name} is not text"),
         of("half a \ud83d", f"{name} is not valid Unicode"),
         of("\ufffd", f"{text} without tokens", "tokenizer"),
         of("red " * 63, "more than 64 tokens", "tokenizer"),
@@ -143,6 +144,7 @@ _OF_TASK = {
     "grounding": [
         BadRow({**_EXPRESSION, "box": None}, "no box"),
         BadRow({**_EXPRESSION, "box": [0, 0, 1]}, "box is not four numbers"),
+        BadRow({**_EXPRESSION, "box": [True, 0, 9, 9]}, "box is not four numbers"),
         BadRow({**_EXPRESSION, "box": [0, 0, 1, [1]]}, "box is not four numbers"),
         BadRow({**_EXPRESSION, "box": [0, 0, "nan", 1]}, "box is not four numbers"),
         BadRow({**_EXPRESSION, "box": [0, 0, 10**400, 1]}, "box is not four numbers"),
@@ -153,7 +155,5 @@ _OF_TASK = {
 
 
 def tokenizer():
-    """Return a tokenizer without the characters of the texts above that must have no tokens."""
-    trained = train_wordpiece_tokenizer(WORDS)
-    trained.model_max_length = 64
-    return trained
+    """Return a tokenizer for which some of the texts above have no tokens."""
+    return make_bert_tokenizer(WORDS, model_max_length=64)

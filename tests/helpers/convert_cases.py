@@ -1,7 +1,8 @@
 """Calls of examples/convert_checkpoint.py, and texts for the converted models."""
 
+from tiny_processors import make_bert_tokenizer
+
 from trips_examples import convert_checkpoint
-from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 
 
 TEXTS = [
@@ -14,7 +15,7 @@ TEXTS = [
 
 def make_tokenizer():
     """Return a tokenizer with all words of `TEXTS`."""
-    return train_wordpiece_tokenizer([*TEXTS, "a person", "whats its"])
+    return make_bert_tokenizer([*TEXTS, "a person", "whats its"])
 
 
 def convert(arguments, **others):

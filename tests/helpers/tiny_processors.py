@@ -12,6 +12,14 @@ VOCABULARY = {word: index for index, word in enumerate(WORDS)}
 PAD, CLS, SEP = VOCABULARY["[PAD]"], VOCABULARY["[CLS]"], VOCABULARY["[SEP]"]
 
 
+def make_bert_tokenizer(texts: list[str], **options) -> BertTokenizer:
+    """Return a tokenizer as BERT's (uncased) that knows the words of texts."""
+    tools = BertTokenizer().backend_tokenizer
+    words = [tools.pre_tokenizer.pre_tokenize_str(tools.normalizer.normalize_str(text)) for text in texts]
+    words = [*WORDS[:5], *dict.fromkeys(word for text in words for word, _ in text)]
+    return BertTokenizer(vocab={word: index for index, word in enumerate(words)}, **options)
+
+
 def make_processor(image_processor=None, patch_size=16, **tokenizer_kwargs):
     tokenizer = BertTokenizer(vocab=VOCABULARY, **{"model_max_length": 12, **tokenizer_kwargs})
     if image_processor is None:

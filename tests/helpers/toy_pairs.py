@@ -21,7 +21,6 @@ OPTIONS = [
     "--per_device_eval_batch_size=9",
     "--learning_rate=1e-3",
     "--lr_scheduler_type=constant",
-    "--auto_bf16=False",
     "--queue_size=40",
     "--disable_tqdm=True",
 ]
@@ -69,7 +68,7 @@ def stream_options(folder: Path) -> list[str]:
     return [
         f"--train_shards={folder}/pairs-{{0..2}}.tar",
         "--shuffle_buffer=4",
-        f"--tokenizer_name={folder / 'tokenizer'}",
+        f"--tokenizer={folder / 'tokenizer'}",
         "--do_eval=False",
     ]
 

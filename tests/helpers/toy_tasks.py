@@ -15,7 +15,6 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 OPTIONS = [
     "--learning_rate=1e-3",
     "--lr_scheduler_type=constant",
-    "--auto_bf16=False",
     "--disable_tqdm=True",
     "--save_strategy=no",
 ]

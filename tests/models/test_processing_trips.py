@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_processors import CLS, PAD, SEP, VOCABULARY, WORDS, make_processor
+from tiny_processors import CLS, PAD, SEP, VOCABULARY, WORDS, make_bert_tokenizer, make_processor
 from transformers import AutoProcessor, BertTokenizer, BlipImageProcessor, CLIPImageProcessor
 
 from modeling_trips import TripsProcessor
 from modeling_trips.processing_trips import clean_caption, clean_question
-from trips_examples.data.vocabulary import train_wordpiece_tokenizer
 
 
 @pytest.fixture
@@ -186,7 +185,7 @@ CAPTION = "Whats a persons t shirt [MASK] 25 3"
 
 @pytest.fixture
 def tokenizer():
-    return train_wordpiece_tokenizer([TEXT, QUESTION, CAPTION])
+    return make_bert_tokenizer([TEXT.replace("[MASK]", ""), QUESTION.replace("[MASK]", "")])
 
 
 def test_cleaning_by_hand():

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import pickle
 import re
 from resource import RUSAGE_SELF, getrusage
@@ -11,7 +12,8 @@ import PIL.Image
 import pytest
 from loading import load
 
-from trips_examples.data.annotations import AnnotationFile, read_annotations, read_plain_pickle
+from trips_examples.data.annotations import read_annotations, read_plain_pickle
+from trips_examples.data.source import AnnotationFile
 
 
 @pytest.fixture
@@ -30,60 +32,48 @@ def coco(tmp_path):
 
 
 def write(file, content):
-    file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(content))
     return file
 
 
 def names_of(rows):
     """Return the image files with their folders."""
-    return [
-        re.sub(r".*/(.*/)", r"\1", path)
-        for path in rows.data.column("image").combine_chunks().field("path").to_pylist()
-    ]
+    paths = rows.data.column("image").combine_chunks().field("path").to_pylist()
+    return [re.sub(r".*/(.*/)", r"\1", path) for path in paths]
 
 
 # VQAv2
 
 
-def vqa(folder, subtype="train2014", questions=None):
-    questions = questions or [
+def vqa(folder, subtype="train2014"):
+    questions = [
         {"image_id": 9, "question": "What is it?", "question_id": 9000},
         {"image_id": 9, "question": "How many?", "question_id": 9001},
         {"image_id": 581857, "question": "Is it red?", "question_id": 581857002},
     ]
     file = write(
         folder / f"v2_OpenEnded_mscoco_{subtype}_questions.json",
-        {
-            "info": {},
-            "task_type": "Open-Ended",
-            "data_type": "mscoco",
-            "data_subtype": subtype,
-            "questions": questions,
-        },
+        {"info": {}, "task_type": "Open-Ended", "data_subtype": subtype, "questions": questions},
     )
     answers = {9000: ["broccoli", "broccoli", "food"], 581857002: ["yes"], 9001: ["2", "two", "2"]}
     annotations = [
         {
             "question_type": "what",
-            "multiple_choice_answer": given[0],
             "answers": [{"answer": a, "answer_confidence": "yes", "answer_id": i} for i, a in enumerate(given, 1)],
-            "image_id": 9 if question_id < 10000 else 581857,
             "answer_type": "other",
             "question_id": question_id,
         }
         for question_id, given in answers.items()
     ]
-    name = file.name.replace("OpenEnded_", "").replace("questions", "annotations")
-    return file, write(folder / name, {"info": {}, "data_subtype": subtype, "annotations": annotations})
+    return file, write(folder / f"v2_mscoco_{subtype}_annotations.json", {"annotations": annotations})
 
 
-def test_vqa_finds_its_annotations(coco):
-    file, _ = vqa(coco / "vqa")
-    rows = load("vqa", train_file=file, image_root=coco / "images")["train"]
-    assert names_of(rows) == [
-        f"train2014/COCO_train2014_{number}.jpg" for number in ("000000000009",) * 2 + ("000000581857",)
-    ]
+def test_vqa_finds_its_annotations_and_images(coco):
+    file, _ = vqa(coco)
+    for root in ("images", "images/train2014"):  # with the split's folder, or all images in one
+        rows = load("vqa", train_file=file, image_root=coco / root)["train"]
+        numbers = ("000000000009",) * 2 + ("000000581857",)
+        assert names_of(rows) == [f"train2014/COCO_train2014_{number}.jpg" for number in numbers]
     assert rows["image_id"][:] == ["9", "9", "581857"]
     assert rows["question_id"][:] == ["9000", "9001", "581857002"]
     assert rows["question"][:] == ["What is it?", "How many?", "Is it red?"]
@@ -92,33 +82,33 @@ def test_vqa_finds_its_annotations(coco):
     assert rows["source"][2] == "v2_OpenEnded_mscoco_train2014_questions.json row 3"
 
 
-def test_vqa_with_annotations_and_images_elsewhere(coco):
-    file, annotations = vqa(coco / "vqa")
-    annotations = annotations.rename(coco / "answers.json")
-    with pytest.raises(FileNotFoundError, match="v2_mscoco_train2014_annotations.json.*--train_annotations"):
-        load("vqa", train_file=file, image_root=coco / "images")
-    # All images in one folder, without the split's folder
-    folder = coco / "images" / "train2014"
-    rows = load("vqa", train_file=file, train_annotations=annotations, image_root=folder)["train"]
-    assert names_of(rows)[2] == "train2014/COCO_train2014_000000581857.jpg"
-    with pytest.raises(ValueError, match="--validation_annotations"):
-        load("vqa", validation_file=file, validation_annotations=file, image_root=folder)
-
-
-def test_vqa_question_without_answers_is_named(coco):
-    questions = [{"image_id": 9, "question": "Why?", "question_id": 1}, {"image_id": 9}]
-    file, _ = vqa(coco / "vqa", questions=questions[:1])
-    with pytest.raises(ValueError, match="row 1: no answer"):
-        load("vqa", train_file=file, image_root=coco / "images")
-    file, _ = vqa(coco / "vqa", questions=questions)
-    with pytest.raises(ValueError, match="row 1.*'question_id'"):
-        load("vqa", train_file=file, image_root=coco / "images")
+def test_faults_of_vqa_files(coco):
+    file, annotations = vqa(coco)
+    given = {"train_file": file, "image_root": coco / "images"}
+    questions = json.loads(file.read_text())
+    unanswered = {"image_id": 9, "question": "Why?", "question_id": 1}
+    write(file, {**questions, "questions": [*questions["questions"], unanswered]})
+    with pytest.raises(ValueError, match="row 4: no answer"):
+        load("vqa", **given)
+    write(file, {**questions, "questions": [*questions["questions"], {"image_id": 9}]})
+    with pytest.raises(ValueError, match="row 3.*'question_id'"):
+        load("vqa", **given)
+    with pytest.raises(ValueError, match="'vqa'.*'captions'"):
+        load("captions", **given)
+    with pytest.raises(ValueError, match="--train_split"):
+        load("vqa", **given, train_split="val")
+    annotations.write_bytes(file.read_bytes())
+    with pytest.raises(ValueError, match=annotations.name):
+        load("vqa", **given)
+    annotations.unlink()
+    with pytest.raises(FileNotFoundError, match=annotations.name):
+        load("vqa", **given)
 
 
 def test_vqa_test_dev_has_the_images_of_test(coco):
     """The questions have no answers; only the names of the images are checked."""
-    file, annotations = vqa(coco / "vqa", "test-dev2015")
-    _, record = next(iter(read_annotations(AnnotationFile(file, "val", None, annotations), "vqa")))
+    file, _ = vqa(coco, "test-dev2015")
+    _, record = next(iter(read_annotations(AnnotationFile(file, "val"), "vqa")))
     assert record["image"] == "test2015/COCO_test2015_000000000009.jpg"
 
 
@@ -128,30 +118,21 @@ def test_vqa_test_dev_has_the_images_of_test(coco):
 def test_coco_captions(coco):
     images = [
         {"id": 581857, "file_name": "COCO_train2014_000000581857.jpg"},
-        {"id": 9, "file_name": "COCO_train2014_000000000009.jpg"},
+        {"id": 139, "file_name": "000000000139.jpg", "coco_url": "http://images.org/train2017/000000000139.jpg"},
     ]
     annotations = [
-        {"image_id": 9, "id": 1, "caption": "A plate."},
+        {"image_id": 139, "id": 1, "caption": "A plate."},
         {"image_id": 581857, "id": 2, "caption": "A bear. "},
-        {"image_id": 9, "id": 3, "caption": "Some food."},
+        {"image_id": 139, "id": 3, "caption": "Some food."},
     ]
     file = write(coco / "captions_train2014.json", {"info": {}, "images": images, "annotations": annotations})
     rows = load("captions", train_file=file, image_root=coco / "images")["train"]
     assert rows["caption"][:] == ["A plate.", "A bear.", "Some food."]
-    assert rows["image_id"][:] == ["9", "581857", "9"]
-    assert names_of(rows)[1] == "train2014/COCO_train2014_000000581857.jpg"
+    assert rows["image_id"][:] == ["139", "581857", "139"]
+    assert names_of(rows)[:2] == ["train2017/000000000139.jpg", "train2014/COCO_train2014_000000581857.jpg"]
     write(file, {"images": images[:1], "annotations": annotations})
-    with pytest.raises(ValueError, match="COCO.* 9"):
+    with pytest.raises(ValueError, match="COCO.* 139"):
         load("captions", train_file=file, image_root=coco / "images")
-
-
-def test_coco_2017_names_its_folder_in_the_address(coco):
-    url = "http://images.cocodataset.org/train2017/000000000139.jpg"
-    images = [{"id": 139, "file_name": "000000000139.jpg", "coco_url": url}]
-    content = {"images": images, "annotations": [{"image_id": 139, "caption": "A room."}]}
-    file = write(coco / "captions.json", content)
-    rows = load("captions", validation_file=file, image_root=coco / "images")["validation"]
-    assert names_of(rows) == ["train2017/000000000139.jpg"]
 
 
 def karpathy(file, splits, **more):
@@ -161,8 +142,7 @@ def karpathy(file, splits, **more):
             "filename": names[i % 2],
             "imgid": i,
             "split": split,
-            "sentids": [2 * i, 2 * i + 1],
-            "sentences": [{"raw": f"Caption {2 * i + j}.", "tokens": ["caption"], "imgid": i} for j in (0, 1)],
+            "sentences": [{"raw": f"Caption {2 * i + j}.", "tokens": ["caption"]} for j in (0, 1)],
             **{key: value(i) for key, value in more.items()},
         }
         for i, split in enumerate(splits)
@@ -173,17 +153,18 @@ def karpathy(file, splits, **more):
 def test_karpathy_splits(coco):
     more = {"filepath": lambda i: "val2014", "cocoid": lambda i: [391895, 60623][i % 2]}
     file = karpathy(coco / "dataset_coco.json", ["test", "restval", "val", "train"], **more)
-    loaded = load("captions", train_file=file, validation_file=file, image_root=coco / "images")
+    given = {"validation_file": file, "image_root": coco / "images"}
+    loaded = load("captions", train_file=file, **given)
     train, validation = loaded["train"], loaded["validation"]
     assert train["caption"][:] == ["Caption 2.", "Caption 3.", "Caption 6.", "Caption 7."]
     assert train["image_id"][:] == ["60623"] * 4
     assert train["source"][:] == ["dataset_coco.json row 2"] * 2 + ["dataset_coco.json row 4"] * 2
     assert validation["caption"][:] == ["Caption 4.", "Caption 5."]
     assert names_of(validation) == ["val2014/COCO_val2014_000000391895.jpg"] * 2
-    test = load("captions", validation_file=file, validation_split="test", image_root=coco / "images")
+    test = load("captions", **given, validation_split="test")
     assert test["validation"]["caption"][:] == ["Caption 0.", "Caption 1."]
     with pytest.raises(ValueError, match="'dev'.*--validation_split"):
-        load("captions", validation_file=file, validation_split="dev", image_root=coco / "images")
+        load("captions", **given, validation_split="dev")
 
 
 def test_karpathy_of_flickr30k(coco):
@@ -197,68 +178,41 @@ def test_karpathy_of_flickr30k(coco):
 # NLVR2
 
 
-def nlvr2(file, lines):
+@pytest.mark.parametrize("folder", ["train/55", "55", "train", ""])
+def test_nlvr2(tmp_path, folder):
+    (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    for side, width in ((0, 6), (1, 9)):
+        PIL.Image.new("RGBA", (width, 5)).save(tmp_path / folder / f"train-10171-0-img{side}.png")
+    lines = [
+        {"sentence": f"About {label}.", "label": label, "identifier": f"train-10171-0-{i}", "directory": 55}
+        for i, label in enumerate(("False", "True"))
+    ]
+    file = tmp_path / "train.json"  # the official files end with .json, and hold an object per line
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return file
-
-
-def nlvr2_line(identifier, label, **more):
-    urls = {"left_url": "http://a", "right_url": "http://b", "writer": 1, "synset": "dog", "query": "dogs1"}
-    return {
-        "validation": {"1": label},
-        "sentence": f"About {identifier}.",
-        "label": label,
-        "identifier": identifier,
-        **urls,
-        **more,
-    }
-
-
-@pytest.mark.parametrize(
-    "folders", [{"train": "train/55", "dev": "dev"}, {"train": "55", "dev": ""}, {"train": "", "dev": ""}]
-)
-def test_nlvr2(tmp_path, folders):
-    for split, stem in (("train", "train-10171-0"), ("dev", "dev-850-0")):
-        (tmp_path / folders[split]).mkdir(parents=True, exist_ok=True)
-        for side, width in ((0, 6), (1, 9)):
-            PIL.Image.new("RGBA", (width, 5)).save(tmp_path / folders[split] / f"{stem}-img{side}.png")
-    # The official files end with .json, and hold an object per line.
-    train = nlvr2(tmp_path / "train.json", [nlvr2_line("train-10171-0-1", "False", directory=55)])
-    dev = nlvr2(
-        tmp_path / "dev.json", [nlvr2_line(f"dev-850-0-{i}", label) for i, label in ((0, "True"), (1, "False"))]
-    )
-    loaded = load("nlvr2", train_file=train, validation_file=dev, image_root=tmp_path)
-    assert loaded["validation"]["label"][:] == [1, 0]
-    assert loaded["validation"]["question_id"][:] == ["dev-850-0-0", "dev-850-0-1"]
-    (row,) = loaded["train"]
-    assert (row["statement"], row["label"], row["source"]) == ("About train-10171-0-1.", 0, "train.json row 1")
-    assert [image.size for image in row["images"]] == [(6, 5), (9, 5)]
-    assert all(image_id.endswith(f"train-10171-0-img{side}.png") for side, image_id in enumerate(row["image_ids"]))
+    rows = load("nlvr2", train_file=file, image_root=tmp_path)["train"]
+    assert rows["label"][:] == [0, 1] and rows["statement"][:] == ["About False.", "About True."]
+    assert rows["question_id"][:] == ["train-10171-0-0", "train-10171-0-1"]
+    assert rows["source"][0] == "train.json row 1"
+    assert [image.size for image in rows[0]["images"]] == [(6, 5), (9, 5)]
+    assert all(id_.endswith(f"train-10171-0-img{side}.png") for side, id_ in enumerate(rows[1]["image_ids"]))
 
 
 # RefCOCO
 
 
-def refcoco(folder, protocol=0):
-    """Write files with the old pickle protocol of the official ones."""
+def refcoco(folder, protocol):
     boxes = {1: [1.5, 2.0, 10.0, 20.5], 2: [0.0, 0.0, 40.0, 30.0]}
     images = [{"id": 581857, "file_name": "COCO_train2014_000000581857.jpg", "width": 40, "height": 30}]
     annotations = [{"id": i, "image_id": 581857, "category_id": 1, "bbox": box} for i, box in boxes.items()]
     write(folder / "instances.json", {"images": images, "annotations": annotations, "categories": []})
-    sentences = {11: ["the left one", "LEFT"], 12: ["the whole"], 13: ["it"]}
+    sentences = {11: ["the left one", "left"], 12: ["the whole"], 13: ["it"]}
     refs = [
         {
             "ref_id": ref_id,
             "ann_id": ann_id,
             "image_id": 581857,
             "split": split,
-            "category_id": 1,
-            "file_name": f"COCO_train2014_000000581857_{ann_id}.jpg",
-            "sent_ids": [10 * ref_id + i for i in range(len(sentences[ref_id]))],
-            "sentences": [
-                {"raw": text.upper(), "sent": text.lower(), "tokens": text.split(), "sent_id": 10 * ref_id + i}
-                for i, text in enumerate(sentences[ref_id])
-            ],
+            "sentences": [{"sent": text, "sent_id": 10 * ref_id + i} for i, text in enumerate(sentences[ref_id])],
         }
         for ref_id, ann_id, split in ((12, 2, "testA"), (11, 1, "train"), (13, 1, "val"))
     ]
@@ -268,11 +222,9 @@ def refcoco(folder, protocol=0):
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 def test_refcoco(coco, protocol):
-    (coco / "refcoco").mkdir()
-    file = refcoco(coco / "refcoco", protocol)
-    loaded = load(
-        "grounding", train_file=file, validation_file=file, validation_split="testA", image_root=coco / "images"
-    )
+    file = refcoco(coco, protocol)
+    given = {"validation_file": file, "image_root": coco / "images"}
+    loaded = load("grounding", train_file=file, **given, validation_split="testA")
     train, (test,) = loaded["train"], loaded["validation"]
     assert train["expression"][:] == ["the left one", "left"]
     assert train["box"][:] == [[1.5, 2.0, 11.5, 22.5]] * 2  # x, y, width, height -> corners
@@ -280,21 +232,17 @@ def test_refcoco(coco, protocol):
     assert train["source"][:] == ["refs(unc).p row 2"] * 2
     assert (test["expression"], test["box"], test["image_id"]) == ("the whole", [0, 0, 40, 30], "581857")
     assert test["image"].size == (40, 30)
-    validation = load("grounding", validation_file=file, image_root=coco / "images")["validation"]
-    assert validation["expression"][:] == ["it"]
+    assert load("grounding", **given)["validation"]["expression"][:] == ["it"]
 
 
 def test_refcoco_needs_its_boxes(coco):
-    (coco / "refcoco").mkdir()
-    file = refcoco(coco / "refcoco")
-    (coco / "refcoco" / "instances.json").rename(coco / "boxes.json")
-    with pytest.raises(FileNotFoundError, match="instances.json.*--train_annotations"):
-        load("grounding", train_file=file, image_root=coco / "images")
-    given = {"train_annotations": coco / "boxes.json", "image_root": coco / "images"}
-    assert len(load("grounding", train_file=file, **given)["train"]) == 2
-    write(coco / "boxes.json", {"images": [], "annotations": [{"id": 1, "bbox": [0, 0, 1, 1]}]})
-    with pytest.raises(ValueError, match="RefCOCO.*581857"):
-        load("grounding", train_file=file, **given)
+    given = {"train_file": refcoco(coco, 2), "image_root": coco / "images"}
+    instances = write(coco / "instances.json", {"images": [], "annotations": [{"id": 1, "bbox": [0, 0, 1, 1]}]})
+    with pytest.raises(ValueError, match="RefCOCO.*581857"):  # the changed file is read
+        load("grounding", **given)
+    instances.unlink()
+    with pytest.raises(FileNotFoundError, match="instances.json"):
+        load("grounding", **given)
 
 
 # ALBEF's lists
@@ -303,70 +251,22 @@ def test_refcoco_needs_its_boxes(coco):
 @pytest.mark.parametrize(
     ("task", "record", "expected"),
     [
-        ("captions", {"caption": "One.", "image_id": "coco_9"}, {"caption": ["One."], "image_id": ["coco_9"]}),
         ("captions", {"caption": ["One.", "Two."]}, {"caption": ["One.", "Two."]}),
         (
             "vqa",
             {"question": "What?", "question_id": 5, "answer": ["red", "red", "blue"], "dataset": "vqa"},
             {"question_id": ["5"], "answers": [["red", "red", "blue"]]},
         ),
-        ("vqa", {"question": "What?", "answer": "green", "dataset": "vg"}, {"answers": [["green"]]}),
         ("nlvr2", {"sentence": "Both.", "label": "True"}, {"statement": ["Both."], "label": [1]}),
     ],
-    ids=["captions", "several captions", "questions", "questions of Visual Genome", "NLVR2"],
 )
 def test_albef_lists(coco, task, record, expected):
     images = [f"train2014/COCO_train2014_{number}.jpg" for number in ("000000000009", "000000581857")]
     record = {"images": images, **record} if task == "nlvr2" else {"image": images[1], **record}
-    file = write(coco / "albef.json", [record])
-    rows = load(task, train_file=file, image_root=coco / "images")["train"]
+    rows = load(task, train_file=write(coco / "albef.json", [record]), image_root=coco / "images")["train"]
     assert {name: rows[name][:] for name in expected} == expected
     found = rows[0]["images"] if task == "nlvr2" else [rows[0]["image"]]
     assert [np.asarray(image)[0, 0, 0] // 10 for image in found] == [0, 5][-len(found) :]
-
-
-def test_albef_grounding_takes_boxes_from_the_refs(coco):
-    (coco / "refcoco").mkdir()
-    refs = refcoco(coco / "refcoco")
-    record = {"image": "train2014/COCO_train2014_000000581857.jpg", "text": "left", "ref_id": 11}
-    file = write(coco / "refcoco+_train.json", [record, {**record, "ref_id": 12}])
-    given = {"train_file": file, "image_root": coco / "images"}
-    rows = load("grounding", train_annotations=refs, **given)["train"]
-    assert rows["box"][:] == [[1.5, 2.0, 11.5, 22.5], [0, 0, 40, 30]]
-    assert rows["expression"][:] == ["left", "left"]
-    with pytest.raises(ValueError, match=r"row 1: no box .*refs.unc..p with --train_annotations"):
-        load("grounding", **given)
-    write(file, [record, {**record, "ref_id": 99}])
-    with pytest.raises(ValueError, match="row 2 .*99"):
-        load("grounding", train_annotations=refs, **given)
-
-
-# What does not fit
-
-
-def test_files_for_another_task_are_named(coco):
-    file, _ = vqa(coco / "vqa")
-    with pytest.raises(ValueError, match="'vqa'.*'captions'"):
-        load("captions", train_file=file)
-    with pytest.raises(ValueError, match="'captions'.*'nlvr2'"):
-        load("nlvr2", train_file=karpathy(coco / "dataset_coco.json", ["train"]))
-
-
-def test_split_or_second_file_that_is_not_used_is_refused(coco):
-    file, annotations = vqa(coco / "vqa")
-    with pytest.raises(ValueError, match="VQAv2's questions, without splits: leave out --validation_split val"):
-        load("vqa", validation_file=file, validation_split="val")
-    rows = write(coco / "rows.json", [{"image": "a", "question": "b", "answer": "c"}])
-    with pytest.raises(ValueError, match="--train_annotations .*annotations.json"):
-        load("vqa", train_file=rows, train_annotations=annotations)
-
-
-def test_public_file_that_is_not_whole_is_named(coco):
-    file, _ = vqa(coco / "vqa")
-    content = json.loads(file.read_text())
-    del content["data_subtype"]
-    with pytest.raises(ValueError, match="questions.json.*data_subtype"):
-        load("vqa", train_file=write(file, content))
 
 
 # Pickles
@@ -379,8 +279,6 @@ class Hostile:
         self.folder = folder
 
     def __reduce__(self):
-        import os
-
         return os.mkdir, (str(self.folder),)
 
 
@@ -396,17 +294,6 @@ def test_hostile_pickle_runs_nothing(tmp_path, protocol):
     assert (tmp_path / "made").exists()
 
 
-@pytest.mark.parametrize(
-    "value",
-    [np.float64(1.5), np.zeros(2), {1, Ellipsis}, complex(1, 2), Hostile, len, AnnotationFile, range(3)],
-    ids=repr,
-)
-def test_no_class_or_function_is_unpickled(tmp_path, value):
-    (tmp_path / "file.p").write_bytes(pickle.dumps([value], 2))
-    with pytest.raises(ValueError, match="it refers to"):
-        read_plain_pickle(tmp_path / "file.p")
-
-
 def test_pickle_of_plain_data_is_read(tmp_path):
     value = [{"a": [1, 2.5, "é", None, True]}, ("b",), 2**70, b"c"]
     for protocol in (3, 4, 5):
@@ -418,12 +305,7 @@ def test_pickle_of_plain_data_is_read(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [
-        b"]r\xff\xff\xff\x0f.",
-        b"]p4000000000\n.",
-        b"\x80\x05B\xff\xff\xff\x0fabc.",
-        b"\x80\x05\x95" + b"\xff" * 7 + b"\x0f].",
-    ],
+    [b"]r\xff\xff\xff\x0f.", b"]p4000000000\n.", b"\x80\x05B\xff\xff\xff\x0fabc.", b"\x80\x05\x95\xff\xff\xff\x0f]."],
     ids=["LONG_BINPUT", "PUT", "BINBYTES", "FRAME"],
 )
 def test_a_small_pickle_takes_little_memory(tmp_path, content):
@@ -434,14 +316,3 @@ def test_a_small_pickle_takes_little_memory(tmp_path, content):
     with contextlib.suppress(ValueError):
         read_plain_pickle(file)
     assert getrusage(RUSAGE_SELF).ru_maxrss - peak < 2**16
-
-
-def test_broken_and_other_pickles_are_named(tmp_path):
-    file = tmp_path / "refs.p"
-    for content, message in (
-        (b"no pickle", "refs.p"),
-        (pickle.dumps([1]), "refs.p is a pickle, and not of"),
-    ):
-        file.write_bytes(content)
-        with pytest.raises(ValueError, match=message):
-            load("grounding", train_file=file)

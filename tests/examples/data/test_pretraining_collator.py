@@ -75,8 +75,3 @@ def test_a_caption_of_one_word_is_not_cut(processor):
     batch = PretrainingCollator(processor)(make_rows(2, "{}") + make_rows(1))
     assert (batch["labels"][:2] == -100).all() and (batch["labels"][2] != -100).any()
     assert torch.equal(batch["prompt_input_ids"][:2, :3], batch["input_ids"][:2, :3])
-
-
-def test_objectives_that_are_off_have_no_inputs(processor):
-    batch = PretrainingCollator(processor, masks_words=False, cuts_captions=False)(make_rows(2))
-    assert not {"mlm_input_ids", "mlm_labels", "prompt_input_ids", "labels"} & batch.keys()

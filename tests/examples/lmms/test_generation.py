@@ -10,7 +10,7 @@ from tiny_vlms import BY_NAME
 from tokenizers import decoders
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from modeling_trips.hosts import apply_patch_selection, prune_inputs
+from modeling_trips.hosts import prune_inputs
 from trips_examples.lmms.generation import VisionLanguageModel, cut_until, encode, generation_options
 
 
@@ -52,29 +52,19 @@ def answers_by_hand(folder, family: str, images, generate) -> list[str]:
 
 
 @each_family
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_answers_match_generate(family, batch_size, folders, images):
+@pytest.mark.parametrize("visual_tokens", [None, 5])
+def test_answers_match_generate_with_and_without_selection(family, visual_tokens, folders, images):
     def generate(model, inputs):
+        if visual_tokens is not None:
+            inputs = prune_inputs(model, inputs, visual_tokens=visual_tokens)
         return model.generate(**inputs, **OPTIONS, do_sample=False)[:, inputs["input_ids"].shape[1] :]
 
     expected = answers_by_hand(folders[family], family, images, generate)
     assert len({*expected}) == 3
-    vlm, asked = VisionLanguageModel(folders[family]), conversations(images)
-    batches = [asked[start : start + batch_size] for start in range(0, 3, batch_size)]
-    assert [answer for batch in batches for answer in vlm.answer(batch, OPTIONS)] == expected
-
-
-@each_family
-def test_answers_under_selection_match_pruned_inputs(family, folders, images):
-    def generate(model, inputs):
-        pruned = prune_inputs(model, inputs, visual_tokens=5)
-        return model.generate(**pruned, **OPTIONS, do_sample=False)[:, pruned["input_ids"].shape[1] :]
-
-    expected = answers_by_hand(folders[family], family, images, generate)
-    vlm = VisionLanguageModel(folders[family])
-    whole = vlm.answer(conversations(images), OPTIONS)
-    apply_patch_selection(vlm.model, "unpruned", visual_tokens=5)
-    assert vlm.answer(conversations(images), OPTIONS) == expected != whole
+    vlm, asked = VisionLanguageModel(folders[family], visual_tokens=visual_tokens), conversations(images)
+    for size in (1, 3):
+        batches = [asked[start : start + size] for start in range(0, 3, size)]
+        assert [answer for batch in batches for answer in vlm.answer(batch, OPTIONS)] == expected
 
 
 @each_family
@@ -87,11 +77,8 @@ def test_visual_tokens_are_counted(family, folders, images):
     assert vlm.visual_tokens_per_image is None
     # Images of 40 x 40, 64 x 30 and 48 x 48 pixels, in units of 8 x 8.
     assert count(vlm) == (64 if family == "llava" else pytest.approx((5 * 5 + 8 * 4 + 6 * 6) / 3))
-    vlm = VisionLanguageModel(folders[family])
-    apply_patch_selection(vlm.model, "2:image:0.5", visual_tokens=4)
-    assert count(vlm) == 4
-    vlm = VisionLanguageModel(folders[family])
-    apply_patch_selection(vlm.model, "2:image:0.25")
+    assert count(VisionLanguageModel(folders[family], "2:image:0.5", visual_tokens=4)) == 4
+    vlm = VisionLanguageModel(folders[family], "2:image:0.25")
     assert count(vlm) == (16 if family == "llava" else pytest.approx((7 + 8 + 9) / 3))
 
 
@@ -121,16 +108,14 @@ def test_options_of_a_task(task_options, expected):
     assert expected.items() <= options.items() and not foreign.keys() & options.keys()
 
 
-def test_cut_until(folders, images):
+def test_an_answer_ends_at_the_stops_of_a_task_except_a_blank_line(folders, images):
     assert cut_until("\n\na b\n\nc\nd", ["\n\n", "", "d"]) == "a b"
     vlm, asked = VisionLanguageModel(folders["llava"]), conversations(images)
     words = vlm.answer(asked, OPTIONS)[2].split()
-    for until in (words[2], ["\n\n", words[2]]):
-        (answer,) = vlm.answer(asked[2:], {**OPTIONS, "until": until})
-        assert answer.split() == words[: words.index(words[2])]
+    (answer,) = vlm.answer(asked[2:], {**OPTIONS, "until": ["\n\n", words[2]]})
+    assert answer.split() == words[: words.index(words[2])]
     vlm.processor.tokenizer.backend_tokenizer.decoder = decoders.Replace(words[2], "\n\n")
-    (answer,) = vlm.answer(asked[2:], {**OPTIONS, "until": ["\n\n"]})
-    assert "\n\n" in answer
+    assert "\n\n" in vlm.answer(asked[2:], {**OPTIONS, "until": "\n\n"})[0]
 
 
 def test_lower_resolution_interpolates_position_embeddings(folders, images):

@@ -1,7 +1,5 @@
 """The start model and processor of a run, and its schedule."""
 
-import math
-
 import PIL.Image
 import pytest
 import torch
@@ -10,21 +8,13 @@ from toy_pairs import write_parts
 from transformers import BlipImageProcessor, CLIPImageProcessor, DeiTImageProcessor, HfArgumentParser
 
 from modeling_trips import (
-    SelectionSchedule,
     TripsConfig,
     TripsForQuestionAnswering,
     TripsForVisualGrounding,
     TripsProcessor,
 )
 from trips_examples.data.vocabulary import train_wordpiece_tokenizer
-from trips_examples.training.models import (
-    cost_ratio,
-    late_choice,
-    load_start,
-    make_model,
-    make_processor,
-    train_processor,
-)
+from trips_examples.training.models import load_start, make_model, make_processor, train_processor
 from trips_examples.training.options import ModelArguments
 
 
@@ -39,24 +29,13 @@ def test_another_image_size_shows_the_whole_image(image_processor, processor, tm
     config = TripsConfig.from_preset("tiny", text_config={"vocab_size": len(processor.tokenizer)})
     TripsForQuestionAnswering(config).save_pretrained(tmp_path)
     TripsProcessor(image_processor(), processor.tokenizer).save_pretrained(tmp_path)
-    args = ModelArguments(model_name_or_path=str(tmp_path), image_size=96)
+    args = ModelArguments(model=str(tmp_path), image_size=96)
     _, loaded = load_start(args)
     image = PIL.Image.new("RGB", (300, 200), "black")
     image.paste("white", (0, 0, 150, 100))  # a quarter
     pixels = loaded(images=image, text="red", return_tensors="pt")["pixel_values"][0, 0]
     assert pixels.shape == (96, 96)
     assert (pixels > 0).float().mean() == pytest.approx(0.25, abs=0.02)
-
-
-def test_a_checkpoint_keeps_its_image_size(processor, tmp_path):
-    """The side of the data is for new models."""
-    config = TripsConfig.from_preset("tiny", vision_config={"image_size": 48})
-    config.text_config.vocab_size = len(processor.tokenizer)
-    TripsForQuestionAnswering(config).save_pretrained(tmp_path)
-    make_processor(processor.tokenizer, config).save_pretrained(tmp_path)
-    args = ModelArguments(model_name_or_path=str(tmp_path))
-    _, loaded = load_start(args, image_size=128)
-    assert loaded.image_processor.size == {"height": 48, "width": 48}
 
 
 def test_images_are_resized_to_the_size_of_the_model(processor):
@@ -67,14 +46,6 @@ def test_images_are_resized_to_the_size_of_the_model(processor):
     assert wide.patch_size == 8
     with pytest.raises(ValueError, match="`patch_size`"):
         make_processor(processor.tokenizer, TripsConfig(vision_config={"image_size": 64, "patch_size": [8, 16]}))
-
-
-def test_options_per_layer_reach_the_configuration():
-    args = ModelArguments(selection_guidance=["text"], keep_rate=[0.1, 0.2])
-    fields = args.config_overrides()
-    assert fields == {"selection_guidance": "text", "keep_rate": [0.1, 0.2]}
-    schedule = TripsConfig.from_preset("tiny", **fields).vision_config.schedule
-    assert [selection.keep_rate for selection in schedule.selections] == [0.1, 0.2]
 
 
 @pytest.fixture(scope="module")
@@ -109,23 +80,6 @@ def test_frozen_layers_need_no_backward_pass(parts):
     assert all(weight.grad is not None for weight in tower.layers[2].parameters())
 
 
-def test_too_many_frozen_layers_raise(parts):
-    with pytest.raises(ValueError, match="--freeze_vision_layers"):
-        start_from(parts, freeze_vision_layers=4)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"vision_model_name_or_path": "a"}, "--text_model_name_or_path"),
-        ({"num_fusion_layers": 2}, "--num_fusion_layers"),
-    ],
-)
-def test_conflicting_options_of_parts_raise(options, message):
-    with pytest.raises(ValueError, match=message):
-        ModelArguments(**options)
-
-
 @pytest.mark.parametrize("num_layers", [1, 3])
 def test_missing_decoder_starts_from_the_text_encoder(num_layers, processor, tmp_path):
     sizes = {
@@ -134,7 +88,7 @@ def test_missing_decoder_starts_from_the_text_encoder(num_layers, processor, tmp
     }
     TripsForVisualGrounding(TripsConfig.from_preset("tiny", **sizes)).save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    args = ModelArguments(model_name_or_path=str(tmp_path))
+    args = ModelArguments(model=str(tmp_path))
     model = make_model(TripsForQuestionAnswering, args, *load_start(args))
     text, decoder = model.model.text_model, model.decoder
     torch.testing.assert_close(decoder.embeddings.word_embeddings.weight, text.embeddings.word_embeddings.weight)
@@ -151,17 +105,6 @@ def test_missing_decoder_starts_from_the_text_encoder(num_layers, processor, tmp
     assert (again.decoder.encoder.layer[0].output.dense.weight == 1).all()
 
 
-@pytest.mark.parametrize("sizes", [{"decoder_config": {"intermediate_size": 96}}, {"fusion_type": "single_stream"}])
-def test_decoder_of_other_sizes_stays_new(sizes, processor, tmp_path):
-    config = TripsConfig.from_preset("tiny", text_config={"vocab_size": len(processor.tokenizer)}, **sizes)
-    TripsForVisualGrounding(config).save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    args = ModelArguments(model_name_or_path=str(tmp_path))
-    model = make_model(TripsForQuestionAnswering, args, *load_start(args))
-    embeddings = [part.embeddings.word_embeddings.weight for part in (model.decoder, model.model.text_model)]
-    assert not torch.equal(*embeddings)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The schedule
 
@@ -173,82 +116,35 @@ def rows_of(texts_per_image: int, num_images: int = 3) -> Dataset:
     )
 
 
-def schedule_of(*options: str, texts_per_image: int = 1, group_size: int = 100, selects_late: bool = False) -> str:
-    """Return the schedule of the model that these options and data give."""
+def start_of(*options: str, texts_per_image: int = 1) -> TripsForQuestionAnswering:
+    """Return the model that these options and data give."""
     (args,) = HfArgumentParser(ModelArguments).parse_args_into_dataclasses([*options])
-    config, processor = load_start(args, selects_late=selects_late)
+    config, processor = load_start(args)
     processor = processor or train_processor(config, ["is it red?"])
-    rows = rows_of(texts_per_image)
-    model = make_model(TripsForQuestionAnswering, args, config, processor, rows, group_size)
-    return str(model.config.vision_config.schedule)
+    return make_model(TripsForQuestionAnswering, args, config, processor, rows_of(texts_per_image), 100)
 
 
-EARLY, LATE, BY_IMAGE = "2:text:0.5,3:text:0.5", "3:image:0.7,4:text:0.3", "2:image:0.5,3:image:0.5"
-
-
-@pytest.mark.parametrize(
-    ("texts", "group_size", "expected"),
-    [(1, 4, EARLY), (2, 4, EARLY), (4, 4, LATE), (20, 4, LATE), (20, 20, BY_IMAGE), (4, 1, EARLY), (5, 4, EARLY)],
-)
-def test_the_default_schedule_never_costs_more_than_no_pruning(texts, group_size, expected, caplog):
-    """An image with five texts is computed once for four and once for one of them."""
-    assert schedule_of(texts_per_image=texts, group_size=group_size) == expected
-    assert not [record for record in caplog.records if record.levelname == "WARNING"]
-    sharing = texts / math.ceil(texts / group_size)
-    schedule = SelectionSchedule.parse(expected)
-    assert cost_ratio(TripsConfig.from_preset("tiny"), schedule, sharing, text_length=6) <= 1
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        (["--selection_layers", "2", "3"], EARLY),
-        (["--selection_layers", "3", "--keep_rate", "0.7"], "3:text:0.7"),
-        (["--selection_guidance=text"], EARLY),  # the preset's layers
-    ],
-    ids=str,
-)
-def test_given_schedules_are_kept_with_a_warning_that_names_a_cheaper_one(options, expected, caplog):
-    assert schedule_of(*options, texts_per_image=4) == expected
+@pytest.mark.parametrize("options", [[], ["--selection_layers", "2", "3"], ["--selection_guidance=text"]], ids=str)
+def test_a_schedule_that_costs_more_than_no_pruning_is_kept_with_a_warning(options, caplog):
+    """Text scores in an early layer make the layers behind it compute an image once for each of its texts."""
+    for texts, warns in ((1, False), (4, True)):
+        caplog.clear()
+        model = start_of(*options, texts_per_image=texts)
+        assert str(model.config.vision_config.schedule) == "2:text:0.5,3:text:0.5"
+        assert any(record.levelname == "WARNING" for record in caplog.records) == warns
     (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert expected in warning
-    cheaper = warning.partition(": ")[2].partition(". More")[0].split()
-    assert schedule_of(*cheaper, texts_per_image=4) == LATE
+    assert "--selection_guidance image" in warning
     caplog.clear()
-    assert schedule_of(*options, texts_per_image=1) == expected and "times" not in caplog.text
+    start_of("--selection_guidance=image", texts_per_image=4)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ([], LATE),
-        (["--preset=small"], "5:image:0.7,10:image:0.7,12:text:0.3"),
-        (["--keep_rate=1.0"], "unpruned"),
-        (["--keep_rate", "0.9", "0.5"], "3:image:0.9,4:text:0.5"),
-        (["--selection_guidance=random"], "3:random:0.7,4:random:0.3"),
-        (["--selection_layers", "2", "3"], EARLY),
-    ],
-    ids=str,
-)
-def test_tasks_with_many_texts_select_late_unless_layers_are_given(options, expected):
-    assert schedule_of(*options, selects_late=True) == expected
-
-
-@pytest.mark.parametrize(
-    ("num_layers", "layers"), [(12, [5, 10, 12]), (4, [3, 4]), (24, [10, 20, 24]), (6, [5, 6]), (3, [3]), (1, [1])]
-)
-def test_late_choice_fits_every_depth(num_layers, layers):
-    fields = late_choice(num_layers)
-    assert fields["selection_layers"] == layers
-    TripsConfig(vision_config={"num_hidden_layers": num_layers}, **fields)
-
-
-def test_models_from_parts_and_checkpoints(parts, tmp_path):
-    options = [f"--{name}={value}" for name, value in parts.items()]
-    assert schedule_of(*options, selects_late=True) == "3:text:0.3"
-    args = ModelArguments(selection_layers=[2], keep_rate=[0.25])
-    config, _ = load_start(args)
-    processor = train_processor(config, ["is it red?"])
-    make_model(TripsForQuestionAnswering, args, config, processor).save_pretrained(tmp_path)
+def test_starting_another_task_names_new_and_unused_parts(processor, tmp_path, caplog, capfd):
+    config = TripsConfig.from_preset("tiny", text_config={"vocab_size": len(processor.tokenizer)})
+    TripsForQuestionAnswering(config).save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    assert schedule_of(f"--model_name_or_path={tmp_path}", selects_late=True) == "2:text:0.25"  # its own
+    caplog.set_level("INFO")
+    args = ModelArguments(model=str(tmp_path))
+    make_model(TripsForVisualGrounding, args, *load_start(args))
+    assert "new: box_head" in caplog.text and "left out: decoder" in caplog.text
+    assert "UNEXPECTED" not in caplog.text + capfd.readouterr().err

@@ -1,5 +1,7 @@
 """Options, and errors in words: a command ends with a message, a program gets an exception."""
 
+import contextlib
+import io
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -7,10 +9,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 from places import ROOT
+from transformers import Seq2SeqTrainingArguments
 
 from modeling_trips import TripsConfig
-from trips_examples.training import parser
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.options import TrainingOptions
+from trips_examples.training.parser import make_parser, run_script, training_options
+from trips_examples.training.runs import parse_arguments
 
 
 @dataclass
@@ -45,12 +49,6 @@ def test_help_lists_each_option_once():
     )
 
 
-@pytest.fixture
-def as_project(monkeypatch):
-    """Count this file as a part of the project."""
-    monkeypatch.setattr(parser, "PACKAGES", (__name__, "modeling_trips"))
-
-
 def wrong_option():
     raise ValueError("--rate is too large")
 
@@ -63,16 +61,8 @@ def wrong_configuration():
     TripsConfig(keep_rate=2.0)
 
 
-def defect():
-    [_, _] = [1]
-
-
-def defect_elsewhere():
-    torch.zeros(2).view(3)
-
-
 @pytest.mark.parametrize("main", [wrong_option, missing_file, wrong_configuration])
-def test_errors_of_the_user_end_a_script_in_words(main, as_project, monkeypatch):
+def test_errors_of_the_user_end_a_script_in_words(main, monkeypatch):
     with pytest.raises(SystemExit) as exit:
         run_script(main)
     with pytest.raises(Exception) as error:
@@ -83,16 +73,41 @@ def test_errors_of_the_user_end_a_script_in_words(main, as_project, monkeypatch)
         run_script(main)
 
 
-@pytest.mark.parametrize("main", [defect, defect_elsewhere])
-def test_other_errors_keep_their_traceback(main, as_project):
-    with pytest.raises((ValueError, RuntimeError)):
-        run_script(main)
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(RuntimeError):
+        run_script(lambda: torch.zeros(2).view(3))
+
+
+WRONG = {
+    "--help": 0,
+    "--keep_rte=0.5": 2,  # of no class, and not guessed
+    "--keep=0.5": 2,
+    "--keep_rate=a_half": 2,
+    "--train_file=nowhere.jsonl": 2,
+    "--max_steps=0": 2,
+}
 
 
 @pytest.mark.slow
-def test_a_script_ends_with_one_message(tmp_path):
-    options = [f"--train_file={tmp_path / 'nowhere.jsonl'}", f"--output_dir={tmp_path}", "--do_eval=False"]
-    command = [sys.executable, "-m", "trips_examples.run_vqa", *options]
+@pytest.mark.parametrize("option", WRONG)
+@pytest.mark.parametrize("script", ["run_vqa", "run_pretraining"])
+def test_options_are_checked_before_anything_heavy_is_imported(script, option):
+    command = [sys.executable, "-X", "importtime", "-m", f"trips_examples.{script}", option]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 1
-    assert "Traceback" not in result.stderr and "nowhere.jsonl" in result.stderr
+    imported = {
+        line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if line.startswith("import time:")
+    }
+    assert result.returncode == WRONG[option], result.stderr[-2000:]
+    assert "argparse" in imported and not imported & {"torch", "datasets", "accelerate", "matplotlib"}
+    assert "Traceback" not in result.stderr and "usage: " in result.stdout + result.stderr
+
+
+@pytest.mark.slow
+def test_transformers_options_are_known_and_listed_by_help_all(tmp_path):
+    """Their names are read from its files."""
+    assert set(Seq2SeqTrainingArguments.__dataclass_fields__) <= training_options()
+    parser = make_parser(TrainingOptions, description="")
+    assert "optim_target_modules" not in parser.format_help()
+    with pytest.raises(SystemExit) as exit, contextlib.redirect_stdout(io.StringIO()) as printed:
+        parse_arguments(parser, ["--help_all"])
+    assert exit.value.code == 0 and "optim_target_modules" in printed.getvalue()

@@ -59,40 +59,21 @@ def killed_and_resumed(words: list[str], folder: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("source", "launch", "options"),
-    [
-        ("files", [], []),
-        ("files", TWO_PROCESSES, ["--per_device_train_batch_size=3", "--ddp_find_unused_parameters=False"]),
-        ("stream", [], ["--dataloader_num_workers=2"]),
-        ("stream", TWO_PROCESSES, ["--per_device_train_batch_size=3", "--ddp_find_unused_parameters=False"]),
-    ],
-    ids=["files", "files in two processes", "stream with two workers", "stream in two processes"],
-)
-def test_killed_and_resumed_ends_as_a_run_left_alone(source, launch, options, request, tmp_path):
-    """Weights, the teacher and its queues are equal, although masks, cuts and hard negatives are random."""
-    data = request.getfixturevalue(source)
-    options = [*options, "--max_steps=12", "--save_steps=4", "--do_eval=False", "--logging_steps=1"]
-    run(*launch, *command(data, tmp_path / "alone", *options))
-    printed = killed_and_resumed([*launch, *command(data, tmp_path / "killed", *options)], tmp_path / "killed")
+def test_killed_and_resumed_ends_as_a_run_left_alone(stream, tmp_path):
+    """
+    Two processes read a stream. Weights, the teacher and its queues are equal, although masks, cuts and hard negatives
+    are random.
+    """
+    options = ["--per_device_train_batch_size=3", "--ddp_find_unused_parameters=False", "--max_steps=12"]
+    options += ["--save_steps=4", "--logging_steps=1"]
+    run(*TWO_PROCESSES, *command(stream, tmp_path / "alone", *options))
+    words = [*TWO_PROCESSES, *command(stream, tmp_path / "killed", *options)]
+    printed = killed_and_resumed(words, tmp_path / "killed")
     assert 0 < printed.count("'loss'") <= 8  # it resumed
     last = ("model.safetensors", "checkpoint-12/model.safetensors", "checkpoint-12/momentum.safetensors")
     assert_equal(tmp_path / "killed", tmp_path / "alone", *last)
     queue = load_file(tmp_path / "alone" / last[-1])["texts.ids"]
     assert (queue != -1).all()  # 72 texts and a queue of 40
-
-
-@pytest.mark.slow
-def test_two_processes_evaluate_as_one(files, tmp_path):
-    """With 18 captions in batches of 3, a batch with repeated rows would have other masks."""
-    run_pretraining.main(command(files, tmp_path / "model", "--max_steps=1", "--do_eval=False")[1:])
-    options = [f"--model_name_or_path={tmp_path / 'model'}", "--do_train=False", "--per_device_eval_batch_size=3"]
-    one = run_pretraining.main(command(files, tmp_path / "one", *options)[1:])
-    run(*TWO_PROCESSES, *command(files, tmp_path / "two", *options))
-    two = json.loads((tmp_path / "two/eval_results.json").read_text())
-    assert "eval_itm_accuracy" in one and "eval_features_i2t_r1" in one
-    one.pop("epoch")
-    assert {name: two[name] for name in one} == pytest.approx(one)
 
 
 @pytest.mark.slow
@@ -106,7 +87,7 @@ def test_the_slurm_script_trains_on_two_nodes(folder, parts, tmp_path):
     path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     options = [f"--train_shards={folder}/pairs-{{0..2}}.tar", "--shuffle_buffer=4", *parts, "--image_size=32"]
     options += ["--selection_layers", "2", "--max_steps=2", "--warmup_steps=0", "--per_device_train_batch_size=3"]
-    options += ["--dataloader_num_workers=0", "--use_cpu=True", "--auto_bf16=False", "--logging_steps=1"]
+    options += ["--dataloader_num_workers=0", "--use_cpu=True", "--logging_steps=1"]
     script = ROOT / "examples/configs/slurm_multi_node.sh"
     for step in (2, 4):  # the second run resumes
         result = subprocess.run(
@@ -147,11 +128,11 @@ def test_queues_hold_what_all_processes_saw(files, tmp_path):
 
 @pytest.mark.slow
 def test_teacher_follows_an_fsdp_model(files, tmp_path):
-    options = ["--max_steps=1", "--do_eval=False", "--warmup_steps=0", "--momentum=0.25", "--save_steps=1"]
+    options = ["--max_steps=1", "--do_eval=False", "--warmup_steps=0", "--save_steps=1"]
     run_pretraining.main(command(files, tmp_path / "start", *options, "--learning_rate=0")[1:])
     launch = ["-m", "accelerate.commands.launch", f"--config_file={ROOT / 'examples/configs/fsdp2.yaml'}"]
     launch += ["--num_processes=2", "--main_process_port=0", str(ROOT / "tests/helpers/fsdp_on_cpu.py")]
-    options += [f"--model_name_or_path={tmp_path / 'start'}", "--per_device_train_batch_size=3", "--use_cpu=True"]
+    options += [f"--model={tmp_path / 'start'}", "--per_device_train_batch_size=3", "--use_cpu=True"]
     run(*launch, *command(files, tmp_path / "out", *options))
     start, end = (load_file(tmp_path / name / "model.safetensors") for name in ("start", "out"))
     teacher = load_file(tmp_path / "out/checkpoint-1/momentum.safetensors")
@@ -160,5 +141,5 @@ def test_teacher_follows_an_fsdp_model(files, tmp_path):
     assert len(names) > 50
     for name in names:
         is_statistic = name.rpartition(".")[2].startswith("running_")  # copied, not averaged
-        expected = end[name] if is_statistic else 0.25 * start[name] + 0.75 * end[name]
-        torch.testing.assert_close(teacher[f"model.{name}"], expected, rtol=1e-4, atol=1e-5, msg=name)
+        expected = end[name] if is_statistic else 0.995 * start[name] + 0.005 * end[name]
+        torch.testing.assert_close(teacher[f"model.{name}"], expected, rtol=1e-5, atol=1e-7, msg=name)

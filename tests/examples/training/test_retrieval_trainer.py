@@ -8,8 +8,9 @@ from toy_pairs import make_rows, make_tokenizer
 from modeling_trips import TripsConfig, TripsForRetrieval
 from trips_examples.data.collators import RetrievalCollator, number_of
 from trips_examples.training.models import make_processor
-from trips_examples.training.options import RetrievalArguments, TripsTrainingArguments
-from trips_examples.training.trainer import RetrievalTrainer
+from trips_examples.training.options import RetrievalArguments
+from trips_examples.training.retrieval import RetrievalTrainer
+from trips_examples.training.runs import TripsTrainingArguments
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +48,6 @@ def test_accumulated_batches_are_averaged(processor, tmp_path, steps):
             max_steps=1,
             max_grad_norm=0.0,
             learning_rate=0.0,
-            auto_bf16=False,
-            health_steps=0,
             do_eval=False,
             texts_per_image=1,
             save_strategy="no",

@@ -1,16 +1,22 @@
 """Setup of a run: the checkpoint to resume from, and protected folders."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from filelock import FileLock
 from safetensors.torch import save_file
 
-from trips_examples.training.options import TripsTrainingArguments
-from trips_examples.training.runs import checkpoint_to_resume, parse_arguments
+from modeling_trips.inspection import provenance
+from trips_examples.training.options import TrainingOptions
+from trips_examples.training.parser import make_parser
+from trips_examples.training.runs import TripsTrainingArguments, checkpoint_to_resume, parse_arguments
+
+
+PARSER = make_parser(TrainingOptions, description="")
 
 
 @pytest.fixture
@@ -57,6 +63,33 @@ def test_incomplete_checkpoints_are_skipped(name, size, args, tmp_path, caplog):
         checkpoint_to_resume(args)
 
 
+def test_a_checkpoint_needs_the_random_state_of_each_process(args, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(TripsTrainingArguments, "world_size", 2)
+    for step in (2, 10):
+        write_checkpoint(tmp_path / f"checkpoint-{step}")
+        state = (tmp_path / f"checkpoint-{step}" / "rng_state.pth").rename(
+            tmp_path / f"checkpoint-{step}" / "rng_state_0.pth"
+        )
+        shutil.copy(state, state.with_name("rng_state_1.pth"))
+    assert checkpoint_to_resume(args) == str(tmp_path / "checkpoint-10")
+    (tmp_path / "checkpoint-10" / "rng_state_1.pth").unlink()
+    assert checkpoint_to_resume(args) == str(tmp_path / "checkpoint-2")
+    assert "rng_state_1.pth" in caplog.text
+    monkeypatch.setattr(TripsTrainingArguments, "world_size", 4)
+    with pytest.raises(ValueError):
+        checkpoint_to_resume(args)
+
+
+def test_the_token_of_the_hub_is_not_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["examples/run_vqa.py", "--hub_token", "hf_secret", "--hub_token=hf_secret"])
+    args = TripsTrainingArguments(output_dir=str(tmp_path), hub_token="hf_secret")
+    assert args.hub_token == "hf_secret"
+    torch.save(args, tmp_path / "training_args.bin")
+    assert b"hf_secret" not in (tmp_path / "training_args.bin").read_bytes()
+    assert torch.load(tmp_path / "training_args.bin", weights_only=False).output_dir == str(tmp_path)
+    assert "hf_secret" not in json.dumps(provenance())
+
+
 def test_a_run_without_states_resumes_from_weights(args, tmp_path):
     write_checkpoint(tmp_path / "checkpoint-2")
     for name in PARTS[2:]:
@@ -70,21 +103,24 @@ def test_a_run_without_states_resumes_from_weights(args, tmp_path):
 def test_output_dir_with_checkpoints_raises(tmp_path):
     options = ["--output_dir", str(tmp_path), "--report_to=none"]
     (tmp_path / "checkpoint-3").mkdir()  # an incomplete checkpoint is ignored
-    parse_arguments(options, TripsTrainingArguments, description="")
+    parse_arguments(PARSER, options)
     write_checkpoint(tmp_path / "checkpoint-4")
     with pytest.raises(ValueError, match="--resume_from_checkpoint last .*--output_dir"):
-        parse_arguments(options, TripsTrainingArguments, description="")
-    parse_arguments([*options, "--do_train=False"], TripsTrainingArguments, description="")
-    (args,) = parse_arguments([*options, "--resume_from_checkpoint=last"], TripsTrainingArguments, description="")
+        parse_arguments(PARSER, options)
+    parse_arguments(PARSER, [*options, "--do_train=False"])
+    (args,) = parse_arguments(PARSER, [*options, "--resume_from_checkpoint=last"])
     assert args.resume_from_checkpoint == str(tmp_path / "checkpoint-4")
 
 
 HOLD = """
 import sys
-from trips_examples.training.options import TripsTrainingArguments
+from trips_examples.training.options import TrainingOptions
+from trips_examples.training.parser import make_parser
 from trips_examples.training.runs import parse_arguments
 
-parse_arguments(["--report_to=none", "--output_dir", sys.argv[1]], TripsTrainingArguments, description="")
+PARSER = make_parser(TrainingOptions, description="")
+
+parse_arguments(PARSER, ["--report_to=none", "--output_dir", sys.argv[1]])
 print("locked", flush=True)
 sys.stdin.read()
 """
@@ -98,21 +134,7 @@ def test_output_dir_is_locked_until_the_process_ends(tmp_path):
     with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "out")], **pipes) as first:
         assert first.stdout.readline() == "locked\n"
         with pytest.raises(BlockingIOError, match="--output_dir"):
-            parse_arguments(options, TripsTrainingArguments, description="")
-        parse_arguments([*options, "--do_train=False"], TripsTrainingArguments, description="")
+            parse_arguments(PARSER, options)
+        parse_arguments(PARSER, [*options, "--do_train=False"])
         first.kill()
-    parse_arguments(options, TripsTrainingArguments, description="")
-
-
-def test_only_the_main_process_locks_the_folder(tmp_path, monkeypatch):
-    options = ["--report_to=none", "--output_dir", str(tmp_path)]
-    monkeypatch.setattr(TripsTrainingArguments, "process_index", 1)
-    with FileLock(tmp_path / "_training.lock"):
-        parse_arguments(options, TripsTrainingArguments, description="")
-
-
-def test_read_only_output_dir_raises(tmp_path):
-    (tmp_path / "file").touch()
-    for folder in (tmp_path / "file" / "out", "/proc/out"):
-        with pytest.raises(OSError, match="out"):
-            parse_arguments(["--report_to=none", "--output_dir", str(folder)], TripsTrainingArguments, description="")
+    parse_arguments(PARSER, options)

@@ -1,11 +1,43 @@
-"""Transformers' `Trainer` on plain rows, and the parameters that data parallel training freezes."""
+"""Values that are not finite, Transformers' `Trainer` on plain rows, and parameters that data parallelism freezes."""
 
 import pytest
 import torch
 from tiny_models import each_model, loss_of
+from toy_tasks import OPTIONS, write_task
 from transformers import Trainer, TrainingArguments
 
+from modeling_trips import TripsForQuestionAnswering, TripsProcessor
+from trips_examples import run_vqa
 from trips_examples.training.trainer import unused_parameters
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(tmp_path, monkeypatch):
+    """The losses are finite: only the last gradient is not."""
+    steps, make_model = [], run_vqa.make_model
+
+    def poisoned(*args, **kwargs):
+        model = make_model(*args, **kwargs)
+        bias = model.lm_head.decoder.bias
+        bias.register_hook(lambda grad: steps.append(1) or (grad if len(steps) == 1 else grad * torch.inf))
+        return model
+
+    monkeypatch.setattr(run_vqa, "make_model", poisoned)
+    options = [*write_task("vqa", tmp_path), *OPTIONS, "--max_steps=2", f"--output_dir={tmp_path / 'run'}"]
+    with pytest.raises(FloatingPointError, match="step 2"):
+        run_vqa.main(options)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_an_evaluation_that_is_not_finite_stops(checkpoints, tmp_path):
+    model = TripsForQuestionAnswering.from_pretrained(checkpoints["TripsForQuestionAnswering"])
+    with torch.no_grad():
+        next(model.lm_head.parameters()).fill_(float("nan"))
+    model.save_pretrained(tmp_path / "start")
+    TripsProcessor.from_pretrained(checkpoints["TripsForQuestionAnswering"]).save_pretrained(tmp_path / "start")
+    options = [*write_task("vqa", tmp_path), "--do_train=False", f"--model={tmp_path / 'start'}"]
+    with pytest.raises(FloatingPointError, match="eval_loss"):
+        run_vqa.main([*options, f"--output_dir={tmp_path / 'run'}"])
+    assert not (tmp_path / "run" / "eval_results.json").exists()
 
 
 @each_model

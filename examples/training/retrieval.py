@@ -1,0 +1,99 @@
+"""Retrieval: the trainer, and the files of what was found."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from modeling_trips import TripsPreTrainedModel
+from trips_examples.data.images import DecodedImages, column_of, images_of
+from trips_examples.metrics.retrieval import Ranking, RetrievalEvaluator, RetrievalResults
+from trips_examples.training.files import write_json_lines
+from trips_examples.training.options import RetrievalArguments
+from trips_examples.training.trainer import ImageGroupedTrainer
+
+
+def write_rankings(folder: str | Path, dataset: Dataset, results: RetrievalResults):
+    """
+    Write `found_images.jsonl`, an object per caption, and `found_texts.jsonl`, one per image, with the ten best
+    candidates and the rank of the first correct one.
+    """
+    rows, _ = images_of(dataset)
+    sources, image_ids = column_of(dataset, "source"), column_of(dataset.select(rows), "image_id")
+
+    def write(name: str, queries: Iterable[dict], ranking: Ranking, candidates: list[str]):
+        found = zip(queries, ranking.candidates.tolist(), ranking.first_right.tolist(), strict=True)
+        lines = (
+            {**query, "found": [candidates[number] for number in best[:10]], "first_right": first + 1}
+            for query, best, first in found
+        )
+        write_json_lines(Path(folder, name), lines)
+
+    write("found_images.jsonl", dataset.select_columns(["source", "caption"]), results.found_images, image_ids)
+    write("found_texts.jsonl", [{"image_id": image_id} for image_id in image_ids], results.found_texts, sources)
+
+
+class RetrievalTrainer(ImageGroupedTrainer):
+    """
+    Trainer that evaluates retrieval, also during training.
+
+    Args:
+        task_args ([`RetrievalArguments`]): Options of reranking.
+        args, kwargs: As in [`ImageGroupedTrainer`].
+    """
+
+    logged_losses: tuple[str, ...] = ("itc_loss", "itm_loss", "selection_loss")
+
+    def __init__(self, *args, task_args: RetrievalArguments, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.task_args = task_args
+        if self.args.do_eval and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+            raise ValueError(
+                "Evaluation is not supported under FSDP or ZeRO-3. Train with --do_eval False, and evaluate the saved "
+                "model without them: --model OUTPUT --do_train False."
+            )
+
+    def model_to_evaluate(self) -> TripsPreTrainedModel:
+        """Return the unwrapped model on the device, in half precision with --bf16_full_eval or --fp16_full_eval."""
+        model = self.accelerator.unwrap_model(self.model).eval()
+        if self.is_in_train:
+            return model
+        model = model.to(self.args.device)  # `Trainer` may not have moved it
+        return model if self.full_eval_dtype is None else model.to(self.full_eval_dtype)
+
+    @property
+    def full_eval_dtype(self) -> torch.dtype | None:
+        return torch.float16 if self.args.fp16_full_eval else torch.bfloat16 if self.args.bf16_full_eval else None
+
+    def search(self, dataset: Dataset) -> RetrievalResults:
+        """Search among all images and captions of a data set, in both directions."""
+        args, model = self.args, self.model_to_evaluate()
+        evaluator = RetrievalEvaluator(
+            model,
+            self.processing_class,
+            batch_size=args.per_device_eval_batch_size,
+            num_workers=args.dataloader_num_workers,
+            dtype=self.full_eval_dtype or torch.float32,
+            progress=not args.disable_tqdm,
+        )
+        image_rows, image_of_text = images_of(dataset)
+        with self.accelerator.autocast():
+            return evaluator.evaluate(
+                DecodedImages(dataset.select(image_rows)),
+                column_of(dataset, "caption"),
+                image_of_text,
+                self.task_args.rerank_k if model.config.itm_weight > 0 else 0,  # without loss, the head is untrained
+                self.task_args.rerank_by,
+            )
+
+    def metrics_of(self, dataset: Dataset) -> dict[str, float]:
+        return self.search(dataset).metrics
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        metrics = self.metrics_of(self.eval_dataset if eval_dataset is None else eval_dataset)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics

@@ -1,0 +1,80 @@
+"""Signs that a tokenizer loses, references as it writes them, and collapsed models."""
+
+import logging
+
+import evaluate
+import pytest
+from datasets import Dataset, DatasetDict
+from tiny_processors import make_bert_tokenizer
+
+from modeling_trips import TripsProcessor
+from trips_examples.data.vocabulary import train_wordpiece_tokenizer
+from trips_examples.metrics import VQA_ACCURACY
+from trips_examples.metrics.texts import as_written, lost_signs, measurable_answers, most_tokens, variety
+from trips_examples.metrics.vqa_accuracy import normalize_answer
+
+
+ANSWERS = ["café", "50%", "$5", "c#", "红色", "u.s.a.", "tea", "10:30", "zebra"]
+
+
+@pytest.fixture
+def bert() -> TripsProcessor:
+    """Return a processor with a tokenizer as BERT's (uncased), which knows no zebra."""
+    return TripsProcessor(tokenizer=make_bert_tokenizer(ANSWERS[:-1]))
+
+
+def test_right_tokens_are_right_answers_with_every_tokenizer(bert):
+    metric = evaluate.load(VQA_ACCURACY)
+    references = [[answer] for answer in ANSWERS]
+    for processor in (bert, TripsProcessor(tokenizer=train_wordpiece_tokenizer(ANSWERS))):
+        written = processor.post_process_answers(processor.tokenizer(ANSWERS, add_special_tokens=False)["input_ids"])
+        scores = [
+            metric.compute(predictions=[text], references=[reference])["accuracy"]
+            for text, reference in zip(written, measurable_answers(references, processor))
+        ]
+        assert scores == [1.0] * 8 + [float(processor is not bert)]  # nobody writes an unknown token
+
+
+def test_answers_of_several_annotators_are_compared_as_they_are(bert):
+    assert measurable_answers([["café"], ["café", "café"]], bert) == [["cafe"], ["café", "café"]]
+
+
+def test_lost_signs_are_counted_in_a_warning(bert, caplog):
+    data = DatasetDict(
+        train=Dataset.from_dict({"answers": [["café", "tea"], ["café"], ["$5"]]}),
+        validation=Dataset.from_dict({"answers": [["tea"], ["zebra"]]}),
+    )
+    assert lost_signs(data, "answers", bert, normalize_answer) == {"train": 3, "validation": 0}
+    (record,) = caplog.records
+    assert "3 of the 4 answers" in record.message and "'café' becomes 'cafe'" in record.message
+    assert as_written(["zebra", "$5", "zebra"], bert) == ["zebra", "$ 5", "zebra"]
+    own = TripsProcessor(tokenizer=train_wordpiece_tokenizer(ANSWERS))
+    assert lost_signs(data, "answers", own, normalize_answer) == {"train": 0, "validation": 0}
+    assert most_tokens(data, "answers", bert) == 3  # $ 5 [SEP]
+
+
+@pytest.mark.parametrize(
+    ("predictions", "truths", "collapsed"),
+    [
+        (["red"] * 20, ["red"] * 5 + ["blue"] * 15, 1),
+        (["red"] * 19 + ["blue"], ["red"] * 10 + ["blue"] * 10, 1),
+        (["no"] * 20, ["no"] * 20, 0),  # there is nothing else to say
+        (["no"] * 19 + ["yes"], ["no"] * 19 + ["yes"], 0),
+        (["red", "blue"] * 10, ["green"] * 20, 0),
+        ([1] * 4, [1, 0, 0, 1], 1),
+    ],
+    ids=["all", "nearly all", "one truth", "as often as true", "two answers", "labels"],
+)
+def test_a_collapsed_model_is_named(predictions, truths, collapsed, caplog):
+    with caplog.at_level(logging.INFO):
+        metrics = variety(predictions, truths, "answer", lambda answers: truths.count(answers[0]) / len(truths))
+    favorite = max(predictions, key=predictions.count)
+    assert metrics == {
+        "eval_different_predictions": len({*predictions}),
+        "eval_most_frequent_share": predictions.count(favorite) / len(predictions),
+        "eval_accuracy_majority": max(map(truths.count, truths)) / len(truths),
+        "eval_collapsed": collapsed,
+    }
+    levels = [record.levelno for record in caplog.records]
+    assert levels == [logging.INFO, *[logging.WARNING] * collapsed]
+    assert "eval_accuracy_majority" not in variety(predictions, truths, "caption")

@@ -1,0 +1,39 @@
+"""Files of predictions that an evaluation writes."""
+
+import json
+
+import numpy as np
+import pytest
+from datasets import Dataset, Features, Image, List, Value
+
+from modeling_trips import TripsConfig
+from trips_examples.data.vocabulary import train_wordpiece_tokenizer
+from trips_examples.training.files import texts_of, write_predictions
+from trips_examples.training.models import make_processor
+
+
+def test_predictions_are_written_with_columns_and_image(tmp_path):
+    files = [{"path": "a.png", "bytes": None}, {"path": None, "bytes": b"png"}]
+    features = Features({"answers": [Value("string")], "source": Value("string"), "image_id": Value("string")})
+    rows = {"answers": [["é"], []], "source": ["row 1", "row 2"], "image_id": ["a", "b"], "image": files}
+    rows = Dataset.from_dict(rows, features=Features({**features, "image": Image()}))
+    write_predictions(tmp_path, rows, ["source", "answers"], ({"prediction": text} for text in "ab"))
+    lines = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == '{"source": "row 1", "answers": ["é"], "image": "a.png", "prediction": "a"}'
+    assert json.loads(lines[1]) == {"source": "row 2", "answers": [], "image": "b", "prediction": "b"}
+    with pytest.raises(ValueError):  # numbers of rows and predictions differ
+        write_predictions(tmp_path, rows, ["source"], [{"prediction": "a"}])
+
+
+def test_both_images_of_a_statement_are_named(tmp_path):
+    pair = [{"path": "left.png", "bytes": None}, {"path": None, "bytes": b"png"}]
+    rows = Dataset.from_dict({"images": [pair], "image_ids": [["l", "r"]], "label": [1]})
+    write_predictions(tmp_path, rows.cast_column("images", List(Image())), ["label"], [{"prediction": 1}])
+    line = json.loads((tmp_path / "predictions.jsonl").read_text())
+    assert line == {"label": 1, "images": ["left.png", "r"], "prediction": 1}
+
+
+def test_padding_tokens_are_not_decoded():
+    processor = make_processor(train_wordpiece_tokenizer(["red blue"]), TripsConfig.from_preset("tiny"))
+    red, blue = processor.tokenizer.convert_tokens_to_ids(["▁red", "▁blue"])
+    assert texts_of(np.array([[red, blue], [blue, -100]]), processor) == ["red blue", "blue"]

@@ -51,6 +51,8 @@ def main(argv: list[str] | None = None):
 
     transformers.utils.logging.disable_progress_bar()
     finder = Finder(args.table, args.model, args.schedule, args.device)
+    if finder.table.count_rows("error IS NULL") == 0:
+        raise ValueError(f"{args.table} has no image yet. Wait for index_images.py, or look at the faults it names.")
     if args.image:
         found = finder.nearest(finder.describe_image(decode_image(args.image)), args.k, args.exact, args.probes)
     else:

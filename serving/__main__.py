@@ -1,59 +1,65 @@
-"""Run the service. All settings but the address are environment variables."""
+"""Run the service. All settings but the model and the address are environment variables."""
 
 import argparse
+import multiprocessing
 import os
 import socket
 import sys
 import tempfile
+from pathlib import Path
 
-import uvicorn
-from uvicorn.config import STARTUP_FAILURE
-from uvicorn.supervisors import Multiprocess
+from granian import Granian
+from granian.constants import HTTPModes, Interfaces
+from granian.http import HTTP1Settings
+from granian.log import LogLevels
 
-from .settings import Settings
+from .settings import FAILURE, Settings
 
 
-class Supervisor(Multiprocess):
-    """
-    It does not import PyTorch. It replaces a worker that dies, and stops if one cannot start. It sees that at once,
-    since the worker alone holds its end of the pipe.
-    """
-
-    def keep_subprocess_alive(self):
-        for process in self.processes:
-            process.child_conn.close()
-        super().keep_subprocess_alive()
+CONNECTIONS = 512  # of a worker; a process may usually open 1,024 files
+HEADER_SECONDS = 3  # until a connection has a complete header, also between requests
 
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser("python -m trips_serving", description=__doc__)
+    parser.add_argument("--model", help="Checkpoint or exported model: folder or Hub name. Default: TRIPS_MODEL.")
     parser.add_argument("--host", default="127.0.0.1", help="Address to listen on. Default: 127.0.0.1.")
     parser.add_argument("--port", type=int, default=3000, help="Port to listen on. Default: 3000.")
     args = parser.parse_args(argv)
+    if args.model:
+        os.environ["TRIPS_MODEL"] = args.model
     try:
         settings = Settings.from_environment()
-    except ValueError as error:
-        sys.exit(str(error))
-    config = uvicorn.Config(
+        socket.create_server((args.host, args.port)).close()  # the workers would share a port that is in use
+    except (OSError, ValueError) as error:
+        sys.exit(f"The service cannot start on {args.host}:{args.port}: {error}")
+    # The tracker of a worker that ends while it loads would write after the reason.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
+    multiprocessing.set_start_method("spawn")  # a fork would ignore SIGTERM while it loads the model
+    server = Granian(
         "trips_serving.service:create_app",
         factory=True,
-        host=args.host,
+        address=args.host,
         port=args.port,
+        interface=Interfaces.ASGI,
+        http=HTTPModes.http1,
+        http1_settings=HTTP1Settings(header_read_timeout=1000 * HEADER_SECONDS),
+        websockets=False,
         workers=settings.workers,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=int(settings.read_timeout + settings.max_latency_ms / 1000) + 10,
-        timeout_worker_healthcheck=60,  # a worker answers late while it loads the model
+        backpressure=CONNECTIONS,
+        respawn_failed_workers=True,
+        workers_kill_timeout=int(settings.read_timeout + settings.max_latency_ms / 1000) + 10,
+        log_level=LogLevels.warning,
     )
+    print(f"Loading {settings.model} to serve it at http://{args.host}:{args.port}", flush=True)
     with tempfile.TemporaryDirectory(prefix="trips-metrics-") as folder:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder  # workers write their metrics there
-        listener = config.bind_socket()
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or clients delay their ACK of the headers
-        supervisor = Supervisor(config, sockets=[listener])
-        supervisor.run()
-    if any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes):
-        sys.exit(1)
+        failure = Path(folder) / FAILURE
+        try:
+            server.serve()
+        finally:
+            if failure.exists():
+                sys.exit(failure.read_text())
 
 
 if __name__ == "__main__":

@@ -21,11 +21,10 @@ from modeling_trips import (
     TripsForQuestionAnswering,
     TripsImageCache,
     TripsImageToTextPipeline,
-    TripsProcessor,
     TripsVisualQuestionAnsweringPipeline,
 )
 from modeling_trips.image_decoding_trips import ImageError
-from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint
+from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint, load_processor
 from modeling_trips.untrusted_images import IsolatedDecoder
 
 from .cache import ImageCaches, join, split
@@ -49,6 +48,7 @@ class ItemImage:
     data: bytes | None = None
     pixel_values: torch.Tensor | None = None
     states: TripsImageCache | None = None
+    size: tuple[int, int] = (0, 0)  # height and width of the decoded file
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,12 @@ class Item:
     schedule: str
     top_k: int
     place: dict[str, int]  # indices of the image and the text in the request
+    kept_patches: bool = False  # returned with the answer; needs a decoded image
 
     @property
     def kind(self) -> Hashable:
         """Key that is equal for items that can share a batch."""
-        return self.endpoint, self.schedule, self.top_k, self.image is None
+        return self.endpoint, self.schedule, self.top_k, self.kept_patches, self.image is None
 
 
 class Engine:
@@ -89,7 +90,7 @@ class Engine:
         for schedule in self.schedules.values():
             schedule.check_fits(self.model.config.vision_config.num_hidden_layers)
         self.schedules[DEFAULT] = None
-        self.processor = TripsProcessor.from_pretrained(settings.model, revision=settings.revision)
+        self.processor = load_processor(settings.model, self.model.config, settings.revision)
         parts = {"model": self.model, "processor": self.processor, "device": self.model.device}
         if isinstance(self.model, TripsForQuestionAnswering):
             self.endpoints, self.pipeline = ["answer"], TripsVisualQuestionAnsweringPipeline(**parts)
@@ -138,16 +139,17 @@ class Engine:
             for part in parts:
                 json.dumps(self._compute([Item(name, *part, DEFAULT, 1, {})]), allow_nan=False)
 
-    def find_image(self, data: bytes, schedule: str) -> ItemImage:
-        """Return an image with its cached states, if any, or else with its file."""
+    def find_image(self, data: bytes, schedule: str, decodes: bool = False) -> ItemImage:
+        """Return an image with its cached states, if any, or else (or if it must be decoded) with its file."""
         key = hashlib.sha256(data).hexdigest()
-        states = self.cache.get((key, schedule))
+        states = None if decodes else self.cache.get((key, schedule))
         return ItemImage(key, data if states is None else None, states=states)
 
     def decode(self, field: str, image: ItemImage):
         """Decode and preprocess the file of an image. An `HTTPException` names the field of the request."""
         try:
             decoded = self.decoder.decode(image.data, self.settings.max_pixels)
+            image.size = decoded.size[::-1]
             image.pixel_values = self.processor(images=decoded, return_tensors="pt")["pixel_values"]
         except ValueError as error:
             status = STATUSES.get(error.reason, 422) if isinstance(error, ImageError) else 422
@@ -188,7 +190,12 @@ class Engine:
         return getattr(self, f"_{first.endpoint}")(items, inputs)
 
     def _answer(self, items: list[Item], inputs: dict) -> list[list[dict]]:
-        return self.pipeline._forward({"inputs": inputs}, top_k=items[0].top_k)["outputs"]
+        answers = self.pipeline._forward({"inputs": inputs}, top_k=items[0].top_k)["outputs"]
+        if items[0].kept_patches and (selection := self.model.model(**inputs).selection):
+            boxes = self.processor.patch_boxes(selection[-1].kept_indices, [item.image.size for item in items])
+            for (best, *_), kept in zip(answers, boxes):
+                best["kept_patches"] = kept.tolist()
+        return answers
 
     def _caption(self, items: list[Item], inputs: dict) -> list[str]:
         outputs = self.pipeline._forward({"inputs": inputs})["outputs"]

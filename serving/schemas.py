@@ -2,7 +2,7 @@
 
 import base64
 from http import HTTPStatus
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema, create_model
 from pydantic.json_schema import models_json_schema
@@ -13,7 +13,7 @@ from .settings import DEFAULT, Settings
 
 
 ERRORS = (400, 404, 408, 413, 415, 422, 500, 503)
-JSON, FORM = "application/json", "multipart/form-data"
+JSON = "application/json"
 # 16 x 16 teal pixels.
 EXAMPLE_IMAGE = (
     "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAIAAACQkWg2AAAAGUlEQVR42mNkaGhgIAUwMZAIRjWMahg6GgBBvQEgL5Ky8wAAAABJRU5ErkJggg=="
@@ -21,7 +21,7 @@ EXAMPLE_IMAGE = (
 
 
 def read_base64(value: object) -> object:
-    """Decode base64 or a data URL. Files of forms are bytes already."""
+    """Decode base64 or a data URL."""
     try:
         if isinstance(value, str):
             return base64.b64decode(value.partition(",")[2] if value.startswith("data:") else value, validate=True)
@@ -30,11 +30,8 @@ def read_base64(value: object) -> object:
         raise ValueError("An image must be base64 or a data URL") from error
 
 
-IMAGE_SCHEMA = {
-    "type": "string",
-    "description": f"JPEG, PNG, WebP, GIF or BMP. In JSON: base64 or a data URL. In {FORM}: a file.",
-    "examples": [EXAMPLE_IMAGE],
-}
+FILES = "JPEG, PNG, WebP, GIF or BMP."
+IMAGE_SCHEMA = {"type": "string", "contentEncoding": "base64", "description": FILES, "examples": [EXAMPLE_IMAGE]}
 ImageFile = Annotated[bytes, BeforeValidator(read_base64), WithJsonSchema(IMAGE_SCHEMA)]
 
 
@@ -43,7 +40,14 @@ def request_models(settings: Settings) -> dict[str, type[BaseModel]]:
     text = Annotated[str, StringConstraints(max_length=settings.max_text_length)]
     non_empty = Annotated[text, StringConstraints(strip_whitespace=True, min_length=1)]
     schedule_name = Literal[(DEFAULT, *settings.schedules)]  # type: ignore[valid-type]
-    num_texts, num_images = {"max_length": settings.max_texts}, {"max_length": settings.max_images}
+
+    def text_list(kind: Any, least: int, description: str, example: str) -> Any:
+        limits = {"min_length": least, "max_length": settings.max_texts}
+        return Annotated[list[kind], Field(description=description, examples=[[example]], **limits)]
+
+    def image_list(least: int) -> Any:
+        limits = {"min_length": least, "max_length": settings.max_images}
+        return Annotated[list[ImageFile], Field(description=FILES, examples=[[EXAMPLE_IMAGE]], **limits)]
 
     class Request(BaseModel):
         model_config = ConfigDict(extra="forbid")
@@ -51,20 +55,21 @@ def request_models(settings: Settings) -> dict[str, type[BaseModel]]:
 
     class AnswerRequest(Request):
         image: ImageFile
-        questions: list[non_empty] = Field(min_length=1, examples=[["what color is the circle?"]], **num_texts)
+        questions: text_list(non_empty, 1, "Questions about the image.", "what color is the circle?")  # type: ignore
         top_k: int = Field(1, ge=1, le=10, description="Maximum number of answers to each question.")
+        kept_patches: bool = Field(False, description="Add the patches that each question keeps.")
 
     class CaptionRequest(Request):
         image: ImageFile
-        prompts: list[text] = Field([""], min_length=1, examples=[["a picture of"]], **num_texts)
+        prompts: text_list(text, 1, "Beginnings of captions.", "a picture of") = [""]  # type: ignore
 
     class MatchRequest(Request):
-        images: list[ImageFile] = Field(min_length=1, examples=[[EXAMPLE_IMAGE]], **num_images)
-        texts: list[non_empty] = Field(min_length=1, examples=[["a teal square", "a red circle"]], **num_texts)
+        images: image_list(1)  # type: ignore
+        texts: text_list(non_empty, 1, "Texts to match with each image.", "a teal square")  # type: ignore
 
     class FeaturesRequest(Request):
-        images: list[ImageFile] = Field([], examples=[[EXAMPLE_IMAGE]], **num_images)
-        texts: list[non_empty] = Field([], examples=[["a teal square"]], **num_texts)
+        images: image_list(0) = []  # type: ignore
+        texts: text_list(non_empty, 0, "Texts.", "a teal square") = []  # type: ignore
 
     return {"answer": AnswerRequest, "caption": CaptionRequest, "match": MatchRequest, "features": FeaturesRequest}
 
@@ -75,6 +80,9 @@ Index = Annotated[int, Field(description="Position in the request, from 0.")]
 class Answer(BaseModel):
     answer: str
     score: float = Field(description="Probability.")
+    kept_patches: list[tuple[float, float, float, float]] | None = Field(
+        None, description="Of the best answer, if asked for: boxes (x0, y0, x1, y1) in pixels of the image."
+    )
 
 
 class Score(BaseModel):
@@ -107,10 +115,10 @@ def describe(title: str, requests: dict[str, type[BaseModel]]) -> dict:
     models = [(model, "validation") for model in (error, *requests.values(), *replies.values())]
     references, schemas = models_json_schema(models, ref_template="#/components/schemas/{model}")
 
-    def content(model: type[BaseModel], *kinds: str) -> dict:
-        return {"content": {kind: {"schema": references[model, "validation"]} for kind in kinds}}
+    def content(model: type[BaseModel]) -> dict:
+        return {"content": {JSON: {"schema": references[model, "validation"]}}}
 
-    refusals = {str(code): {"description": HTTPStatus(code).phrase, **content(error, JSON)} for code in ERRORS}
+    refusals = {str(code): {"description": HTTPStatus(code).phrase, **content(error)} for code in ERRORS}
     return {
         "openapi": "3.1.0",
         "info": {"title": title, "version": modeling_trips.__version__},
@@ -120,8 +128,8 @@ def describe(title: str, requests: dict[str, type[BaseModel]]) -> dict:
                 "post": {
                     "operationId": name,
                     "summary": REPLIES[name][0],
-                    "requestBody": {"required": True, **content(request, JSON, FORM)},
-                    "responses": {"200": {"description": "OK", **content(replies[name], JSON)}, **refusals},
+                    "requestBody": {"required": True, **content(request)},
+                    "responses": {"200": {"description": "OK", **content(replies[name])}, **refusals},
                 }
             }
             for name, request in requests.items()

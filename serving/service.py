@@ -2,12 +2,14 @@
 
 import asyncio
 import os
+import signal
 import sys
 import time
 import traceback
+from collections.abc import Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any
 
 from anyio import CapacityLimiter, create_task_group, fail_after, to_thread
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, Histogram, generate_latest
@@ -15,17 +17,17 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.applications import Starlette
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
-from uvicorn.config import STARTUP_FAILURE
 
 from .batching import Batcher
 from .engine import DECODERS, Engine, Item, ItemImage
-from .schemas import FORM, JSON, REPLIES, describe, request_models
-from .settings import PREFIX, Settings
+from .schemas import JSON, REPLIES, describe, request_models
+from .settings import FAILURE, PREFIX, Settings
 
 
 DRAINED = 4  # multiple of the limit that is read of a large body, so that the client reads the error
@@ -40,7 +42,7 @@ SECONDS = Histogram("trips_request_seconds", "Time to answer a request.", ["endp
 
 
 def create_app() -> Starlette:
-    """Load the model of the environment's settings. Without a usable model, the process and its supervisor end."""
+    """Load the model of the environment's settings. Without a usable model, the service ends with the reason."""
     try:
         settings = Settings.from_environment()
         return Service(Engine(settings), settings).app
@@ -48,8 +50,10 @@ def create_app() -> Starlette:
         if not isinstance(error, (OSError, RuntimeError, ValueError)):
             traceback.print_exc()
         given = ", ".join(f"{name}={value}" for name, value in os.environ.items() if name.startswith(PREFIX))
-        print(f"The service cannot start with {given}: {error}", file=sys.stderr, flush=True)
-        sys.exit(STARTUP_FAILURE)
+        failure = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"], FAILURE)
+        failure.write_text(f"The service cannot start with {given}: {' '.join(str(error).split())}")
+        os.kill(os.getppid(), signal.SIGTERM)
+        sys.exit(1)
 
 
 def metrics(request: Request) -> Response:
@@ -96,12 +100,15 @@ class Service:
             + [Route(path, endpoint) for path, endpoint in paths.items()],
             exception_handlers={HTTPException: refuse, 404: self.refuse_path, Exception: refuse},
             lifespan=self.lifespan,
+            middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=settings.allowed_hosts, www_redirect=False)],
         )
+        self.app.router.redirect_slashes = False  # a redirect would repeat the client's Host
 
     @asynccontextmanager
     async def lifespan(self, app: Starlette):
         async with create_task_group() as tasks:
             tasks.start_soon(self.batcher.run)
+            print(f"Ready to answer {', '.join(f'/{name}' for name in self.models)}", flush=True)
             yield
             tasks.cancel_scope.cancel()
         self.engine.decoder.close()
@@ -119,7 +126,7 @@ class Service:
             self.check_queue()
             async with self.slots:
                 with IN_PROGRESS.track_inprogress():
-                    results = await self.compute(items, images)
+                    results = await self.unless_left(request, self.compute(items, images))
             response: Response = JSONResponse({REPLIES[endpoint][1]: results})
         except HTTPException as error:
             response = refuse(request, error)
@@ -129,6 +136,18 @@ class Service:
     def check_queue(self):
         if self.slots.locked():
             raise overloaded("Too many requests are waiting.")
+
+    async def unless_left(self, request: Request, work: Coroutine) -> list:
+        """Return the result of `work`, which is cancelled when the client disconnects."""
+        working, left = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
+        try:
+            await asyncio.wait([working, left], return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise HTTPException(400, "The client disconnected.")
+            return working.result()
+        finally:
+            working.cancel()
+            left.cancel()
 
     async def compute(self, items: list[Item], images: dict[str, ItemImage]) -> list:
         seconds = self.settings.max_latency_ms / 1000
@@ -143,14 +162,12 @@ class Service:
 
     async def read(self, endpoint: str, request: Request) -> tuple[list[Item], dict[str, ItemImage]]:
         """Return the items of a request, and its images by field."""
-        kind = request.headers.get("content-type", JSON).partition(";")[0].strip().lower()
-        if kind not in (JSON, FORM):
-            raise HTTPException(415, f"The Content-Type must be {JSON} or {FORM}.")
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
+            raise HTTPException(415, f"The Content-Type must be {JSON}.")
         body = bytearray()
         try:
             await self.receive(request, body)
-            content = bytes(body) if kind == JSON else await self.read_form(endpoint, request, bytes(body))
-            return await to_thread.run_sync(self.prepare, endpoint, content)
+            return await to_thread.run_sync(self.prepare, endpoint, bytes(body))
         finally:
             self.buffered_bytes -= len(body)
 
@@ -175,31 +192,13 @@ class Service:
         if received > limit:
             raise HTTPException(413, f"The body must have at most {limit:,} bytes.")
 
-    async def read_form(self, endpoint: str, request: Request, body: bytes) -> dict[str, Any]:
-        """Convert a form to the fields of a JSON body. Lists are repeated fields, images are files."""
-
-        async def receive():
-            return {"type": "http.request", "body": body}
-
-        fields = self.models[endpoint].model_fields
-        most = self.settings.max_images + self.settings.max_texts + len(fields)
-        found: dict[str, list] = {}
-        try:
-            form = Request(request.scope, receive).form(max_files=most, max_fields=most, max_part_size=len(body))
-            async with form as values:
-                for name, value in values.multi_items():
-                    found.setdefault(name, []).append(await value.read() if isinstance(value, UploadFile) else value)
-        except Exception as error:  # the parsers raise many kinds
-            raise HTTPException(400, "The body is not a valid form or has too many fields.") from error
-        lists = {name for name, field in fields.items() if get_origin(field.annotation) is list}
-        return {name: values if name in lists or len(values) > 1 else values[0] for name, values in found.items()}
-
-    def prepare(self, endpoint: str, content: bytes | dict) -> tuple[list[Item], dict[str, ItemImage]]:
+    def prepare(self, endpoint: str, content: bytes) -> tuple[list[Item], dict[str, ItemImage]]:
         """Validate a request, look up its images and tokenize its texts."""
         inputs = validate(self.models[endpoint], content)
         files = {"image": inputs["image"]} if "image" in inputs else {}
         files |= {f"images.{row}": file for row, file in enumerate(inputs.get("images", []))}
-        images = {field: self.engine.find_image(file, inputs["schedule"]) for field, file in files.items()}
+        schedule, kept = inputs["schedule"], inputs.get("kept_patches", False)
+        images = {field: self.engine.find_image(file, schedule, decodes=kept) for field, file in files.items()}
         (field,) = {"questions", "prompts", "texts"} & inputs.keys()
         texts = list(zip(inputs[field], self.engine.prepare_texts(field, inputs[field])))
         if endpoint == "features":
@@ -213,14 +212,14 @@ class Service:
         for place in places:
             image = rows[place["image"]] if "image" in place else None
             text, tokens = texts[place["text"]] if "text" in place else (None, None)
-            items.append(Item(endpoint, image, text, tokens, inputs["schedule"], inputs.get("top_k", 1), place))
+            items.append(Item(endpoint, image, text, tokens, schedule, inputs.get("top_k", 1), place, kept))
         return items, images
 
 
-def validate(model: type[BaseModel], content: bytes | dict) -> dict[str, Any]:
+def validate(model: type[BaseModel], body: bytes) -> dict[str, Any]:
     """Return the fields of a request. The `HTTPException` for one that does not fit names the field."""
     try:
-        content = from_json(content) if isinstance(content, bytes) else content
+        content = from_json(body)
     except ValueError as error:
         raise HTTPException(400, f"The body is not valid JSON: {error}") from error
     if isinstance(content, dict):  # pydantic is slow with many unknown fields

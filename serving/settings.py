@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 
 PREFIX = "TRIPS_"
+FAILURE = "failure"  # file in the folder of metrics: why the model could not be loaded
 DEFAULT = "default"  # name of the checkpoint's schedule
 
 
@@ -24,6 +25,11 @@ def read_schedules(text: str | dict[str, str]) -> dict[str, str]:
     return schedules
 
 
+def read_hosts(text: str | list[str]) -> list[str]:
+    """Parse `"localhost, *.example.org"`."""
+    return [host.strip() for host in text.split(",")] if isinstance(text, str) else text
+
+
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -36,6 +42,10 @@ class Settings(BaseModel):
     device: str = "auto"
     dtype: str = "auto"
     schedules: Annotated[dict[str, str], BeforeValidator(read_schedules)] = {}
+    allowed_hosts: Annotated[list[str], BeforeValidator(read_hosts)] = [
+        "127.0.0.1",
+        "localhost",
+    ]  # "*": any
     workers: Count = 1
     max_batch_size: Count = 32  # pairs of image and text
     max_latency_ms: Count = 30_000  # to decode images and to compute results

@@ -22,7 +22,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from modeling_trips import SelectionSchedule, TripsForPreTraining, TripsForRetrieval, TripsProcessor
-from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint
+from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint, load_processor
 from trips_examples.indexing.sources import ROW_SCHEMA
 
 
@@ -58,16 +58,17 @@ def load_model(
     options = SelectionSchedule.parse(schedule).config_fields if schedule else {}
     if dtype != "auto":
         options["dtype"] = dtype
-    processor = TripsProcessor.from_pretrained(checkpoint)
     if not is_exported(checkpoint):
-        return load_checkpoint(checkpoint, HEADS, **options).to(device), processor
-    if options or device != "cpu":
+        model = load_checkpoint(checkpoint, HEADS, **options).to(device)
+    elif options or device != "cpu":
         raise ValueError(
             f"{checkpoint} is an exported model for CPUs, with a fixed schedule and dtype. Leave these options out."
         )
-    from modeling_trips.export import load_exported  # an extra
+    else:
+        from modeling_trips.export import load_exported  # an extra
 
-    return load_exported(checkpoint, HEADS), processor
+        model = load_exported(checkpoint, HEADS)
+    return model, load_processor(checkpoint, model.config)
 
 
 def fingerprint_of(model: Retriever, processor: TripsProcessor) -> Fingerprint:

@@ -19,7 +19,6 @@ TRIPS adds no parameter, so a checkpoint of an unpruned model serves the pruned 
 """
 
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -123,47 +122,18 @@ class ConversionReport:
     zero: list[str]
 
     def __str__(self) -> str:
-        source, model = [*self.used, *self.left_out], [*self.filled, *self.new, *self.zero]
+        groups: dict[str, list[str]] = {}
+        for key, reason in self.left_out.items():
+            groups.setdefault(f"left out, {reason}", []).append(key)
+        groups |= {"set to zero": self.zero, "new": self.new}
         lines = [f"used: {len(self.used)} weights of the source"]
-        for reason in dict.fromkeys(self.left_out.values()):
-            keys = [key for key, why in self.left_out.items() if why == reason]
-            lines.append(f"left out, {reason}: {_summary(keys, source)}")
-        if self.zero:
-            lines.append(f"set to zero: {_summary(self.zero, model)}")
-        lines.append(f"new: {_summary(self.new, model)}")
+        lines += [f"{what}: {len(keys)} ({', '.join(keys)})" for what, keys in groups.items() if keys]
         return "\n".join(map(printable, lines))
 
 
 def printable(name: str) -> str:
     """Escape control characters in a name from a file."""
     return name if name.isprintable() else ascii(name)[1:-1]
-
-
-def _summary(keys: list[str], all_keys: Iterable[str]) -> str:
-    """Summarize keys in at most 12 entries: `branch.*` if `keys` has all of a branch, else whole names."""
-    others = {branch for key in set(all_keys).difference(keys) for branch in _branches(key)}
-    whole = (next((f"{branch}.*" for branch in _branches(key) if branch not in others), key) for key in keys)
-    entries = _join_layers(dict.fromkeys(whole))
-    if len(entries) > 12:
-        entries[11:] = [f"{len(entries) - 11} more"]
-    return f"{len(keys)} ({', '.join(entries)})" if entries else "0"
-
-
-def _branches(key: str) -> list[str]:
-    """Return the prefixes of a key, shortest first: `a` and `a.b` of `a.b.c`."""
-    return [key[: dot.start()] for dot in re.finditer(r"\.", key)]
-
-
-def _join_layers(entries: Iterable[str]) -> list[str]:
-    """Join entries that differ only in their first number: `layer.{0,1}.norm.*`."""
-    numbers = defaultdict(list)
-    for entry in entries:
-        before, number, after = re.match(r"(?s)(.*?\.(?=\d+\.)|.*)(\d*)(.*)", entry).groups()
-        numbers[before, after].append(number)
-    return [
-        before + (found[0] if len(found) == 1 else f"{{{','.join(sorted(found, key=int))}}}") + after
-        for (before, after), found in numbers.items()
-    ]
 
 
 def _matches(patterns: Iterable[str], name: str) -> bool:

@@ -15,14 +15,16 @@
 Conversion of a vision tower (ViT, DeiT, CLIP, DINOv2) and a text encoder (BERT, MiniLM, RoBERTa) of Transformers.
 """
 
+import json
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from ..configuration_trips import TripsConfig, TripsVisionConfig
 from .rules import (
@@ -37,12 +39,12 @@ from .rules import (
     load_converted,
     resampled,
 )
-from .sentence_pooling import stated_pooling_mode
 
 
 logger = logging.get_logger(__name__)
 
 VISION_TYPES = ("vit", "deit", "clip_vision_model", "clip", "dinov2")
+SWITCHES = {"cls": "cls_token", "mean": "mean_tokens"}  # of Sentence Transformers before 5
 ROBERTA_TYPES = ("roberta", "xlm-roberta")
 TEXT_TYPES = ("bert", *ROBERTA_TYPES)
 
@@ -90,8 +92,8 @@ def from_vision_text_pretrained(
             text encoder's embeddings and upper layers.
         decoder_config (`dict`, *optional*): Fields of the decoder. `bos_token_id` and `eos_token_id` must be the
             tokenizer's. Default: those of the text encoder's configuration, or BERT's 101 and 102.
-        pooling_mode (`str`, *optional*): `"cls"` or `"mean"`, see [`TripsTextConfig`]. Default: the mode in the files
-            of Sentence Transformers in the text encoder's folder, or `"cls"`.
+        pooling_mode (`str`, *optional*): `"cls"` or `"mean"`, see [`TripsTextConfig`]. Default: `"mean"` for a model
+            of Sentence Transformers that has it, else `"cls"`.
         output_loading_info (`bool`, *optional*, defaults to `False`): Also return the report.
         fields: Other fields of [`TripsConfig`], such as `keep_rate`.
 
@@ -123,7 +125,7 @@ def vision_text_config(
 ) -> TripsConfig:
     """Return the configuration of the model that [`from_vision_text_pretrained`] makes, without loading weights."""
     if pooling_mode is None:
-        pooling_mode = "cls" if isinstance(text, PreTrainedModel) else stated_pooling_mode(text)
+        pooling_mode = "cls" if isinstance(text, PreTrainedModel) else _stated_pooling_mode(text)
     vision, text = _config_of(vision), _config_of(text)
     _check_type(vision, "vision", VISION_TYPES)
     _check_type(text, "text", TEXT_TYPES)
@@ -162,6 +164,20 @@ def make_vision_text_model(
         report.left_out.update({f"{part}.{key}": f"heads of the {part} model" for key in tower.keys_of_heads})
     logger.warning(f"{model_class.__name__} from a {types[0]} and a {types[1]}:\n{report}")
     return model.eval(), report
+
+
+def _stated_pooling_mode(text: str | os.PathLike) -> str:
+    """Return the pooling mode in the files of a model of Sentence Transformers, or `"cls"`, as in BERT."""
+    causes = ("gated_repo", "missing_entries", "connection_errors")
+    quiet = {f"_raise_exceptions_for_{cause}": False for cause in causes}
+    if (path := cached_file(text, "1_Pooling/config.json", **quiet)) is None:
+        return "cls"
+    config = json.loads(Path(path).read_text(encoding="utf-8"))
+    found = [name for name in ("cls", "mean") if config.get("pooling_mode") == name]
+    found += [name for name, key in SWITCHES.items() if config.get(f"pooling_mode_{key}")]
+    if len(found) != 1:
+        raise ConversionError(f"The pooling of `text` must be cls or mean, got {config}. Give `pooling_mode`.")
+    return found[0]
 
 
 def _config_of(source: str | os.PathLike | PreTrainedModel) -> PreTrainedConfig:

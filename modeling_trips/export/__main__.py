@@ -21,7 +21,7 @@ from transformers import HfArgumentParser
 
 from modeling_trips import TripsProcessor
 
-from ..inspection.checkpoints import load_checkpoint
+from ..inspection.checkpoints import load_checkpoint, load_processor
 from ..inspection.files import whole_folder
 from .exporting import BACKENDS, check_folder, check_options, export_model
 
@@ -35,12 +35,10 @@ class ExportArguments:
     model: str = field(metadata={"help": "Folder or Hub repository of the checkpoint."})
     output_dir: str = field(metadata={"help": "Output folder, empty or new."})
     backend: str = field(default="openvino", metadata={"help": f"Runtime: {' or '.join(BACKENDS)}."})
-    dtype: str = field(default="fp32", metadata={"help": "fp32, bf16 (openvino) or int8 (8-bit weights)."})
+    dtype: str = field(default="fp32", metadata={"help": "fp32; with openvino also bf16 or int8 (8-bit weights)."})
     calibration_file: str | None = field(
         default=None,
-        metadata={
-            "help": f"JSONL file whose first {NUM_CALIBRATION_ROWS} rows calibrate 8-bit activations (openvino, int8)."
-        },
+        metadata={"help": f"JSONL file whose first {NUM_CALIBRATION_ROWS} rows calibrate 8-bit activations (int8)."},
     )
     image_root: str | None = field(
         default=None,
@@ -91,7 +89,7 @@ def main(argv: list[str] | None = None):
     if args.keep_rate is not None:
         fields["keep_rate"] = args.keep_rate if len(args.keep_rate) > 1 else args.keep_rate[0]
     model = load_checkpoint(args.model, dtype="float32", **fields)
-    processor = TripsProcessor.from_pretrained(args.model)
+    processor = load_processor(args.model, model.config)
     with whole_folder(args.output_dir) as folder:
         calibration = None
         if args.calibration_file is not None:

@@ -16,8 +16,6 @@ from transformers.exporters import (
     NNCFWeightCompressionConfig,
     OnnxConfig,
     OnnxExporter,
-    OnnxRuntimeDynamicConfig,
-    OnnxRuntimeQuantizer,
     OpenVINOConfig,
     OpenVINOExporter,
 )
@@ -30,8 +28,7 @@ from .graphs import Graph, graphs_of, trunk_of
 from .running import HEAD_FILE, assemble
 
 
-# ONNX Runtime does not support bfloat16 on CPUs.
-BACKENDS = {"onnx": ("fp32", "int8"), "openvino": ("fp32", "bf16", "int8")}
+BACKENDS = {"onnx": ("fp32",), "openvino": ("fp32", "bf16", "int8")}
 
 # Prefixes of weights in graphs.
 IN_GRAPHS = ("model.", "decoder.", "lm_head.")
@@ -42,7 +39,7 @@ def check_options(backend: str, dtype: str, is_calibrated: bool = False):
     if dtype not in BACKENDS.get(backend, ()):
         known = "; ".join(f"{name}: {', '.join(dtypes)}" for name, dtypes in BACKENDS.items())
         raise ValueError(f"`backend` and `dtype` must be one of {known}, got {backend!r} and {dtype!r}.")
-    if is_calibrated and (backend, dtype) != ("openvino", "int8"):
+    if is_calibrated and dtype != "int8":
         raise ValueError(f"Calibration is only supported for openvino with int8, got {backend} with {dtype}.")
 
 
@@ -56,12 +53,7 @@ def check_folder(folder: str | Path):
 def make_exporter(backend: str, dtype: str, is_calibrated: bool) -> tuple[HfExporter, DynamoConfig]:
     """Return Transformers' exporter of a backend and its options for a dtype."""
     if backend == "onnx":
-        quantizer = None
-        if dtype == "int8":
-            # Weights have a scale per column, activations a dynamic one, so no calibration is needed.
-            options = OnnxRuntimeDynamicConfig(op_types_to_quantize=["MatMul", "Gemm"], per_channel=True)
-            quantizer = OnnxRuntimeQuantizer(options)
-        return OnnxExporter(), OnnxConfig(ort_fusions="cpu", quantizer=quantizer)
+        return OnnxExporter(), OnnxConfig(ort_fusions="cpu")
     quantizer = None
     if dtype == "int8":
         quantizer = NNCFOpenVINOQuantizer(None if is_calibrated else NNCFWeightCompressionConfig())
@@ -85,10 +77,10 @@ def export_model(
         model (`TripsPreTrainedModel`): [`TripsModel`] or a model with a head, but not [`TripsForPreTraining`].
         folder (`str` or `Path`): Output folder, empty or new.
         backend (`str`, *optional*, defaults to `"openvino"`): `"openvino"`, or `"onnx"` for ONNX Runtime.
-        dtype (`str`, *optional*, defaults to `"fp32"`): `"fp32"`, `"bf16"` (OpenVINO), or `"int8"`: 8-bit weights, and
-            activations that are quantized to 8 bits with a scale per batch.
-        calibration (`Iterable[Mapping[str, torch.Tensor]]`, *optional*): Inputs of the model, for OpenVINO with
-            `"int8"`. They determine fixed scales, so activations stay in 8 bits between layers, which is faster.
+        dtype (`str`, *optional*, defaults to `"fp32"`): `"fp32"`; with OpenVINO also `"bf16"`, or `"int8"`: 8-bit
+            weights, and activations that are quantized to 8 bits with a scale per batch.
+        calibration (`Iterable[Mapping[str, torch.Tensor]]`, *optional*): Inputs of the model, for `"int8"`. They
+            determine fixed scales, so activations stay in 8 bits between layers, which is faster.
 
     Raises:
         ValueError: The backend does not support the dtype, the model is not supported, or the folder is not empty.

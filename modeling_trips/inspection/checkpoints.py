@@ -13,16 +13,25 @@
 # limitations under the License.
 """Loading of checkpoints for tools, with checks of the head and the weights."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoConfig
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
 
 import modeling_trips
-from modeling_trips import TripsPreTrainedModel
+from modeling_trips import TripsConfig, TripsPreTrainedModel, TripsProcessor
 
 
 EXPORT_MANIFEST = "export.json"
+# Fields of a configuration that count parts or list them. Each part has at least one weight.
+COUNTS = ("num_hidden_layers", "num_images", "num_labels", "selection_layers", "keep_rate", "selection_guidance")
+MAX_SEQUENCES = 64  # beams and returned sequences of a generation
 
 
 def is_exported(name: str | Path) -> bool:
@@ -70,12 +79,18 @@ def load_checkpoint(
 
     Raises:
         OSError: There is no such checkpoint.
-        ValueError: The checkpoint is of another class or an exported model; or weights are missing, unexpected, of
-            another shape, NaN or infinite.
+        ValueError: The checkpoint is of another class or an exported model; it describes a larger model than its
+            weights are, which is found before memory is taken, or more than 64 beams; or weights are missing,
+            unexpected, of another shape, NaN or infinite.
     """
-    model_class = check_head(name, heads, revision)
     if is_exported(name):
         raise ValueError(f"{name} is an exported model. Load it with `modeling_trips.export.load_exported`.")
+    num_weights = _check_counts(name, revision)
+    model_class = check_head(name, heads, revision)
+    with torch.device("meta"):
+        described = model_class(model_class.config_class.from_pretrained(name, revision=revision)).num_parameters()
+    if described > num_weights:
+        raise ValueError(f"{name} describes a model of {described:,} weights, but has {num_weights:,}.")
     model, report = model_class.from_pretrained(name, revision=revision, output_loading_info=True, **options)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[problem]:
@@ -85,4 +100,59 @@ def load_checkpoint(
     broken = [key for key, tensor in model.state_dict().items() if not tensor.isfinite().all()]
     if broken:
         raise ValueError(f"The weights of {name} are NaN or infinite in {', '.join(broken[:5])}.")
+    for field in ("num_beams", "num_return_sequences"):
+        if (getattr(getattr(model, "generation_config", None), field, None) or 1) > MAX_SEQUENCES:
+            raise ValueError(f"`{field}` in the generation_config.json of {name} must be at most {MAX_SEQUENCES}.")
     return model.eval()
+
+
+def load_processor(name: str | Path, config: TripsConfig, revision: str = "main") -> TripsProcessor:
+    """
+    Load the processor of a checkpoint or an exported model.
+
+    Args:
+        name (`str` or `Path`): Folder or Hub repository.
+        config ([`TripsConfig`]): Configuration of its model.
+        revision (`str`, *optional*, defaults to `"main"`): Branch, tag or commit on the Hub.
+
+    Raises:
+        ValueError: The processor makes images of more than twice the model's sides.
+    """
+    processor = TripsProcessor.from_pretrained(name, revision=revision)
+    image_size = config.vision_config.image_size
+    most = 2 * max([image_size] if isinstance(image_size, int) else image_size)
+    for field in ("size", "crop_size", "pad_size"):
+        if max(dict(getattr(processor.image_processor, field, None) or {}).values(), default=0) > most:
+            raise ValueError(f"`{field}` in the processor_config.json of {name} must be at most {most} pixels a side.")
+    return processor
+
+
+def _check_counts(name: str | Path, revision: str) -> int:
+    """Return the number of weights of a checkpoint, and check that the raw configuration counts no more parts."""
+    try:
+        content, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+        shapes = list(_weight_shapes(name, revision))
+    except OSError as error:
+        raise OSError(f"{name} cannot be loaded. {error}") from error
+    num_weights = sum(map(math.prod, shapes))
+    for entry in (content, *(value for value in content.values() if isinstance(value, dict))):
+        for field in COUNTS:
+            value: Any = entry.get(field, 0)
+            number = len(value) if isinstance(value, list) else value
+            most = num_weights if field == "num_labels" else len(shapes)
+            if isinstance(number, int | float) and number > most:
+                raise ValueError(f"`{field}` in the config.json of {name} is {number:,}, but it has {most:,} weights.")
+    return num_weights
+
+
+def _weight_shapes(name: str | Path, revision: str) -> Iterator[list[int]]:
+    """Yield the shapes of the stored weights."""
+    options: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    if (path := cached_file(name, SAFE_WEIGHTS_NAME, **options)) is not None:
+        paths = [path]
+    else:
+        index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, revision=revision)
+        paths, _ = get_checkpoint_shard_files(name, index, revision=revision)
+    for path in paths:
+        with safe_open(path, "pt") as weights:
+            yield from (weights.get_slice(key).get_shape() for key in weights.keys())

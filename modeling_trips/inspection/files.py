@@ -13,17 +13,11 @@
 # limitations under the License.
 """Writing of files and folders, which are whole or absent under their name."""
 
-import glob
 import os
-import shutil
-import signal
 import tempfile
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 
 @contextmanager
@@ -41,37 +35,9 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """
-    Yield a path that is renamed to `folder`, which must be new or empty, if the block neither fails nor receives
-    SIGTERM. What a killed process left beside `folder` is removed.
-    """
+    """Yield a path that is renamed to `folder`, which must be new or empty, if the block does not fail."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{folder.name}-writing-"
-    for left in folder.parent.glob(f"{glob.escape(prefix)}*"):
-        with suppress(Timeout), FileLock(left / "lock", timeout=0):  # its writer is dead
-            shutil.rmtree(left)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix))
-    try:
-        with _sigterm_as_exit(), FileLock(partial / "lock"):
-            yield partial / "whole"
-            (partial / "whole").rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
-def _sigterm_as_exit() -> Iterator[None]:
-    """Raise SystemExit on SIGTERM, so that `finally` blocks run. Only the main thread can set this up."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number, frame):
-        raise SystemExit(128 + number)
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-writing-") as partial:
+        yield Path(partial) / "whole"
+        (Path(partial) / "whole").rename(folder)

@@ -1,6 +1,6 @@
 """
-Search for a selection schedule: cost and image tokens of candidates against the unpruned baseline, which shares its
-vision tower among the texts of an image.
+Cost and image tokens of selection schedules against the unpruned baseline, which shares its vision tower among the
+texts of an image. They say nothing about accuracy.
 
 All layers after the first layer scored by a text run once per text. With few texts per image, text guidance can start
 early; with many, image guidance reduces the tokens for all texts, and text guidance starts late.
@@ -16,7 +16,8 @@ from .cost import Cost, forward_cost
 
 
 IMAGE_RATES = (0.3, 0.5, 0.7, 0.9)
-TEXT_RATES = (0.05, 0.1, 0.2, 0.25, 0.3, 0.5, 0.7)
+TEXT_RATES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
+MIN_TOKENS = 5  # [CLS], the fused token and three patches
 
 
 @dataclass(frozen=True)
@@ -36,66 +37,24 @@ class PlannedSchedule:
     ratios: dict[int, float]
     mean_tokens: float
 
-    def excess(self, budgets: dict[int, float]) -> float:
-        """Return the largest cost over budget among the numbers of texts per image. Up to 1, it fits all budgets."""
-        return max(self.ratios[number] / budget for number, budget in budgets.items())
-
-
-@dataclass(frozen=True)
-class SelectionPlan:
-    """
-    Result of [`plan_selection`].
-
-    Args:
-        candidates (`list[PlannedSchedule]`): All candidates that keep `min_kept` of the tokens, in the order of their
-            cost over the budget; among equals, those that keep more tokens first.
-        affordable (`list[PlannedSchedule]`): Those of them that fit the budget; possibly none.
-        unpruned ([`PlannedSchedule`]): The unpruned baseline.
-    """
-
-    candidates: list[PlannedSchedule]
-    affordable: list[PlannedSchedule]
-    unpruned: PlannedSchedule
-
     @property
-    def cheapest(self) -> PlannedSchedule | None:
-        """The cheapest affordable schedule."""
-        return self.affordable[0] if self.affordable else None
-
-    @property
-    def most_tokens(self) -> PlannedSchedule | None:
-        """The affordable schedule that keeps the most tokens."""
-        return max(self.affordable, key=lambda row: row.mean_tokens, default=None)
-
-    @property
-    def front(self) -> list[PlannedSchedule]:
-        """The candidates that keep more tokens than all cheaper ones, cheap ones first."""
-        front = self.candidates[:1]
-        for row in self.candidates:
-            if row.mean_tokens > front[-1].mean_tokens:
-                front.append(row)
-        return front
+    def ratio(self) -> float:
+        """The largest of `ratios`."""
+        return max(self.ratios.values())
 
 
-def candidate_schedules(config: TripsConfig, guided_by_text: bool = True) -> Iterator[SelectionSchedule]:
+def candidate_schedules(config: TripsConfig) -> Iterator[SelectionSchedule]:
     """
-    Yield the candidates: zero to three evenly spaced layers scored by the image at one of `IMAGE_RATES`, then at most
-    one layer scored by the text at one of `TEXT_RATES`, or two without image guidance. Layer 1 never selects, because
-    its queries and keys see single patches. In a single stream all layers run per text, so the text scores all.
-
-    Args:
-        config ([`TripsConfig`]): Configuration of the model.
-        guided_by_text (`bool`, *optional*, defaults to `True`): Require a layer scored by the text, as in the paper.
+    Yield the candidates: up to three evenly spaced layers scored by the image at one of `IMAGE_RATES`, then one layer
+    scored by the text at one of `TEXT_RATES`, or two without image guidance. Layer 1 never selects, because its
+    queries and keys see single patches. In a single stream all layers run per text, so the text scores all.
     """
-    last = config.vision_config.num_hidden_layers
-    layers = range(2, last + 1)
-    by_image = [*_schedules(_evenly_apart(layers, 3), "image", IMAGE_RATES)]
+    layers = range(2, config.vision_config.num_hidden_layers + 1)
     if config.fusion_encoder_config.fusion_type == "single_stream":
-        yield from _schedules(_evenly_apart(layers, 3), "text", sorted({*IMAGE_RATES, *TEXT_RATES}))
+        yield from _schedules(_evenly_apart(layers, 3), "text", TEXT_RATES)
         return
-    if not guided_by_text:
-        yield from by_image
     yield from _schedules(_evenly_apart(layers, 2), "text", TEXT_RATES)
+    by_image = _schedules(_evenly_apart(layers, 3), "image", IMAGE_RATES)
     for first, layer, rate in product(by_image, layers, TEXT_RATES):
         if layer > first.layers[-1]:
             yield SelectionSchedule((*first.layers, layer), (*first.selections, LayerSelection("text", rate)))
@@ -117,11 +76,20 @@ def _schedules(
 def plan_schedules(
     config: TripsConfig, schedules: Iterable[SelectionSchedule], texts_per_image: Sequence[int], text_length: int
 ) -> list[PlannedSchedule]:
-    """Compute the cost of each schedule at each number of texts per image, and its image tokens."""
+    """
+    Compute the cost of each schedule at each number of texts per image, and its image tokens.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+    longest = config.text_config.max_position_embeddings
+    if min(texts_per_image, default=0) < 1:
+        raise ValueError(f"`texts_per_image` must be numbers of at least 1, got {texts_per_image}.")
+    if not 1 <= text_length <= longest:
+        raise ValueError(f"`text_length` must be in 1..{longest} for this model, got {text_length}.")
     unpruned = forward_cost(config, text_length, UNPRUNED)
-    num_fusion_layers = config.fusion_encoder_config.num_hidden_layers
-    if config.fusion_encoder_config.fusion_type == "single_stream":
-        num_fusion_layers = 0
+    is_single_stream = config.fusion_encoder_config.fusion_type == "single_stream"
+    num_fusion_layers = 0 if is_single_stream else config.fusion_encoder_config.num_hidden_layers
     rows = []
     for schedule in schedules:
         cost = forward_cost(config, text_length, schedule)
@@ -132,53 +100,27 @@ def plan_schedules(
 
 
 def plan_selection(
-    config: TripsConfig,
-    texts_per_image: int | Sequence[int],
-    text_length: int,
-    budget: float | Sequence[float],
-    min_kept: float = 0.1,
-    guided_by_text: bool = True,
-) -> SelectionPlan:
+    config: TripsConfig, texts_per_image: Sequence[int], text_length: int, budget: float
+) -> list[PlannedSchedule]:
     """
-    Find the cheapest of the `candidate_schedules` and the one with the most tokens within a budget, by `forward_cost`.
-    The plan does not predict accuracy.
+    Return the `candidate_schedules` within a budget that keep more image tokens than all cheaper ones, and at least
+    three patches, the cheapest first.
 
     Args:
         config ([`TripsConfig`]): Configuration of the model.
-        texts_per_image (`int` or `Sequence[int]`): Texts that share an image. A schedule must fit the budget of each
-            number.
+        texts_per_image (`Sequence[int]`): Texts that share an image. A schedule must fit the budget at each number.
         text_length (`int`): Tokens per text.
-        budget (`float` or `Sequence[float]`): Largest share of the unpruned model's MACs, in (0, 1]: one value, or one
-            per number in `texts_per_image`.
-        min_kept (`float`, *optional*, defaults to 0.1): Smallest share of the image tokens after the vision tower.
-        guided_by_text (`bool`, *optional*, defaults to `True`): Require a layer scored by the text.
-
-    Returns:
-        [`SelectionPlan`]
+        budget (`float`): Largest share of the unpruned model's MACs, in (0, 1].
 
     Raises:
         ValueError: A number is out of range.
     """
-    numbers = [texts_per_image] if isinstance(texts_per_image, int) else list(texts_per_image)
-    shares = [budget] * len(numbers) if isinstance(budget, (int, float)) else list(budget)
-    longest = config.text_config.max_position_embeddings
-    for name, value, fits, allowed in (
-        ("texts_per_image", numbers, numbers and min(numbers) >= 1, "one or several numbers of at least 1"),
-        ("text_length", text_length, 1 <= text_length <= longest, f"in 1..{longest} for this model"),
-        ("budget", shares, all(0 < share <= 1 for share in shares), "in (0, 1], a share of the unpruned cost"),
-        ("budget", shares, len(shares) == len(numbers), f"one number, or one for each of {numbers} texts per image"),
-        ("min_kept", min_kept, 0 <= min_kept < 1, "in [0, 1), a share of the image tokens"),
-    ):
-        if not fits:
-            raise ValueError(f"`{name}` must be {allowed}, got {value}.")
-    budgets = dict(zip(numbers, shares))
-    schedules = [UNPRUNED, *candidate_schedules(config, guided_by_text)]
-    unpruned, *rows = plan_schedules(config, schedules, numbers, text_length)
-    rows = [row for row in rows if row.cost.tokens[-1] >= min_kept * unpruned.cost.tokens[-1]]
-    candidates = cheapest_first(rows, budgets)
-    return SelectionPlan(candidates, [row for row in candidates if row.excess(budgets) <= 1], unpruned)
-
-
-def cheapest_first(rows: Iterable[PlannedSchedule], budgets: dict[int, float]) -> list[PlannedSchedule]:
-    """Sort schedules by their cost over the budget; among equals, those that keep more tokens first."""
-    return sorted(rows, key=lambda row: (row.excess(budgets), -row.mean_tokens))
+    if not 0 < budget <= 1:
+        raise ValueError(f"`budget` must be in (0, 1], a share of the unpruned cost, got {budget}.")
+    rows = plan_schedules(config, candidate_schedules(config), texts_per_image, text_length)
+    rows = [row for row in rows if row.ratio <= budget and row.cost.tokens[-1] >= MIN_TOKENS]
+    front: list[PlannedSchedule] = []
+    for row in sorted(rows, key=lambda row: (row.ratio, -row.mean_tokens)):
+        if not front or row.mean_tokens > front[-1].mean_tokens:
+            front.append(row)
+    return front

@@ -215,21 +215,6 @@ def percentile_99(seconds: list[float]) -> float | None:
     return None if len(seconds) < 100 else statistics.quantiles(seconds, n=100, method="inclusive")[-1]
 
 
-@torch.no_grad()
-def seconds_of_both(model: TripsModel, inputs: dict[str, torch.Tensor], repeats: int = 5) -> tuple[float, float]:
-    """
-    Return the median seconds of a forward pass of a model, pruned and unpruned, in turns after one round of warm-up.
-    On a CPU they are CPU time.
-    """
-    device = model.device.type
-    steps: dict[str, Callable[[], object]] = {
-        "pruned": lambda: model(**inputs),
-        "unpruned": lambda: model(**{**inputs, "schedule": UNPRUNED}),
-    }
-    seconds = seconds_in_turns(steps, 1, repeats, "process" if device == "cpu" else "wall", device)
-    return statistics.median(seconds["pruned"]), statistics.median(seconds["unpruned"])
-
-
 def peak_memory(step: Callable[[], object], device: str) -> int | None:
     """
     Return the peak bytes during one step: memory allocated by PyTorch on CUDA, resident memory of the process on

@@ -1,9 +1,8 @@
 """
 The model card of a checkpoint. Its facts come from the configuration, a forward pass, the results of the training run,
-and the author. A fact that none of them states is marked as unknown.
+and the author.
 """
 
-import argparse
 import json
 import re
 import shlex
@@ -20,6 +19,7 @@ from modeling_trips import TripsPreTrainedModel, TripsProcessor
 from modeling_trips.configuration_trips import TRANSFORMERS
 
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 # Entries of an `eval_results.json` that are not metrics: time, size, diagnostics of the selection, and chance level.
 NOT_METRICS = re.compile(
@@ -86,7 +86,6 @@ def make_model_card(
     repo_id: str,
     args: CardArguments,
     results: Path | None = None,
-    former: ModelCard | None = None,
     with_code: bool = True,
     with_handler: bool = False,
 ) -> ModelCard:
@@ -98,10 +97,8 @@ def make_model_card(
         processor (`TripsProcessor`): The model's processor.
         repo_id (`str`): Repository or folder that the card's code loads.
         args (`CardArguments`): Facts that the checkpoint does not have.
-        results (`Path`, *optional*):
-            The `test_results.json` or `eval_results.json` of a training. A `train_results.json` beside it names the
-            training data.
-        former (`ModelCard`, *optional*): Earlier card of the same weights, for what nothing else states.
+        results (`Path`, *optional*): The `test_results.json` or `eval_results.json` of a training. It and a
+            `train_results.json` beside it name the data.
         with_code (`bool`, *optional*, defaults to `True`): Whether the checkpoint has the code of its classes.
             Otherwise it needs this project.
         with_handler (`bool`, *optional*, defaults to `False`): Whether the repository has a `handler.py`.
@@ -115,18 +112,18 @@ def make_model_card(
     head, name = HEADS[type(model).__name__], repo_id.split("/")[-1]
     if not with_code:
         head = head._replace(has_pipeline=False)  # Transformers finds these pipelines in checkpoints only
-    known: Any = former.data if former else ModelCardData()  # its fields are set by name
-    measured = read_results(results, head.task, args) if results else known.eval_results or []
+    measured = read_results(results, head.task, args) if results else []
     inputs = processor(images=PIL.Image.new("RGB", (64, 64)), text="what is it?", return_tensors="pt")
     with torch.no_grad():
         outputs = model.eval().base_model(**inputs, output_hidden_states=True)
+    trained_on = args.datasets or (_training_data(results) if results else [])
     data = ModelCardData(
-        license=args.license or known.license,
-        language=args.language or known.language,
+        license=args.license,
+        language=args.language,
         library_name="transformers",
         pipeline_tag=head.task if head.has_pipeline else None,
         tags=["trips", "token-pruning", "vision-language"] + ["custom_code"] * with_code,
-        datasets=[dataset for dataset in args.datasets or [] if _is_hub_id(dataset)] or known.datasets,
+        datasets=[dataset for dataset in args.datasets or [] if HUB_ID.fullmatch(dataset)] or None,
         metrics=[result.metric_type for result in measured] or None,
         model_name=name if measured else None,
         eval_results=measured or None,
@@ -150,7 +147,10 @@ def make_model_card(
         text_length=processor.max_text_length(model.config),
         selection=model.config.vision_config.schedule.by_layer,
         tokens=[states.shape[1] for states in outputs.vision_model_output.hidden_states],
-        training_data=_training_data(args, results) or _section(former, "Training data") or "Unknown.",
+        datasets=[
+            f"[{one}](https://huggingface.co/datasets/{one})" if HUB_ID.fullmatch(one) else one for one in trained_on
+        ],
+        command=args.command,
         measured=measured,
         machine=_machine_of(results) if results else None,
     )
@@ -169,20 +169,15 @@ def read_results(path: Path, task: str, args: CardArguments) -> list[EvalResult]
     if not metrics:
         raise ValueError(f"{path} has no metric. Give a file with names such as eval_accuracy.")
     split = "test" if path.name.startswith("test") else "validation"
-    only = args.datasets[0] if args.datasets and len(args.datasets) == 1 else None
-    dataset = args.eval_dataset or only or _data_of_run(content, split) or "unknown data"
-    return [
-        EvalResult(
-            task_type=task,
-            dataset_type=dataset,
-            dataset_name=dataset,
-            dataset_split=args.eval_split or split,
-            dataset_args={"num_examples": values["samples"]} if "samples" in values else None,
-            metric_type=name,
-            metric_value=value,
-        )
-        for name, value in metrics.items()
-    ]
+    dataset = args.eval_dataset or _data_of_run(content, split) or "unknown data"
+    facts: dict[str, Any] = {
+        "dataset_type": dataset,
+        "dataset_name": dataset,
+        "dataset_split": args.eval_split or split,
+    }
+    if "samples" in values:
+        facts["dataset_args"] = {"num_examples": values["samples"]}
+    return [EvalResult(task, metric_type=name, metric_value=value, **facts) for name, value in metrics.items()]
 
 
 def _machine_of(results: Path) -> str | None:
@@ -194,31 +189,14 @@ def _machine_of(results: Path) -> str | None:
 
 def _data_of_run(results: dict, split: str) -> str | None:
     """Return the data of a split, by the command in a file of results: the name of a file without its folder."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(f"--{split}_file", f"--{split}-file", dest="file")
-    parser.add_argument("--dataset_name", "--dataset-name", dest="name")
-    options, _ = parser.parse_known_args(shlex.split(results.get("command") or ""))
-    name = options.file or options.name
-    return Path(name).name if name and (options.file or Path(name).exists()) else name
+    words = shlex.split((results.get("command") or "").replace("=", " "))
+    given = {word.lstrip("-").replace("-", "_"): value for word, value in zip(words, words[1:])}
+    if file := given.get(f"{split}_file"):
+        return Path(file).name
+    return given.get("dataset_name")
 
 
-def _training_data(args: CardArguments, results: Path | None) -> str:
-    """Return the section on the training data, empty if neither the author nor the run's files name them."""
-    names = args.datasets or []
-    if not names and results:
-        record = results.with_name("train_results.json")
-        content = json.loads((record if record.is_file() else results).read_text(encoding="utf-8"))
-        names = [name] if (name := _data_of_run(content, "train")) else []
-    links = [
-        f"- [{name}](https://huggingface.co/datasets/{name})" if _is_hub_id(name) else f"- {name}" for name in names
-    ]
-    return "\n".join(links + [f"\nMade by `{args.command}`."] * bool(args.command))
-
-
-def _is_hub_id(name: str) -> bool:
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name))
-
-
-def _section(card: ModelCard | None, title: str) -> str | None:
-    match = re.search(rf"^## {title}\n+(.*?)\n+## ", card.text, re.MULTILINE | re.DOTALL) if card else None
-    return match[1] if match else None
+def _training_data(results: Path) -> list[str]:
+    record = results.with_name("train_results.json")
+    content = json.loads((record if record.is_file() else results).read_text(encoding="utf-8"))
+    return [name] if (name := _data_of_run(content, "train")) else []

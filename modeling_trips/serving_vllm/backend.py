@@ -6,9 +6,6 @@ Qwen-VL the positions of visual tokens depend on the selection: rows and columns
 columns of their embeddings, as in vLLM's own pruning of videos (EVS), and are written before prefill.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from itertools import accumulate
 
 import torch
@@ -21,12 +18,11 @@ from vllm.model_executor.models.transformers.multimodal import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFeatureSpec
-from vllm.multimodal.processing import PromptUpdateDetails
 from vllm.platforms import current_platform
 
 from ..hosts.layers import Projections
 from ..hosts.vlm.families import find_family
-from .selection import QUESTION, QuestionProcessor, SelectingModel, ServedLayer
+from .selection import QUESTION, SelectingModel, SelectionProcessor, ServedLayer
 
 
 INTEGERS = {2: torch.int16, 4: torch.int32}  # by the size of the embeddings' dtype
@@ -43,45 +39,19 @@ class FusedLayer(ServedLayer):
         return Projections.stacked(attention.qkv_proj, width, width // attention.head_dim)
 
 
-class TripsProcessingInfo(MultiModalProcessingInfo):
+class TripsVlmProcessingInfo(MultiModalProcessingInfo):
     def _get_supported_modalities(self) -> list[str]:
         return ["image"]
 
 
-class TripsProcessor(QuestionProcessor, MultiModalProcessor):
-    """Processor that leaves as many placeholders of each image as the model keeps."""
-
-    def _apply_hf_processor_main(self, mm_items, hf_kwargs):
-        outputs = super()._apply_hf_processor_main(mm_items, hf_kwargs)
-        if "image_replacement_ids" not in outputs:
-            return outputs
-        pieces = [*outputs["image_replacement_ids"].split(outputs["image_replacement_sizes"].tolist())]
-        num_tiles = outputs["num_image_patches"].tolist() if "image_grid_thw" not in outputs else [1] * len(pieces)
-        for index, (ids, number) in enumerate(zip(pieces, num_tiles)):
-            is_visual = ids == self.image_token_id
-            size = int(is_visual.sum()) // number  # of each tile
-            kept = self.settings.at_exit.num_kept(size, self.settings.num_kept_in_tower(size))
-            pieces[index] = ids[~is_visual | ((is_visual.cumsum(0) - 1) % size < kept)]
-            if QUESTION in outputs:  # the text after the last image begins with the end of its replacement
-                end = ids[is_visual.nonzero()[-1] + 1 :]
-                outputs[QUESTION][index] = torch.cat([end, outputs[QUESTION][index]])
-        outputs["image_replacement_ids"] = torch.cat(pieces)
-        outputs["image_replacement_sizes"] = torch.tensor([len(piece) for piece in pieces])
-        return outputs
-
-    def _get_prompt_updates(self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs):
-        # vLLM takes the most frequent token of a replacement for the visual token.
-        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
-        return [replace(update, replacement=partial(self.mark, update.replacement)) for update in updates]
-
-    def mark(self, replacement: Callable[[int], PromptUpdateDetails], item: int) -> PromptUpdateDetails:
-        return PromptUpdateDetails.select_token_id(replacement(item).full, self.image_token_id)
+class TripsVlmProcessor(SelectionProcessor, MultiModalProcessor):
+    pass
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    TripsProcessor, info=TripsProcessingInfo, dummy_inputs=MultiModalDummyInputsBuilder
+    TripsVlmProcessor, info=TripsVlmProcessingInfo, dummy_inputs=MultiModalDummyInputsBuilder
 )
-class TripsForConditionalGeneration(SelectingModel, TransformersMultiModalForCausalLM):
+class TripsVlmForConditionalGeneration(SelectingModel, TransformersMultiModalForCausalLM):
     """A model of Transformers that drops patches inside its tower, and visual tokens after it."""
 
     supports_multimodal_pruning = True
@@ -95,7 +65,7 @@ class TripsForConditionalGeneration(SelectingModel, TransformersMultiModalForCau
         family.layer_classes = {
             name: type(kind.__name__, (FusedLayer, kind), {}) for name, kind in family.layer_classes.items()
         }
-        self.select_patches(family, self.device_config.device)
+        self.select_patches(family, vllm_config)
         family.add_hooks()
 
     def _process_vision_input(
@@ -103,9 +73,20 @@ class TripsForConditionalGeneration(SelectingModel, TransformersMultiModalForCau
     ) -> list[torch.Tensor]:
         """Return the kept tokens of each image."""
         inputs = {name: value if name == QUESTION else value.to(pixel_values.device) for name, value in inputs.items()}
-        questions, inputs["pixel_values"] = inputs.pop(QUESTION, None), pixel_values
+        inputs["pixel_values"] = pixel_values
+        counts = num_patches.flatten().tolist()
+        features: list[torch.Tensor] = []
+        for images in self.split(pixel_values, counts):
+            rows = slice(sum(counts[: images.start]), sum(counts[: images.stop]))
+            part = {name: take(value, images, len(counts), rows, sum(counts)) for name, value in inputs.items()}
+            features += self.encode_images(part, counts[images])
+        return features
+
+    def encode_images(self, inputs: dict, counts: list[int]) -> list[torch.Tensor]:
+        """Return the kept tokens of each image in one call of the encoder; `counts` are rows of `pixel_values`."""
+        questions = inputs.pop(QUESTION, None)
         grids = inputs.get("image_grid_thw")
-        tiles = num_patches.flatten().tolist() if grids is None else [1] * len(grids)
+        tiles = counts if grids is None else [1] * len(grids)
         if questions is not None:
             questions = [own for own, number in zip(questions, tiles) for _ in range(number)]
         current = self.family.begin_pass(inputs)
@@ -162,11 +143,18 @@ class TripsForConditionalGeneration(SelectingModel, TransformersMultiModalForCau
         )
 
 
+def take(value, images: slice, num_images: int, rows: slice, num_rows: int):
+    """Return the part of an input that belongs to some images, of which it has an entry or a row of pixels each."""
+    if len(value) in (num_images, num_rows):
+        return value[images if len(value) == num_images else rows]
+    return value[:, rows] if value.shape[1] == num_rows else value  # Idefics3 has one prompt before its tiles
+
+
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     # Unlike the runners for GPUs, this one never asks the model.
     CPUModelRunner.is_multimodal_pruning_enabled = property(
-        lambda runner: isinstance(getattr(runner, "model", None), TripsForConditionalGeneration),
+        lambda runner: isinstance(getattr(runner, "model", None), TripsVlmForConditionalGeneration),
         lambda runner, value: None,
     )

@@ -16,8 +16,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from ..hosts.layers import SelectionPass
 from ..hosts.vlm.families import Llava
 from ..hosts.vlm.tower import CURRENT_PASS
-from .selection import QUESTION, QuestionProcessor, SelectingModel, ServedLayer
-from .settings import ServingSettings
+from .selection import QUESTION, SelectingModel, SelectionProcessor, ServedLayer
 
 
 class ClipLayer(ServedLayer):
@@ -56,41 +55,40 @@ class ServedLlava(Llava):
         self.config = model.config
 
 
-class TripsLlavaProcessingInfo(LlavaProcessingInfo):
-    def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
-        size = super().get_num_image_tokens(image_width=image_width, image_height=image_height)
-        config = self.get_hf_config()
-        settings, side = ServingSettings.of(config), config.vision_config.image_size // config.vision_config.patch_size
-        num_others = size - side**2  # the tower's [CLS] may be a visual token
-        return settings.at_exit.num_kept(size, num_others + settings.num_kept_in_tower(side**2))
-
-
-class TripsLlavaProcessor(QuestionProcessor, LlavaMultiModalProcessor):
-    pass
+class TripsLlavaProcessor(SelectionProcessor, LlavaMultiModalProcessor):
+    def num_kept(self, size: int) -> int:
+        return self.settings.num_kept(size)  # the tower's [CLS] may be a visual token
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    TripsLlavaProcessor, info=TripsLlavaProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder
+    TripsLlavaProcessor, info=LlavaProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder
 )
 class TripsLlavaForConditionalGeneration(SelectingModel, LlavaForConditionalGeneration):
     """LLaVA-1.5 that drops patches inside its tower, and visual tokens after it."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.select_patches(ServedLlava(self), vllm_config.device_config.device)
+        self.select_patches(ServedLlava(self), vllm_config)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.model.embed_tokens
 
     def embed_multimodal(self, **kwargs) -> Sequence[torch.Tensor]:
-        questions = kwargs.pop(QUESTION, None)
-        if kwargs.get("pixel_values") is None:
+        pixel_values, questions = kwargs.get("pixel_values"), kwargs.get(QUESTION)
+        if pixel_values is None:
             return super().embed_multimodal(**kwargs)
+        features: list[torch.Tensor] = []
+        for images in self.split(pixel_values, [1] * len(pixel_values)):
+            features += self.encode(pixel_values[images], None if questions is None else questions[images])
+        return features
+
+    def encode(self, pixel_values: torch.Tensor, questions: Sequence[torch.Tensor] | None) -> list[torch.Tensor]:
+        """Return the kept tokens of each image."""
         current = SelectionPass()
         current.query = self.query(questions)
         token = CURRENT_PASS.set(current)
         try:
-            groups = super().embed_multimodal(**kwargs)
+            groups = super().embed_multimodal(pixel_values=pixel_values)
         finally:
             CURRENT_PASS.reset(token)
         return self.select_tokens(groups, questions)[0]

@@ -1,30 +1,35 @@
 """Parts that both kinds of models share: the question in the hash of the image, and the selection itself."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 
 import torch
+from prometheus_client import Counter
 from torch import nn
+from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, tensor_model_parallel_all_reduce
+from vllm.logger import init_logger
 from vllm.multimodal.inputs import MultiModalFieldConfig
-from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs
+from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs, PromptUpdateDetails
 
 from ..hosts.vlm.families import Family
 from ..hosts.vlm.pruning import select_at_exit
 from ..hosts.vlm.tower import TowerLayer
-from .settings import ServingSettings
+from .settings import ServingSettings, find_question, split_calls
 
 
+logger = init_logger("vllm.trips")  # vLLM's format and level
 QUESTION = "question_ids"
+OPTIONS = {QUESTION, "patch_selection"}  # of the image's processor, for the hash only
+# Processors run in the process that serves /metrics. vLLM removes foreign counters whose names begin with its own.
+VISUAL_TOKENS = Counter("trips_visual_tokens", "Visual tokens of the images in prompts.", ["state"])
 
 
-class QuestionProcessor(BaseMultiModalProcessor):
+class SelectionProcessor(BaseMultiModalProcessor):
     """
-    Processor that passes the question to the model where it decides. The question becomes an option of the image's
-    processor. vLLM hashes these options with the image, so its caches never mix questions.
-
-    The question is the text after the last image, or all text if none follows.
+    Processor that passes the question to the model where it decides. The question and the settings become options of
+    the image's processor. vLLM hashes these options with the image, so its caches never mix them.
     """
 
     @cached_property
@@ -36,17 +41,13 @@ class QuestionProcessor(BaseMultiModalProcessor):
         return self.info.get_hf_config().image_token_id
 
     def apply(self, inputs: ProcessorInputs, *args, **kwargs):
+        options = {**inputs.hf_processor_mm_kwargs, "patch_selection": str(self.settings)}
         if self.settings.reads_prompt:
-            ids = list(inputs.prompt)
-            is_image = [token == self.image_token_id for token in ids]
-            after = ids[len(ids) - is_image[::-1].index(True) :] if any(is_image) else []
-            question = after or [token for token, image in zip(ids, is_image) if not image]
-            options = {**inputs.hf_processor_mm_kwargs, QUESTION: question}
-            inputs = replace(inputs, hf_processor_mm_kwargs=options)
-        return super().apply(inputs, *args, **kwargs)
+            options[QUESTION] = find_question(inputs.prompt, self.image_token_id)
+        return super().apply(replace(inputs, hf_processor_mm_kwargs=options), *args, **kwargs)
 
     def _apply_hf_processor_main(self, mm_items, hf_kwargs: Mapping[str, object]):
-        outputs = super()._apply_hf_processor_main(mm_items, without_question(hf_kwargs))
+        outputs = super()._apply_hf_processor_main(mm_items, without_own(hf_kwargs))
         if "pixel_values" in outputs and self.settings.reads_prompt:
             outputs[QUESTION] = [torch.tensor(hf_kwargs[QUESTION], dtype=torch.long)] * mm_items.get_count("image")
         return outputs
@@ -58,11 +59,41 @@ class QuestionProcessor(BaseMultiModalProcessor):
         return fields
 
     def _get_prompt_updates(self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs):
-        return super()._get_prompt_updates(mm_items, without_question(hf_processor_mm_kwargs), out_mm_kwargs)
+        tiles = [num_tiles(image) for image in out_mm_kwargs.get("image", [])]
+        updates = super()._get_prompt_updates(mm_items, without_own(hf_processor_mm_kwargs), out_mm_kwargs)
+        return [replace(update, replacement=partial(self.shorten, update.replacement, tiles)) for update in updates]
+
+    def shorten(self, replacement: Callable, tiles: list[int], item: int) -> PromptUpdateDetails:
+        """Return the tokens that replace an image's placeholder."""
+        whole = replacement(item)
+        ids = torch.tensor(whole if isinstance(whole, list) else whole.full)
+        is_visual = ids == self.image_token_id
+        size = int(is_visual.sum()) // max(1, tiles[item])
+        is_kept = ~is_visual | ((is_visual.cumsum(0) - 1) % size < (self.num_kept(size) if tiles[item] else size))
+        kept = PromptUpdateDetails.select_token_id(ids[is_kept].tolist(), self.image_token_id)
+        kept.num_dropped = int((~is_kept).sum())  # for the counters
+        return kept
+
+    def num_kept(self, size: int) -> int:
+        """Return how many tokens of an image (or tile) are kept."""
+        return self.settings.at_exit.num_kept(size, self.settings.num_kept_in_tower(size))
+
+    def _maybe_apply_prompt_updates(self, mm_items, mm_res):
+        for (own,) in mm_res.prompt_updates.get("image", []):
+            VISUAL_TOKENS.labels("kept").inc(own.content.full.count(self.image_token_id))
+            VISUAL_TOKENS.labels("dropped").inc(own.content.num_dropped)
+        return super()._maybe_apply_prompt_updates(mm_items, mm_res)
 
 
-def without_question(options: Mapping[str, object]) -> dict[str, object]:
-    return {name: value for name, value in options.items() if name != QUESTION}
+def num_tiles(image: Mapping) -> int:
+    """Return the number of tiles of an image, 0 for embeddings of the caller, which stay as they are."""
+    if {"pixel_values", "num_image_patches"} <= image.keys() and "image_grid_thw" not in image:
+        return int(image["num_image_patches"].data)
+    return int("pixel_values" in image)
+
+
+def without_own(options: Mapping[str, object]) -> dict[str, object]:
+    return {name: value for name, value in options.items() if name not in OPTIONS}
 
 
 class ServedLayer(TowerLayer):
@@ -78,16 +109,32 @@ class ServedLayer(TowerLayer):
 class SelectingModel(nn.Module):
     """Model of vLLM that selects patches."""
 
-    settings: ServingSettings
-    family: Family
-
-    def select_patches(self, family: Family, device: torch.device):
-        """Replace layers of the tower by selection layers, where the settings fit the model."""
+    def select_patches(self, family: Family, vllm_config: VllmConfig):
+        """Replace layers of the tower by selection layers, where the settings fit the model and the engine."""
+        lora = vllm_config.lora_config
+        if vllm_config.compilation_config.compile_mm_encoder or (lora and lora.enable_tower_connector_lora):
+            raise ValueError("Patch selection supports no `compile_mm_encoder` and no `enable_tower_connector_lora`.")
         self.settings, self.family = ServingSettings.of(family.config), family
         guide = self.settings.check_fits(family)
         # A list hides the guide from vLLM, which expects its weights in the model's checkpoint.
-        self.guides = [] if guide is None else [guide.to(device)]
-        family.wrap_layers(self.settings.schedule)
+        self.guides = [] if guide is None else [guide.to(vllm_config.device_config.device)]
+        family.wrap_layers(self.settings.tower)
+        self.max_tokens = vllm_config.scheduler_config.max_num_encoder_input_tokens
+        log = logger.warning if self.settings.keeps_all else logger.info
+        log("Patch selection %s.", self.settings.describe(family.tokens_per_image))
+
+    def split(self, pixel_values: torch.Tensor, counts: list[int]) -> list[slice]:
+        """
+        Return the images of each call of the encoder; an image has `counts` rows of `pixel_values`. vLLM plans by kept
+        tokens, but patches take the memory, so a call gets no more of them than without selection.
+        """
+        if pixel_values.dim() == 2:  # Qwen-VL: a row is a patch
+            total = len(pixel_values) // self.family.unit**2
+        else:  # tiles
+            side = pixel_values.shape[-1] // self.family.unit
+            tile = self.family.tokens_per_image or (side // self.family.config.vision_config.patch_size) ** 2
+            total = pixel_values[..., 0, 0, 0].numel() * tile
+        return split_calls([count * total // sum(counts) for count in counts], self.max_tokens)
 
     def query(self, questions: Sequence[torch.Tensor] | None) -> torch.Tensor | None:
         """Return the queries of the guide, `(num_images, num_heads, head_dim)`, or `None` without one."""

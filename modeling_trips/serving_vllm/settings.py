@@ -1,8 +1,10 @@
-"""Settings of patch selection, which a model's configuration carries into vLLM."""
+"""Settings of patch selection, which a model's configuration carries into vLLM, and what follows from them."""
 
-from dataclasses import dataclass, field
-from typing import Any
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
+import torch
 from transformers import PreTrainedConfig
 
 from ..configuration_trips import SelectionSchedule
@@ -14,21 +16,16 @@ from ..patch_selection import num_kept_tokens
 
 
 # Architecture of vLLM for each type of model.
-ARCHITECTURES = {
-    "llava": "TripsLlavaForConditionalGeneration",
-    **dict.fromkeys(
-        ("idefics3", "internvl", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen2_vl"),
-        "TripsForConditionalGeneration",
-    ),
-}
+ARCHITECTURES = {"llava": "TripsLlavaForConditionalGeneration"} | dict.fromkeys(
+    ("idefics3", "internvl", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen2_vl"),
+    "TripsVlmForConditionalGeneration",
+)
 NOT_SUPPORTED = {
-    "gemma3": "vLLM does not compute its attention in both directions on CPUs, so it is not tested",
-    "paligemma": "vLLM does not compute its attention in both directions on CPUs, so it is not tested",
-    "qwen3_vl": "vLLM's Transformers backend drops its deepstack features",
-    "qwen3_vl_moe": "vLLM's Transformers backend drops its deepstack features",
+    **dict.fromkeys(("gemma3", "paligemma"), "vLLM does not compute its attention in both directions on CPUs"),
+    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe"), "vLLM's Transformers backend drops its deepstack features"),
     "smolvlm": "its processor does not count tokens, as vLLM's Transformers backend needs",
 }
-KEYS = ("patch_selection", "visual_tokens", "visual_scorer", "text_guide")
+KEYS = ("schedule", "visual_tokens", "visual_scorer", "text_guide")
 # Scorers whose choice depends on the image and the question alone, so that vLLM may cache it.
 SCORERS = ("prompt", "diversity", "pooling")
 
@@ -36,11 +33,11 @@ SCORERS = ("prompt", "diversity", "pooling")
 @dataclass(frozen=True)
 class ServingSettings:
     """
-    Selection inside and after the vision tower, as in [`apply_patch_selection`]. The fields are keys of the model's
-    configuration, which `--hf-overrides` sets.
+    Selection inside and after the vision tower, as in [`apply_patch_selection`]. `--hf-overrides` sets the fields as
+    `patch_selection` of the model's configuration: `{"patch_selection": {"visual_tokens": 64}}`.
 
     Args:
-        patch_selection (`str`, *optional*, defaults to `"unpruned"`): Schedule of the tower, as in `8:image:0.33`.
+        schedule (`str`, *optional*, defaults to `"unpruned"`): Schedule of the tower, as in `8:image:0.33`.
         visual_tokens (`int`, *optional*): Number of visual tokens per image. Default: all that the tower keeps.
         visual_scorer (`str`, *optional*, defaults to `"prompt"`): Scorer of these tokens, one of `SCORERS`.
         text_guide (`str`, *optional*): Folder or repository of the [`TextGuide`] for a layer that the text scores.
@@ -50,30 +47,38 @@ class ServingSettings:
         ValueError: A setting is unknown or out of its range.
     """
 
-    patch_selection: str = "unpruned"
+    schedule: str = "unpruned"
     visual_tokens: int | None = None
     visual_scorer: str = "prompt"
     text_guide: str | None = None
-    schedule: SelectionSchedule = field(init=False)
+    tower: SelectionSchedule = field(init=False)
     at_exit: ExitSelection = field(init=False)
 
     def __post_init__(self):
         if self.visual_scorer not in SCORERS:
             raise ValueError(f"`visual_scorer` must be one of {', '.join(SCORERS)}, got {self.visual_scorer!r}.")
-        schedule = SelectionSchedule.parse(self.patch_selection)
-        if any(selection.guidance not in ("text", "image") for selection in schedule.selections):
-            raise ValueError(f"Layers in vLLM must be scored by the text or the image, got {schedule}.")
-        object.__setattr__(self, "schedule", schedule)
+        tower = SelectionSchedule.parse(self.schedule)
+        if any(selection.guidance not in ("text", "image") for selection in tower.selections):
+            raise ValueError(f"Layers in vLLM must be scored by the text or the image, got {tower}.")
+        object.__setattr__(self, "tower", tower)
         object.__setattr__(self, "at_exit", ExitSelection(self.visual_tokens, scorer=self.visual_scorer))
-        if schedule.first_text_layer is not None and self.text_guide is None:
-            raise ValueError(f"Layer {schedule.first_text_layer} is scored by the text, but `text_guide` is not set.")
+        if tower.first_text_layer is not None and self.text_guide is None:
+            raise ValueError(f"Layer {tower.first_text_layer} is scored by the text, but `text_guide` is not set.")
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> "ServingSettings":
         """Return the settings of a model's configuration. Raise a ValueError if they do not fit its type."""
-        given: dict[str, Any] = {name: getattr(config, name) for name in KEYS if hasattr(config, name)}
-        cls(**given).check_type(config)
-        return cls(**given)
+        given = getattr(config, "patch_selection", None)
+        if not isinstance(given, dict) or not given.keys() <= {*KEYS}:
+            raise ValueError(
+                f"`patch_selection` of the overrides must be a dictionary with keys among {', '.join(KEYS)}, such as "
+                f'{{"visual_tokens": 64}}, got {given!r}.'
+            )
+        settings = cls(**given)
+        settings.check_type(config)
+        if config.architectures != [architecture := ARCHITECTURES[config.model_type]]:
+            raise ValueError(f"`architectures` must be ['{architecture}'], got {config.architectures}.")
+        return settings
 
     def check_type(self, config: PreTrainedConfig):
         name = config.model_type
@@ -85,30 +90,82 @@ class ServingSettings:
             raise ValueError(f"Patch selection in vLLM supports LLaVA with a tower of CLIP or SigLIP, got {tower}.")
         if name == "idefics3" and self.visual_tokens is not None:
             raise ValueError(f"`visual_tokens` is not supported for {name}, whose tokens are separated tile by tile.")
-        if name in ("llava_next", "llava_onevision") and self.schedule.layers:
-            if self.text_guide is not None:
-                raise ValueError(f"`text_guide` is not supported for {name}.")
-            most = self.num_kept_in_tower((config.vision_config.image_size // config.vision_config.patch_size) ** 2)
-            if self.visual_tokens is None or self.visual_tokens > most:
-                raise ValueError(  # images keep different numbers, but at least these
-                    f"`visual_tokens` of {name} must be at most {most}, the tokens of a tile that "
-                    f"{self.patch_selection} keeps, got {self.visual_tokens}."
-                )
+        if name in ("llava_next", "llava_onevision") and self.tower.layers:
+            if self.text_guide is not None or self.visual_tokens is None:
+                raise ValueError(f"A schedule for {name} needs `visual_tokens` and no `text_guide`, got {self}.")
+            # Images keep different numbers, but at least those of a tile.
+            self.check_number((config.vision_config.image_size // config.vision_config.patch_size) ** 2)
 
     def check_fits(self, family: Family) -> TextGuide | None:
         """Return the guide. Raise a TypeError or a ValueError if the settings do not fit the model."""
         guide = None if self.text_guide is None else TextGuide.from_pretrained(self.text_guide)
-        family.check_schedule(self.schedule)
-        check_generative(family, self.schedule, self.at_exit, guide)
+        family.check_schedule(self.tower)
+        check_generative(family, self.tower, self.at_exit, guide)
+        size = family.tokens_per_image
+        if size is not None:
+            self.check_number(size)
+        if self.visual_scorer == "pooling":  # an image that does not fit would end the engine
+            if size is None or self.visual_tokens is None or self.tower.layers:
+                raise ValueError(
+                    "`visual_scorer` 'pooling' needs `visual_tokens`, no schedule and images of one square shape. Use "
+                    "'prompt' or 'diversity'."
+                )
+            self.at_exit.select(torch.zeros(1, size, 1), None, None, self.visual_tokens)
         return guide
+
+    def check_number(self, size: int):
+        """Raise a ValueError if the tower keeps fewer than `visual_tokens` of an image (or tile) of `size` tokens."""
+        most = replace(self, visual_tokens=None).num_kept(size)
+        if self.visual_tokens is not None and self.visual_tokens > most:
+            raise ValueError(
+                f"`visual_tokens` must be at most {most}, the tokens of {size} that {self.schedule} keeps, got "
+                f"{self.visual_tokens}."
+            )
 
     @property
     def reads_prompt(self) -> bool:
         """Whether the question decides which tokens are kept."""
         return self.text_guide is not None or (self.visual_tokens is not None and self.at_exit.reads_prompt)
 
+    @property
+    def keeps_all(self) -> bool:
+        return self.visual_tokens is None and not self.tower.layers
+
     def num_kept_in_tower(self, num_units: int) -> int:
         """Return how many visual tokens of an image (or tile) the tower keeps."""
-        for selection in self.schedule.selections:
+        for selection in self.tower.selections:
             num_units = num_kept_tokens(num_units, selection.keep_rate)
         return num_units
+
+    def num_kept(self, size: int) -> int:
+        """Return how many visual tokens of a square grid, and maybe the tower's [CLS], are kept."""
+        num_patches = math.isqrt(size) ** 2
+        return self.at_exit.num_kept(size, size - num_patches + self.num_kept_in_tower(num_patches))
+
+    def describe(self, size: int | None) -> str:
+        """Return a line that says what is kept of images (or tiles) of `size` tokens, by what, and what is cached."""
+        if self.keeps_all:
+            return "keeps all visual tokens: neither `schedule` nor `visual_tokens` is set"
+        number = self.visual_tokens or "a share" if size is None else self.num_kept(size)
+        layers = self.tower.by_layer.items()
+        in_tower = [f"; tower layer {layer} keeps {own.keep_rate} by the {own.guidance}" for layer, own in layers]
+        by = "question: images are encoded per question" if self.reads_prompt else "image: images are encoded once"
+        return f"keeps {number} of {size or 'the'} visual tokens{''.join(in_tower)}; chosen by the {by}"
+
+
+def find_question(ids: Sequence[int], image_token_id: int) -> list[int]:
+    """Return the text after the last image of a prompt, or all text if none follows."""
+    is_image = [token == image_token_id for token in ids]
+    after = ids[len(ids) - is_image[::-1].index(True) :] if any(is_image) else []
+    return [*after] or [token for token, image in zip(ids, is_image) if not image]
+
+
+def split_calls(sizes: Sequence[int], most: int) -> list[slice]:
+    """Return the items of each call of the encoder: as many as have `most` patches together, but at least one."""
+    calls, first, total = [], 0, 0
+    for index, size in enumerate(sizes):
+        if index > first and total + size > most:
+            calls.append(slice(first, index))
+            first, total = index, 0
+        total += size
+    return [*calls, slice(first, len(sizes))]

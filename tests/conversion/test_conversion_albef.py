@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from albef_reference import BASE, TINY, Albef, random_checkpoint
+from albef_reference import TINY, Albef, random_checkpoint
 from random_models import assert_close
 
 from modeling_trips import (
@@ -75,63 +75,6 @@ def test_converted_albef_gives_the_same_outputs(task):
     assert (report.new == []) == (task != "pretraining")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("task", ["question-answering", "pretraining"])
-def test_converted_full_size_albef_gives_the_same_outputs(task):
-    source = random_checkpoint(task, BASE)
-    source = {key: value for key, value in source.items() if "_m." not in key}
-    model, _ = convert_albef(source, BASE, num_attention_heads=None)
-    assert model.config.vision_config.num_attention_heads == model.config.text_config.num_attention_heads == 12
-    assert model.config.vision_config.image_size == 384
-    assert_same_outputs(model, Albef(source, BASE), BASE)
-
-
-@pytest.mark.parametrize(
-    "key",
-    [
-        "visual_encoder.pos_embed",
-        "text_encoder.embeddings.word_embeddings.weight",
-        "text_encoder.encoder.layer.6.crossattention.self.key.weight",
-        "text_decoder.cls.predictions.transform.dense.weight",
-    ],
-)
-def test_missing_key_raises(key):
-    source = random_checkpoint("question-answering")
-    del source[key]
-    with pytest.raises(ConversionError, match=key.replace(".", r"\.")):
-        convert_albef(source)
-
-
-@pytest.mark.parametrize("key", ["visual_encoder.head.weight", "text_encoder.encoder.layer.2.adapter.weight"])
-def test_extra_key_raises(key):
-    source = random_checkpoint("retrieval") | {key: torch.zeros(2)}
-    with pytest.raises(ConversionError, match=f"neither used nor left out by name \\(1\\):\n +{key}"):
-        convert_albef(source)
-
-
-@pytest.mark.parametrize(
-    ("key", "shape", "message"),
-    [
-        ("visual_encoder.blocks.4.mlp.fc2.weight", (16, 39), r"fc2.weight \(16, 39\): \S+ takes \(16, 40\)"),
-        ("visual_encoder.blocks.4.attn.qkv.weight", (47, 16), r"attn.qkv.weight \(47, 16\): \S+v_proj\S+ takes"),
-        ("visual_encoder.pos_embed", (1, 11, 16), r"visual_encoder.pos_embed .* square of them, got 11"),
-        ("vision_proj.weight", (8,), r"vision_proj.weight must have 2 dimensions, got shape \(8,\)"),
-    ],
-)
-def test_misshapen_key_raises_with_both_shapes(key, shape, message):
-    source = random_checkpoint("retrieval") | {key: torch.zeros(shape)}
-    with pytest.raises(ConversionError, match=message):
-        convert_albef(source)
-
-
-@pytest.mark.parametrize(("num_layers", "task"), [(12, "visual entailment"), (18, "NLVR2")])
-def test_unsupported_tasks_of_albef_raise(num_layers, task):
-    source = random_checkpoint("retrieval", TINY._replace(num_text_layers=num_layers))
-    source = {key: value for key, value in source.items() if key.startswith(("visual_encoder.", "text_encoder."))}
-    with pytest.raises(ConversionError, match=f"{task}.*`cls_head`"):
-        convert_albef(source | {"cls_head.0.weight": torch.zeros(16, 16)})
-
-
 @pytest.mark.parametrize(
     ("lost", "depths"),
     [
@@ -151,14 +94,6 @@ def test_missing_layers_raise_unless_depths_are_given(lost, depths):
         assert tuple(getattr(model.config, part).num_hidden_layers for part in fields) == depths
 
 
-@pytest.mark.parametrize("number", ["99999999", "9" * 5000])
-def test_absurd_layer_numbers_raise_before_a_model_is_made(number):
-    key = f"visual_encoder.blocks.{number}.norm1.weight"
-    with pytest.raises(ConversionError, match="99999999"):
-        convert_albef(random_checkpoint("retrieval") | {key: torch.zeros(2)})
-
-
-@pytest.mark.parametrize("key", ["temp", "visual_encoder.blocks.3.attn.qkv.weight"])
 @pytest.mark.parametrize(
     ("value", "fault"),
     [
@@ -168,7 +103,8 @@ def test_absurd_layer_numbers_raise_before_a_model_is_made(number):
         (torch.int64, "torch.int64 instead of floating point"),
     ],
 )
-def test_impossible_values_raise(key, value, fault):
+def test_impossible_values_raise(value, fault):
+    key = "visual_encoder.blocks.3.attn.qkv.weight"
     source = random_checkpoint("retrieval")
     if isinstance(value, torch.dtype):
         source[key] = source[key].to(value)
@@ -176,24 +112,6 @@ def test_impossible_values_raise(key, value, fault):
         source[key].view(-1)[-1] = value
     with pytest.raises(ConversionError, match=rf"(?m)values .*\(1\):\n +{key}: {fault}$"):
         convert_albef(source)
-
-
-def test_unsupported_sizes_raise():
-    with pytest.raises(ConversionError, match="`num_attention_heads`"):
-        convert_albef(random_checkpoint("retrieval"), num_attention_heads=5)
-    with pytest.raises(ConversionError, match="`keep_rate`"):
-        convert_albef(random_checkpoint("retrieval"), keep_rate=7.0)
-    empty = {"visual_encoder.patch_embed.proj.weight": torch.zeros(0, 3, 4, 4)}
-    with pytest.raises(ConversionError, match=r"visual_encoder.patch_embed.proj.weight .*\(0, 3"):
-        convert_albef(random_checkpoint("retrieval") | empty)
-
-
-def test_position_numbers_and_second_bias_are_optional():
-    source = random_checkpoint("question-answering")
-    expected = Albef(dict(source))
-    for key in [key for key in source if "position_ids" in key or key.endswith("predictions.decoder.bias")]:
-        del source[key]
-    assert_same_outputs(convert_albef(source)[0], expected)
 
 
 def test_separate_output_layer_is_not_tied(tmp_path):
@@ -230,15 +148,6 @@ def test_decoder_starts_from_pretrained_fusion_layers():
     assert report.new == []
 
 
-def test_task_without_its_weights_raises():
-    with pytest.raises(ConversionError, match="vision_proj.weight is missing"):
-        convert_albef(random_checkpoint("question-answering"), task="retrieval")
-    with pytest.raises(ConversionError, match="text_encoder.cls.predictions.transform.dense.weight"):
-        convert_albef(random_checkpoint("retrieval"), task="question-answering")
-    with pytest.raises(ConversionError, match="`task` must be one of pretraining, retrieval, question-answering"):
-        convert_albef(random_checkpoint("retrieval"), task="vqa")
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("k", [3, 8])
 def test_answers_are_ranked_like_in_albef(k):
@@ -261,12 +170,3 @@ def test_answers_are_ranked_like_in_albef(k):
     model.config.answer_ranking = "likelihood"
     by_likelihood = model.rank_answers(answer_ids[:, 1:], k=k, **inputs).scores.softmax(-1)
     assert (by_likelihood - expected).abs().max() > 0.01
-
-
-@torch.no_grad()
-def test_resampled_positions_match_run_time_interpolation():
-    source = random_checkpoint("question-answering")
-    (native, _), (larger, _) = convert_albef(source), convert_albef(source, image_size=20)
-    assert larger.config.vision_config.grid_size == (5, 5)
-    inputs = make_inputs(image_size=20)
-    assert_close(larger.model(**inputs).last_hidden_state, native.model(**inputs).last_hidden_state)

@@ -11,7 +11,7 @@ from transformers import (
 from modeling_trips import (
     TripsForQuestionAnswering,
 )
-from modeling_trips.conversion.blip import blip_plan, check_blip_architecture
+from modeling_trips.conversion.blip import blip_plan
 from modeling_trips.conversion.rules import (
     ConversionError,
     load_converted,
@@ -64,9 +64,3 @@ def test_blip_selection_is_scored_by_the_image(blip, tmp_path):
     assert selection.kept_indices[0].tolist() == selection.kept_indices[1].tolist()
     with pytest.raises(ConversionError, match="`selection_guidance` cannot be 'text'"):
         convert_blip(blip, selection_guidance="text")
-
-
-@pytest.mark.parametrize("architecture", ["BlipForImageTextRetrieval", "BlipForConditionalGeneration", "BlipModel"])
-def test_unsupported_heads_of_blip_raise(architecture):
-    with pytest.raises(ConversionError, match=architecture):
-        check_blip_architecture(architecture)

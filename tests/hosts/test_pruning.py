@@ -125,10 +125,14 @@ def test_every_way_to_generate(vlm):
     assert generate(pruned, do_sample=True, num_return_sequences=2).shape == (4, 6)
 
 
+@pytest.mark.parametrize(
+    "name, num_before, num_after", [("llava", 0, 0), ("smolvlm", 2, 1), ("internvl", 1, 1), ("gemma3", 2, 2)]
+)
 @torch.no_grad()
-def test_the_text_after_the_last_image_scores():
-    vlm = BY_NAME["llava"]
-    model, inputs = vlm.make(), make_inputs(vlm, [2])
+def test_the_text_after_the_last_image_scores(name, num_before, num_after):
+    """Tokens that the processor writes around an image, `num_before` and `num_after`, are no text."""
+    vlm = BY_NAME[name]
+    model, inputs = vlm.make(), make_inputs(vlm, [1])
     ids, embed = inputs["input_ids"], model.get_input_embeddings()
     prompts = []
 
@@ -136,14 +140,14 @@ def test_the_text_after_the_last_image_scores():
         prompts.append(prompt[prompt_mask])
         return torch.arange(num_kept).expand(len(features), -1), features[:, :num_kept]
 
-    length = int((ids[0] == IMAGE).nonzero()[-1]) + 1
+    is_visual = ids[0] == IMAGE
+    first, end = int(is_visual.nonzero()[0]), int(is_visual.nonzero()[-1]) + 1
     prune_inputs(model, inputs, 5, scorer=keep_first)
     # Without text after the last image, all text.
-    pixels = inputs["pixel_values"]
-    prune_inputs(model, {"input_ids": ids[:, :length], "pixel_values": pixels}, 5, scorer=keep_first)
-    after, everything = ids[0, length:], ids[0, :length]
-    assert torch.equal(prompts[0], embed(after).repeat(2, 1))  # once per image
-    assert torch.equal(prompts[1], embed(everything[everything != IMAGE]).repeat(2, 1))
+    pixels = {name: value for name, value in inputs.items() if name in ENCODER_INPUTS}
+    prune_inputs(model, {"input_ids": ids[:, :end], **pixels}, 5, scorer=keep_first)
+    assert torch.equal(prompts[0], embed(ids[0, end + num_after :]))
+    assert torch.equal(prompts[1], embed(ids[0, : first - num_before]))
 
 
 @torch.no_grad()

@@ -1,9 +1,8 @@
 """Tests of the cost formula against PyTorch's counter, and of the notation of schedules."""
 
 import pytest
-from schedules import make_schedule
 
-from modeling_trips import UNPRUNED, SelectionSchedule, TripsConfig, TripsVisionConfig
+from modeling_trips import UNPRUNED, SelectionSchedule, TripsConfig
 from modeling_trips.inspection.cost import forward_cost
 from modeling_trips.inspection.speed import Setting, count_macs
 
@@ -60,34 +59,3 @@ def test_unpruned_cost_shares_the_image(fusion_type):
     assert [cost.macs(number) for number in (1, 3)] == [counted(UNPRUNED, number, **fields)[0] for number in (1, 3)]
     # A given schedule replaces the configuration's.
     assert cost.tokens == (65,) * 4 != forward_cost(config, 6).tokens
-
-
-def test_linear_patch_embedding_and_non_square_images():
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
-    config = TripsConfig(
-        vision_config={**sizes, "image_size": [32, 48], "patch_size": [16, 8], "selection_layers": []},
-        text_config={**sizes, "num_hidden_layers": 0},
-        fusion_encoder_config={"num_hidden_layers": 0},
-    )
-    layer = 4 * 13 * 32**2 + 2 * 13**2 * 32 + 2 * 13 * 32 * 48  # of 2 x 6 patches and [CLS]
-    assert forward_cost(config, 6).macs(1) == 12 * 3 * 16 * 8 * 32 + layer
-
-
-def test_schedule_round_trip():
-    schedule = SelectionSchedule.parse("3:image:0.5,6:image,12", keep_rate=0.5)
-    assert schedule == make_schedule((3, 6, 12), ("image", "image", "text"), (0.5, 0.5, 0.5))
-    assert str(schedule) == "3:image:0.5,6:image:0.5,12:text:0.5"
-    assert schedule.config_fields == {
-        "selection_layers": [3, 6, 12],
-        "keep_rate": [0.5, 0.5, 0.5],
-        "selection_guidance": ["image", "image", "text"],
-    }
-    assert TripsVisionConfig(**schedule.config_fields).schedule == schedule
-    assert TripsVisionConfig(keep_rate=[1.0, 0.7]).schedule == make_schedule([10], ["text"], [0.7])
-    assert str(UNPRUNED) == "unpruned" and TripsVisionConfig(keep_rate=1.0).schedule == UNPRUNED
-
-
-@pytest.mark.parametrize("entry", ["", "x", "5:image:much", "5:image:0.7:more", "5:image:0.7:0.9:0.1:1"])
-def test_bad_schedule_raises_with_its_text(entry):
-    with pytest.raises(ValueError, match=f"'{entry}'"):
-        SelectionSchedule.parse(f"2,{entry}")

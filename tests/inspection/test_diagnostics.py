@@ -8,8 +8,6 @@ import torch
 from modeling_trips import TripsSelection
 from modeling_trips.inspection.diagnostics import (
     image_sensitivity,
-    kept_coverage,
-    kept_mass,
     kept_patches,
     patch_precision,
     region_recall,
@@ -40,20 +38,11 @@ def test_fused_tokens_are_not_kept_patches():
     assert mask.tolist() == [[True, False, False, True], [False, False, True, False]]
 
 
-def test_coverage_counts_a_patch_once():
-    assert kept_coverage(selection_of([0, 1], [1, 2], [1, -1]), num_patches=4) == 0.75
-
-
 def test_sensitivity_compares_the_texts_of_an_image_only():
     # Image 0: {0, 1} and {1, 2} share 1 of 3; image 1: {3, 4} alone; image 2: {0, 1} twice.
     selection = selection_of([0, 1], [3, 4], [1, 2], [0, 1], [0, 1])
     sensitivity = text_sensitivity(selection, torch.tensor([0, 1, 0, 2, 2]), num_patches=5)
     assert sensitivity == pytest.approx(1 - (1 / 3 + 1) / 2)
-
-
-def test_sensitivity_needs_two_texts_of_one_image():
-    with pytest.raises(ValueError, match="image"):
-        text_sensitivity(selection_of([0], [1]), torch.tensor([0, 1]), num_patches=2)
 
 
 def test_patch_precision_uses_patch_centers():
@@ -69,12 +58,6 @@ def test_region_recall_uses_areas():
     assert region_recall(patches, torch.tensor([12.0, 0.0, 28.0, 8.0])) == 0.25
     assert region_recall(patches, torch.tensor([0.0, 0.0, 8.0, 16.0])) == 1.0
     assert region_recall(patches[:0], torch.tensor([0.0, 0.0, 8.0, 8.0])) == 0.0
-
-
-def test_kept_mass():
-    scores = torch.tensor([[0.4, 0.1, 0.3, 0.2], [0.1, 0.2, 0.3, 0.4]])
-    selection = selection_of([0, 2], [2, 3], scores=scores)
-    torch.testing.assert_close(kept_mass(selection), torch.tensor([0.7, 0.7]))
 
 
 def test_sensitivity_to_the_image_compares_rows_of_different_images():

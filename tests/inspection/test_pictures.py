@@ -54,35 +54,6 @@ def test_small_images_are_enlarged(image):
     assert draw_kept_patches(Image.new("RGB", (60, 3000)), BOXES).size == (20, 1024)  # the bound goes first
 
 
-def test_large_images_are_reduced_with_their_boxes():
-    image = Image.new("RGB", (4000, 3000), COLOR)
-    picture = draw_kept_patches(image, torch.tensor([[1000.0, 1500, 2000, 3000]]), outline=None)
-    assert picture.size == (1024, 768)
-    kept = [picture.getpixel(at) == COLOR for at in ((255, 500), (256, 383), (256, 384), (511, 767), (512, 500))]
-    assert kept == [False, False, True, True, False]
-
-
-def test_boxes_of_a_rotated_photo_are_in_pixels_of_the_upright_image(tmp_path):
-    image = Image.new("RGB", (3000, 1500), COLOR)
-    image.getexif()[274] = 6  # orientation: turn by 90 degrees
-    image.save(tmp_path / "photo.png", exif=image.getexif())
-    with Image.open(tmp_path / "photo.png") as opened:
-        picture = draw_kept_patches(opened, torch.tensor([[0.0, 0, 1500, 1500]]), outline=None)
-    assert picture.size == (512, 1024)
-    assert [picture.getpixel((300, y)) for y in (511, 512)] == [COLOR, FADED]
-
-
-def test_empty_selection(image):
-    nothing, empty = torch.zeros(0, 4), torch.tensor([[5.0, 5, 5, 5]])
-    for boxes in (nothing, empty):
-        assert colors(draw_kept_patches(image, boxes)) == {FADED}
-
-
-def test_wrong_arguments_raise(image):
-    with pytest.raises(ValueError, match=r"\(num_kept, 4\), got \(3, 3\)"):
-        draw_kept_patches(image, BOXES[:, :3])
-
-
 def labels(figure):
     return [(panel.get_title(), panel.get_xlabel()) for panel in figure.axes]
 
@@ -102,23 +73,3 @@ def test_figure_has_a_panel_per_question(image, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["selection.png"]
     with Image.open(path) as picture:
         assert picture.format == "PNG" and picture.width > picture.height
-
-
-def test_figure_has_a_row_per_selection_layer(image):
-    pytest.importorskip("matplotlib")
-    figure = plot_selection(image, ["what ?"], ["cat"], [[BOXES, BOXES[:1]]])
-    assert labels(figure) == [
-        ("original", ""),
-        ("what ?\n→ cat", "selection 1: 3 patches"),
-        ("", ""),
-        ("", "selection 2: 1 patches"),
-    ]
-
-
-def test_figure_needs_one_of_each_per_question(image):
-    with pytest.raises(ValueError, match="questions"):
-        plot_selection(image, ["a", "b"], ["a"], [BOXES])
-    with pytest.raises(ValueError, match="question"):
-        plot_selection(image, [], [], [])
-    with pytest.raises(ValueError, match="selection"):
-        plot_selection(image, ["a", "b"], ["a", "b"], [[BOXES, BOXES], [BOXES]])

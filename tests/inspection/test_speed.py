@@ -10,9 +10,7 @@ from modeling_trips.inspection.speed import (
     Setting,
     count_macs,
     measure,
-    percentile_99,
     seconds_in_turns,
-    seconds_of_both,
 )
 
 
@@ -43,15 +41,6 @@ def test_sharing_images_is_compared_with_repeating_them(monkeypatch):
     assert row["throughput"] == pytest.approx(6 / row["latency"])
 
 
-def test_seconds_of_both_restores_the_model(monkeypatch):
-    model = setting().make_model("cpu")
-    inputs = setting().make_inputs(model)
-    monkeypatch.setitem(CLOCKS, "process", CountingClock(2))
-    pruned, unpruned = (count_macs(setting(), rate) for rate in (0.5, 1.0))
-    assert seconds_of_both(model, inputs) == (MEDIAN * pruned, MEDIAN * unpruned)
-    assert model.config.vision_config.keep_rate == 0.5
-
-
 def test_steps_alternate_within_the_limit():
     order = []
     steps = {name: lambda name=name: order.append(name) for name in "ab"}
@@ -60,8 +49,3 @@ def test_steps_alternate_within_the_limit():
     )
     assert order == ["before a", "a", "before b", "b"] * (1 + MIN_REPEATS)
     assert [len(times) for times in seconds.values()] == [MIN_REPEATS] * 2
-
-
-def test_percentile_99():
-    assert percentile_99([1.0] * 99) is None
-    assert percentile_99([float(number) for number in range(1, 102)]) == 100.0

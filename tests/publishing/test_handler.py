@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import subprocess
 from pathlib import Path
 
 import PIL.Image
@@ -22,13 +21,6 @@ QA, WRITER, RETRIEVAL = HANDLED = (
 )
 TEXTS = ["a teal picture", "a red one", "a picture of a red and teal shape"]
 IMAGE = PIL.Image.new("RGB", (70, 50), "teal")
-CALL = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-from handler import EndpointHandler
-
-print(json.dumps(EndpointHandler(sys.argv[1])(json.load(sys.stdin))))
-"""
 
 
 def in_base64(image: PIL.Image.Image, file_format: str = "PNG") -> str:
@@ -53,22 +45,6 @@ def handlers(tmp_path_factory) -> dict[str, EndpointHandler]:
 
 def ask(handler: EndpointHandler, parameters=None, **inputs):
     return handler(json.loads(json.dumps({"inputs": {**INPUTS, **inputs}, "parameters": parameters})))
-
-
-def test_other_heads_have_no_handler(tmp_path):
-    with pytest.raises(ValueError, match="TripsForVisualGrounding"):
-        build(tmp_path, "TripsForVisualGrounding")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", HANDLED)
-def test_the_handler_needs_no_project(name, handlers, tmp_path, monkeypatch, clean_python):
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    command = [clean_python, "-I", "-c", CALL, build(tmp_path, name)]
-    request = json.dumps({"inputs": INPUTS})
-    result = subprocess.run(command, input=request, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert json.loads(result.stdout.splitlines()[-1]) == ask(handlers[name])
 
 
 def test_answers_are_those_of_model_and_pipeline(handlers):

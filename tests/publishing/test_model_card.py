@@ -15,11 +15,6 @@ from modeling_trips.publishing.model_card import HEADS, CardArguments, make_mode
 
 TEXTS = ["what color is it?", "red blue yes no"]
 COMMAND = "python examples/run_vqa.py --train_file /home/ada/signs/train.jsonl --validation-file='my signs/val.jsonl'"
-# An `eval_results.json` after visual question answering and after retrieval: metrics, and other entries.
-METRICS = [
-    ({"accuracy": 0.75, "exact_match": 0.5, "accuracy_color": 0.25}, ["loss", "samples_per_second", "layer2_entropy"]),
-    ({"r_mean": 0.5, "features_r_mean": 0.25}, ["reranked_pairs", "images", "chance_r1", "itm_majority"]),
-]
 
 
 def make_card(folder: Path, args: CardArguments | None = None, name: str = "TripsForQuestionAnswering", **options):
@@ -53,7 +48,6 @@ def test_the_card_names_what_the_run_knows(tmp_path):
         ("test", "run_vqa.py --dataset_name org/vqa_v2", CardArguments(), ("org/vqa_v2", "test")),
         ("test", "run_vqa.py --test_file a/t.jsonl", CardArguments(eval_split="dev"), ("t.jsonl", "dev")),
         ("eval", COMMAND, CardArguments(eval_dataset="ours"), ("ours", "validation")),
-        ("eval", COMMAND, CardArguments(datasets=["org/vqa_v2"]), ("org/vqa_v2", "validation")),
         ("eval", None, CardArguments(), ("unknown data", "validation")),
     ],
 )
@@ -62,36 +56,10 @@ def test_the_author_comes_before_the_run(split, command, args, expected, tmp_pat
     assert (measured.dataset_name, measured.dataset_split) == expected
 
 
-def test_the_training_data_come_from_the_training(tmp_path):
-    results = write_results(tmp_path / "run", command="run_vqa.py --do_train False --validation_file val.jsonl")
-    (results.parent / "train_results.json").write_text(json.dumps({"command": COMMAND}))
-    assert "- train.jsonl\n" in make_card(tmp_path / "checkpoint", results=results).text
-
-
-def test_a_new_card_keeps_the_facts_of_the_former_one(tmp_path):
-    args = CardArguments(license="mit", language=["en"], datasets=["org/vqa_v2", "ours"], command="make model")
-    former = make_card(tmp_path / "a", args, results=write_results(tmp_path / "run", command=COMMAND))
-    former.save(tmp_path / "README.md")
-    former = ModelCard.load(tmp_path / "README.md")
-    card = make_card(tmp_path / "b", former=former)
-    assert card.content == former.content
-    assert card.data.datasets == ["org/vqa_v2"] and card.data.license == "mit"
-
-
 def test_unknown_facts_are_in_no_metadata(tmp_path):
     card = make_card(tmp_path)
     assert set(card.data.to_dict()) == {"library_name", "pipeline_tag", "tags"}
     assert "None" not in card.text and not re.search(r"\{[{%]|%\}", card.text.split("## Citation")[0])
-
-
-@pytest.mark.parametrize(("metrics", "others"), METRICS)
-def test_only_metrics_are_listed(metrics, others, tmp_path):
-    path = tmp_path / "eval_results.json"
-    path.write_text(json.dumps({"epoch": 6.0, **{f"eval_{name}": 0.5 for name in (*metrics, *others)}}))
-    assert [result.metric_type for result in read_results(path, "any", CardArguments())] == list(metrics)
-    path.write_text(json.dumps({"train_loss": 0.1, **{f"eval_{name}": 0.5 for name in others}}))
-    with pytest.raises(ValueError, match="eval_results.json"):
-        read_results(path, "any", CardArguments())
 
 
 def code_of(card: ModelCard) -> str:
@@ -108,19 +76,6 @@ def test_the_code_of_every_head_runs(name, tmp_path, capsys):
     assert saved[HEADS[name].auto_class].endswith(f".{name}")
     pipelines = re.findall(r'pipeline\("(.*?)"', code_of(make_card(tmp_path, name=name)))
     assert pipelines == ([HEADS[name].task] if HEADS[name].has_pipeline else [])
-
-
-def test_a_checkpoint_without_code_needs_the_project(tmp_path):
-    card = make_card(tmp_path, with_code=False)
-    assert "trust_remote_code" not in card.text and "import modeling_trips" in code_of(card)
-    assert card.data.pipeline_tag is None and "custom_code" not in card.data.tags
-
-
-@pytest.mark.parametrize("name", [name for name, head in HEADS.items() if head.has_pipeline])
-def test_a_card_shows_a_request_to_the_handler(name, tmp_path):
-    card = make_card(tmp_path, name=name, with_handler=True)
-    (request,) = re.findall(r"`(\{.inputs.*\})`", card.text)
-    assert "image" in json.loads(request)["inputs"] and len(json.loads(request)["inputs"]) == 2
 
 
 def test_the_selection_is_that_of_a_run(tmp_path):

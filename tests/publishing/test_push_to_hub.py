@@ -2,35 +2,42 @@
 
 import json
 import os
-import random
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
 from foreign_code import name_foreign_code
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from loopback_hub import LoopbackHub
 from places import ROOT
 from random_checkpoint import save_random_checkpoint
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoProcessor, BlipImageProcessor
 
 import modeling_trips
 from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsProcessor, TripsVisionModel
-from modeling_trips.inspection.checkpoints import load_checkpoint
-from modeling_trips.publishing.model_card import HEADS
 from modeling_trips.publishing.repository import check_code
 from trips_examples import push_to_hub
 
 
 REPO = "ada/trips-test"
 LEFTOVERS = {"eval_results.json", "training_args.bin", "optimizer.pt", "predictions.jsonl", "other.py", ".env"}
+
+
+HANDLER_CALL = """
+import base64, io, sys
+from huggingface_hub import snapshot_download
+
+sys.path.insert(0, folder := snapshot_download(repository))
+from handler import EndpointHandler
+
+image.save(file := io.BytesIO(), "PNG")
+inputs = {"image": base64.b64encode(file.getvalue()).decode(), "question": "what is it?", "texts": ["it", "color"]}
+print(EndpointHandler(folder)({"inputs": inputs}))
+"""
 
 
 @pytest.fixture
@@ -73,16 +80,6 @@ def test_all_files_arrive_in_one_commit(hub, checkpoint):
     assert weights.keys() == kept.keys() and all(weights[name].equal(kept[name]) for name in kept)
 
 
-@pytest.mark.parametrize("model_class", [TripsForQuestionAnswering, TripsVisionModel])
-def test_the_library_s_push_to_hub_sends_all_that_loading_needs(hub, checkpoints, model_class):
-    folder = checkpoints["TripsForQuestionAnswering"]
-    model_class.from_pretrained(folder).push_to_hub(REPO)
-    TripsProcessor.from_pretrained(folder).push_to_hub(REPO)
-    model, report = AutoModel.from_pretrained(REPO, trust_remote_code=True, output_loading_info=True)
-    assert not report["missing_keys"]
-    assert type(AutoProcessor.from_pretrained(REPO)) is TripsProcessor
-
-
 def test_dry_run_lists_files_without_upload(hub, checkpoint, tmp_path, capsys):
     target = dry_run(checkpoint, tmp_path / "new" / "folder")
     printed = capsys.readouterr().out
@@ -94,10 +91,13 @@ def test_dry_run_lists_files_without_upload(hub, checkpoint, tmp_path, capsys):
         dry_run(checkpoint, target)
 
 
-def test_republishing_keeps_the_measured_accuracy(checkpoint, tmp_path):
-    first = dry_run(checkpoint, tmp_path / "first", "--eval_dataset", "ours")
-    again = dry_run(first, tmp_path / "again")
-    assert (again / "README.md").read_text() == (first / "README.md").read_text()
+def test_the_tokenizer_s_files_are_those_of_the_model_alone(checkpoint, tmp_path):
+    processor = TripsProcessor.from_pretrained(checkpoint)
+    processor(images=PIL.Image.new("RGB", (64, 64)), text="what color is it?", return_tensors="pt")
+    processor.tokenizer.save_pretrained(checkpoint)  # with the padding of this batch
+    target = dry_run(checkpoint, tmp_path / "target")
+    assert json.loads((target / "tokenizer.json").read_text())["padding"] is None
+    assert not {"is_local", "local_files_only"} & json.loads((target / "tokenizer_config.json").read_text()).keys()
 
 
 def test_private_does_not_publish_into_a_public_repository(hub, checkpoint):
@@ -117,20 +117,6 @@ def test_new_version_keeps_files_of_the_owner(hub, checkpoint):
     assert hub.repositories[REPO].files.keys() == published(checkpoint) | {"docs/a.png"}
 
 
-def test_wrong_options_raise(hub, checkpoint, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="--repo_id model"):
-        push_to_hub.main(["--model", str(checkpoint), "--repo_id", "model"])
-    with pytest.raises(ValueError, match="nowhere.*config.json"):
-        push(tmp_path / "nowhere")
-    monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(HfHubHTTPError, match="401"):
-        push(checkpoint)
-    (checkpoint / "processor_config.json").unlink()
-    with pytest.raises(ValueError, match="processor_config.json"):
-        push(checkpoint)
-    assert not hub.repositories
-
-
 def make_headless(folder: Path):
     TripsVisionModel(TripsConfig.from_pretrained(folder).vision_config).save_pretrained(folder)
 
@@ -142,12 +128,6 @@ def change_weights(folder: Path, value: torch.Tensor | None):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def add_private_file(folder: Path):
-    processor = TripsProcessor.from_pretrained(folder)
-    processor.chat_template = {"default": "{{ messages }}", "private": "{{ messages }}"}
-    processor.save_pretrained(folder)
-
-
 @pytest.mark.parametrize(
     ("spoil", "named"),
     [
@@ -155,7 +135,6 @@ def add_private_file(folder: Path):
         (lambda folder: change_weights(folder, None), "lm_head.dense.bias"),
         (lambda folder: change_weights(folder, torch.full([128], torch.nan)), "lm_head.dense.bias"),
         (lambda folder: (folder / "export.json").write_text("{}"), "exported"),
-        (add_private_file, "additional_chat_templates/private.jinja"),
     ],
 )
 def test_unsuitable_folders_raise(spoil, named, checkpoint, tmp_path):
@@ -172,28 +151,12 @@ def test_foreign_code_is_not_published(checkpoint, tmp_path):
     assert not (tmp_path / "target").exists()
 
 
-class StrangeImageProcessor(BlipImageProcessor):
-    """Image processor with foreign code."""
-
-
-def test_foreign_image_processor_raises(checkpoint, tmp_path, monkeypatch):
-    processor = TripsProcessor.from_pretrained(checkpoint)
-    monkeypatch.setattr(StrangeImageProcessor, "_auto_class", "AutoImageProcessor")
-    processor.image_processor = StrangeImageProcessor()
-    load_checkpoint(checkpoint).save_pretrained(tmp_path / "saved")
-    check_code(tmp_path / "saved")
-    processor.save_pretrained(tmp_path / "saved")
-    with pytest.raises(ValueError, match=Path(__file__).name):
-        check_code(tmp_path / "saved")
-
-
 @pytest.mark.parametrize(
     ("name", "fields"),
     [
         ("config.json", {"vision_config": {"auto_map": {"AutoModel": "mallory/foreign--modeling.Model"}}}),
-        ("config.json", {"auto_map": {"AutoModelForCausalLM": "modeling_other.TripsModel"}}),
         ("config.json", {"custom_pipelines": {"text-generation": {"impl": "mallory/foreign--pipeline.Pipeline"}}}),
-        ("tokenizer_config.json", {"auto_map": ["tokenization.Tokenizer", None]}),
+        ("tokenizer_config.json", {"auto_map": ["mallory/foreign--tokenization.Tokenizer", None]}),
         ("generation_config.json", {"custom_generate": "mallory/foreign"}),
         ("1_Dense/config.json", {"parts": [{"auto_map": {"AutoConfig": "mallory/foreign--c.C"}}]}),
     ],
@@ -203,17 +166,7 @@ def test_reference_to_foreign_code_raises(checkpoint, name, fields):
     check_code(checkpoint)
     (checkpoint / name).parent.mkdir(exist_ok=True)
     (checkpoint / name).write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match=rf"{name}: `(auto_map|custom_pipelines|custom_generate)`"):
-        check_code(checkpoint)
-
-
-def test_changed_python_files_raise(checkpoint):
-    with pytest.raises(ValueError, match="other.py"):
-        check_code(checkpoint)
-    (checkpoint / "other.py").unlink()
-    with (checkpoint / "modeling_trips.py").open("a") as file:
-        file.write("import os\n")
-    with pytest.raises(ValueError, match="modeling_trips.py"):
+    with pytest.raises(ValueError, match=name):
         check_code(checkpoint)
 
 
@@ -224,35 +177,13 @@ def run(*words: str | Path, env: dict[str, str], cwd: Path) -> str:
 
 
 @pytest.mark.slow
-def test_a_killed_dry_run_leaves_a_whole_folder_or_none(checkpoint, tmp_path):
-    """The run is killed at a random moment after the first file of the new folder was written."""
-    target = tmp_path / "targets" / "published"
-    for attempt in range(4):
-        process = subprocess.Popen(
-            [sys.executable, ROOT / "examples/push_to_hub.py", "--model", checkpoint, "--repo_id", REPO]
-            + ["--dry_run", "--output_dir", target],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        while process.poll() is None and not list(target.parent.glob("**/config.json")):
-            time.sleep(0.001)
-        time.sleep(random.Random(attempt).random() * 0.2)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        if target.exists():
-            assert {path.name for path in target.iterdir()} == published(checkpoint)
-            break
-    if not target.exists():
-        dry_run(checkpoint, target)
-        assert [path.name for path in target.parent.iterdir()] == [target.name]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("head", HEADS)
-def test_code_of_the_card_runs_without_the_project(head, hub, tmp_path, clean_python):
+@pytest.mark.parametrize("head", ["TripsForQuestionAnswering", "TripsForRetrieval"])
+def test_card_and_handler_run_without_the_project(head, hub, tmp_path, clean_python):
     folder = save_random_checkpoint(tmp_path / "checkpoint", getattr(modeling_trips, head), ["what color is it?"])
-    push(folder)
+    push(folder, "--with_handler")
     (code,) = re.findall(r"```python\n(.*?)```", hub.repositories[REPO].files["README.md"].decode(), re.DOTALL)
+    code += HANDLER_CALL
     there = run(clean_python, "-I", "-c", code, env=hub.client_environment(tmp_path / "reader"), cwd=tmp_path)
     environment = hub.client_environment(tmp_path / "author")
     here = run(sys.executable, "-c", f"import modeling_trips\n{code}", env=environment, cwd=ROOT)
-    assert there == here and there.count("\n") >= 2  # scores and boxes to the last digit
+    assert there == here and there.count("\n") >= 3  # scores and boxes to the last digit

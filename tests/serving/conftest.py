@@ -3,7 +3,7 @@
 import pytest
 
 
-pytest.importorskip("uvicorn")
+pytest.importorskip("granian")
 
 from running_service import RunningService  # noqa: E402
 

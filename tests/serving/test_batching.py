@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 
-pytest.importorskip("uvicorn")
+pytest.importorskip("granian")
 
 from trips_serving.batching import Batcher  # noqa: E402
 

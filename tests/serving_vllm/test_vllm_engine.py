@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from packaging.requirements import Requirement
 from PIL import Image
 from places import ROOT
 from served_vlms import NUM_TOKENS, Selection, ServedVlm
+from tiny_vlm_processors import noise
 
 from modeling_trips.hosts import apply_patch_selection, remove_patch_selection
 from modeling_trips.serving_vllm.settings import ARCHITECTURES
@@ -42,6 +44,7 @@ OPTIONS = {
     "enforce_eager": True,
     "limit_mm_per_prompt": {"image": 2},
 }
+COUNTER = 'trips_visual_tokens_total{state="%s"}'
 CHUNKS = {"max_num_batched_tokens": 32}
 UNPRUNED = Selection()
 EXIT = Selection("unpruned", 6, "diversity")
@@ -50,10 +53,15 @@ BOTH = Selection("2:image:0.5", 6, "diversity")
 BY_QUESTION = Selection("1:image:0.7,2:image:0.7", 6, "prompt")
 GUIDED = Selection("1:text:0.5", 6, "prompt")
 CASES = {
-    "llava": [(UNPRUNED, {}), (EXIT, {}), (TOWER, {}), (BOTH, CHUNKS), (BY_QUESTION, {}), (GUIDED, {})],
+    "llava": [(UNPRUNED, {}), (BOTH, CHUNKS), (BY_QUESTION, {}), (GUIDED, {})],
+    "qwen2_5_vl": [(BOTH, CHUNKS), (BY_QUESTION, {}), (GUIDED, CHUNKS)],
+}
+FURTHER_CASES = {
+    "llava": [(EXIT, {}), (TOWER, {})],
     "llava_siglip": [(BOTH, {}), (BY_QUESTION, {})],
     "internvl": [(UNPRUNED, {}), (BOTH, {}), (GUIDED, {})],
-    "qwen2_5_vl": [(UNPRUNED, {}), (EXIT, {}), (TOWER, CHUNKS), (BOTH, {}), (BY_QUESTION, CHUNKS), (GUIDED, {})],
+    "idefics3": [(TOWER, {}), (Selection("1:text:0.5"), {})],
+    "qwen2_5_vl": [(UNPRUNED, {}), (EXIT, {}), (TOWER, CHUNKS)],
 }
 
 
@@ -76,7 +84,7 @@ def python() -> Path:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory) -> dict[str, ServedVlm]:
-    return {name: ServedVlm(name, tmp_path_factory.mktemp(name)) for name in CASES}
+    return {name: ServedVlm(name, tmp_path_factory.mktemp(name)) for name in FURTHER_CASES}
 
 
 def run_jobs(python: Path, jobs: list[dict], folder: Path) -> list[dict]:
@@ -102,14 +110,18 @@ def make_job(vlm: ServedVlm, overrides: dict | None, options: dict) -> dict:
     }
 
 
-def test_tokens_match_transformers(python, served, tmp_path):
-    cases = [(served[name], *case) for name, own in CASES.items() for case in own]
+@pytest.mark.parametrize("cases", [CASES, pytest.param(FURTHER_CASES, marks=pytest.mark.release)])
+def test_tokens_match_transformers(python, served, tmp_path, cases):
+    served = {name: served[name] for name in cases}
+    cases = [(served[name], *case) for name, own in cases.items() for case in own]
     jobs = [make_job(vlm, selection.overrides(vlm.folder), options) for vlm, selection, options in cases]
     plain = [make_job(vlm, None, {}) for vlm in served.values()]
     results = run_jobs(python, jobs + plain, tmp_path)
     assert not [result["error"] for result in results if "error" in result]
     lengths = {vlm.name: result["lengths"] for vlm, result in zip(served.values(), results[len(jobs) :])}
     unpruned = {vlm.name: vlm.reference(UNPRUNED) for vlm in served.values()}
+    hashes = {(vlm.name, *result["hashes"]) for (vlm, *_), result in zip(cases, results)}
+    assert len(hashes) == len(cases)  # the settings are part of an image's hash, for caches that servers share
     for (vlm, selection, _), result in zip(cases, results):
         tokens, logprobs = vlm.reference(selection)
         assert result["tokens"] == [tokens, tokens], (vlm.name, selection)
@@ -125,15 +137,30 @@ def test_tokens_match_transformers(python, served, tmp_path):
 
 
 def test_wrong_settings_stop_the_engine(python, served, tmp_path):
-    vlm = served["llava"]
+    def settings(**options) -> dict:
+        return {"patch_selection": options}
+
+    adapters = {"enable_lora": True, "enable_tower_connector_lora": True}
     wrong = {
-        "`visual_tokens` must be at most 64, the tokens of an image, got 65.": {"visual_tokens": 65},
-        "must be in 1..2, got [9]": {"patch_selection": "9:image:0.5"},
-        "Layer 1 is scored by the text, but `text_guide` is not set.": {"patch_selection": "1:text:0.5"},
+        "[9]": (settings(schedule="9:image:0.5"), {}),
+        "text_guide": (settings(schedule="1:text:0.5"), {}),
+        "at most 32": (settings(schedule="2:image:0.5", visual_tokens=60), {}),
+        "'visual_token'": (settings(visual_token=6), {}),
+        "got None": ({}, {}),
+        "11 cells": (settings(visual_tokens=11, visual_scorer="pooling"), {}),
+        "compile_mm_encoder": (settings(visual_tokens=6), {"compilation_config": {"compile_mm_encoder": True}}),
+        "enable_tower_connector_lora": (settings(visual_tokens=6), adapters),
     }
-    results = run_jobs(python, [make_job(vlm, overrides, {}) for overrides in wrong.values()], tmp_path)
-    for message, result in zip(wrong, results):
-        assert message in result["error"]
+    results = run_jobs(python, [make_job(served["llava"], *job) for job in wrong.values()], tmp_path)
+    for named, result in zip(wrong, results):
+        assert named in result["error"]
+
+
+def request_text(url: str, body: dict | None = None) -> str:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as response:
+        return response.read().decode()
 
 
 def chat(url: str, file: Path, question: str) -> list[int]:
@@ -148,15 +175,19 @@ def chat(url: str, file: Path, question: str) -> list[int]:
         "ignore_eos": True,
         "return_token_ids": True,
     }
-    request = urllib.request.Request(
-        f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=120) as response:
-        return json.load(response)["choices"][0]["token_ids"]
+    return json.loads(request_text(f"{url}/v1/chat/completions", body))["choices"][0]["token_ids"]
 
 
-def test_a_server_answers_eight_chats_at_a_time(python, served):
-    vlm, selection = served["llava"], BY_QUESTION
+def count_tokens(url: str) -> dict[str, float]:
+    """Return the counters of kept and dropped visual tokens."""
+    lines = [line.split() for line in request_text(f"{url}/metrics").splitlines()]
+    return {
+        state: sum(float(line[1]) for line in lines if line[0] == COUNTER % state) for state in ("kept", "dropped")
+    }
+
+
+def test_a_server_answers_chats_and_survives_odd_images(python, served, tmp_path):
+    vlm, selection = served["qwen2_5_vl"], BY_QUESTION
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -166,18 +197,34 @@ def test_a_server_answers_eight_chats_at_a_time(python, served):
     url, questions = f"http://127.0.0.1:{port}", ["what color is it ?", "is it red ?"]
     asked = [(file, question) for file in vlm.images for question in questions]
     asked += asked[:2]
-    with subprocess.Popen(command, env={**os.environ, **VARIABLES}) as server:
+    odd = [tmp_path / f"{width}x{height}.png" for width, height in [(1, 1), (1, 300), (300, 7), (61, 3), (1, 3000)]]
+    for file in odd:
+        noise(*map(int, file.stem.split("x"))).save(file)
+    log = tmp_path / "log.txt"
+    with (
+        log.open("w") as output,
+        subprocess.Popen(command, env={**os.environ, **VARIABLES}, stderr=output, stdout=output) as server,
+    ):
         try:
             wait_until_ready(server, url)
             with ThreadPoolExecutor(8) as clients:
                 answers = list(clients.map(lambda own: chat(url, *own), asked))
+            for file in odd:
+                with suppress(urllib.error.HTTPError):  # the client's error, not the server's end
+                    chat(url, file, questions[0])
+            before = count_tokens(url)
+            again = chat(url, *asked[0])
+            added = {state: number - before[state] for state, number in count_tokens(url).items()}
         finally:
             server.terminate()
+    assert f"keeps {selection.visual_tokens} of " in log.read_text()
     apply_patch_selection(vlm.model, selection.schedule, selection.visual_tokens, scorer=selection.scorer)
-    for (file, question), answer in zip(asked, answers):
-        text = f"<s><image> {question} "  # of the chat template
+    for (file, question), answer in zip([*asked, asked[0]], [*answers, again]):
+        text = f"<s><|vision_start|><|image_pad|><|vision_end|> {question} "  # of the chat template
         assert answer == vlm.generate(text, [Image.open(file)])[0], (file, question)
     remove_patch_selection(vlm.model)
+    image = vlm.processor(text="<|image_pad|>", images=[Image.open(vlm.images[0])])["input_ids"][0]
+    assert added == {"kept": selection.visual_tokens, "dropped": len(image) - selection.visual_tokens}
 
 
 def wait_until_ready(server: subprocess.Popen, url: str, seconds: float = 180):

@@ -4,11 +4,17 @@ import json
 import shlex
 
 import pytest
+import torch
+from served_vlms import PROCESSORS
+from tiny_vlm_processors import noise
 from tiny_vlms import BY_NAME
 
 from modeling_trips.hosts import TextGuide
+from modeling_trips.hosts.vlm.families import find_family
+from modeling_trips.hosts.vlm.pruning import Prompts
 from modeling_trips.serving_vllm import check_release
 from modeling_trips.serving_vllm.__main__ import main
+from modeling_trips.serving_vllm.settings import ServingSettings, find_question, split_calls
 
 
 @pytest.fixture(scope="module")
@@ -19,62 +25,171 @@ def folders(tmp_path_factory):
     return folder
 
 
-def test_the_helper_prints_the_command(folders, capsys, monkeypatch):
+def printed_overrides(capsys, *options: object) -> dict:
+    main([str(option) for option in options])
+    words = shlex.split(capsys.readouterr().out)
+    assert words.count("--hf-overrides") == 1
+    return json.loads(words[words.index("--hf-overrides") + 1])
+
+
+def test_the_helper_prints_the_command(folders, capsys):
     model = str(folders / "llava")
     main([model, "--schedule", "2:image:0.33", "--visual_tokens", "16", "--port", "8001"])
-    printed = shlex.split(capsys.readouterr().out)
-    assert printed[1:5] == ["-m", "vllm.entrypoints.openai.api_server", "--model", model]
-    assert printed[5] == "--hf-overrides" and printed[7:] == ["--port", "8001"]
-    assert json.loads(printed[6]) == {
+    words = shlex.split(capsys.readouterr().out)
+    assert words[1:4] == ["serve", model, "--hf-overrides"] and words[5:] == ["--port", "8001"]
+    assert json.loads(words[4]) == {
         "architectures": ["TripsLlavaForConditionalGeneration"],
-        "patch_selection": "2:image:0.33",
-        "visual_tokens": 16,
+        "patch_selection": {"schedule": "2:image:0.33", "visual_tokens": 16},
     }
-    main([str(folders / "qwen2_5_vl"), "--visual_scorer", "diversity", "--visual_tokens", "4"])
-    overrides = json.loads(shlex.split(capsys.readouterr().out)[6])
-    assert overrides["architectures"] == ["TripsForConditionalGeneration"]
-    assert overrides["visual_scorer"] == "diversity"
+    overrides = printed_overrides(
+        capsys, folders / "qwen2_5_vl", "--visual-scorer", "diversity", "--visual-tokens", "4"
+    )
+    assert overrides["patch_selection"] == {"visual_tokens": 4, "visual_scorer": "diversity"}
+
+
+def test_other_overrides_are_merged(folders, capsys):
+    options = [folders / "llava", "--visual_tokens", "16"]
+    overrides = printed_overrides(capsys, *options, "--hf-overrides", '{"max_position_embeddings": 64}')
+    assert overrides["max_position_embeddings"] == 64 and overrides["patch_selection"] == {"visual_tokens": 16}
+    for wrong in (
+        ["--hf_overrides", '{"architectures": []}'],
+        ["--hf-overrides", "[1]"],
+        ["--hf-overrides.max_position_embeddings", "64"],
+    ):
+        with pytest.raises(SystemExit):
+            main([str(option) for option in [*options, *wrong]])
+        assert "hf-overrides" in capsys.readouterr().err
 
 
 def test_the_helper_reads_a_guide(folders, tmp_path, capsys):
-    guide = TextGuide.for_model(BY_NAME["llava"].make(), layer=2)
-    guide.save_pretrained(tmp_path)
-    main([str(folders / "llava"), "--schedule", "2:text:0.5", "--text_guide", str(tmp_path)])
-    assert json.loads(shlex.split(capsys.readouterr().out)[6])["text_guide"] == str(tmp_path)
+    TextGuide.for_model(BY_NAME["llava"].make(), layer=2).save_pretrained(tmp_path)
+    options = [folders / "llava", "--text_guide", tmp_path, "--schedule"]
+    assert printed_overrides(capsys, *options, "2:text:0.5")["patch_selection"]["text_guide"] == str(tmp_path)
     with pytest.raises(SystemExit):
-        main([str(folders / "llava"), "--schedule", "1:text:0.5", "--text_guide", str(tmp_path)])
-    assert "trained for layer 2" in capsys.readouterr().err
+        main([str(option) for option in [*options, "1:text:0.5"]])
+    assert "layer 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "name, options, message",
+    "name, options, named",
     [
-        ("llava", "--schedule 2:picture:0.3", "got 'picture'"),
-        ("llava", "--schedule 2:random:0.3", "scored by the text or the image, got 2:random:0.3."),
-        ("llava", "--schedule 9:image:0.3", "must be in 1..2, got [9]"),
-        ("llava", "--schedule 2:text:0.3", "Layer 2 is scored by the text, but `text_guide` is not set."),
-        ("llava", "--visual_tokens 65", "at most 64, the tokens of an image, got 65"),
-        ("llava", "--visual_tokens 0", "at least 1, got 0"),
-        ("llava_pixtral", "--visual_tokens 9", "a tower of CLIP or SigLIP, got pixtral"),
-        ("llava_onevision", "--schedule 1:image:0.5", "at most 32, the tokens of a tile"),
-        ("idefics3", "--visual_tokens 9", "`visual_tokens` is not supported for idefics3"),
-        ("gemma3", "--visual_tokens 9", "not gemma3: vLLM does not compute its attention"),
-        ("qwen3_vl", "--visual_tokens 9", "not qwen3_vl: vLLM's Transformers backend drops its deepstack features"),
-        ("glm4v", "--visual_tokens 9", "qwen2_5_vl, qwen2_vl, not glm4v."),
+        ("llava", "", "--visual_tokens"),
+        ("llava", "--schedule 2:picture:0.3", "'picture'"),
+        ("llava", "--schedule 2:random:0.3", "2:random:0.3"),
+        ("llava", "--schedule 9:image:0.3", "[9]"),
+        ("llava", "--schedule 2:text:0.3", "text_guide"),
+        ("llava", "--schedule 2:text:0.3 --text_guide /missing", "/missing"),
+        ("missing", "--visual_tokens 9", "missing"),
+        ("llava", "--visual_tokens 65", "65"),
+        ("llava", "--schedule 2:image:0.5 --visual_tokens 33", "33"),
+        ("llava", "--visual_tokens 0", "visual_tokens"),
+        ("llava", "--visual_tokens 11 --visual_scorer pooling", "11 cells"),
+        ("llava", "--visual_tokens 4 --visual_scorer pooling --schedule 2:image:0.5", "pooling"),
+        ("qwen2_5_vl", "--visual_tokens 4 --visual_scorer pooling", "pooling"),
+        ("llava_next", "--visual_tokens 4 --visual_scorer pooling", "pooling"),
+        ("llava_onevision", "--visual_tokens 4 --visual_scorer pooling", "pooling"),
+        ("llava_pixtral", "--visual_tokens 9", "pixtral"),
+        ("llava_onevision", "--schedule 1:image:0.5", "visual_tokens"),
+        ("llava_onevision", "--schedule 1:image:0.5 --visual_tokens 33", "33"),
+        ("idefics3", "--visual_tokens 9", "visual_tokens"),
+        ("gemma3", "--visual_tokens 9", "gemma3"),
+        ("qwen3_vl", "--visual_tokens 9", "deepstack"),
+        ("glm4v", "--visual_tokens 9", "glm4v"),
     ],
 )
-def test_wrong_settings_are_one_sentence(folders, capsys, name, options, message):
+def test_wrong_settings_are_one_sentence(folders, capsys, name, options, named):
     with pytest.raises(SystemExit) as stopped:
         main([str(folders / name), *options.split()])
     printed = capsys.readouterr()
     assert stopped.value.code == 2 and not printed.out
-    assert message in printed.err and printed.err.count("\n") == 1
+    assert named in printed.err and printed.err.count("\n") == 1
 
 
-def test_other_releases_of_vllm_are_refused(folders, capsys, monkeypatch):
-    for release in ("0.32.0", "0.33.1"):
+@pytest.mark.parametrize("name, number", [("llava", 16), ("internvl", 4)])
+def test_pooling_that_fits_is_accepted(folders, capsys, name, number):
+    options = [folders / name, "--visual_scorer", "pooling", "--visual_tokens", number]
+    assert printed_overrides(capsys, *options)["patch_selection"]["visual_scorer"] == "pooling"
+
+
+@pytest.mark.parametrize("given", [None, "2:image:0.5", {"visual_token": 6}, {"schedule": "2;image;0.5"}])
+def test_overrides_by_hand_are_checked(given):
+    config = BY_NAME["llava"].make().config
+    config.architectures = ["TripsLlavaForConditionalGeneration"]
+    if given is not None:
+        config.patch_selection = given
+    with pytest.raises(ValueError):
+        ServingSettings.of(config)
+
+
+def test_the_architecture_must_be_that_of_the_model():
+    config = BY_NAME["llava"].make().config
+    config.patch_selection = {"visual_tokens": 6}
+    config.architectures = ["TripsLlavaForConditionalGeneration"]
+    assert ServingSettings.of(config).visual_tokens == 6
+    config.architectures = ["TripsVlmForConditionalGeneration"]
+    with pytest.raises(ValueError, match="TripsLlavaForConditionalGeneration"):
+        ServingSettings.of(config)
+
+
+def test_settings_know_what_decides():
+    by_question = [
+        ServingSettings(visual_tokens=6),
+        ServingSettings("2:image:0.5", 6),
+        ServingSettings("1:text:0.5", text_guide="guide"),
+        ServingSettings("1:text:0.5", 6, "diversity", "guide"),
+    ]
+    by_image = [ServingSettings("2:image:0.5"), ServingSettings("2:image:0.5", 6, "diversity")]
+    assert all(own.reads_prompt for own in by_question) and not any(own.reads_prompt for own in by_image)
+
+
+def test_the_start_says_what_is_kept():
+    assert ServingSettings("8:image:0.33", 64).describe(576) == (
+        "keeps 64 of 576 visual tokens; tower layer 8 keeps 0.33 by the image; chosen by the question: images are "
+        "encoded per question"
+    )
+    assert "keeps 289 of 577 " in ServingSettings("8:image:0.5").describe(577)  # 288 patches and [CLS]
+    assert "by the image: images are encoded once" in ServingSettings(
+        visual_tokens=6, visual_scorer="diversity"
+    ).describe(None)
+    assert "keeps all" in ServingSettings().describe(576)
+
+
+def test_the_question_is_the_text_after_the_last_image():
+    image = 9
+    assert find_question([1, image, 2, 3], image) == [2, 3]
+    assert find_question([1, image, 2, image, 3], image) == [3]
+    assert find_question([1, image, 2, image], image) == [1, 2]
+    assert find_question([1, 2], image) == [1, 2]
+    assert find_question([image], image) == []
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize("text", ["what color ? {}", "{}", "{} what color ?", "red {} blue {} ?", "red {} blue {}"])
+def test_the_question_is_that_of_transformers(name, text):
+    """vLLM sees the prompt without the text that the processor writes around each image."""
+    model, processor = BY_NAME.get(name, BY_NAME["llava"]).make(), PROCESSORS[name]()
+    family = find_family(model)
+    prompt = text.replace("{}", processor.image_token)
+    images = [noise(64, 32, seed) for seed in range(text.count("{}"))]
+    inputs = processor(text=prompt, images=images, return_tensors="pt")
+    embeddings, mask = Prompts(family, dict(inputs)).text
+    ids = processor.tokenizer(prompt)["input_ids"]
+    own = torch.tensor(find_question(ids, processor.image_token_id), dtype=torch.long)
+    torch.testing.assert_close(embeddings[mask], model.get_input_embeddings()(own), rtol=0, atol=0)
+
+
+def test_calls_have_at_most_as_many_tokens_as_were_profiled():
+    assert split_calls([2, 2, 2], 4) == [slice(0, 2), slice(2, 3)]
+    assert split_calls([9, 1, 1, 9], 4) == [slice(0, 1), slice(1, 3), slice(3, 4)]  # a large image is alone
+    sizes = torch.randint(1, 9, (100,), generator=torch.Generator().manual_seed(0)).tolist()
+    calls = [sizes[part] for part in split_calls(sizes, 12)]
+    assert sum(calls, []) == sizes and max(map(sum, calls)) <= 12
+    assert all(sum(call) + following[0] > 12 for call, following in zip(calls, calls[1:]))
+
+
+def test_other_releases_of_vllm_are_refused():
+    for release in ("0.32.0", "0.33.1", "0.33.0rc1"):
         check_release(release)
-    monkeypatch.setattr("modeling_trips.serving_vllm.__main__.installed_release", lambda: "0.31.2")
-    with pytest.raises(SystemExit):
-        main([str(folders / "llava")])
-    assert capsys.readouterr().err == "Patch selection needs vLLM >=0.32,<0.34, got 0.31.2.\n"
+    for release in ("0.31.2", "0.34.0", "dev"):
+        with pytest.raises(ValueError, match=f"got {release}"):
+            check_release(release)

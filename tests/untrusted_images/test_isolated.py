@@ -1,14 +1,12 @@
 """Decoding of image files from strangers, in this process or in one that can be killed."""
 
 import io
-import random
 import signal
 import subprocess
 import sys
 import threading
 
 import numpy as np
-import psutil
 import pytest
 from PIL import Image
 from places import ROOT
@@ -76,19 +74,6 @@ def test_accepted_files_give_what_pillow_reads(decode, data):
 
 
 @pytest.mark.parametrize(
-    "data",
-    [
-        encoded(Image.new("P", (8, 8)), "PNG", transparency=0),
-        encoded(Image.new("P", (8, 8)), "GIF", transparency=0),
-        encoded(Image.new("RGBA", (8, 8)), "PNG"),
-        encoded(Image.new("RGBA", (8, 8)), "WEBP", lossless=True),
-    ],
-)
-def test_transparent_pixels_are_white(decode, data):
-    assert decode(data).getcolors() == [(64, (255, 255, 255))]
-
-
-@pytest.mark.parametrize(
     ("data", "reason"),
     [
         (b"", "empty"),
@@ -150,38 +135,12 @@ print(interrupted)
 """
 
 
-@pytest.mark.parametrize("num_calls", [6, pytest.param(50, marks=pytest.mark.slow)])
-def test_interrupted_call_leaves_no_reply_to_the_next(num_calls):
+def test_interrupted_call_leaves_no_reply_to_the_next():
     """Ctrl-C at random moments of a decoding."""
-    command = [sys.executable, "-c", STARTED + INTERRUPTED, str(num_calls)]
+    command = [sys.executable, "-c", STARTED + INTERRUPTED, "6"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
-    assert int(result.stdout) >= num_calls // 2
-
-
-# In a process of its own, whose heap has no room left by other tests.
-WITHOUT_MEMORY = """
-import resource
-import psutil
-
-large = encoded(4000, "black")
-limits = resource.getrlimit(resource.RLIMIT_AS)
-resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 20_000_000, limits[1]))
-try:
-    decoder.decode(large)
-except MemoryError:
-    print("MemoryError")
-resource.setrlimit(resource.RLIMIT_AS, limits)
-for _ in range(4):
-    image = decoder.decode(red)
-    assert (image.size, image.getpixel((0, 0))) == ((9, 9), (255, 0, 0))
-"""
-
-
-def test_call_without_memory_leaves_no_reply_to_the_next():
-    result = subprocess.run([sys.executable, "-c", STARTED + WITHOUT_MEMORY], capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == "MemoryError\n"
+    assert int(result.stdout) >= 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
@@ -192,17 +151,6 @@ def test_process_that_ended_or_stopped_while_idle_is_replaced(isolated, number):
         process.send_signal(number)
         check_red(isolated.decode(RED))
         assert worker_of(isolated).process is not process and process.poll() is not None
-
-
-@pytest.mark.slow
-def test_killed_process_is_replaced_at_any_moment(isolated):
-    """50 kills, each at a random moment of a decoding."""
-    moments = random.Random(0)
-    for _ in range(50):
-        timer = threading.Timer(moments.uniform(0, 0.03), worker_of(isolated).process.kill)
-        timer.start()
-        assert isolated.decode(BLUE).getpixel((0, 0)) == (0, 0, 255)
-        timer.join()
 
 
 def test_file_that_takes_too_long_is_refused_and_its_process_ends(isolated):
@@ -223,11 +171,6 @@ def test_supervisor_that_ends_all_processes_ends_no_decoder(isolated):
     worker.process.terminate()  # before it has begun
     check_red(isolated.decode(RED))
     assert worker.process.poll() is None and worker_of(isolated) is worker
-
-
-def test_waiting_process_holds_no_image(isolated):
-    assert isolated.decode(encoded(Image.new("RGB", (4000, 4000)))).size == (4000, 4000)
-    assert psutil.Process(worker_of(isolated).process.pid).memory_info().rss < 80_000_000
 
 
 def test_threads_share_the_processes(isolated):

@@ -39,6 +39,8 @@ class Family(Host):
     has_class_token = False
     can_fuse = False
     has_gate = False  # see `answer_losses`
+    # Numbers of tokens that the processor writes before and after the placeholders of an image (or tile).
+    framing_tokens = (0, 0)
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
@@ -219,6 +221,7 @@ class LlavaOnevision(LlavaNext):
 
 class Gemma3(Family):
     layer_classes = {"SiglipEncoderLayer": ClipTowerLayer}
+    framing_tokens = (2, 2)  # \n\n<start_of_image>...<end_of_image>\n\n
 
     @property
     def unit(self) -> int:
@@ -235,6 +238,7 @@ class Smolvlm(Family):
     layer_classes = {"SmolVLMEncoderLayer": ClipTowerLayer, "Idefics3EncoderLayer": ClipTowerLayer}
     layers_follow = True  # the mask of the patches
     has_gate = True
+    framing_tokens = (2, 1)  # <fake_token_around_image><global-img>...<fake_token_around_image>
 
     @property
     def tower(self) -> nn.Module:
@@ -264,6 +268,7 @@ class Internvl(Family):
     layer_classes = {"InternVLVisionLayer": InternvlLayer}
     has_class_token = True
     has_gate = True
+    framing_tokens = (1, 1)  # <img>...</img>
 
     @property
     def layers(self) -> nn.ModuleList:

@@ -126,8 +126,9 @@ def prune_inputs(
         scorer (`str` or `Callable`, *optional*, defaults to `"prompt"`): `"prompt"` (relevance to the prompt, with
             diversity), `"diversity"`, `"random"`, `"pooling"`, or a function of the features, the prompt's embeddings
             (both with one row per image), their mask and the number to keep, which returns positions and features. The
-            prompt is the text after the last image, or all text if none follows, without labels. Put images before
-            the question: chat templates add text after an image, which then is the prompt.
+            prompt is the text after the last image, or all text if none follows, without labels and without what
+            the processor writes around an image. Put images before the question: chat templates add text after an
+            image, which then is the prompt.
 
     Returns:
         `dict`: The inputs with shorter sequences, and `mm_encoder_outputs` instead of the images. Inputs without
@@ -242,13 +243,15 @@ class Prompts:
     def text(self) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Input embeddings of the text that scores, `(batch_size, length, width)`, and their mask. It is the text after
-        the last image, or all text if none follows, without labels.
+        the last image, or all text if none follows, without labels and without what the processor writes around an
+        image.
         """
         is_text = self.is_text
         if self.inputs.get("labels") is not None:
             is_text = is_text & (self.inputs["labels"] == -100)
             if not (is_text.any(dim=1) | ~self.is_visual.any(dim=1)).all():
                 raise ValueError("`labels` must be -100 on the prompt, but a row has labels on all of its text.")
+        is_text = is_text & ~is_near(self.is_visual, *self.family.framing_tokens)
         is_before_image = self.is_visual.flip(1).cumsum(dim=1).flip(1) > 0
         is_after = is_text & ~is_before_image
         is_text = torch.where(is_after.any(dim=1, keepdim=True), is_after, is_text)
@@ -331,6 +334,12 @@ class Prompts:
     def padding_id(self) -> int:
         padding = self.family.config.get_text_config().pad_token_id
         return 0 if padding is None or padding == self.family.image_token_id else padding
+
+
+def is_near(is_visual: torch.Tensor, num_before: int, num_after: int) -> torch.Tensor:
+    """Return a mask of the positions that are visual tokens, or at most so many before or after one."""
+    padded = nn.functional.pad(is_visual, (num_after, num_before))
+    return padded.unfold(1, num_before + 1 + num_after, 1).any(dim=-1)
 
 
 def move_to_end(is_kept: torch.Tensor, length: int, at_start: bool) -> tuple[torch.Tensor, torch.Tensor]:

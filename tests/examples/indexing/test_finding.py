@@ -4,7 +4,6 @@ import logging
 
 import numpy as np
 import PIL.Image
-import pyarrow as pa
 import pytest
 import torch
 from tiny_collection import TEXTS, encoded, write_images, write_parquet
@@ -67,20 +66,6 @@ def test_vectors_are_the_library_s_and_images_without_a_file_are_stored(finder, 
         assert (row["image"]["path"] == row["source"]) if is_file else row["image"]["bytes"].startswith(b"\x89PNG")
 
 
-def test_images_are_embedded_in_batches_whatever_blocks_they_come_in(checkpoint, tmp_path):
-    model, processor = load_model(checkpoint)
-    uri = str(tmp_path / "t.lance")
-    open_table(uri, fingerprint_of(model, processor), model.config.projection_dim)
-    embedder = Embedder(IndexArguments(checkpoint, uri, batch_size=48), uri)
-    (shard,) = find_images([str(write_images(tmp_path / "images", range(70)))])
-    blocks = pa.concat_tables(blocks_of(shard, np.array([], "S32")))
-    sizes = []
-    embeddings = embedder.model.model.vision_model.embeddings
-    embeddings.register_forward_hook(lambda module, args, output: sizes.append(len(args[0])))
-    assert embedder(blocks)["rows"] == [70]
-    assert blocks["id"].num_chunks == 3 and sizes == [48, 22]
-
-
 def test_broken_images_are_named_and_have_a_row_without_a_vector(finder, collection):
     folder, _, faults = collection
     rows = finder.table.to_table(filter="error IS NOT NULL").to_pylist()
@@ -137,15 +122,6 @@ def test_the_order_after_matching_is_that_of_pairs_one_by_one(finder):
         assert [each.match for each in after] == pytest.approx(log_odds.sigmoid().tolist(), abs=1e-3)
 
 
-def test_pictures_show_what_the_text_kept(finder):
-    texts = finder.describe_texts(TEXTS[:1])
-    (found,) = finder.nearest(texts.embeds, 3)
-    drawn, plain = finder.draw(found, TEXTS[0]), finder.draw(found)
-    assert list(drawn) == list(plain) == [each.source for each in found]
-    assert {image.size for image in drawn.values()} == {(256, 256)}
-    assert {image.size for image in plain.values()} == {(64, 64)}
-
-
 def test_images_that_are_gone_are_left_out_and_named(checkpoint, tmp_path, caplog):
     write_images(tmp_path / "images", range(3))
     uri = str(tmp_path / "t.lance")
@@ -159,38 +135,3 @@ def test_images_that_are_gone_are_left_out_and_named(checkpoint, tmp_path, caplo
     assert len(found[0]) == 3
     assert {each.source for each in ranked} == {f"{tmp_path}/images/{number}.png" for number in (0, 2)}
     assert f"{tmp_path}/images/1.png" in caplog.text
-
-
-def test_a_finder_refuses_what_another_schedule_made(checkpoint, collection):
-    with pytest.raises(ValueError, match="--schedule"):
-        Finder(collection[1], checkpoint, schedule="2:image:0.25")
-    model, processor = load_model(checkpoint)
-    assert open_table(collection[1], fingerprint_of(model, processor)).count_rows() == 42
-
-
-@pytest.mark.slow
-def test_an_exported_model_indexes_and_searches(checkpoint, collection, tmp_path):
-    from modeling_trips.export import export_model  # needs the newest Transformers
-
-    model, processor = load_model(checkpoint)
-    export_model(model, tmp_path / "exported", "onnx")
-    processor.save_pretrained(tmp_path / "exported")
-    exported, uri = str(tmp_path / "exported"), str(tmp_path / "t.lance")
-    for options in ({"schedule": "2:image:0.5"}, {"dtype": "bfloat16"}, {"device": "cuda"}):
-        with pytest.raises(ValueError, match="exported"):
-            load_model(exported, **options)
-    with pytest.raises(ValueError, match="--schedule"):
-        Finder(collection[1], exported)
-    embed(exported, uri, collection[0] / "images")
-    ours, reference = Finder(uri, exported, batch_size=6), Finder(collection[1], checkpoint, batch_size=6)
-    assert open_table(uri, fingerprint_of(*load_model(exported))).count_rows() == 22
-    found = []
-    for finder in (ours, reference):
-        texts = finder.describe_texts(TEXTS)
-        rows = finder.rerank(texts, finder.nearest(texts.embeds, 40, exact=True))
-        found.append([[each for each in row if " row " not in each.source] for row in rows])
-        assert len(finder.draw(rows[0][:2], TEXTS[0])) == 2
-    for row, expected in zip(*found):
-        assert {each.source for each in row} == {each.source for each in expected} and len(row) == 20
-        scores = {each.source: each.score for each in expected}
-        assert [each.score for each in row] == pytest.approx([scores[each.source] for each in row], abs=1e-3)

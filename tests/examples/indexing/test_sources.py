@@ -4,10 +4,8 @@ import os
 
 import numpy as np
 import pytest
-from datasets import load_dataset
-from tiny_collection import encoded, write_images, write_parquet, write_tar
+from tiny_collection import encoded, write_images, write_tar
 
-from trips_examples.data.shards import hub_shards
 from trips_examples.indexing.sources import blocks_of, find_images, rows_of
 
 
@@ -28,17 +26,6 @@ def test_a_folder_has_its_image_files_and_those_of_its_folders(tmp_path, monkeyp
     assert [row["image"] for row in found] == [{"bytes": None, "path": path} for path in paths]
     monkeypatch.chdir(tmp_path)
     assert rows("a", "a/b", tmp_path) == found  # under any spelling of the path, and each once
-
-
-def test_rows_of_files_of_one_name_are_distinct(tmp_path):
-    for folder in ("a", "b"):
-        write_parquet(tmp_path / folder / "train.parquet", [1, 2])
-    found = rows(tmp_path / "*/train.parquet")
-    assert [row["source"] for row in found] == [
-        f"{tmp_path}/{folder}/train.parquet row {number}" for folder in "ab" for number in (1, 2)
-    ]
-    assert len({row["id"] for row in found}) == 4 and {len(row["id"]) for row in found} == {32}
-    assert [row["image"]["bytes"] for row in found] == [encoded(1), encoded(2)] * 2
 
 
 def test_rows_may_name_files_and_be_broken(tmp_path):
@@ -75,15 +62,6 @@ def test_shards_may_be_torn_and_use_a_name_twice(tmp_path):
     assert "broken tar file" in found[-1]["error"] and found[-1]["source"].startswith(f"{tmp_path}/1.tar")
 
 
-def test_rows_of_a_data_set_on_the_hub_are_numbered(tmp_path):
-    write_parquet(tmp_path / "data/train-0.parquet", [1, 2])
-    write_parquet(tmp_path / "data/train-1.parquet", [3])
-    assert load_dataset(str(tmp_path / "data"), split="train", streaming=True).num_shards == 2
-    found = [row for shard in hub_shards(str(tmp_path / "data")) for row in rows_of(shard)]
-    assert [row["image"]["bytes"] for row in found] == [encoded(number) for number in (1, 2, 3)]
-    assert len({row["id"] for row in found}) == 3
-
-
 def test_what_is_done_is_not_read_again(tmp_path):
     (shard,) = find_images([str(write_images(tmp_path, range(40)))])
     ids = [row["id"] for row in rows_of(shard)]
@@ -97,8 +75,3 @@ def test_a_name_that_is_no_text_is_an_error_not_an_end(tmp_path):
         file.write(encoded(1))
     (row,) = rows(tmp_path)
     assert "not valid Unicode" in row["error"] and row["source"].endswith("\\udcff.png")
-
-
-def test_a_folder_without_images_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"/\*\.tar"):
-        find_images([str(tmp_path)])

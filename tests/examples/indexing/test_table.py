@@ -1,16 +1,12 @@
 """The table: fingerprints, atomic commits, a single writer, and the index."""
 
-import shutil
-
 import lance
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from tiny_collection import save_model
 
-from modeling_trips import TripsForPreTraining
 from trips_examples.indexing.sources import id_of
 from trips_examples.indexing.table import (
     Fingerprint,
@@ -68,20 +64,6 @@ def test_a_fingerprint_is_of_weights_schedule_and_pixels(checkpoint, tmp_path):
     assert fingerprint(image_mean=[0.1, 0.2, 0.3]).digest != own.digest
 
 
-def test_a_checkpoint_needs_a_head_for_retrieval_with_all_of_its_weights(checkpoint, checkpoints, tmp_path):
-    for head in ("TripsForQuestionAnswering", "TripsModel"):
-        with pytest.raises(ValueError, match=f"is a {head}. Give a TripsForRetrieval or TripsForPreTraining"):
-            load_model(str(checkpoints[head]))
-    model, processor = load_model(str(checkpoints["TripsForPreTraining"]))
-    assert isinstance(model, TripsForPreTraining) and not model.training
-    assert fingerprint_of(model, processor) == fingerprint_of(*load_model(str(checkpoints["TripsForPreTraining"])))
-    shutil.copytree(checkpoint, tmp_path / "torn")
-    weights = load_file(tmp_path / "torn/model.safetensors")
-    save_file({k: v for k, v in weights.items() if "vision_proj" not in k}, tmp_path / "torn/model.safetensors")
-    with pytest.raises(ValueError, match="missing_keys.*vision_proj"):
-        load_model(str(tmp_path / "torn"))
-
-
 def test_a_table_of_another_fingerprint_is_refused_in_words(table):
     add(table, range(3))
     assert open_table(table.uri, OWN, DIM).count_rows() == 3
@@ -93,14 +75,6 @@ def test_a_table_of_another_fingerprint_is_refused_in_words(table):
     assert open_table(table.uri, OWN).count_rows() == 3
 
 
-def test_what_is_no_table_of_images_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="index_images.py"):
-        open_table(str(tmp_path / "none.lance"), OWN)
-    lance.write_dataset(pa.table({"a": [1]}), tmp_path / "other.lance")
-    with pytest.raises(ValueError, match="index_images.py"):
-        open_table(str(tmp_path / "other.lance"), OWN, DIM)
-
-
 def test_rows_enter_by_a_commit_alone(table):
     fragments = write_rows(table.uri, make_rows(range(5)))
     assert open_table(table.uri, OWN).count_rows() == 0
@@ -108,11 +82,6 @@ def test_rows_enter_by_a_commit_alone(table):
     table = add(table, range(5, 8))
     assert open_table(table.uri, OWN).count_rows() == 8
     assert ids_of(table).tolist() == sorted(id_of(str(number)).encode() for number in range(8))
-
-
-def test_few_rows_are_searched_without_an_index(table):
-    table = add(table, range(300))
-    assert "no index" in build_index(table, fewest=301) and not table.list_indices()
 
 
 def indexed(table: lance.LanceDataset) -> int:
@@ -145,9 +114,4 @@ def test_a_table_has_one_lock_under_all_of_its_names(name, tmp_path, monkeypatch
     with only_writer(str(tmp_path / "t.lance")), pytest.raises(BlockingIOError), only_writer(name):
         pass
     with only_writer(name), pytest.raises(BlockingIOError, match="t.lance"), only_writer("t.lance"):
-        pass
-
-
-def test_tables_with_other_names_have_other_locks(tmp_path):
-    with only_writer(str(tmp_path / "a%20b")), only_writer(f"file://{tmp_path}/a%20b"), only_writer("s3://a/b"):
         pass

@@ -15,8 +15,8 @@ from modeling_trips import (
 
 IDS = TEXTS[:4]
 MASK = (IDS != 0).long()
-kept, images = kept_by, some_images
 HEADS = [TripsForQuestionAnswering, TripsForImagesAndTextClassification, TripsForVisualGrounding]
+kept, images = kept_by, some_images
 
 
 def randomize(model):

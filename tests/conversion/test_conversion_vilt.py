@@ -3,7 +3,9 @@
 import pytest
 import torch
 from schedules import schedule_of
-from tiny_single_stream import HEADS, IDS, MASK, images, kept, randomize
+from tiny_models import kept_by as kept
+from tiny_retrieval import images
+from tiny_single_stream import HEADS, IDS, MASK, randomize
 from transformers import ViltConfig, ViltForQuestionAnswering, ViltModel
 
 from modeling_trips import UNPRUNED, TripsModel

@@ -1,8 +1,7 @@
 """A tiny single stream with random weights, and inputs to call it."""
 
 import torch
-from tiny_models import TEXTS, kept_by
-from tiny_retrieval import images as some_images
+from tiny_models import TEXTS
 
 from modeling_trips import (
     TripsConfig,
@@ -16,7 +15,6 @@ from modeling_trips import (
 IDS = TEXTS[:4]
 MASK = (IDS != 0).long()
 HEADS = [TripsForQuestionAnswering, TripsForImagesAndTextClassification, TripsForVisualGrounding]
-kept, images = kept_by, some_images
 
 
 def randomize(model):

@@ -14,7 +14,7 @@ from modeling_trips import TripsConfig, TripsForQuestionAnswering
 from modeling_trips.hosts.apply import HOSTS
 from trips_examples import convert_checkpoint
 from trips_examples.data.tasks import TASKS
-from trips_examples.data.vocabulary import train_wordpiece_tokenizer
+from trips_examples.data.vocabulary import train_tokenizer
 from trips_examples.training.models import make_processor
 
 
@@ -28,7 +28,7 @@ WITH_PYTHON = [
 def demo_model(tmp_path, monkeypatch):
     """Put the examples and an untrained model in the folder of `make demo` into the current directory."""
     (tmp_path / "examples").symlink_to(EXAMPLES)
-    tokenizer = train_wordpiece_tokenizer(["what color is the shape?", "is there a circle?", "red teal yes no"])
+    tokenizer = train_tokenizer(["what color is the shape?", "is there a circle?", "red teal yes no"])
     config = TripsConfig.from_preset("tiny", text_config={"vocab_size": len(tokenizer)})
     TripsForQuestionAnswering(config).save_pretrained(tmp_path / "demo/model")
     make_processor(tokenizer, config).save_pretrained(tmp_path / "demo/model")
@@ -72,7 +72,7 @@ def test_python_blocks_run_as_they_stand_and_what_they_say_is_so(document, demo_
 
 def test_the_conversion_runs_as_it_stands(tmp_path, monkeypatch):
     """The file has ALBEF's names and small weights. The tokenizer is local, because the default is on the Hub."""
-    tokenizer = train_wordpiece_tokenizer(["what color is it?"])
+    tokenizer = train_tokenizer(["what color is it?"])
     sizes = TINY._replace(width=64, num_heads=1, vocab=len(tokenizer))
     torch.save({"model": random_checkpoint("question-answering", sizes)}, tmp_path / "vqa.pth")
     tokenizer.save_pretrained(tmp_path / "tokenizer")

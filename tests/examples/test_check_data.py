@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from trips_examples import run_vqa
 from trips_examples.check_data import main
 from trips_examples.data.loading import DataSource, load_task_dataset
-from trips_examples.data.vocabulary import train_wordpiece_tokenizer
+from trips_examples.data.vocabulary import train_tokenizer
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_a_run_from_scratch_and_the_check_measure_texts_alike(folder):
 
 def test_words_that_a_tokenizer_does_not_know_are_told_and_no_fault(folder, capsys):
     """Models cannot learn such an answer: it is [UNK], which decodes to an empty text."""
-    train_wordpiece_tokenizer(["what color is it? red"]).save_pretrained(folder / "tokenizer")
+    train_tokenizer(["what color is it? red"]).save_pretrained(folder / "tokenizer")
     rows = [{"image": "a.png", "question": "what color is it?", "answer": answer} for answer in ("red", "zyx")]
     given = ["--task", "vqa", "--train_file", write(folder / "t.jsonl", rows)]
     code, report = run(folder, *given, "--tokenizer", str(folder / "tokenizer"))

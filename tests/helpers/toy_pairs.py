@@ -10,7 +10,7 @@ import torch
 from places import ROOT
 from transformers import BertConfig, BertModel, BertTokenizer, ViTConfig, ViTImageProcessor, ViTModel
 
-from trips_examples.data.vocabulary import train_wordpiece_tokenizer
+from trips_examples.data.vocabulary import train_tokenizer
 
 
 SCRIPT = str(ROOT / "examples" / "run_pretraining.py")
@@ -37,7 +37,7 @@ def encoded(color: str) -> bytes:
 
 
 def make_tokenizer() -> BertTokenizer:
-    return train_wordpiece_tokenizer([caption.format(color) for caption in CAPTIONS for color in COLORS])
+    return train_tokenizer([caption.format(color) for caption in CAPTIONS for color in COLORS])
 
 
 def write_pairs(folder: Path):

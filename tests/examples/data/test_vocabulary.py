@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from modeling_trips import TripsProcessor
-from trips_examples.data.vocabulary import BUNDLED_WORDS, train_wordpiece_tokenizer
+from trips_examples.data.vocabulary import BUNDLED_WORDS, train_tokenizer
 from trips_examples.training.options import DataArguments
 
 
@@ -26,7 +26,7 @@ WRITTEN = [
 
 def test_a_text_is_decoded_as_it_was_written(tmp_path):
     """Also by a tokenizer that is saved and loaded, and in generated sequences with special tokens."""
-    train_wordpiece_tokenizer(WRITTEN).save_pretrained(tmp_path)
+    train_tokenizer(WRITTEN).save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     processor = TripsProcessor(tokenizer=tokenizer)
     sequences = tokenizer(WRITTEN, padding=True)["input_ids"]
@@ -39,8 +39,8 @@ def test_a_text_is_decoded_as_it_was_written(tmp_path):
 
 
 def test_words_are_tokens():
-    tokenizer = train_wordpiece_tokenizer(TEXTS, vocab_size=80)
-    assert len(train_wordpiece_tokenizer(TEXTS, vocab_size=60)) == 60 < len(tokenizer) <= 80
+    tokenizer = train_tokenizer(TEXTS, vocab_size=80)
+    assert len(train_tokenizer(TEXTS, vocab_size=60)) == 60 < len(tokenizer) <= 80
     assert tokenizer.convert_ids_to_tokens(range(5)) == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     assert set(tokenizer.all_special_tokens) == {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"}
     assert tokenizer.pad_token_id == 0
@@ -49,14 +49,14 @@ def test_words_are_tokens():
     assert tokenizer.unk_token_id not in ids
     assert len(tokenizer.tokenize("the circle?")) == 3
     assert tokenizer.tokenize("xyz") == ["▁", "[UNK]"]
-    assert {len(train_wordpiece_tokenizer(BUNDLED_WORDS).tokenize(word)) for word in BUNDLED_WORDS} == {1}
+    assert {len(train_tokenizer(BUNDLED_WORDS).tokenize(word)) for word in BUNDLED_WORDS} == {1}
 
 
 def test_texts_in_lower_case_make_a_tokenizer_without_case():
     """The option `--lowercase` makes such texts."""
     data = {"train": Dataset.from_dict({"question": ["What COLOR is it?"]})}
     texts = [*DataArguments(train_file="rows.jsonl", lowercase=True).vocabulary(data, "question")]
-    tokenizer = train_wordpiece_tokenizer(texts)
+    tokenizer = train_tokenizer(texts)
     assert tokenizer.tokenize("What COLOR is it?") == tokenizer.tokenize("what color is it?")
     assert "[UNK]" not in tokenizer.tokenize("WHAT is it?")
 
@@ -65,13 +65,13 @@ def test_tokenizer_vocabulary_is_the_same_in_each_process():
     code = f"""
 import sys
 sys.path[:0] = {sys.path}
-from trips_examples.data.vocabulary import train_wordpiece_tokenizer
-print(sorted(train_wordpiece_tokenizer({TEXTS}, 80).get_vocab().items()))
+from trips_examples.data.vocabulary import train_tokenizer
+print(sorted(train_tokenizer({TEXTS}, 80).get_vocab().items()))
 """
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert output.strip() == str(sorted(train_wordpiece_tokenizer(TEXTS, 80).get_vocab().items()))
+    assert output.strip() == str(sorted(train_tokenizer(TEXTS, 80).get_vocab().items()))
 
 
 def test_tokenizer_of_nothing():
     with pytest.raises(ValueError, match="2 texts"):
-        train_wordpiece_tokenizer(["", " "])
+        train_tokenizer(["", " "])

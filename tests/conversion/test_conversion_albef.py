@@ -88,6 +88,15 @@ def test_missing_layers_raise_unless_depths_are_given(lost, depths):
         assert tuple(getattr(model.config, part).num_hidden_layers for part in fields) == depths
 
 
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [("text_encoder.encoder.layer.2.adapter.weight", (2,)), ("visual_encoder.pos_embed", (1, 11, 16))],
+)
+def test_weights_without_a_place_and_of_another_shape_raise(key, shape):
+    with pytest.raises(ConversionError, match=key):
+        convert_albef(random_checkpoint("retrieval") | {key: torch.zeros(shape)})
+
+
 @pytest.mark.parametrize("value", [float("nan"), -float("inf"), -70000.0, torch.int64])
 def test_impossible_values_raise(value):
     key = "visual_encoder.blocks.3.attn.qkv.weight"

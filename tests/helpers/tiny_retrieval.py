@@ -4,7 +4,7 @@ import torch
 from tiny_models import TEXTS, kept_by
 
 from modeling_trips import TripsConfig
-from modeling_trips.modeling_trips_pretraining import TripsForRetrieval, matching_pairs
+from modeling_trips.modeling_trips_pretraining import TripsForRetrieval
 
 
 # Six captions of four images; images 0 and 3 are the same.
@@ -66,12 +66,6 @@ def run(model, seed=0, **inputs):
     """Run the model with losses; the seed determines the negatives."""
     torch.manual_seed(seed)
     return model(**{**captions(), "image_ids": IMAGE_IDS, **inputs})
-
-
-def pairs_of(output, seed=0):
-    """Return the pairs that `run` drew."""
-    torch.manual_seed(seed)
-    return matching_pairs(output.logits_per_text[:, IMAGE_INDEX], PAIR_IDS)
 
 
 def matched_alone(model, text, image):

@@ -107,6 +107,7 @@ def _bad_texts(task: str) -> list[BadRow]:
         of("\u200b", f"no {text}"),
         of(float("nan"), f"no {text}"),
         of(True, f"{name} is not text"),
+        of(float("inf"), f"{name} is not text"),
         of("half a \ud83d", f"{name} is not valid Unicode"),
         of("\ufffd", f"{text} without tokens", "tokenizer"),
         of("red " * 63, "more than 64 tokens", "tokenizer"),

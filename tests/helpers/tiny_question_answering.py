@@ -2,7 +2,7 @@
 
 import tiny_retrieval
 import torch
-from tiny_models import TEXTS, kept_by
+from tiny_models import TEXTS
 
 from modeling_trips import TripsForQuestionAnswering
 
@@ -19,7 +19,6 @@ ANSWERS = torch.tensor(
 LABELS = ANSWERS[[0, 3, 5, 2, 1, 4, 0]]
 QUESTION_INDEX = torch.tensor([0, 0, 1, 2, 2, 2, 3])
 WEIGHTS = torch.tensor([0.7, 0.3, 1.0, 0.1, 0.6, 0.3, 1.0])
-kept = kept_by
 
 
 def make_config(vocab_size=12):

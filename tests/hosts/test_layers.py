@@ -17,6 +17,7 @@ from modeling_trips.hosts import apply_patch_selection, record_patch_selection
 from modeling_trips.hosts.layers import ModuleWrapper, project_rows
 
 
+SLOW_TO_COMPILE = ("vilt", "clip", "blip_vqa")
 each_guidance = pytest.mark.parametrize("guidance", ["text", "image", ["image", "text"], ["text", "image"]], ids=str)
 
 
@@ -283,7 +284,7 @@ def test_selection_computes_no_attention_map():
         assert not mode.found
 
 
-@pytest.mark.parametrize("name", ["vilt", "clip", "timm", pytest.param("blip_vqa", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["timm", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_TO_COMPILE)])
 def test_compiles_once_without_graph_breaks(name):
     torch._dynamo.reset()
     host = HOSTS[name]

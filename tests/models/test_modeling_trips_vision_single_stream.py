@@ -6,7 +6,9 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from schedules import rates_of
-from tiny_single_stream import IDS, MASK, images, kept, make_config, make_model
+from tiny_models import kept_by as kept
+from tiny_retrieval import images
+from tiny_single_stream import IDS, MASK, make_config, make_model
 
 from modeling_trips import (
     TripsConfig,

@@ -25,7 +25,7 @@ from packaging.version import Version  # noqa: E402
 
 from modeling_trips import TripsConfig  # noqa: E402
 from modeling_trips.registration_trips import MODELS  # noqa: E402
-from trips_examples.data.vocabulary import train_wordpiece_tokenizer  # noqa: E402
+from trips_examples.data.vocabulary import train_tokenizer  # noqa: E402
 from trips_examples.training.models import make_processor  # noqa: E402
 
 
@@ -51,7 +51,7 @@ def clean_python(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory) -> dict[str, Path]:
     """Return the folders of untrained checkpoints of all heads with their processors, by class name."""
-    tokenizer = train_wordpiece_tokenizer(["what color is it?", "is it a circle?", "a picture of red blue yes no"])
+    tokenizer = train_tokenizer(["what color is it?", "is it a circle?", "a picture of red blue yes no"])
     config = TripsConfig.from_preset("tiny", text_config={"vocab_size": len(tokenizer)})
     heads = {model for models in MODELS.values() for model in models if model.config_class is TripsConfig}
     folder, folders = tmp_path_factory.mktemp("checkpoints"), {}

@@ -27,7 +27,7 @@ BUNDLED_WORDS = """
 """.split()
 
 
-def train_wordpiece_tokenizer(texts: Iterable[str], vocab_size: int = 1000) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 1000) -> PreTrainedTokenizerFast:
     """
     Train a tokenizer whose `decode` returns a text as it was written: byte-pair encoding of characters, with spaces as
     part of the words, as in SentencePiece. Punctuation marks and Han characters are split from words. Texts are

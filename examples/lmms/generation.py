@@ -156,12 +156,8 @@ class VisionLanguageModel:
         if has_images:
             kept = selections[-1].kept_indices >= 0 if is_pruned else placeholders
             self.num_visual_tokens = self.num_visual_tokens.to(kept.device) + kept.sum()
-            self.num_images += sum(
-                part["type"] == "image"
-                for conversation in conversations
-                for message in conversation
-                for part in message["content"]
-            )
+            messages = [message for conversation in conversations for message in conversation]
+            self.num_images += sum(part["type"] == "image" for message in messages for part in message["content"])
         new = outputs[:, inputs["input_ids"].shape[1] :]
         until = options.get("until") or []
         # A blank line is lmms-eval's default stop, which would cut answers after the first paragraph.

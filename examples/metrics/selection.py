@@ -80,18 +80,12 @@ def measure_selection(
     return metrics
 
 
-def regions_of(rows: list[dict]) -> dict[int, list[float]]:
-    """Return the known target regions, boxes in pixels of the image, by row index."""
-    column = next((column for column in REGION_COLUMNS if column in rows[0]), None)
-    if column is None:
-        return {}
-    return {number: row[column] for number, row in enumerate(rows) if row[column] is not None}
-
-
 def _region_metrics(
     selection: TripsSelection, rows: list[dict], processor: TripsProcessor, name: str
 ) -> dict[str, float]:
-    regions = {number: torch.tensor(box, dtype=torch.float32) for number, box in regions_of(rows).items()}
+    column = next((column for column in REGION_COLUMNS if column in rows[0]), None)
+    known = {number: row.get(column) for number, row in enumerate(rows)}
+    regions = {number: torch.tensor(box, dtype=torch.float32) for number, box in known.items() if box is not None}
     if not regions:
         return {}
     sizes = [image_size(rows[number]) for number in regions]

@@ -16,7 +16,7 @@ from modeling_trips.conversion.processors import make_processor
 from modeling_trips.conversion.vision_text import make_vision_text_model, vision_text_config
 from modeling_trips.inspection.cost import forward_cost
 from trips_examples.data.images import column_of
-from trips_examples.data.vocabulary import train_wordpiece_tokenizer
+from trips_examples.data.vocabulary import train_tokenizer
 from trips_examples.training.options import ModelArguments
 
 
@@ -77,7 +77,7 @@ def load_start(
 
 def train_processor(config: TripsConfig, texts: Iterable[str]) -> TripsProcessor:
     """Return a processor with a tokenizer trained on `texts`, whose vocabulary the configuration takes."""
-    tokenizer = train_wordpiece_tokenizer(texts)
+    tokenizer = train_tokenizer(texts)
     _set_vocabulary(config, tokenizer)
     return make_processor(tokenizer, config)
 

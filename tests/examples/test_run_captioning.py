@@ -11,7 +11,7 @@ from modeling_trips import TripsConfig, TripsForConditionalGeneration
 from trips_examples import run_captioning
 from trips_examples.data.collators import CaptionCollator
 from trips_examples.data.images import one_row_per_image
-from trips_examples.data.vocabulary import train_wordpiece_tokenizer
+from trips_examples.data.vocabulary import train_tokenizer
 from trips_examples.training.models import make_processor
 
 
@@ -20,7 +20,7 @@ CAPTIONS = ["all is red here", "a red image", "all is blue"]
 
 @pytest.fixture(scope="module")
 def processor():
-    return make_processor(train_wordpiece_tokenizer([*CAPTIONS, "a picture of"]), TripsConfig.from_preset("tiny"))
+    return make_processor(train_tokenizer([*CAPTIONS, "a picture of"]), TripsConfig.from_preset("tiny"))
 
 
 def row(color: str, caption: str) -> dict:

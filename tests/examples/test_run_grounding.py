@@ -11,7 +11,7 @@ from datasets import Dataset
 from modeling_trips import TripsConfig
 from trips_examples.data.boxes import draw_boxes
 from trips_examples.data.collators import GroundingCollator
-from trips_examples.data.vocabulary import train_wordpiece_tokenizer
+from trips_examples.data.vocabulary import train_tokenizer
 from trips_examples.metrics import GROUNDING_ACCURACY
 from trips_examples.run_grounding import draw_predicted_boxes
 from trips_examples.training.models import make_processor
@@ -19,7 +19,7 @@ from trips_examples.training.models import make_processor
 
 @pytest.fixture(scope="module")
 def processor():
-    return make_processor(train_wordpiece_tokenizer(["the red left right square"]), TripsConfig.from_preset("tiny"))
+    return make_processor(train_tokenizer(["the red left right square"]), TripsConfig.from_preset("tiny"))
 
 
 def encoded(image: PIL.Image.Image, **options) -> dict:

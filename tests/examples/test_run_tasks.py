@@ -14,7 +14,7 @@ from transformers import ViTModel
 
 from modeling_trips import TripsConfig, TripsModel
 from trips_examples.data.collators import Nlvr2Collator
-from trips_examples.data.vocabulary import train_wordpiece_tokenizer
+from trips_examples.data.vocabulary import train_tokenizer
 from trips_examples.training.models import make_processor
 
 
@@ -35,7 +35,7 @@ def losses_of(folder: Path) -> list[float]:
 def backbone(tmp_path_factory) -> str:
     """Return an untrained start model without BatchNorm, whose statistics depend on the batch."""
     words = "what color is it ? all is here a an image both are the square picture of , ".split()
-    tokenizer = train_wordpiece_tokenizer([*words, *COLORS])
+    tokenizer = train_tokenizer([*words, *COLORS])
     config = TripsConfig.from_preset(
         "tiny", text_config={"vocab_size": len(tokenizer)}, vision_config={"patch_embedding_type": "linear"}
     )
@@ -145,7 +145,7 @@ def pair(left: str, right: str, label: int) -> dict:
 
 
 def test_collator_of_pairs_decodes_each_image_once_and_keeps_left_and_right():
-    tokenizer = train_wordpiece_tokenizer(["both are red blue green"])
+    tokenizer = train_tokenizer(["both are red blue green"])
     processor = make_processor(tokenizer, TripsConfig.from_preset("tiny"))
     batch = Nlvr2Collator(processor)([pair("red", "blue", 1), pair("blue", "blue", 0), pair("green", "red", 1)])
     assert batch["image_index"].tolist() == [[0, 1], [1, 1], [2, 0]]

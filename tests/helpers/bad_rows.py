@@ -34,7 +34,7 @@ class BadRow(NamedTuple):
 
 def write_images(folder: Path):
     pixels = np.random.default_rng(0).integers(0, 256, (32, 40, 3), dtype=np.uint8)
-    for name in ("good.png", "good.jpg", "cut.jpg", "cut.gif", "cut.bmp", "cut.tiff", "cut.png", "cut.webp"):
+    for name in ("good.png", "good.jpg", "cut.jpg", "cut.gif", "cut.tiff", "cut.png", "cut.webp"):
         PIL.Image.fromarray(pixels).save(folder / name)
     for path in folder.glob("cut.*"):
         path.write_bytes(path.read_bytes()[:-200])
@@ -42,12 +42,9 @@ def write_images(folder: Path):
     flipped[-40] ^= 1
     (folder / "flipped.png").write_bytes(flipped)
     (folder / "text.png").write_text("no image")
-    (folder / "empty.png").touch()
     (folder / "folder.png").mkdir()
-    PIL.Image.new("RGB", (1, 1)).save(folder / "pixel.png")
     PIL.Image.new("RGB", (640, PATCH_SIZE - 1)).save(folder / "banner.png")
     PIL.Image.new("F", (40, 32)).save(folder / "mode_f.tiff")
-    PIL.Image.new("I", (40, 32)).save(folder / "mode_i.tiff")
 
 
 def bad_rows(task: str) -> list[BadRow]:
@@ -64,15 +61,15 @@ _LINES = [
     BadRow('{"image": "good.png", "image": "good.jpg"}', "broken JSON"),
     BadRow("3", "not a JSON object"),
 ]
-_CUT = [f"cut.{suffix}" for suffix in ("png", "jpg", "webp", "gif", "bmp", "tiff")]
+_CUT = [f"cut.{suffix}" for suffix in ("png", "jpg", "webp", "gif", "tiff")]
 _IMAGES = {
     "no image": [None, ""],
     "image is not text": [{"url": "x"}],
     "missing image": ["none.png", {"bytes": None, "path": "none.png"}],
     "not a regular file": ["folder.png"],
-    "unreadable image": ["nul\0.png", "text.png", "empty.png", "flipped.png", *_CUT],
-    "image smaller than a patch": ["pixel.png", "banner.png"],
-    "image without a fixed range of grey values": ["mode_f.tiff", "mode_i.tiff"],
+    "unreadable image": ["nul\0.png", "text.png", "flipped.png", *_CUT],
+    "image smaller than a patch": ["banner.png"],
+    "image without a fixed range of grey values": ["mode_f.tiff"],
 }
 
 
@@ -99,7 +96,6 @@ _OF_TASK = {
     "vqa": [
         BadRow({"image": "good.png", "question": "what?"}, "no answer"),
         BadRow({**_QUESTION, "answer": [" ", ""]}, "no answer"),
-        BadRow({**_QUESTION, "answer": True}, "an answer is not text"),
         BadRow({**_QUESTION, "answers": [["red"]]}, "an answer is not text"),
         BadRow({**_QUESTION, "answers": "['red']"}, "answers is not a JSON list"),
         BadRow({**_QUESTION, "answers": ["red", "\ufffd"]}, "answers without tokens", "tokenizer"),
@@ -129,8 +125,6 @@ _OF_TASK = {
         BadRow({**_EXPRESSION, "box": [True, 0, 9, 9]}, "box is not four numbers"),
         BadRow({**_EXPRESSION, "box": [0, 0, "nan", 1]}, "box is not four numbers"),
         BadRow({**_EXPRESSION, "box": [2, 0, 2, 1]}, "box without area"),
-        BadRow({**_EXPRESSION, "box": [0, 0, 1e-9, 1]}, "box without area"),
-        BadRow({**_EXPRESSION, "box": [0, 0, 42, 30]}, "box outside the image"),
         BadRow({**_EXPRESSION, "box": [40, 0, 40.5, 30]}, "box outside the image"),
     ],
 }

@@ -143,6 +143,11 @@ class ServedVlm:
         last = (f"<s> {asked[0]} {end} {image}", [str(self.images[1])])
         return [*questions, last, (image, [str(self.images[0])])]
 
+    def lengths(self) -> list[int]:
+        """Return the number of tokens of each prompt without selection."""
+        prompts = [(text, [Image.open(file) for file in files]) for text, files in self.prompts]
+        return [len(self.processor(text=text, images=images)["input_ids"][0]) for text, images in prompts]
+
     def reference(self, selection: Selection) -> tuple[list[list[int]], torch.Tensor]:
         """Return the greedy tokens of each prompt, one by one, and their log-probabilities."""
         guide = self.guide if selection.is_by_text else None

@@ -7,7 +7,7 @@ import pytest
 
 from modeling_trips import TripsConfig
 from trips_examples.data.collators import ImageGroupedSampler, VqaCollator
-from trips_examples.data.vocabulary import train_wordpiece_tokenizer
+from trips_examples.data.vocabulary import train_tokenizer
 from trips_examples.training.models import make_processor
 
 
@@ -17,7 +17,7 @@ ANSWERS = ["red", "yes", "no", "circle"]
 
 @pytest.fixture(scope="module")
 def processor():
-    return make_processor(train_wordpiece_tokenizer([*QUESTIONS, *ANSWERS]), TripsConfig.from_preset("tiny"))
+    return make_processor(train_tokenizer([*QUESTIONS, *ANSWERS]), TripsConfig.from_preset("tiny"))
 
 
 def encoded(color: str) -> dict:

@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from modeling_trips import TripsProcessor
-from trips_examples.data.vocabulary import BUNDLED_WORDS, train_wordpiece_tokenizer
+from trips_examples.data.vocabulary import BUNDLED_WORDS, train_tokenizer
 from trips_examples.training.options import DataArguments
 
 
@@ -24,7 +24,7 @@ WRITTEN = [
 
 def test_a_text_is_decoded_as_it_was_written(tmp_path):
     """Also by a tokenizer that is saved and loaded, and in generated sequences with special tokens."""
-    train_wordpiece_tokenizer(WRITTEN).save_pretrained(tmp_path)
+    train_tokenizer(WRITTEN).save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     processor = TripsProcessor(tokenizer=tokenizer)
     sequences = tokenizer(WRITTEN, padding=True)["input_ids"]
@@ -37,8 +37,8 @@ def test_a_text_is_decoded_as_it_was_written(tmp_path):
 
 
 def test_words_are_tokens():
-    tokenizer = train_wordpiece_tokenizer(TEXTS, vocab_size=80)
-    assert len(train_wordpiece_tokenizer(TEXTS, vocab_size=60)) == 60 < len(tokenizer) <= 80
+    tokenizer = train_tokenizer(TEXTS, vocab_size=80)
+    assert len(train_tokenizer(TEXTS, vocab_size=60)) == 60 < len(tokenizer) <= 80
     assert tokenizer.convert_ids_to_tokens(range(5)) == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     assert set(tokenizer.all_special_tokens) == {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"}
     assert tokenizer.pad_token_id == 0
@@ -47,23 +47,23 @@ def test_words_are_tokens():
     assert tokenizer.unk_token_id not in ids
     assert len(tokenizer.tokenize("the circle?")) == 3
     assert tokenizer.tokenize("xyz") == ["▁", "[UNK]"]
-    assert {len(train_wordpiece_tokenizer(BUNDLED_WORDS).tokenize(word)) for word in BUNDLED_WORDS} == {1}
+    assert {len(train_tokenizer(BUNDLED_WORDS).tokenize(word)) for word in BUNDLED_WORDS} == {1}
 
 
 def test_texts_in_lower_case_make_a_tokenizer_without_case():
     """The option `--lowercase` makes such texts."""
     data = {"train": Dataset.from_dict({"question": ["What COLOR is it?"]})}
     texts = [*DataArguments(train_file="rows.jsonl", lowercase=True).vocabulary(data, "question")]
-    tokenizer = train_wordpiece_tokenizer(texts)
+    tokenizer = train_tokenizer(texts)
     assert tokenizer.tokenize("What COLOR is it?") == tokenizer.tokenize("what color is it?")
     assert "[UNK]" not in tokenizer.tokenize("WHAT is it?")
 
 
 def test_equal_texts_make_an_equal_vocabulary():
-    first, again = (train_wordpiece_tokenizer(texts, 80).get_vocab() for texts in (TEXTS, TEXTS[::-1]))
+    first, again = (train_tokenizer(texts, 80).get_vocab() for texts in (TEXTS, TEXTS[::-1]))
     assert first == again
 
 
 def test_tokenizer_of_nothing():
     with pytest.raises(ValueError, match="2 texts"):
-        train_wordpiece_tokenizer(["", " "])
+        train_tokenizer(["", " "])

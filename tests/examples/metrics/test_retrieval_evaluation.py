@@ -8,7 +8,7 @@ import torch
 from tiny_retrieval import make_config
 
 from modeling_trips import TripsForRetrieval
-from trips_examples.data.vocabulary import train_wordpiece_tokenizer
+from trips_examples.data.vocabulary import train_tokenizer
 from trips_examples.metrics import retrieval as retrieval_evaluation
 from trips_examples.metrics.retrieval import Ranking, RetrievalEvaluator, rank, recalls, rerank
 from trips_examples.training.models import make_processor
@@ -25,7 +25,7 @@ def make_images() -> list[PIL.Image.Image]:
 
 
 def make_evaluator(batch_size: int = 3, selection_guidance: str = "text", keep_rate: float = 0.5, **options):
-    tokenizer = train_wordpiece_tokenizer(TEXTS)
+    tokenizer = train_tokenizer(TEXTS)
     config = make_config(selection_guidance=selection_guidance, keep_rate=keep_rate)
     config.text_config.vocab_size = len(tokenizer)
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict
 from tiny_processors import make_bert_tokenizer
 
 from modeling_trips import TripsProcessor
-from trips_examples.data.vocabulary import train_wordpiece_tokenizer
+from trips_examples.data.vocabulary import train_tokenizer
 from trips_examples.metrics import VQA_ACCURACY
 from trips_examples.metrics.texts import as_written, lost_signs, measurable_answers, most_tokens, variety
 from trips_examples.metrics.vqa_accuracy import normalize_answer
@@ -26,7 +26,7 @@ def bert() -> TripsProcessor:
 def test_right_tokens_are_right_answers_with_every_tokenizer(bert):
     metric = evaluate.load(VQA_ACCURACY)
     references = [[answer] for answer in ANSWERS]
-    for processor in (bert, TripsProcessor(tokenizer=train_wordpiece_tokenizer(ANSWERS))):
+    for processor in (bert, TripsProcessor(tokenizer=train_tokenizer(ANSWERS))):
         written = processor.post_process_answers(processor.tokenizer(ANSWERS, add_special_tokens=False)["input_ids"])
         scores = [
             metric.compute(predictions=[text], references=[reference])["accuracy"]
@@ -48,7 +48,7 @@ def test_lost_signs_are_counted_in_a_warning(bert, caplog):
     (record,) = caplog.records
     assert "3 of the 4 answers" in record.message and "'café' becomes 'cafe'" in record.message
     assert as_written(["zebra", "$5", "zebra"], bert) == ["zebra", "$ 5", "zebra"]
-    own = TripsProcessor(tokenizer=train_wordpiece_tokenizer(ANSWERS))
+    own = TripsProcessor(tokenizer=train_tokenizer(ANSWERS))
     assert lost_signs(data, "answers", own, normalize_answer) == {"train": 0, "validation": 0}
     assert most_tokens(data, "answers", bert) == 3  # $ 5 [SEP]
 

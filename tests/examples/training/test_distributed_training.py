@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from modeling_trips import TripsConfig, TripsForQuestionAnswering
 from trips_examples import run_vqa
-from trips_examples.data.vocabulary import train_wordpiece_tokenizer
+from trips_examples.data.vocabulary import train_tokenizer
 from trips_examples.training.models import make_processor
 
 
@@ -89,7 +89,7 @@ def options(tmp_path_factory) -> list[str]:
         rows.append({"image": f"{color}.png", "question": "is it red?", "answer": "yes" if color == "red" else "no"})
         rows.append({"image": f"{color}.png", "question": "is it blue?", "answer": "no" if color == "red" else "yes"})
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    tokenizer = train_wordpiece_tokenizer([f"{row['question']} {row['answer']}" for row in rows])
+    tokenizer = train_tokenizer([f"{row['question']} {row['answer']}" for row in rows])
     # No BatchNorm, whose statistics differ between processes.
     config = TripsConfig.from_preset(
         "tiny", text_config={"vocab_size": len(tokenizer)}, vision_config={"patch_embedding_type": "linear"}

@@ -13,14 +13,14 @@ from modeling_trips import (
     TripsForVisualGrounding,
     TripsProcessor,
 )
-from trips_examples.data.vocabulary import train_wordpiece_tokenizer
+from trips_examples.data.vocabulary import train_tokenizer
 from trips_examples.training.models import load_start, make_model, make_processor, train_processor
 from trips_examples.training.options import ModelArguments
 
 
 @pytest.fixture(scope="module")
 def processor():
-    return make_processor(train_wordpiece_tokenizer(["is it red?"]), TripsConfig.from_preset("tiny"))
+    return make_processor(train_tokenizer(["is it red?"]), TripsConfig.from_preset("tiny"))
 
 
 @pytest.mark.parametrize("image_processor", [CLIPImageProcessor, DeiTImageProcessor, BlipImageProcessor])

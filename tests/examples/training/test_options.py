@@ -4,12 +4,12 @@ from itertools import product
 
 from trips_examples.data.busy_scenes import busy_records
 from trips_examples.data.tasks import TASKS
-from trips_examples.data.vocabulary import BUNDLED_WORDS, train_wordpiece_tokenizer
+from trips_examples.data.vocabulary import BUNDLED_WORDS, train_tokenizer
 from trips_examples.training.options import DataArguments
 
 
 def test_bundled_tasks_share_a_vocabulary():
-    tokenizer = train_wordpiece_tokenizer(DataArguments().vocabulary({}, "question"))
+    tokenizer = train_tokenizer(DataArguments().vocabulary({}, "question"))
     assert {word for word in BUNDLED_WORDS if len(tokenizer.tokenize(word)) > 1} == set()
     texts = {"a picture of "}
     for task, grid in product(TASKS, (2, 4)):

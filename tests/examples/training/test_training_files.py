@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset, Features, Image, List, Value
 
 from modeling_trips import TripsConfig
-from trips_examples.data.vocabulary import train_wordpiece_tokenizer
+from trips_examples.data.vocabulary import train_tokenizer
 from trips_examples.training.files import texts_of, write_predictions
 from trips_examples.training.models import make_processor
 
@@ -34,6 +34,6 @@ def test_both_images_of_a_statement_are_named(tmp_path):
 
 
 def test_padding_tokens_are_not_decoded():
-    processor = make_processor(train_wordpiece_tokenizer(["red blue"]), TripsConfig.from_preset("tiny"))
+    processor = make_processor(train_tokenizer(["red blue"]), TripsConfig.from_preset("tiny"))
     red, blue = processor.tokenizer.convert_tokens_to_ids(["▁red", "▁blue"])
     assert texts_of(np.array([[red, blue], [blue, -100]]), processor) == ["red blue", "blue"]

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from measuring import OutputArguments, TimingArguments, check_choices, run_benchmark
+from measuring import OutputArguments, check_choices, run_benchmark
 from places import ROOT
 
 from modeling_trips.inspection import provenance
@@ -35,5 +35,3 @@ def test_unknown_choices_raise():
     check_choices("--task", ["a"], ["a", "b"])
     with pytest.raises(ValueError):
         check_choices("--task", ["a", "c"], ["a", "b"])
-    with pytest.raises(ValueError):
-        TimingArguments(clock="process", device="cuda")

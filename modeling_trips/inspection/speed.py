@@ -21,6 +21,7 @@ from .cost import forward_cost
 
 
 MODES = ("forward", "training")
+CLOCKS = {"wall": time.perf_counter, "process": time.process_time}  # the latter: CPU time of all threads
 
 
 @dataclass
@@ -116,29 +117,18 @@ def count_macs(setting: Setting, keep_rate: float | list[float]) -> int:
     """Count the MACs of all matrix products and convolutions of one step on the meta device."""
     # The counter needs eager attention.
     model = replace(setting, keep_rate=keep_rate).make_model("meta", attn_implementation="eager")
-    inputs = setting.make_inputs(model)
     with FlopCounterMode(display=False) as counter:
-        make_step(setting, model, inputs)()
+        make_step(setting, model, setting.make_inputs(model))()
     return counter.get_total_flops() // 2
 
 
-def timed(step: Callable[[], object], device: str) -> float:
+def timed(step: Callable[[], object], clock: str, device: str) -> float:
     """Return the seconds of one step, including synchronization of the device."""
-    start = time.perf_counter()
+    start = CLOCKS[clock]()
     step()
     if device != "cpu":
         torch.accelerator.synchronize()
-    return time.perf_counter() - start
-
-
-def processor_time(step: Callable[[], object], device: str) -> float:
-    """Return the CPU seconds of all threads of this process for one step."""
-    start = time.process_time()
-    step()
-    return time.process_time() - start
-
-
-CLOCKS = {"wall": timed, "process": processor_time}
+    return CLOCKS[clock]() - start
 
 
 def seconds_in_turns(
@@ -168,7 +158,7 @@ def seconds_in_turns(
         for name, step in steps.items():
             if prepare is not None:
                 prepare()
-            elapsed = CLOCKS[clock](step, device)
+            elapsed = timed(step, clock, device)
             if round_number >= 0:
                 seconds[name].append(elapsed)
     return seconds

@@ -3,8 +3,8 @@
 import pytest
 from counting_clock import MEDIAN, CountingClock
 
+from modeling_trips.inspection import speed
 from modeling_trips.inspection.speed import (
-    CLOCKS,
     Setting,
     count_macs,
     measure,
@@ -19,7 +19,7 @@ def setting(**changes) -> Setting:
 
 @pytest.mark.parametrize("mode, texts", [("forward", 3), ("training", 1)])
 def test_times_are_medians_of_the_pruned_and_of_the_unpruned_model(mode, texts, monkeypatch):
-    monkeypatch.setitem(CLOCKS, "process", CountingClock(2))
+    monkeypatch.setattr(speed, "timed", CountingClock(2))
     own = setting(mode=mode, texts_per_image=texts)
     row = measure(own, warmup=1, repeats=5)
     pruned, unpruned = (count_macs(own, rate) for rate in (0.5, 1.0))

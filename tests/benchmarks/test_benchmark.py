@@ -10,9 +10,9 @@ def test_a_schedule_has_a_guidance_and_a_rate_per_layer(tmp_path, capsys):
     path = tmp_path / "speed.json"
     arguments = "--preset tiny --image_size 64 --schedule 2:image:0.5,4:text:0.25 3:image,4 --keep_rate 0.5 0.7"
     options = "--texts_per_image 1 3 --batch_size 1 --text_length 6 --repeats 1 --warmup 0"
-    benchmark.main(
-        [*arguments.split(), *options.split(), f"--output_json={path}", '--config_fields={"num_labels": 7}']
-    )
+    fields = {"projection_dim": 64}
+    files = [f"--output_json={path}", f"--config_fields={json.dumps(fields)}"]
+    benchmark.main([*arguments.split(), *options.split(), *files])
     rows = json.loads(path.read_text())
     # The first has its own rates and comes once; the second takes both rates of the command line.
     schedules = [([2, 4], [0.5, 0.25]), ([3, 4], [0.5, 0.5]), ([3, 4], [0.7, 0.7])] * 2
@@ -21,7 +21,7 @@ def test_a_schedule_has_a_guidance_and_a_rate_per_layer(tmp_path, capsys):
     assert [row["texts_per_image"] for row in rows] == [1, 1, 1, 3, 3, 3]
     assert rows[0]["tokens_per_layer"] == [65, 34, 34, 11]
     for row in rows:
+        assert row["config_fields"] == fields
         assert row["time_ratio"] == pytest.approx(row["latency"] / row["unpruned_latency"])
         assert row["throughput"] == pytest.approx(row["texts_per_image"] / row["latency"])
-        assert row["config_fields"] == {"num_labels": 7}
     assert "3 texts, 2:image:0.5,4:text:0.25" in capsys.readouterr().out

@@ -2,8 +2,7 @@
 
 import json
 
-import pytest
-from measuring import OutputArguments, check_choices, run_benchmark
+from measuring import OutputArguments, run_benchmark
 from places import ROOT
 
 
@@ -21,8 +20,3 @@ def test_rows_are_written_immediately_with_provenance(tmp_path, monkeypatch):
     assert [(row["value"], row["seed"]) for row in rows] == [(1, None), (2, 5)]
     assert all(row["command"] == "benchmarks/benchmark.py --schedule '2 text'" for row in rows)
     assert rows[0].keys() >= {"date", "device_name", "cpu_capability", "torch_version", "transformers_version"}
-
-
-def test_unknown_choices_raise():
-    with pytest.raises(ValueError):
-        check_choices("--task", ["a", "c"], ["a", "b"])

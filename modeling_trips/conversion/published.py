@@ -13,6 +13,7 @@
 # limitations under the License.
 """Conversion of published checkpoints with their processors: files of ALBEF, names or folders of BLIP and ViLT."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -127,7 +128,7 @@ def _read_vilt(checkpoint: str, tokenizer: str | None = None, image_size: int | 
     return weights, plan, processor
 
 
-READERS = {None: _read_albef, "blip": _read_blip, "vilt": _read_vilt}
+READERS: dict[str | None, Callable[..., Source]] = {None: _read_albef, "blip": _read_blip, "vilt": _read_vilt}
 
 
 def _check_not_for_albef(options: dict):

@@ -10,8 +10,7 @@ Train a task with several ways to select patches, and unpruned, over several see
 The options after `--` go to each run, together with those of its variant (`--selection_guidance`, or `--keep_rate 1.0`
 for the unpruned baseline, or those of `--variants_file`), its `--seed` and its folder. `{seed}` in any option is the
 seed: `--model outputs/starts/unpruned-seed{seed}` gives each seed a start of its own. Finished runs are
-not repeated, so that an interrupted ablation continues. Each run has its log in its folder. With `--eval_strategy
-epoch` the rows hold the learning curve.
+not repeated, so that an interrupted ablation continues. Each run has its log in its folder.
 
 The paper's claim is that `text` beats `image` (its row "w/o text"); `random` is the floor.
 """
@@ -47,7 +46,6 @@ VARIANTS = {
 class AblationArguments(OutputArguments):
     script: str = field(default="run_vqa.py", metadata={"help": "Script of examples/ that trains and evaluates."})
     metric: str = field(default="eval_accuracy", metadata={"help": "Metric of eval_results.json to compare."})
-    show: list[str] = field(default_factory=list, metadata={"help": "Further metrics to print: means over seeds."})
     variants_file: str | None = field(
         default=None, metadata={"help": f"JSON: name to options. Default: {', '.join(VARIANTS)}."}
     )
@@ -66,10 +64,6 @@ class Run:
     seed: int
     folder: Path
     options: tuple[str, ...]  # of the script, but for the folder
-
-    @property
-    def is_done(self) -> bool:
-        return self.results_file.exists()
 
     @property
     def results_file(self) -> Path:
@@ -102,7 +96,7 @@ def make_runs(args: AblationArguments, options: list[str]) -> list[Run]:
 
 def execute(run: Run, args: AblationArguments):
     """Train and evaluate in a process of its own; a `ValueError` if the folder holds a run with other options."""
-    if run.is_done:
+    if run.results_file.exists():
         options = json.loads(run.results_file.read_text())["options"]
         if options != list(run.options):
             raise ValueError(f"{run.folder} holds a run with other options ({options}): choose another --output_dir.")
@@ -124,7 +118,6 @@ def execute(run: Run, args: AblationArguments):
         "num_threads": args.num_threads,
         "jobs": args.jobs,
         **read_results(run.folder),
-        "history": learning_curve(run.folder, args.metric),
     }
     write_json(run.results_file, row)
 
@@ -135,26 +128,15 @@ def read_results(folder: Path) -> dict:
     return {name: value for file in files if file.exists() for name, value in json.loads(file.read_text()).items()}
 
 
-def learning_curve(folder: Path, metric: str) -> list[dict]:
-    """The metric by epoch and step, where training was interrupted to evaluate; empty without training."""
-    state = folder / "trainer_state.json"
-    log = json.loads(state.read_text())["log_history"] if state.exists() else []
-    return [{name: entry[name] for name in ("epoch", "step", metric)} for entry in log if metric in entry]
-
-
 def print_table(rows: list[dict], args: AblationArguments):
-    """Print mean and standard deviation over the seeds in Markdown, and the means of the further metrics."""
-    metric, show = args.metric, args.show
-    titles = "".join(f" {name} |" for name in show)
-    print(f"| selection | {metric}: mean | standard deviation | seeds | minutes per run |{titles}")
-    print("|---|---|---|---|---|" + "---|" * len(show))
+    """Print mean and standard deviation over the seeds in Markdown."""
+    print(f"| selection | {args.metric}: mean | standard deviation | seeds | minutes per run |\n|---|---|---|---|---|")
     for variant in dict.fromkeys(row["variant"] for row in rows):
         own = [row for row in rows if row["variant"] == variant]
-        values = [row[metric] for row in own]
+        values = [row[args.metric] for row in own]
         deviation = f"{stdev(values):.4f}" if len(values) > 1 else "-"
         minutes = mean(row["minutes"] for row in own)
-        more = "".join(f" {mean(row[name] for row in own):.3g} |" if name in own[0] else " - |" for name in show)
-        print(f"| {variant} | {mean(values):.4f} | {deviation} | {len(own)} | {minutes:.1f} |{more}")
+        print(f"| {variant} | {mean(values):.4f} | {deviation} | {len(own)} | {minutes:.1f} |")
 
 
 def main(argv: list[str] | None = None) -> list[dict]:

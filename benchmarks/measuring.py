@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 import torch
 
 from modeling_trips.inspection.provenance import provenance
-from modeling_trips.inspection.speed import check_clock
 from trips_examples.training.files import write_json
 from trips_examples.training.parser import make_parser
 
@@ -17,23 +16,6 @@ class OutputArguments:
 
     num_threads: int | None = field(default=None, metadata={"help": "CPU threads. Default: PyTorch's choice."})
     output_json: str | None = field(default=None, metadata={"help": "Output file of the rows."})
-
-
-@dataclass(kw_only=True)
-class TimingArguments(OutputArguments):
-    """Options of the benchmarks that time steps."""
-
-    device: str = field(default="cpu", metadata={"help": "Device to measure: cpu, cuda or mps."})
-    clock: str = field(
-        default="wall", metadata={"help": "wall, or process (CPU time of one thread, for a shared machine)."}
-    )
-    warmup: int = field(default=2, metadata={"help": "Untimed rounds."})
-    repeats: int = field(default=9, metadata={"help": "Timed rounds."})
-    limit: float | None = field(default=None, metadata={"help": "Seconds after which no further round is timed."})
-    seed: int = field(default=0, metadata={"help": "Seed of weights and inputs."})
-
-    def __post_init__(self):
-        check_clock("--clock", self.clock, self.device)
 
 
 def check_choices(option: str, given: Iterable[str], known: Collection[str]):

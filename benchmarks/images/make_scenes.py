@@ -41,8 +41,8 @@ NUM_THINGS = (2, 9)  # in a scene
 SMALLEST, LARGEST = 0.14, 0.5  # longer side of an image, as a share of the scene's side
 NUM_TRIES = 60  # attempts to find a free place before the image is made smaller
 CLEARLY_LARGER = 1.7  # smallest ratio of areas
-# The axis of each relation, and whether the object comes before its reference on that axis.
-PLACES = {"left of": (0, True), "right of": (0, False), "above": (1, True), "below": (1, False)}
+# The axis of each relation, and the direction from the reference to the object on that axis.
+PLACES = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
 
 Box = tuple[int, int, int, int]  # (x0, y0, x1, y1) in pixels, x1 and y1 exclusive
 
@@ -219,13 +219,12 @@ def _single(things: Sequence[Thing]) -> list[Thing]:
 def _beside(things: Sequence[Thing], single: list[Thing]) -> Iterator[tuple[str, Thing, Thing]]:
     """Yield a relation, a reference object with a unique name, and the only object in that relation."""
     for anchor in single:
-        for place, (axis, is_before) in PLACES.items():
-            sign = -1 if is_before else 1
+        for place, (axis, sign) in PLACES.items():
             there = [thing for thing in things if sign * (thing.center(axis) - anchor.center(axis)) > 0]
-            apart = [thing for thing in there if is_before and thing.box[axis + 2] <= anchor.box[axis]]
-            apart += [thing for thing in there if not is_before and thing.box[axis] >= anchor.box[axis + 2]]
-            if len(there) == 1 and apart == there and there[0] in single:
-                yield place, anchor, there[0]
+            if len(there) == 1 and there[0] in single:
+                first, second = (anchor, there[0]) if sign > 0 else (there[0], anchor)
+                if first.box[axis + 2] <= second.box[axis]:  # they do not overlap on the axis
+                    yield place, anchor, there[0]
 
 
 def with_article(name: str) -> str:

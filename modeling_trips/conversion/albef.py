@@ -35,7 +35,7 @@ from .rules import (
     make_config,
     resampled,
     size_of,
-    third,
+    stacked_attention,
 )
 
 
@@ -91,11 +91,9 @@ def detect_albef_task(keys: Iterable[str]) -> str:
     """
     keys = list(keys)
     if any(key.startswith("cls_head.") for key in keys):
-        # For NLVR2, ALBEF has two copies of the layers with cross-attention, one per image.
-        task = "NLVR2" if any(".encoder.layer.17." in key for key in keys) else "visual entailment"
         raise ConversionError(
-            f"ALBEF's checkpoint for {task} is not supported, because its classifier `cls_head` has no counterpart in "
-            "TRIPS. Convert ALBEF's pre-trained checkpoint and fine-tune it instead."
+            "ALBEF's checkpoints for NLVR2 and visual entailment are not supported, because TRIPS has no counterpart "
+            "of their classifier `cls_head`. Convert ALBEF's pre-trained checkpoint and fine-tune it instead."
         )
     signs = {"text_decoder.": "question-answering", "text_encoder.cls.": "pretraining", "vision_proj.": "retrieval"}
     for sign, task in signs.items():
@@ -143,22 +141,14 @@ def albef_plan(
         raise ConversionError(f"`task` must be one of {', '.join(ALBEF_TASKS)}, got {task!r}.")
     text = "text_encoder.bert" if any(key.startswith("text_encoder.bert.") for key in source) else "text_encoder"
     depths = AlbefDepths(*depths)
-    if min(depths) < 1:
-        raise ConversionError(f"`depths` must be at least 1 each, got {tuple(depths)}.")
     if task == "question-answering":
         head = _answering_head(source, trained_for, text, depths)
     else:
         head = _retrieval_head(source, task, text)
     config = make_config(
-        vision_config={
-            **_vision_fields(source, image_size, num_attention_heads),
-            "num_hidden_layers": depths.vision,
-        },
-        text_config={
-            **_text_fields(source, text, num_attention_heads),
-            "num_hidden_layers": depths.text,
-            "pad_token_id": pad_token_id,
-        },
+        vision_config=_vision_fields(source, image_size, num_attention_heads) | {"num_hidden_layers": depths.vision},
+        text_config=_text_fields(source, text, num_attention_heads)
+        | {"num_hidden_layers": depths.text, "pad_token_id": pad_token_id},
         fusion_encoder_config={"num_hidden_layers": depths.fusion},
         decoder_config={
             "num_hidden_layers": head.num_decoder_layers or depths.fusion,
@@ -170,8 +160,6 @@ def albef_plan(
         answer_ranking="albef",
         **selection,
     )
-    read = (PATCHES, POSITIONS, f"{text}.embeddings.word_embeddings.weight")
-    sizes = ", ".join(f"{key} {tuple(source[key].shape)}" for key in read)
     layers = ", ".join(f"{number} ({part})" for part, number in depths._asdict().items())
     rules = (
         *_vision_rules(_grid(source), config.vision_config.grid_size),
@@ -185,7 +173,7 @@ def albef_plan(
         rules=rules,
         left_out=NEVER_USED | head.left_out,
         new=(r"model\.vision_model\.selection_projection\..*", *head.new),
-        hint=f"The model's sizes were read from {sizes}. Its numbers of layers are {layers}; give others as `depths`.",
+        hint=f"The numbers of layers are {layers}; give others as `depths`.",
     )
 
 
@@ -212,16 +200,14 @@ def _num_heads(width: int, given: int | None) -> int:
 
 
 def _vision_fields(source, image_size: int | None, num_attention_heads: int | None) -> dict:
-    hidden_size, num_channels, patch_height, patch_width = size_of(source, PATCHES, 4)
-    if patch_height != patch_width:
-        raise ConversionError(f"{PATCHES} must be for square patches, got {patch_height} x {patch_width}.")
+    hidden_size, num_channels, patch_size, _ = size_of(source, PATCHES, 4)
     intermediate_size, _ = size_of(source, "visual_encoder.blocks.0.mlp.fc1.weight", 2)
     return {
         "hidden_size": hidden_size,
         "num_attention_heads": _num_heads(hidden_size, num_attention_heads),
         "intermediate_size": intermediate_size,
-        "image_size": image_size or _grid(source)[0] * patch_height,
-        "patch_size": patch_height,
+        "image_size": image_size or _grid(source)[0] * patch_size,
+        "patch_size": patch_size,
         "num_channels": num_channels,
         "layer_norm_eps": 1e-6,
     }
@@ -248,9 +234,7 @@ def _vision_rules(grid: tuple[int, int], new_grid: tuple[int, int]) -> tuple[Rul
         Rule(embeddings + "position_embeddings", POSITIONS, resampled(grid, new_grid)),
         Rule(embeddings + r"patch_embeddings\.projection\.(.*)", r"visual_encoder.patch_embed.proj.\1"),
         Rule(layer + r"layernorm_before\.(.*)", block + r"norm1.\2"),
-        Rule(layer + r"attention\.q_proj\.(.*)", block + r"attn.qkv.\2", third(0)),
-        Rule(layer + r"attention\.k_proj\.(.*)", block + r"attn.qkv.\2", third(1)),
-        Rule(layer + r"attention\.v_proj\.(.*)", block + r"attn.qkv.\2", third(2)),
+        *stacked_attention(layer, block + "attn.qkv"),
         Rule(layer + r"attention\.o_proj\.(.*)", block + r"attn.proj.\2"),
         Rule(layer + r"layernorm_after\.(.*)", block + r"norm2.\2"),
         Rule(layer + r"mlp\.(.*)", block + r"mlp.\2"),

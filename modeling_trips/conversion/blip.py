@@ -35,23 +35,8 @@ from .rules import (
     lm_head_rules,
     make_config,
     resampled,
-    third,
+    stacked_attention,
 )
-
-
-WHY_NOT = {
-    "BlipForImageTextRetrieval": ("its fusion layers also encode the text alone, but TRIPS has separate text layers"),
-    "BlipForConditionalGeneration": "its decoder reads the image, but the decoder of TRIPS reads fused text states",
-}
-
-
-def check_blip_architecture(architecture: str):
-    """Raise a [`ConversionError`] unless the BLIP class can be converted."""
-    if architecture != "BlipForQuestionAnswering":
-        why = WHY_NOT.get(architecture, "only BlipForQuestionAnswering is supported")
-        raise ConversionError(
-            f"{architecture} cannot be converted: {why}. Use `apply_patch_selection` on the BLIP model instead."
-        )
 
 
 def blip_plan(
@@ -110,18 +95,13 @@ def _rules(grid: tuple[int, int], new_grid: tuple[int, int]) -> tuple[Rule, ...]
     embeddings = r"model\.vision_model\.embeddings\."
     layer, source = r"model\.vision_model\.layers\.(\d+)\.", r"vision_model.encoder.layers.\1."
     text = r"embeddings\.(?!token_type_embeddings)(.*)"
+    resample = resampled(grid, new_grid)
     return (
         Rule(embeddings + "cls_token", "vision_model.embeddings.class_embedding"),
-        Rule(
-            embeddings + "position_embeddings",
-            "vision_model.embeddings.position_embedding",
-            resampled(grid, new_grid),
-        ),
+        Rule(embeddings + "position_embeddings", "vision_model.embeddings.position_embedding", resample),
         Rule(embeddings + r"patch_embeddings\.projection\.(.*)", r"vision_model.embeddings.patch_embedding.\1"),
         Rule(layer + r"layernorm_before\.(.*)", source + r"layer_norm1.\2"),
-        Rule(layer + r"attention\.q_proj\.(.*)", source + r"self_attn.qkv.\2", third(0)),
-        Rule(layer + r"attention\.k_proj\.(.*)", source + r"self_attn.qkv.\2", third(1)),
-        Rule(layer + r"attention\.v_proj\.(.*)", source + r"self_attn.qkv.\2", third(2)),
+        *stacked_attention(layer, source + "self_attn.qkv"),
         Rule(layer + r"attention\.o_proj\.(.*)", source + r"self_attn.projection.\2"),
         Rule(layer + r"layernorm_after\.(.*)", source + r"layer_norm2.\2"),
         Rule(layer + r"mlp\.(.*)", source + r"mlp.\2"),

@@ -13,6 +13,7 @@
 # limitations under the License.
 """Conversion of published checkpoints with their processors: files of ALBEF, names or folders of BLIP and ViLT."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from ..modeling_trips import TripsForQuestionAnswering
 from ..modeling_trips_vision import TripsPreTrainedModel
 from ..processing_trips import TripsProcessor
 from .albef import ALBEF_DEPTHS, albef_plan
-from .blip import blip_plan, check_blip_architecture
+from .blip import blip_plan
 from .files import WEIGHT_FILES, read_weights
 from .processors import load_albef_tokenizer, load_tokenizer, make_processor
 from .rules import ConversionError, ConversionPlan, ConversionReport, make_converted
@@ -52,7 +53,15 @@ def convert_published(checkpoint: str, **options) -> tuple[TripsPreTrainedModel,
         ValueError: An option or the tokenizer does not suit the checkpoint.
     """
     try:
-        weights, plan, processor = _read(checkpoint)(checkpoint, **options)
+        model_type = None  # a file
+        if not Path(checkpoint).is_file():
+            model_type = PreTrainedConfig.get_config_dict(checkpoint)[0].get("model_type")
+        if model_type not in READERS:
+            raise ConversionError(
+                f"{checkpoint} is of type {model_type!r}, which is not supported. Give a file of ALBEF "
+                f"({', '.join(WEIGHT_FILES)}) or a model of type blip or vilt."
+            )
+        weights, plan, processor = READERS[model_type](checkpoint, **options)
         num_tokens, vocab_size = len(processor.tokenizer), plan.config.text_config.vocab_size
         if num_tokens != vocab_size:
             raise ConversionError(
@@ -67,19 +76,6 @@ def convert_published(checkpoint: str, **options) -> tuple[TripsPreTrainedModel,
         raise ConversionError(f"{checkpoint}: {error}") from error
 
 
-def _read(checkpoint: str):
-    """Read a file of ALBEF, or a model of Transformers by the type in its configuration."""
-    if Path(checkpoint).is_file():
-        return _read_albef
-    model_type = PreTrainedConfig.get_config_dict(checkpoint)[0].get("model_type")
-    if model_type not in READERS:
-        raise ConversionError(
-            f"{checkpoint} is of type {model_type!r}, which is not supported. Give a file of ALBEF "
-            f"({', '.join(WEIGHT_FILES)}) or a model of type {', '.join(READERS)}."
-        )
-    return READERS[model_type]
-
-
 def _read_albef(
     checkpoint: str,
     task: str | None = None,
@@ -91,17 +87,8 @@ def _read_albef(
 ) -> Source:
     weights = read_weights(checkpoint)
     own_tokenizer = load_albef_tokenizer(tokenizer or "bert-base-uncased")
-    plan = albef_plan(
-        weights,
-        task,
-        image_size,
-        num_attention_heads,
-        depths,
-        pad_token_id=own_tokenizer.pad_token_id,
-        bos_token_id=own_tokenizer.cls_token_id,
-        eos_token_id=own_tokenizer.sep_token_id,
-        **selection,
-    )
+    ids = (own_tokenizer.pad_token_id, own_tokenizer.cls_token_id, own_tokenizer.sep_token_id)
+    plan = albef_plan(weights, task, image_size, num_attention_heads, depths, *ids, **selection)
     text_cleaning = "albef_question" if plan.model_class is TripsForQuestionAnswering else "albef_caption"
     return weights, plan, make_processor(own_tokenizer, plan.config, text_cleaning)
 
@@ -113,7 +100,11 @@ def _read_blip(
     if task not in (None, "question-answering"):
         raise ValueError(f"`task` must be 'question-answering' for BLIP, got {task!r}.")
     config = AutoConfig.from_pretrained(checkpoint)
-    check_blip_architecture((config.architectures or [type(config).__name__])[0])
+    if config.architectures != ["BlipForQuestionAnswering"]:
+        raise ConversionError(
+            f"{checkpoint} is a {config.architectures}, but only BlipForQuestionAnswering can be converted. Use "
+            "`apply_patch_selection` on the BLIP model instead."
+        )
     weights, unexpected = _load(BlipForQuestionAnswering, checkpoint)
     if unexpected:
         raise ConversionError(f"{checkpoint} has weights that are not BLIP's: {unexpected}.")
@@ -137,7 +128,7 @@ def _read_vilt(checkpoint: str, tokenizer: str | None = None, image_size: int | 
     return weights, plan, processor
 
 
-READERS = {"blip": _read_blip, "vilt": _read_vilt}
+READERS: dict[str | None, Callable[..., Source]] = {None: _read_albef, "blip": _read_blip, "vilt": _read_vilt}
 
 
 def _check_not_for_albef(options: dict):

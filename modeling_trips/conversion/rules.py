@@ -228,7 +228,13 @@ def load_converted(model: nn.Module, source: Mapping[str, torch.Tensor], plan: C
     Fill `model`, made from `plan.config`, in place. Weights tied to a filled weight are not new. Raises as
     `convert_weights`.
     """
-    return _fill(model, *convert_weights(source, plan, _shapes(model)))
+    state = model.state_dict()
+    weights, report = convert_weights(source, plan, {name: value.shape for name, value in state.items()})
+    model.load_state_dict(weights, strict=False)  # new weights keep their initial values
+    places = {state[name].data_ptr() for name in weights}
+    tied = [name for name in report.new if state[name].data_ptr() in places]
+    new = [name for name in report.new if name not in tied]
+    return replace(report, filled=report.filled + tied, new=new)
 
 
 def make_converted(source: Mapping[str, torch.Tensor], plan: ConversionPlan) -> tuple[nn.Module, ConversionReport]:
@@ -237,28 +243,23 @@ def make_converted(source: Mapping[str, torch.Tensor], plan: ConversionPlan) -> 
     file from a stranger can ask for a model that is larger than the memory.
     """
     with torch.device("meta"):
-        shapes = _shapes(plan.model_class(plan.config))
-    converted = convert_weights(source, plan, shapes)
+        state = plan.model_class(plan.config).state_dict()
+    convert_weights(source, plan, {name: value.shape for name, value in state.items()})
     model = plan.model_class(plan.config)
-    return model, _fill(model, *converted)
-
-
-def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in model.state_dict().items()}
-
-
-def _fill(model: nn.Module, weights: dict[str, torch.Tensor], report: ConversionReport) -> ConversionReport:
-    state = model.state_dict()
-    model.load_state_dict(weights, strict=False)  # new weights keep their initial values
-    places = {state[name].data_ptr() for name in weights}
-    tied = [name for name in report.new if state[name].data_ptr() in places]
-    new = [name for name in report.new if name not in tied]
-    return replace(report, filled=report.filled + tied, new=new)
+    return model, load_converted(model, source, plan)
 
 
 def third(index: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return a function that takes query (0), key (1) or value (2) from stacked weights."""
     return lambda stacked: stacked.chunk(3)[index]
+
+
+def stacked_attention(layer: str, source: str) -> tuple[Rule, ...]:
+    """Return the rules that map the stacked weights `source` to the attention of a vision layer."""
+    return tuple(
+        Rule(layer + rf"attention\.{name}_proj\.(.*)", source + r".\2", third(index))
+        for index, name in enumerate("qkv")
+    )
 
 
 def resampled(grid: tuple[int, int], new_grid: tuple[int, int]) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -291,10 +292,8 @@ def size_of(source: Mapping[str, torch.Tensor], key: str, num_dimensions: int) -
     """Return the shape of a weight that a model's sizes are read from."""
     if key not in source:
         raise ConversionError(f"{key} is missing from the source, but the model's sizes are read from it.")
-    if source[key].ndim != num_dimensions:
+    if source[key].ndim != num_dimensions or source[key].numel() == 0:
         raise ConversionError(f"{key} must have {num_dimensions} dimensions, got shape {tuple(source[key].shape)}.")
-    if source[key].numel() == 0:
-        raise ConversionError(f"{key} must not be empty, got shape {tuple(source[key].shape)}.")
     return tuple(source[key].shape)
 
 

@@ -137,11 +137,12 @@ def vision_text_config(
         raise ConversionError(f"`num_text_layers` must be in 1..{num_layers}, got {num_text_layers}.")
     if num_fusion_layers is None:
         num_fusion_layers = num_layers - num_text_layers or 6
+    ids = {name: getattr(text, name) for name in ("bos_token_id", "eos_token_id")}
     return TripsConfig(
         vision_config=_vision_fields(vision) | ({} if image_size is None else {"image_size": image_size}),
         text_config=_text_fields(text) | {"num_hidden_layers": num_text_layers, "pooling_mode": pooling_mode},
         fusion_encoder_config={"num_hidden_layers": num_fusion_layers},
-        decoder_config=_decoder_fields(text) | (decoder_config or {}),
+        decoder_config={name: value for name, value in ids.items() if value is not None} | (decoder_config or {}),
         **fields,
     )
 
@@ -224,18 +225,10 @@ def _load(source: str | os.PathLike | PreTrainedModel, part: str, model_types: t
 
 def _check_type(config: PreTrainedConfig, part: str, model_types: tuple[str, ...]):
     """Raise a [`ConversionError`] if a model of this configuration is not supported as that part."""
-    if config.model_type == "dinov2_with_registers":
-        raise ConversionError(
-            f"`{part}` is a DINOv2 with register tokens, which are not supported. Use one without, such as "
-            "facebook/dinov2-small."
-        )
     if config.model_type not in model_types:
         raise ConversionError(f"`{part}` must be a model of type {', '.join(model_types)}, got {config.model_type!r}.")
     if getattr(config, "use_swiglu_ffn", False):
-        raise ConversionError(
-            f"`{part}` is a DINOv2 with SwiGLU (`use_swiglu_ffn`), which is not supported. Use a smaller one, such as "
-            "facebook/dinov2-large."
-        )
+        raise ConversionError(f"`{part}` is a DINOv2 with SwiGLU, which is not supported. Use a smaller one.")
 
 
 def _with_layer_scale_folded(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -243,16 +236,13 @@ def _with_layer_scale_folded(weights: dict[str, torch.Tensor]) -> dict[str, torc
     Fold DINOv2's LayerScale, which multiplies the outputs of attention and MLP by a vector each, into the projections
     before it.
     """
-    projections = {"layer_scale1": "attention.o_proj", "layer_scale2": "mlp.fc2"}
     folded = dict(weights)
     for key, scale in weights.items():
-        match = re.fullmatch(r"(.*\.)(layer_scale[12])\.lambda1", key)
-        if match is None:
-            continue
-        for name in ("weight", "bias"):
-            target = f"{match[1]}{projections[match[2]]}.{name}"
-            if target in weights:  # `convert_weights` reports missing ones
-                folded[target] = weights[target] * (scale[:, None] if name == "weight" else scale)
+        if match := re.fullmatch(r"(.*\.)layer_scale([12])\.lambda1", key):
+            projection = match[1] + {"1": "attention.o_proj", "2": "mlp.fc2"}[match[2]]
+            for target, factor in ((f"{projection}.weight", scale[:, None]), (f"{projection}.bias", scale)):
+                if target in weights:  # `convert_weights` reports missing ones
+                    folded[target] = weights[target] * factor
     return folded
 
 
@@ -271,18 +261,12 @@ def _vision_fields(config: PreTrainedConfig) -> dict:
 
 def _text_fields(config: PreTrainedConfig) -> dict:
     fields = fields_of(config, TEXT_FIELDS)
-    fields["max_position_embeddings"] -= _unused_positions(config)
-    return fields
+    return fields | {"max_position_embeddings": fields["max_position_embeddings"] - _unused_positions(config)}
 
 
 def _unused_positions(config: PreTrainedConfig) -> int:
     """Return the number of unused rows: RoBERTa's positions start after the padding token's id."""
     return config.pad_token_id + 1 if config.model_type in ROBERTA_TYPES else 0
-
-
-def _decoder_fields(config: PreTrainedConfig) -> dict:
-    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id")}
-    return {name: value for name, value in ids.items() if value is not None}
 
 
 def _vision_rules(source: PreTrainedConfig, config: TripsConfig) -> tuple[Rule, ...]:
@@ -306,13 +290,13 @@ def _vision_rules(source: PreTrainedConfig, config: TripsConfig) -> tuple[Rule, 
 def _clip_rules(resample: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Rule, ...]:
     embeddings, layer = rf"{VISION}\.embeddings\.", rf"{VISION}\.layers\.(\d+)\."
     source = r"vision.encoder.layers.\1."
+
+    def positions(table: torch.Tensor) -> torch.Tensor:
+        return resample(table[None])
+
     return (
         Rule(embeddings + "cls_token", "vision.embeddings.class_embedding", lambda token: token[None, None]),
-        Rule(
-            embeddings + "position_embeddings",
-            "vision.embeddings.position_embedding.weight",
-            lambda table: resample(table[None]),
-        ),
+        Rule(embeddings + "position_embeddings", r"vision.embeddings.position_embedding.weight", positions),
         Rule(embeddings + r"patch_embeddings\.projection\.(.*)", r"vision.embeddings.patch_embedding.\1"),
         Rule(rf"{VISION}\.pre_layernorm\.(.*)", r"vision.pre_layrnorm.\1"),
         Rule(rf"{VISION}\.layernorm\.(.*)", r"vision.post_layernorm.\1"),

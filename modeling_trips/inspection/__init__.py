@@ -3,7 +3,6 @@
 from .diagnostics import (
     image_sensitivity,
     kept_coverage,
-    kept_mass,
     kept_patches,
     patch_precision,
     region_recall,
@@ -18,7 +17,6 @@ __all__ = [
     "draw_kept_patches",
     "image_sensitivity",
     "kept_coverage",
-    "kept_mass",
     "kept_patches",
     "plot_selection",
     "provenance",

@@ -49,10 +49,7 @@ def check_head(
         OSError: There is no such checkpoint.
         ValueError: Its class is none of `heads`, by default none of this project.
     """
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-    except OSError as error:
-        raise OSError(f"{name} cannot be loaded. {error}") from error
+    config = AutoConfig.from_pretrained(name, revision=revision)
     architecture = (getattr(config, "architectures", None) or ["model without a head"])[0]
     model_class = getattr(modeling_trips, architecture, None)
     if not (isinstance(model_class, type) and issubclass(model_class, TripsPreTrainedModel)):
@@ -129,11 +126,8 @@ def load_processor(name: str | Path, config: TripsConfig, revision: str = "main"
 
 def _check_counts(name: str | Path, revision: str) -> int:
     """Return the number of weights of a checkpoint, and check that the raw configuration counts no more parts."""
-    try:
-        content, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
-        shapes = list(_weight_shapes(name, revision))
-    except OSError as error:
-        raise OSError(f"{name} cannot be loaded. {error}") from error
+    content, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+    shapes = list(_weight_shapes(name, revision))
     num_weights = sum(map(math.prod, shapes))
     for entry in (content, *(value for value in content.values() if isinstance(value, dict))):
         for field in COUNTS:

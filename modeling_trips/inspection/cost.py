@@ -48,24 +48,21 @@ def forward_cost(config: TripsConfig, text_length: int, schedule: SelectionSched
     schedule = config.vision_config.schedule if schedule is None else schedule
     macs = Counter()
     if config.fusion_encoder_config.fusion_type == "single_stream":
-        tokens = _count_single_stream(config.vision_config, text_length, schedule, macs)
+        tokens = _count_tower(config.vision_config, schedule, macs, joint_length=text_length)
     else:
         tokens = _count_tower(config.vision_config, schedule, macs)
-        _count_fusion(
-            config.fusion_encoder_config, text_length, tokens[-1], schedule.first_text_layer is not None, macs
-        )
+        is_guided_by_text = schedule.first_text_layer is not None
+        _count_fusion(config.fusion_encoder_config, text_length, tokens[-1], is_guided_by_text, macs)
         text = config.text_config
-        layer = _layer(text.hidden_size, text.intermediate_size, text_length, text_length)
-        macs["text"] += text.num_hidden_layers * layer
+        macs["text"] += text.num_hidden_layers * _layer(text.hidden_size, text.intermediate_size, text_length)
     return Cost(macs["image"], macs["text"], tokens)
 
 
 # Fields of a configuration are slow to read, so they are read before the loops below.
 
 
-def _layer(width: int, mlp_width: int, attending: int, transformed: int) -> int:
-    """Count self-attention over `attending` tokens and an MLP over `transformed` tokens."""
-    return _attention(width, attending) + _mlp(width, mlp_width, transformed)
+def _layer(width: int, mlp_width: int, tokens: int) -> int:
+    return _attention(width, tokens) + _mlp(width, mlp_width, tokens)
 
 
 def _attention(width: int, tokens: int) -> int:
@@ -97,24 +94,29 @@ def _select(tokens: int, keep_rate: float, config: TripsVisionConfig) -> tuple[i
     return 1 + num_kept + fuses, fuses * candidates * width
 
 
-def _count_tower(config: TripsVisionConfig, schedule: SelectionSchedule, macs: Counter) -> tuple[int, ...]:
-    """Add the MACs of the vision tower, and return the tokens after each layer."""
+def _count_tower(
+    config: TripsVisionConfig, schedule: SelectionSchedule, macs: Counter, joint_length: int = 0
+) -> tuple[int, ...]:
+    """
+    Add the MACs of the vision tower, or of the joint layers of a single stream with `joint_length` text tokens, which
+    run per text. Return the image tokens after each layer.
+    """
     width, mlp_width = config.hidden_size, config.intermediate_size
-    tokens, owner, selecting = 1 + math.prod(config.grid_size), "image", schedule.by_layer
-    macs[owner] += _patch_embedding(config)
-    if schedule.first_text_layer is not None and config.guidance_hidden_size not in (None, width):
+    tokens, selecting, tokens_per_layer = 1 + math.prod(config.grid_size), schedule.by_layer, []
+    macs["image"] += _patch_embedding(config)
+    owner = "text" if joint_length else "image"
+    if not joint_length and schedule.first_text_layer and config.guidance_hidden_size not in (None, width):
         macs["text"] += config.guidance_hidden_size * width
-    tokens_per_layer = []
     for number in range(1, config.num_hidden_layers + 1):
-        macs[owner] += _attention(width, tokens)
+        macs[owner] += _attention(width, joint_length + tokens)
         if number in selecting:
             guidance, keep_rate = selecting[number]
-            if guidance == "text":
+            if guidance == "text" and not joint_length:
                 owner = "text"
                 macs[owner] += width**2  # the query
             tokens, fusing = _select(tokens, keep_rate, config)
             macs[owner] += fusing
-        macs[owner] += _mlp(width, mlp_width, tokens)
+        macs[owner] += _mlp(width, mlp_width, joint_length + tokens)
         tokens_per_layer.append(tokens)
     return tuple(tokens_per_layer)
 
@@ -129,26 +131,9 @@ def _count_fusion(
         macs[owner] += image_tokens * config.encoder_hidden_size * width
     for number in range(1, config.num_hidden_layers + 1):
         if number in connected_layers:
-            owner, joined = "text", text_length + image_tokens
-            macs[owner] += _layer(width, mlp_width, joined, joined)
+            owner = "text"
+            macs[owner] += _layer(width, mlp_width, text_length + image_tokens)
         else:
             macs[owner] += 2 * image_tokens * image_width * width
-            macs["text"] += _layer(width, mlp_width, text_length, text_length)
+            macs["text"] += _layer(width, mlp_width, text_length)
             macs["text"] += 2 * text_length * width**2 + 2 * text_length * image_tokens * width
-
-
-def _count_single_stream(
-    config: TripsVisionConfig, text_length: int, schedule: SelectionSchedule, macs: Counter
-) -> tuple[int, ...]:
-    """Add the MACs of the joint layers, all per text, and return the image tokens after each layer."""
-    width, mlp_width = config.hidden_size, config.intermediate_size
-    tokens, selecting, tokens_per_layer = 1 + math.prod(config.grid_size), schedule.by_layer, []
-    macs["image"] += _patch_embedding(config)
-    for number in range(1, config.num_hidden_layers + 1):
-        macs["text"] += _attention(width, text_length + tokens)
-        if number in selecting:
-            tokens, fusing = _select(tokens, selecting[number].keep_rate, config)
-            macs["text"] += fusing
-        macs["text"] += _mlp(width, mlp_width, text_length + tokens)
-        tokens_per_layer.append(tokens)
-    return tuple(tokens_per_layer)

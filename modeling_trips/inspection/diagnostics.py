@@ -35,16 +35,6 @@ def score_entropy(selection: TripsSelection) -> torch.Tensor:
     return entropy / math.log(max(2, scores.shape[1]))
 
 
-def kept_mass(selection: TripsSelection) -> torch.Tensor:
-    """
-    Compute the sum of the kept candidates' scores. At keep rate r it is about r if all candidates score the same.
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size,)`, float32.
-    """
-    return selection.scores.float().topk(selection.kept_indices.shape[1], dim=-1).values.sum(dim=-1)
-
-
 def kept_patches(selection: TripsSelection, num_patches: int) -> torch.BoolTensor:
     """
     Mark the kept patches of the grid, without fused tokens.
@@ -79,10 +69,7 @@ def text_sensitivity(selection: TripsSelection, image_index: torch.LongTensor, n
     Raises:
         ValueError: No two rows have the same image.
     """
-    same_image = image_index[:, None] == image_index
-    if not same_image.triu(diagonal=1).any():
-        raise ValueError("`image_index` must have two rows with the same image to compare their texts.")
-    return 1 - _mean_jaccard(selection, num_patches, same_image)
+    return 1 - _mean_jaccard(selection, num_patches, image_index[:, None] == image_index)
 
 
 def image_sensitivity(selection: TripsSelection, image_index: torch.LongTensor, num_patches: int) -> float:
@@ -93,19 +80,19 @@ def image_sensitivity(selection: TripsSelection, image_index: torch.LongTensor, 
     Raises:
         ValueError: All rows have the same image.
     """
-    other_image = image_index[:, None] != image_index
-    if not other_image.any():
-        raise ValueError("`image_index` must have rows with different images to compare them.")
-    return 1 - _mean_jaccard(selection, num_patches, other_image)
+    return 1 - _mean_jaccard(selection, num_patches, image_index[:, None] != image_index)
 
 
 def _mean_jaccard(selection: TripsSelection, num_patches: int, pairs: torch.BoolTensor) -> float:
     """Compute the mean Jaccard index of the kept patches of pairs of rows, from the upper triangle of `pairs`."""
+    pairs = pairs.triu(diagonal=1)
+    if not pairs.any():
+        raise ValueError("`image_index` has no two rows to compare.")
     kept = kept_patches(selection, num_patches).float()
     common = kept @ kept.T
     sizes = kept.sum(dim=-1)
     jaccard = common / (sizes[:, None] + sizes - common).clamp_min(1)
-    return jaccard[pairs.triu(diagonal=1).to(jaccard.device)].mean().item()
+    return jaccard[pairs.to(jaccard.device)].mean().item()
 
 
 def patch_precision(patch_boxes: torch.Tensor, region: torch.Tensor) -> float:

@@ -24,26 +24,19 @@ from .files import whole_file
 
 
 MAX_SIDE = 1024  # longer side of every figure in pixels
+OUTLINE = "#d9480f"  # of the kept area
 
 
-def draw_kept_patches(
-    image: Image.Image,
-    boxes: torch.Tensor,
-    outline: str | None = "#d9480f",
-    min_side: int = 256,
-) -> Image.Image:
+def draw_kept_patches(image: Image.Image, boxes: torch.Tensor, min_side: int = 256) -> Image.Image:
     """
     Draw the image with dropped patches faded to white and kept patches outlined.
 
     Args:
-        image (`PIL.Image.Image`):
-            The original image, of any mode and size (see [`convert_to_rgb`]).
-        boxes (`torch.Tensor` of shape `(num_kept, 4)`):
-            Boxes (x0, y0, x1, y1) of the kept patches in pixels of the image, see [`TripsProcessor.patch_boxes`].
-        outline (`str`, *optional*, defaults to `"#d9480f"`):
-            Pillow color of the line inside the border of the kept area. `None` draws no line.
-        min_side (`int`, *optional*, defaults to 256):
-            Shorter side to which smaller images are enlarged by a whole factor.
+        image (`PIL.Image.Image`): The original image, of any mode and size (see [`convert_to_rgb`]).
+        boxes (`torch.Tensor` of shape `(num_kept, 4)`): Boxes (x0, y0, x1, y1) of the kept patches in pixels of the
+            image, see [`TripsProcessor.patch_boxes`].
+        min_side (`int`, *optional*, defaults to 256): Shorter side to which smaller images are enlarged by a whole
+            factor.
 
     Returns:
         `PIL.Image.Image`: A new image of mode "RGB" whose longer side has at most 1024 pixels.
@@ -54,48 +47,29 @@ def draw_kept_patches(
     boxes = torch.as_tensor(boxes, device="cpu")
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise ValueError(f"`boxes` must have the shape (num_kept, 4), got {tuple(boxes.shape)}.")
-    image, scale = fit_for_drawing(image, min_side)
-    kept = _kept_mask(image.size, boxes * scale)
+    image, scale = _fit_for_drawing(image, min_side)
+    kept = Image.new("L", image.size)
+    draw = ImageDraw.Draw(kept)
+    for x0, y0, x1, y1 in (boxes * scale).round().int().tolist():
+        if x0 < x1 and y0 < y1:
+            draw.rectangle((x0, y0, x1 - 1, y1 - 1), fill=255)
     faded = Image.blend(image, Image.new("RGB", image.size, "white"), 0.75)
     picture = Image.composite(image, faded, kept)
-    if outline is not None:
-        picture.paste(outline, mask=_edge_mask(kept, width=max(1, min(image.size) // 160)))
+    picture.paste(OUTLINE, mask=_edge_mask(kept, width=max(1, min(image.size) // 160)))
     return picture
 
 
-def fit_for_drawing(
-    image: Image.Image, min_side: int = 1, max_side: int = MAX_SIDE
-) -> tuple[Image.Image, torch.Tensor]:
+def _fit_for_drawing(image: Image.Image, min_side: int = 1) -> tuple[Image.Image, torch.Tensor]:
     """
-    Resize an image for drawing.
-
-    Larger images are reduced to a longer side of `max_side` pixels. Smaller images are enlarged by a whole factor to
-    a shorter side of at least `min_side` pixels, but never beyond `max_side`.
-
-    Args:
-        image (`PIL.Image.Image`): Image of any mode and size (see [`convert_to_rgb`]).
-        min_side, max_side (`int`, *optional*, default to 1 and 1024): Bounds of the sides in pixels.
-
-    Returns:
-        `tuple[PIL.Image.Image, torch.Tensor]`: The image in mode "RGB", and a tensor of shape `(4,)` that scales its
-        boxes (x0, y0, x1, y1).
+    Reduce an image to a longer side of `MAX_SIDE`, or enlarge it by a whole factor to a shorter side of `min_side`,
+    but never beyond `MAX_SIDE`. Return it in mode "RGB", and a tensor of shape `(4,)` that scales its boxes.
     """
     image = convert_to_rgb(image)
     width, height = image.size
-    image.thumbnail((max_side, max_side))
-    factor = max(1, min(-(-min_side // min(image.size)), max_side // max(image.size)))
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
+    factor = max(1, min(-(-min_side // min(image.size)), MAX_SIDE // max(image.size)))
     image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     return image, torch.tensor([image.width / width, image.height / height]).repeat(2)
-
-
-def _kept_mask(size: tuple[int, int], boxes: torch.Tensor) -> Image.Image:
-    """Make a mask (mode "L") that is 255 inside the boxes, without gaps between neighbors."""
-    mask = Image.new("L", size)
-    draw = ImageDraw.Draw(mask)
-    for x0, y0, x1, y1 in boxes.round().int().tolist():
-        if x0 < x1 and y0 < y1:
-            draw.rectangle((x0, y0, x1 - 1, y1 - 1), fill=255)
-    return mask
 
 
 def _edge_mask(mask: Image.Image, width: int) -> Image.Image:
@@ -120,17 +94,15 @@ def plot_selection(
     Columns are the original image and the questions with their answers. Rows are the selection layers.
 
     Args:
-        image (`PIL.Image.Image`):
-            The original image, of any mode and size. It is drawn with a longer side of at most 1024 pixels.
-        questions, answers (`list[str]`):
-            One question per column, and the model's answer to it.
-        boxes_per_question (`list[torch.Tensor]` or `list[list[torch.Tensor]]`):
-            For each question its kept boxes, of shape `(num_kept, 4)` (see [`draw_kept_patches`]), or a list of such
-            tensors, one per selection layer.
-        num_patches (`int`, *optional*):
-            Patches of the whole grid. If given, panels say "137 of 576 patches" instead of "137 patches".
-        path (`str` or `os.PathLike`, *optional*):
-            File to write the figure to, atomically. The suffix sets the format (.png, .pdf, .svg).
+        image (`PIL.Image.Image`): The original image, of any mode and size. Its longer side is drawn with at most 1024
+            pixels.
+        questions, answers (`list[str]`): One question per column, and the model's answer to it.
+        boxes_per_question (`list[torch.Tensor]` or `list[list[torch.Tensor]]`): For each question its kept boxes, of
+            shape `(num_kept, 4)` (see [`draw_kept_patches`]), or a list of such tensors, one per selection layer.
+        num_patches (`int`, *optional*): Patches of the whole grid. If given, panels say "137 of 576 patches" instead
+            of "137 patches".
+        path (`str` or `os.PathLike`, *optional*): File to write the figure to, atomically. The suffix sets the format
+            (.png, .pdf, .svg).
 
     Returns:
         `matplotlib.figure.Figure`: The figure, which is not registered with pyplot and needs no closing.
@@ -145,37 +117,27 @@ def plot_selection(
             "`questions`, `answers` and `boxes_per_question` must have the same length of at least 1, got "
             f"{len(questions)}, {len(answers)} and {len(layers)}."
         )
-    if len({len(boxes) for boxes in layers}) > 1:
-        raise ValueError(
-            "`boxes_per_question` must have the same number of selection layers per question, got "
-            f"{[len(boxes) for boxes in layers]}."
-        )
-    image, scale = fit_for_drawing(image)
-    figure, axes = _blank_panels(image, num_rows=len(layers[0]), num_columns=1 + len(questions))
-    axes[0, 0].imshow(image)
-    axes[0, 0].set_title("original", fontsize=10)
-    total = f" of {num_patches}" if num_patches else ""
-    for column, (question, answer, rows) in enumerate(zip(questions, answers, layers, strict=True), start=1):
-        axes[0, column].set_title(f"{textwrap.fill(question, 32)}\n→ {answer}", fontsize=10)
-        for row, boxes in enumerate(rows):
-            axes[row, column].imshow(draw_kept_patches(image, boxes.cpu() * scale))
-            layer = f"selection {row + 1}: " if len(rows) > 1 else ""
-            axes[row, column].set_xlabel(f"{layer}{len(boxes)}{total} patches", fontsize=9)
-    if path is not None:
-        with whole_file(path) as partial:
-            figure.savefig(partial)
-    return figure
-
-
-def _blank_panels(image: Image.Image, num_rows: int, num_columns: int):
-    """Make a figure with panels in the image's shape, without ticks or frames, and return it with its axes."""
     from matplotlib.figure import Figure  # an extra
 
-    width = 3.0  # inches
+    image, scale = _fit_for_drawing(image)
+    num_rows, num_columns, width = len(layers[0]), 1 + len(questions), 3.0  # inches per panel
     size = (width * num_columns, (width * image.height / image.width + 0.7) * num_rows)
     figure = Figure(figsize=size, dpi=150, layout="compressed")
     axes = figure.subplots(num_rows, num_columns, squeeze=False)
     for panel in axes.flat:
         panel.set(xticks=[], yticks=[])
         panel.spines[:].set_visible(False)
-    return figure, axes
+    axes[0, 0].imshow(image)
+    axes[0, 0].set_title("original", fontsize=10)
+    for panel, question, answer in zip(axes[0, 1:], questions, answers):
+        panel.set_title(f"{textwrap.fill(question, 32)}\n→ {answer}", fontsize=10)
+    total = f" of {num_patches}" if num_patches else ""
+    for row, boxes_per_column in enumerate(zip(*layers, strict=True)):
+        for panel, boxes in zip(axes[row, 1:], boxes_per_column):
+            panel.imshow(draw_kept_patches(image, boxes.cpu() * scale))
+            layer = f"selection {row + 1}: " if len(axes) > 1 else ""
+            panel.set_xlabel(f"{layer}{len(boxes)}{total} patches", fontsize=9)
+    if path is not None:
+        with whole_file(path) as partial:
+            figure.savefig(partial)
+    return figure

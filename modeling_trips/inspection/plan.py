@@ -51,26 +51,23 @@ def candidate_schedules(config: TripsConfig) -> Iterator[SelectionSchedule]:
     """
     layers = range(2, config.vision_config.num_hidden_layers + 1)
     if config.fusion_encoder_config.fusion_type == "single_stream":
-        yield from _schedules(_evenly_apart(layers, 3), "text", TEXT_RATES)
+        yield from _evenly_apart(layers, 3, "text", TEXT_RATES)
         return
-    yield from _schedules(_evenly_apart(layers, 2), "text", TEXT_RATES)
-    by_image = _schedules(_evenly_apart(layers, 3), "image", IMAGE_RATES)
+    yield from _evenly_apart(layers, 2, "text", TEXT_RATES)
+    by_image = _evenly_apart(layers, 3, "image", IMAGE_RATES)
     for first, layer, rate in product(by_image, layers, TEXT_RATES):
         if layer > first.layers[-1]:
             yield SelectionSchedule((*first.layers, layer), (*first.selections, LayerSelection("text", rate)))
 
 
-def _evenly_apart(layers: Sequence[int], most: int) -> list[tuple[int, ...]]:
-    """Return sets of one to `most` layers with equal steps between them."""
-    sets = [chosen for size in range(1, most + 1) for chosen in combinations(layers, size)]
-    return [chosen for chosen in sets if len({b - a for a, b in zip(chosen, chosen[1:])}) <= 1]
-
-
-def _schedules(
-    layer_sets: Iterable[tuple[int, ...]], guidance: str, rates: Iterable[float]
+def _evenly_apart(
+    layers: Sequence[int], most: int, guidance: str, rates: Sequence[float]
 ) -> Iterator[SelectionSchedule]:
-    for layers, rate in product(layer_sets, rates):
-        yield SelectionSchedule(layers, (LayerSelection(guidance, rate),) * len(layers))
+    """Yield schedules of one to `most` layers with equal steps between them and the same selection."""
+    sets = (chosen for size in range(1, most + 1) for chosen in combinations(layers, size))
+    for chosen, rate in product(sets, rates):
+        if len({b - a for a, b in zip(chosen, chosen[1:])}) <= 1:
+            yield SelectionSchedule(chosen, (LayerSelection(guidance, rate),) * len(chosen))
 
 
 def plan_schedules(

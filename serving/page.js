@@ -79,8 +79,7 @@ document.title = document.querySelector("h1").textContent = description.info.tit
 for (const [path, { post }] of Object.entries(description.paths)) {
   make(document.body, "h2", { textContent: `POST ${path}: ${post.summary}` });
   const form = make(document.body, "form", {});
-  const name = post.requestBody.content["application/json"].schema.$ref.split("/").pop();
-  const { properties } = description.components.schemas[name];
+  const { properties } = post.requestBody.content["application/json"].schema;
   const read = Object.fromEntries(Object.entries(properties).map(([field, schema]) => [field, addField(form, field, schema)]));
   const button = make(form, "button", { textContent: "Send" });
   const output = make(document.body, "pre", {});

@@ -6,7 +6,6 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -92,6 +91,7 @@ class Service:
         self.buffered_bytes = 0
         self.decoders = CapacityLimiter(DECODERS)
         document = JSONResponse(describe(f"TRIPS: {Path(settings.model).name}", self.models))
+        hosts = [host.strip() for host in settings.allowed_hosts.split(",")]
         # A worker listens when its model is loaded.
         paths = {"/livez": health, "/readyz": health, "/metrics": metrics, "/docs.json": lambda request: document}
         paths |= {"/": page, "/page.css": page, "/page.js": page}
@@ -100,7 +100,7 @@ class Service:
             + [Route(path, endpoint) for path, endpoint in paths.items()],
             exception_handlers={HTTPException: refuse, 404: self.refuse_path, Exception: refuse},
             lifespan=self.lifespan,
-            middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=settings.allowed_hosts, www_redirect=False)],
+            middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)],
         )
         self.app.router.redirect_slashes = False  # a redirect would repeat the client's Host
 
@@ -120,62 +120,32 @@ class Service:
     async def answer(self, request: Request) -> Response:
         """Answer a request to the model."""
         endpoint, start = request.url.path.strip("/"), time.perf_counter()
+        seconds = self.settings.max_latency_ms / 1000
         try:
-            self.check_queue()
             items, images = await self.read(endpoint, request)
-            self.check_queue()
+            if self.slots.locked():
+                raise overloaded("Too many requests are waiting.")
             async with self.slots:
-                with IN_PROGRESS.track_inprogress():
-                    results = await self.unless_left(request, self.compute(items, images))
+                with IN_PROGRESS.track_inprogress(), fail_after(seconds):
+                    for field, image in images.items():
+                        if image.states is None:
+                            await to_thread.run_sync(self.engine.decode, field, image, limiter=self.decoders)
+                    results = await self.batcher.submit(items)
             response: Response = JSONResponse({REPLIES[endpoint][1]: results})
+        except TimeoutError:
+            response = refuse(request, overloaded(f"There was no result within {seconds:g} s."))
         except HTTPException as error:
             response = refuse(request, error)
         SECONDS.labels(endpoint, response.status_code).observe(time.perf_counter() - start)
         return response
 
-    def check_queue(self):
-        if self.slots.locked():
-            raise overloaded("Too many requests are waiting.")
-
-    async def unless_left(self, request: Request, work: Coroutine) -> list:
-        """Return the result of `work`, which is cancelled when the client disconnects."""
-        working, left = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
-        try:
-            await asyncio.wait([working, left], return_when=asyncio.FIRST_COMPLETED)
-            if not working.done():
-                raise HTTPException(400, "The client disconnected.")
-            return working.result()
-        finally:
-            working.cancel()
-            left.cancel()
-
-    async def compute(self, items: list[Item], images: dict[str, ItemImage]) -> list:
-        seconds = self.settings.max_latency_ms / 1000
-        try:
-            with fail_after(seconds):
-                for field, image in images.items():
-                    if image.states is None:
-                        await to_thread.run_sync(self.engine.decode, field, image, limiter=self.decoders)
-                return await self.batcher.submit(items)
-        except TimeoutError as error:
-            raise overloaded(f"There was no result within {seconds:g} s.") from error
-
     async def read(self, endpoint: str, request: Request) -> tuple[list[Item], dict[str, ItemImage]]:
-        """Return the items of a request, and its images by field."""
+        """Return the items of a request, and its images by field. The bytes of all open requests are limited."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
             raise HTTPException(415, f"The Content-Type must be {JSON}.")
-        body = bytearray()
+        limit, seconds, received, body = self.settings.max_body_bytes, self.settings.read_timeout, 0, bytearray()
         try:
-            await self.receive(request, body)
-            return await to_thread.run_sync(self.prepare, endpoint, bytes(body))
-        finally:
-            self.buffered_bytes -= len(body)
-
-    async def receive(self, request: Request, body: bytearray):
-        """Append the body of a request to `body`, whose bytes count among those of all open requests."""
-        limit, seconds, received = self.settings.max_body_bytes, self.settings.read_timeout, 0
-        try:
-            async with asyncio.timeout(seconds):
+            with fail_after(seconds):
                 async for chunk in request.stream():
                     received += len(chunk)
                     if received <= limit:
@@ -185,12 +155,15 @@ class Service:
                         raise overloaded("Too many bytes are being received.")
                     if received > DRAINED * limit:
                         break
+            if received > limit:
+                raise HTTPException(413, f"The body must have at most {limit:,} bytes.")
+            return await to_thread.run_sync(self.prepare, endpoint, bytes(body))
         except TimeoutError as error:
             raise HTTPException(408, f"The body did not arrive within {seconds:g} seconds.") from error
         except ClientDisconnect as error:
             raise HTTPException(400, "The client disconnected.") from error
-        if received > limit:
-            raise HTTPException(413, f"The body must have at most {limit:,} bytes.")
+        finally:
+            self.buffered_bytes -= len(body)
 
     def prepare(self, endpoint: str, content: bytes) -> tuple[list[Item], dict[str, ItemImage]]:
         """Validate a request, look up its images and tokenize its texts."""
@@ -220,14 +193,13 @@ def validate(model: type[BaseModel], body: bytes) -> dict[str, Any]:
     """Return the fields of a request. The `HTTPException` for one that does not fit names the field."""
     try:
         content = from_json(body)
-    except ValueError as error:
-        raise HTTPException(400, f"The body is not valid JSON: {error}") from error
-    if isinstance(content, dict):  # pydantic is slow with many unknown fields
-        if unknown := next((name for name in content if name not in model.model_fields), None):
-            raise HTTPException(422, f"{unknown:.100}: The field is unknown. Use {', '.join(model.model_fields)}.")
-    try:
+        if isinstance(content, dict):  # pydantic is slow with many unknown fields
+            if unknown := next((name for name in content if name not in model.model_fields), None):
+                raise HTTPException(422, f"{unknown:.100}: The field is unknown. Use {', '.join(model.model_fields)}.")
         return dict(model.model_validate(content))
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         message = first["msg"].removeprefix("Value error, ")
         raise HTTPException(422, f"{'.'.join(map(str, first['loc'])) or 'the body'}: {message}.") from error
+    except ValueError as error:
+        raise HTTPException(400, f"The body is not valid JSON: {error}") from error

@@ -1,14 +1,11 @@
 """The service in a separate process, over loopback."""
 
 import base64
-import json
 import os
-import re
 import resource
 import shutil
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import time
@@ -57,14 +54,11 @@ def check_answers(found: list[list[dict]], expected: list[list[dict]]):
         assert [one["score"] for one in row] == pytest.approx([one["score"] for one in own], abs=1e-4)
 
 
-@pytest.mark.parametrize("fields, schedule", [({}, "default"), ({"keep_rate": 1.0}, "full")])
-def test_concurrent_answers_match_the_library(service, fields, schedule):
+def test_concurrent_answers_match_the_library(service):
     with ThreadPoolExecutor(len(COLORS)) as pool:
-        replies = list(pool.map(lambda color: service.post("answer", ask(color, schedule=schedule, top_k=2)), COLORS))
-    expected = library(**fields)
+        replies = list(pool.map(lambda color: service.post("answer", ask(color, top_k=2)), COLORS))
     for color, reply in zip(COLORS, replies):
-        assert reply.status_code == 200, reply.text
-        check_answers(reply.json()["answers"], expected(picture(color), QUESTIONS, top_k=2))
+        check_answers(reply.raise_for_status().json()["answers"], library()(picture(color), QUESTIONS, top_k=2))
 
 
 def test_a_data_url_is_an_image_and_kept_patches_are_those_of_the_library(service):
@@ -86,14 +80,10 @@ def test_a_data_url_is_an_image_and_kept_patches_are_those_of_the_library(servic
 AS_JSON = {"headers": {"content-type": "application/json"}}
 BAD = {
     "invalid JSON": ({"content": b"{", **AS_JSON}, 400),
-    "bytes that are no text": ({"content": b"\xff\xfe\x00", **AS_JSON}, 400),
-    "no content type": ({"content": b"{}"}, 415),
     "a form": ({"data": {"questions": "a"}, "files": [("image", b"a")]}, 415),
     "a list": ({"json": []}, 422),
     "no image": ({"json": {"questions": ["a"]}}, "image"),
-    "a number": ({"json": ask("red", questions=[7])}, "questions.0"),
     "an empty question": ({"json": ask("red", questions=["a", " "])}, "questions.1"),
-    "too many questions": ({"json": ask("red", questions=["a"] * 5)}, "questions"),
     "a question of too many tokens": ({"json": ask("red", questions=["a", "is " * 500])}, "questions.1"),
     "an unknown schedule": ({"json": ask("red", schedule="slow")}, "schedule"),
     "an unknown field": ({"json": ask("red", n=1)}, "n"),
@@ -101,12 +91,10 @@ BAD = {
         {"content": b"{" + b",".join(b'"%d":0' % n for n in range(15_000)) + b"}", **AS_JSON},
         "0",
     ),
-    "a path": ({"json": {**ask("red"), "image": "/etc/passwd"}}, "image"),
     "a URL": ({"json": {**ask("red"), "image": "http://127.0.0.1/x.png"}}, "image"),
     "a bomb": ({"json": {**ask("red"), "image": as_text(bomb(30_000, 30_000))}}, 413),
     "a large body": ({"content": b"x" * 200_001, **AS_JSON}, 413),
     "an enormous body": ({"content": (b"x" * 65_536 for _ in range(200)), **AS_JSON}, 413),
-    "a pickle": ({"content": b"\x80\x04N.", "headers": {"content-type": "application/vnd.bentoml+pickle"}}, 415),
 }
 
 
@@ -147,22 +135,14 @@ def test_other_places_and_methods(service):
         reply = httpx.request(method, f"{service.url}/{path}")
         assert reply.status_code == status, path
         assert status == 200 or reply.json()["error"]
+    policy = httpx.get(service.url).headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'") and "http" not in policy and "*" not in policy
     rebound = {"headers": {"host": "evil.example"}}
     assert service.post("answer", ask("red"), **rebound).status_code == 400
     # Metrics for every unknown path would fill the memory.
     for number in range(20):
         assert httpx.get(f"{service.url}/made-up-{number}").status_code == 404
     assert "made-up" not in httpx.get(f"{service.url}/metrics").text
-
-
-def test_page_loads_nothing_from_other_hosts(service):
-    page = httpx.get(service.url)
-    policy = page.headers["content-security-policy"]
-    assert policy.startswith("default-src 'none'") and "http" not in policy and "*" not in policy
-    names = re.findall(r'(?:src|href)="\./([^"]*)"', page.text)
-    assert {"page.css", "page.js", "docs.json"} == set(names)
-    for text in [page.text, *(httpx.get(f"{service.url}/{name}").raise_for_status().text for name in names)]:
-        assert "://" not in text
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -228,24 +208,6 @@ def test_silent_connections_do_not_stop_the_service(tmp_path):
     resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-def test_requests_of_clients_that_left_are_not_computed(tmp_path):
-    with RunningService(tmp_path / "log", max_batch_size=1) as service:
-        body = json.dumps(ask("red", questions=[f"is it {number}?" for number in range(32)], top_k=10)).encode()
-        head = (
-            b"POST /answer HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-        )
-        leaving = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(60)]
-        for connection in leaving:
-            connection.sendall(head % len(body) + body)
-        until = time.monotonic() + 300
-        while service.metric("trips_requests_in_progress") < 40:
-            assert time.monotonic() < until
-        for connection in leaving:
-            connection.close()
-        assert service.post("answer", ask("blue")).status_code == 200
-        assert service.metric("trips_requests_in_progress") == 0  # nothing waits behind them
-
-
 def test_random_requests_from_the_openapi_document(service, tmp_path):
     pytest.importorskip("schemathesis")
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
@@ -260,40 +222,17 @@ def test_random_requests_from_the_openapi_document(service, tmp_path):
     assert "Traceback" not in service.log.read_text()
 
 
-def test_large_images_delay_only_decoding(tmp_path):
-    """Requests that wait too long for a decoder are refused; requests without a new image do not wait."""
+def test_requests_that_wait_too_long_for_a_decoder_are_refused(tmp_path):
     large = as_text(PIL.Image.new("RGBA", (3000, 3000), (1, 2, 3, 100)))
     with RunningService(tmp_path / "log", max_latency_ms=1000) as service:
-
-        def seconds() -> float:
-            start = time.monotonic()
-            assert service.post("answer", ask("red")).status_code == 200
-            return time.monotonic() - start
-
-        lone = [seconds() for _ in range(6)][1:]
+        assert service.post("answer", ask("red")).status_code == 200
         with ThreadPoolExecutor(16) as pool:
             waiting = [pool.submit(service.post, "answer", {**ask("red"), "image": large}) for _ in range(16)]
-            times = []
-            while not all(one.done() for one in waiting):
-                times.append(seconds())
+            assert service.post("answer", ask("red")).status_code == 200  # its image is cached
         replies = [one.result() for one in waiting]
         refused = [reply for reply in replies if reply.status_code == 503]
         assert refused and {reply.status_code for reply in replies} <= {200, 503}
         assert all(reply.headers["retry-after"] == "1" and reply.json()["error"] for reply in refused)
-        assert statistics.median(times) < 5 * max(lone)
-        assert service.post("answer", ask("blue")).status_code == 200
-        assert "Traceback" not in service.log.read_text()
-
-
-def test_incomplete_body_does_not_delay_shutdown(tmp_path):
-    with RunningService(tmp_path / "log") as service:
-        with socket.create_connection(("127.0.0.1", service.port)) as connection:
-            connection.sendall(b"POST /answer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{")
-        assert service.post("answer", ask("red")).status_code == 200
-        start = time.monotonic()
-        service.process.send_signal(signal.SIGTERM)
-        assert service.process.wait(300) == 0
-        assert time.monotonic() - start < 20
 
 
 @pytest.mark.parametrize(
@@ -315,12 +254,9 @@ def test_full_queue_rejects_further_requests(tmp_path):
     with RunningService(tmp_path / "log", queue=4) as service:
         with ThreadPoolExecutor(48) as pool:
             replies = list(pool.map(lambda _: service.post("answer", ask("red")), range(96)))
-        answered = [reply for reply in replies if reply.status_code == 200]
         refused = [reply for reply in replies if reply.status_code == 503]
-        assert len(answered) >= 4 and refused and len(answered) + len(refused) == 96
+        assert refused and {reply.status_code for reply in replies} == {200, 503}
         assert all(reply.headers["retry-after"] == "1" and reply.json()["error"] for reply in refused)
-        best = library()(picture("red"), QUESTIONS, top_k=1)[0][0]["answer"]
-        assert {reply.json()["answers"][0][0]["answer"] for reply in answered} == {best}
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -331,6 +267,8 @@ def test_shutdown_drains_accepted_requests(tmp_path, workers):
             until = time.monotonic() + 300
             while (accepted := service.metric("trips_requests_in_progress")) < 8:
                 assert time.monotonic() < until and not all(one.done() for one in waiting)
+            incomplete = socket.create_connection(("127.0.0.1", service.port))
+            incomplete.sendall(b"POST /answer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{")
             service.process.send_signal(signal.SIGTERM)
             outcomes = [one.exception() or one.result().status_code for one in waiting]
         assert service.process.wait(300) == 0

@@ -14,13 +14,11 @@ def test_settings_come_from_the_environment():
             "TRIPS_MODEL": " org/model ",
             "TRIPS_QUEUE": " 7 ",
             "TRIPS_SCHEDULES": "fast=1:image:0.5,2:text:0.3; full=",
-            "TRIPS_ALLOWED_HOSTS": "a.org, *.b.org",
             "HOME": "/",
         }
     )
     assert settings.model == "org/model"
     assert settings.queue == 7 and settings.max_texts == Settings(model="m").max_texts
-    assert settings.allowed_hosts == ["a.org", "*.b.org"]
     assert settings.schedules == {"fast": "1:image:0.5,2:text:0.3", "full": ""}
 
 
@@ -32,7 +30,6 @@ def test_settings_come_from_the_environment():
         ("TRIPS_CACHE_BYTES", "-1"),
         ("TRIPS_SCHEDULES", "default=2"),
         ("TRIPS_QUEUES", "7"),
-        ("TRIPS_ALLOW_URLS", "yes"),  # of releases that fetched URLs
     ],
 )
 def test_bad_settings_raise(name, value):

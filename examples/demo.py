@@ -153,7 +153,7 @@ def publish(source: Path, folder: Path, args: DemoArguments, command: str):
         TripsTrainingArguments(output_dir=str(evaluated), do_train=False, do_eval=False),
     )
     card_args = CardArguments(
-        license="apache-2.0", language=["en"], datasets=["busy scenes"], eval_split="test", command=command
+        license="apache-2.0", language=["en"], datasets=["busy scenes"], eval_dataset="busy scenes", command=command
     )
     results = evaluated / "test_results.json"
     card = make_model_card(model, processor, folder.as_posix(), card_args, results=results, with_code=False)

@@ -5,8 +5,6 @@ Publish a trained model on the Hub: weights, processor, code and a model card, i
     python examples/push_to_hub.py --model demo/model --repo_id ada/trips-scenes --dry_run --output_dir published
     hf auth login
     python examples/push_to_hub.py --model demo/model --repo_id ada/trips-scenes --license mit --language en
-
-The card names the data by the names of the training's files; --datasets and --eval_dataset name them otherwise.
 """
 
 import trips_examples  # noqa: F401  # isort: skip
@@ -29,8 +27,10 @@ class PublishArguments:
     dry_run: bool = field(default=False, metadata={"help": "Show the files and the card without uploading them."})
     license: str | None = field(default=None, metadata={"help": "License of the weights, as in apache-2.0."})
     language: list[str] | None = field(default=None, metadata={"help": "ISO 639 codes of the texts, as in en."})
-    datasets: list[str] | None = field(default=None, metadata={"help": "Training data. Default: names of its files."})
-    eval_dataset: str | None = field(default=None, metadata={"help": "Evaluation data. Default: name of its file."})
+    datasets: list[str] | None = field(
+        default=None, metadata={"help": "Training data; an id on the Hub becomes a link."}
+    )
+    eval_dataset: str | None = field(default=None, metadata={"help": "Evaluation data."})
     eval_split: str | None = field(default=None, metadata={"help": "Evaluation split. Default: that of the results."})
     command: str | None = field(default=None, metadata={"help": "Command that trained the model."})
 

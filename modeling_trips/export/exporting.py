@@ -24,7 +24,7 @@ from transformers.exporters.configs import DynamoConfig
 from modeling_trips import TripsConfig, TripsForRetrieval, TripsModel, TripsPreTrainedModel
 
 from ..inspection.files import whole_folder
-from .graphs import Graph, graphs_of, trunk_of
+from .graphs import Graph, graphs_of
 from .running import HEAD_FILE, assemble
 
 
@@ -32,32 +32,6 @@ BACKENDS = {"onnx": ("fp32",), "openvino": ("fp32", "bf16", "int8")}
 
 # Prefixes of weights in graphs.
 IN_GRAPHS = ("model.", "decoder.", "lm_head.")
-
-
-def check_options(backend: str, dtype: str, is_calibrated: bool = False):
-    """Raise a `ValueError` if the backend does not support the dtype or calibration."""
-    if dtype not in BACKENDS.get(backend, ()):
-        known = "; ".join(f"{name}: {', '.join(dtypes)}" for name, dtypes in BACKENDS.items())
-        raise ValueError(f"`backend` and `dtype` must be one of {known}, got {backend!r} and {dtype!r}.")
-    if is_calibrated and dtype != "int8":
-        raise ValueError(f"Calibration is only supported for openvino with int8, got {backend} with {dtype}.")
-
-
-def check_folder(folder: str | Path):
-    """Raise a `ValueError` unless the output folder is empty or new."""
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not empty. Choose another folder or remove it.")
-
-
-def make_exporter(backend: str, dtype: str, is_calibrated: bool) -> tuple[HfExporter, DynamoConfig]:
-    """Return Transformers' exporter of a backend and its options for a dtype."""
-    if backend == "onnx":
-        return OnnxExporter(), OnnxConfig(ort_fusions="cpu")
-    quantizer = None
-    if dtype == "int8":
-        quantizer = NNCFOpenVINOQuantizer(None if is_calibrated else NNCFWeightCompressionConfig())
-    return OpenVINOExporter(), OpenVINOConfig(stateful=False, quantizer=quantizer)
 
 
 def export_model(
@@ -86,10 +60,18 @@ def export_model(
         ValueError: The backend does not support the dtype, the model is not supported, or the folder is not empty.
         ImportError: A package of the extra `export` is not installed.
     """
-    check_options(backend, dtype, calibration is not None)
-    check_folder(folder)
-    trunk_of(model)
-    exporter, options = make_exporter(backend, dtype, calibration is not None)
+    if dtype not in BACKENDS.get(backend, ()):
+        known = "; ".join(f"{name}: {', '.join(dtypes)}" for name, dtypes in BACKENDS.items())
+        raise ValueError(f"`backend` and `dtype` must be one of {known}, got {backend!r} and {dtype!r}.")
+    if calibration is not None and dtype != "int8":
+        raise ValueError(f"Calibration is only supported for openvino with int8, got {backend} with {dtype}.")
+    if Path(folder).is_dir() and any(Path(folder).iterdir()):
+        raise ValueError(f"{folder} is not empty. Choose another folder or remove it.")
+    exporter: HfExporter = OnnxExporter() if backend == "onnx" else OpenVINOExporter()
+    quantizer = None
+    if dtype == "int8":
+        quantizer = NNCFOpenVINOQuantizer(None if calibration is not None else NNCFWeightCompressionConfig())
+    options: DynamoConfig = OnnxConfig(ort_fusions="cpu") if backend == "onnx" else OpenVINOConfig(stateful=False)
     config = describe(model, torch.bfloat16 if dtype == "bf16" else torch.float32)
     generation_config = copy.deepcopy(model.generation_config) if model.can_generate() else None
     model = copy.deepcopy(model).to("cpu", torch.float32).eval()
@@ -97,13 +79,9 @@ def export_model(
     graphs, components = graphs_of(model), {}
     calls = {} if calibration is None else record(graphs, config, head, generation_config, calibration)
     for name, graph in tqdm(graphs.items(), desc="graphs"):
-        quantizer = options.quantizer
-        if name in calls:
-            quantizer = quantizer.with_calibration(calls[name])
-        exported = exporter.export(
-            graph.module, graph.inputs, replace(options, dynamic_shapes=graph.dynamic_shapes, quantizer=quantizer)
-        )
-        components[name] = exported.components["model"]
+        own = quantizer.with_calibration(calls[name]) if quantizer and name in calls else quantizer
+        options = replace(options, dynamic_shapes=graph.dynamic_shapes, quantizer=own)
+        components[name] = exporter.export(graph.module, graph.inputs, options).components["model"]
     with whole_folder(folder) as partial:
         ExportedModel(components, exporter.export_format, config, generation_config).save_pretrained(partial)
         save_file(head, partial / HEAD_FILE)

@@ -141,25 +141,14 @@ class DecoderPart(nn.Module):
         return {"logits": self.lm_head(decoded.last_hidden_state), "own": new}
 
 
-def trunk_of(model: TripsPreTrainedModel) -> TripsModel:
-    """
-    Return the [`TripsModel`] in a model.
-
-    Raises:
-        ValueError: The model has none, or is for pre-training, whose outputs are losses.
-    """
+def graphs_of(model: TripsPreTrainedModel) -> dict[str, Graph]:
+    """Return the graphs of a model by name."""
     trunk = model if isinstance(model, TripsModel) else getattr(model, "model", None)
-    if not isinstance(trunk, TripsModel) or isinstance(model, TripsForPreTraining):
+    if not isinstance(trunk, TripsModel) or isinstance(model, TripsForPreTraining):  # its outputs are losses
         raise ValueError(
             f"Export is not supported for {type(model).__name__}. Load the checkpoint as a TripsModel or as a model "
             "for a task."
         )
-    return trunk
-
-
-def graphs_of(model: TripsPreTrainedModel) -> dict[str, Graph]:
-    """Return the graphs of a model by name."""
-    trunk = trunk_of(model)
     with torch.device("meta"):  # on meta, numbers of tokens that depend on scores have their maximum
         meta_model = TripsModel(trunk.config).eval()
         samples = sample_outputs(meta_model)

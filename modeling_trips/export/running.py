@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -33,11 +32,10 @@ Runners = Mapping[str, Callable]  # name of a graph -> function from its keyword
 
 # Weights of a head that stay in PyTorch.
 HEAD_FILE = "head.safetensors"
-RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}
 
 
 def load_exported(
-    folder: str | Path, heads: Sequence[type[TripsPreTrainedModel]] | None = None, num_threads: int | None = None
+    folder: str | Path, heads: Sequence[type[TripsPreTrainedModel]] | None = None
 ) -> TripsPreTrainedModel:
     """
     Load a model that [`export_model`] wrote, to run on CPUs.
@@ -49,10 +47,10 @@ def load_exported(
     Args:
         folder (`str` or `Path`): Folder of the export.
         heads (`Sequence[type]`, *optional*): Accepted model classes. By default every model of this project.
-        num_threads (`int`, *optional*): Threads of ONNX Runtime or OpenVINO. Default: PyTorch's number of threads.
 
     Returns:
-        A model in evaluation mode on the CPU, with float32 outputs for every dtype of the graphs.
+        A model in evaluation mode on the CPU, with float32 outputs for every dtype of the graphs. The graphs run on as
+        many threads as PyTorch.
 
     Raises:
         FileNotFoundError: The folder has no export.
@@ -63,23 +61,20 @@ def load_exported(
     if not is_exported(folder):
         raise FileNotFoundError(f"{folder} has no exported model. Make one with `python -m modeling_trips.export`.")
     check_head(folder, heads)
-    options = runner_options(folder, num_threads or torch.get_num_threads())
+    manifest = json.loads((folder / EXPORT_MANIFEST).read_text(encoding="utf-8"))
+    if manifest["export_format"] == "onnx":
+        import onnxruntime  # an extra
+
+        session = onnxruntime.SessionOptions()
+        session.intra_op_num_threads = torch.get_num_threads()
+        options = {"session_options": session}
+    else:
+        # OpenVINO computes float32 weights in bfloat16 by default if the CPU supports it.
+        precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[TripsConfig.from_pretrained(folder).dtype]
+        config = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": precision}
+        options = {"config": config}
     exported = ExportedModel.from_pretrained(folder, device="cpu", **options)
     return assemble(exported.config, exported.runners, load_file(folder / HEAD_FILE), exported.generation_config)
-
-
-def runner_options(folder: Path, num_threads: int) -> dict:
-    """Return the options of `ExportedModel.from_pretrained` for the runtime of an export."""
-    manifest = json.loads((folder / EXPORT_MANIFEST).read_text(encoding="utf-8"))
-    backend = manifest["export_format"]
-    runtime = import_module(RUNTIMES[backend])
-    if backend == "onnx":
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = num_threads
-        return {"session_options": options}
-    # OpenVINO computes float32 weights in bfloat16 by default if the CPU supports it.
-    precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[TripsConfig.from_pretrained(folder).dtype]
-    return {"config": {"INFERENCE_NUM_THREADS": num_threads, "INFERENCE_PRECISION_HINT": precision}}
 
 
 def assemble(

@@ -11,7 +11,6 @@ options of `generate` can load code (`custom_generate`) or take unlimited time.
 """
 
 import base64
-import binascii
 
 import PIL.Image
 import torch
@@ -23,8 +22,13 @@ MAX_TEXTS = 32
 MAX_TEXT_LENGTH = 2000  # characters
 MAX_ANSWERS = 4096
 MAX_IMAGE_BYTES = 8 << 20  # `decode_image` also limits the pixels
-# Maxima of numbers in `parameters`. The decoder's positions also limit `max_new_tokens`.
-MAX_NUMBERS = {"top_k": 10, "num_beams": 10, "max_new_tokens": 128}
+MAX_NUMBERS = {"top_k": 10, "num_beams": 10, "max_new_tokens": 128}  # in `parameters`
+# Field of the texts, and accepted parameters.
+HEADS = {
+    "TripsForQuestionAnswering": ("question", ("top_k", "answers", "max_new_tokens", "num_beams")),
+    "TripsForConditionalGeneration": ("prompt", ("max_new_tokens", "num_beams")),
+    "TripsForRetrieval": ("texts", ()),
+}
 
 
 class EndpointHandler:
@@ -37,16 +41,9 @@ class EndpointHandler:
         config = AutoConfig.from_pretrained(path, trust_remote_code=True)
         self.decode_image = get_class_from_dynamic_module("image_decoding_trips.decode_image", path)
         self.why_slow = get_class_from_dynamic_module("slow_files.why_slow", path)
+        self.field, self.accepted = HEADS[config.architectures[0]]
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.answer, self.accepted = {
-            "TripsForQuestionAnswering": (self.answer_question, ("top_k", "answers", "max_new_tokens", "num_beams")),
-            "TripsForConditionalGeneration": (self.describe, ("max_new_tokens", "num_beams")),
-            "TripsForRetrieval": (self.match, ()),
-        }[config.architectures[0]]
-        self.max_numbers = MAX_NUMBERS | {
-            "max_new_tokens": min(MAX_NUMBERS["max_new_tokens"], config.decoder_config.max_position_embeddings)
-        }
-        if self.answer == self.match:
+        if self.field == "texts":
             model = AutoModelForZeroShotImageClassification.from_pretrained(path, trust_remote_code=True)
             self.model = model.to(self.device).eval()
             self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
@@ -64,65 +61,49 @@ class EndpointHandler:
             ValueError: An input or a parameter is missing, unknown, of another type or out of bounds, or the image
                 cannot be decoded. The client sees the message.
         """
-        inputs, parameters = data.get("inputs"), data.get("parameters")
-        if not isinstance(inputs, dict) or "image" not in inputs:
-            raise ValueError("`inputs` must be an object with an `image`.")
-        parameters = self.check_parameters({} if parameters is None else parameters)
-        return self.answer(self.read_image(inputs["image"]), inputs, **parameters)
-
-    def check_parameters(self, parameters: dict) -> dict:
-        """Return `parameters` after checking their names and values."""
-        if not isinstance(parameters, dict):
-            raise ValueError(f"`parameters` must be an object, got a {type(parameters).__name__}.")
+        inputs, parameters = data.get("inputs"), data.get("parameters") or {}
+        if not isinstance(inputs, dict) or not isinstance(parameters, dict):
+            raise ValueError("`inputs` and `parameters` must be objects.")
         for name, value in parameters.items():
-            if name not in self.accepted:
-                accepted = ", ".join(f"`{one}`" for one in self.accepted) or "none"
-                raise ValueError(f"`parameters` has an unknown entry {name!r:.100}. Accepted: {accepted}.")
-            if name == "answers":
-                _check_texts("parameters.answers", value, MAX_ANSWERS)
-            elif type(value) is not int or not 1 <= value <= self.max_numbers[name]:
-                raise ValueError(
-                    f"`parameters.{name}` must be an integer from 1 to {self.max_numbers[name]}, got {value!r:.100}."
-                )
-        return parameters
+            self.check_parameter(name, value)
+        given = inputs.get(self.field, "" if self.field == "prompt" else None)
+        texts = given if isinstance(given, list) and self.field != "prompt" else [given]
+        check_texts(f"inputs.{self.field}", texts, MAX_TEXTS)
+        image = self.read_image(inputs.get("image"))
+        if self.field == "texts":
+            return self.match(image, texts)
+        return self.pipeline(image, **{self.field: given}, **parameters)
 
-    def read_image(self, image: str | PIL.Image.Image) -> PIL.Image.Image:
+    def check_parameter(self, name: str, value: object):
+        if name not in self.accepted:
+            raise ValueError(f"`parameters` has an unknown entry {name!r:.100}. Accepted: {self.accepted}.")
+        if name == "answers":
+            check_texts("parameters.answers", value, MAX_ANSWERS)
+        elif type(value) is not int or not 1 <= value <= MAX_NUMBERS[name]:
+            raise ValueError(f"`parameters.{name}` must be an integer from 1 to {MAX_NUMBERS[name]}.")
+
+    def read_image(self, image: object) -> PIL.Image.Image:
         """Decode base64. Paths and URLs are not opened. Endpoints decode image bodies themselves."""
         if isinstance(image, PIL.Image.Image):
             return image
-        if not isinstance(image, str):
-            raise ValueError(f"`inputs.image` must be an image file in base64, got a {type(image).__name__}.")
-        if len(image) > MAX_IMAGE_BYTES // 3 * 4 + 4:
-            raise ValueError(f"`inputs.image` must have at most {MAX_IMAGE_BYTES:,} bytes.")
         try:
             content = base64.b64decode(image, validate=True)
-        except (binascii.Error, ValueError) as error:
+        except (TypeError, ValueError) as error:
             raise ValueError("`inputs.image` must be an image file in base64.") from error
+        if len(content) > MAX_IMAGE_BYTES:
+            raise ValueError(f"`inputs.image` must have at most {MAX_IMAGE_BYTES:,} bytes.")
         if message := self.why_slow(content):
             raise ValueError(f"`inputs.image`: {message}")
         return self.decode_image(content)
 
-    def answer_question(self, image: PIL.Image.Image, inputs: dict, **parameters) -> list:
-        question = inputs.get("question")
-        _check_texts("inputs.question", [question] if isinstance(question, str) else question, MAX_TEXTS)
-        return self.pipeline(image=image, question=question, **parameters)
-
-    def describe(self, image: PIL.Image.Image, inputs: dict, **parameters) -> list:
-        prompt = inputs.get("prompt", "")
-        _check_texts("inputs.prompt", [prompt], 1)
-        return self.pipeline(image, prompt=prompt, **parameters)
-
     @torch.inference_mode()
-    def match(self, image: PIL.Image.Image, inputs: dict) -> dict:
-        texts = inputs.get("texts")
-        _check_texts("inputs.texts", texts, MAX_TEXTS)
+    def match(self, image: PIL.Image.Image, texts: list[str]) -> dict:
         batch = self.processor(images=image, text=texts, image_index=[0] * len(texts), return_tensors="pt")
         logits = self.model.match(**batch.to(self.device)).itm_logits
         return {"scores": logits.softmax(-1)[:, 1].tolist()}
 
 
-def _check_texts(name: str, texts: list, most: int):
+def check_texts(name: str, texts: object, most: int):
     is_list = isinstance(texts, list) and 1 <= len(texts) <= most
     if not is_list or not all(isinstance(text, str) and len(text) <= MAX_TEXT_LENGTH for text in texts):
-        expected = "one string" if most == 1 else f"1 to {most:,} strings"
-        raise ValueError(f"`{name}` must be {expected} of at most {MAX_TEXT_LENGTH:,} characters.")
+        raise ValueError(f"`{name}` must be 1 to {most:,} strings of at most {MAX_TEXT_LENGTH:,} characters.")

@@ -8,7 +8,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 import modeling_trips
 
-from ..inspection.checkpoints import is_exported, load_checkpoint, load_processor
+from ..inspection.checkpoints import load_checkpoint, load_processor
 from ..inspection.files import whole_folder
 from .model_card import HEADS, CardArguments, make_model_card
 
@@ -37,16 +37,10 @@ def build_repository(
         `list[Path]`: The written files, sorted.
 
     Raises:
-        ValueError: `target` is not empty; `folder` has no processor or no complete TRIPS model; the handler does not
-            support the head; or a written file refers to code of others.
+        OSError: `target` is not empty, or `folder` has no model or processor.
+        ValueError: The model is incomplete or exported; the handler does not support its head; or a written file
+            refers to code of others.
     """
-    if target.exists() and any(target.iterdir()):
-        raise ValueError(f"{target} is not empty. Give a new or empty folder.")
-    for name in ("config.json", "processor_config.json"):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} has no {name}. Give a folder written by a training.")
-    if is_exported(folder):
-        raise ValueError(f"{folder} is an exported model. Give the checkpoint that it was exported from.")
     model = load_checkpoint(folder, [getattr(modeling_trips, name) for name in HEADS], use_safetensors=True)
     processor = load_processor(folder, model.config)
     if with_handler and not HEADS[type(model).__name__].has_pipeline:
@@ -68,16 +62,11 @@ def build_repository(
 
 def check_code(folder: Path):
     """
-    Check that a folder has and names only code of this project.
+    Check that the configurations in a folder name only code of this project.
 
     Raises:
-        ValueError: A Python file differs from that of this project, or a configuration names code elsewhere.
+        ValueError: A configuration names code elsewhere.
     """
-    handler = {path.name: path for path in HANDLER}
-    for path in folder.rglob("*.py"):
-        own = handler.get(path.name, PACKAGE / path.name)
-        if path.parent != folder or not own.is_file() or path.read_bytes() != own.read_bytes():
-            raise ValueError(f"{path.relative_to(folder)} differs from the file of this project. Remove it.")
     for path in folder.rglob("*config.json"):
         if found := re.search(r'"[\w./-]+--[\w.]+"|"custom_generate"', path.read_text(encoding="utf-8")):
             raise ValueError(f"{path.relative_to(folder)} must name code of this project alone, got {found[0]}.")
@@ -97,9 +86,9 @@ def publish(folder: Path, repo_id: str, private: bool = False) -> str:
     before = api.model_info(repo_id)
     if private and not before.private:
         raise ValueError(f"--private: {repo_id} exists and is public. Run `hf repos settings {repo_id} --private`.")
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    changes: list = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
     former = {file.rfilename for file in before.siblings if re.fullmatch(WEIGHTS_AND_CODE, file.rfilename)}
-    changes: list = [CommitOperationAdd(name, path) for name, path in files.items()]
-    changes += [CommitOperationDelete(name) for name in sorted(former - files.keys())]
-    commit = api.create_commit(repo_id, changes, commit_message="Publish model", parent_commit=before.sha)
-    return commit.commit_url
+    changes += map(CommitOperationDelete, sorted(former - {change.path_in_repo for change in changes}))
+    # `upload_folder` may make several commits.
+    return api.create_commit(repo_id, changes, commit_message="Publish model", parent_commit=before.sha).commit_url

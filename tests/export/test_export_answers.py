@@ -94,9 +94,7 @@ def test_answers_and_patches_match_pytorch(exported, questions, expected):
     "columns",
     [
         {"question": "is it red?", "answer": "yes"},
-        {"caption": "is it red?"},
         {"captions": ["is it red?", "two"]},
-        {"expression": "is it red?", "box": [0, 0, 9, 9]},
     ],
     ids=lambda columns: next(iter(columns)),
 )

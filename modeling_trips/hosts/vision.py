@@ -107,12 +107,7 @@ class TimmLayer(SelectionLayer):
 
 
 class VisionTower(Host):
-    """
-    A vision tower of CLIP, SigLIP or BLIP that gets its text from the caller, or a model that holds one.
-
-    Raises:
-        TypeError: The layers are not supported.
-    """
+    """A vision tower of CLIP, SigLIP or BLIP that gets its text from the caller, or a model that holds one."""
 
     layer_classes = {
         "CLIPEncoderLayer": ClipLayer,

@@ -12,6 +12,3 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """Patch selection in generative vision-language models, inside the vision tower and after it."""
-
-from .guide import TextGuide as TextGuide
-from .pruning import prune_inputs as prune_inputs

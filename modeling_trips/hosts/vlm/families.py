@@ -274,10 +274,7 @@ class Internvl(Family):
     def layers(self) -> nn.ModuleList:
         return self.tower.encoder.layer
 
-    @property
-    def num_selectable_layers(self) -> int:
-        layer = self.config.vision_feature_layer
-        return layer if layer >= 0 else len(self.layers) + 1 + layer
+    num_selectable_layers = Llava.num_selectable_layers
 
     @property
     def unit(self) -> int:
@@ -416,10 +413,8 @@ NOT_SUPPORTED = {
 
 def find_family(model: nn.Module) -> Family | None:
     """
-    Return the family of a vision-language model, or `None` for a model without visual tokens in its prompt.
-
-    Raises:
-        TypeError: The model is not supported.
+    Return the family of a vision-language model, `None` for a model without visual tokens in its prompt. Raise a
+    TypeError if the model is not supported.
     """
     base = getattr(model, "base_model", None)
     model_type = getattr(getattr(base, "config", None), "model_type", None)

@@ -21,7 +21,6 @@ the gate of [`modeling_trips.patch_selection.attend`] gives the scores a gradien
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import PIL.Image
 import torch
@@ -151,7 +150,17 @@ def targets_of_attention(model: PreTrainedModel, inputs: Mapping, num_answer_tok
     rows = torch.arange(length - 1 - longest, length - 1, device=ids.device)
     # Row r predicts token r + 1.
     is_row = rows >= length - 1 - counts[:, None]
-    with _record_rows(model.get_decoder(), rows, is_row) as recorded:
+    recorded: list[torch.Tensor] = []
+
+    def attend_and_record(module: nn.Module, query, key, value, attention_mask, scaling, **kwargs):
+        keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        scores = (query[:, :, rows].float() @ keys.float().transpose(2, 3)) * scaling
+        scores = scores.masked_fill(~attention_mask[:, :, rows], torch.finfo(scores.dtype).min)
+        weights = scores.softmax(dim=-1).mean(dim=1)
+        recorded.append((weights * is_row.unsqueeze(-1)).sum(dim=1) / is_row.sum(dim=1, keepdim=True))
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+    with _attention("trips_answer_rows", attend_and_record, model.get_decoder()):
         model.base_model(**inputs, use_cache=False)
     attention = torch.stack(recorded).mean(dim=0)
     is_visual = ids == family.image_token_id
@@ -259,32 +268,3 @@ def _attend_gated(module: nn.Module, query, key, value, attention_mask, scaling=
     current = CURRENT_PASS.get()
     keys = (Keys() if current is None else current.keys)._replace(mask=attention_mask)
     return attend(sdpa_attention_forward, module, query, key, value, keys=keys, scaling=scaling, **kwargs)
-
-
-_recording: ContextVar[tuple | None] = ContextVar("trips_answer_rows", default=None)
-
-
-@contextmanager
-def _record_rows(decoder: PreTrainedModel, rows: torch.Tensor, is_row: torch.Tensor):
-    """Record the attention of these rows to all tokens, one tensor of shape `(batch_size, length)` per layer."""
-    recorded: list[torch.Tensor] = []
-    token = _recording.set((rows, is_row, recorded))
-    try:
-        with _attention("trips_answer_rows", _attend_and_record, decoder):
-            yield recorded
-    finally:
-        _recording.reset(token)
-
-
-def _attend_and_record(module: nn.Module, query, key, value, attention_mask, scaling=None, **kwargs):
-    rows, is_row, recorded = _recording.get()
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    scores = (query[:, :, rows].float() @ keys.float().transpose(2, 3)) * scaling
-    allowed = torch.arange(key.shape[2], device=key.device) <= rows[:, None]
-    if attention_mask is not None:
-        own = attention_mask[:, :, rows]
-        allowed = own if own.dtype == torch.bool else own == 0
-    weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(dim=-1).mean(dim=1)
-    recorded.append((weights * is_row.unsqueeze(-1)).sum(dim=1) / is_row.sum(dim=1, keepdim=True))
-    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)

@@ -44,6 +44,7 @@ class Host:
 
     def __init__(self, model: nn.Module):
         self.model = model
+        self.base = getattr(model, "base_model", model)  # the model without its head
 
     @property
     def layers(self) -> nn.ModuleList:

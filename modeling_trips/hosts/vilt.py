@@ -15,7 +15,6 @@
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -170,10 +169,6 @@ class ViltSelectionLayer(SelectionLayer):
 
 class Vilt(Host):
     layer_classes = {"ViltLayer": ViltSelectionLayer}
-
-    def __init__(self, model: PreTrainedModel):
-        super().__init__(model)
-        self.base = getattr(model, "vilt", model)
 
     @property
     def layers(self) -> nn.ModuleList:

@@ -15,7 +15,6 @@
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from .host import Host
 from .layers import Projections, SelectionLayer, library_name
@@ -140,10 +139,6 @@ class VisionTower(Host):
 class BridgeTower(Host):
     layer_classes = {"BridgeTowerResidualAttention": BridgeTowerLayer}
     no_text = "its vision layers get only image tokens"
-
-    def __init__(self, model: PreTrainedModel):
-        super().__init__(model)
-        self.base = getattr(model, "bridgetower", model)
 
     @property
     def layers(self) -> nn.ModuleList:

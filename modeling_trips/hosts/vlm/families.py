@@ -44,7 +44,6 @@ class Family(Host):
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
-        self.base = model.base_model
         self.config = self.base.config
         self.image_token_id = self.config.image_token_id
         names = inspect.signature(self.base.get_image_features).parameters
@@ -427,7 +426,7 @@ def find_family(model: nn.Module) -> Family | None:
         return (Family if names.isdisjoint(family.layer_classes) else family)(model)
     if base is None or "mm_encoder_outputs" not in inspect.signature(base.forward).parameters:
         return None
-    if hasattr(base, "get_rope_index"):
+    if hasattr(base, "get_rope_index"):  # some take and ignore any argument
         missing = {"mm_token_type_ids", "image_grid_thw"} - inspect.signature(base.get_rope_index).parameters.keys()
         if missing:
             raise TypeError(

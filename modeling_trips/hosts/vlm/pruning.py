@@ -98,9 +98,9 @@ def prune_inputs(
     left unless the inputs are padded on the right.
 
     Args:
-        model (`PreTrainedModel`): LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, PaliGemma, Gemma 3, SmolVLM, Idefics3,
-            InternVL, Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3-VL-MoE, for generation or without a head. Other models
-            that take `mm_encoder_outputs` and have one placeholder per visual token work, but are not tested.
+        model (`PreTrainedModel`): A generative model that [`apply_patch_selection`] supports, or one without its head.
+            Other models that take `mm_encoder_outputs` and have one placeholder per visual token work, but are not
+            tested.
         inputs (`Mapping`): Outputs of the processor, with `input_ids` of shape `(batch_size, length)` (or
             `inputs_embeds`), and `labels` of that shape for training. Prompts may have any number of images.
         visual_tokens (`int`, *optional*): Number of visual tokens to keep per image. Where images differ in size, one

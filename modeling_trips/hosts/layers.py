@@ -164,15 +164,11 @@ class SelectionPass:
     """
     Selections of all layers in one pass of images through a tower. The patches that become one visual token of a
     generative model are a unit; in other models a unit is a patch.
-
-    Args:
-        num_units (`list[int]`, *optional*): Number of units of each image in a packed sequence.
-        is_image (`torch.BoolTensor` of shape `(num_images, num_patches)`, *optional*): False marks padding patches.
     """
 
     def __init__(self, num_units: list[int] | None = None, is_image: torch.Tensor | None = None):
-        self.num_units = num_units
-        self.is_image = is_image
+        self.num_units = num_units  # of each image in a packed sequence
+        self.is_image = is_image  # `(num_images, num_patches)`: False marks padding patches
         # In a tower that permutes units by windows: row-major number of each unit, and the boundaries of the windows.
         self.unit_order: torch.Tensor | None = None
         self.segments: torch.Tensor | None = None
@@ -275,22 +271,15 @@ class SelectionLayer(ModuleWrapper):
         normed = self.normed_tokens(hidden_states)
         hidden_states = hidden_states + self.attend(normed, attention_mask, **kwargs)
         if self.selection is not None:
-            hidden_states = self.select(current, kept, hidden_states, normed, text_embeds)
+            query = current.query if text_embeds is None else self.query_of_text(normed, text_embeds)
+            hidden_states = self.select(current, hidden_states, normed, query)
         return hidden_states + self.feed_forward(hidden_states)
 
     def select(
-        self,
-        current: SelectionPass,
-        before: torch.Tensor | None,
-        hidden_states: torch.Tensor,
-        normed: torch.Tensor,
-        text_embeds: torch.Tensor | None,
+        self, current: SelectionPass, hidden_states: torch.Tensor, normed: torch.Tensor, query: torch.Tensor | None
     ) -> torch.Tensor:
-        """
-        Reduce `(num_images, seq_length, hidden_size)` to prefix, kept units and, with `self.fuse`, the fused token.
-        `before` are the units that earlier layers of the pass have kept.
-        """
-        query = current.query if text_embeds is None else self.query_of_text(normed, text_embeds)
+        """Reduce `(num_images, seq_length, hidden_size)` to prefix, kept units and, with `self.fuse`, fused token."""
+        before = current.kept_before(self.number)
         is_image = shorten_mask(current.is_image, before, self.unit)
         scores = self.score_units(normed, query, is_image, is_whole=before is None)
         choice = choose_tokens(scores, self.selection.keep_rate, current.sampled_share)

@@ -42,17 +42,9 @@ from .wrapper import selection_of
 
 def guided_selection(model: PreTrainedModel, inputs: Mapping) -> TripsSelection:
     """
-    Return the selection of the guide's layer, without running the language model. Scores carry gradients to the guide.
-
-    Args:
-        model (`PreTrainedModel`): A model with a `guide`, see [`apply_patch_selection`].
-        inputs (`Mapping`): Outputs of the processor for prompts with images, without answers.
-
-    Returns:
-        `TripsSelection`: `scores` and `candidate_indices` of shape `(num_images, num_units)`. Tiles count as images.
-
-    Raises:
-        ValueError: No layer of the model is scored by the text.
+    Return the selection of the guide's layer for prompts with images, without answers. The language model does not
+    run. `scores` and `candidate_indices` have shape `(num_images, num_units)`, and scores carry gradients to the
+    guide. Tiles count as images. Raise a ValueError if no layer of the model is scored by the text.
     """
     guidances = [layer.selection.guidance for layer in selecting_layers(model)]
     if "text" not in guidances:
@@ -67,11 +59,8 @@ def region_masks(
 ) -> list[PIL.Image.Image]:
     """
     Paint each region white on a black image of the same size. The processor transforms these masks like the images
-    (resize, crop, pad, tiles), so they show which patches see the region.
-
-    Args:
-        images (`Sequence[PIL.Image.Image]`): The images.
-        regions (`Sequence`): (x0, y0, x1, y1) in pixels, x1 and y1 exclusive, for each image; `None` if unknown.
+    (resize, crop, pad, tiles), so they show which patches see the region. A region is (x0, y0, x1, y1) in pixels, x1
+    and y1 exclusive; `None` if unknown.
     """
     masks = []
     for image, region in zip(images, regions):
@@ -90,16 +79,9 @@ def rows_of_images(model: PreTrainedModel, inputs: Mapping) -> list[int]:
 
 def targets_of_masks(model: PreTrainedModel, masks: Mapping, blanks: Mapping) -> torch.Tensor:
     """
-    Return the share of each region in the units of patches that become one visual token.
-
-    Args:
-        model (`PreTrainedModel`): The vision-language model.
-        masks (`Mapping`): Outputs of the processor for `region_masks` and the prompts.
-        blanks (`Mapping`): The same for black images.
-
-    Returns:
-        `torch.Tensor` of shape `(num_images, num_units)`: Each row sums to 1, or to 0 without a region. Tiles count as
-        images; units of packed images are padded with zeros.
+    Return the share of each region in the units of patches that become one visual token, `(num_images, num_units)`.
+    Each row sums to 1, or to 0 without a region. Tiles count as images; units of packed images are padded with zeros.
+    `masks` are the processor's outputs for `region_masks` and the prompts, `blanks` those for black images.
     """
     family = find_family(model)
     shown = (masks["pixel_values"] - blanks["pixel_values"]).float().clamp(min=0)
@@ -121,20 +103,12 @@ def targets_of_masks(model: PreTrainedModel, masks: Mapping, blanks: Mapping) ->
 @torch.no_grad()
 def targets_of_attention(model: PreTrainedModel, inputs: Mapping, num_answer_tokens: Sequence[int]) -> torch.Tensor:
     """
-    Return the attention from the unpruned model's answer to each visual token: the mean over layers, heads and the
-    tokens that predict the answer. Only these rows are computed, not the map.
+    Return the attention from the unpruned model's answer to each visual token, `(num_images, num_units)`: the mean
+    over layers, heads and the tokens that predict the answer. Only these rows are computed, not the map. Each row sums
+    to 1. Tiles count as images; units of packed images are padded with zeros.
 
-    Args:
-        model (`PreTrainedModel`): The vision-language model, without selection.
-        inputs (`Mapping`): Outputs of the processor for prompts that end with their answers, padded on the left.
-        num_answer_tokens (`Sequence[int]`): Number of answer tokens at the end of each row.
-
-    Returns:
-        `torch.Tensor` of shape `(num_images, num_units)`: Each row sums to 1. Tiles count as images; units of packed
-        images are padded with zeros.
-
-    Raises:
-        ValueError: The model has a selection, or its visual tokens are not the units of its tower.
+    Prompts end with their answers, of `num_answer_tokens` by row, and are padded on the left. Raise a ValueError if
+    the model has a selection, or its visual tokens are not the units of its tower.
     """
     family = find_family(model)
     if selection_of(model) is not None:
@@ -178,15 +152,9 @@ def answer_losses(
     """
     Return the mean cross-entropy of each row's answer tokens, `(batch_size,)`, and the selection of the guide's layer.
 
-    The values are those of the pruned model. With `sampled_share`, a random sample of the dropped units runs through
-    the rest of the tower and the language model. No token attends to them, but the losses have a gradient to the
-    scores of the units that run: see [`attend`].
-
-    Args:
-        model (`PreTrainedModel`): A model with a `guide` and no other selection, see [`apply_patch_selection`].
-        inputs (`Mapping`): Outputs of the processor for prompts that end with their answers, padded on the left.
-        num_answer_tokens (`Sequence[int]`): Number of answer tokens at the end of each row.
-        sampled_share (`float`, *optional*, defaults to 0.0): Share of the dropped units that run, in [0, 1].
+    The values are those of the pruned model. With `sampled_share`, in [0, 1], a random sample of the dropped units
+    runs through the rest of the tower and the language model. No token attends to them, but the losses have a gradient
+    to the scores of the units that run: see [`attend`]. Inputs are as in [`targets_of_attention`].
 
     Raises:
         TypeError: `sampled_share` is not 0, and the gate is not supported for the model.

@@ -170,19 +170,19 @@ def _count_pruned_prompt(model: nn.Module, generation_config, options: dict, len
     Lower `max_length` and `min_length`, which count the caller's prompt of `length` tokens, in the options of a call.
     Raise a ValueError if `max_length` leaves no token to generate.
     """
-    configs = [vars(config) for config in (generation_config, model.generation_config) if config is not None]
+    own = options if generation_config is None else vars(generation_config)
 
     def setting(name: str) -> int | None:
-        return next((given[name] for given in (options, *configs) if given.get(name) is not None), None)
+        parts = (options, own, vars(model.generation_config))
+        return next((part[name] for part in parts if part.get(name) is not None), None)
 
     longest = setting("max_length")
     if longest and longest <= length and setting("max_new_tokens") is None:
         raise ValueError(f"`max_length` must be larger than {length}, the length of the prompt, got {longest}.")
     for name in ("max_length", "min_length"):
         if value := setting(name):
-            # `generation_config` is a copy, the model's is not.
-            is_option = generation_config is None or options.get(name) is not None
-            (options if is_option else configs[0])[name] = max(1, value - length + pruned_length)
+            options.pop(name, None)
+            own[name] = max(1, value - length + pruned_length)
 
 
 def _pruning_generate(own_class: type[nn.Module]):

@@ -41,6 +41,8 @@ class Family(Host):
     has_gate = False  # see `answer_losses`
     # Numbers of tokens that the processor writes before and after the placeholders of an image (or tile).
     framing_tokens = (0, 0)
+    # Number of visual tokens of an image in the language model, `None` where it depends on the image's size.
+    tokens_per_image: int | None = None
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
@@ -61,11 +63,6 @@ class Family(Host):
     @property
     def layers(self) -> nn.ModuleList:
         return self.transformer.encoder.layers
-
-    @property
-    def tokens_per_image(self) -> int | None:
-        """Number of visual tokens of an image in the language model, `None` where it depends on the image's size."""
-        return None
 
     @property
     def heads(self) -> tuple[int, int]:

@@ -11,24 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""
-Patch selection inside models of Transformers and timm: ViLT, BLIP, BridgeTower, CLIP, SigLIP, VisionTransformer, and
-generative vision-language models such as LLaVA and Qwen-VL.
-
-    apply_patch_selection(vilt, "5:text:0.7,10:text:0.7")
-    outputs = vilt(**inputs)                       # fewer image tokens from layer 5 on
-
-    apply_patch_selection(llava, "8:image:0.33", visual_tokens=64)
-    llava.generate(**inputs)                       # 64 visual tokens instead of 576
-
-    with record_patch_selection(vilt) as selections:
-        vilt(**inputs)
-    selections[0].kept_indices                     # patches that layer 5 kept
-
-    remove_patch_selection(vilt)
-
-No parameter is added, renamed or copied: checkpoints saved with selection load without it, and vice versa.
-"""
+"""Patch selection inside models of Transformers and timm."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,7 +65,8 @@ def apply_patch_selection(
     guide: TextGuide | None = None,
 ):
     """
-    Add patch selection to a model, in place. A second call replaces the first.
+    Add patch selection to a model, in place. A second call replaces the first. No parameter is added, renamed or
+    copied: checkpoints saved with selection load without it, and vice versa.
 
     Call it after loading and before wrapping: before `torch.compile`, DDP or FSDP, and Accelerate's device hooks. For
     several devices, load the model without `device_map`, apply the selection, then call `accelerate.dispatch_model`.
@@ -227,22 +211,13 @@ def _record_layers(layers: list[SelectionLayer], recorded: list[TripsSelection])
 
 
 def find_host(model: nn.Module) -> Host:
-    """
-    Return the description of a model for patch selection.
-
-    Raises:
-        TypeError: The model is not supported.
-    """
+    """Return the description of a model for patch selection. Raise a TypeError if the model is not supported."""
     host = find_family(model)
     if host is None and (host_class := lookup(HOSTS, type(model))) is not None:
         host = host_class(model)
     if host is not None:
         return host
-    if hasattr(model, "get_base_model"):  # PEFT
-        raise TypeError(
-            f"Patch selection does not support {type(model).__name__}. Apply it to `model.get_base_model()`."
-        )
     raise TypeError(
         f"Patch selection does not support {type(model).__name__}. It supports {', '.join(HOSTS)} (of timm), and "
-        f"{', '.join(FAMILIES)} with their heads."
+        f"{', '.join(FAMILIES)} with their heads. In a PEFT model, apply it to `model.get_base_model()`."
     )

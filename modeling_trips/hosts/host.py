@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from ..configuration_trips import SelectionSchedule
-from .layers import SelectionLayer, check_forward, library_name, unwrapped
+from .layers import SelectionLayer, check_forward, library_name
 
 
 class Host:
@@ -44,6 +44,7 @@ class Host:
 
     def __init__(self, model: nn.Module):
         self.model = model
+        self.base = getattr(model, "base_model", model)  # the model without its head
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -59,11 +60,7 @@ class Host:
         return len(self.layers)
 
     def check_schedule(self, schedule: SelectionSchedule):
-        """
-        Raises:
-            TypeError: A layer is of an unsupported class.
-            ValueError: The schedule does not fit, or a compiler or Accelerate has replaced a layer's forward pass.
-        """
+        """Raise a TypeError for layers of an unsupported class, a ValueError for a schedule that does not fit them."""
         if not schedule.layers:
             return
         name, last = type(self.model).__name__, self.num_selectable_layers
@@ -78,7 +75,8 @@ class Host:
             if selection.guidance == "text" and self.no_text is not None:
                 raise ValueError(f"{name} does not support guidance 'text': {self.no_text}. Use 'image'.")
         for number in self.changed_layers(schedule):
-            layer = unwrapped(self.layers[number - 1])
+            layer = self.layers[number - 1]
+            layer = getattr(layer, "wrapped_module", layer)
             if library_name(type(layer)) not in self.layer_classes:
                 names = " or ".join(self.layer_classes)
                 raise TypeError(f"Layer {number} must be of class {names}, got {type(layer).__name__}.")

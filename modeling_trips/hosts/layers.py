@@ -79,10 +79,6 @@ def new_of_class(*classes: type):
     return nn.Module.__new__(_combine(*classes))
 
 
-def unwrapped(module: nn.Module) -> nn.Module:
-    return module.wrapped_module if isinstance(module, ModuleWrapper) else module
-
-
 def library_name(library_class: type) -> str | None:
     """Return the name of a class of Transformers, timm or vLLM, `None` for others. No model module is imported."""
     is_known = library_class.__module__.partition(".")[0] in ("transformers", "timm", "vllm")
@@ -95,10 +91,7 @@ def lookup(table: Mapping[str, type], model_class: type) -> Any:
 
 
 def check_forward(module: nn.Module, name: str):
-    """
-    Raises:
-        ValueError: A compiler or Accelerate has replaced the module's forward pass.
-    """
+    """Raise a ValueError if a compiler or Accelerate has replaced the module's forward pass."""
     taken_over = {"forward", "_compiled_call_impl"} & vars(module).keys()
     if taken_over:
         raise ValueError(
@@ -152,14 +145,8 @@ def score_states(query: torch.Tensor, states: torch.Tensor, key_weight: torch.Te
     Compute `score_tokens` without the keys: q (W x) = (q W) x, so the layer projects the query instead of every token.
     The bias of the keys adds a constant to all tokens, which softmax ignores.
 
-    Args:
-        query (`torch.Tensor` of shape `(batch_size, num_heads, head_dim)`): The guiding query.
-        states (`torch.Tensor` of shape `(batch_size, num_candidates, hidden_size)`): Inputs of the key projection.
-        key_weight (`torch.Tensor` of shape `(num_heads * head_dim, hidden_size)`): Weight of the key projection.
-        scaling (`float`): Factor of the dot products.
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size, num_candidates)`, float32 or wider: each row is positive and sums to 1.
+    `states` of shape `(batch_size, num_candidates, hidden_size)` are the inputs of the key projection. Its weight has
+    shape `(num_heads * head_dim, hidden_size)`.
     """
     dtype = torch.promote_types(states.dtype, torch.float32)
     with torch.autocast(states.device.type, enabled=False):  # rounding would tie patches
@@ -177,15 +164,11 @@ class SelectionPass:
     """
     Selections of all layers in one pass of images through a tower. The patches that become one visual token of a
     generative model are a unit; in other models a unit is a patch.
-
-    Args:
-        num_units (`list[int]`, *optional*): Number of units of each image in a packed sequence.
-        is_image (`torch.BoolTensor` of shape `(num_images, num_patches)`, *optional*): False marks padding patches.
     """
 
     def __init__(self, num_units: list[int] | None = None, is_image: torch.Tensor | None = None):
-        self.num_units = num_units
-        self.is_image = is_image
+        self.num_units = num_units  # of each image in a packed sequence
+        self.is_image = is_image  # `(num_images, num_patches)`: False marks padding patches
         # In a tower that permutes units by windows: row-major number of each unit, and the boundaries of the windows.
         self.unit_order: torch.Tensor | None = None
         self.segments: torch.Tensor | None = None
@@ -288,22 +271,17 @@ class SelectionLayer(ModuleWrapper):
         normed = self.normed_tokens(hidden_states)
         hidden_states = hidden_states + self.attend(normed, attention_mask, **kwargs)
         if self.selection is not None:
-            hidden_states = self.select(current, kept, hidden_states, normed, text_embeds)
+            query = current.query if text_embeds is None else self.query_of_text(normed, text_embeds)
+            hidden_states = self.select(current, hidden_states, normed, query)
         return hidden_states + self.feed_forward(hidden_states)
 
     def select(
-        self,
-        current: SelectionPass,
-        before: torch.Tensor | None,
-        hidden_states: torch.Tensor,
-        normed: torch.Tensor,
-        text_embeds: torch.Tensor | None,
+        self, current: SelectionPass, hidden_states: torch.Tensor, normed: torch.Tensor, query: torch.Tensor | None
     ) -> torch.Tensor:
-        """
-        Reduce `(num_images, seq_length, hidden_size)` to prefix, kept units and, with `self.fuse`, the fused token.
-        `before` are the units that earlier layers of the pass have kept.
-        """
-        scores = self.score_units(current, before, normed, text_embeds)
+        """Reduce `(num_images, seq_length, hidden_size)` to prefix, kept units and, with `self.fuse`, fused token."""
+        before = current.kept_before(self.number)
+        is_image = shorten_mask(current.is_image, before, self.unit)
+        scores = self.score_units(normed, query, is_image, is_whole=before is None)
         choice = choose_tokens(scores, self.selection.keep_rate, current.sampled_share)
         num_candidates = scores.shape[1]
         if choice.sampled is not None:
@@ -332,23 +310,16 @@ class SelectionLayer(ModuleWrapper):
         return Choice(kept), Keys(gate=token_values(choice.gate, 1.0), sampled=token_values(is_sampled, False))
 
     def score_units(
-        self,
-        current: SelectionPass,
-        before: torch.Tensor | None,
-        normed: torch.Tensor,
-        text_embeds: torch.Tensor | None,
+        self, normed: torch.Tensor, query: torch.Tensor | None, is_image: torch.Tensor | None, is_whole: bool
     ) -> torch.Tensor:
-        """Score the candidates: `(num_images, num_candidates)`. Padding scores 0."""
+        """Score the candidates: `(num_images, num_candidates)`. Padding scores 0. `is_whole`: see `to_units`."""
         patches = normed[:, self.num_prefix_tokens :]
-        is_image = shorten_mask(current.is_image, before, self.unit)
         if self.selection.guidance == "random":
-            num_units = patches.shape[1] // self.unit**2
-            scores = random_scores(len(normed), num_units, normed.device)
-            return scores if is_image is None else scores * to_units(is_image, self.unit, before is None).any(dim=-1)
-        query = current.query if text_embeds is None else self.query_of_text(normed, text_embeds)
+            scores = random_scores(len(normed), patches.shape[1] // self.unit**2, normed.device)
+            return scores if is_image is None else scores * to_units(is_image, self.unit, is_whole).any(dim=-1)
         scores = self.score(self.guiding_query(normed, query, is_image), patches)
         scores = scores if is_image is None else scores * is_image
-        return to_units(scores, self.unit, before is None).sum(dim=-1)
+        return to_units(scores, self.unit, is_whole).sum(dim=-1)
 
     def query_of_text(self, normed: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor | None:
         """Return the query of the caller's text; `None` if the image scores here."""
@@ -366,7 +337,7 @@ class SelectionLayer(ModuleWrapper):
         return self.project_query(text_embeds) if self.selection.guidance == "text" else None
 
     def guiding_query(
-        self, normed: torch.Tensor, text_query: torch.Tensor | None, is_image: torch.Tensor | None = None
+        self, normed: torch.Tensor, text_query: torch.Tensor | None, is_image: torch.Tensor | None
     ) -> torch.Tensor:
         """Return the query that scores the patches: `(num_images, num_heads, head_dim)`."""
         if self.selection.guidance == "text" and text_query is not None:

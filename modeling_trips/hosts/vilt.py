@@ -15,7 +15,6 @@
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -48,29 +47,12 @@ class ViltSelectionEmbeddings(ModuleWrapper):
         states = torch.cat([states[:, :1], gather_tokens(states[:, 1:], order)], dim=1)
         return states, torch.cat([mask[:, :1], numbers], dim=1), (patch_index, grid)
 
-    def forward(
-        self,
-        input_ids,
-        attention_mask,
-        token_type_ids,
-        pixel_values,
-        pixel_mask,
-        inputs_embeds,
-        image_embeds,
-        image_token_type_idx=1,
-    ):
-        embeddings, numbers = super().forward(
-            input_ids,
-            attention_mask.long(),  # in half precision the numbers would be rounded
-            token_type_ids,
-            pixel_values=pixel_values,
-            pixel_mask=pixel_mask,
-            inputs_embeds=inputs_embeds,
-            image_embeds=image_embeds,
-            image_token_type_idx=image_token_type_idx,
-        )
+    def forward(self, input_ids, attention_mask, *args, **kwargs):
+        # In half precision the numbers would be rounded.
+        embeddings, numbers = super().forward(input_ids, attention_mask.long(), *args, **kwargs)
         text_length = attention_mask.shape[1]
         numbers = numbers.long()
+        *_, image_embeds = args
         if image_embeds is not None:  # ViLT uses the given mask for embedded images
             present = numbers[:, text_length + 1 :]
             patches = torch.arange(FIRST_PATCH, FIRST_PATCH + present.shape[1], device=numbers.device)
@@ -187,10 +169,6 @@ class ViltSelectionLayer(SelectionLayer):
 
 class Vilt(Host):
     layer_classes = {"ViltLayer": ViltSelectionLayer}
-
-    def __init__(self, model: PreTrainedModel):
-        super().__init__(model)
-        self.base = getattr(model, "vilt", model)
 
     @property
     def layers(self) -> nn.ModuleList:

@@ -15,7 +15,6 @@
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from .host import Host
 from .layers import Projections, SelectionLayer, library_name
@@ -107,12 +106,7 @@ class TimmLayer(SelectionLayer):
 
 
 class VisionTower(Host):
-    """
-    A vision tower of CLIP, SigLIP or BLIP that gets its text from the caller, or a model that holds one.
-
-    Raises:
-        TypeError: The layers are not supported.
-    """
+    """A vision tower of CLIP, SigLIP or BLIP that gets its text from the caller, or a model that holds one."""
 
     layer_classes = {
         "CLIPEncoderLayer": ClipLayer,
@@ -145,10 +139,6 @@ class VisionTower(Host):
 class BridgeTower(Host):
     layer_classes = {"BridgeTowerResidualAttention": BridgeTowerLayer}
     no_text = "its vision layers get only image tokens"
-
-    def __init__(self, model: PreTrainedModel):
-        super().__init__(model)
-        self.base = getattr(model, "bridgetower", model)
 
     @property
     def layers(self) -> nn.ModuleList:

@@ -41,10 +41,11 @@ class Family(Host):
     has_gate = False  # see `answer_losses`
     # Numbers of tokens that the processor writes before and after the placeholders of an image (or tile).
     framing_tokens = (0, 0)
+    # Number of visual tokens of an image in the language model, `None` where it depends on the image's size.
+    tokens_per_image: int | None = None
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
-        self.base = model.base_model
         self.config = self.base.config
         self.image_token_id = self.config.image_token_id
         names = inspect.signature(self.base.get_image_features).parameters
@@ -62,11 +63,6 @@ class Family(Host):
     @property
     def layers(self) -> nn.ModuleList:
         return self.transformer.encoder.layers
-
-    @property
-    def tokens_per_image(self) -> int | None:
-        """Number of visual tokens of an image in the language model, `None` where it depends on the image's size."""
-        return None
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -274,10 +270,7 @@ class Internvl(Family):
     def layers(self) -> nn.ModuleList:
         return self.tower.encoder.layer
 
-    @property
-    def num_selectable_layers(self) -> int:
-        layer = self.config.vision_feature_layer
-        return layer if layer >= 0 else len(self.layers) + 1 + layer
+    num_selectable_layers = Llava.num_selectable_layers
 
     @property
     def unit(self) -> int:
@@ -416,10 +409,8 @@ NOT_SUPPORTED = {
 
 def find_family(model: nn.Module) -> Family | None:
     """
-    Return the family of a vision-language model, or `None` for a model without visual tokens in its prompt.
-
-    Raises:
-        TypeError: The model is not supported.
+    Return the family of a vision-language model, `None` for a model without visual tokens in its prompt. Raise a
+    TypeError if the model is not supported.
     """
     base = getattr(model, "base_model", None)
     model_type = getattr(getattr(base, "config", None), "model_type", None)
@@ -432,7 +423,7 @@ def find_family(model: nn.Module) -> Family | None:
         return (Family if names.isdisjoint(family.layer_classes) else family)(model)
     if base is None or "mm_encoder_outputs" not in inspect.signature(base.forward).parameters:
         return None
-    if hasattr(base, "get_rope_index"):
+    if hasattr(base, "get_rope_index"):  # some take and ignore any argument
         missing = {"mm_token_type_ids", "image_grid_thw"} - inspect.signature(base.get_rope_index).parameters.keys()
         if missing:
             raise TypeError(

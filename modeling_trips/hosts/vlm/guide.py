@@ -13,14 +13,12 @@
 # limitations under the License.
 """Learned guide that scores patches inside the vision tower of a frozen vision-language model by the prompt."""
 
-import os
 from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from .families import find_family
@@ -109,17 +107,11 @@ class TextGuide(nn.Module, PyTorchModelHubMixin, library_name="trips-transformer
         mean = (weights.unsqueeze(1) @ prompt).squeeze(1)
         return self.query(mean).unflatten(-1, (self.num_heads, self.head_dim))
 
-    def _save_pretrained(self, save_directory: Path):
-        file = save_directory / SAFETENSORS_SINGLE_FILE
-        partial = file.with_suffix(".partial")
-        save_file(self.state_dict(), partial, metadata={"format": "pt"})
-        os.replace(partial, file)
-
     @classmethod
     def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", **options) -> "TextGuide":
         downloading = {name: options.pop(name) for name in _DOWNLOADING}
         file = Path(model_id) / SAFETENSORS_SINGLE_FILE
-        if not os.path.isdir(model_id):
+        if not Path(model_id).is_dir():
             file = hf_hub_download(model_id, SAFETENSORS_SINGLE_FILE, **downloading)
         with torch.device("meta"):  # before memory is taken
             guide = cls(**options)

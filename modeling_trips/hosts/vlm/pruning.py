@@ -36,19 +36,7 @@ from .scoring import SCORERS, Scorer, pooling_cells
 
 @dataclass(frozen=True)
 class ExitSelection:
-    """
-    Settings of the selection after the vision tower.
-
-    Args:
-        visual_tokens (`int`, *optional*): Number of tokens per image. Where images differ in size, one with fewer
-            keeps all.
-        keep_rate (`float`, *optional*): Share of the image's tokens in (0, 1], instead of a number.
-        scorer (`str` or `Callable`, *optional*, defaults to `"prompt"`): Scorer as in [`prune_inputs`].
-
-    Raises:
-        TypeError: The number is not an integer.
-        ValueError: Both a number and a rate are given, one of them is out of range, or the scorer is unknown.
-    """
+    """Settings of the selection after the vision tower, as in [`prune_inputs`]."""
 
     visual_tokens: int | None = None
     keep_rate: float | None = None
@@ -67,12 +55,7 @@ class ExitSelection:
             raise ValueError(f"`scorer` must be a function or one of {', '.join(SCORERS)}, got {self.scorer!r}.")
 
     def check_fits(self, family: Family, in_tower: bool = False):
-        """
-        Check the selection for a family whose tower selects, too, if `in_tower`.
-
-        Raises:
-            ValueError: Every image of the model has fewer visual tokens, or no grid of them that can be pooled.
-        """
+        """Raise a ValueError if the selection does not fit a family whose tower selects, too, if `in_tower`."""
         most = family.tokens_per_image
         if self.visual_tokens is not None and most is not None and self.visual_tokens > most:
             raise ValueError(
@@ -115,14 +98,14 @@ def prune_inputs(
     left unless the inputs are padded on the right.
 
     Args:
-        model (`PreTrainedModel`): LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, PaliGemma, Gemma 3, SmolVLM, Idefics3,
-            InternVL, Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3-VL-MoE, for generation or without a head. Other models
-            that take `mm_encoder_outputs` and have one placeholder per visual token work, but are not tested.
+        model (`PreTrainedModel`): A generative model that [`apply_patch_selection`] supports, or one without its head.
+            Other models that take `mm_encoder_outputs` and have one placeholder per visual token work, but are not
+            tested.
         inputs (`Mapping`): Outputs of the processor, with `input_ids` of shape `(batch_size, length)` (or
             `inputs_embeds`), and `labels` of that shape for training. Prompts may have any number of images.
-        visual_tokens (`int`, *optional*): Number of visual tokens to keep per image. SmolVLM and Idefics3 count the
-            tiles of a prompt as one image.
-        keep_rate (`float`, *optional*): Share of the visual tokens to keep per image, instead of a number.
+        visual_tokens (`int`, *optional*): Number of visual tokens to keep per image. Where images differ in size, one
+            with fewer keeps all. SmolVLM and Idefics3 count the tiles of a prompt as one image.
+        keep_rate (`float`, *optional*): Share of the visual tokens to keep per image, in (0, 1], instead of a number.
         scorer (`str` or `Callable`, *optional*, defaults to `"prompt"`): `"prompt"` (relevance to the prompt, with
             diversity), `"diversity"`, `"random"`, `"pooling"`, or a function of the features, the prompt's embeddings
             (both with one row per image), their mask and the number to keep, which returns positions and features. The
@@ -136,7 +119,8 @@ def prune_inputs(
 
     Raises:
         TypeError: The model is not supported, or `visual_tokens` is not an integer.
-        ValueError: The inputs have videos, images and placeholders do not match, or `labels` cover the whole prompt.
+        ValueError: The inputs have videos, images and placeholders do not match, `labels` cover the whole prompt, the
+            scorer is unknown, or both a number and a rate are given or one of them is out of range.
     """
     family = find_family(model)
     if family is None:
@@ -251,7 +235,9 @@ class Prompts:
             is_text = is_text & (self.inputs["labels"] == -100)
             if not (is_text.any(dim=1) | ~self.is_visual.any(dim=1)).all():
                 raise ValueError("`labels` must be -100 on the prompt, but a row has labels on all of its text.")
-        is_text = is_text & ~is_near(self.is_visual, *self.family.framing_tokens)
+        num_before, num_after = self.family.framing_tokens
+        padded = nn.functional.pad(self.is_visual, (num_after, num_before))
+        is_text = is_text & ~padded.unfold(1, num_before + 1 + num_after, 1).any(dim=-1)
         is_before_image = self.is_visual.flip(1).cumsum(dim=1).flip(1) > 0
         is_after = is_text & ~is_before_image
         is_text = torch.where(is_after.any(dim=1, keepdim=True), is_after, is_text)
@@ -262,12 +248,7 @@ class Prompts:
         return self.family.model.get_input_embeddings()(ids), mask
 
     def row_of_groups(self, sizes: list[int]) -> list[int]:
-        """
-        Return the row of each group of visual tokens.
-
-        Raises:
-            ValueError: A row has more or fewer placeholders than its images have visual tokens.
-        """
+        """Return the row of each group of visual tokens. Raise a ValueError if the placeholders do not match."""
         ends = [*accumulate(self.num_visual)]
         rows = [bisect_right(ends, first) if size else 0 for first, size in zip(accumulate(sizes, initial=0), sizes)]
         lasts = [last for last, size in zip(accumulate(sizes), sizes) if size]
@@ -286,11 +267,8 @@ class Prompts:
 
     def prune(self, kept: list[torch.Tensor], sizes: list[int], rows: list[int]) -> dict:
         """
-        Return the inputs without the images and the dropped tokens.
-
-        Args:
-            kept (`list[torch.Tensor]`): Ascending positions of the kept tokens in each group of visual tokens.
-            sizes, rows (`list[int]`): Number of visual tokens and row of each group.
+        Return the inputs without the images and the dropped tokens. Each group of visual tokens has the ascending
+        positions of its kept tokens, its number of tokens and its row.
         """
         firsts = accumulate(sizes, initial=0)
         kept_visual = torch.cat([first + positions for first, positions in zip(firsts, kept)]).to(self.ids.device)
@@ -301,7 +279,9 @@ class Prompts:
         is_kept = self.mask.masked_scatter(self.is_visual, is_kept_visual)
         order, mask = move_to_end(is_kept, max(lengths), at_start=self.pads_right)
 
-        padding = {"input_ids": self.padding_id, "labels": -100}
+        padding_id = self.family.config.get_text_config().pad_token_id
+        padding_id = 0 if padding_id in (None, self.family.image_token_id) else padding_id
+        padding = {"input_ids": padding_id, "labels": -100}
         pruned = {name: value for name, value in self.inputs.items() if name not in self.family.encoder_arguments}
         for name, value in pruned.items():
             if isinstance(value, torch.Tensor) and value.shape[:2] == self.ids.shape:
@@ -329,17 +309,6 @@ class Prompts:
             last = spatial.masked_fill(~mask, -1).amax(dim=(0, 2))
             self.family.base.rope_deltas = (last + 1 - mask.sum(dim=1)).unsqueeze(1)
         return {"position_ids": torch.cat([text[None], spatial])}
-
-    @property
-    def padding_id(self) -> int:
-        padding = self.family.config.get_text_config().pad_token_id
-        return 0 if padding is None or padding == self.family.image_token_id else padding
-
-
-def is_near(is_visual: torch.Tensor, num_before: int, num_after: int) -> torch.Tensor:
-    """Return a mask of the positions that are visual tokens, or at most so many before or after one."""
-    padded = nn.functional.pad(is_visual, (num_after, num_before))
-    return padded.unfold(1, num_before + 1 + num_after, 1).any(dim=-1)
 
 
 def move_to_end(is_kept: torch.Tensor, length: int, at_start: bool) -> tuple[torch.Tensor, torch.Tensor]:

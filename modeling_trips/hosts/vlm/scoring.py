@@ -22,7 +22,9 @@ from torch import nn
 from ...patch_selection import gather_tokens, keep_topk
 
 
-# (features, prompt embeddings, prompt mask, number of tokens to keep) -> (positions, features of the kept tokens)
+# (features, prompt, prompt mask, number of tokens to keep per image) -> (positions, features of the kept tokens)
+# Features are the visual tokens after the connector, `(num_images, num_tokens, hidden_size)`, the prompt's input
+# embeddings `(num_images, prompt_length, hidden_size)`. The mask is False at padding. Positions are ascending.
 Scorer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -43,18 +45,8 @@ def select_by_prompt(
 
     The relevance of a token is its largest cosine with an embedding of the prompt, scaled to [0, 1] within the image.
     It is multiplied by the distance to the nearest token of higher relevance, as in density peaks clustering
-    (https://doi.org/10.1126/science.1242072). One matrix product and one top-k: no loop over the kept tokens.
-
-    Args:
-        features (`torch.Tensor` of shape `(num_images, num_tokens, hidden_size)`): Visual tokens after the connector.
-        prompt (`torch.Tensor` of shape `(num_images, prompt_length, hidden_size)`): Input embeddings of the prompt.
-        prompt_mask (`torch.BoolTensor` of shape `(num_images, prompt_length)`): False marks padding. With an empty
-            prompt, only the distances count.
-        num_kept (`int`): Number of tokens to keep per image.
-
-    Returns:
-        Positions of the kept tokens in ascending order, a `torch.LongTensor` of shape `(num_images, num_kept)`, and
-        their features.
+    (https://doi.org/10.1126/science.1242072). With an empty prompt, only the distances count. One matrix product and
+    one top-k: no loop over the kept tokens.
     """
     directions = centered_directions(features)
     words = nn.functional.normalize(prompt.float(), dim=-1)
@@ -104,10 +96,8 @@ def select_at_random(
 
 def pooling_cells(num_tokens: int, num_kept: int) -> tuple[int, int, int]:
     """
-    Return the side of the grid of visual tokens, and the cells down and across that pool it.
-
-    Raises:
-        ValueError: The tokens are not a square grid, or the cells do not fit it.
+    Return the side of the grid of visual tokens, and the cells down and across that pool it. Raise a ValueError if the
+    tokens are not a square grid or the cells do not fit it.
     """
     side = math.isqrt(num_tokens)
     if side * side != num_tokens:
@@ -122,10 +112,7 @@ def pooling_cells(num_tokens: int, num_kept: int) -> tuple[int, int, int]:
 def pool(
     features: torch.Tensor, prompt: torch.Tensor, prompt_mask: torch.Tensor, num_kept: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Average the tokens of a square grid over `num_kept` cells, at the position of each middle token. A control. It
-    raises the errors of `pooling_cells`.
-    """
+    """Average the tokens of a square grid over `num_kept` cells, at the position of each middle token. A control."""
     side, rows, columns = pooling_cells(features.shape[1], num_kept)
     grid = features.transpose(1, 2).unflatten(2, (side, side))
     pooled = nn.functional.adaptive_avg_pool2d(grid, (rows, columns)).flatten(2).transpose(1, 2)

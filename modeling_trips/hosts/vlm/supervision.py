@@ -21,7 +21,6 @@ the gate of [`modeling_trips.patch_selection.attend`] gives the scores a gradien
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import PIL.Image
 import torch
@@ -43,17 +42,9 @@ from .wrapper import selection_of
 
 def guided_selection(model: PreTrainedModel, inputs: Mapping) -> TripsSelection:
     """
-    Return the selection of the guide's layer, without running the language model. Scores carry gradients to the guide.
-
-    Args:
-        model (`PreTrainedModel`): A model with a `guide`, see [`apply_patch_selection`].
-        inputs (`Mapping`): Outputs of the processor for prompts with images, without answers.
-
-    Returns:
-        `TripsSelection`: `scores` and `candidate_indices` of shape `(num_images, num_units)`. Tiles count as images.
-
-    Raises:
-        ValueError: No layer of the model is scored by the text.
+    Return the selection of the guide's layer for prompts with images, without answers. The language model does not
+    run. `scores` and `candidate_indices` have shape `(num_images, num_units)`, and scores carry gradients to the
+    guide. Tiles count as images. Raise a ValueError if no layer of the model is scored by the text.
     """
     guidances = [layer.selection.guidance for layer in selecting_layers(model)]
     if "text" not in guidances:
@@ -68,11 +59,8 @@ def region_masks(
 ) -> list[PIL.Image.Image]:
     """
     Paint each region white on a black image of the same size. The processor transforms these masks like the images
-    (resize, crop, pad, tiles), so they show which patches see the region.
-
-    Args:
-        images (`Sequence[PIL.Image.Image]`): The images.
-        regions (`Sequence`): (x0, y0, x1, y1) in pixels, x1 and y1 exclusive, for each image; `None` if unknown.
+    (resize, crop, pad, tiles), so they show which patches see the region. A region is (x0, y0, x1, y1) in pixels, x1
+    and y1 exclusive; `None` if unknown.
     """
     masks = []
     for image, region in zip(images, regions):
@@ -91,16 +79,9 @@ def rows_of_images(model: PreTrainedModel, inputs: Mapping) -> list[int]:
 
 def targets_of_masks(model: PreTrainedModel, masks: Mapping, blanks: Mapping) -> torch.Tensor:
     """
-    Return the share of each region in the units of patches that become one visual token.
-
-    Args:
-        model (`PreTrainedModel`): The vision-language model.
-        masks (`Mapping`): Outputs of the processor for `region_masks` and the prompts.
-        blanks (`Mapping`): The same for black images.
-
-    Returns:
-        `torch.Tensor` of shape `(num_images, num_units)`: Each row sums to 1, or to 0 without a region. Tiles count as
-        images; units of packed images are padded with zeros.
+    Return the share of each region in the units of patches that become one visual token, `(num_images, num_units)`.
+    Each row sums to 1, or to 0 without a region. Tiles count as images; units of packed images are padded with zeros.
+    `masks` are the processor's outputs for `region_masks` and the prompts, `blanks` those for black images.
     """
     family = find_family(model)
     shown = (masks["pixel_values"] - blanks["pixel_values"]).float().clamp(min=0)
@@ -122,20 +103,12 @@ def targets_of_masks(model: PreTrainedModel, masks: Mapping, blanks: Mapping) ->
 @torch.no_grad()
 def targets_of_attention(model: PreTrainedModel, inputs: Mapping, num_answer_tokens: Sequence[int]) -> torch.Tensor:
     """
-    Return the attention from the unpruned model's answer to each visual token: the mean over layers, heads and the
-    tokens that predict the answer. Only these rows are computed, not the map.
+    Return the attention from the unpruned model's answer to each visual token, `(num_images, num_units)`: the mean
+    over layers, heads and the tokens that predict the answer. Only these rows are computed, not the map. Each row sums
+    to 1. Tiles count as images; units of packed images are padded with zeros.
 
-    Args:
-        model (`PreTrainedModel`): The vision-language model, without selection.
-        inputs (`Mapping`): Outputs of the processor for prompts that end with their answers, padded on the left.
-        num_answer_tokens (`Sequence[int]`): Number of answer tokens at the end of each row.
-
-    Returns:
-        `torch.Tensor` of shape `(num_images, num_units)`: Each row sums to 1. Tiles count as images; units of packed
-        images are padded with zeros.
-
-    Raises:
-        ValueError: The model has a selection, or its visual tokens are not the units of its tower.
+    Prompts end with their answers, of `num_answer_tokens` by row, and are padded on the left. Raise a ValueError if
+    the model has a selection, or its visual tokens are not the units of its tower.
     """
     family = find_family(model)
     if selection_of(model) is not None:
@@ -151,7 +124,17 @@ def targets_of_attention(model: PreTrainedModel, inputs: Mapping, num_answer_tok
     rows = torch.arange(length - 1 - longest, length - 1, device=ids.device)
     # Row r predicts token r + 1.
     is_row = rows >= length - 1 - counts[:, None]
-    with _record_rows(model.get_decoder(), rows, is_row) as recorded:
+    recorded: list[torch.Tensor] = []
+
+    def attend_and_record(module: nn.Module, query, key, value, attention_mask, scaling, **kwargs):
+        keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        scores = (query[:, :, rows].float() @ keys.float().transpose(2, 3)) * scaling
+        scores = scores.masked_fill(~attention_mask[:, :, rows], torch.finfo(scores.dtype).min)
+        weights = scores.softmax(dim=-1).mean(dim=1)
+        recorded.append((weights * is_row.unsqueeze(-1)).sum(dim=1) / is_row.sum(dim=1, keepdim=True))
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+    with _attention("trips_answer_rows", attend_and_record, model.get_decoder()):
         model.base_model(**inputs, use_cache=False)
     attention = torch.stack(recorded).mean(dim=0)
     is_visual = ids == family.image_token_id
@@ -169,15 +152,9 @@ def answer_losses(
     """
     Return the mean cross-entropy of each row's answer tokens, `(batch_size,)`, and the selection of the guide's layer.
 
-    The values are those of the pruned model. With `sampled_share`, a random sample of the dropped units runs through
-    the rest of the tower and the language model. No token attends to them, but the losses have a gradient to the
-    scores of the units that run: see [`attend`].
-
-    Args:
-        model (`PreTrainedModel`): A model with a `guide` and no other selection, see [`apply_patch_selection`].
-        inputs (`Mapping`): Outputs of the processor for prompts that end with their answers, padded on the left.
-        num_answer_tokens (`Sequence[int]`): Number of answer tokens at the end of each row.
-        sampled_share (`float`, *optional*, defaults to 0.0): Share of the dropped units that run, in [0, 1].
+    The values are those of the pruned model. With `sampled_share`, in [0, 1], a random sample of the dropped units
+    runs through the rest of the tower and the language model. No token attends to them, but the losses have a gradient
+    to the scores of the units that run: see [`attend`]. Inputs are as in [`targets_of_attention`].
 
     Raises:
         TypeError: `sampled_share` is not 0, and the gate is not supported for the model.
@@ -259,32 +236,3 @@ def _attend_gated(module: nn.Module, query, key, value, attention_mask, scaling=
     current = CURRENT_PASS.get()
     keys = (Keys() if current is None else current.keys)._replace(mask=attention_mask)
     return attend(sdpa_attention_forward, module, query, key, value, keys=keys, scaling=scaling, **kwargs)
-
-
-_recording: ContextVar[tuple | None] = ContextVar("trips_answer_rows", default=None)
-
-
-@contextmanager
-def _record_rows(decoder: PreTrainedModel, rows: torch.Tensor, is_row: torch.Tensor):
-    """Record the attention of these rows to all tokens, one tensor of shape `(batch_size, length)` per layer."""
-    recorded: list[torch.Tensor] = []
-    token = _recording.set((rows, is_row, recorded))
-    try:
-        with _attention("trips_answer_rows", _attend_and_record, decoder):
-            yield recorded
-    finally:
-        _recording.reset(token)
-
-
-def _attend_and_record(module: nn.Module, query, key, value, attention_mask, scaling=None, **kwargs):
-    rows, is_row, recorded = _recording.get()
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    scores = (query[:, :, rows].float() @ keys.float().transpose(2, 3)) * scaling
-    allowed = torch.arange(key.shape[2], device=key.device) <= rows[:, None]
-    if attention_mask is not None:
-        own = attention_mask[:, :, rows]
-        allowed = own if own.dtype == torch.bool else own == 0
-    weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(dim=-1).mean(dim=1)
-    recorded.append((weights * is_row.unsqueeze(-1)).sum(dim=1) / is_row.sum(dim=1, keepdim=True))
-    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)

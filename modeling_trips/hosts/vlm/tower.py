@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from ...modeling_trips_vision import TripsSelection
-from ...patch_selection import Choice, choose_tokens, random_scores, shorten_tokens
+from ...patch_selection import Choice, choose_tokens, shorten_tokens
 from ..layers import PADDING, Projections, SelectionLayer, SelectionPass
 from ..vision import ClipLayer
 
@@ -141,36 +141,27 @@ class PackedLayer(TowerLayer):
         return torch.unique_consecutive(boundaries).to(cu_seqlens.dtype)
 
     def select(
-        self,
-        current: SelectionPass,
-        before: torch.Tensor | None,
-        hidden_states: torch.Tensor,
-        normed: torch.Tensor,
-        text_embeds: None,
+        self, current: SelectionPass, hidden_states: torch.Tensor, normed: torch.Tensor, query: torch.Tensor | None
     ) -> torch.Tensor:
         num_units = current.num_kept.get(current.last_before(self.number), current.num_units)
         size = self.unit**2
         if len({*num_units}) == 1:
-            rows = [*self.score_images(normed.unflatten(0, (len(num_units), -1)), current.query).split(1)]
+            images = normed.unflatten(0, (len(num_units), -1))
+            rows = [*self.score_units(images, query, None, is_whole=False).split(1)]
         else:
             images = normed.split([number * size for number in num_units])
-            queries = [None] * len(images) if current.query is None else current.query.split(1)
-            rows = [self.score_images(image[None], query) for image, query in zip(images, queries)]
+            queries = [None] * len(images) if query is None else query.split(1)
+            rows = [self.score_units(image[None], own, None, is_whole=False) for image, own in zip(images, queries)]
         kept = [choose_tokens(row, self.selection.keep_rate).kept[0] for row in rows]
         positions = torch.cat([first + own for first, own in zip(accumulate(num_units, initial=0), kept)])
-        candidates = torch.arange(sum(num_units), device=positions.device) if before is None else before
+        candidates = current.kept_before(self.number)
+        if candidates is None:
+            candidates = torch.arange(sum(num_units), device=positions.device)
         current.record(self.number, candidates[positions], candidates, rows)
         current.num_kept[self.number] = [len(own) for own in kept]
         units = hidden_states.unflatten(0, (-1, size)).flatten(1)[None]
         units = shorten_tokens(units, torch.cat(rows, dim=1), Choice(positions[None]), fuse=False)
         return units[0].unflatten(1, (size, -1)).flatten(0, 1)
-
-    def score_images(self, normed: torch.Tensor, query: torch.Tensor | None) -> torch.Tensor:
-        """Score the units of images with equal numbers of units: `(num_images, num_units)`."""
-        size = self.unit**2
-        if self.selection.guidance == "random":
-            return random_scores(len(normed), normed.shape[1] // size, normed.device)
-        return self.score(self.guiding_query(normed, query), normed).unflatten(1, (-1, size)).sum(dim=-1)
 
     def recorded(self, current: SelectionPass) -> TripsSelection:
         """Return the selection in row-major units of each image; -2 is padding."""

@@ -76,12 +76,8 @@ def selection_of(model: nn.Module) -> VlmSelection | None:
 
 def check_generative(family: Family, schedule: SelectionSchedule, at_exit: ExitSelection, guide: TextGuide | None):
     """
-    Check what `Host.check_schedule` does not.
-
-    Raises:
-        TypeError: Selection inside the tower is not supported for the model.
-        ValueError: The number of visual tokens or the guide does not fit the model, or the guide does not fit the
-            schedule; or a compiler or Accelerate has replaced the forward pass of the model.
+    Check what `Host.check_schedule` does not. Raise a TypeError if selection inside the tower is not supported for the
+    model, a ValueError if the number of visual tokens or the guide does not fit.
     """
     model, name = family.model, type(family.model).__name__
     check_forward(model, name)
@@ -119,10 +115,7 @@ def prune_calls(family: Family, schedule: SelectionSchedule, at_exit: ExitSelect
 
 
 def _check_mask(inputs: dict):
-    """
-    Raises:
-        ValueError: The attention mask continues the caller's prompt, but the cache holds a pruned one.
-    """
+    """Raise a ValueError if the attention mask continues the caller's prompt, but the cache holds a pruned one."""
     past, mask = inputs.get(CACHE_NAME), inputs.get("attention_mask")
     new = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
     if past is None or new is None or not isinstance(mask, torch.Tensor) or mask.dim() != 2:
@@ -175,23 +168,21 @@ def _new_pruning_model(own_class: type[nn.Module]) -> nn.Module:
 def _count_pruned_prompt(model: nn.Module, generation_config, options: dict, length: int, pruned_length: int):
     """
     Lower `max_length` and `min_length`, which count the caller's prompt of `length` tokens, in the options of a call.
-
-    Raises:
-        ValueError: `max_length` leaves no token to generate.
+    Raise a ValueError if `max_length` leaves no token to generate.
     """
-    configs = [vars(config) for config in (generation_config, model.generation_config) if config is not None]
+    own = options if generation_config is None else vars(generation_config)
 
     def setting(name: str) -> int | None:
-        return next((given[name] for given in (options, *configs) if given.get(name) is not None), None)
+        parts = (options, own, vars(model.generation_config))
+        return next((part[name] for part in parts if part.get(name) is not None), None)
 
     longest = setting("max_length")
     if longest and longest <= length and setting("max_new_tokens") is None:
         raise ValueError(f"`max_length` must be larger than {length}, the length of the prompt, got {longest}.")
     for name in ("max_length", "min_length"):
         if value := setting(name):
-            # `generation_config` is a copy, the model's is not.
-            is_option = generation_config is None or options.get(name) is not None
-            (options if is_option else configs[0])[name] = max(1, value - length + pruned_length)
+            options.pop(name, None)
+            own[name] = max(1, value - length + pruned_length)
 
 
 def _pruning_generate(own_class: type[nn.Module]):

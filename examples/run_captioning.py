@@ -23,15 +23,13 @@ if __name__ == "__main__":
     OPTIONS.check()  # before the imports that take seconds
 
 
-import evaluate
 from transformers import EvalPrediction, GenerationConfig
 
 from modeling_trips import TripsForConditionalGeneration
 from trips_examples.data.checking import with_fitting_texts
 from trips_examples.data.collators import CaptionCollator
 from trips_examples.data.images import one_row_per_image
-from trips_examples.metrics import CAPTION_METRICS
-from trips_examples.metrics.caption_metrics import split_words
+from trips_examples.metrics.caption_metrics import caption_metrics, split_words
 from trips_examples.metrics.texts import lost_signs, variety
 from trips_examples.training.files import texts_of, write_predictions
 from trips_examples.training.models import load_start, make_model, train_processor
@@ -41,7 +39,6 @@ from trips_examples.training.trainer import ImageGroupedTrainer
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, task_args, data_args, training_args = parse_arguments(OPTIONS, argv)
-    metric = evaluate.load(CAPTION_METRICS)
     config, processor = load_start(model_args, data_args.scene_size)
     writing = {
         "max_new_tokens": training_args.generation_max_length or config.decoder_config.max_position_embeddings,
@@ -66,7 +63,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         return evaluated[split][1]
 
     def scores(prediction: EvalPrediction) -> dict[str, float]:
-        return metric.compute(predictions=texts_of(prediction.predictions, processor), references=references())
+        return caption_metrics(texts_of(prediction.predictions, processor), references())
 
     trainer = ImageGroupedTrainer(
         model=model,

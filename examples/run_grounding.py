@@ -34,7 +34,6 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-import evaluate
 import PIL.Image
 import torch
 from datasets import Dataset
@@ -46,7 +45,7 @@ from trips_examples.data.boxes import draw_boxes, sheet
 from trips_examples.data.checking import with_fitting_texts
 from trips_examples.data.collators import GroundingCollator
 from trips_examples.data.images import column_of, image_sizes, read_image
-from trips_examples.metrics import GROUNDING_ACCURACY
+from trips_examples.metrics.grounding_accuracy import grounding_accuracy
 from trips_examples.metrics.groups import accuracy_by_group
 from trips_examples.metrics.selection import diagnose_selection
 from trips_examples.training.files import write_predictions, write_whole
@@ -91,7 +90,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     data = with_fitting_texts(data, "grounding", processor, skip=data_args.skip_bad_rows)
     images = {"rows": data.get("train"), "group_size": training_args.texts_per_image}
     model = make_model(TripsForVisualGrounding, model_args, config, processor, **images)
-    metric = evaluate.load(GROUNDING_ACCURACY)
 
     @cache
     def sizes(split: str) -> list[tuple[int, int]]:
@@ -103,7 +101,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         return processor.post_process_grounding(torch.from_numpy(prediction.predictions), sizes(split)).tolist()
 
     def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-        return metric.compute(predictions=boxes_of(prediction), references=column_of(trainer.eval_dataset, "box"))
+        return grounding_accuracy(boxes_of(prediction), column_of(trainer.eval_dataset, "box"))
 
     trainer = ImageGroupedTrainer(
         model=model,
@@ -129,7 +127,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                     return image_with_kept_patches(row, row["expression"], model.eval(), processor)
 
                 draw_predicted_boxes(Path(folder, "predictions.png"), rows, boxes, task_args.num_pictures, image_of)
-        groups = accuracy_by_group(metric, boxes, column_of(rows, "box"), rows)
+        groups = accuracy_by_group(grounding_accuracy, boxes, column_of(rows, "box"), rows)
         return {**output.metrics, **groups, **diagnose_selection(trainer), "eval_samples": len(rows)}
 
     return train_and_evaluate(trainer, evaluate_boxes, data.get("test"))

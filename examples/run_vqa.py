@@ -21,7 +21,6 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
-import evaluate
 from datasets import Dataset
 from transformers import EvalPrediction
 
@@ -29,26 +28,23 @@ from modeling_trips import TripsForQuestionAnswering
 from trips_examples.data.checking import with_fitting_texts
 from trips_examples.data.collators import VqaCollator
 from trips_examples.data.images import column_of
-from trips_examples.metrics import VQA_ACCURACY
 from trips_examples.metrics.groups import accuracy_by_group
 from trips_examples.metrics.selection import diagnose_selection
 from trips_examples.metrics.texts import lost_signs, measurable_answers, most_tokens, variety
-from trips_examples.metrics.vqa_accuracy import most_common_answer, normalize_answer
+from trips_examples.metrics.vqa_accuracy import accuracy_by_answer, most_common_answer, normalize_answer, vqa_metrics
 from trips_examples.training.files import texts_of, write_json, write_predictions
 from trips_examples.training.models import load_start, make_model, train_processor
 from trips_examples.training.runs import TripsTrainingArguments, load_data, parse_arguments, train_and_evaluate
 from trips_examples.training.trainer import ImageGroupedTrainer
 
 
-def write_answers(
-    folder: Path, dataset: Dataset, answers: list[str], references: list[list[str]], metric: evaluate.Metric
-):
+def write_answers(folder: Path, dataset: Dataset, answers: list[str], references: list[list[str]]):
     """Write `predictions.jsonl` and `accuracy_by_answer.json`, and print the 20 most frequent answers."""
     columns = ["source", "question_id", "question", "answers"]
     write_predictions(folder, dataset, columns, ({"prediction": answer} for answer in answers))
-    result = metric.compute(predictions=answers, references=references, by_answer=True)
-    write_json(folder / "accuracy_by_answer.json", result["by_answer"])
-    for answer, row in list(result["by_answer"].items())[:20]:
+    by_answer = accuracy_by_answer(answers, references)
+    write_json(folder / "accuracy_by_answer.json", by_answer)
+    for answer, row in list(by_answer.items())[:20]:
         print(f"  {answer:<20} {row['accuracy']:7.2%} of {row['count']}")
 
 
@@ -65,10 +61,9 @@ def train_question_answering(
     model = make_model(TripsForQuestionAnswering, model_args, config, processor, **images)
     longest = training_args.generation_max_length or max(10, most_tokens(data, "answers", processor))
     model.generation_config.update(max_new_tokens=longest, max_length=None)
-    metric = evaluate.load(VQA_ACCURACY)
 
     def scores(answers: list[str]) -> dict[str, float]:
-        return metric.compute(predictions=answers, references=references())
+        return vqa_metrics(answers, references())
 
     def references() -> list[list[str]]:
         return measurable_answers(column_of(trainer.eval_dataset, "answers"), processor)
@@ -92,8 +87,8 @@ def train_question_answering(
         output = trainer.predict(rows, metric_key_prefix="eval")
         answers = texts_of(output.predictions, processor)
         if trainer.is_world_process_zero():
-            write_answers(Path(training_args.output_dir), rows, answers, references(), metric)
-        groups = accuracy_by_group(metric, answers, references(), rows)
+            write_answers(Path(training_args.output_dir), rows, answers, references())
+        groups = accuracy_by_group(vqa_metrics, answers, references(), rows)
         truths = [most_common_answer(each) for each in references()]
         varied = variety(answers, truths, "answer", lambda answers: scores(answers)["accuracy"])
         split = "test" if rows is data.get("test") else "validation"

@@ -1,17 +1,15 @@
-"""BLEU, METEOR, ROUGE-L and CIDEr of captions as an `evaluate` metric, with COCO's scorers in pycocoevalcap.
+"""BLEU, METEOR, ROUGE-L and CIDEr of captions, with COCO's scorers in pycocoevalcap.
 
 With Java, COCO's PTB tokenizer splits the words of captions in Latin letters, and scores equal those of
 `pycocoevalcap.eval.COCOEvalCap`. [`split_words`] splits captions in other scripts, which PTB does not know, and all
 captions without Java, where METEOR is missing, and scores of captions with unusual punctuation differ slightly from
-published ones. The metric needs no network, also by `evaluate.load("examples/metrics/caption_metrics.py")`.
+published ones.
 """
 
 import logging
 import subprocess
 import unicodedata
 
-import datasets
-import evaluate
 import regex
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
@@ -21,28 +19,6 @@ from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 
 logger = logging.getLogger(__name__)
-
-_DESCRIPTION = "BLEU, METEOR, ROUGE-L and CIDEr of image captions with one or more references each."
-
-_KWARGS_DESCRIPTION = """
-Args:
-    predictions (`list[str]`): A caption of each image.
-    references (`list[list[str]]`): The true captions of each image, at least one.
-    use_java (`bool`, *optional*): Whether to use Java. By default, if it is installed.
-
-Returns:
-    `dict`: `bleu_1` to `bleu_4`, `rouge_l` and, with Java, `meteor`, in [0, 1]; `cider`, in [0, 10] (tables often show
-    100 times these numbers). CIDEr is 0 for a single image, because it weights words by their frequency over images.
-
-Raises:
-    `ValueError`: There are no predictions, or an image has no references.
-
-Example:
-
->>> metric = evaluate.load("examples/metrics/caption_metrics.py")
->>> metric.compute(predictions=["a cat"], references=[["a black cat", "the cat"]], use_java=False)["bleu_1"]
-0.9999999...
-"""
 
 # A character of a script without spaces between words, or a word. Other characters are removed, as COCO's evaluation
 # does with punctuation.
@@ -75,11 +51,9 @@ def java_runs() -> bool:
 
 
 def _tokenized(captions: list[list[str]], use_java: bool) -> dict[int, list[str]]:
+    words = {image: list(each) for image, each in enumerate(captions)}
     if use_java:
-        rows = {image: [{"caption": caption} for caption in each] for image, each in enumerate(captions)}
-        words = PTBTokenizer().tokenize(rows)
-    else:
-        words = {image: list(each) for image, each in enumerate(captions)}
+        words = PTBTokenizer().tokenize({image: [{"caption": text} for text in words[image]] for image in words})
     for image, each in enumerate(captions):
         for number, caption in enumerate(each):
             if not use_java or _NOT_LATIN.search(caption):
@@ -87,42 +61,34 @@ def _tokenized(captions: list[list[str]], use_java: bool) -> dict[int, list[str]
     return words
 
 
-@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
-class CaptionMetrics(evaluate.Metric):
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation="arXiv 1504.00325",
-            inputs_description=_KWARGS_DESCRIPTION,
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Value("string"),
-                    "references": datasets.Sequence(datasets.Value("string")),
-                }
-            ),
-        )
+def caption_metrics(
+    predictions: list[str], references: list[list[str]], use_java: bool | None = None
+) -> dict[str, float]:
+    """
+    Score captions (arXiv 1504.00325).
 
-    def _compute(
-        self, predictions: list[str], references: list[list[str]], use_java: bool | None = None
-    ) -> dict[str, float]:
-        if not predictions:
-            raise ValueError("There are no predictions. Give at least one.")
-        if bare := [image for image, captions in enumerate(references) if not captions]:
-            raise ValueError(
-                f"The prediction {predictions[bare[0]]!r} (number {bare[0]}) has no references. Give at least one."
+    Args:
+        predictions (`list[str]`): A caption of each image.
+        references (`list[list[str]]`): The true captions of each image, at least one.
+        use_java (`bool`, *optional*): Whether to use Java. By default, if it is installed.
+
+    Returns:
+        `dict[str, float]`: `bleu_1` to `bleu_4`, `rouge_l` and, with Java, `meteor`, in [0, 1]; `cider`, in [0, 10]
+        (tables often show 100 times these numbers). CIDEr is 0 for a single image, because it weights words by their
+        frequency over images.
+    """
+    if use_java is None:
+        use_java = java_runs()
+        if not use_java:
+            logger.warning(
+                "Java does not run: METEOR is left out, and words are split by a simpler rule than in published "
+                "scores. Install Java (apt-get install default-jre-headless, conda install openjdk, brew install "
+                "openjdk) and evaluate again, or score predictions.jsonl elsewhere."
             )
-        if use_java is None:
-            use_java = java_runs()
-            if not use_java:
-                logger.warning(
-                    "Java does not run: METEOR is left out, and words are split by a simpler rule than in published "
-                    "scores. Install Java (apt-get install default-jre-headless, conda install openjdk, brew install "
-                    "openjdk) and evaluate again, or score predictions.jsonl elsewhere."
-                )
-        candidates = _tokenized([[prediction] for prediction in predictions], use_java)
-        truths = _tokenized(references, use_java)
-        bleu, _ = Bleu(4).compute_score(truths, candidates, verbose=0)
-        scores = {f"bleu_{n}": score for n, score in enumerate(bleu, start=1)}
-        scorers = {"rouge_l": Rouge, "cider": Cider, **({"meteor": Meteor} if use_java else {})}
-        scores |= {name: scorer().compute_score(truths, candidates)[0] for name, scorer in scorers.items()}
-        return {name: float(score) for name, score in scores.items()}
+    candidates = _tokenized([[prediction] for prediction in predictions], use_java)
+    truths = _tokenized(references, use_java)
+    bleu, _ = Bleu(4).compute_score(truths, candidates, verbose=0)
+    scores = {f"bleu_{n}": score for n, score in enumerate(bleu, start=1)}
+    scorers = {"rouge_l": Rouge, "cider": Cider, **({"meteor": Meteor} if use_java else {})}
+    scores |= {name: scorer().compute_score(truths, candidates)[0] for name, scorer in scorers.items()}
+    return {name: float(score) for name, score in scores.items()}

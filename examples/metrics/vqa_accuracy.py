@@ -1,10 +1,9 @@
-"""VQA accuracy as an `evaluate` metric, by the rule of VQAv2's official evaluation script.
+"""VQA accuracy by the rule of VQAv2's official evaluation script.
 
 The rule is that of Antol et al. 2015 (arXiv 1505.00468), as in `vqaEval.py` of https://github.com/GT-Vision-Lab/VQA:
 the mean of min(matches / 3, 1) over the leave-one-out subsets of the annotators, with normalized answers if the
 annotators disagree. Questions with one answer are scored by exact match of normalized answers, and the result has
-another name. Accuracies are in [0, 1]. The metric needs no network, also by
-`evaluate.load("examples/metrics/vqa_accuracy.py")`.
+another name. Accuracies are in [0, 1].
 """
 
 import functools
@@ -12,34 +11,6 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 
-import datasets
-import evaluate
-
-
-_DESCRIPTION = "Accuracy of open-ended visual question answering with the answers of one or more annotators."
-
-_KWARGS_DESCRIPTION = """
-Args:
-    predictions (`list[str]`): The model's answer to each question.
-    references (`list[list[str]]`): The annotators' answers to each question, at least one.
-    by_answer (`bool`, *optional*, defaults to `False`): Whether to add the accuracy by most common answer.
-
-Returns:
-    `dict`: `accuracy`, the mean score in [0, 1]; `vqa_accuracy`, the mean over the questions with several answers; and
-    `exact_match`, the mean over those with one. With `by_answer` also `by_answer`, a `dict` from the normalized most
-    common answer of a question (the first one of a tie) to `accuracy` and `count`, most frequent first.
-
-Raises:
-    `ValueError`: There are no predictions, or a question has no answers.
-
-Example:
-
->>> metric = evaluate.load("examples/metrics/vqa_accuracy.py")
->>> metric.compute(predictions=["Two", "a dog"], references=[["2"], ["cat"]])
-{'accuracy': 0.5, 'exact_match': 0.5}
->>> metric.compute(predictions=["red"], references=[["red", "red", "dark red"]])
-{'accuracy': 0.4444444444444444, 'vqa_accuracy': 0.4444444444444444}
-"""
 
 _NUMBER_WORDS = "zero one two three four five six seven eight nine ten".split()
 _NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBER_WORDS)}
@@ -82,16 +53,10 @@ def _strip_punctuation(text: str) -> str:
 @functools.lru_cache(maxsize=2**16)
 def normalize_answer(text: str) -> str:
     """
-    Normalize an answer as the evaluation script of VQAv2 does.
+    Normalize an answer as the evaluation script of VQAv2 does: `"The two dogs."` becomes `"2 dogs"`.
 
     Punctuation is removed, except apostrophes, colons and the periods of decimal numbers. Number words up to ten
     become digits, articles are removed, missing apostrophes of contractions are added, and the text is lower-cased.
-
-    Args:
-        text (`str`): An answer: `"The two dogs."`.
-
-    Returns:
-        `str`: The normalized answer: `"2 dogs"`.
     """
     text = _strip_punctuation(_on_one_line(text))
     words = [_NUMBERS.get(word, word) for word in text.lower().split()]
@@ -104,12 +69,9 @@ def exact_match(prediction: str, answer: str) -> float:
     composed and decomposed characters are equal, and answers of punctuation or an article alone are compared as they
     are.
     """
-    return float(_comparable(prediction) == _comparable(answer))
-
-
-def _comparable(text: str) -> str:
-    text = unicodedata.normalize("NFC", text)
-    return normalize_answer(text) or text.strip().lower()
+    texts = [unicodedata.normalize("NFC", text) for text in (prediction, answer)]
+    own, true = (normalize_answer(text) or text.strip().lower() for text in texts)
+    return float(own == true)
 
 
 def vqa_accuracy(prediction: str, answers: list[str]) -> float:
@@ -119,16 +81,7 @@ def vqa_accuracy(prediction: str, answers: list[str]) -> float:
     With ten annotators of whom 1, 2, 3 or at least 4 agree with the prediction, the score is 0.3, 0.6, 0.9 or 1. As in
     the official script, answers are only normalized if the annotators disagree.
 
-    Args:
-        prediction (`str`): The answer of the model.
-        answers (`list[str]`): The answers of the annotators, 10 in VQAv2. With two or three, a unanimous answer scores
-            1/3 or 2/3.
-
-    Returns:
-        `float`: The score in [0, 1].
-
-    Raises:
-        `ValueError`: `answers` is empty.
+    A unanimous answer of two or three annotators scores 1/3 or 2/3. No answers at all raise a `ValueError`.
     """
     if not answers:
         raise ValueError(f"The prediction {prediction!r} has no reference answers. Give at least one.")
@@ -155,37 +108,30 @@ def _mean(scores: list[float]) -> float:
     return sum(scores) / len(scores)
 
 
-def _accuracy_by_answer(scores: list[float], references: list[list[str]]) -> dict[str, dict]:
+def vqa_metrics(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+    """
+    Score answers.
+
+    Args:
+        predictions (`list[str]`): The model's answer to each question.
+        references (`list[list[str]]`): The annotators' answers to each question, at least one.
+
+    Returns:
+        `dict[str, float]`: `accuracy`, the mean of [`answer_score`]; `vqa_accuracy`, the mean over the questions with
+        several answers; and `exact_match`, the mean over those with one.
+    """
+    by_rule = defaultdict(list)
+    for prediction, answers in zip(predictions, references, strict=True):
+        score = answer_score(prediction, answers)
+        for rule in ("accuracy", "exact_match" if len(answers) == 1 else "vqa_accuracy"):
+            by_rule[rule].append(score)
+    return {rule: _mean(scores) for rule, scores in by_rule.items()}
+
+
+def accuracy_by_answer(predictions: list[str], references: list[list[str]]) -> dict[str, dict]:
+    """Return `accuracy` and `count` of the questions of each `most_common_answer`, most frequent first."""
     groups = defaultdict(list)
-    for score, answers in zip(scores, references, strict=True):
-        groups[most_common_answer(answers)].append(score)
+    for prediction, answers in zip(predictions, references, strict=True):
+        groups[most_common_answer(answers)].append(answer_score(prediction, answers))
     by_count = sorted(groups.items(), key=lambda group: -len(group[1]))
-    return {answer: {"accuracy": _mean(group), "count": len(group)} for answer, group in by_count}
-
-
-@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
-class VqaAccuracy(evaluate.Metric):
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation="arXiv 1505.00468",
-            inputs_description=_KWARGS_DESCRIPTION,
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Value("string"),
-                    "references": datasets.Sequence(datasets.Value("string")),
-                }
-            ),
-        )
-
-    def _compute(self, predictions: list[str], references: list[list[str]], by_answer: bool = False) -> dict:
-        if not predictions:
-            raise ValueError("There are no predictions. Give at least one prediction.")
-        scores = [answer_score(*pair) for pair in zip(predictions, references, strict=True)]
-        by_rule = defaultdict(list)
-        for score, answers in zip(scores, references):
-            by_rule["exact_match" if len(answers) == 1 else "vqa_accuracy"].append(score)
-        result: dict = {"accuracy": _mean(scores), **{rule: _mean(of_rule) for rule, of_rule in by_rule.items()}}
-        if by_answer:
-            result["by_answer"] = _accuracy_by_answer(scores, references)
-        return result
+    return {answer: {"accuracy": _mean(scores), "count": len(scores)} for answer, scores in by_count}

@@ -61,11 +61,9 @@ class RetrievalTrainer(ImageGroupedTrainer):
         if self.is_in_train:
             return model
         model = model.to(self.args.device)  # `Trainer` may not have moved it
-        return model if self.full_eval_dtype is None else model.to(self.full_eval_dtype)
-
-    @property
-    def full_eval_dtype(self) -> torch.dtype | None:
-        return torch.float16 if self.args.fp16_full_eval else torch.bfloat16 if self.args.bf16_full_eval else None
+        if self.args.fp16_full_eval or self.args.bf16_full_eval:
+            model = model.to(torch.float16 if self.args.fp16_full_eval else torch.bfloat16)
+        return model
 
     def search(self, dataset: Dataset) -> RetrievalResults:
         """Search among all images and captions of a data set, in both directions."""
@@ -75,7 +73,6 @@ class RetrievalTrainer(ImageGroupedTrainer):
             self.processing_class,
             batch_size=args.per_device_eval_batch_size,
             num_workers=args.dataloader_num_workers,
-            dtype=self.full_eval_dtype or torch.float32,
             progress=not args.disable_tqdm,
         )
         image_rows, image_of_text = images_of(dataset)

@@ -2,16 +2,14 @@
 
 import logging
 
-import evaluate
 import pytest
 from datasets import Dataset, DatasetDict
 from tiny_processors import make_bert_tokenizer
 
 from modeling_trips import TripsProcessor
 from trips_examples.data.vocabulary import train_tokenizer
-from trips_examples.metrics import VQA_ACCURACY
 from trips_examples.metrics.texts import as_written, lost_signs, measurable_answers, most_tokens, variety
-from trips_examples.metrics.vqa_accuracy import normalize_answer
+from trips_examples.metrics.vqa_accuracy import answer_score, normalize_answer
 
 
 ANSWERS = ["café", "50%", "$5", "c#", "红色", "u.s.a.", "tea", "10:30", "zebra"]
@@ -24,14 +22,10 @@ def bert() -> TripsProcessor:
 
 
 def test_right_tokens_are_right_answers_with_every_tokenizer(bert):
-    metric = evaluate.load(VQA_ACCURACY)
     references = [[answer] for answer in ANSWERS]
     for processor in (bert, TripsProcessor(tokenizer=train_tokenizer(ANSWERS))):
         written = processor.post_process_answers(processor.tokenizer(ANSWERS, add_special_tokens=False)["input_ids"])
-        scores = [
-            metric.compute(predictions=[text], references=[reference])["accuracy"]
-            for text, reference in zip(written, measurable_answers(references, processor))
-        ]
+        scores = [answer_score(*pair) for pair in zip(written, measurable_answers(references, processor))]
         assert scores == [1.0] * 8 + [float(processor is not bert)]  # nobody writes an unknown token
 
 
@@ -58,12 +52,11 @@ def test_lost_signs_are_counted_in_a_warning(bert, caplog):
     [
         (["red"] * 20, ["red"] * 5 + ["blue"] * 15, 1),
         (["red"] * 19 + ["blue"], ["red"] * 10 + ["blue"] * 10, 1),
-        (["no"] * 20, ["no"] * 20, 0),  # there is nothing else to say
         (["no"] * 19 + ["yes"], ["no"] * 19 + ["yes"], 0),
         (["red", "blue"] * 10, ["green"] * 20, 0),
         ([1] * 4, [1, 0, 0, 1], 1),
     ],
-    ids=["all", "nearly all", "one truth", "as often as true", "two answers", "labels"],
+    ids=["all", "nearly all", "as often as true", "two answers", "labels"],
 )
 def test_a_collapsed_model_is_named(predictions, truths, collapsed, caplog):
     with caplog.at_level(logging.INFO):

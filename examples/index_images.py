@@ -14,19 +14,25 @@ paths must be the same on all machines.
 
 import trips_examples  # noqa: F401  # isort: skip
 
+from trips_examples.indexing.options import IndexArguments
+from trips_examples.training.parser import make_parser, run_script
+
+
+OPTIONS = make_parser(IndexArguments, description=__doc__)
+if __name__ == "__main__":
+    OPTIONS.check()  # before the imports that take seconds
+
 import transformers
 from tqdm.auto import tqdm
 
 from trips_examples.data.shards import hub_shards
-from trips_examples.indexing.options import IndexArguments
-from trips_examples.training.parser import make_parser, run_script
 
 
 NAMED = 20  # largest number of unusable images to name
 
 
 def main(argv: list[str] | None = None):
-    (args,) = make_parser(IndexArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
+    (args,) = OPTIONS.parse_args_into_dataclasses(args=argv)
     # Imported late, so that --help works without the extra.
     from trips_examples.indexing import embedding, sources
     from trips_examples.indexing import table as tables

@@ -12,17 +12,13 @@ import trips_examples  # noqa: F401  # isort: skip
 
 from dataclasses import dataclass, field
 
-from modeling_trips import TripsConfig
-from modeling_trips.inspection.plan import PlannedSchedule, plan_schedules, plan_selection
 from trips_examples.training.parser import make_parser, run_script
 
 
 @dataclass
 class PlanArguments:
     model: str | None = field(default=None, metadata={"help": "Checkpoint: a folder, or a name on the Hub."})
-    preset: str | None = field(
-        default=None, metadata={"help": f"Size in place of a checkpoint: {', '.join(TripsConfig.presets())}."}
-    )
+    preset: str | None = field(default=None, metadata={"help": "Size in place of a checkpoint: tiny, small or base."})
     schedule: list[str] = field(
         default_factory=list, metadata={"help": "Schedules to count, as in 2:text:0.02. Default: propose some."}
     )
@@ -39,6 +35,14 @@ class PlanArguments:
             raise ValueError("Give either a --model or a --preset.")
         if self.num_rows < 2:
             raise ValueError(f"--num_rows must be at least 2, got {self.num_rows}.")
+
+
+OPTIONS = make_parser(PlanArguments, description=__doc__)
+if __name__ == "__main__":
+    OPTIONS.check()  # before the imports that take seconds
+
+from modeling_trips import SelectionSchedule, TripsConfig
+from modeling_trips.inspection.plan import PlannedSchedule, plan_schedules, plan_selection
 
 
 def load_config(args: PlanArguments) -> TripsConfig:
@@ -70,10 +74,10 @@ def print_rows(rows: list[PlannedSchedule]):
 
 
 def main(argv: list[str] | None = None) -> list[PlannedSchedule]:
-    (args,) = make_parser(PlanArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
+    (args,) = OPTIONS.parse_args_into_dataclasses(args=argv)
     config = load_config(args)
     if args.schedule:
-        schedules = [config.vision_config.parse_schedule(text) for text in args.schedule]
+        schedules = [SelectionSchedule.parse(text) for text in args.schedule]
         rows = plan_schedules(config, schedules, args.texts_per_image, args.text_length)
     else:
         found = plan_selection(config, args.texts_per_image, args.text_length, args.budget)

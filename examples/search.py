@@ -12,13 +12,7 @@ import trips_examples  # noqa: F401  # isort: skip
 
 from dataclasses import dataclass, field
 
-import transformers
-
-from modeling_trips.inspection.files import whole_file
-from trips_examples.data.boxes import SIDE, sheet
-from trips_examples.data.images import decode_image
 from trips_examples.indexing.options import option
-from trips_examples.training.files import write_json
 from trips_examples.training.parser import make_parser, run_script
 
 
@@ -45,8 +39,20 @@ class SearchArguments:
                 raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}.")
 
 
+OPTIONS = make_parser(SearchArguments, description=__doc__)
+if __name__ == "__main__":
+    OPTIONS.check()  # before the imports that take seconds
+
+import transformers
+
+from modeling_trips.inspection.files import whole_file
+from trips_examples.data.boxes import SIDE, sheet
+from trips_examples.data.images import decode_image
+from trips_examples.training.files import write_json
+
+
 def main(argv: list[str] | None = None):
-    (args,) = make_parser(SearchArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
+    (args,) = OPTIONS.parse_args_into_dataclasses(args=argv)
     from trips_examples.indexing.finding import Finder  # late, so that --help works without the extra
 
     transformers.utils.logging.disable_progress_bar()

@@ -12,8 +12,7 @@ import trips_examples  # noqa: F401  # isort: skip
 
 from dataclasses import dataclass, field
 
-from trips_examples.indexing.options import option
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.parser import make_parser, option, run_script
 
 
 @dataclass
@@ -48,12 +47,12 @@ import transformers
 from modeling_trips.inspection.files import whole_file
 from trips_examples.data.boxes import SIDE, sheet
 from trips_examples.data.images import decode_image
+from trips_examples.indexing.finding import Finder
 from trips_examples.training.files import write_json
 
 
 def main(argv: list[str] | None = None):
     (args,) = OPTIONS.parse_args_into_dataclasses(args=argv)
-    from trips_examples.indexing.finding import Finder  # late, so that --help works without the extra
 
     transformers.utils.logging.disable_progress_bar()
     finder = Finder(args.table, args.model, args.schedule, args.device)

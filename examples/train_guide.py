@@ -17,7 +17,7 @@ import trips_examples  # noqa: F401  # isort: skip
 from dataclasses import dataclass, field
 
 from trips_examples.training.options import DataArguments, RunOptions
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.parser import make_parser, option, run_script
 
 
 TEACHERS = ("regions", "attention", "answers")
@@ -26,15 +26,11 @@ TEACHERS = ("regions", "attention", "answers")
 @dataclass
 class GuideArguments:
     model: str = field(metadata={"help": "The vision-language model, with its processor."})
-    layer: int = field(default=2, metadata={"help": "Tower layer that selects, from 1."})
-    keep_rate: float = field(
-        default=0.11, metadata={"help": "Keep rate of the evaluation, and of --teacher answers in training."}
-    )
-    teacher: str = field(default="regions", metadata={"help": f"What the guide learns from: {' or '.join(TEACHERS)}."})
-    selection_gate: float = field(
-        default=0.2, metadata={"help": "Share of the dropped patches that --teacher answers runs, in (0, 1]."}
-    )
-    dtype: str = field(default="auto", metadata={"help": "Data type of the frozen model."})
+    layer: int = option(2, "Tower layer that selects, from 1.")
+    keep_rate: float = option(0.11, "Keep rate of the evaluation, and of --teacher answers in training.")
+    teacher: str = option("regions", f"What the guide learns from: {' or '.join(TEACHERS)}.")
+    selection_gate: float = option(0.2, "Share of the dropped patches that --teacher answers runs, in (0, 1].")
+    dtype: str = option("auto", "Data type of the frozen model.")
 
     def __post_init__(self):
         if self.teacher not in TEACHERS:
@@ -61,7 +57,6 @@ if __name__ == "__main__":
     OPTIONS.check()  # before the imports that take seconds
 
 import logging
-import math
 from pathlib import Path
 
 import PIL.Image
@@ -84,7 +79,7 @@ from modeling_trips.hosts.vlm.supervision import (
 from modeling_trips.patch_selection import selection_loss, targets_of_candidates
 from trips_examples.data.images import column_of, read_image
 from trips_examples.data.loading import BUNDLED
-from trips_examples.lmms.generation import VisionLanguageModel, encode
+from trips_examples.lmms.generation import VisionLanguageModel, encode, question_about
 from trips_examples.training.runs import load_data, parse_arguments, train_and_evaluate
 from trips_examples.training.trainer import FiniteTrainer
 
@@ -104,12 +99,9 @@ class GuideCollator:
     def __init__(self, processor: ProcessorMixin, teacher: str):
         self.processor, self.teacher = processor, teacher
 
-    def encode(self, images: list[PIL.Image.Image], questions: list[str], answers=None, **options) -> dict:
-        conversations = []
-        for image, question in zip(images, questions):
-            content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
-            conversations.append([{"role": "user", "content": content}])
-        for conversation, answer in zip(conversations, answers or ()):
+    def encode(self, images: list[PIL.Image.Image], questions: list[str], answers=(), **options) -> dict:
+        conversations = [question_about(*pair) for pair in zip(images, questions)]
+        for conversation, answer in zip(conversations, answers):
             conversation.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         return dict(encode(self.processor, conversations, **options))
 
@@ -209,8 +201,6 @@ class GuideTrainer(FiniteTrainer):
     def results(self, stage: str, sums: torch.Tensor) -> dict[str, float]:
         """Return the metrics of all processes; only numbers without a target. Warn of regions that are cropped."""
         loss, number, recall, images, cropped, rows = self.accelerator.reduce(sums, "sum").tolist()
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"The {stage} loss is {loss}. Train with a lower --learning_rate.")
         if cropped and self.args.should_log:
             logger.warning("%s: the processor crops away the regions of %d of the %d rows.", stage, cropped, rows)
         metrics: dict[str, float] = {f"{stage}_samples": int(rows - cropped), f"{stage}_cropped": int(cropped)}
@@ -233,21 +223,11 @@ class GuideTrainer(FiniteTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
         guide, saved = self.model.guide, TextGuide.from_pretrained(resume_from_checkpoint)
         own, others = ({"layer": each.layer, **(each.trained_with or {})} for each in (guide, saved))
-        if changed := [
-            f"{name} {others.get(name)}, now {value}" for name, value in own.items() if others.get(name) != value
-        ]:
-            raise ValueError(f"{resume_from_checkpoint} has {'; '.join(changed)}. Choose another --output_dir.")
+        changed = [name for name, value in own.items() if others.get(name) != value]
+        if changed:
+            found = "; ".join(f"{name} {others.get(name)}, now {own[name]}" for name in changed)
+            raise ValueError(f"{resume_from_checkpoint} has {found}. Choose another --output_dir.")
         guide.load_state_dict(saved.state_dict())
-
-
-def rows_with_region(data: Dataset, split: str, should_log: bool) -> Dataset:
-    """Return the rows that have a region, and count the others in a warning. None at all raise a `ValueError`."""
-    rows = [row for row, region in enumerate(column_of(data, "region")) if region is not None]
-    if not rows:
-        raise ValueError(f"No row of the {split} split has a region. Use --teacher attention or answers.")
-    if (missing := len(data) - len(rows)) and should_log:
-        logger.warning("Left out %d of the %d rows of %s, which have no region.", missing, len(data), split)
-    return data.select(rows)
 
 
 def facts_of(args, data_args, training_args, data, model) -> dict:
@@ -271,14 +251,18 @@ def facts_of(args, data_args, training_args, data, model) -> dict:
 def main(argv: list[str] | None = None) -> dict[str, float]:
     args, data_args, training_args = parse_arguments(OPTIONS, argv)
     data = load_data("vqa", data_args, training_args)
-    if args.teacher == "regions":
-        data = {split: rows_with_region(rows, split, training_args.should_log) for split, rows in data.items()}
+    for split, rows in data.items() if args.teacher == "regions" else ():
+        known = [row for row, region in enumerate(column_of(rows, "region")) if region is not None]
+        if not known:
+            raise ValueError(f"No row of the {split} split has a region. Use --teacher attention or answers.")
+        if (missing := len(rows) - len(known)) and training_args.should_log:
+            logger.warning("Left out %d of the %d rows of %s, which have no region.", missing, len(rows), split)
+        data[split] = rows.select(known)
     vlm = VisionLanguageModel(args.model, device=training_args.device, dtype=args.dtype)
     model = vlm.model.requires_grad_(False)
     if training_args.do_train:
-        guide = TextGuide.for_model(
-            model, args.layer, trained_with=facts_of(args, data_args, training_args, data, model)
-        )
+        facts = facts_of(args, data_args, training_args, data, model)
+        guide = TextGuide.for_model(model, args.layer, trained_with=facts)
     else:
         guide = TextGuide.from_pretrained(training_args.output_dir)
     trainer = GuideTrainer(

@@ -41,7 +41,7 @@ class Found:
     match: float | None = None
 
 
-class Images(Sequence):
+class Images(torch.utils.data.Dataset):
     """Images that are decoded on access."""
 
     def __init__(self, images: Sequence[str | bytes]):
@@ -108,16 +108,15 @@ class Finder:
         if not pairs:
             return found
         scores = self.evaluator.match(Images(list(images.values())), texts, torch.tensor(pairs)).double()
-        log_odds = dict(zip(pairs, zip(scores.tolist(), scores.sigmoid().tolist())))
+        matched = dict(zip(pairs, zip(scores.tolist(), scores.sigmoid().tolist())))
         temperature = self.model.temp().item()
-        ranked = []
-        for text, row in enumerate(found):
-            matched = [(each, *log_odds[numbers[each.source], text]) for each in row]
-            scored = [
-                replace(each, score=odds + each.similarity / temperature, match=match) for each, odds, match in matched
-            ]
-            ranked.append(sorted(scored, key=lambda each: each.score, reverse=True))
-        return ranked
+
+        def scored(each: Found, text: int) -> Found:
+            log_odds, match = matched[numbers[each.source], text]
+            return replace(each, score=log_odds + each.similarity / temperature, match=match)
+
+        rows = [[scored(each, text) for each in row] for text, row in enumerate(found)]
+        return [sorted(row, key=lambda each: each.score, reverse=True) for row in rows]
 
     def _readable(self, found: list[list[Found]]) -> list[list[Found]]:
         faults = set()

@@ -27,7 +27,6 @@ from trips_examples.indexing.sources import ROW_SCHEMA
 
 
 METADATA = b"trips"
-GRAPH_SUFFIXES = (".onnx", ".data", ".xml", ".bin")
 HEADS = (TripsForRetrieval, TripsForPreTraining)  # models with image features that match pairs
 Retriever = TripsForRetrieval | TripsForPreTraining
 
@@ -80,7 +79,7 @@ def fingerprint_of(model: Retriever, processor: TripsProcessor) -> Fingerprint:
         digest.update(name.encode())
         digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
     for path in sorted(Path(checkpoint).iterdir()) if is_exported(checkpoint) else ():
-        if path.suffix in GRAPH_SUFFIXES:
+        if path.suffix in (".onnx", ".data", ".xml", ".bin"):
             digest.update(path.name.encode())
             digest.update(path.read_bytes())
     return Fingerprint(checkpoint, str(vision.schedule), digest.hexdigest()[:32])
@@ -134,12 +133,6 @@ def only_writer(uri: str) -> Iterator[None]:
             yield
     except Timeout as error:
         raise BlockingIOError(f"Another process is writing {uri}. Wait until it ends, or stop it.") from error
-
-
-def forget_faults(table: lance.LanceDataset, rows: str):
-    """Delete rows by an SQL expression, so that their images are tried again."""
-    if table.count_rows(rows):
-        table.delete(rows)
 
 
 def count_faults(table: lance.LanceDataset) -> Counter[str]:

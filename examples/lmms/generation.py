@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 
+import PIL.Image
 import torch
 from accelerate import PartialState
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, PreTrainedModel, ProcessorMixin
@@ -18,9 +19,8 @@ def generation_options(task_options: Mapping) -> dict:
     Return the arguments of `generate` that a task may set: numbers of tokens and beams, and sampling. Tasks are
     untrusted, so options that load code are dropped.
     """
-    options = {"max_new_tokens": task_options.get("max_new_tokens") or 1024, "num_beams": 1}
-    if task_options.get("num_beams"):
-        options["num_beams"] = task_options["num_beams"]
+    numbers = {"max_new_tokens": 1024, "num_beams": 1}
+    options = {name: task_options.get(name) or default for name, default in numbers.items()}
     temperature = task_options.get("temperature")
     if temperature == 0 or not task_options.get("do_sample", temperature is not None):
         # `None` overrides the sampling options of the checkpoint.
@@ -29,13 +29,9 @@ def generation_options(task_options: Mapping) -> dict:
     return {**options, "do_sample": True, **sampling}
 
 
-def cut_until(text: str, until: list[str]) -> str:
-    """Return the stripped text up to the first of these strings."""
-    text = text.strip()
-    for stop in until:
-        if stop:
-            text = text.partition(stop)[0]
-    return text.strip()
+def question_about(image: PIL.Image.Image, text: str) -> list[dict]:
+    """Return the conversation of one question about an image."""
+    return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
 
 
 def encode(processor: ProcessorMixin, conversations: list[list[dict]], **options) -> BatchFeature:
@@ -106,16 +102,11 @@ class VisionLanguageModel:
         device: str | torch.device | None = None,
         dtype: str = "auto",
     ):
-        options = {"trust_remote_code": False}
-        try:
-            model = AutoModelForImageTextToText.from_pretrained(
-                pretrained, dtype=dtype, use_safetensors=True, **options
-            )
-        except ValueError as error:
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"{pretrained} is not a vision-language model that Transformers has: {reason}") from error
+        model = AutoModelForImageTextToText.from_pretrained(
+            pretrained, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
         self.model: PreTrainedModel = model.eval().to(device or PartialState().device)
-        self.processor: ProcessorMixin = AutoProcessor.from_pretrained(pretrained, **options)
+        self.processor: ProcessorMixin = AutoProcessor.from_pretrained(pretrained, trust_remote_code=False)
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
@@ -159,10 +150,13 @@ class VisionLanguageModel:
             messages = [message for conversation in conversations for message in conversation]
             self.num_images += sum(part["type"] == "image" for message in messages for part in message["content"])
         new = outputs[:, inputs["input_ids"].shape[1] :]
+        answers = [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
         until = options.get("until") or []
-        # A blank line is lmms-eval's default stop, which would cut answers after the first paragraph.
-        until = [stop for stop in ([until] if isinstance(until, str) else until) if stop != "\n\n"]
-        return [cut_until(text, until) for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+        for stop in [until] if isinstance(until, str) else until:
+            # A blank line is lmms-eval's default stop, which would cut answers after the first paragraph.
+            if stop not in ("", "\n\n"):
+                answers = [text.partition(stop)[0].strip() for text in answers]
+        return answers
 
     def lower_resolution(self, visual_tokens: int):
         """

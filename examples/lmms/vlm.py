@@ -35,10 +35,8 @@ class TripsVlm(lmms):
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.batch_size = int(batch_size)
-        if isinstance(pretrained, str):
-            pretrained = VisionLanguageModel(
-                pretrained, schedule.strip("\"'"), **options
-            )  # lmms-eval keeps the quotes
+        if isinstance(pretrained, str):  # lmms-eval keeps the quotes of a schedule
+            pretrained = VisionLanguageModel(pretrained, schedule.strip("\"'"), **options)
         self.vlm = pretrained
 
     def generate_until(self, requests: list[Instance]) -> list[str]:

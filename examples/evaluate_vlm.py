@@ -29,14 +29,7 @@ from trips_examples.training.parser import make_parser, option, run_script
 
 
 UNPRUNED = "unpruned"
-SELECTIONS = {
-    "tower_image": "tower, by the image",
-    "tower_text": "tower, by the text",
-    "tower_random": "tower, at random",
-    "exit_prompt": "exit, by the prompt",
-    "exit_random": "exit, at random",
-    "fewer_pixels": "lower resolution",
-}
+SELECTIONS = ("tower_image", "tower_text", "tower_random", "exit_prompt", "exit_random", "fewer_pixels")
 
 
 @dataclass
@@ -74,7 +67,6 @@ class EvaluationArguments:
             raise ValueError(f"--visual_tokens, --batch_size and --limit must be at least 1, got {min(numbers)}.")
 
     def check_files(self):
-        """Raise an error if the file of questions, or lmms-eval for its tasks, is missing."""
         if self.validation_file is not None and not Path(self.validation_file).is_file():
             raise FileNotFoundError(f"--validation_file {self.validation_file} does not exist.")
         if self.tasks and find_spec("lmms_eval") is None:
@@ -91,19 +83,16 @@ import json
 import math
 import time
 from argparse import Namespace
-from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from statistics import mean, stdev
 
-import torch
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForImageTextToText, set_seed
+from transformers import AutoConfig, set_seed
 
 from modeling_trips.hosts import TextGuide
-from modeling_trips.hosts.vlm.families import find_family
 from modeling_trips.inspection.provenance import provenance
 from trips_examples.data.images import column_of, read_image
 from trips_examples.data.loading import DataSource, load_task_dataset
@@ -118,16 +107,11 @@ SETTINGS = ("model", "dtype", "layer", "guide", "limit", "seed")
 
 
 def default_layer(name: str, guide: str | None = None) -> int:
-    """Return the layer of the guide, or a third of the selectable layers of the vision tower; 1 without any."""
+    """Return the layer of the guide, or a third of the layers of the vision tower."""
     if guide is not None and (layer := TextGuide.from_pretrained(guide).layer) is not None:
         return layer
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
-    with suppress(TypeError):  # no family that is supported
-        family = find_family(model)
-        return max(1, round(family.num_selectable_layers / 3)) if family.layer_classes else 1
-    return 1
+    vision = AutoConfig.from_pretrained(name, trust_remote_code=False).vision_config
+    return max(1, round((getattr(vision, "num_hidden_layers", None) or getattr(vision, "depth", 1)) / 3))
 
 
 def model_arguments(selection: str, visual_tokens: int | None, keep_rate: float, args: EvaluationArguments) -> dict:
@@ -139,8 +123,8 @@ def model_arguments(selection: str, visual_tokens: int | None, keep_rate: float,
     place, scored_by = selection.split("_")
     if place == "exit":
         return {"visual_tokens": visual_tokens, "scorer": scored_by}
-    guide = {"guide": args.guide} if scored_by == "text" else {}
-    return {"schedule": f"{args.layer}:{scored_by}:{keep_rate}", **guide}
+    guide = args.guide if scored_by == "text" else None
+    return {"schedule": f"{args.layer}:{scored_by}:{keep_rate}", "guide": guide}
 
 
 def load_questions(args: EvaluationArguments) -> tuple[str, Dataset]:
@@ -175,7 +159,6 @@ def evaluate_questions(vlm: VisionLanguageModel, questions: Dataset, args: Evalu
 
 @cache
 def task_manager(include_path: str | None):
-    """Return the tasks of lmms-eval, and those in a folder."""
     from lmms_eval.tasks import TaskManager
 
     return TaskManager("WARNING", include_path=include_path, model_name="trips_vlm")
@@ -298,11 +281,10 @@ def print_table(rows: list[dict], tasks: list[str]):
             cells.append(f"{cell} ({score:.4g})" if selection == UNPRUNED and score is not None else cell)
         per_image = f"{mean(tokens):.1f}" if tokens else "-"
         over_tasks = f"{mean(shares):.1f}" if len(shares) == len(tasks) else "-"
-        title = SELECTIONS.get(selection, selection)
-        print(f"| {title} | {number or 'all'} | {per_image} | {' | '.join(cells)} | {over_tasks} |")
+        print(f"| {selection} | {number or 'all'} | {per_image} | {' | '.join(cells)} | {over_tasks} |")
     reasons = {row["selection"]: row["not_supported"] for row in rows if "not_supported" in row}
     for selection, reason in reasons.items():
-        print(f"\nNot supported: {SELECTIONS[selection]}. {reason}")
+        print(f"\nNot supported: {selection}. {reason}")
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -310,7 +292,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     args.check_files()
     tasks: dict[str, Dataset | None] = dict.fromkeys(args.tasks)
     if args.validation_file is not None:
-        tasks |= dict([load_questions(args)])
+        name, questions = load_questions(args)
+        tasks[name] = questions
     if args.layer is None:
         args.layer = default_layer(args.model, args.guide)
     rows = make_rows(tasks, args)

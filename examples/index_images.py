@@ -26,16 +26,9 @@ import transformers
 from tqdm.auto import tqdm
 
 from trips_examples.data.shards import hub_shards
+from trips_examples.indexing import table as tables
 from trips_examples.indexing.embedding import embed_images, start_ray
 from trips_examples.indexing.sources import Shard, find_images
-from trips_examples.indexing.table import (
-    build_index,
-    count_faults,
-    fingerprint_of,
-    load_model,
-    only_writer,
-    open_table,
-)
 
 
 NAMED = 20  # largest number of unusable images to name
@@ -48,10 +41,10 @@ def main(argv: list[str] | None = None):
         shards: list[Shard] = [*hub_shards(args.dataset_name, split=args.dataset_split)]
     else:
         shards = find_images(args.images, args.image_root)
-    model, processor = load_model(args.model, args.schedule)
-    fingerprint = fingerprint_of(model, processor)
-    with only_writer(args.table):
-        table = open_table(args.table, fingerprint, model.config.projection_dim)
+    model, processor = tables.load_model(args.model, args.schedule)
+    fingerprint = tables.fingerprint_of(model, processor)
+    with tables.only_writer(args.table):
+        table = tables.open_table(args.table, fingerprint, model.config.projection_dim)
         del model
         retried = "error IS NOT NULL" if args.retry_broken else "error LIKE 'missing image%'"
         if table.count_rows(retried):
@@ -60,9 +53,9 @@ def main(argv: list[str] | None = None):
         for number, fault in enumerate(embed_images(table, shards, args)):
             if number < NAMED:
                 tqdm.write(fault)
-        table = open_table(args.table, fingerprint)
-        outcome = build_index(table, args.index_from)
-        faults = count_faults(table)
+        table = tables.open_table(args.table, fingerprint)
+        outcome = tables.build_index(table, args.index_from)
+        faults = tables.count_faults(table)
     num_usable = table.count_rows() - faults.total()
     reasons = ", ".join(f"{reason}: {count}" for reason, count in faults.most_common())
     reasons = f" ({reasons})" if reasons else ""

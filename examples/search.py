@@ -24,7 +24,6 @@ class SearchArguments:
     schedule: str | None = option(None, "The --schedule that the table was made with, if any.")
     k: int = option(10, "Number of images for each query.")
     rerank_k: int = option(50, "Number of images to rerank for a text (0 disables).")
-    exact: bool = option(False, "Compare with all vectors, without the index.")
     probes: int = option(20, "Partitions of the index to search; more are more accurate.")
     device: str = option("cpu", "Such as cuda.")
     picture: str = option("outputs/found.png", "Picture of the results with the patches that the text keeps.")
@@ -59,10 +58,10 @@ def main(argv: list[str] | None = None):
     if finder.table.count_rows("error IS NULL") == 0:
         raise ValueError(f"{args.table} has no image yet. Wait for index_images.py, or look at the faults it names.")
     if args.image:
-        found = finder.nearest(finder.describe_image(decode_image(args.image)), args.k, args.exact, args.probes)
+        found = finder.nearest(finder.describe_image(decode_image(args.image)), args.k, args.probes)
     else:
         texts = finder.describe_texts(args.text)
-        found = finder.nearest(texts.embeds, max(args.k, args.rerank_k), args.exact, args.probes)
+        found = finder.nearest(texts.embeds, max(args.k, args.rerank_k), args.probes)
         found = finder.rerank(texts, found) if args.rerank_k else found
     rows, pictures, titles = [], [], []
     for text, best in zip(args.text or [None], found):

@@ -61,7 +61,6 @@ from pathlib import Path
 
 import PIL.Image
 import torch
-from datasets import Dataset
 from datasets.fingerprint import Hasher
 from torch import nn
 from torch.utils.data import DataLoader
@@ -94,7 +93,7 @@ SETTINGS = (
 
 
 class GuideCollator:
-    """Rows to the inputs of prompts, and to what the teacher needs: masks of the regions, or prompts with answers."""
+    """Collator of prompts, and of what the teacher needs: masks of the regions, or prompts with answers."""
 
     def __init__(self, processor: ProcessorMixin, teacher: str):
         self.processor, self.teacher = processor, teacher
@@ -108,8 +107,8 @@ class GuideCollator:
     def __call__(self, rows: list[dict]) -> dict:
         images, questions = [read_image(row) for row in rows], [row["question"] for row in rows]
         inputs = self.encode(images, questions)
-        regions = [row["region"] for row in rows]
         batch = {"sources": [row["source"] for row in rows], "inputs": inputs}
+        regions = [row["region"] for row in rows]
         if self.teacher != "attention" and any(region is not None for region in regions):
             batch["masks"] = self.encode(region_masks(images, regions), questions)
             batch["blanks"] = self.encode([PIL.Image.new("RGB", image.size) for image in images], questions)
@@ -129,21 +128,20 @@ class GuideCollator:
 
 
 class GuidedModel(nn.Module):
-    """A guide as the model that is trained. The vision-language model is frozen and no part of it."""
+    """A guide as the model that is trained. The vision-language model is frozen."""
 
     def __init__(self, guide: TextGuide, model: PreTrainedModel, args: GuideArguments):
         super().__init__()
         self.guide, self.args = guide, args
-        self.frozen = (model,)  # a tuple keeps it out of the parameters, of checkpoints and of data parallelism
+        self.frozen = (model,)  # a tuple keeps it out of parameters, checkpoints and data parallelism
 
     def forward(
         self, inputs: dict, masks=None, blanks=None, answered=None, num_answer_tokens=None
     ) -> dict[str, torch.Tensor]:
         """
-        Returns:
-            `dict`: `loss`, the mean over the answers, or over the images (or tiles) that have a target, and `sums` of
-            shape `(6,)`: of the losses, their number, of the kept shares of the targets, and the numbers of images
-            with a target, of rows left out without one and of all rows.
+        Return `loss`, the mean over the answers, or over the images (or tiles) that have a target, and `sums`, `(6,)`:
+        of the losses, their number, of the kept shares of the targets, and the numbers of images with a target, of
+        rows left out without one and of all rows.
         """
         (model,) = self.frozen
         targets = None if masks is None else targets_of_masks(model, masks, blanks)
@@ -176,10 +174,10 @@ class GuideTrainer(FiniteTrainer):
         super().__init__(**kwargs)
         self.sums = torch.zeros(6, device=self.args.device)
 
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+    def compute_loss(self, model, inputs, **kwargs):
         outputs = model(**inputs)
         self.sums += outputs["sums"]
-        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+        return outputs["loss"]
 
     def train(self, resume_from_checkpoint: str | None = None):
         output = super().train(resume_from_checkpoint=resume_from_checkpoint)
@@ -187,9 +185,8 @@ class GuideTrainer(FiniteTrainer):
         return output
 
     @torch.no_grad()
-    def evaluate(self, eval_dataset: Dataset | None = None, **kwargs) -> dict[str, float]:
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        own = dataset.shard(self.args.world_size, self.args.process_index)
+    def evaluate(self, **kwargs) -> dict[str, float]:
+        own = self.eval_dataset.shard(self.args.world_size, self.args.process_index)
         sums = torch.zeros_like(self.sums)
         for batch in DataLoader(own, self.args.per_device_eval_batch_size, collate_fn=self.data_collator):
             del batch["sources"]
@@ -214,8 +211,6 @@ class GuideTrainer(FiniteTrainer):
         if not self.args.should_save:
             return
         guide, folder = self.model.guide, Path(output_dir or self.args.output_dir)
-        if not all(weight.isfinite().all() for weight in guide.parameters()):
-            raise FloatingPointError("The guide has weights that are not finite. Train with a lower --learning_rate.")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "README.md").unlink(missing_ok=True)  # an older guide's
         guide.save_pretrained(folder)
@@ -233,7 +228,6 @@ class GuideTrainer(FiniteTrainer):
 def facts_of(args, data_args, training_args, data, model) -> dict:
     """Return what makes the weights of a guide, for its card and its checkpoints: model, data and options."""
     name, columns = Path(args.model), ("source", "image_id", "question", "answers", "region")
-    options = training_args.to_dict()
     file = Path(data_args.train_file).name if data_args.train_file else data_args.dataset_name or BUNDLED
     return {
         "base model": name.resolve().name if name.exists() else str(name),
@@ -244,7 +238,7 @@ def facts_of(args, data_args, training_args, data, model) -> dict:
         "keep rate": args.keep_rate,
         **({"selection gate": args.selection_gate} if args.teacher == "answers" else {}),
         "processes": training_args.world_size,
-        **{name: options[name] for name in SETTINGS},
+        **{name: value for name, value in training_args.to_dict().items() if name in SETTINGS},
     }
 
 

@@ -23,15 +23,9 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Found:
     """
-    A search result.
-
-    Args:
-        source (`str`): origin of the image.
-        image (`str` or `bytes`): path or encoded image.
-        similarity (`float`): cosine similarity of the features of image and query.
-        score (`float`, *optional*): log-odds of a match plus similarity over temperature, which ranks the images of
-            one text. Only `match` says whether an image fits.
-        match (`float`, *optional*): probability that image and text match.
+    A search result: the source of an image, its path or encoded form, and the cosine similarity of its features and
+    the query's. After reranking also `match`, the probability that image and text match, and `score`, its log-odds
+    plus similarity over temperature, which ranks the images of one text.
     """
 
     source: str
@@ -47,19 +41,14 @@ class Images(torch.utils.data.Dataset):
     def __init__(self, images: Sequence[str | bytes]):
         self.images = images
 
-    def __len__(self) -> int:
-        return len(self.images)
-
     def __getitem__(self, number: int) -> PIL.Image.Image:
         return decode_untrusted_image(self.images[number])
 
 
 class Finder:
     """
-    Search in the table at `uri` with the model that made it, a checkpoint and its schedule as in `load_model`.
-
-    Raises:
-        OSError, ValueError: The table or checkpoint does not exist, or another model made the table.
+    Search in the table at `uri` with the model that made it, a checkpoint and its schedule as in `load_model`. Another
+    model, or a missing table or checkpoint raise a `ValueError` or `OSError`.
     """
 
     def __init__(
@@ -77,18 +66,13 @@ class Finder:
         """Return the features of an image, `(1, projection_dim)`."""
         return self.evaluator.index_images([image])
 
-    def nearest(self, features: torch.Tensor, k: int, exact: bool = False, probes: int = 20) -> list[list[Found]]:
+    def nearest(self, features: torch.Tensor, k: int, probes: int = 20) -> list[list[Found]]:
         """
-        Return for each query the `k` images of the highest cosine similarity, best first.
-
-        Args:
-            features (`torch.Tensor` of shape `(num_queries, projection_dim)`)
-            k (`int`)
-            exact (`bool`, *optional*, defaults to `False`): whether to compare all vectors, without the index.
-            probes (`int`, *optional*, defaults to 20): number of partitions of the index to search.
+        Return for each query, `(num_queries, projection_dim)`, the `k` images of the highest cosine similarity, best
+        first. An index is searched in `probes` partitions.
         """
-        how = {"column": "vector", "k": k, "metric": "cosine", "use_index": not exact}
-        how |= {} if exact else {"nprobes": probes, "refine_factor": 10}  # 10 k candidates by their exact vectors
+        # 10 k candidates are compared by their exact vectors.
+        how = {"column": "vector", "k": k, "metric": "cosine", "nprobes": probes, "refine_factor": 10}
         found = []
         for query in features.float().numpy():
             columns = ["source", "image", "_distance"]

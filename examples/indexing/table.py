@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import unquote, urlsplit
 
 import lance
 import numpy as np
@@ -47,12 +46,7 @@ def load_model(
 ) -> tuple[Retriever, TripsProcessor]:
     """
     Load a checkpoint with a head for retrieval, or an exported one, in evaluation mode. `schedule` replaces that of
-    the checkpoint (`5:image:0.7,12:text:0.3`), and `dtype` that of the stored weights.
-
-    Raises:
-        ValueError: The checkpoint has another head, or its weights are incomplete; or a schedule, dtype or device is
-            given for an exported model.
-        OSError: There is no such checkpoint.
+    the checkpoint (`5:image:0.7,12:text:0.3`), and `dtype` that of the stored weights; an exported model has neither.
     """
     options = SelectionSchedule.parse(schedule).config_fields if schedule else {}
     if dtype != "auto":
@@ -87,11 +81,8 @@ def fingerprint_of(model: Retriever, processor: TripsProcessor) -> Fingerprint:
 
 def open_table(uri: str, fingerprint: Fingerprint, dim: int | None = None) -> lance.LanceDataset:
     """
-    Open a table, or create it if `dim`, the size of its vectors, is given.
-
-    Raises:
-        FileNotFoundError: The table does not exist, and `dim` is not given.
-        ValueError: Another model or schedule made the table.
+    Open a table, or create it if `dim`, the size of its vectors, is given. Otherwise a `FileNotFoundError` is raised,
+    and a `ValueError` for a table of another model or schedule.
     """
     try:
         table = lance.dataset(uri)
@@ -102,10 +93,9 @@ def open_table(uri: str, fingerprint: Fingerprint, dim: int | None = None) -> la
             schema = table_schema(dim).with_metadata({METADATA: json.dumps(fingerprint)})
             return lance.write_dataset(schema.empty_table(), uri)
         raise FileNotFoundError(f"The table {uri} does not exist. Make it with index_images.py.") from error
-    stored = (table.schema.metadata or {}).get(METADATA)
-    if stored is None:
+    if METADATA not in (table.schema.metadata or {}):
         raise ValueError(f"{uri} is a Lance table that index_images.py did not make. Give another.")
-    made_by = Fingerprint(*json.loads(stored))
+    made_by = Fingerprint(*json.loads(table.schema.metadata[METADATA]))
     if made_by.digest != fingerprint.digest:
         raise ValueError(
             f"The vectors of {uri} come from {made_by.model} ({made_by.schedule}; {made_by.digest}), got "
@@ -122,11 +112,10 @@ def table_schema(dim: int) -> pa.Schema:
 @contextlib.contextmanager
 def only_writer(uri: str) -> Iterator[None]:
     """Hold a lock beside a local table, whatever link or URI names it. A table on an object store has no lock."""
-    parts = urlsplit(uri)
-    if parts.scheme not in ("file", "file-object-store") and "://" in uri:
+    if "://" in uri and not uri.startswith("file://"):
         yield
         return
-    path = Path(unquote(parts.path) if parts.scheme.startswith("file") else uri).expanduser().resolve()
+    path = Path(uri.removeprefix("file://")).expanduser().resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(f"{path}.lock", timeout=0):

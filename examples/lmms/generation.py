@@ -36,13 +36,9 @@ def question_about(image: PIL.Image.Image, text: str) -> list[dict]:
 
 def encode(processor: ProcessorMixin, conversations: list[list[dict]], **options) -> BatchFeature:
     """
-    Return the inputs of a batch of conversations, padded on the left. The model continues the last message if it is
-    the assistant's, and else answers. Without a chat template, the prompt is one image token per image and the texts.
-
-    Args:
-        processor (`ProcessorMixin`): Processor of the model.
-        conversations (`list[list[dict]]`): As in [`VisionLanguageModel.answer`].
-        options: Further arguments of the processor.
+    Return the inputs of a batch of conversations, as in [`VisionLanguageModel.answer`], padded on the left. The model
+    continues the last message if it is the assistant's, and else answers. Without a chat template, the prompt is one
+    image token per image and the texts. `options` are further arguments of the processor.
     """
     options |= {"padding": True, "return_tensors": "pt"}
     if processor.chat_template is not None:
@@ -85,10 +81,6 @@ class VisionLanguageModel:
         TypeError: The model does not support a selection.
         ValueError: The model is not a vision-language model, the schedule does not fit it, or a lower resolution is
             not supported.
-
-    Attributes:
-        num_images (`int`): Number of processed images.
-        num_visual_tokens (`torch.Tensor`): Number of their visual tokens in the language model.
     """
 
     def __init__(
@@ -161,10 +153,7 @@ class VisionLanguageModel:
     def lower_resolution(self, visual_tokens: int):
         """
         Reduce images in the processor to at most about this number of visual tokens. LLaVA-1.5 and PaliGemma
-        interpolate the tower's position embeddings, SmolVLM and Idefics3 use fewer tiles.
-
-        Raises:
-            ValueError: The model does not support a lower resolution.
+        interpolate the tower's position embeddings, SmolVLM and Idefics3 use fewer tiles. Others raise a `ValueError`.
         """
         family = find_family(self.model)
         image_processor = self.processor.image_processor

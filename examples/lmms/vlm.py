@@ -40,7 +40,6 @@ class TripsVlm(lmms):
         self.vlm = pretrained
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Return the answer to each request."""
         # Batches have equal options and similar lengths.
         collator = Collator(
             [request.args for request in requests],

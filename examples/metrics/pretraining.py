@@ -19,13 +19,7 @@ from modeling_trips.modeling_trips_pretraining import hard_negative_indices, sim
 
 @torch.no_grad()
 def word_and_matching_metrics(trainer, dataset: Dataset) -> dict[str, float]:
-    """
-    Compute the metrics above for the objectives with a weight, in all processes.
-
-    Args:
-        trainer (`PretrainingTrainer`): provides model, collator and batch size.
-        dataset (`Dataset`): rows of captions, ordered by image.
-    """
+    """Compute the metrics above for the objectives with a weight, in all processes. Rows are ordered by image."""
     model = trainer.model_to_evaluate()
     accelerator, loader = trainer.accelerator, trainer.get_eval_dataloader(dataset)
     rows, is_quiet = [], trainer.args.disable_tqdm or not trainer.args.should_log

@@ -38,11 +38,8 @@ SIMILARITIES_PER_STEP = 2**22
 @dataclass
 class TextIndex:
     """
-    Encoded texts on the CPU.
-
-    Args:
-        embeds (`torch.Tensor` of shape `(num_texts, projection_dim)`): normalized features.
-        states (`tuple[torch.Tensor]`): token states of each text, `(text_length, hidden_size)`.
+    Encoded texts on the CPU: normalized features, `(num_texts, projection_dim)`, and the token states of each text,
+    `(text_length, hidden_size)`.
     """
 
     embeds: torch.Tensor
@@ -63,23 +60,6 @@ class Ranking:
     candidates: torch.LongTensor
     similarities: torch.FloatTensor
     first_right: torch.LongTensor
-
-
-@dataclass
-class RetrievalResults:
-    """
-    Results of an evaluation.
-
-    Args:
-        metrics (`dict[str, float]`): recalls of the features: `features_i2t_r1` (image to text) to `features_t2i_r10`,
-            and their mean `features_r_mean`. With reranking also `i2t_r1` to `t2i_r10`, `r_mean` and `reranked_pairs`.
-        found_texts ([`Ranking`]): texts of each image, after reranking.
-        found_images ([`Ranking`]): images of each text, after reranking.
-    """
-
-    metrics: dict[str, float]
-    found_texts: Ranking
-    found_images: Ranking
 
 
 @dataclass
@@ -104,12 +84,7 @@ class RetrievalEvaluator:
 
     @torch.no_grad()
     def index_images(self, images: Sequence[PIL.Image.Image]) -> torch.Tensor:
-        """
-        Return the normalized features of images on the CPU, `(num_images, projection_dim)`.
-
-        Args:
-            images (`Sequence[PIL.Image.Image]`): may be a `Dataset` that opens files on access.
-        """
+        """Return the normalized features of images on the CPU, `(num_images, projection_dim)`."""
         batches = _batches(len(images), self.batch_size)
         features = {
             number: self.model.get_image_features(pixel_values).pooler_output.to("cpu", self.model.dtype)
@@ -136,12 +111,8 @@ class RetrievalEvaluator:
     @torch.no_grad()
     def match(self, images: Sequence[PIL.Image.Image], texts: TextIndex, pairs: torch.LongTensor) -> torch.FloatTensor:
         """
-        Return the log-odds of matches, float32 on the CPU, `(num_pairs,)`.
-
-        Args:
-            images (`Sequence[PIL.Image.Image]`): as in `index_images`. Only images of pairs are read.
-            texts ([`TextIndex`])
-            pairs (`torch.LongTensor` of shape `(num_pairs, 2)`): image and text of each pair, sorted by image.
+        Return the log-odds of matches, float32 on the CPU, `(num_pairs,)`. Only images of pairs are read. `pairs`,
+        `(num_pairs, 2)`, are the numbers of image and text of each pair, sorted by image.
         """
         wanted, image_rows, counts = pairs[:, 0].unique_consecutive(return_inverse=True, return_counts=True)
         chunks = [wanted[rows].tolist() for rows in _batches(len(wanted), self.batch_size)]
@@ -153,12 +124,8 @@ class RetrievalEvaluator:
             rows = rows_of_chunk[number] - number * self.batch_size
             steps = zip(rows.split(self.batch_size), texts_of_chunk[number].split(self.batch_size))
             # Only images of a step: if no text scores patches, the upper layers run on all cached images.
-            scores[number] = torch.cat(
-                [
-                    self._match_step(image_cache[step[0] : step[-1] + 1], step - step[0], texts, numbers)
-                    for step, numbers in steps
-                ]
-            )
+            parts = [self._match_step(image_cache[i[0] : i[-1] + 1], i - i[0], texts, numbers) for i, numbers in steps]
+            scores[number] = torch.cat(parts)
             del image_cache  # before the next one
         return _finite(torch.cat(_gathered(scores)), "pair")
 
@@ -189,7 +156,7 @@ class RetrievalEvaluator:
         image_of_text: torch.LongTensor,
         rerank_k: int = 16,
         rerank_by: str = "both",
-    ) -> RetrievalResults:
+    ) -> tuple[dict[str, float], dict[str, Ranking]]:
         """
         Compute recalls in both directions, before and after reranking.
 
@@ -200,32 +167,35 @@ class RetrievalEvaluator:
             rerank_k (`int`, *optional*, defaults to 16): number of candidates of each query to rerank; 0 for none.
             rerank_by (`str`, *optional*, defaults to `"both"`): `"both"` is the log-odds of a match plus similarity
                 over temperature; `"matching"` is the log-odds alone.
+
+        Returns:
+            Recalls of the features, `features_i2t_r1` (image to text) to `features_t2i_r10`, and their mean
+            `features_r_mean`; with reranking also `i2t_r1` to `t2i_r10`, `r_mean` and `reranked_pairs`. The final
+            rankings: texts of each image, `i2t`, and images of each text, `t2i`.
         """
         if rerank_by not in ("both", "matching"):
             raise ValueError(f'`rerank_by` must be "both" or "matching", got {rerank_by!r}.')
         image_ids = torch.arange(len(images))
         image_embeds, text_index = self.index_images(images), self.index_texts(texts)
-        found_texts = rank(image_embeds, image_ids, text_index.embeds, image_of_text, rerank_k)
-        found_images = rank(text_index.embeds, image_of_text, image_embeds, image_ids, rerank_k)
-        metrics = {f"features_{name}": value for name, value in recalls(found_texts, found_images).items()}
+        ids = {"i2t": (image_ids, image_of_text), "t2i": (image_of_text, image_ids)}
+        embeds = {"i2t": (image_embeds, text_index.embeds), "t2i": (text_index.embeds, image_embeds)}
+        found = {name: rank(*embeds[name], *ids[name], rerank_k) for name in ids}
+        metrics = {f"features_{name}": value for name, value in recalls(found).items()}
         if rerank_k == 0:
-            return RetrievalResults(metrics, found_texts, found_images)
+            return metrics, found
         # A number for each (image, text) pair of the candidates, ascending by image, then by text.
-        of_texts = image_ids[:, None] * len(texts) + found_texts.candidates
-        of_images = found_images.candidates * len(texts) + torch.arange(len(texts))[:, None]
+        of_texts = image_ids[:, None] * len(texts) + found["i2t"].candidates
+        of_images = found["t2i"].candidates * len(texts) + torch.arange(len(texts))[:, None]
         keys, places = torch.cat((of_texts.flatten(), of_images.flatten())).unique(return_inverse=True)
         pairs = torch.stack((keys // len(texts), keys % len(texts)), dim=1)
-        scores = self.match(images, text_index, pairs)
-        parts = scores[places].split((of_texts.numel(), of_images.numel()))
-        scores_of_texts, scores_of_images = parts[0].view_as(of_texts), parts[1].view_as(of_images)
-        if rerank_by == "both":
-            temperature = self.model.temp().item()
-            scores_of_texts = scores_of_texts + found_texts.similarities / temperature
-            scores_of_images = scores_of_images + found_images.similarities / temperature
-        found_texts = rerank(found_texts, scores_of_texts, image_ids, image_of_text)
-        found_images = rerank(found_images, scores_of_images, image_of_text, image_ids)
-        metrics = {**metrics, **recalls(found_texts, found_images), "reranked_pairs": len(pairs)}
-        return RetrievalResults(metrics, found_texts, found_images)
+        scores = self.match(images, text_index, pairs)[places].split((of_texts.numel(), of_images.numel()))
+        for name, own in zip(ids, scores):
+            own = own.view_as(found[name].candidates)
+            if rerank_by == "both":
+                own = own + found[name].similarities / self.model.temp().item()
+            found[name] = rerank(found[name], own, *ids[name])
+        metrics |= {**recalls(found), "reranked_pairs": len(pairs)}
+        return metrics, found
 
     def _load(
         self, images: Sequence[PIL.Image.Image], batches: Sequence[Sequence[int]], title: str
@@ -253,20 +223,14 @@ class RetrievalEvaluator:
 
 def rank(
     query_embeds: torch.Tensor,
-    query_ids: torch.LongTensor,
     candidate_embeds: torch.Tensor,
+    query_ids: torch.LongTensor,
     candidate_ids: torch.LongTensor,
     k: int,
 ) -> Ranking:
     """
-    Rank all candidates of each query by dot product, in float32. Ties keep their order.
-
-    Args:
-        query_embeds (`torch.Tensor` of shape `(num_queries, dim)`), candidate_embeds (`torch.Tensor` of shape
-            `(num_candidates, dim)`)
-        query_ids (`torch.LongTensor` of shape `(num_queries,)`), candidate_ids (`torch.LongTensor` of shape
-            `(num_candidates,)`): true candidates have the id of the query. Each query needs one.
-        k (`int`): number of candidates to keep per query, at most all.
+    Rank all candidates of each query by dot product of embeddings, `(num, dim)`, in float32, and keep `k`. Ties keep
+    their order. True candidates have the id of the query, `(num,)`; each query needs one.
     """
     candidate_embeds, parts = candidate_embeds.float(), []
     step = max(1, SIMILARITIES_PER_STEP // len(candidate_ids))
@@ -292,14 +256,10 @@ def rerank(
     return Ranking(candidates, similarities, first_right)
 
 
-def recalls(found_texts: Ranking, found_images: Ranking) -> dict[str, float]:
+def recalls(found: dict[str, Ranking]) -> dict[str, float]:
     """Return `i2t_r1` (image to text) to `t2i_r10` (text to image) as shares, and their mean `r_mean`."""
-    directions = {"i2t": found_texts, "t2i": found_images}
-    results = {
-        f"{name}_r{k}": (ranking.first_right < k).double().mean().item()
-        for name, ranking in directions.items()
-        for k in RECALL_AT
-    }
+    hits = {f"{name}_r{k}": ranking.first_right < k for name, ranking in found.items() for k in RECALL_AT}
+    results = {name: hit.double().mean().item() for name, hit in hits.items()}
     return {**results, "r_mean": sum(results.values()) / len(results)}
 
 
@@ -315,8 +275,6 @@ def _gathered(results: dict[int, Any]) -> list:
 def _finite(values: torch.Tensor, unit: str) -> torch.Tensor:
     bad = (~values.isfinite()).nonzero()
     if len(bad):
-        number = int(bad[0, 0])
-        raise ValueError(
-            f"The model's output for {unit} {number} (from 0) is not finite. Check its training, or use a wider dtype."
-        )
+        place = f"{unit} {int(bad[0, 0])} (from 0)"
+        raise ValueError(f"The output for {place} is not finite. Check the training, or use a wider dtype.")
     return values

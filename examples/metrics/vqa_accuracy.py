@@ -39,16 +39,6 @@ def _on_one_line(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-def _strip_punctuation(text: str) -> str:
-    def replace(match: re.Match) -> str:
-        # As in the official script, a mark that touches a space anywhere in the text is removed everywhere.
-        mark = match.group()
-        spaced = f"{mark} " in text or f" {mark}" in text
-        return "" if spaced or _DIGIT_COMMA.search(text) else " "
-
-    return _PERIOD.sub("", _PUNCTUATION.sub(replace, text))
-
-
 # Cached, because most answers of a data set repeat.
 @functools.lru_cache(maxsize=2**16)
 def normalize_answer(text: str) -> str:
@@ -58,8 +48,15 @@ def normalize_answer(text: str) -> str:
     Punctuation is removed, except apostrophes, colons and the periods of decimal numbers. Number words up to ten
     become digits, articles are removed, missing apostrophes of contractions are added, and the text is lower-cased.
     """
-    text = _strip_punctuation(_on_one_line(text))
-    words = [_NUMBERS.get(word, word) for word in text.lower().split()]
+    text = _on_one_line(text)
+
+    def replace(match: re.Match) -> str:
+        # As in the official script, a mark that touches a space anywhere in the text is removed everywhere.
+        mark = match.group()
+        return "" if f"{mark} " in text or f" {mark}" in text or _DIGIT_COMMA.search(text) else " "
+
+    text_without = _PERIOD.sub("", _PUNCTUATION.sub(replace, text))
+    words = [_NUMBERS.get(word, word) for word in text_without.lower().split()]
     return " ".join(_REPAIRS.get(word, word) for word in words if word not in _ARTICLES)
 
 

@@ -9,13 +9,13 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from modeling_trips import TripsPreTrainedModel
 from trips_examples.data.images import DecodedImages, column_of, images_of
-from trips_examples.metrics.retrieval import Ranking, RetrievalEvaluator, RetrievalResults
+from trips_examples.metrics.retrieval import Ranking, RetrievalEvaluator
 from trips_examples.training.files import write_json_lines
 from trips_examples.training.options import RetrievalArguments
 from trips_examples.training.trainer import ImageGroupedTrainer
 
 
-def write_rankings(folder: str | Path, dataset: Dataset, results: RetrievalResults):
+def write_rankings(folder: str | Path, dataset: Dataset, rankings: dict[str, Ranking]):
     """
     Write `found_images.jsonl`, an object per caption, and `found_texts.jsonl`, one per image, with the ten best
     candidates and the rank of the first correct one.
@@ -31,8 +31,8 @@ def write_rankings(folder: str | Path, dataset: Dataset, results: RetrievalResul
         )
         write_json_lines(Path(folder, name), lines)
 
-    write("found_images.jsonl", dataset.select_columns(["source", "caption"]), results.found_images, image_ids)
-    write("found_texts.jsonl", [{"image_id": image_id} for image_id in image_ids], results.found_texts, sources)
+    write("found_images.jsonl", dataset.select_columns(["source", "caption"]), rankings["t2i"], image_ids)
+    write("found_texts.jsonl", [{"image_id": image_id} for image_id in image_ids], rankings["i2t"], sources)
 
 
 class RetrievalTrainer(ImageGroupedTrainer):
@@ -65,7 +65,7 @@ class RetrievalTrainer(ImageGroupedTrainer):
             model = model.to(torch.float16 if self.args.fp16_full_eval else torch.bfloat16)
         return model
 
-    def search(self, dataset: Dataset) -> RetrievalResults:
+    def search(self, dataset: Dataset) -> tuple[dict[str, float], dict[str, Ranking]]:
         """Search among all images and captions of a data set, in both directions."""
         args, model = self.args, self.model_to_evaluate()
         evaluator = RetrievalEvaluator(
@@ -86,7 +86,8 @@ class RetrievalTrainer(ImageGroupedTrainer):
             )
 
     def metrics_of(self, dataset: Dataset) -> dict[str, float]:
-        return self.search(dataset).metrics
+        metrics, _ = self.search(dataset)
+        return metrics
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         metrics = self.metrics_of(self.eval_dataset if eval_dataset is None else eval_dataset)

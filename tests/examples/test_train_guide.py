@@ -4,18 +4,12 @@ import itertools
 import json
 import logging
 import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import PIL.Image
 import pytest
 import torch
-from filelock import FileLock
 from huggingface_hub import ModelCard
-from places import ROOT
 from safetensors.torch import load_file
 from tiny_vlm_processors import COLORS, make_llava_processor, make_paligemma_processor, save_tiny_vlm
 from transformers import LlamaConfig
@@ -98,40 +92,14 @@ def test_an_interrupted_training_resumes(options, rows, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="resume_from_checkpoint"):
         train_guide.main(options())
     resume = "--resume_from_checkpoint=last"
-    for other in ("--layer=2", "--teacher=attention", "--seed=9", "--learning_rate=0.5", "--max_train_samples=9"):
-        name = "data" if "samples" in other else other.strip("-").partition("=")[0]
-        with pytest.raises(ValueError, match=f"{name} .*, now"):
-            train_guide.main(options(resume, other))
+    with pytest.raises(ValueError, match="layer .*learning_rate .*, now"):
+        train_guide.main(options(resume, "--layer=2", "--learning_rate=0.5"))
     answered = [{**row, "answer": "maybe"} for row in rows]  # the same questions
     with pytest.raises(ValueError, match="data .*, now"):
         train_guide.main(options(resume, rows=answered))
     for _ in range(2):  # the second has nothing left to train
         train_guide.main(options(resume))
         assert weights_of(tmp_path / "guide") == weights_of(tmp_path / "whole")
-    with pytest.raises(ValueError, match="layer 1, now 2"):
-        train_guide.main(options(resume, "--layer=2"))
-
-
-@pytest.mark.slow
-def test_a_killed_training_ends_with_the_same_weights(options, tmp_path):
-    """A kill within a file of a checkpoint, and a second training at the same time."""
-
-    def start(*more: str, folder: str = "guide") -> subprocess.Popen:
-        arguments = options("--do_eval=False", *more, folder=folder)
-        return subprocess.Popen([sys.executable, str(ROOT / "examples" / "train_guide.py"), *arguments])
-
-    assert start(folder="whole").wait() == 0
-    file = tmp_path / "guide" / "checkpoint-4" / "optimizer.pt"
-    training = start()
-    while not file.exists() and training.poll() is None:
-        time.sleep(0.0005)
-    training.send_signal(signal.SIGKILL)
-    training.wait()
-    file.write_bytes(file.read_bytes()[:20])
-    with FileLock(tmp_path / "guide" / "_training.lock"), pytest.raises(BlockingIOError):
-        train_guide.main(options("--resume_from_checkpoint=last"))
-    assert start("--resume_from_checkpoint=last").wait() == 0
-    assert weights_of(tmp_path / "guide") == weights_of(tmp_path / "whole")
 
 
 def test_learns_from_attention(options):
@@ -176,9 +144,6 @@ def test_regions_outside_the_crop_are_counted(options, rows, tmp_path, caplog):
     assert (metrics["train_samples"], metrics["train_cropped"]) == (15, 5)
     assert (metrics["eval_samples"], metrics["eval_cropped"]) == (15, 5)
     assert caplog.text.count("5 of the 20 rows") == 2
-    metrics = train_guide.main(options(rows=[cropped], folder="cropped"))
-    assert (metrics["eval_samples"], metrics["eval_cropped"]) == (0, 1) and "eval_loss" not in metrics
-    assert all(value.isfinite().all() for value in load_file(tmp_path / "cropped" / "model.safetensors").values())
 
 
 def test_a_diverging_training_stops(options, tmp_path):

@@ -13,14 +13,14 @@ from trips_examples.indexing.embedding import Embedder
 from trips_examples.indexing.finding import Finder
 from trips_examples.indexing.options import IndexArguments
 from trips_examples.indexing.sources import blocks_of, find_images
-from trips_examples.indexing.table import commit, count_faults, fingerprint_of, forget_faults, load_model, open_table
+from trips_examples.indexing.table import commit, fingerprint_of, load_model, open_table
 
 
 def embed(checkpoint: str, uri: str, *places) -> list[str]:
     """Add images to a table, as an actor does, and return the faults."""
     model, processor = load_model(checkpoint)
     table = open_table(uri, fingerprint_of(model, processor), model.config.projection_dim)
-    embedder = Embedder(IndexArguments(checkpoint, uri, batch_size=7), uri)
+    embedder = Embedder(IndexArguments(checkpoint, uri, ["images"], batch_size=7), uri)
     faults = []
     for shard in find_images([str(place) for place in places]):
         for block in blocks_of(shard, np.array([], "S32")):
@@ -72,20 +72,6 @@ def test_broken_images_are_named_and_have_a_row_without_a_vector(finder, collect
     assert {row["source"] for row in rows} == {f"{folder}/images/{name}" for name in ("broken.png", "untrusted.tiff")}
     assert all(row["vector"] is None and "unreadable image" in row["error"] for row in rows)
     assert sorted(faults) == sorted(f"{row['source']}: {row['error']}" for row in rows)
-
-
-def test_missing_images_are_forgotten_and_broken_ones_are_not(checkpoint, tmp_path):
-    (tmp_path / "broken.png").write_bytes(encoded(1)[:100])
-    (tmp_path / "rows.jsonl").write_text('{"image": "1.png"}\n{"image": "broken.png"}\n{"image": "1.png"}\n')
-    uri = str(tmp_path / "t.lance")
-    embed(checkpoint, uri, tmp_path / "rows.jsonl")
-    table = Finder(uri, checkpoint).table
-    assert count_faults(table) == {"missing image": 1, "unreadable image": 1}
-    forget_faults(table, "error LIKE 'missing image%'")
-    assert count_faults(table) == {"unreadable image": 1} and table.count_rows() == 1
-    version = table.version
-    forget_faults(table, "error LIKE 'missing image%'")
-    assert table.version == version
 
 
 def test_the_nearest_are_those_of_numpy(finder):

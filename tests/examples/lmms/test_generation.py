@@ -11,7 +11,7 @@ from tokenizers import decoders
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from modeling_trips.hosts import prune_inputs
-from trips_examples.lmms.generation import VisionLanguageModel, cut_until, encode, generation_options
+from trips_examples.lmms.generation import VisionLanguageModel, encode, generation_options
 
 
 FAMILIES = ["llava", "qwen2_5_vl"]
@@ -109,7 +109,6 @@ def test_options_of_a_task(task_options, expected):
 
 
 def test_an_answer_ends_at_the_stops_of_a_task_except_a_blank_line(folders, images):
-    assert cut_until("\n\na b\n\nc\nd", ["\n\n", "", "d"]) == "a b"
     vlm, asked = VisionLanguageModel(folders["llava"]), conversations(images)
     words = vlm.answer(asked, OPTIONS)[2].split()
     (answer,) = vlm.answer(asked[2:], {**OPTIONS, "until": ["\n\n", words[2]]})

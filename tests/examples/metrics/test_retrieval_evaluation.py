@@ -66,7 +66,7 @@ def naive_recalls(evaluator: RetrievalEvaluator, rerank_k: int, rerank_by: str =
 
 def test_equal_candidates_stand_in_their_order_also_a_few_queries_at_a_time(monkeypatch):
     monkeypatch.setattr(retrieval_evaluation, "SIMILARITIES_PER_STEP", 12)
-    ranking = rank(torch.ones(3, 2), torch.tensor([0, 1, 2]), torch.ones(6, 2), torch.tensor([2, 2, 1, 0, 1, 0]), k=2)
+    ranking = rank(torch.ones(3, 2), torch.ones(6, 2), torch.tensor([0, 1, 2]), torch.tensor([2, 2, 1, 0, 1, 0]), k=2)
     assert ranking.candidates.tolist() == [[0, 1]] * 3
     assert ranking.first_right.tolist() == [3, 2, 0]  # a collapsed model is no better than the order of the data
 
@@ -74,7 +74,7 @@ def test_equal_candidates_stand_in_their_order_also_a_few_queries_at_a_time(monk
 def test_recall_counts_queries_by_the_place_of_their_first_right_candidate():
     unused = torch.zeros(4, 1, dtype=torch.long), torch.zeros(4, 1)
     texts, images = Ranking(*unused, torch.tensor([0, 4, 5, 30])), Ranking(*unused, torch.tensor([9, 10, 0, 0]))
-    results = recalls(texts, images)
+    results = recalls({"i2t": texts, "t2i": images})
     expected = {"i2t_r1": 1 / 4, "i2t_r5": 2 / 4, "i2t_r10": 3 / 4, "t2i_r1": 2 / 4, "t2i_r5": 2 / 4, "t2i_r10": 3 / 4}
     assert results == {**expected, "r_mean": pytest.approx(13 / 24)}
 
@@ -85,7 +85,7 @@ def test_recall_counts_queries_by_the_place_of_their_first_right_candidate():
 )
 def test_evaluation_equals_a_loop_over_single_pairs(guidance, rerank_k, rerank_by, batch_size):
     evaluator = make_evaluator(batch_size, guidance)
-    results = evaluator.evaluate(make_images(), TEXTS, IMAGE_OF_TEXT, rerank_k, rerank_by).metrics
+    results, _ = evaluator.evaluate(make_images(), TEXTS, IMAGE_OF_TEXT, rerank_k, rerank_by)
     expected = {f"features_{name}": value for name, value in naive_recalls(evaluator, 0).items()}
     expected |= naive_recalls(evaluator, rerank_k, rerank_by)
     assert results.pop("reranked_pairs") <= min(40, (5 + 8) * rerank_k)

@@ -6,10 +6,8 @@ Evaluate patch selection in a vision-language model on your questions, beside th
         --visual_tokens 64 --selections tower_image fewer_pixels --limit 500 --output_json outputs/qwen.json
     python examples/evaluate_vlm.py ... --tasks gqa pope   # of lmms-eval: pip install lmms-eval "filelock<4"
 
-The file has the columns image, question and answer (or answers), as for run_vqa.py. Answers are scored by VQA
-accuracy, or by exact match if a question has one.
-
-Every selection keeps about the same number of visual tokens per image: inside the vision tower (`tower_image`,
+The file is as for run_vqa.py. Answers are scored by VQA accuracy, or by exact match if a question has one. Every
+selection keeps about the same number of visual tokens per image: inside the vision tower (`tower_image`,
 `tower_text` with a trained --guide, `tower_random`), between the tower and the language model (`exit_prompt`,
 `exit_random`), or by a lower resolution (`fewer_pixels`). A tower keeps a share of the patches: the number divided by
 the unpruned model's mean on the task. Numbers that are not below this mean are left out.
@@ -182,12 +180,10 @@ def evaluate_task(vlm: VisionLanguageModel, task: str, args: EvaluationArguments
         # Tasks write files for submission into this folder.
         cli_args=Namespace(output_path=str(Path(args.output_json).parent), process_with_media=False),
     )
-    score = score_of(found, task)
     parts = [part for name in found["results"] if (part := score_of(found, name))]
-    if not score and parts:  # a group may only have the scores of its tasks
-        score = {"score": mean(part["score"] for part in parts)} if len(parts) > 1 else parts[0]
+    means = {"score": mean(part["score"] for part in parts)} if parts else {}
     return {
-        **score,
+        **(score_of(found, task) or means),  # a group may only have the scores of its tasks
         "num_samples": sum(number["effective"] for number in found["n-samples"].values()),
         "task_versions": found["versions"],
         "lmms_eval_version": version("lmms_eval"),
@@ -206,7 +202,7 @@ def score_of(found: dict, task: str) -> dict[str, float]:
 
 
 def evaluate(selection: dict, task: str, questions: Dataset | None, args: EvaluationArguments) -> dict:
-    """Return the results of a task or, if they are given, of questions, with the mean of visual tokens per image."""
+    """Return the results of a task or of questions, with the mean of visual tokens per image."""
     start = time.perf_counter()
     try:
         vlm = VisionLanguageModel(args.model, **selection, device=args.device, dtype=args.dtype)

@@ -22,6 +22,8 @@ OPTIONS = make_parser(IndexArguments, description=__doc__)
 if __name__ == "__main__":
     OPTIONS.check()  # before the imports that take seconds
 
+from collections import Counter
+
 import transformers
 from tqdm.auto import tqdm
 
@@ -55,7 +57,8 @@ def main(argv: list[str] | None = None):
                 tqdm.write(fault)
         table = tables.open_table(args.table, fingerprint)
         outcome = tables.build_index(table, args.index_from)
-        faults = tables.count_faults(table)
+        errors = table.to_table(columns=["error"], filter="error IS NOT NULL")["error"].to_pylist()
+    faults = Counter(error.partition(" (")[0] for error in errors)
     num_usable = table.count_rows() - faults.total()
     reasons = ", ".join(f"{reason}: {count}" for reason, count in faults.most_common())
     reasons = f" ({reasons})" if reasons else ""

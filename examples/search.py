@@ -76,7 +76,6 @@ def main(argv: list[str] | None = None):
                 drawn[each.source].thumbnail((SIDE, SIDE))
                 pictures.append(drawn[each.source])
                 titles.append(f"{rank}: {text or args.image}")
-    print("match: probability that image and text match; similarity: cosine of the features, which also ranks")
     with whole_file(args.picture) as partial:
         sheet(pictures, titles).save(partial)
     print(f"Picture: {args.picture}")

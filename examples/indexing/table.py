@@ -8,7 +8,6 @@ image that cannot be used also has a row, with an `error` and no vector.
 import contextlib
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -122,12 +121,6 @@ def only_writer(uri: str) -> Iterator[None]:
             yield
     except Timeout as error:
         raise BlockingIOError(f"Another process is writing {uri}. Wait until it ends, or stop it.") from error
-
-
-def count_faults(table: lance.LanceDataset) -> Counter[str]:
-    """Count the images that cannot be used, by reason."""
-    errors = table.to_table(columns=["error"], filter="error IS NOT NULL")["error"].to_pylist()
-    return Counter(error.partition(" (")[0] for error in errors)
 
 
 def write_rows(uri: str, rows: pa.Table) -> list[str]:

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import PIL.Image
 import torch
 from accelerate import PartialState
-from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, PreTrainedModel, ProcessorMixin
+from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, ProcessorMixin
 
 from modeling_trips.hosts import TextGuide, apply_patch_selection, record_patch_selection
 from modeling_trips.hosts.vlm.families import Llava, Qwen2Vl, Smolvlm, find_family
@@ -97,8 +97,8 @@ class VisionLanguageModel:
         model = AutoModelForImageTextToText.from_pretrained(
             pretrained, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
-        self.model: PreTrainedModel = model.eval().to(device or PartialState().device)
-        self.processor: ProcessorMixin = AutoProcessor.from_pretrained(pretrained, trust_remote_code=False)
+        self.model = model.eval().to(device or PartialState().device)
+        self.processor = AutoProcessor.from_pretrained(pretrained, trust_remote_code=False)
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:

@@ -31,8 +31,8 @@ def groups_of(rows: Dataset) -> dict[str, list[int]]:
 
 def accuracy_by_group(metric: Callable, predictions: list, references: list, rows: Dataset) -> dict[str, float]:
     """Return the accuracy on each of `groups_of(rows)`, as `eval_accuracy_{group}`."""
-    results = {}
-    for name, places in groups_of(rows).items():
-        own = ([values[place] for place in places] for values in (predictions, references))
-        results[f"eval_accuracy_{name}"] = metric(*own)["accuracy"]
-    return results
+
+    def accuracy(places: list[int]) -> float:
+        return metric(*([values[place] for place in places] for values in (predictions, references)))["accuracy"]
+
+    return {f"eval_accuracy_{name}": accuracy(places) for name, places in groups_of(rows).items()}

@@ -49,12 +49,8 @@ class TextIndex:
 @dataclass
 class Ranking:
     """
-    Results of queries.
-
-    Args:
-        candidates (`torch.LongTensor` of shape `(num_queries, k)`): the best candidates of each query, best first.
-        similarities (`torch.FloatTensor` of shape `(num_queries, k)`): dot products of the candidates and the query.
-        first_right (`torch.LongTensor` of shape `(num_queries,)`): rank, from 0, of the first true candidate.
+    The best candidates of each query, best first, and their dot products with the query, both `(num_queries, k)`; and
+    the rank, from 0, of the first true candidate, `(num_queries,)`.
     """
 
     candidates: torch.LongTensor
@@ -69,7 +65,6 @@ class RetrievalEvaluator:
 
     Args:
         model ([`TripsForRetrieval`]): in evaluation mode, a whole unwrapped model in each process.
-        processor ([`TripsProcessor`])
         batch_size (`int`, *optional*, defaults to 128): number of images, texts or pairs per batch, and of images
             whose cached states are kept.
         num_workers (`int`, *optional*, defaults to 0): worker processes that read images.
@@ -129,13 +124,7 @@ class RetrievalEvaluator:
             del image_cache  # before the next one
         return _finite(torch.cat(_gathered(scores)), "pair")
 
-    def _match_step(
-        self,
-        image_cache: TripsImageCache,
-        image_index: torch.LongTensor,
-        texts: TextIndex,
-        text_numbers: torch.LongTensor,
-    ) -> torch.FloatTensor:
+    def _match_step(self, image_cache: TripsImageCache, image_index, texts: TextIndex, text_numbers) -> torch.Tensor:
         device = self.model.device
         numbers, text_index = text_numbers.unique(return_inverse=True)
         states = [texts.states[number] for number in numbers.tolist()]
@@ -162,7 +151,6 @@ class RetrievalEvaluator:
 
         Args:
             images (`Sequence[PIL.Image.Image]`): distinct images.
-            texts (`Sequence[str]`)
             image_of_text (`torch.LongTensor` of shape `(num_texts,)`): image of each text. Each image needs a text.
             rerank_k (`int`, *optional*, defaults to 16): number of candidates of each query to rerank; 0 for none.
             rerank_by (`str`, *optional*, defaults to `"both"`): `"both"` is the log-odds of a match plus similarity

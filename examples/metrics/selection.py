@@ -6,7 +6,7 @@ from statistics import mean
 import torch
 from transformers import Trainer
 
-from modeling_trips import TripsProcessor, TripsSelection
+from modeling_trips import TripsSelection
 from modeling_trips.inspection import (
     image_sensitivity,
     kept_coverage,
@@ -27,10 +27,6 @@ REGION_COLUMNS = ("region", "box")
 def diagnose_selection(trainer: Trainer) -> dict[str, float]:
     """
     Measure the kept patches of each selection layer on the first rows of the evaluation data.
-
-    Args:
-        trainer (`Trainer`): with a TRIPS model, an evaluation data set, its collator and a [`TripsProcessor`]. Target
-            regions of rows are in one of `REGION_COLUMNS`, if known.
 
     Returns:
         `dict[str, float]`: for selection layer L `eval_layer{L}_kept` (number of kept candidates), `_entropy`,
@@ -61,9 +57,7 @@ def diagnose_selection(trainer: Trainer) -> dict[str, float]:
     return metrics
 
 
-def _region_metrics(
-    selection: TripsSelection, rows: list[dict], processor: TripsProcessor, name: str
-) -> dict[str, float]:
+def _region_metrics(selection: TripsSelection, rows: list[dict], processor, name: str) -> dict[str, float]:
     column = next((column for column in REGION_COLUMNS if column in rows[0]), None)
     known = {number: row.get(column) for number, row in enumerate(rows)}
     regions = {number: torch.tensor(box, dtype=torch.float32) for number, box in known.items() if box is not None}
@@ -72,10 +66,8 @@ def _region_metrics(
     sizes = [image_size(rows[number]) for number in regions]
     boxes = processor.patch_boxes([selection.kept_indices[number] for number in regions], sizes)
     pairs = [*zip(boxes, regions.values())]
-    shares = [
-        ((region[2] - region[0]) * (region[3] - region[1])).item() / math.prod(size)
-        for region, size in zip(regions.values(), sizes)
-    ]
+    areas = [((region[2] - region[0]) * (region[3] - region[1])).item() for region in regions.values()]
+    shares = [area / math.prod(size) for area, size in zip(areas, sizes)]
     return {
         f"{name}_patch_precision": mean(patch_precision(*pair) for pair in pairs),
         f"{name}_region_recall": mean(region_recall(*pair) for pair in pairs),

@@ -1,7 +1,5 @@
 """The images of a collection as rows: each once, with a stable id, or with its error."""
 
-import os
-
 import numpy as np
 import pytest
 from tiny_collection import encoded, write_images, write_tar
@@ -66,10 +64,3 @@ def test_what_is_done_is_not_read_again(tmp_path):
     assert [len(block) for block in blocks_of(shard, NOTHING)] == [32, 8]
     (left,) = blocks_of(shard, np.sort(np.array(ids[3:], "S32")))
     assert left["id"].to_pylist() == ids[:3]
-
-
-def test_a_name_that_is_no_text_is_an_error_not_an_end(tmp_path):
-    with open(os.fsencode(tmp_path) + b"/\xff.png", "wb") as file:
-        file.write(encoded(1))
-    (row,) = rows(tmp_path)
-    assert "not valid Unicode" in row["error"] and row["source"].endswith("\\udcff.png")

@@ -114,19 +114,6 @@ def test_an_image_cache_is_computed_once_per_image_and_gone_before_the_next_ones
     assert max(steps) == 2 and sum(steps) > 20
 
 
-def test_images_are_read_when_they_are_needed():
-    class Images:
-        reads = []
-
-        def __getitem__(self, number):
-            self.reads.append(number)
-            return make_images()[number]
-
-    evaluator = make_evaluator()
-    scores = evaluator.match(Images(), evaluator.index_texts(TEXTS), torch.tensor([[1, 0], [1, 1], [3, 2]]))
-    assert Images.reads == [1, 3] and scores.shape == (3,)
-
-
 def test_what_is_not_finite_is_named():
     evaluator = make_evaluator()
     with torch.no_grad():

@@ -78,6 +78,8 @@ def main(argv: list[str] | None = None) -> list[PlannedSchedule]:
     config = load_config(args)
     if args.schedule:
         schedules = [SelectionSchedule.parse(text) for text in args.schedule]
+        for schedule in schedules:
+            schedule.check_fits(config.vision_config.num_hidden_layers)
         rows = plan_schedules(config, schedules, args.texts_per_image, args.text_length)
     else:
         found = plan_selection(config, args.texts_per_image, args.text_length, args.budget)

@@ -326,6 +326,7 @@ class Texts(NamedTuple):
 
     @property
     def are_given(self) -> bool:
+        """Whether there is a text that can score."""
         return self.embeds is not None or self.length > 0
 
 

@@ -280,7 +280,8 @@ class GateGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, attn_output, gate, query, key, value, attention_mask, scaling):
-        ctx.save_for_backward(attn_output, gate, query, key, value, attention_mask)
+        tensors = (attn_output, gate, query, key, value, attention_mask)
+        ctx.save_for_backward(*tensors)
         ctx.scaling = scaling
         return attn_output.view_as(attn_output)
 

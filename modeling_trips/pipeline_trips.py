@@ -101,7 +101,8 @@ class TripsPipeline(Pipeline):
                 yield results[0] if single else results
 
     def run_single(self, inputs, preprocess_params, forward_params, postprocess_params):
-        return next(self.get_iterator([inputs], 0, 1, preprocess_params, forward_params, postprocess_params))
+        options = {"preprocess_params": preprocess_params, "postprocess_params": postprocess_params}
+        return next(self.get_iterator([inputs], 0, 1, forward_params=forward_params, **options))
 
     def postprocess(self, outputs: list[dict], **parameters) -> list[dict]:
         return outputs

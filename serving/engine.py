@@ -16,7 +16,6 @@ from starlette.exceptions import HTTPException
 
 from modeling_trips import (
     UNPRUNED,
-    SelectionSchedule,
     TripsForConditionalGeneration,
     TripsForQuestionAnswering,
     TripsImageCache,
@@ -84,11 +83,8 @@ class Engine:
         self.decoder = IsolatedDecoder(DECODERS)
         self._tokenizer_lock = Lock()  # fast tokenizers are not thread-safe
         self.model = self._load()
-        self.schedules = {
-            name: SelectionSchedule.parse(text) if text else UNPRUNED for name, text in settings.schedules.items()
-        }
-        for schedule in self.schedules.values():
-            schedule.check_fits(self.model.config.vision_config.num_hidden_layers)
+        parse = self.model.config.vision_config.parse_schedule
+        self.schedules = {name: parse(text) if text else UNPRUNED for name, text in settings.schedules.items()}
         self.schedules[DEFAULT] = None
         self.processor = load_processor(settings.model, self.model.config, settings.revision)
         parts = {"model": self.model, "processor": self.processor, "device": self.model.device}

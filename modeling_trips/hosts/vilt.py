@@ -63,11 +63,11 @@ class ViltSelectionEmbeddings(ModuleWrapper):
             input_ids,
             attention_mask.long(),  # in half precision the numbers would be rounded
             token_type_ids,
-            pixel_values,
-            pixel_mask,
-            inputs_embeds,
-            image_embeds,
-            image_token_type_idx,
+            pixel_values=pixel_values,
+            pixel_mask=pixel_mask,
+            inputs_embeds=inputs_embeds,
+            image_embeds=image_embeds,
+            image_token_type_idx=image_token_type_idx,
         )
         text_length = attention_mask.shape[1]
         numbers = numbers.long()

@@ -1,45 +1,23 @@
-"""`benchmarks/ablate_selection.py`, and metrics of the selection (`metrics/selection.py`)."""
+"""`benchmarks/ablate_selection.py`: variants train once and are compared; evaluations describe what is kept."""
 
 import json
 
 import ablate_selection
-import PIL.Image
 import pytest
 from toy_tasks import OPTIONS, write_task
 
 from trips_examples import run_grounding
 
 
-BOXES = {"red": [10, 10, 50, 50], "blue": [70, 20, 110, 60]}  # in an image of 120 x 60 pixels
-EXPRESSIONS = {"red": "red", "blue": "the blue square that is at the right of the other square, and at the bottom"}
-REGION = 40 * 40 / (120 * 60)
-
-
-def grounding_metrics(folder, *options: str) -> dict:
-    """Return the metrics of two expressions about one image."""
-    image = PIL.Image.new("RGB", (120, 60), "gray")
-    for color, box in BOXES.items():
-        image.paste(color, box)
-    image.save(folder / "pair.png")
-    rows = [{"image": "pair.png", "expression": EXPRESSIONS[color], "box": box} for color, box in BOXES.items()]
-    (folder / "rows.json").write_text(json.dumps(rows))
-    data = [f"--train_file={folder / 'rows.json'}", f"--validation_file={folder / 'rows.json'}"]
-    run_grounding.main([*data, *OPTIONS, "--do_train=False", f"--output_dir={folder / 'run'}", *options])
-    return json.loads((folder / "run" / "eval_results.json").read_text())
-
-
 def test_an_evaluation_describes_what_each_selection_layer_keeps(tmp_path):
-    metrics = grounding_metrics(tmp_path, "--selection_layers=3", "--keep_rate=0.25")
-    of_layer = {"kept", "entropy", "coverage", "text_sensitivity", "patch_precision", "region_recall"}
-    assert {name for name in metrics if "layer" in name} == {f"eval_layer3_{name}" for name in of_layer}
-    assert metrics["eval_patch_precision_at_random"] == pytest.approx(REGION)
+    data, run = write_task("grounding", tmp_path), tmp_path / "run"
+    options = ["--selection_layers=3", "--keep_rate=0.25", "--do_train=False", f"--output_dir={run}"]
+    run_grounding.main([*data, *OPTIONS, *options])
+    metrics = json.loads((run / "eval_results.json").read_text())
+    of_layer = {"kept", "entropy", "coverage", "patch_precision", "region_recall"}
+    assert {name for name in metrics if "layer" in name} >= {f"eval_layer3_{name}" for name in of_layer}
+    assert metrics["eval_patch_precision_at_random"] == pytest.approx(40 * 40 / (120 * 60))
     assert 0.25 <= metrics["eval_layer3_coverage"] <= 1 and 0 <= metrics["eval_layer3_patch_precision"] <= 1
-    assert metrics["eval_layer3_text_sensitivity"] > 0  # two expressions about one image keep different patches
-
-
-def test_a_selection_by_the_image_does_not_feel_the_text(tmp_path):
-    metrics = grounding_metrics(tmp_path, "--selection_guidance=image")
-    assert metrics["eval_layer2_text_sensitivity"] == metrics["eval_layer3_text_sensitivity"] == 0
 
 
 @pytest.fixture
@@ -79,18 +57,6 @@ def test_a_folder_with_a_run_of_other_options_is_refused(tmp_path):
     (other,) = ablate_selection.make_runs(args, ["--max_steps=2"])
     with pytest.raises(ValueError):
         ablate_selection.execute(other, args)
-
-
-def test_the_table_has_means_and_deviations_over_the_seeds(capsys):
-    rows = [
-        {"variant": "text", "score": score, "minutes": minutes, "kept": kept}
-        for score, minutes, kept in ((0.5, 1, 0.2), (0.7, 2, 0.4), (0.9, 6, 0.3))
-    ]
-    args = ablate_selection.AblationArguments(metric="score", show=["kept"])
-    ablate_selection.print_table([*rows, {"variant": "unpruned", "score": 0.8, "minutes": 4}], args)
-    *_, text, unpruned = capsys.readouterr().out.splitlines()
-    assert text == "| text | 0.7000 | 0.2000 | 3 | 3.0 | 0.3 |"
-    assert unpruned == "| unpruned | 0.8000 | - | 1 | 4.0 | - |"
 
 
 def test_variants_come_from_a_file(tmp_path):

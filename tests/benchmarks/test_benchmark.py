@@ -5,28 +5,14 @@ import json
 import benchmark
 import pytest
 
-from modeling_trips.inspection.speed import Setting, count_macs
-
-
-def test_pretraining_is_measured_against_the_unpruned_baseline(tmp_path):
-    path = tmp_path / "speed.json"
-    arguments = "--preset tiny --image_size 64 --schedule 4 --keep_rate 0.5 --batch_size 2 --text_length 6"
-    fields = {"projection_dim": 64}
-    options = ["--mode=pretraining", f"--config_fields={json.dumps(fields)}", "--repeats=1", "--warmup=0"]
-    benchmark.main([*arguments.split(), *options, "--output_json", str(path)])
-    (row,) = json.loads(path.read_text())
-    assert row["config_fields"] == fields
-    point = Setting("tiny", 64, 2, 1, 6, selection_layers=[4], keep_rate=0.5, mode="pretraining", config_fields=fields)
-    assert row["macs_ratio"] == count_macs(point, 0.5) / count_macs(point, 1.0)
-    assert row["tokens_per_layer"] == [65, 65, 65, 34]
-
 
 def test_a_schedule_has_a_guidance_and_a_rate_per_layer(tmp_path, capsys):
     path = tmp_path / "speed.json"
     arguments = "--preset tiny --image_size 64 --schedule 2:image:0.5,4:text:0.25 3:image,4 --keep_rate 0.5 0.7"
     options = "--texts_per_image 1 3 --batch_size 1 --text_length 6 --repeats 1 --warmup 0 --no_compare_repeating"
-    picture = tmp_path / "speed.png"
-    benchmark.main([*arguments.split(), *options.split(), f"--output_json={path}", f"--plot={picture}"])
+    picture, fields = tmp_path / "speed.png", {"projection_dim": 64}
+    files = [f"--output_json={path}", f"--plot={picture}", f"--config_fields={json.dumps(fields)}"]
+    benchmark.main([*arguments.split(), *options.split(), *files])
     assert picture.read_bytes().startswith(b"\x89PNG")
     rows = json.loads(path.read_text())
     # The first has its own rates and comes once; the second takes both rates of the command line.
@@ -36,6 +22,7 @@ def test_a_schedule_has_a_guidance_and_a_rate_per_layer(tmp_path, capsys):
     assert [row["texts_per_image"] for row in rows] == [1, 1, 1, 3, 3, 3]
     assert rows[0]["tokens_per_layer"] == [65, 34, 34, 11]
     for row in rows:
+        assert row["config_fields"] == fields
         assert row["time_ratio"] == pytest.approx(row["latency"] / row["unpruned_latency"])
         assert row["throughput"] == pytest.approx(row["texts_per_image"] / row["latency"])
         assert row["peak_memory_bytes"] > 2**20

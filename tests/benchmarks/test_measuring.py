@@ -2,8 +2,7 @@
 
 import json
 
-import pytest
-from measuring import OutputArguments, TimingArguments, check_choices, run_benchmark
+from measuring import OutputArguments, run_benchmark
 from places import ROOT
 
 from modeling_trips.inspection import provenance
@@ -29,11 +28,3 @@ def test_rows_are_written_immediately_with_provenance(tmp_path):
     assert json.loads(path.read_text()) == rows
     assert [(row["value"], row["seed"]) for row in rows] == [(1, None), (2, 5)]
     assert all(row["command"] and row["date"] for row in rows)
-
-
-def test_unknown_choices_raise():
-    check_choices("--task", ["a"], ["a", "b"])
-    with pytest.raises(ValueError):
-        check_choices("--task", ["a", "c"], ["a", "b"])
-    with pytest.raises(ValueError):
-        TimingArguments(clock="process", device="cuda")

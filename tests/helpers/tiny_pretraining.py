@@ -1,6 +1,7 @@
 """A tiny model for pre-training and a batch of five captions of three images."""
 
 import torch
+from tiny_models import TEXTS
 
 from modeling_trips import TripsConfig, TripsForPreTraining
 
@@ -32,7 +33,7 @@ def make_model(text_width: int = 32, **fields) -> TripsForPreTraining:
 
 def make_batch() -> dict[str, torch.Tensor]:
     """Five captions of three images. Two tokens are masked, none in the last caption; each caption is cut in two."""
-    texts = torch.tensor([[1, 5, 7, 9, 2], [1, 8, 2, 0, 0], [1, 4, 6, 2, 0], [1, 9, 9, 2, 0], [1, 3, 5, 8, 2]])
+    texts = TEXTS[:5]
     masked, labels = texts.clone(), torch.full_like(texts, -100)
     for row, column in ((0, 2), (0, 3), (1, 1), (2, 1), (3, 2)):
         labels[row, column], masked[row, column] = texts[row, column], 19

@@ -1,12 +1,14 @@
 """A tiny model for question answering, with four questions about two images and their answers."""
 
+import tiny_retrieval
 import torch
+from tiny_models import TEXTS
 
-from modeling_trips import TripsConfig, TripsForQuestionAnswering
+from modeling_trips import TripsForQuestionAnswering
 
 
 PAD, START, END = 0, 1, 2
-QUESTIONS = torch.tensor([[1, 5, 7, 9, 2], [1, 8, 2, 0, 0], [1, 4, 6, 2, 0], [1, 9, 9, 2, 0]])
+QUESTIONS = TEXTS[:4]
 MASK = (QUESTIONS != PAD).long()
 IMAGE_INDEX = torch.tensor([1, 0, 1, 0])
 # Six answers; the first two, and the next two, begin with the same token.
@@ -19,33 +21,8 @@ QUESTION_INDEX = torch.tensor([0, 0, 1, 2, 2, 2, 3])
 WEIGHTS = torch.tensor([0.7, 0.3, 1.0, 0.1, 0.6, 0.3, 1.0])
 
 
-def make_config(vocab_size=12, **selection):
-    return TripsConfig(
-        vision_config={
-            "hidden_size": 16,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 2,
-            "intermediate_size": 24,
-            "image_size": 16,
-            "patch_size": 4,
-            "initializer_range": 0.4,
-            **{"selection_layers": [2, 3], "keep_rate": 0.5, **selection},
-        },
-        text_config={
-            "vocab_size": vocab_size,
-            "hidden_size": 24,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "intermediate_size": 24,
-            "max_position_embeddings": 12,
-            "hidden_dropout_prob": 0.0,
-            "attention_probs_dropout_prob": 0.0,
-            "initializer_range": 0.4,
-        },
-        fusion_encoder_config={"num_hidden_layers": 1},
-        decoder_config={"num_hidden_layers": 2, "bos_token_id": START, "eos_token_id": END},
-        initializer_range=0.4,
-    )
+def make_config(vocab_size=12):
+    return tiny_retrieval.make_config(vocab_size=vocab_size, decoder_layers=2)
 
 
 def make_model(attn_implementation="sdpa", **fields):
@@ -55,7 +32,7 @@ def make_model(attn_implementation="sdpa", **fields):
 
 
 def images(count=2):
-    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    return tiny_retrieval.images(count)
 
 
 def inputs():
@@ -88,7 +65,3 @@ def log_probability(model, row, answer):
 
 def tokens_of(answer):
     return [token for token in answer.tolist() if token not in (-100, PAD)]
-
-
-def kept(output):
-    return [entry.kept_indices.tolist() for entry in output.selection]

@@ -1,22 +1,21 @@
 """A tiny model for retrieval, with six captions of four images and helpers for its losses."""
 
 import torch
+from tiny_models import TEXTS, kept_by
 
 from modeling_trips import TripsConfig
-from modeling_trips.modeling_trips_pretraining import TripsForRetrieval, matching_pairs
+from modeling_trips.modeling_trips_pretraining import TripsForRetrieval
 
 
 # Six captions of four images; images 0 and 3 are the same.
-TEXTS = torch.tensor(
-    [[1, 5, 7, 9, 2], [1, 8, 2, 0, 0], [1, 4, 6, 2, 0], [1, 9, 9, 2, 0], [1, 3, 5, 8, 2], [1, 6, 2, 0, 0]]
-)
 MASK = (TEXTS != 0).long()
 IMAGE_INDEX = torch.tensor([1, 0, 1, 2, 3, 0])
 IMAGE_IDS = torch.tensor([7, 4, 5, 7])
 PAIR_IDS = IMAGE_IDS[IMAGE_INDEX]
+kept = kept_by
 
 
-def make_config(dropout=0.0, selection_guidance="text", pooling_mode="cls", **fields):
+def make_config(dropout=0.0, selection_guidance="text", pooling_mode="cls", vocab_size=20, decoder_layers=1, **fields):
     return TripsConfig(
         vision_config={
             "hidden_size": 16,
@@ -31,7 +30,7 @@ def make_config(dropout=0.0, selection_guidance="text", pooling_mode="cls", **fi
             "selection_guidance": selection_guidance,
         },
         text_config={
-            "vocab_size": 20,
+            "vocab_size": vocab_size,
             "hidden_size": 24,
             "num_hidden_layers": 1,
             "num_attention_heads": 2,
@@ -43,7 +42,7 @@ def make_config(dropout=0.0, selection_guidance="text", pooling_mode="cls", **fi
             "pooling_mode": pooling_mode,
         },
         fusion_encoder_config={"num_hidden_layers": 1},
-        decoder_config={"num_hidden_layers": 1, "bos_token_id": 1, "eos_token_id": 2},
+        decoder_config={"num_hidden_layers": decoder_layers, "bos_token_id": 1, "eos_token_id": 2},
         initializer_range=0.4,
         **{"projection_dim": 8, **fields},
     )
@@ -69,20 +68,10 @@ def run(model, seed=0, **inputs):
     return model(**{**captions(), "image_ids": IMAGE_IDS, **inputs})
 
 
-def pairs_of(output, seed=0):
-    """Return the pairs that `run` drew."""
-    torch.manual_seed(seed)
-    return matching_pairs(output.logits_per_text[:, IMAGE_INDEX], PAIR_IDS)
-
-
 def matched_alone(model, text, image):
     """Run the whole model on one text without padding and one image."""
     states = model.model(TEXTS[text : text + 1, : int(MASK[text].sum())], images()[image : image + 1])
     return model.itm_head(states.last_hidden_state[0, 0])
-
-
-def kept(output):
-    return [entry.kept_indices.tolist() for entry in output.selection]
 
 
 def gradients(model):

@@ -1,6 +1,7 @@
 """A tiny single stream with random weights, and inputs to call it."""
 
 import torch
+from tiny_models import TEXTS
 
 from modeling_trips import (
     TripsConfig,
@@ -11,14 +12,9 @@ from modeling_trips import (
 )
 
 
-IDS = torch.tensor([[1, 5, 7, 9, 2], [1, 8, 2, 0, 0], [1, 4, 6, 2, 0], [1, 9, 9, 2, 0]])
+IDS = TEXTS[:4]
 MASK = (IDS != 0).long()
-INDEX = torch.tensor([1, 0, 1, 1])
 HEADS = [TripsForQuestionAnswering, TripsForImagesAndTextClassification, TripsForVisualGrounding]
-
-
-def images(count):
-    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
 def randomize(model):
@@ -59,7 +55,3 @@ def make_config(**fields):
 
 def make_model(attn_implementation="sdpa", model_class=TripsModel, **fields):
     return randomize(model_class._from_config(make_config(**fields), attn_implementation=attn_implementation))
-
-
-def kept(output):
-    return [entry.kept_indices.tolist() for entry in output.selection]

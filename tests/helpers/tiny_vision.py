@@ -28,11 +28,3 @@ def images(count=2, size=(12, 8), seed=1, dtype=torch.float32):
 
 def texts(count=2, width=8, seed=2, dtype=torch.float32):
     return 2 * torch.randn(count, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def assert_same_selection(selection, other, **tolerance):
-    assert len(selection) == len(other)
-    for ours, theirs in zip(selection, other):
-        assert torch.equal(ours.kept_indices, theirs.kept_indices)
-        assert torch.equal(ours.candidate_indices, theirs.candidate_indices)
-        torch.testing.assert_close(ours.scores, theirs.scores, **tolerance)

@@ -318,6 +318,7 @@ def make_inputs(vlm: Vlm, counts: list[int] = (1, 1), padding_side: str = "left"
 COUNTS = [1, 2, 0]  # images per prompt
 ENCODER_INPUTS = ("pixel_values", "image_sizes", "image_grid_thw", "batch_num_images")
 families = pytest.mark.parametrize("vlm", VLMS, ids=lambda vlm: vlm.name)
+grid_and_packed = pytest.mark.parametrize("vlm", [BY_NAME["llava"], BY_NAME["qwen2_5_vl"]], ids=lambda vlm: vlm.name)
 
 
 def rows_alone(vlm: Vlm, counts: list[int]) -> Iterator[dict]:

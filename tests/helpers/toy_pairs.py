@@ -2,9 +2,6 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -103,14 +100,3 @@ def make_rows(count: int, caption: str = "{} from the left to the right") -> lis
 
 def command(data: list[str], output_dir: Path, *options: str) -> list[str]:
     return [SCRIPT, *data, *OPTIONS, f"--output_dir={output_dir}", *options]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def run(*words: str) -> str:
-    """Run Python with these arguments and return the output."""
-    result = subprocess.run([sys.executable, *words], env=environment(), capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout

@@ -2,15 +2,7 @@
 
 import pytest
 import torch
-from tiny_hosts import (
-    HOSTS,
-    INPUT_IDS,
-    KEPT,
-    PAIRS,
-    PIXELS,
-    RATE,
-    kept_by,
-)
+from tiny_hosts import HOSTS, INPUT_IDS, KEPT, PAIRS, PIXELS, kept_by
 
 from modeling_trips.hosts import record_patch_selection, remove_patch_selection
 
@@ -65,10 +57,3 @@ def test_contrastive_image_features_of_blip_do_not_depend_on_the_text():
     assert torch.equal(fewer_texts.last_hidden_state, states) and states.shape[1] == 1 + 10 + 1
     host.apply(model, guidance="image")
     assert torch.equal(model(**PAIRS).last_hidden_state, states)
-
-
-def test_blip_encodes_the_text_only_for_text_guidance():
-    model = HOSTS["blip_vqa"].make_model()
-    for guidance, rate in (("image", RATE), (["image", "text"], [RATE, 1.0])):
-        HOSTS["blip_vqa"].apply(model, rate=rate, guidance=guidance)
-        assert not model._forward_pre_hooks and "generate" not in vars(model)

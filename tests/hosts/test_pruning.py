@@ -10,18 +10,15 @@ from tiny_vlms import (
     OTHERS,
     VLMS,
     Vlm,
-    families,
+    grid_and_packed,
     keep_even,
     make_inputs,
     rows_alone,
 )
 from torch import nn
 
-from modeling_trips.hosts import (
-    TextGuide,
-    apply_patch_selection,
-    prune_inputs,
-)
+from modeling_trips.hosts import TextGuide, apply_patch_selection, prune_inputs
+from modeling_trips.modeling_trips_text import CACHE_NAME
 
 
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
@@ -88,7 +85,7 @@ def test_logits_match_tokens_dropped_by_hand(vlm, padding_side):
         torch.testing.assert_close(logits[row, mask[row]], logits_by_hand(model, vlm, own)[0], **TOLERANCE)
 
 
-@all_families
+@grid_and_packed
 @pytest.mark.parametrize("scorer", ["prompt", "diversity"])
 @torch.no_grad()
 def test_batches_select_visual_tokens_like_single_prompts(vlm, scorer):
@@ -162,7 +159,7 @@ def test_empty_prompt():
     assert logits.shape[1] == 5 and logits.isfinite().all()
 
 
-@families
+@grid_and_packed
 @torch.no_grad()
 def test_inputs_embeds_match_input_ids(vlm):
     model, inputs = vlm.make(), make_inputs(vlm, [1, 2])
@@ -187,11 +184,10 @@ def test_labels_may_cover_prompts_that_are_not_read():
     assert (prune_inputs(model, {**inputs, "labels": labels}, 4)["input_ids"] == IMAGE).sum() == 4
 
 
-@pytest.mark.parametrize("name", ["llava", "llava_next", "smolvlm", "qwen2_vl"])
-@pytest.mark.parametrize("schedule", ["1:image:0.5", "1:text:0.5", "unpruned"])
+@grid_and_packed
+@pytest.mark.parametrize("schedule", ["1:text:0.5", "unpruned"])
 @torch.no_grad()
-def test_placeholders_that_do_not_match_raise(name, schedule):
-    vlm = BY_NAME[name]
+def test_placeholders_that_do_not_match_raise(vlm, schedule):
     model, inputs = vlm.make(), make_inputs(vlm, [1, 1])
     guide = TextGuide.for_model(model) if "text" in schedule else None
     apply_patch_selection(model, schedule, visual_tokens=5, guide=guide)
@@ -208,3 +204,18 @@ def test_placeholders_that_do_not_match_raise(name, schedule):
         with pytest.raises(ValueError, match=name):
             model(**{**inputs, name: inputs[name][:0]})
     assert torch.equal(model(**inputs).logits, expected)
+
+
+@torch.no_grad()
+def test_bad_inputs_raise():
+    vlm = BY_NAME["llava"]
+    model, inputs = vlm.make(), make_inputs(vlm)
+    with pytest.raises(ValueError, match="visual_tokens"):
+        prune_inputs(model, inputs, visual_tokens=65)
+    qwen = BY_NAME["qwen2_vl"]
+    with pytest.raises(ValueError, match="videos"):
+        prune_inputs(qwen.make(), {**make_inputs(qwen), "pixel_values_videos": torch.ones(1)}, 5)
+    apply_patch_selection(model, "1:image:0.5")
+    cache = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)[CACHE_NAME]
+    with pytest.raises(ValueError, match="conversation"):
+        model.generate(**inputs, max_new_tokens=2, **{CACHE_NAME: cache})

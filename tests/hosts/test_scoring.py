@@ -4,9 +4,7 @@ import pytest
 import torch
 from tiny_vlms import BY_NAME, IMAGE, make_inputs
 
-from modeling_trips.hosts import (
-    prune_inputs,
-)
+from modeling_trips.hosts import prune_inputs
 from modeling_trips.hosts.vlm.scoring import SCORERS, pool, select_by_prompt, select_diverse
 
 

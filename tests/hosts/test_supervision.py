@@ -6,7 +6,7 @@ from dataclasses import replace
 import PIL.Image
 import pytest
 import torch
-from tiny_vlms import BY_NAME, IMAGE, VLMS, Vlm, make_inputs
+from tiny_vlms import BY_NAME, IMAGE, Vlm, families, make_inputs
 
 from modeling_trips.hosts import TextGuide, apply_patch_selection, prune_inputs
 from modeling_trips.hosts.layers import SelectionPass
@@ -24,7 +24,6 @@ from modeling_trips.hosts.vlm.tower import CURRENT_PASS
 from modeling_trips.patch_selection import Keys, selection_loss
 
 
-families = pytest.mark.parametrize("vlm", VLMS, ids=lambda vlm: vlm.name)
 PACKED_ANEW = ("llava_next", "llava_onevision")
 GATED = ("llava", "paligemma", "smolvlm", "idefics3", "internvl")
 
@@ -95,6 +94,22 @@ def test_attention_is_that_of_the_eager_map(vlm):
     for image, target in zip(expected, targets):
         torch.testing.assert_close(target[: len(image)], image, atol=1e-5, rtol=1e-3)
         assert not target[len(image) :].any()
+
+
+def test_supervision_needs_the_unpruned_model_or_the_guide_alone():
+    vlm = BY_NAME["llava"]
+    (model, guide), inputs = guided(vlm), make_inputs(vlm)
+    with pytest.raises(ValueError):
+        targets_of_attention(model, inputs, [1, 1])
+    alone = ("unpruned", "1:image:0.5", "1:text:0.5,2:image:0.5", "1:text:0.999")  # the last one drops nothing
+    for schedule in alone:
+        tokens, own = (4, None) if "text" not in schedule else (None, guide)
+        apply_patch_selection(model, schedule, tokens, guide=own)
+        with pytest.raises(ValueError):
+            answer_losses(model, inputs, [1, 1], sampled_share=0.2)
+    apply_patch_selection(model, "1:image:0.5")
+    with pytest.raises(ValueError):
+        guided_selection(model, inputs)
 
 
 def test_region_masks():
@@ -209,39 +224,33 @@ def test_the_gate_in_a_causal_attention_is_that_of_a_loop():
 def scenes_of_one_square(number: int, generator: torch.Generator) -> tuple[dict, torch.Tensor]:
     """Return noise with a square of 2 x 2 patches, whose color is the answer, and which patches lie in the square."""
     colors = torch.tensor([[2.0, -2, -2], [-2, 2, -2], [-2, -2, 2], [2, 2, -2]])
-    answers, cells = (
-        torch.randint(4, (number,), generator=generator),
-        torch.randint(16, (number,), generator=generator),
-    )
-    images = 0.1 * torch.randn(number, 3, 32, 32, generator=generator)
-    for image, cell, color in zip(images, cells.tolist(), colors[answers]):
-        y, x = 8 * (cell // 4), 8 * (cell % 4)
-        image[:, y : y + 8, x : x + 8] = color[:, None, None]
-    ids = torch.tensor([2, *[IMAGE] * 64, 7, 8]).expand(number, -1)
-    ids = torch.cat([ids, 10 + answers[:, None]], dim=1)
+    answers, cells = (torch.randint(high, (number,), generator=generator) for high in (4, 16))
     patches = torch.arange(64)
     is_inside = patches // 8 // 2 * 4 + patches % 8 // 2 == cells[:, None]
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": images}, is_inside
+    is_square = is_inside.view(number, 1, 8, 8).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    noise = 0.1 * torch.randn(number, 3, 32, 32, generator=generator)
+    images = torch.where(is_square, colors[answers][..., None, None], noise)
+    prompt = torch.tensor([2, *[IMAGE] * 64, 7, 8]).expand(number, -1)
+    ids = torch.cat([prompt, 10 + answers[:, None]], dim=1)
+    labels = torch.cat([torch.full_like(prompt, -100), ids[:, -1:]], dim=1)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": images}
+    return {**inputs, "labels": labels}, is_inside
 
 
+@pytest.mark.slow
 def test_a_guide_learns_from_answers_alone():
     generator, model = torch.Generator().manual_seed(0), BY_NAME["llava"].make()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.5 if parameter.dim() > 1 else 1.0)
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    for _ in range(100):
-        inputs, _ = scenes_of_one_square(16, generator)
-        labels = torch.cat([torch.full_like(inputs["input_ids"][:, :-1], -100), inputs["input_ids"][:, -1:]], dim=1)
-        model(**inputs, labels=labels).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
 
-    model.requires_grad_(False)
-    torch.manual_seed(1)  # a guide that starts by looking elsewhere
-    guide = TextGuide.for_model(model)
-    apply_patch_selection(model, "1:text:0.0625", guide=guide)  # as many patches as the square has
+    def train(module: torch.nn.Module, num_steps: int, rate: float, loss_of):
+        optimizer = torch.optim.AdamW(module.parameters(), rate)
+        for _ in range(num_steps):
+            loss_of(scenes_of_one_square(16, generator)[0]).backward()
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
 
     @torch.no_grad()
     def evaluate() -> tuple[float, float]:
@@ -249,26 +258,13 @@ def test_a_guide_learns_from_answers_alone():
         losses, selection = answer_losses(model, inputs, [1] * 128)
         return losses.mean().item(), is_inside.gather(1, selection.kept_indices).float().mean().item()
 
-    (loss, recall), optimizer = evaluate(), torch.optim.AdamW(guide.parameters(), 1e-2)
-    for _ in range(50):
-        answer_losses(model, scenes_of_one_square(16, generator)[0], [1] * 16, 0.2)[0].mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train(model, 100, 3e-3, lambda inputs: model(**inputs).loss)
+    model.requires_grad_(False)
+    torch.manual_seed(1)  # a guide that starts by looking elsewhere
+    guide = TextGuide.for_model(model)
+    apply_patch_selection(model, "1:text:0.0625", guide=guide)  # as many patches as the square has
+    loss, recall = evaluate()
+    train(guide, 50, 1e-2, lambda inputs: answer_losses(model, inputs, [1] * 16, 0.2)[0].mean())
     learned_loss, learned_recall = evaluate()
     assert learned_loss < 0.1 < 1 < loss
     assert recall < 0.2 < 0.4 < learned_recall  # one patch of the four is enough for the answer
-
-
-def test_answers_need_the_guide_alone():
-    vlm = BY_NAME["llava"]
-    inputs, model = make_inputs(vlm), vlm.make()
-    guide = TextGuide.for_model(model)
-    with pytest.raises(ValueError, match="only selection"):
-        answer_losses(model, inputs, [1, 1])
-    for schedule, options in (("1:text:0.5,2:image:0.5", {}), ("1:text:0.5", {"visual_tokens": 4})):
-        apply_patch_selection(model, schedule, guide=guide, **options)
-        with pytest.raises(ValueError, match="only selection"):
-            answer_losses(model, inputs, [1, 1])
-    apply_patch_selection(model, "1:text:0.999", guide=guide)
-    with pytest.raises(ValueError, match="1:text:0.999"):
-        answer_losses(model, inputs, [1, 1], sampled_share=0.2)

@@ -3,24 +3,9 @@
 import pytest
 import torch
 from schedules import schedule_of
-from tiny_hosts import (
-    HOSTS,
-    INPUT_IDS,
-    KEPT,
-    LAYERS,
-    PAIRS,
-    PIXEL_MASK,
-    PIXELS,
-    RATE,
-    kept_by,
-    make_vilt,
-)
+from tiny_hosts import HOSTS, INPUT_IDS, KEPT, LAYERS, PAIRS, PIXEL_MASK, PIXELS, RATE, kept_by, make_vilt
 from torch import nn
-from transformers import (
-    ViltForImagesAndTextClassification,
-    ViltForMaskedLM,
-    ViltModel,
-)
+from transformers import ViltForImagesAndTextClassification, ViltForMaskedLM, ViltModel
 
 from modeling_trips.hosts import apply_patch_selection, record_patch_selection
 

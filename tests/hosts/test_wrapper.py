@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from tiny_vlm_processors import conversation, make_llava_processor
-from tiny_vlms import BY_NAME, ENCODER_INPUTS, OTHERS, families, make_inputs
+from tiny_vlms import BY_NAME, ENCODER_INPUTS, OTHERS, families, grid_and_packed, make_inputs
 from torch import nn
 from transformers import GenerationConfig, Trainer, TrainingArguments, pipeline
 
@@ -22,6 +22,9 @@ from modeling_trips.hosts import (
     remove_patch_selection,
 )
 from modeling_trips.modeling_trips_text import CACHE_NAME
+
+
+GUIDE_OF_LAYER_2 = TextGuide(32, 4, 8, layer=2)
 
 
 @families
@@ -60,6 +63,35 @@ def test_removal_leaves_no_trace(vlm):
     assert torch.equal(model(**inputs).logits, expected)
 
 
+@grid_and_packed
+@torch.no_grad()
+def test_other_methods_of_patched_models_do_not_select(vlm):
+    model, inputs = vlm.make(), make_inputs(vlm, [1, 2])
+    encoder = {name: inputs[name] for name in ENCODER_INPUTS if name in inputs}
+    features = model.get_image_features(**encoder, return_dict=True).pooler_output
+    pruned = prune_inputs(model, inputs, visual_tokens=4)
+    apply_patch_selection(model, "1:image:0.3")
+    model(**inputs)
+    for own, expected in zip(model.get_image_features(**encoder, return_dict=True).pooler_output, features):
+        assert torch.equal(own, expected)
+    assert torch.equal(prune_inputs(model, inputs, visual_tokens=4)["input_ids"], pruned["input_ids"])
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: model.compile(backend="eager") or model,
+        lambda model: torch.compile(model, backend="eager"),
+        lambda model: add_hook_to_module(model, ModelHook()),
+    ],
+    ids=["compiled in place", "compiled", "hooked"],
+)
+@pytest.mark.parametrize("schedule", ["unpruned", "1:image:0.5"])
+def test_replaced_forward_passes_raise(wrap, schedule):
+    with pytest.raises(ValueError):
+        apply_patch_selection(wrap(BY_NAME["llava"].make()), schedule, visual_tokens=5)
+
+
 @pytest.mark.parametrize(
     ("schedule", "options"),
     [
@@ -70,7 +102,7 @@ def test_removal_leaves_no_trace(vlm):
         ("1:image:0.5", {"scorer": "words"}),
         ("1:image:0.5", {"guide": TextGuide(32, 4, 8)}),
         ("1:text:0.5,2:text:0.5", {"guide": TextGuide(32, 4, 8)}),
-        ("1:text:0.5", {"guide": TextGuide(32, 2, 8)}),
+        *(("1:text:0.5", {"guide": guide}) for guide in (TextGuide(32, 2, 8), TextGuide(64, 4, 8), GUIDE_OF_LAYER_2)),
     ],
 )
 @torch.no_grad()
@@ -82,26 +114,6 @@ def test_bad_schedules_and_options_raise_and_leave_the_model_unchanged(schedule,
     with pytest.raises(ValueError):
         apply_patch_selection(model, schedule, **options)
     assert torch.equal(model(**inputs).logits, expected)
-
-
-def features_of(model: nn.Module, inputs: dict) -> list[torch.Tensor]:
-    encoder = {name: inputs[name] for name in ENCODER_INPUTS if name in inputs}
-    return [*model.get_image_features(**encoder, return_dict=True).pooler_output]
-
-
-def assert_equal_lists(some: list[torch.Tensor], others: list[torch.Tensor]):
-    assert len(some) == len(others) and all(torch.equal(one, other) for one, other in zip(some, others))
-
-
-@families
-@torch.no_grad()
-def test_other_methods_of_patched_models_do_not_select(vlm):
-    model, inputs = vlm.make(), make_inputs(vlm, [1, 2])
-    features, pruned = features_of(model, inputs), prune_inputs(model, inputs, visual_tokens=4)
-    apply_patch_selection(model, "1:image:0.3")
-    model(**inputs)
-    assert_equal_lists(features_of(model, inputs), features)
-    assert torch.equal(prune_inputs(model, inputs, visual_tokens=4)["input_ids"], pruned["input_ids"])
 
 
 @pytest.mark.parametrize("name", ["llava", "smolvlm", "qwen2_5_vl"])
@@ -131,10 +143,10 @@ def test_threads_do_not_mix(name):
     for thread in threads:
         thread.join()
     hook.remove()
-    assert_equal_lists(logits, expected)
+    assert all(map(torch.equal, logits, expected))
 
 
-@families
+@grid_and_packed
 def test_checkpointing_recomputes_each_forward_pass(vlm):
     """The gradient of a difference of two losses, with and without activation checkpointing."""
     gradients = []
@@ -158,7 +170,7 @@ def test_checkpointing_recomputes_each_forward_pass(vlm):
 
 
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-@families
+@grid_and_packed
 @torch.no_grad()
 def test_copies_select_by_themselves(vlm, make_copy):
     model, inputs, other = vlm.make(), make_inputs(vlm, [1, 1]), make_inputs(vlm, [1, 2], seed=5)
@@ -187,7 +199,7 @@ def test_selection_cannot_change_while_it_is_recorded():
     assert len(inner) == 2 and len(recorded) == 4
 
 
-@families
+@grid_and_packed
 @torch.no_grad()
 def test_decoding_by_hand(vlm):
     model, inputs = vlm.make(), make_inputs(vlm, [1])
@@ -211,36 +223,13 @@ def test_lengths_count_the_prompt_of_the_caller():
     apply_patch_selection(model, "unpruned", visual_tokens=5)
     length = inputs["input_ids"].shape[1] + 3
     config = GenerationConfig(max_length=length, pad_token_id=1)
-    assert model.generate(**inputs, generation_config=config).shape[1] == length
-    assert config.max_length == length
-    assert model.generate(**inputs, max_length=length).shape[1] == length
     model.generation_config.max_length = length
-    assert model.generate(**inputs).shape[1] == length
-    assert model.generation_config.max_length == length
-    assert model.generate(**inputs, max_new_tokens=2).shape[1] == length - 1
-    with pytest.raises(ValueError, match="max_length.*got 3"):
+    for options in ({}, {"max_length": length}, {"generation_config": config}):
+        assert model.generate(**inputs, **options).shape[1] == length
+    assert config.max_length == model.generation_config.max_length == length
+    with pytest.raises(ValueError):
         model.generate(**inputs, max_length=3)
     assert model.generate(**inputs, max_length=3, max_new_tokens=2).shape[1] == length - 1
-
-
-def compiled(model: nn.Module) -> nn.Module:
-    return torch.compile(model, backend="eager")
-
-
-def compiled_in_place(model: nn.Module) -> nn.Module:
-    model.compile(backend="eager")
-    return model
-
-
-def hooked(model: nn.Module) -> nn.Module:
-    return add_hook_to_module(model, ModelHook())
-
-
-@pytest.mark.parametrize("wrap", [compiled, compiled_in_place, hooked])
-@pytest.mark.parametrize("schedule", ["unpruned", "1:image:0.5"])
-def test_replaced_forward_passes_raise(wrap, schedule):
-    with pytest.raises(ValueError):
-        apply_patch_selection(wrap(BY_NAME["llava"].make()), schedule, visual_tokens=5)
 
 
 @torch.no_grad()

@@ -1,52 +1,16 @@
 """The model without a head: data flow, the gradient of the text encoder, and one checkpoint for every selection."""
 
 from concurrent.futures import ThreadPoolExecutor
+from inspect import signature
 
 import pytest
 import torch
 from tiny_models import Case, each_generator, each_model, kept_by, main_output
 
 from modeling_trips import UNPRUNED, SelectionSchedule, TripsForRetrieval, TripsModel
-from modeling_trips.inspection.cost import forward_cost
 
 
 CASE = Case(TripsModel)
-
-
-def test_it_is_its_three_parts_in_order():
-    model, inputs = CASE.make_model(), CASE.make_inputs()
-    output = model(**inputs)
-    text = model.text_model(inputs["input_ids"], inputs["attention_mask"])
-    vision = model.vision_model(inputs["pixel_values"], text.last_hidden_state[:, 0])
-    fused = model.fusion_model(text.last_hidden_state, vision.last_hidden_state, inputs["attention_mask"])
-    torch.testing.assert_close(output.last_hidden_state, fused.last_hidden_state)
-    torch.testing.assert_close(output.text_model_output.last_hidden_state, text.last_hidden_state)
-    torch.testing.assert_close(output.vision_model_output.last_hidden_state, vision.last_hidden_state)
-    assert output.last_hidden_state.shape == (4, 5, 48)
-    # 64 patches -> 39 and 1 fused -> 24 and 1 fused
-    assert vision.last_hidden_state.shape == (4, 1 + 24 + 1, 32)
-    assert kept_by(output) == kept_by(vision)
-    assert [entry.kept_indices.shape[1] for entry in output.selection] == [39, 24]
-
-
-@pytest.mark.parametrize("fuse", [True, False])
-def test_text_encoder_is_trained_through_the_selection(fuse):
-    model = CASE.make_model(fuse_inattentive_tokens=fuse)
-    model(**CASE.make_inputs()).vision_model_output.last_hidden_state.sin().sum().backward()
-    gradient = model.text_model.encoder.layer[0].attention.self.query.weight.grad
-    assert (gradient is not None and gradient.norm() > 1e-4) == fuse
-
-
-@pytest.mark.parametrize("fuse", [True, False])
-def test_a_schedule_means_the_same_after_a_trip_through_its_text(fuse):
-    model, inputs = CASE.make_model(fuse_inattentive_tokens=fuse, keep_rate=[1 / 3, 0.6]), CASE.make_inputs()
-    schedule = SelectionSchedule.parse(str(model.config.vision_config.schedule))
-    assert schedule == model.config.vision_config.schedule
-    outputs = model(**inputs, schedule=schedule, output_hidden_states=True)
-    assert torch.equal(outputs.last_hidden_state, model(**inputs).last_hidden_state)
-    cost = forward_cost(model.config, text_length=5, schedule=schedule)
-    lengths = [states.shape[1] for states in outputs.vision_model_output.hidden_states]
-    assert lengths[1:] == [*cost.tokens]
 
 
 def test_a_checkpoint_is_the_same_for_every_selection(tmp_path):
@@ -123,21 +87,21 @@ def test_threads_share_a_model_with_schedules_of_their_own():
 
 
 @each_model
-def test_as_many_images_as_texts_are_needed(case):
+def test_wrong_inputs_are_refused_by_name(case):
     model, inputs = case.make_model(), case.make_inputs()
-    inputs["pixel_values"] = inputs["pixel_values"].flatten(0, -4)[:3]
     if case.model_class is TripsForRetrieval:  # without losses it compares all images with all texts
         inputs["return_loss"] = True
-    with pytest.raises(ValueError, match="image_index"):
-        model(**inputs)
-    with pytest.raises(ValueError, match="image_index"):
-        model(**inputs, image_index=torch.tensor([0]))
-
-
-@each_model
-def test_a_text_must_fit_the_positions(case):
-    inputs = case.make_inputs()
-    inputs.pop("attention_mask")
-    inputs["input_ids"] = torch.ones(4, 17, dtype=torch.long)
-    with pytest.raises(ValueError, match="max_position_embeddings"):
-        case.make_model()(**inputs)
+    images = inputs["pixel_values"].flatten(0, -4)
+    wrong = [
+        ("image_index", {"pixel_values": images[:3]}),
+        ("image_index", {"pixel_values": images[:3], "image_index": torch.tensor([0])}),
+        ("pixel_values", {"pixel_values": inputs["pixel_values"][..., :15]}),
+        ("max_position_embeddings", {"input_ids": torch.ones(4, 17, dtype=torch.long), "attention_mask": None}),
+        ("input_ids", {"input_ids": None}),
+    ]
+    if "image_cache" in signature(case.model_class.forward).parameters:
+        image_cache = getattr(model, "model", model).encode_images(images)
+        wrong += [("image_cache", {"pixel_values": None}), ("image_cache", {"image_cache": image_cache})]
+    for name, changed in wrong:
+        with pytest.raises(ValueError, match=name):
+            model(**{**inputs, **changed})

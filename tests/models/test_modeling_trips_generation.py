@@ -1,28 +1,23 @@
-"""`generate` of every class that generates text: greedy search, prompts, caches, shared images and saved options."""
+"""`generate`, which all classes that write inherit: greedy search, caches, shared images and saved options."""
 
-import pytest
 import torch
 from tiny_question_answering import END, PAD, START, inputs, make_config
 from transformers import GenerationConfig
 
-from modeling_trips import TripsForVisualGrounding
+from modeling_trips import TripsForConditionalGeneration, TripsForVisualGrounding
 from modeling_trips.modeling_trips_text import CACHE_NAME
-from modeling_trips.registration_trips import MODELS
 
 
 VOCABULARY = 12
 ENDLESS = {"eos_token_id": VOCABULARY + 1}  # an end token that no text can have
 
-generative_classes = dict.fromkeys(model for models in MODELS.values() for model in models if model.can_generate())
-each_class = pytest.mark.parametrize("model_class", generative_classes, ids=lambda model_class: model_class.__name__)
 
-
-def make_model(model_class, attn_implementation="sdpa"):
+def make_model():
     """Return a model whose texts differ between questions and tokens. Two of four texts end with the end token."""
     torch.manual_seed(61)
     config = make_config(VOCABULARY)
     config.tie_word_embeddings = config.decoder_config.tie_word_embeddings = False
-    model = model_class._from_config(config, attn_implementation=attn_implementation).eval()
+    model = TripsForConditionalGeneration(config).eval()
     with torch.no_grad():
         for name, weight in model.decoder.named_parameters():
             if name.endswith("output.dense.weight"):
@@ -35,10 +30,9 @@ def next_token_scores(model, written):
     return model(**inputs(), decoder_input_ids=written, use_cache=False).logits[:, -1].log_softmax(dim=-1)
 
 
-@each_class
 @torch.no_grad()
-def test_greedy_search_writes_the_likeliest_token_and_says_how_likely(model_class):
-    model = make_model(model_class)
+def test_greedy_search_writes_the_likeliest_token_and_says_how_likely():
+    model = make_model()
     output = model.generate(
         **inputs(), max_new_tokens=6, return_dict_in_generate=True, output_scores=True, output_logits=True
     )
@@ -54,21 +48,8 @@ def test_greedy_search_writes_the_likeliest_token_and_says_how_likely(model_clas
     assert len({tuple(row) for row in written.tolist()}) > 1
 
 
-@each_class
-def test_a_prompt_is_continued(model_class):
-    model = make_model(model_class)
-    expected = model.generate(**inputs(), max_new_tokens=6, **ENDLESS)
-    continued = model.generate(**inputs(), decoder_input_ids=expected[:, :4], max_new_tokens=3, **ENDLESS)
-    assert torch.equal(continued, expected)
-    other = expected[:, :2].clone()
-    other[:, 1] = (other[:, 1] - 3 + 1) % (VOCABULARY - 3) + 3
-    continued = model.generate(**inputs(), decoder_input_ids=other, max_new_tokens=3, **ENDLESS)
-    assert torch.equal(continued[:, :2], other) and continued.shape == (4, 5)
-
-
-@each_class
-def test_a_cache_is_continued(model_class):
-    model = make_model(model_class)
+def test_a_cache_is_continued():
+    model = make_model()
     expected = model.generate(**inputs(), max_new_tokens=6, **ENDLESS)
     begun = model.generate(**inputs(), max_new_tokens=3, return_dict_in_generate=True, **ENDLESS)
     runs = []
@@ -85,9 +66,8 @@ def test_a_cache_is_continued(model_class):
     assert runs == [1, 1, 1]  # never a token that the cache holds
 
 
-@each_class
-def test_a_checkpoint_remembers_how_to_generate(model_class, tmp_path):
-    model = make_model(model_class)
+def test_a_checkpoint_remembers_how_to_generate(tmp_path):
+    model = make_model()
     options = {"num_beams": 3, "max_new_tokens": 4, "length_penalty": 0.5}
     expected = model.generate(**inputs(), **options)
     assert not torch.equal(expected, model.generate(**inputs(), max_new_tokens=4))
@@ -95,13 +75,12 @@ def test_a_checkpoint_remembers_how_to_generate(model_class, tmp_path):
     assert torch.equal(model.generate(**inputs(), generation_config=config), expected)
     model.generation_config = config
     model.save_pretrained(tmp_path)
-    assert torch.equal(model_class.from_pretrained(tmp_path).generate(**inputs()), expected)
+    assert torch.equal(TripsForConditionalGeneration.from_pretrained(tmp_path).generate(**inputs()), expected)
 
 
-@each_class
-def test_the_decoder_says_what_ends_a_text_where_a_checkpoint_does_not(model_class, tmp_path):
+def test_the_decoder_says_what_ends_a_text_where_a_checkpoint_does_not(tmp_path):
     """A grounding checkpoint has no generation config."""
-    TripsForVisualGrounding(make_model(model_class).config).save_pretrained(tmp_path)
+    TripsForVisualGrounding(make_model().config).save_pretrained(tmp_path)
     assert not (tmp_path / "generation_config.json").exists()
-    options = model_class.from_pretrained(tmp_path).generation_config
+    options = TripsForConditionalGeneration.from_pretrained(tmp_path).generation_config
     assert (options.bos_token_id, options.eos_token_id, options.max_new_tokens) == (START, END, 12)

@@ -5,67 +5,38 @@ from itertools import combinations
 import pytest
 import torch
 from naive_reference import NaiveVisionTower
-from safetensors.torch import load_file
 from schedules import guidances_of, rates_of
-from tiny_models import NoNumbers
 from tiny_pretraining import SCHEDULES, WEIGHTS, make_batch, make_model
 from tiny_retrieval import make_config
 from torch.nn.functional import cross_entropy, log_softmax, normalize
 from two_processes import results_of
 
-from modeling_trips import TripsForConditionalGeneration, TripsForPreTraining, TripsModel
-from modeling_trips.modeling_trips_pretraining import TripsForRetrieval, matching_pairs
-from trips_examples.training.momentum import MomentumTeacher
+from modeling_trips import TripsForPreTraining
+from modeling_trips.modeling_trips_pretraining import matching_pairs
 from trips_examples.training.trainer import unused_parameters
 
 
-def count_calls(modules: dict[str, torch.nn.Module], run) -> dict[str, int]:
-    calls = dict.fromkeys(modules, 0)
-
-    def count(name):
-        def hook(*_):
-            calls[name] += 1
-
-        return hook
-
-    hooks = [module.register_forward_hook(count(name)) for name, module in modules.items()]
-    run()
-    for hook in hooks:
-        hook.remove()
-    return calls
-
-
 @pytest.mark.parametrize(
-    ("off", "text_passes", "unused"),
+    ("off", "unused"),
     [
-        (None, {"text": 3, "fusion": 3}, set()),
-        ("itc_weight", {"text": 3, "fusion": 3}, {"vision_proj", "temp"}),
-        ("itm_weight", {"text": 3, "fusion": 2}, {"itm_head"}),
-        ("mlm_weight", {"text": 2, "fusion": 2}, {"mlm_score"}),
-        ("prefix_lm_weight", {"text": 2, "fusion": 2}, {"decoder", "lm_head"}),
+        (None, set()),
+        ("itc_weight", {"vision_proj", "temp"}),
+        ("itm_weight", {"itm_head"}),
+        ("mlm_weight", {"mlm_score"}),
+        ("prefix_lm_weight", {"decoder", "lm_head"}),
     ],
 )
-def test_a_weight_of_zero_skips_an_objective_and_the_image_cache_is_always_shared(off, text_passes, unused):
+def test_a_weight_of_zero_skips_an_objective_and_images_are_encoded_once(off, unused):
     model, batch = make_model(**({off: 0.0} if off else {})), make_batch()
-    modules = {
-        "images": model.model.vision_model.embeddings,
-        "text": model.model.text_model,
-        "fusion": model.model.fusion_model,
-        "decoder": model.decoder,
-        "mlm_score": model.mlm_score,
-        "itm_head": model.itm_head,
-        "vision_proj": model.vision_proj,
-    }
-    losses = {}
-    calls = count_calls(modules, lambda: losses.update(model(**batch)))
-    assert calls["images"] == 1
-    assert {name: calls[name] for name in text_passes} == text_passes
-    for name in unused & calls.keys():
-        assert calls[name] == 0
-    losses["loss"].backward()
-    tied = {"mlm_score.decoder", "lm_head.decoder"}
+    parts = {"embeddings": model.model.vision_model.embeddings, "decoder": model.decoder}
+    parts |= {"mlm_score": model.mlm_score, "itm_head": model.itm_head, "vision_proj": model.vision_proj}
+    called = []
+    for name, part in parts.items():
+        part.register_forward_hook(lambda *_, name=name: called.append(name))
+    model(**batch).loss.backward()
+    assert called.count("embeddings") == 1 and {*called} == parts.keys() - unused
     without_gradient = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.grad is None}
-    assert without_gradient - {"text_proj"} == unused - tied
+    assert without_gradient - {"text_proj"} == unused
 
 
 @pytest.mark.parametrize("on", [subset for size in (1, 2, 3, 4) for subset in combinations(sorted(WEIGHTS), size)])
@@ -90,31 +61,6 @@ def test_captions_that_are_too_short_to_be_cut_add_nothing():
     assert model(**batch).prefix_lm_loss == 0
 
 
-def test_a_checkpoint_holds_no_teacher_and_serves_the_other_heads(tmp_path):
-    model = make_model()
-    teacher = MomentumTeacher(model, queue_size=8)
-    model.train()(**teacher.teach(make_batch(), 0.4)).loss.backward()
-    model.save_pretrained(tmp_path)
-    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
-    assert load_file(tmp_path / "model.safetensors").keys() <= model.state_dict().keys()
-    for head in (TripsForConditionalGeneration, TripsForRetrieval, TripsModel):
-        _, info = head.from_pretrained(tmp_path, output_loading_info=True)
-        assert not info["missing_keys"], head
-
-
-def test_nothing_waits_for_the_device():
-    model, teacher = make_model().train(), MomentumTeacher(make_model(), queue_size=8)
-    with NoNumbers():
-        inputs = teacher.teach(make_batch(), 0.4)
-        model(**inputs).loss.backward()
-        teacher.push(inputs["teacher"])
-        teacher.update(model)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Several processes
-
-
 def part_of(batch: dict[str, torch.Tensor], first_half: bool) -> dict[str, torch.Tensor]:
     """Return two captions of image 0 with three masked words, or the three others with two masked words."""
     texts, images = (slice(2), slice(1)) if first_half else (slice(2, None), slice(1, None))
@@ -122,22 +68,25 @@ def part_of(batch: dict[str, torch.Tensor], first_half: bool) -> dict[str, torch
     return {**part, "image_index": part["image_index"] - (0 if first_half else 1)}
 
 
-def losses_and_gradients(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    model = make_model(itm_weight=0.0)  # whose negatives are drawn among those of a process
-    outputs = model(**batch)
-    outputs.loss.backward()
-    gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
-    return {name: outputs[name].detach() for name in ("itc_loss", "mlm_loss", "prefix_lm_loss")} | gradients
-
-
-def run_process(rank: int) -> dict[str, torch.Tensor]:
-    return losses_and_gradients(part_of(make_batch(), rank == 0))
+def losses_and_gradients(rank: int | None = None) -> dict[str, torch.Tensor]:
+    """Return those of a whole batch or of its half, with an image that both halves hold and with unnamed images."""
+    results = {}
+    for image_ids in (torch.tensor([4, 9, 4]), None):
+        batch = {name: value for name, value in make_batch().items() if name != "image_ids"}
+        batch |= {} if image_ids is None else {"image_ids": image_ids}
+        model = make_model(itm_weight=0.0)  # whose negatives are drawn among those of a process
+        outputs = model(**(batch if rank is None else part_of(batch, rank == 0)))
+        outputs.loss.backward()
+        values = {name: outputs[name].detach() for name in ("itc_loss", "mlm_loss", "prefix_lm_loss")}
+        values |= {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+        results |= {f"{name}, {image_ids}": value for name, value in values.items()}
+    return results
 
 
 @pytest.mark.slow
 def test_two_processes_with_unequal_numbers_of_words_give_the_losses_and_gradients_of_one(tmp_path):
-    first, second = results_of(run_process, tmp_path)
-    expected = losses_and_gradients(make_batch())
+    first, second = results_of(losses_and_gradients, tmp_path)
+    expected = losses_and_gradients()
     assert first.keys() == second.keys() == expected.keys()
     for name, value in expected.items():
         mean = (first[name] + second[name]) / 2  # as data parallel training takes it
@@ -232,6 +181,8 @@ def test_losses_and_gradients_equal_those_of_loops(schedule):
     outputs = model(**batch)
     expected = naive_losses(model, batch)
     losses = {name: outputs[name].double() for name in expected}  # that of words is computed in full precision
+    weighted = sum(weight * loss for weight, loss in zip(WEIGHTS.values(), losses.values()))
+    torch.testing.assert_close(outputs.loss.double(), weighted, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
     actual_gradients, expected_gradients = gradients(model, losses), gradients(model, expected)
     assert all(gradient is not None for gradient in actual_gradients.values())

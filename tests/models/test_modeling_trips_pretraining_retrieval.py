@@ -1,9 +1,10 @@
-"""Retrieval: features for indexing, matching against the model on each pair, and both losses."""
+"""Retrieval: features, matching against the model on each pair, and both losses with their hard negatives by hand."""
+
+import math
 
 import pytest
 import torch
 from tiny_retrieval import (
-    IMAGE_IDS,
     IMAGE_INDEX,
     MASK,
     PAIR_IDS,
@@ -13,39 +14,18 @@ from tiny_retrieval import (
     kept,
     make_model,
     matched_alone,
-    pairs_of,
     run,
 )
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy
 
+from modeling_trips.modeling_trips_pretraining import (
+    contrastive_loss,
+    hard_negative_indices,
+    matching_loss,
+    matching_pairs,
+    similarity,
+)
 from modeling_trips.patch_selection import region_targets, selection_loss
-
-
-@torch.no_grad()
-def test_features_are_normalised_projections_of_each_tower_alone():
-    model = make_model()
-    image_features = model.get_image_features(images())
-    text_features = model.get_text_features(TEXTS, MASK)
-    vision, text = model.model.vision_model(images()), model.model.text_model(TEXTS, MASK)
-    expected = normalize(model.vision_proj(vision.last_hidden_state[:, 0]), dim=-1)
-    torch.testing.assert_close(image_features.pooler_output, expected)
-    expected = normalize(model.text_proj(text.last_hidden_state[:, 0]), dim=-1)
-    torch.testing.assert_close(text_features.pooler_output, expected)
-    assert image_features.pooler_output.shape == (4, 8) and text_features.pooler_output.shape == (6, 8)
-    assert kept(image_features) == kept(vision)
-    from_cache = model.get_image_features(image_cache=model.model.encode_images(images()))
-    torch.testing.assert_close(from_cache.pooler_output, image_features.pooler_output)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("with_loss", [False, True])
-def test_no_text_changes_the_features_of_an_image(with_loss):
-    model = make_model()
-    expected = model.get_image_features(images()).pooler_output
-    for texts in (TEXTS, TEXTS.flip(1)):
-        output = model(texts, images(), MASK, image_index=IMAGE_INDEX, return_loss=with_loss)
-        torch.testing.assert_close(output.image_embeds, expected)
-    assert kept(model.get_image_features(images())) != kept(model.model(TEXTS[:4], images(), MASK[:4]))
 
 
 @torch.no_grad()
@@ -53,6 +33,8 @@ def test_logits_compare_all_images_with_all_texts():
     model = make_model()
     output = model(TEXTS[:3], images(1), MASK[:3])  # as many as one likes
     image_features = model.get_image_features(images(1)).pooler_output
+    image_cache = model.model.encode_images(images(1))
+    torch.testing.assert_close(model.get_image_features(image_cache=image_cache).pooler_output, image_features)
     text_features = model.get_text_features(TEXTS[:3], MASK[:3]).pooler_output
     torch.testing.assert_close(output.logits_per_image, image_features @ text_features.T / 0.07)
     assert torch.equal(output.logits_per_text, output.logits_per_image.T)
@@ -62,9 +44,8 @@ def test_logits_compare_all_images_with_all_texts():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("selection_guidance", ["text", "image"])
-def test_matching_many_pairs_equals_matching_each_alone(selection_guidance):
-    model = make_model(selection_guidance=selection_guidance)
+def test_matching_many_pairs_equals_matching_each_alone():
+    model = make_model()
     text_index, image_index = torch.tensor([0, 0, 5, 3, 2, 2, 1]), torch.tensor([1, 3, 3, 0, 1, 0, 2])
     expected = torch.stack([matched_alone(model, *pair) for pair in zip(text_index.tolist(), image_index.tolist())])
     pairs = {"text_index": text_index, "image_index": image_index, "attention_mask": MASK}
@@ -79,41 +60,28 @@ def test_matching_many_pairs_equals_matching_each_alone(selection_guidance):
     assert len(kept(output)[0]) == 7
 
 
-GUIDANCES = ["text", "image", ["image", "text"]]  # the last schedule has a last layer scored by the text
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(
-    "fields", [*({"selection_guidance": guidance} for guidance in GUIDANCES), {"pooling_mode": "mean"}], ids=str
-)
-def test_every_pair_is_matched_under_its_own_text(fields):
-    model = make_model(**fields)
-    output = run(model)
-    pairs = pairs_of(output)
-    images_of_pairs = IMAGE_INDEX[pairs.image_index]
-    expected = [matched_alone(model, *pair) for pair in zip(pairs.text_index.tolist(), images_of_pairs.tolist())]
-    torch.testing.assert_close(output.itm_logits, torch.stack(expected))
-    torch.testing.assert_close(output.itm_loss, cross_entropy(torch.stack(expected), pairs.labels))
-    assert pairs.text_index[:6].tolist() == list(range(6)) and images_of_pairs[:6].tolist() == IMAGE_INDEX.tolist()
-    assert (PAIR_IDS[pairs.text_index[6:]] != IMAGE_IDS[images_of_pairs[6:]]).all()
-    assert kept(output) == kept(model.model(TEXTS, images(), MASK, image_index=IMAGE_INDEX))
-
-
-@pytest.mark.parametrize("num_texts", [1, 3])
-def test_a_batch_of_one_image_trains_on_its_true_pairs(num_texts):
+def test_bad_inputs():
     model = make_model()
-    index = torch.zeros(num_texts, dtype=torch.long)
-    output = model(TEXTS[:num_texts], images(1), MASK[:num_texts], image_index=index, return_loss=True)
-    labels = torch.ones(num_texts, dtype=torch.long)
-    torch.testing.assert_close(output.itm_loss, cross_entropy(output.itm_logits[:num_texts], labels))
+    with pytest.raises(ValueError, match="image_index"):
+        run(model, image_index=torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="image_ids"):
+        run(model, image_ids=PAIR_IDS)
+    with pytest.raises(ValueError, match="itc_weight"):
+        run(make_model(itc_weight=0.0, itm_weight=0.0))
+    with pytest.raises(ValueError, match="image_index"):
+        model.match(TEXTS, images(), MASK)
+
+
+def test_a_batch_of_one_image_trains_on_its_true_pairs():
+    model = make_model()
+    index = torch.zeros(3, dtype=torch.long)
+    output = model(TEXTS[:3], images(1), MASK[:3], image_index=index, return_loss=True)
+    torch.testing.assert_close(output.itm_loss, cross_entropy(output.itm_logits[:3], index + 1))
     output.loss.backward()
     assert all(gradient.isfinite().all() for gradient in gradients(model).values())
 
 
-@pytest.mark.parametrize("value, used", [(0.07, 0.07), (0.0001, 0.001), (-1.0, 0.001), (3.0, 0.5)])
+@pytest.mark.parametrize("value, used", [(0.07, 0.07), (-1.0, 0.001), (3.0, 0.5)])
 def test_temperature_is_clamped_when_it_is_used(value, used):
     model = make_model()
     with torch.no_grad():
@@ -125,32 +93,117 @@ def test_temperature_is_clamped_when_it_is_used(value, used):
     assert (model.temp.weight.grad.item() != 0) == (value == used)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Patch selection
-
-
-@pytest.mark.parametrize("selection_guidance", ["text", ["image", "text"]], ids=str)
-def test_texts_are_taught_what_to_see_of_their_own_images(selection_guidance):
-    model = make_model(selection_guidance=selection_guidance).train()
+def test_texts_are_taught_what_to_see_of_their_own_images():
+    model = make_model(selection_guidance=["image", "text"]).train()
     regions = torch.cat([torch.rand(len(TEXTS), 2), torch.full((len(TEXTS), 2), 0.5)], dim=-1)
     targets = region_targets(regions, model.config.vision_config.grid_size)
     output, plain = run(model, regions=regions), run(model)
     union = torch.stack([targets[IMAGE_INDEX == image].amax(dim=0) for image in IMAGE_INDEX])
-    guidances = [settings.guidance for settings in model.config.vision_config.schedule.selections]
     expected = [
-        selection_loss(layer.scores, layer.candidate_indices, targets if guide == "text" else union)
-        for layer, guide in zip(output.selection, guidances)
+        selection_loss(layer.scores, layer.candidate_indices, wanted)
+        for layer, wanted in zip(output.selection, (union, targets), strict=True)
     ]
     torch.testing.assert_close(output.selection_loss, torch.stack(expected).mean())
     torch.testing.assert_close(output.loss, plain.loss + 0.5 * output.selection_loss)
     assert plain.selection_loss is None and run(model.eval(), regions=regions).selection_loss is None
 
 
-def test_nothing_is_taught_where_nothing_is_matched():
-    model = make_model(itm_weight=0.0).train()
-    output = run(model, regions=torch.tensor([[0.5, 0.5, 0.5, 0.5]] * len(TEXTS)))
-    assert output.selection_loss is None
+# Image i has the logits log(SCORES[i]) over the texts. By row, the probabilities are 1/4, 1/2, 1/4; 1/2, 1/4, 1/4;
+# 1/4, 1/4, 1/2. By column, 1/6, 4/6, 1/6; 2/5, 2/5, 1/5; 1/5, 2/5, 2/5.
+SCORES = torch.tensor([[1.0, 2.0, 1.0], [4.0, 2.0, 2.0], [1.0, 1.0, 2.0]])
+
+
+def ids(*values):
+    return torch.tensor(values)
+
+
+def loss_of(logits_per_image, image_ids, text_image_ids, temperature=1.0):
+    """Return the loss of any logits. The images are unit vectors, so that each text is its column of logits."""
+    images, texts = torch.eye(len(logits_per_image)), logits_per_image.T * temperature
+    return contrastive_loss(images, texts, temperature, image_ids, text_image_ids).item()
+
+
+def test_three_pairs_of_distinct_images():
+    per_image = (math.log(4) + math.log(4) + math.log(2)) / 3
+    per_text = (math.log(6) + math.log(5 / 2) + math.log(5 / 2)) / 3
+    loss = loss_of(SCORES.log(), ids(3, 1, 2), ids(3, 1, 2), torch.tensor([0.5]))
+    assert loss == pytest.approx((per_image + per_text) / 2, rel=1e-5)
+
+
+def test_an_image_that_is_in_the_batch_twice_shares_its_texts():
+    per_image = (1.5 * math.log(2) + 1.5 * math.log(2) + math.log(2)) / 3
+    per_text = (0.5 * (math.log(6) + math.log(6 / 4)) + math.log(5 / 2) + math.log(5 / 2)) / 3
+    loss = loss_of(SCORES.log(), ids(7, 7, 9), ids(7, 7, 9))
+    assert loss == pytest.approx((per_image + per_text) / 2, rel=1e-5)
+
+
+def test_similarity_is_computed_in_full_precision():
+    queries, candidates = (torch.nn.functional.normalize(torch.randn(5, 64), dim=-1) for _ in range(2))
+    expected = (queries.double() @ candidates.double().T / 0.01).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(similarity(queries, candidates, 0.01), expected, rtol=1e-4, atol=1e-4)
+    assert similarity(queries.bfloat16(), candidates.bfloat16(), 0.01).dtype == torch.float32
+    assert similarity(queries.double(), candidates.double(), 0.01).dtype == torch.float64
+
+
+def shares_of(logits, same_image, num_draws=40_000):
+    """Return how often each candidate of one query is drawn."""
+    rows = logits.expand(num_draws, -1), same_image.expand(num_draws, -1)
+    indices, valid = hard_negative_indices(*rows)
+    assert valid.all()
+    return indices.bincount(minlength=len(logits)) / num_draws
+
+
+def test_negatives_are_drawn_by_the_softmax_of_the_others():
+    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
+    shares = shares_of(logits, torch.tensor([True, False, False, False]))
+    assert shares[0] == 0
+    # Four standard deviations of a share of one half.
+    torch.testing.assert_close(shares, torch.tensor([0, 0.5, 0.25, 0.25]), rtol=0, atol=0.01)
+    shares = shares_of(logits, torch.tensor([False, False, True, False]))
+    torch.testing.assert_close(shares, torch.tensor([4 / 7, 2 / 7, 0, 1 / 7]), rtol=0, atol=0.01)
+
+
+def test_negatives_far_below_the_positive_are_still_drawn_by_their_odds():
+    # At a temperature of 0.001 logits are up to 2000 apart: these probabilities are 0 as floats.
+    logits = torch.tensor([1000.0, -1000.0, -1000.0 + math.log(3)])
+    shares = shares_of(logits, torch.tensor([True, False, False]))
+    torch.testing.assert_close(shares, torch.tensor([0, 0.25, 0.75]), rtol=0, atol=0.01)
+
+
+def test_a_query_without_a_negative_says_so():
+    same_image = torch.tensor([[True, True, True], [True, False, True]])
+    indices, valid = hard_negative_indices(torch.randn(2, 3), same_image)
+    assert valid.tolist() == [False, True]
+    assert 0 <= indices[0] < 3 and indices[1] == 1
+
+
+def test_matching_pairs_are_true_ones_then_negative_images_then_negative_texts():
+    # But for its own, text 0 fits image 2 best, text 1 image 2, text 2 image 1; image 0 text 1, 1 text 2, 2 text 0.
+    logits = 100 * torch.tensor([[9.0, 0.0, 2.0], [1.0, 9.0, 1.5], [0.0, 1.0, 9.0]])
+    pairs = matching_pairs(logits, torch.arange(3))
+    assert pairs.text_index.tolist() == [0, 1, 2, 0, 1, 2, 1, 2, 0]
+    assert pairs.image_index.tolist() == [0, 1, 2, 2, 2, 1, 0, 1, 2]
+    assert pairs.labels.tolist() == [1] * 3 + [0] * 6
+    assert pairs.weights.tolist() == [1.0] * 9
+
+
+def test_pairs_of_the_same_image_are_never_negatives():
+    image_ids = ids(3, 3, 1, 2, 1, 3)
+    logits = 20.0 * (image_ids[:, None] == image_ids)  # excluded candidates have the highest logits by far
+    for _ in range(500):
+        pairs = matching_pairs(logits, image_ids)
+        same_image = image_ids[pairs.text_index] == image_ids[pairs.image_index]
+        assert torch.equal(same_image, pairs.labels == 1)
+    assert pairs.weights.all()
+
+
+def test_matching_loss_is_the_mean_over_the_pairs_that_count():
+    logits = torch.tensor([[0.0, 0.0], [0.0, math.log(3)], [0.0, math.log(3)], [9.0, -9.0]])
+    loss = matching_loss(logits, ids(1, 1, 0, 1), torch.tensor([1.0, 1.0, 1.0, 0.0]))
+    assert loss.item() == pytest.approx((math.log(2) + math.log(4 / 3) + math.log(4)) / 3, rel=1e-6)
+    rounded, arguments = logits.bfloat16(), (ids(1, 1, 0, 1), torch.ones(4))
+    assert torch.equal(matching_loss(rounded, *arguments), matching_loss(rounded.float(), *arguments))
+
+
+# Numbers of images and texts of the first process.

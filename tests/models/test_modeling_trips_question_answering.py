@@ -1,5 +1,7 @@
 """Question answering: loss, beam search, caches and answer ranking against independent computations."""
 
+import itertools
+
 import pytest
 import torch
 from tiny_question_answering import (
@@ -7,6 +9,7 @@ from tiny_question_answering import (
     END,
     LABELS,
     MASK,
+    PAD,
     QUESTION_INDEX,
     QUESTIONS,
     START,
@@ -19,7 +22,7 @@ from tiny_question_answering import (
     tokens_of,
 )
 
-from modeling_trips import TripsForQuestionAnswering
+from modeling_trips.modeling_trips import token_nll
 
 
 @torch.no_grad()
@@ -40,25 +43,24 @@ def test_loss_is_the_weighted_log_likelihood_per_token():
     torch.testing.assert_close(per_batch.loss.item(), expected / 50, rtol=1e-5, atol=0)
 
 
-def test_embeddings_are_tied_and_trained_as_one(tmp_path):
+def test_bad_inputs_are_refused():
     model = make_model()
-    embedding = model.decoder.embeddings.word_embeddings.weight
-    assert model.lm_head.decoder.weight is embedding
-    assert model.get_input_embeddings().weight is not embedding  # the text encoder has its own
-    with torch.no_grad():
-        embedding.add_(1.0)
-    assert torch.equal(model.lm_head.decoder.weight, embedding)
-    model.save_pretrained(tmp_path)
-    loaded = TripsForQuestionAnswering.from_pretrained(tmp_path)
-    assert loaded.lm_head.decoder.weight is loaded.decoder.embeddings.word_embeddings.weight
-    assert torch.equal(loaded.lm_head.decoder.weight, embedding)
+    with pytest.raises(ValueError, match="text_index"):
+        model(**inputs(), labels=ANSWERS)
+    with pytest.raises(ValueError, match="loss_weights"):
+        model(**inputs(), labels=ANSWERS[:4], loss_weights=torch.ones(1))
+    with pytest.raises(ValueError, match="`k`"):
+        model.rank_answers(ANSWERS, k=0, **inputs())
+    with pytest.raises(ValueError, match="answer_ids"):
+        model.rank_answers(torch.full((2, 3), -100), **inputs())
+    with pytest.raises(ValueError, match="decoder_input_ids"):
+        model(**inputs())
 
 
 @pytest.mark.parametrize("as_cache", [False, True], ids=["pixels", "image_cache"])
-@pytest.mark.parametrize("wrong", [2, -1])
-def test_generating_for_an_image_that_is_not_there_is_refused(as_cache, wrong):
+def test_generating_for_an_image_that_is_not_there_is_refused(as_cache):
     model, batch = make_model(), inputs()
-    batch["image_index"] = torch.tensor([1, 0, wrong, 0])
+    batch["image_index"] = torch.tensor([1, 0, -1, 0])
     if as_cache:
         batch["image_cache"] = model.model.encode_images(batch.pop("pixel_values"))
     with pytest.raises(ValueError, match=r"image_index\[2\]"):
@@ -66,57 +68,48 @@ def test_generating_for_an_image_that_is_not_there_is_refused(as_cache, wrong):
 
 
 @torch.no_grad()
-def test_generation_from_an_image_cache_equals_from_pixels():
-    model = make_model()
-    image_cache = model.model.encode_images(images())
-    with_cache = {name: value for name, value in inputs().items() if name != "pixel_values"}
-    for num_beams in (1, 3):
-        expected = model.generate(**inputs(), max_new_tokens=6, num_beams=num_beams)
-        output = model.generate(**with_cache, image_cache=image_cache, max_new_tokens=6, num_beams=num_beams)
-        assert torch.equal(output, expected)
-    ranking = model.rank_answers(ANSWERS, **with_cache, image_cache=image_cache)
-    assert torch.equal(ranking.answer_indices, model.rank_answers(ANSWERS, **inputs()).answer_indices)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("num_beams", [1, 3])
-def test_encoded_once_and_generated_twice(num_beams):
-    model = make_model()
-    expected = model.generate(**inputs(), num_beams=num_beams, max_new_tokens=4)
-    encoder_outputs = model.model(**inputs())
-    for _ in range(2):
-        generated = model.generate(
-            QUESTIONS,
-            encoder_outputs=encoder_outputs,
-            attention_mask=MASK,
-            num_beams=num_beams,
-            max_new_tokens=4,
-        )
-        assert torch.equal(generated, expected)
-    assert len(encoder_outputs.last_hidden_state) == 4
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("answers_per_step", [1, 2, 5])
-def test_ranking_in_steps_changes_nothing(answers_per_step):
-    model = make_model()
-    expected = model.rank_answers(ANSWERS, answers_per_step=100, **inputs())
-    actual = model.rank_answers(ANSWERS, answers_per_step=answers_per_step, **inputs())
-    assert torch.equal(actual.answer_indices, expected.answer_indices)
-    torch.testing.assert_close(actual.scores, expected.scores)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("k", [6, 128])
-def test_ranking_all_answers_is_by_their_likelihood(k):
-    model = make_model()
-    ranking = model.rank_answers(ANSWERS, k=k, **inputs())
+def test_beam_search_with_enough_beams_is_the_exhaustive_search():
+    length = 3
+    model = make_model(vocab_size=10)
+    others = [token for token in range(10) if token != END]
+    answers = []
+    for stop in range(length):
+        answers += [(*prefix, END) for prefix in itertools.product(others, repeat=stop)]
+    answers += itertools.product(others, repeat=length)  # cut off before the end token
+    ids = torch.full((len(answers), length), -100)
+    for row, answer in enumerate(answers):
+        ids[row, : len(answer)] = torch.tensor(answer)
+    assert len(answers) == 1 + 9 + 81 + 729
+    output = model.generate(
+        **inputs(),
+        max_new_tokens=length,
+        num_beams=90,  # as many as there are unfinished prefixes, and more
+        length_penalty=0.0,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
     for row in range(4):
-        scores = torch.tensor([log_probability(model, row, tokens_of(answer)) for answer in ANSWERS])
-        assert ranking.answer_indices[row].tolist() == scores.argsort(descending=True).tolist()
-        expected_scores = scores.sort(descending=True).values
-        torch.testing.assert_close(ranking.scores[row], expected_scores, rtol=1e-5, atol=1e-5)
-    assert len({tuple(row) for row in ranking.answer_indices.tolist()}) > 1
+        logits = model(**inputs_of(row), labels=ids, text_index=torch.zeros(len(ids), dtype=torch.long)).logits
+        scores = -token_nll(logits, ids).sum(-1)
+        assert tuple(output.sequences[row, 1:].tolist())[: len(answers[scores.argmax()])] == answers[scores.argmax()]
+        torch.testing.assert_close(output.sequences_scores[row], scores.max(), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_images_or_texts_encoded_ahead_give_the_same_answers_and_ranking():
+    model, options = make_model(), {"num_beams": 3, "max_new_tokens": 6}
+    cached = {name: value for name, value in inputs().items() if name != "pixel_values"}
+    cached["image_cache"] = model.model.encode_images(images())
+    encoded = {"encoder_outputs": model.model(**inputs()), "attention_mask": MASK}
+    expected, ranking_expected = model.generate(**inputs(), **options), model.rank_answers(ANSWERS, **inputs())
+    for _ in range(2):
+        assert torch.equal(model.generate(**cached, **options), expected)
+        assert torch.equal(model.generate(QUESTIONS, **encoded, **options), expected)
+    padding = ANSWERS == -100
+    for answers in ([ANSWERS], [ANSWERS.masked_fill(padding, PAD)], [ANSWERS.masked_fill(padding, 9), ~padding]):
+        ranking = model.rank_answers(*answers, answers_per_step=2, **cached)
+        assert torch.equal(ranking.answer_indices, ranking_expected.answer_indices)
+        torch.testing.assert_close(ranking.scores, ranking_expected.scores)
 
 
 @torch.no_grad()
@@ -133,5 +126,6 @@ def test_ranking_in_two_stages(k):
         scores = {i: log_probability(model, row, tokens_of(answers[i])) for i in range(5)}
         expected = sorted(by_first[:k], key=lambda i: -scores[i])
         assert ranking.answer_indices[row].tolist() == expected
+        assert ranking.scores[row].tolist() == pytest.approx([scores[i] for i in expected], rel=1e-5)
         differs |= set(expected) != set(sorted(scores, key=lambda i: -scores[i])[:k])
     assert differs  # from scoring all answers in full

@@ -1,18 +1,14 @@
 """Text encoder, fusion encoder and decoder against BERT with the same weights."""
 
-import pytest
 import torch
-from transformers import BertConfig, BertLMHeadModel, BertModel
+from transformers import BertConfig, BertModel
 
 from modeling_trips import (
-    TripsDecoder,
-    TripsDecoderConfig,
     TripsFusionConfig,
     TripsFusionModel,
     TripsTextConfig,
     TripsTextModel,
 )
-from modeling_trips.modeling_trips_text import TripsLMHead
 
 
 SIZES = {
@@ -49,17 +45,6 @@ def load_by_name(model, weights, prefix=""):
     return model.eval()
 
 
-def test_text_encoder_is_the_first_layers_of_bert():
-    reference = bert(3)
-    model = load_by_name(TripsTextModel(TripsTextConfig(**SIZES, num_hidden_layers=2)), reference.state_dict())
-    token_types = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 1, 0, 0]])
-    output = model(IDS, MASK, token_types, output_hidden_states=True)
-    expected = reference(IDS, MASK, token_types, output_hidden_states=True).hidden_states
-    torch.testing.assert_close(output.last_hidden_state, expected[2])
-    torch.testing.assert_close(output.hidden_states, expected[:3])
-    torch.testing.assert_close(output.pooler_output, expected[2][:, 0])
-
-
 def test_the_mean_of_a_text_leaves_its_padding_out():
     model = randomize(TripsTextModel(TripsTextConfig(**SIZES, num_hidden_layers=2, pooling_mode="mean")))
     output = model(IDS, MASK)
@@ -68,34 +53,12 @@ def test_the_mean_of_a_text_leaves_its_padding_out():
     torch.testing.assert_close(model(IDS[1:, :3]).pooler_output, expected[1:])  # the text alone, without a mask
 
 
-def test_fusion_encoder_is_the_upper_layers_of_bert_with_cross_attention():
-    reference = bert(4, is_decoder=True, add_cross_attention=True)
-    upper = reference.encoder.layer[2:]
-    model = TripsFusionModel(TripsFusionConfig(**SIZES, num_hidden_layers=2))
-    upper_weights = {f"encoder.layer.{name}": weight for name, weight in upper.state_dict().items()}
-    load_by_name(model, upper_weights)
-    text_states, image_states = torch.randn(2, 5, 24), torch.randn(2, 7, 24)
-
-    # BERT's eager layers are bidirectional under a padding mask.
-    hidden = (1.0 - MASK[:, None, None].float()) * torch.finfo(torch.float32).min
-    expected = text_states
-    for layer in upper:
-        expected = layer(expected, hidden, encoder_hidden_states=image_states)
-    output = model(text_states, image_states, MASK)
-    torch.testing.assert_close(output.last_hidden_state, expected)
-
-
-def skip_connected(attn_implementation="sdpa", num_hidden_layers=5, **fields):
-    """Layers 3 (and 6) are the connected ones."""
-    config = TripsFusionConfig(
-        **SIZES, num_hidden_layers=num_hidden_layers, fusion_type="skip_connected", skip_stride=2, **fields
-    )
-    return randomize(TripsFusionModel._from_config(config, attn_implementation=attn_implementation))
-
-
 def test_skip_connected_fusion_is_berts_layers_in_mplugs_order():
+    # Its code numbers the layers from 0, and connects those that 3 divides.
+    assert TripsFusionConfig(num_hidden_layers=6, fusion_type="skip_connected").connected_layers == [4]
     reference = bert(7, is_decoder=True, add_cross_attention=True).encoder.layer
-    model = skip_connected(num_hidden_layers=7)
+    config = TripsFusionConfig(**SIZES, num_hidden_layers=7, fusion_type="skip_connected", skip_stride=2)
+    model = TripsFusionModel(config)
     load_by_name(model, {f"encoder.layer.{name}": weight for name, weight in reference.state_dict().items()})
     text_states, image_states = torch.randn(2, 5, 24), torch.randn(2, 7, 24)
 
@@ -110,47 +73,3 @@ def test_skip_connected_fusion_is_berts_layers_in_mplugs_order():
             text = layer(text, text_mask, encoder_hidden_states=image)
     output = model(text_states, image_states, MASK)
     torch.testing.assert_close(output.last_hidden_state, text, rtol=1e-4, atol=1e-5)
-
-
-def test_mplug_base_has_one_connected_layer():
-    config = TripsFusionConfig(num_hidden_layers=6, fusion_type="skip_connected")
-    assert config.connected_layers == [4]  # its code numbers the layers from 0, and connects those that 3 divides
-    names = {"TripsCrossLayer": [1, 2, 3, 5, 6], "TripsConnectedLayer": [4]}
-    with torch.device("meta"):
-        layers = TripsFusionModel(config).encoder.layer
-    for name, numbers in names.items():
-        assert [number for number, layer in enumerate(layers, start=1) if type(layer).__name__ == name] == numbers
-
-
-def test_skip_connected_fusion_takes_the_weights_of_a_cross_attending_one(tmp_path):
-    saved = randomize(TripsFusionModel(TripsFusionConfig(**SIZES, num_hidden_layers=5)))
-    saved.save_pretrained(tmp_path)
-    model, report = TripsFusionModel.from_pretrained(
-        tmp_path, fusion_type="skip_connected", skip_stride=2, output_loading_info=True
-    )
-    assert not report["missing_keys"]
-    assert {name.rpartition("crossattention")[0] for name in report["unexpected_keys"]} == {"encoder.layer.2."}
-    weights = saved.state_dict()
-    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
-
-
-@pytest.fixture
-def decoder_and_reference():
-    reference = bert(2, BertLMHeadModel, is_decoder=True, add_cross_attention=True)
-    weights = reference.state_dict()
-    config = TripsDecoderConfig(**SIZES, num_hidden_layers=2, bos_token_id=1, eos_token_id=2)
-    decoder = load_by_name(TripsDecoder(config), weights, "bert.")
-    head_weights = {
-        name.replace("cls.predictions.", "").replace("transform.", ""): weight
-        for name, weight in weights.items()
-        if name.startswith("cls.predictions.") and name != "cls.predictions.bias"
-    }
-    return decoder, load_by_name(TripsLMHead(config), head_weights), reference
-
-
-def test_decoder_is_berts(decoder_and_reference):
-    decoder, head, reference = decoder_and_reference
-    states, states_mask = torch.randn(2, 6, 24), torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
-    logits = head(decoder(IDS, MASK, states, states_mask).last_hidden_state)
-    expected = reference(IDS, MASK, encoder_hidden_states=states, encoder_attention_mask=states_mask).logits
-    torch.testing.assert_close(logits[MASK == 1], expected[MASK == 1])

@@ -1,5 +1,7 @@
 """The vision tower against a naive loop implementation and ViT, cached image states, and what texts share."""
 
+import math
+
 import pytest
 import torch
 from naive_reference import NaiveVisionTower
@@ -8,37 +10,29 @@ from tiny_models import Case
 from tiny_retrieval import calls_of
 from tiny_vision import (
     CLIP_STYLE,
-    assert_same_selection,
     images,
     make_model,
     texts,
 )
-from transformers import ViTConfig, ViTModel
 
 from modeling_trips import TripsModel
 
 
 CASES = {
-    "one_layer": {},
-    "first_layer": {"selection_layers": [1]},
     "last_layer": {"selection_layers": [3], "keep_rate": 0.3},
     "every_layer": {"selection_layers": [1, 2, 3], "keep_rate": 0.7},
     "rate_per_layer": {"selection_layers": [1, 3], "keep_rate": [0.8, 0.25]},
-    "rate_1_in_between": {"selection_layers": [1, 2, 3], "keep_rate": [0.7, 1.0, 0.5]},
     "nothing_dropped_below_1": {"selection_layers": [2, 3], "keep_rate": [0.9, 0.5]},  # ceil(0.9 * 6) = 6
     "no_selection": {"selection_layers": []},
     "image_guidance": {"selection_guidance": "image", "selection_layers": [1, 3]},
     "text_then_image": {"selection_guidance": ["text", "image"], "selection_layers": [1, 2], "keep_rate": [0.7, 0.5]},
-    "image_image_text": {"selection_guidance": ["image", "image", "text"], "selection_layers": [1, 2, 3]},
     "text_at_the_door": {"selection_guidance": ["image", "text"], "selection_layers": [2, 3], "keep_rate": [0.7, 0.3]},
     "no_fusing": {"fuse_inattentive_tokens": False, "selection_layers": [1, 3]},
     "clip_style": {**CLIP_STYLE, "selection_layers": [1, 2]},
-    "no_qkv_bias": {"qkv_bias": False},
     "text_of_another_width": {"guidance_hidden_size": 5, "selection_layers": [1, 2]},
     "oblong_patches": {"patch_size": [4, 2]},
-    "four_heads": {"num_attention_heads": 4},
 }
-RESOLUTIONS = {"square": (8, 8), "larger": (16, 12), "smaller": (8, 4), "wider": (4, 20), "turned": (8, 12)}
+RESOLUTIONS = {"larger": (16, 12), "wider": (4, 20)}
 
 
 def assert_equals_reference(model, pixel_values, text_embeds):
@@ -104,19 +98,6 @@ def test_equals_the_naive_reference_at_other_resolutions(size):
 def test_without_a_text_the_image_guides_itself():
     model = make_model(selection_layers=[1, 3]).double()
     assert_equals_reference(model, images(dtype=torch.float64), None)
-    by_image = make_model(selection_layers=[1, 3], selection_guidance="image").double()
-    output, expected = model(images(dtype=torch.float64)), by_image(images(dtype=torch.float64), texts())
-    assert torch.equal(output.last_hidden_state, expected.last_hidden_state)
-    assert_same_selection(output.selection, expected.selection)
-
-
-def test_sequence_lengths_of_the_paper():
-    config = {"image_size": 56, "patch_size": 4, "selection_layers": [1, 2], "keep_rate": 0.7}  # 14 x 14 patches
-    output = make_model(**config)(images(1, (56, 56)), texts(1), output_hidden_states=True)
-    # 197 -> 1 + ceil(0.7 * 196) + 1 = 140 -> 1 + ceil(0.7 * 139) + 1 = 100
-    assert [states.shape[1] for states in output.hidden_states] == [197, 140, 100, 100]
-    assert [entry.kept_indices.shape[1] for entry in output.selection] == [138, 98]
-    assert [entry.scores.shape[1] for entry in output.selection] == [196, 139]
 
 
 BY_IMAGE_THEN_TEXT = {"selection_layers": [1, 3], "selection_guidance": ["image", "text"], "keep_rate": [0.5, 0.5]}
@@ -126,8 +107,6 @@ BY_IMAGE_THEN_TEXT = {"selection_layers": [1, 3], "selection_guidance": ["image"
     ("before", "after"),
     [
         ({}, {"keep_rate": [0.4, 0.5]}),
-        ({}, {"selection_layers": [2, 3]}),
-        ({"selection_layers": [2], "selection_guidance": ["text"], "keep_rate": [0.5]}, {}),
         ({"selection_layers": [], "selection_guidance": "text", "keep_rate": 0.5}, {}),
         ({}, {"selection_guidance": ["random", "text"]}),
     ],
@@ -138,9 +117,8 @@ def test_an_image_cache_of_other_settings_before_the_text_is_refused(before, aft
     for source, target in ((model, changed), (changed, model)):
         image_cache = source.encode_images(images(2))
         schedule = target.config.schedule
-        with pytest.raises(ValueError) as raised:
+        with pytest.raises(ValueError):
             source(image_cache=image_cache, text_embeds=texts(2), schedule=schedule)
-        assert str(image_cache.schedule) in str(raised.value) and str(schedule) in str(raised.value)
 
 
 def test_an_image_cache_of_other_settings_behind_the_text_is_used():
@@ -151,59 +129,17 @@ def test_an_image_cache_of_other_settings_behind_the_text_is_used():
     torch.testing.assert_close(model(image_cache=image_cache, text_embeds=texts(2)).last_hidden_state, expected)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Without selection, captured outputs, stem, random guidance
-
-
-VIT_FIELDS = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
-
-
-@pytest.mark.parametrize(
-    "selection", [{"selection_layers": [1, 3], "keep_rate": 1.0}, {"selection_layers": []}], ids=str
-)
-@pytest.mark.parametrize("size", [(16, 16), (16, 24)])
-def test_without_selection_it_is_vit(selection, size):
-    model = make_model(**VIT_FIELDS, image_size=16, patch_size=4, **selection)
-    vit_config = ViTConfig(**VIT_FIELDS, image_size=16, patch_size=4, layer_norm_eps=1e-6)
-    vit = ViTModel(vit_config, add_pooling_layer=False).eval()
-    vit.load_state_dict(model.state_dict(), strict=True)
-    pixel_values = images(3, size)
-    expected = vit(pixel_values, interpolate_pos_encoding=True, output_hidden_states=True)
-    output = model(pixel_values, texts(3, 32), output_hidden_states=True)
-    torch.testing.assert_close(output.last_hidden_state, expected.last_hidden_state)
-    torch.testing.assert_close(output.hidden_states[:-1], expected.hidden_states[:-1])
-    assert output.selection == ()
-
-
-def test_selection_adds_no_parameter_unless_the_widths_differ():
-    plain = make_model(selection_layers=[]).state_dict().keys()
-    assert make_model(selection_layers=[1, 2, 3], guidance_hidden_size=8).state_dict().keys() == plain
-    projected = make_model(guidance_hidden_size=5).state_dict().keys()
-    assert projected - plain == {"selection_projection.weight", "selection_projection.bias"}
-
-
-@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("first", [1, 2])
-def test_captured_outputs_have_the_shrinking_shapes(attn_implementation, first):
-    model = make_model(selection_layers=[first, 3], keep_rate=0.5, attn_implementation=attn_implementation)
+def test_captured_outputs_have_the_shrinking_shapes():
+    model = make_model(selection_layers=[1, 3], keep_rate=0.5, attn_implementation="eager")
     pixel_values = images()
     output = model(pixel_values, texts(), output_hidden_states=True, output_attentions=True)
     # 6 candidates -> 3 kept and 1 fused -> 2 kept and 1 fused. The MLP of a selection layer is on the short sequence.
-    lengths = [7, 5, 5, 4] if first == 1 else [7, 7, 5, 4]
+    lengths = [7, 5, 5, 4]
     assert [tuple(states.shape) for states in output.hidden_states] == [(2, length, 8) for length in lengths]
     assert torch.equal(output.hidden_states[0], model.embeddings(pixel_values))
     torch.testing.assert_close(model.layernorm(output.hidden_states[-1]), output.last_hidden_state)
-    if attn_implementation == "eager":  # attention comes before the selection: over the layer's input
-        assert [tuple(weights.shape) for weights in output.attentions] == [(2, 2, n, n) for n in lengths[:-1]]
-        for weights in output.attentions:
-            torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
-
-
-def test_scores_are_the_attention_row_of_the_class_token_under_image_guidance():
-    model = make_model(selection_guidance="image", attn_implementation="eager")
-    output = model(images(), output_attentions=True)
-    row = output.attentions[1][:, :, 0, 1:]  # with [CLS] left out, each head's row is renormalised
-    torch.testing.assert_close(output.selection[0].scores, (row / row.sum(-1, keepdim=True)).mean(1))
+    # Attention comes before the selection: over the layer's input.
+    assert [tuple(weights.shape) for weights in output.attentions] == [(2, 2, n, n) for n in lengths[:-1]]
 
 
 def test_convolutional_stem_gives_the_same_grid():
@@ -218,20 +154,20 @@ def test_convolutional_stem_gives_the_same_grid():
     assert difference.norm(dim=-1).argmax() == 3
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Computation that texts of an image share
-
-
-INDEX = torch.tensor([1, 0, 1, 1])
+def test_random_guidance_keeps_other_patches_of_each_image():
+    model = make_model(image_size=32, selection_guidance="random", selection_layers=[1], keep_rate=0.6)
+    for kept in (each(images(4, (32, 32)), texts(4)).selection[0].kept_indices for each in (model, model.train())):
+        assert kept.shape == (4, math.ceil(0.6 * 64))
+        assert not (kept == kept[0]).all()
 
 
 CASE = Case(TripsModel)
-IMAGES = CASE.make_inputs()["pixel_values"][:2]
 
 
-def make_inputs(**images):
+def make_inputs():
     """Return four texts about two images."""
-    return {**CASE.make_inputs(), "pixel_values": IMAGES, "image_index": INDEX, **images}
+    inputs = CASE.make_inputs()
+    return {**inputs, "pixel_values": inputs["pixel_values"][:2], "image_index": torch.tensor([1, 0, 1, 1])}
 
 
 @pytest.mark.parametrize(
@@ -239,8 +175,6 @@ def make_inputs(**images):
     [
         (["image", "text"], [(2, 2), (2, 2), (2, 4)]),  # patches are chosen between a layer's two halves
         (["text", "image"], [(2, 2), (2, 4), (4, 4)]),
-        ("text", [(2, 2), (2, 4), (4, 4)]),
-        ("image", [(2, 2), (2, 2), (2, 2)]),
     ],
     ids=str,
 )
@@ -256,23 +190,10 @@ def test_layers_run_once_per_image_until_a_text_guides(guidance, rows):
 
 
 @pytest.mark.parametrize(
-    ("fields", "rows"),
-    [({"selection_guidance": "image"}, 2), ({"keep_rate": 1.0}, 2), ({"selection_layers": []}, 2), ({}, 4)],
-    ids=str,
+    ("fields", "rows"), [({"selection_guidance": "image"}, 2), ({"keep_rate": 1.0}, 2), ({}, 4)], ids=str
 )
-@pytest.mark.parametrize("fusion_type", ["cross_attention", "skip_connected"])
-def test_keys_and_values_of_untouched_image_tokens_are_projected_once_per_image(fields, rows, fusion_type):
-    model = CASE.make_model(**fields, fusion_type=fusion_type)
+def test_keys_and_values_of_untouched_image_tokens_are_projected_once_per_image(fields, rows):
+    model = CASE.make_model(**fields)
     cross = model.fusion_model.encoder.layer[0].crossattention.self
     for projection in (cross.key, cross.value):
         assert calls_of(projection, lambda: model(**make_inputs())) == [rows]
-
-
-def test_an_image_cache_carries_what_was_kept_so_far():
-    model = CASE.make_model(selection_guidance=["image", "text"])
-    cache = model.encode_images(IMAGES)
-    assert cache.next_layer == 3 and [layer.kept_indices.shape for layer in cache.selection] == [(2, 39)]
-    assert cache.candidate_indices[:, -1].tolist() == [-1, -1]
-    output = model(**make_inputs(pixel_values=None, image_cache=cache))
-    assert torch.equal(output.selection[0].kept_indices, cache.selection[0].kept_indices[INDEX])
-    assert torch.equal(output.selection[1].candidate_indices, cache.candidate_indices[INDEX])

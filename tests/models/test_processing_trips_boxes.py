@@ -1,4 +1,4 @@
-"""Boxes of visual grounding in the processor: pixels to labels, and predictions to pixels."""
+"""Boxes of patches, and boxes of visual grounding from pixels to labels and back, against the pixels themselves."""
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ SQUASH = BlipImageProcessor(size={"height": 64, "width": 64}, do_normalize=False
 UPRIGHT = BlipImageProcessor(size={"height": 64, "width": 32}, do_normalize=False)
 RESIZE = CLIPImageProcessor(size={"shortest_edge": 64}, do_center_crop=False, do_normalize=False)
 CROP = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, do_normalize=False)
+PAD_TO_64 = CLIPImageProcessor(do_resize=False, crop_size=64, do_normalize=False)
 PAD = CLIPImageProcessor(do_resize=False, crop_size={"height": 128, "width": 128}, do_normalize=False)
 
 each_geometry = pytest.mark.parametrize(
@@ -28,30 +29,46 @@ def make_processor(image_processor):
     return TripsProcessor(image_processor, BertTokenizer(vocab={"[PAD]": 0, "[UNK]": 1}))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# By hand
+def test_patches_of_a_squashed_image():
+    # 4 x 4 patches of 16 pixels in 64 x 64; the image of 64 x 32 (width x height) has patches of 16 x 8
+    processor = make_processor(SQUASH)
+    first, second = processor.patch_boxes(torch.tensor([[0, 5, 11, -1], [15, -1, 3, 4]]), [(32, 64), (32, 64)])
+    assert first.dtype == torch.float32
+    assert first.tolist() == [[0, 0, 16, 8], [16, 8, 32, 16], [48, 16, 64, 24]]
+    assert second.tolist() == [[48, 24, 64, 32], [48, 0, 64, 8], [0, 8, 16, 16]]
 
 
-def test_boxes_of_a_squashed_image():
-    processor, sizes = make_processor(SQUASH), [(50, 200), (100, 100)]
-    boxes = [[50, 10, 150, 20], [0, 0, 100, 100]]
-    labels = processor.encode_boxes(boxes, sizes)
-    assert labels.dtype == torch.float32
-    torch.testing.assert_close(labels, torch.tensor([[0.5, 0.3, 0.5, 0.2], [0.5, 0.5, 1.0, 1.0]]))
-    pixels = processor.post_process_grounding(labels, sizes)
-    assert pixels.dtype == torch.float32
-    torch.testing.assert_close(pixels, torch.tensor(boxes, dtype=torch.float32))
+@pytest.mark.parametrize("size", [(60, 120), (90, 50), (40, 20)], ids=str)
+@pytest.mark.parametrize("image_processor", [SQUASH, CROP, PAD_TO_64], ids=["squash", "crop", "pad"])
+def test_patches_agree_with_the_pixels(size, image_processor):
+    """With all pixels outside a patch's box blackened, only that patch is bright."""
+    processor = make_processor(image_processor)
+    for index in (5, 6, 9):
+        x0, y0, x1, y1 = processor.patch_boxes([[index]], [size])[0][0].round().int().tolist()
+        image = np.zeros((*size, 3), dtype=np.uint8)
+        image[y0:y1, x0:x1] = 255
+        pixel_values = processor(images=image, return_tensors="pt").pixel_values[0, 0]
+        light = pixel_values.reshape(4, 16, 4, 16).sum(dim=(1, 3)).flatten()
+        assert light[index] > 0.85 * light.sum() > 0
 
 
-def test_boxes_of_a_crop_larger_than_the_image():
-    # 64 x 32 (width x height) in the middle of 128 x 128: it starts at x = 32, y = 48
-    processor, sizes = make_processor(PAD), [(32, 64)]
-    labels = processor.encode_boxes([[0, 0, 64, 32]], sizes)
-    torch.testing.assert_close(labels, torch.tensor([[0.5, 0.5, 0.5, 0.25]]))
-    # Predictions: one around the image, one in the padding.
-    pixels = processor.post_process_grounding(torch.tensor([[0.5, 0.5, 1.0, 1.0], [0.1, 0.5, 0.1, 0.1]]), sizes * 2)
-    assert pixels[0].tolist() == [0, 0, 64, 32]
-    assert pixels[1, 0] == pixels[1, 2] == 0
+def test_an_index_out_of_the_grid_is_refused():
+    processor = make_processor(BlipImageProcessor(do_resize=False))
+    # 70 x 33 (height x width): a grid of 4 rows, 2 columns; the remainder is no patch
+    assert processor.patch_boxes([[7]], [(70, 33)])[0].tolist() == [[16, 48, 32, 64]]
+    for index in (8, -3):
+        with pytest.raises(ValueError, match=r"patch_indices\[1\]"):
+            processor.patch_boxes([[0], [index]], [(70, 33)] * 2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"size": {"longest_edge": 32}}, {"size": {"shortest_edge": 32, "longest_edge": 64}}, {"do_pad": True}],
+    ids=str,
+)
+def test_resize_that_cannot_be_traced_back_is_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        make_processor(BlipImageProcessor(**options)).patch_boxes([[0]], [(10, 10)])
 
 
 def test_predictions_beyond_the_image_are_clipped():
@@ -63,10 +80,6 @@ def test_rounded_annotations_are_clipped():
     for image_processor, expected in ((SQUASH, [0.5, 0.5, 1.0, 1.0]), (PAD, [0.5, 0.5, 40 / 128, 80 / 128])):
         labels = make_processor(image_processor).encode_boxes([[-1, -0.5, 41, 80.01]], [(80, 40)])
         torch.testing.assert_close(labels, torch.tensor([expected]))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# In general
 
 
 @each_geometry
@@ -96,5 +109,26 @@ def test_labels_agree_with_the_pixels(image_processor):
             assert positions[-1].item() + 1 == pytest.approx(end.item() * len(lit), abs=1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Bad boxes
+@pytest.mark.parametrize(
+    "box",
+    [[10, 10, 10, 20], [10, 10, 20, 82], [-2, 10, 20, 30], [40, 10, 41, 20], [10, 10, float("nan"), 20]],
+    ids=str,
+)
+def test_a_bad_box_is_named_by_its_row(box):
+    good = [0, 0, 40, 80]
+    with pytest.raises(ValueError, match=r"boxes\[2\]"):
+        make_processor(SQUASH).encode_boxes([good, good, box, good, box], [(80, 40)] * 5)
+
+
+def test_a_box_outside_of_the_crop_is_named():
+    with pytest.raises(ValueError, match=r"boxes\[1\]"):
+        make_processor(CROP).encode_boxes([[70, 0, 90, 20], [0, 0, 60, 120]], [(120, 240)] * 2)
+
+
+def test_boxes_need_one_size_each_and_four_numbers():
+    processor = make_processor(SQUASH)
+    for boxes in ([[0, 0, 1, 1]], [[0, 0, 1]] * 2, [0, 0, 1, 1]):
+        with pytest.raises(ValueError, match="boxes"):
+            processor.encode_boxes(boxes, [(8, 8)] * 2)
+        with pytest.raises(ValueError, match="target_sizes"):
+            processor.post_process_grounding(torch.tensor(boxes), [(8, 8)] * 2)

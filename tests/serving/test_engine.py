@@ -200,6 +200,11 @@ def test_broken_checkpoints_raise(tmp_path, name):
         Engine(Settings(model=folder))
 
 
+def test_schedule_of_other_layers_raises(folder):
+    with pytest.raises(ValueError):
+        Engine(Settings(model=folder, schedules="deep=99:text:0.5"))
+
+
 @pytest.mark.slow
 def test_exported_model_matches_the_library(tmp_path):
     pytest.importorskip("openvino")

@@ -1,7 +1,6 @@
 """
 `ModelTesterMixin` on every model that an Auto class loads, on the decoder, and on the other forms of the bare model. A
-new class is tested once it is registered; one whose inputs or labels are its own needs a suite, and an entry in
-`SUITES`.
+new class is tested once it is registered; one whose inputs or labels are its own needs a tester of its name.
 
 A test of the suites that does not fit is replaced by one of the same name and purpose. Of Transformers' mixins, only
 `ModelTesterMixin` runs. `GenerationTesterMixin` is an empty stub, as the source distribution lacks it;
@@ -9,22 +8,17 @@ tests/models/test_modeling_trips_generation.py tests generation. Those for pipel
 files that are missing, too, the one for training only has token ids, and the one for memory has no tests.
 """
 
-import tempfile
 import unittest
 from unittest.mock import patch
 
 import torch
 import transformers
 from torch import nn
-from transformers.integrations.accelerate import compute_module_sizes
 
 from modeling_trips import (
-    TripsConfig,
     TripsDecoder,
-    TripsForImagesAndTextClassification,
     TripsForPreTraining,
     TripsForRetrieval,
-    TripsForVisualGrounding,
     TripsModel,
     TripsSingleStreamModel,
     TripsTextModel,
@@ -35,21 +29,8 @@ from modeling_trips.registration_trips import MODELS
 
 from ...generation.test_utils import GenerationTesterMixin
 from ...test_modeling_common import ModelTesterMixin
-from .model_testers import (
-    VISION_LENGTHS,
-    TripsDecoderTester,
-    TripsForImagesAndTextClassificationTester,
-    TripsForPreTrainingTester,
-    TripsForRetrievalTester,
-    TripsForVisualGroundingTester,
-    TripsGenerativeModelTester,
-    TripsModelTester,
-    TripsSingleStreamedModelTester,
-    TripsSingleStreamModelTester,
-    TripsSkipConnectedModelTester,
-    TripsTextModelTester,
-    TripsVisionModelTester,
-)
+from . import model_testers
+from .model_testers import VISION_LENGTHS
 
 
 def make_names_known():
@@ -80,45 +61,14 @@ class TripsSuite(ModelTesterMixin):
         """Check shapes, without the batch dimension."""
         self.assertEqual([tuple(tensor.shape[1:]) for tensor in tensors], shapes)
 
-    def test_disk_offload_without_accelerator(self):
-        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
-        model = self.model_class(config).eval()
-        max_memory = {"cpu": int(0.7 * compute_module_sizes(model)[0][""])}
-        with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
-            loaded = self.model_class.from_pretrained(
-                folder, device_map="auto", max_memory=max_memory, offload_folder=folder
-            )
-            self.assertEqual(set(loaded.hf_device_map.values()), {"cpu", "disk"})
-            with torch.no_grad():
-                torch.testing.assert_close(loaded(**inputs)[0], model(**inputs)[0])
-
-
-class TextSuite(TripsSuite):
-    model_tester = TripsTextModelTester()
-
 
 class DecoderSuite(TripsSuite):
-    model_tester = TripsDecoderTester()
     additional_model_inputs = ["encoder_hidden_states"]
 
 
 class VisionSuite(TripsSuite):
-    model_tester = TripsVisionModelTester()
     additional_model_inputs = ["text_embeds"]
     test_resize_embeddings = False  # no vocabulary
-    lengths = VISION_LENGTHS[:2]  # before and after the only selection layer
-
-    def test_attention_outputs(self):
-        super().test_attention_outputs()  # of the first layer; those of the next layer are shorter
-        outputs = self.forward_with("output_attentions")
-        self.assert_shapes(outputs.attentions, [(2, length, length) for length in self.lengths])
-
-    def test_hidden_states_output(self):
-        super().test_hidden_states_output()
-        outputs = self.forward_with("output_hidden_states")
-        before, behind = self.lengths
-        self.assert_shapes(outputs.hidden_states, [(before, 32), (behind, 32), (behind, 32)])
 
     def test_model_get_set_embeddings(self):
         """Images are embedded by a module and not by a table, as in ViT."""
@@ -142,13 +92,10 @@ class VisionSuite(TripsSuite):
 
 
 class SingleStreamSuite(VisionSuite):
-    model_tester = TripsSingleStreamModelTester()
     additional_model_inputs = ["pixel_values", "attention_mask"]
-    lengths = [TripsSingleStreamModelTester.text_length + length for length in VisionSuite.lengths]
 
 
 class HeadSuite(TripsSuite):
-    model_tester = TripsModelTester()
     additional_model_inputs = ["pixel_values"]
     _is_composite = True
 
@@ -156,51 +103,13 @@ class HeadSuite(TripsSuite):
         inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels)
         return {**inputs, **self.model_tester.training_inputs()} if return_labels else inputs
 
-
-class BareModelSuite(HeadSuite):
-    def test_attention_outputs(self):
-        super().test_attention_outputs()  # of the fusion encoder
-        outputs = self.forward_with("output_attentions")
-        vision = outputs.vision_model_output.attentions
-        self.assert_shapes(vision, [(2, length, length) for length in VISION_LENGTHS[:-1]])
-        self.assert_shapes(outputs.text_model_output.attentions, [(3, 7, 7)] * 2)
-        self.assert_shapes(outputs.cross_attentions, [(3, 7, VISION_LENGTHS[-1])] * 2)
-
-    def test_hidden_states_output(self):
-        super().test_hidden_states_output()
-        outputs = self.forward_with("output_hidden_states")
-        vision = outputs.vision_model_output.hidden_states
-        self.assert_shapes(vision, [(length, 32) for length in VISION_LENGTHS])
-        self.assert_shapes(outputs.text_model_output.hidden_states, [(7, 48)] * 3)
-
-
-class SkipConnectedSuite(HeadSuite):
-    model_tester = TripsSkipConnectedModelTester()
-
-    def test_attention_outputs(self):
-        super().test_attention_outputs()
-        joint_length = 7 + VISION_LENGTHS[-1]
-        outputs = self.forward_with("output_attentions")
-        self.assert_shapes(outputs.attentions, [(3, 7, 7), (3, joint_length, joint_length)])
-        self.assert_shapes(outputs.cross_attentions, [(3, 7, VISION_LENGTHS[-1])])
-
-
-class SingleStreamedSuite(HeadSuite):
-    model_tester = TripsSingleStreamedModelTester()
-
-    def test_attention_outputs(self):
-        super().test_attention_outputs()
-        outputs = self.forward_with("output_attentions")
-        self.assert_shapes(outputs.attentions, [(2, 7 + length, 7 + length) for length in VISION_LENGTHS[:-1]])
-
-    def test_hidden_states_output(self):
-        super().test_hidden_states_output()
-        outputs = self.forward_with("output_hidden_states")
-        self.assert_shapes(outputs.hidden_states, [(7 + length, 32) for length in VISION_LENGTHS])
+    def test_training_gradient_checkpointing_use_reentrant_true(self):
+        """Layers would be recomputed without what they take by keyword."""
+        with self.assertRaisesRegex(ValueError, "use_reentrant"):
+            self.model_class(self.model_tester.get_config()).activation_checkpointing_enable({"use_reentrant": True})
 
 
 class GenerativeSuite(HeadSuite, GenerationTesterMixin):  # the mixin is a stub
-    model_tester = TripsGenerativeModelTester()
     is_encoder_decoder = True
 
     def test_attention_outputs(self):
@@ -213,18 +122,7 @@ class GenerativeSuite(HeadSuite, GenerationTesterMixin):  # the mixin is a stub
         self.assert_shapes([entry.kept_indices for entry in outputs.selection], [(8,), (5,)])
 
 
-class ImagesAndTextClassificationSuite(HeadSuite):
-    model_tester = TripsForImagesAndTextClassificationTester()
-
-
-class VisualGroundingSuite(HeadSuite):
-    model_tester = TripsForVisualGroundingTester()
-
-
 class RetrievalSuite(HeadSuite):
-    model_tester = TripsForRetrievalTester()
-    vision_attentions = [(2, length, length) for length in VISION_LENGTHS[:-1]]
-
     def setUp(self):
         """Draw the same negatives each time."""
 
@@ -238,7 +136,7 @@ class RetrievalSuite(HeadSuite):
     def test_attention_outputs(self):
         """Text and image are not fused here, so that there are two stacks of layers."""
         outputs = self.forward_with("output_attentions")
-        self.assert_shapes(outputs.vision_model_output.attentions, self.vision_attentions)
+        self.assert_shapes(outputs.vision_model_output.attentions, [(2, n, n) for n in VISION_LENGTHS[:-1]])
         self.assert_shapes(outputs.text_model_output.attentions, [(3, 7, 7)] * 2)
 
     def test_hidden_states_output(self):
@@ -261,8 +159,6 @@ class RetrievalSuite(HeadSuite):
 
 
 class PreTrainingSuite(RetrievalSuite):
-    model_tester = TripsForPreTrainingTester()
-
     def test_batching_equivalence(self):
         """The matching loss is off, because its negatives depend on the batch."""
         with patch.object(self.model_tester, "itm_weight", 0.0):
@@ -271,33 +167,24 @@ class PreTrainingSuite(RetrievalSuite):
 
 SUITES = {
     TripsDecoder: DecoderSuite,
-    TripsForImagesAndTextClassification: ImagesAndTextClassificationSuite,
     TripsForPreTraining: PreTrainingSuite,
     TripsForRetrieval: RetrievalSuite,
-    TripsForVisualGrounding: VisualGroundingSuite,
-    TripsModel: BareModelSuite,
     TripsSingleStreamModel: SingleStreamSuite,
-    TripsTextModel: TextSuite,
+    TripsTextModel: TripsSuite,
     TripsVisionModel: VisionSuite,
 }
-FORMS = {"TripsModel_skip_connected": SkipConnectedSuite, "TripsModel_single_stream": SingleStreamedSuite}
 
 
-def suite_of(model_class):
-    if model_class in SUITES:
-        return SUITES[model_class]
-    if model_class.config_class is not TripsConfig:
-        raise KeyError(f"{model_class.__name__} is a part of a model: enter its suite in SUITES of {__file__}.")
-    return GenerativeSuite if model_class.can_generate() else HeadSuite
-
-
-def add_test_case(name, suite, model_class):
-    attributes = {"all_model_classes": (model_class,), "__module__": __name__}
+def add_test_case(name, model_class):
+    """Add the suite of a class, and the tester of its name or, of a class that writes, the common one."""
+    suite = SUITES.get(model_class, GenerativeSuite if model_class.can_generate() else HeadSuite)
+    tester = getattr(model_testers, f"{name}Tester", model_testers.TripsGenerativeModelTester)
+    attributes = {"all_model_classes": (model_class,), "model_tester": tester(), "__module__": __name__}
     globals()[f"{name}Test"] = type(f"{name}Test", (suite, unittest.TestCase), attributes)
 
 
 make_names_known()
 for _model in dict.fromkeys([*(model for models in MODELS.values() for model in models), TripsDecoder]):
-    add_test_case(_model.__name__, suite_of(_model), _model)
-for _name, _suite in FORMS.items():
-    add_test_case(_name, _suite, TripsModel)
+    add_test_case(_model.__name__, _model)
+for _name in ("TripsModel_skip_connected", "TripsModel_single_stream"):
+    add_test_case(_name, TripsModel)

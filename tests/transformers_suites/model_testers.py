@@ -123,7 +123,7 @@ class TripsModelTester(TripsTextModelTester):
         return {}
 
 
-class TripsSkipConnectedModelTester(TripsModelTester):
+class TripsModel_skip_connectedTester(TripsModelTester):
     def get_config(self):
         config = super().get_config()
         config.fusion_encoder_config.fusion_type = "skip_connected"
@@ -131,7 +131,7 @@ class TripsSkipConnectedModelTester(TripsModelTester):
         return config
 
 
-class TripsSingleStreamedModelTester(TripsModelTester):
+class TripsModel_single_streamTester(TripsModelTester):
     """Tester of the single stream, whose layers are as wide as the text embeddings."""
 
     hidden_size = VISION_FIELDS["hidden_size"]

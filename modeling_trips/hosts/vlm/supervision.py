@@ -197,7 +197,9 @@ def answer_losses(
     inputs = {**inputs, "labels": ids.masked_fill(is_prompt, -100)}
     gated = [family.tower, model.get_decoder()] if sampled_share > 0 else []
     with _attention("trips_gate", _attend_gated, *gated):
-        pruned, _, current = prune(family, inputs, selection.at_exit, True, selection.guide, sampled_share)
+        pruned, _, current = prune(
+            family, inputs, selection.at_exit, in_tower=True, guide=selection.guide, sampled_share=sampled_share
+        )
         labels = pruned.pop("labels")[:, -longest:]
         if current.keys.gate is not None:
             _gate_prompt(family, pruned, current)

@@ -54,7 +54,7 @@ class VlmSelection:
                 "whole conversation without a cache."
             )
         in_tower = bool(self.schedule.layers)
-        pruned, kept, current = prune(self.family, inputs, self.at_exit, in_tower, self.guide)
+        pruned, kept, current = prune(self.family, inputs, self.at_exit, in_tower=in_tower, guide=self.guide)
         if self.records and kept:
             selections = [layer.recorded(current) for layer in selecting_layers(self.family.model)]
             kept = nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=PADDING)
@@ -114,7 +114,7 @@ def prune_calls(family: Family, schedule: SelectionSchedule, at_exit: ExitSelect
     if guide is not None:
         guide.to(model.device)
     handles = family.add_hooks() if schedule.layers else []
-    model.__dict__[ATTRIBUTE] = VlmSelection(type(model), family, schedule, at_exit, guide, handles)
+    model.__dict__[ATTRIBUTE] = VlmSelection(type(model), family, schedule, at_exit, guide=guide, handles=handles)
     model.__class__ = _pruning_class(type(model))  # type: ignore[arg-type]
 
 

@@ -6,8 +6,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from places import EXAMPLES
 from tiny_collection import TEXTS, encoded, write_images, write_parquet
 
+from trips_examples import search
 from trips_examples.data.images import decode_image
 from trips_examples.indexing.embedding import Embedder
 from trips_examples.indexing.finding import Finder
@@ -109,3 +111,13 @@ def test_images_that_are_gone_are_left_out_and_named(checkpoint, tmp_path, caplo
     assert len(found[0]) == 3
     assert {each.source for each in ranked} == {f"{tmp_path}/images/{number}.png" for number in (0, 2)}
     assert f"{tmp_path}/images/1.png" in caplog.text
+
+
+def test_a_search_in_a_table_without_images_says_so(checkpoint, tmp_path):
+    model, processor = load_model(checkpoint)
+    uri, picture = str(tmp_path / "t.lance"), tmp_path / "found.png"
+    open_table(uri, fingerprint_of(model, processor), model.config.projection_dim)
+    for query in (["--text", "a"], ["--image", str(EXAMPLES / "scene.png")]):
+        with pytest.raises(ValueError, match="no image"):
+            search.main(["--model", checkpoint, "--table", uri, "--picture", str(picture), *query])
+    assert not picture.exists()

@@ -12,7 +12,8 @@ import pytest
 import torch
 from places import ROOT
 from safetensors.torch import load_file
-from toy_pairs import TWO_PROCESSES, command, environment, run, write_parts
+from toy_pairs import TWO_PROCESSES, command, write_parts
+from toy_tasks import ENVIRONMENT, run
 
 from trips_examples import run_pretraining
 from trips_examples.training.pretraining import stream_positions
@@ -43,7 +44,7 @@ def assert_equal(folder: Path, expected: Path, *names: str):
 
 def killed_and_resumed(words: list[str], folder: Path) -> str:
     """Kill a run with its workers after its first complete checkpoint, resume it, and return the output."""
-    process = subprocess.Popen([sys.executable, *words], env=environment(), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, *words], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
     while not (folder / "checkpoint-4/trainer_state.json").exists():
         assert time.monotonic() < deadline and process.poll() is None
@@ -92,7 +93,7 @@ def test_the_slurm_script_trains_on_two_nodes(folder, parts, tmp_path):
         result = subprocess.run(
             ["bash", script, *options, f"--max_steps={step}", "--save_steps=2", "--disable_tqdm=True"],
             cwd=ROOT,
-            env={**environment(), **slurm, "PATH": path, "OUTPUT_DIR": str(tmp_path / "out"), "GPUS_PER_NODE": "1"},
+            env={**ENVIRONMENT, **slurm, "PATH": path, "OUTPUT_DIR": str(tmp_path / "out"), "GPUS_PER_NODE": "1"},
             capture_output=True,
             text=True,
         )

@@ -32,9 +32,8 @@ class SearchArguments:
     def __post_init__(self):
         if bool(self.text) == bool(self.image):
             raise ValueError("Give either --text or --image.")
-        for name, least in {"k": 1, "rerank_k": 0, "probes": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}.")
+        if min(self.k, self.rerank_k + 1, self.probes) < 1:
+            raise ValueError("--k and --probes must be at least 1, and --rerank_k at least 0.")
 
 
 OPTIONS = make_parser(SearchArguments, description=__doc__)
@@ -52,7 +51,6 @@ from trips_examples.training.files import write_json
 
 def main(argv: list[str] | None = None):
     (args,) = OPTIONS.parse_args_into_dataclasses(args=argv)
-
     transformers.utils.logging.disable_progress_bar()
     finder = Finder(args.table, args.model, args.schedule, args.device)
     if finder.table.count_rows("error IS NULL") == 0:

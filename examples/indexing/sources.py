@@ -46,15 +46,9 @@ Shard = FolderShard | TarShard | FileShard | HubShard
 
 def find_images(places: Sequence[str], image_root: str | None = None) -> list[Shard]:
     """
-    Return the shards of a collection, each once, with absolute paths.
-
-    Args:
-        places (`Sequence[str]`): folders, which are searched recursively for image files; or shards and files of rows,
-            as in `find_shards`.
-        image_root (`str`, *optional*): Folder that paths in files of rows are relative to. Default: the file's folder.
-
-    Raises:
-        FileNotFoundError: A place or `image_root` does not exist, or a folder has no images.
+    Return the shards of a collection, each once, with absolute paths. Places are folders, which are searched
+    recursively for image files, or shards and files of rows, as in `find_shards`. A `FileNotFoundError` names a place
+    or `image_root` that does not exist, and a folder without images.
     """
     if image_root is not None and not os.path.isdir(image_root):
         raise FileNotFoundError(f"The folder {image_root} does not exist. Correct --image_root.")
@@ -102,14 +96,13 @@ def rows_of(shard: Shard, image_column: str | None = None) -> Iterator[dict]:
         else:
             try:
                 content = encoded_image(record, columns)
-                if isinstance(content, bytes):
-                    image = {"bytes": content, "path": None}
-                else:
-                    path = str(Path(record.get("image_root", ""), content))
-                    if path in paths:
+                if isinstance(content, str):
+                    content = str(Path(record.get("image_root", ""), content))
+                    if content in paths:
                         continue
-                    paths.add(path)
-                    image = {"bytes": None, "path": path}
+                    paths.add(content)
+                is_path = isinstance(content, str)
+                image = {"bytes": None if is_path else content, "path": content if is_path else None}
             except BadRowError as bad:
                 error = str(bad)
         yield {"id": id_of(source), "source": source, "image": image, "error": error}

@@ -66,8 +66,7 @@ class VisionLanguageModel:
     Vision-language model with its processor and a selection of patches.
 
     Args:
-        pretrained (`str`): Folder or Hub repository of a model for `AutoModelForImageTextToText`. Code in the
-            repository does not run.
+        pretrained (`str`): Folder or Hub repository of a model for `AutoModelForImageTextToText`. Its code never runs.
         schedule (`str`, *optional*, defaults to `"unpruned"`): Selection inside the vision tower.
         visual_tokens (`int`, *optional*): Number of visual tokens per image in the language model.
         scorer (`str`, *optional*, defaults to `"prompt"`): Scorer of these tokens.
@@ -77,10 +76,8 @@ class VisionLanguageModel:
         dtype (`str`, *optional*, defaults to `"auto"`): Dtype of the weights.
 
     Raises:
-        OSError: The model or its processor is missing.
         TypeError: The model does not support a selection.
-        ValueError: The model is not a vision-language model, the schedule does not fit it, or a lower resolution is
-            not supported.
+        ValueError: It is not a vision-language model, does not fit the schedule, or supports no lower resolution.
     """
 
     def __init__(

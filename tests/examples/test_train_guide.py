@@ -12,7 +12,6 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny_vlm_processors import COLORS, make_llava_processor, make_paligemma_processor, save_tiny_vlm
-from transformers import LlamaConfig
 
 from modeling_trips.hosts import TextGuide
 from trips_examples import train_guide
@@ -113,8 +112,6 @@ def test_learns_from_answers(options, rows, tmp_path):
     metrics = train_guide.main(options("--teacher=answers"))
     assert (metrics["eval_samples"], metrics["eval_cropped"]) == (16, 0)
     assert 0 < metrics["eval_region_recall"] <= 1
-    card = (tmp_path / "guide" / "README.md").read_text()
-    assert "teacher: answers" in card and "selection gate: 0.2" in card
     without = [{name: value for name, value in row.items() if name != "region"} for row in rows]
     again = train_guide.main(options("--teacher=answers", rows=without, folder="without"))
     assert again["eval_loss"] == metrics["eval_loss"] and "eval_region_recall" not in again
@@ -147,11 +144,8 @@ def test_regions_outside_the_crop_are_counted(options, rows, tmp_path, caplog):
 
 
 def test_wrong_options_and_data_are_refused(options, rows, tmp_path):
-    (tmp_path / "file").touch()
-    LlamaConfig().save_pretrained(tmp_path / "text")
-    wrong = ["--teacher=none", "--selection_gate=0", "--layer=99", f"--model={tmp_path / 'text'}"]
-    for option in [*wrong, f"--output_dir={tmp_path / 'file'}"]:
-        with pytest.raises((ValueError, OSError)):
+    for option in ("--teacher=none", "--selection_gate=0", "--layer=99"):
+        with pytest.raises(ValueError):
             train_guide.main(options(option, folder=option.partition("=")[0]))
     with pytest.raises(ValueError, match="--teacher attention"):
         train_guide.main(options(rows=[{**row, "region": None} for row in rows]))

@@ -39,24 +39,19 @@ def test_hand_worked_scores():
     assert "meteor" not in scores
 
 
-LANGUAGES = {
-    "English": ["a red cat on the table", "two dogs run on the beach"],
-    "Hindi": ["सेब लाल है और बड़ा है", "दो कुत्ते समुद्र तट पर दौड़ते हैं"],
-    "Chinese": ["一只红色的猫在桌子上", "两只狗在海滩上奔跑"],
-    "Thai": ["แมวสีแดงบนโต๊ะ", "สุนัขสองตัววิ่งบนชายหาด"],
-}
-
-
+@pytest.mark.parametrize("use_java", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    ("language", "use_java"),
-    [*((name, False) for name in LANGUAGES), pytest.param("Chinese", True, marks=pytest.mark.slow)],
+    "captions",
+    [
+        ["सेब लाल है और बड़ा है", "दो कुत्ते समुद्र तट पर दौड़ते हैं"],
+        ["一只红色的猫在桌子上", "两只狗在海滩上奔跑"],
+    ],
+    ids=["Hindi", "Chinese"],
 )
-def test_right_captions_score_alike_in_every_language(language, use_java):
+def test_right_captions_score_alike_in_every_language(captions, use_java):
     if use_java and not java_runs():
         pytest.skip("Java does not run here")
-    captions = LANGUAGES[language]
-    references = [[caption] for caption in captions]
-    scores = caption_metrics(captions, references, use_java)
+    scores = caption_metrics(captions, [[caption] for caption in captions], use_java)
     assert scores["cider"] == pytest.approx(10) and scores["bleu_4"] == pytest.approx(1)
 
 

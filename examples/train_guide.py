@@ -211,7 +211,6 @@ class GuideTrainer(FiniteTrainer):
         if not self.args.should_save:
             return
         guide, folder = self.model.guide, Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / "README.md").unlink(missing_ok=True)  # an older guide's
         guide.save_pretrained(folder)
 
@@ -266,10 +265,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         eval_dataset=data.get("validation"),
         data_collator=GuideCollator(vlm.processor, args.teacher),
     )
-    try:
-        return train_and_evaluate(trainer, trainer.evaluate, data.get("test"))
-    finally:
-        remove_patch_selection(model)
+    return train_and_evaluate(trainer, trainer.evaluate, data.get("test"))
 
 
 if __name__ == "__main__":

@@ -51,12 +51,10 @@ class Finder:
     model, or a missing table or checkpoint raise a `ValueError` or `OSError`.
     """
 
-    def __init__(
-        self, uri: str, checkpoint: str, schedule: str | None = None, device: str = "cpu", batch_size: int = 32
-    ):
+    def __init__(self, uri: str, checkpoint: str, schedule: str | None = None, device: str = "cpu"):
         self.model, self.processor = load_model(checkpoint, schedule, device=device)
         self.table = open_table(uri, fingerprint_of(self.model, self.processor))
-        self.evaluator = RetrievalEvaluator(self.model, self.processor, batch_size=batch_size, progress=False)
+        self.evaluator = RetrievalEvaluator(self.model, self.processor, batch_size=32, progress=False)
 
     def describe_texts(self, texts: Sequence[str]) -> TextIndex:
         """Return the features of texts and the states for matching."""

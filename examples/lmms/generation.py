@@ -105,13 +105,12 @@ class VisionLanguageModel:
         if schedule != "unpruned" or visual_tokens is not None or guide is not None:
             loaded = None if guide is None else TextGuide.from_pretrained(guide).to(self.model.device).eval()
             apply_patch_selection(self.model, schedule, visual_tokens, scorer, loaded)
-        self.num_images = 0
-        self.num_visual_tokens = torch.zeros((), dtype=torch.long)
+        self.num_images = self.num_visual_tokens = 0
 
     @property
     def visual_tokens_per_image(self) -> float | None:
         """Mean number of visual tokens in the language model; `None` without images."""
-        return self.num_visual_tokens.item() / self.num_images if self.num_images else None
+        return self.num_visual_tokens / self.num_images if self.num_images else None
 
     @torch.no_grad()
     def answer(self, conversations: list[list[dict]], options: Mapping) -> list[str]:
@@ -135,7 +134,7 @@ class VisionLanguageModel:
             outputs = self.model.generate(**inputs, **generation_options(options))
         if has_images:
             kept = selections[-1].kept_indices >= 0 if is_pruned else placeholders
-            self.num_visual_tokens = self.num_visual_tokens.to(kept.device) + kept.sum()
+            self.num_visual_tokens += int(kept.sum())
             messages = [message for conversation in conversations for message in conversation]
             self.num_images += sum(part["type"] == "image" for message in messages for part in message["content"])
         new = outputs[:, inputs["input_ids"].shape[1] :]

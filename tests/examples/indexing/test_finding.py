@@ -47,7 +47,7 @@ def collection(checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finder(checkpoint, collection) -> Finder:
-    return Finder(collection[1], checkpoint, batch_size=6)
+    return Finder(collection[1], checkpoint)
 
 
 def image_of(source: str) -> PIL.Image.Image:

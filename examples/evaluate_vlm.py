@@ -6,10 +6,8 @@ Evaluate patch selection in a vision-language model on your questions, beside th
         --visual_tokens 64 --selections tower_image fewer_pixels --limit 500 --output_json outputs/qwen.json
     python examples/evaluate_vlm.py ... --tasks gqa pope   # of lmms-eval: pip install lmms-eval "filelock<4"
 
-The file has the columns image, question and answer (or answers), as for run_vqa.py. Answers are scored by VQA
-accuracy, or by exact match if a question has one.
-
-Every selection keeps about the same number of visual tokens per image: inside the vision tower (`tower_image`,
+The file is as for run_vqa.py. Answers are scored by VQA accuracy, or by exact match if a question has one. Every
+selection keeps about the same number of visual tokens per image: inside the vision tower (`tower_image`,
 `tower_text` with a trained --guide, `tower_random`), between the tower and the language model (`exit_prompt`,
 `exit_random`), or by a lower resolution (`fewer_pixels`). A tower keeps a share of the patches: the number divided by
 the unpruned model's mean on the task. Numbers that are not below this mean are left out.
@@ -25,51 +23,33 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.parser import make_parser, option, run_script
 
 
 UNPRUNED = "unpruned"
-SELECTIONS = {
-    "tower_image": "tower, by the image",
-    "tower_text": "tower, by the text",
-    "tower_random": "tower, at random",
-    "exit_prompt": "exit, by the prompt",
-    "exit_random": "exit, at random",
-    "fewer_pixels": "lower resolution",
-}
+SELECTIONS = ("tower_image", "tower_text", "tower_random", "exit_prompt", "exit_random", "fewer_pixels")
 
 
 @dataclass
 class EvaluationArguments:
     model: str = field(metadata={"help": "A vision-language model: a folder, or on the Hub."})
-    validation_file: str | None = field(
-        default=None, metadata={"help": "Your questions, in the formats of run_vqa.py: JSONL, JSON, CSV, ..."}
-    )
-    image_root: str | None = field(
-        default=None, metadata={"help": "Folder that image paths are relative to. Default: the folder of the file."}
-    )
-    instruction: str = field(
-        default="Answer the question using a single word or phrase.",
-        metadata={"help": "Line after each question of --validation_file."},
-    )
-    tasks: list[str] | None = field(default=None, metadata={"help": "Tasks of lmms-eval that generate text."})
+    validation_file: str | None = option(None, "Your questions, in the formats of run_vqa.py: JSONL, JSON, CSV, ...")
+    image_root: str | None = option(None, "Folder that image paths are relative to. Default: the folder of the file.")
+    instruction: str = option("Answer the question using a single word or phrase.", "Line after each own question.")
+    tasks: list[str] = field(default_factory=list, metadata={"help": "Tasks of lmms-eval that generate text."})
     visual_tokens: list[int] = field(
         default_factory=lambda: [576, 192, 128, 64], metadata={"help": "Numbers of visual tokens per image."}
     )
-    selections: list[str] | None = field(
-        default=None, metadata={"help": f"Of {', '.join(SELECTIONS)}. Default: all, tower_text with --guide."}
-    )
-    layer: int | None = field(
-        default=None, metadata={"help": "Layer of the tower that selects. Default: the guide's, or a third."}
-    )
-    guide: str | None = field(default=None, metadata={"help": "A TextGuide of this layer: a folder, or on the Hub."})
-    batch_size: int = field(default=1, metadata={"help": "Questions per step."})
-    limit: int | None = field(default=None, metadata={"help": "Questions per task. Default: all."})
-    device: str | None = field(default=None, metadata={"help": "Device to run on. Default: a GPU if there is one."})
-    dtype: str = field(default="auto", metadata={"help": "Of the weights: auto, float32, bfloat16 or float16."})
-    seed: int = field(default=0, metadata={"help": "Seed of random selection at the exit and of sampling."})
-    include_path: str | None = field(default=None, metadata={"help": "Folder with lmms-eval tasks of your own."})
-    output_json: str = field(default="outputs/vlm.json", metadata={"help": "File that the rows are written to."})
+    selections: list[str] | None = option(None, f"Of {', '.join(SELECTIONS)}. Default: all, tower_text with --guide.")
+    layer: int | None = option(None, "Layer of the tower that selects. Default: the guide's, or a third.")
+    guide: str | None = option(None, "A TextGuide of this layer: a folder, or on the Hub.")
+    batch_size: int = option(1, "Questions per step.")
+    limit: int | None = option(None, "Questions per task. Default: all.")
+    device: str | None = option(None, "Device to run on. Default: a GPU if there is one.")
+    dtype: str = option("auto", "Of the weights: auto, float32, bfloat16 or float16.")
+    seed: int = option(0, "Seed of random selection at the exit and of sampling.")
+    include_path: str | None = option(None, "Folder with lmms-eval tasks of your own.")
+    output_json: str = option("outputs/vlm.json", "File that the rows are written to.")
 
     def __post_init__(self):
         if self.selections is None:
@@ -80,13 +60,11 @@ class EvaluationArguments:
             raise ValueError("--selections tower_text needs a trained --guide.")
         if self.validation_file is None and not self.tasks:
             raise ValueError("Give your questions with --validation_file, or --tasks of lmms-eval.")
-        for name in ("visual_tokens", "batch_size", "limit"):
-            value = getattr(self, name)
-            if value is not None and min(value if isinstance(value, list) else [value]) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {value}.")
+        numbers = [*self.visual_tokens, self.batch_size, *([] if self.limit is None else [self.limit])]
+        if min(numbers) < 1:
+            raise ValueError(f"--visual_tokens, --batch_size and --limit must be at least 1, got {min(numbers)}.")
 
     def check_files(self):
-        """Raise an error if the file of questions, or lmms-eval for its tasks, is missing."""
         if self.validation_file is not None and not Path(self.validation_file).is_file():
             raise FileNotFoundError(f"--validation_file {self.validation_file} does not exist.")
         if self.tasks and find_spec("lmms_eval") is None:
@@ -103,22 +81,20 @@ import json
 import math
 import time
 from argparse import Namespace
-from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import version
+from statistics import mean, stdev
 
-import torch
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForImageTextToText, set_seed
+from transformers import AutoConfig, set_seed
 
 from modeling_trips.hosts import TextGuide
-from modeling_trips.hosts.vlm.families import find_family
 from modeling_trips.inspection.provenance import provenance
 from trips_examples.data.images import column_of, read_image
 from trips_examples.data.loading import DataSource, load_task_dataset
-from trips_examples.lmms.generation import VisionLanguageModel
+from trips_examples.lmms.generation import VisionLanguageModel, question_about
 from trips_examples.metrics.texts import variety
 from trips_examples.metrics.vqa_accuracy import answer_score, most_common_answer, normalize_answer
 from trips_examples.training.files import write_json
@@ -129,17 +105,11 @@ SETTINGS = ("model", "dtype", "layer", "guide", "limit", "seed")
 
 
 def default_layer(name: str, guide: str | None = None) -> int:
-    """Return the layer of the guide, or a third of the selectable layers of the vision tower; 1 without any."""
+    """Return the layer of the guide, or a third of the layers of the vision tower."""
     if guide is not None and (layer := TextGuide.from_pretrained(guide).layer) is not None:
         return layer
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
-    try:
-        family = find_family(model)
-    except TypeError:
-        family = None
-    return max(1, round(family.num_selectable_layers / 3)) if family is not None and family.layer_classes else 1
+    vision = AutoConfig.from_pretrained(name, trust_remote_code=False).vision_config
+    return max(1, round((getattr(vision, "num_hidden_layers", None) or getattr(vision, "depth", 1)) / 3))
 
 
 def model_arguments(selection: str, visual_tokens: int | None, keep_rate: float, args: EvaluationArguments) -> dict:
@@ -151,21 +121,17 @@ def model_arguments(selection: str, visual_tokens: int | None, keep_rate: float,
     place, scored_by = selection.split("_")
     if place == "exit":
         return {"visual_tokens": visual_tokens, "scorer": scored_by}
-    guide = {"guide": args.guide} if scored_by == "text" else {}
-    return {"schedule": f"{args.layer}:{scored_by}:{keep_rate}", **guide}
+    guide = args.guide if scored_by == "text" else None
+    return {"schedule": f"{args.layer}:{scored_by}:{keep_rate}", "guide": guide}
 
 
-def load_questions(args: EvaluationArguments) -> Dataset:
-    """Return the questions of `--validation_file`, at most `--limit`."""
+def load_questions(args: EvaluationArguments) -> tuple[str, Dataset]:
+    """Return the questions of `--validation_file`, at most `--limit`, and their name, which changes with them."""
     source = DataSource(validation_file=args.validation_file, image_root=args.image_root)
     data = load_task_dataset("vqa", source)["validation"]
-    return data if args.limit is None else data.select(range(min(args.limit, len(data))))
-
-
-def task_name(questions: Dataset, args: EvaluationArguments) -> str:
-    """Return the name of the questions in rows, which changes with their content."""
-    columns = [column_of(questions, name) for name in ("source", "image_id", "question", "answers")]
-    return f"{Path(args.validation_file).name} ({Hasher.hash([columns, args.instruction])[:8]})"
+    data = data if args.limit is None else data.take(min(args.limit, len(data)))
+    columns = [column_of(data, name) for name in ("source", "image_id", "question", "answers")]
+    return f"{Path(args.validation_file).name} ({Hasher.hash([columns, args.instruction])[:8]})", data
 
 
 def evaluate_questions(vlm: VisionLanguageModel, questions: Dataset, args: EvaluationArguments) -> dict:
@@ -174,26 +140,23 @@ def evaluate_questions(vlm: VisionLanguageModel, questions: Dataset, args: Evalu
     answers: list[str] = []
     for start in tqdm(range(0, len(questions), args.batch_size), desc="questions", leave=False):
         batch = [questions[row] for row in range(start, min(start + args.batch_size, len(questions)))]
-        asked = [(read_image(row), f"{row['question']}\n{args.instruction}".strip()) for row in batch]
-        contents = [[{"type": "image", "image": image}, {"type": "text", "text": text}] for image, text in asked]
-        answers += vlm.answer([[{"role": "user", "content": each}] for each in contents], {"max_new_tokens": 32})
+        asked = [question_about(read_image(row), f"{row['question']}\n{args.instruction}".strip()) for row in batch]
+        answers += vlm.answer(asked, {"max_new_tokens": 32})
     references = column_of(questions, "answers")
 
-    def scores(texts: list[str]) -> torch.Tensor:
-        pairs = zip(texts, references, strict=True)
-        return torch.tensor([answer_score(*pair) for pair in pairs], dtype=torch.float64)
+    def scores(texts: list[str]) -> list[float]:
+        return [answer_score(*pair) for pair in zip(texts, references, strict=True)]
 
     found, count = scores(answers), len(answers)
-    truths = map(most_common_answer, references)
-    varied = variety([*map(normalize_answer, answers)], [*truths], "answer", lambda texts: scores(texts).mean().item())
-    error = {"score_error": found.std().item() / math.sqrt(count)} if count > 1 else {}
+    truths = [most_common_answer(each) for each in references]
+    varied = variety([*map(normalize_answer, answers)], truths, "answer", lambda texts: mean(scores(texts)))
+    error = {"score_error": stdev(found) / math.sqrt(count)} if count > 1 else {}
     named = {name.removeprefix("eval_"): value for name, value in varied.items()}
-    return {"score": found.mean().item(), **error, "num_samples": count, **named}
+    return {"score": mean(found), **error, "num_samples": count, **named}
 
 
 @cache
 def task_manager(include_path: str | None):
-    """Return the tasks of lmms-eval, and those in a folder."""
     from lmms_eval.tasks import TaskManager
 
     return TaskManager("WARNING", include_path=include_path, model_name="trips_vlm")
@@ -202,36 +165,26 @@ def task_manager(include_path: str | None):
 def evaluate_task(vlm: VisionLanguageModel, task: str, args: EvaluationArguments) -> dict:
     """Return the score of a task of lmms-eval, and its standard error if the task has one."""
     from lmms_eval.evaluator import simple_evaluate
-    from tenacity import RetryError
 
     from trips_examples.lmms.vlm import TripsVlm
 
-    try:
-        found = simple_evaluate(
-            TripsVlm(vlm, batch_size=args.batch_size),
-            tasks=[task],
-            batch_size=args.batch_size,
-            limit=args.limit,
-            task_manager=task_manager(args.include_path),
-            torch_random_seed=args.seed,
-            log_samples=False,
-            verbosity="WARNING",
-            # Tasks write files for submission into this folder.
-            cli_args=Namespace(output_path=str(Path(args.output_json).parent), process_with_media=False),
-        )
-    except RetryError as error:
-        reason = error.last_attempt.exception()
-        raise ConnectionError(f"The data of the task {task} cannot be loaded: {reason}") from error
-    num_samples = sum(number["effective"] for number in found["n-samples"].values())
-    if not num_samples:
-        raise ValueError(f"The task {task} has no samples to evaluate.")
-    scores = [score_of(found, name) for name in [task, *found["results"]]]
-    scores = scores[:1] if scores[0] else [score for score in scores if score]  # a group may only have its tasks'
-    if len(scores) > 1:
-        scores = [{"score": sum(score["score"] for score in scores) / len(scores)}]
+    found = simple_evaluate(
+        TripsVlm(vlm, batch_size=args.batch_size),
+        tasks=[task],
+        batch_size=args.batch_size,
+        limit=args.limit,
+        task_manager=task_manager(args.include_path),
+        torch_random_seed=args.seed,
+        log_samples=False,
+        verbosity="WARNING",
+        # Tasks write files for submission into this folder.
+        cli_args=Namespace(output_path=str(Path(args.output_json).parent), process_with_media=False),
+    )
+    parts = [part for name in found["results"] if (part := score_of(found, name))]
+    means = {"score": mean(part["score"] for part in parts)} if parts else {}
     return {
-        **(scores[0] if scores else {}),
-        "num_samples": num_samples,
+        **(score_of(found, task) or means),  # a group may only have the scores of its tasks
+        "num_samples": sum(number["effective"] for number in found["n-samples"].values()),
         "task_versions": found["versions"],
         "lmms_eval_version": version("lmms_eval"),
     }
@@ -249,7 +202,7 @@ def score_of(found: dict, task: str) -> dict[str, float]:
 
 
 def evaluate(selection: dict, task: str, questions: Dataset | None, args: EvaluationArguments) -> dict:
-    """Return the results of a task or, if they are given, of questions, with the mean of visual tokens per image."""
+    """Return the results of a task or of questions, with the mean of visual tokens per image."""
     start = time.perf_counter()
     try:
         vlm = VisionLanguageModel(args.model, **selection, device=args.device, dtype=args.dtype)
@@ -267,43 +220,39 @@ def evaluate(selection: dict, task: str, questions: Dataset | None, args: Evalua
     }
 
 
-def read_rows(args: EvaluationArguments) -> list[dict]:
-    """Return the rows of the output file. Raise a `ValueError` if they have other settings."""
-    path = Path(args.output_json)
-    rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    for row in rows:
-        if other := [name for name in SETTINGS if row.get(name) != getattr(args, name)]:
-            found = ", ".join(f"{name} {row.get(name)}" for name in other)
-            raise ValueError(f"{path} holds rows with another {found}. Choose another --output_json.")
-    return rows
-
-
-def make_rows(tasks: dict[str, Dataset | None], args: EvaluationArguments) -> Iterator[dict]:
-    """Yield all rows, those of the unpruned model first. New ones are written before they are yielded."""
-    rows = read_rows(args)
+def make_rows(tasks: dict[str, Dataset | None], args: EvaluationArguments) -> list[dict]:
+    """
+    Return all rows, those of the unpruned model first. Each new one is written to the output file at once. Rows of
+    other settings in this file raise a `ValueError`.
+    """
+    path, settings = Path(args.output_json), {name: getattr(args, name) for name in SETTINGS}
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    for row in stored:
+        if other := [f"{name} {row.get(name)}" for name, value in settings.items() if row.get(name) != value]:
+            raise ValueError(f"{path} holds rows with another {', '.join(other)}. Choose another --output_json.")
     runs: list[tuple[str, int | None, str]] = [(UNPRUNED, None, task) for task in tasks]
     runs += [(name, number, task) for number in args.visual_tokens for name in args.selections for task in tasks]
-    mean_tokens: dict[str, float | None] = {}
+    rows: list[dict] = []
+    all_tokens: dict[str, float | None] = {}  # of the unpruned model on each task
     for selection, number, task in (bar := tqdm(runs, desc="evaluations")):
         bar.set_postfix_str(f"{task}, {selection}" + ("" if number is None else f", {number} tokens"))
-        mean = mean_tokens.get(task)
-        if number is not None and mean is not None and number >= mean:
+        unpruned = all_tokens.get(task)
+        if number is not None and unpruned is not None and number >= unpruned:
             continue
         key = {"selection": selection, "visual_tokens": number, "task": task}
-        row = next((row for row in rows if key.items() <= row.items()), None)
+        row = next((row for row in stored if key.items() <= row.items()), None)
         if row is None:
-            keep_rate = 1.0 if number is None or mean is None else number / mean
+            keep_rate = 1.0 if number is None or unpruned is None else number / unpruned
             arguments = model_arguments(selection, number, keep_rate, args)
             result = evaluate(arguments, task, tasks[task], args)
-            origin = provenance(result.get("device", "cpu"), args.seed) | {
-                name: getattr(args, name) for name in SETTINGS
-            }
-            row = origin | key | {"model_args": arguments, "batch_size": args.batch_size} | result
-            rows.append(row)
-            write_json(args.output_json, rows)
+            origin = provenance(result.get("device", "cpu"), args.seed) | settings | key
+            row = {**origin, "model_args": arguments, "batch_size": args.batch_size, **result}
+            stored.append(row)
+            write_json(args.output_json, stored)
         if selection == UNPRUNED:
-            mean_tokens[task] = row["visual_tokens_per_image"]
-        yield row
+            all_tokens[task] = row["visual_tokens_per_image"]
+        rows.append(row)
+    return rows
 
 
 def print_table(rows: list[dict], tasks: list[str]):
@@ -326,25 +275,24 @@ def print_table(rows: list[dict], tasks: list[str]):
                 shares.append(100 * score / base[task])
                 cell = f"{shares[-1]:.1f}" + ("" if error is None else f" ± {100 * error / base[task]:.1f}")
             cells.append(f"{cell} ({score:.4g})" if selection == UNPRUNED and score is not None else cell)
-        mean = f"{sum(shares) / len(shares):.1f}" if len(shares) == len(tasks) else "-"
-        per_image = f"{sum(tokens) / len(tokens):.1f}" if tokens else "-"
-        title = SELECTIONS.get(selection, selection)
-        print(f"| {title} | {number or 'all'} | {per_image} | {' | '.join(cells)} | {mean} |")
+        per_image = f"{mean(tokens):.1f}" if tokens else "-"
+        over_tasks = f"{mean(shares):.1f}" if len(shares) == len(tasks) else "-"
+        print(f"| {selection} | {number or 'all'} | {per_image} | {' | '.join(cells)} | {over_tasks} |")
     reasons = {row["selection"]: row["not_supported"] for row in rows if "not_supported" in row}
     for selection, reason in reasons.items():
-        print(f"\nNot supported: {SELECTIONS[selection]}. {reason}")
+        print(f"\nNot supported: {selection}. {reason}")
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
     (args,) = OPTIONS.parse_args_into_dataclasses(args=argv)
     args.check_files()
-    tasks: dict[str, Dataset | None] = dict.fromkeys(args.tasks or [])
+    tasks: dict[str, Dataset | None] = dict.fromkeys(args.tasks)
     if args.validation_file is not None:
-        questions = load_questions(args)
-        tasks[task_name(questions, args)] = questions
+        name, questions = load_questions(args)
+        tasks[name] = questions
     if args.layer is None:
         args.layer = default_layer(args.model, args.guide)
-    rows = list(make_rows(tasks, args))
+    rows = make_rows(tasks, args)
     print_table(rows, [*tasks])
     return rows
 

@@ -22,10 +22,15 @@ OPTIONS = make_parser(IndexArguments, description=__doc__)
 if __name__ == "__main__":
     OPTIONS.check()  # before the imports that take seconds
 
+from collections import Counter
+
 import transformers
 from tqdm.auto import tqdm
 
 from trips_examples.data.shards import hub_shards
+from trips_examples.indexing import table as tables
+from trips_examples.indexing.embedding import embed_images, start_ray
+from trips_examples.indexing.sources import Shard, find_images
 
 
 NAMED = 20  # largest number of unusable images to name
@@ -33,40 +38,33 @@ NAMED = 20  # largest number of unusable images to name
 
 def main(argv: list[str] | None = None):
     (args,) = OPTIONS.parse_args_into_dataclasses(args=argv)
-    # Imported late, so that --help works without the extra.
-    from trips_examples.indexing import embedding, sources
-    from trips_examples.indexing import table as tables
-
-    if bool(args.images) == bool(args.dataset_name):
-        raise ValueError("Give either --images or --dataset_name.")
-    if args.dataset_name and args.image_root:
-        raise ValueError("--image_root needs --images and is not supported with --dataset_name.")
     transformers.utils.logging.disable_progress_bar()
     if args.dataset_name:
-        shards: list[sources.Shard] = [*hub_shards(args.dataset_name, split=args.dataset_split)]
+        shards: list[Shard] = [*hub_shards(args.dataset_name, split=args.dataset_split)]
     else:
-        shards = sources.find_images(args.images, args.image_root)
+        shards = find_images(args.images, args.image_root)
     model, processor = tables.load_model(args.model, args.schedule)
     fingerprint = tables.fingerprint_of(model, processor)
     with tables.only_writer(args.table):
         table = tables.open_table(args.table, fingerprint, model.config.projection_dim)
         del model
-        tables.forget_faults(table, "error IS NOT NULL" if args.retry_broken else "error LIKE 'missing image%'")
-        embedding.start_ray(args)
-        for number, fault in enumerate(embedding.embed_images(table, shards, args)):
+        retried = "error IS NOT NULL" if args.retry_broken else "error LIKE 'missing image%'"
+        if table.count_rows(retried):
+            table.delete(retried)
+        start_ray(args)
+        for number, fault in enumerate(embed_images(table, shards, args)):
             if number < NAMED:
                 tqdm.write(fault)
         table = tables.open_table(args.table, fingerprint)
         outcome = tables.build_index(table, args.index_from)
-        faults = tables.count_faults(table)
+        errors = table.to_table(columns=["error"], filter="error IS NOT NULL")["error"].to_pylist()
+    faults = Counter(error.partition(" (")[0] for error in errors)
     num_usable = table.count_rows() - faults.total()
     reasons = ", ".join(f"{reason}: {count}" for reason, count in faults.most_common())
     reasons = f" ({reasons})" if reasons else ""
     print(f"{args.table}: {num_usable} images, {faults.total()} that cannot be used{reasons}; {outcome}.")
-    if faults["missing image"]:
-        print("Missing images are tried again by the next run. Paths in rows are relative to --image_root.")
-    if faults.total() > faults["missing image"]:
-        print("Images that cannot be used are tried again with --retry_broken.")
+    if faults:
+        print("Missing images are tried again by the next run, others with --retry_broken.")
     if num_usable == 0:
         raise ValueError(f"{args.table} has no image that can be used.")
 

@@ -70,12 +70,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
 
     def evaluate_search() -> dict[str, float]:
-        results = trainer.search(trainer.eval_dataset)
+        metrics, rankings = trainer.search(trainer.eval_dataset)
         if trainer.is_world_process_zero():
-            write_rankings(training_args.output_dir, trainer.eval_dataset, results)
-            print(describe(results.metrics))
-        samples = {"samples": len(trainer.eval_dataset), "images": len(results.found_texts.candidates)}
-        return {f"eval_{name}": value for name, value in {**results.metrics, **samples}.items()}
+            write_rankings(training_args.output_dir, trainer.eval_dataset, rankings)
+            print(describe(metrics))
+        samples = {"samples": len(trainer.eval_dataset), "images": len(rankings["i2t"].candidates)}
+        return {f"eval_{name}": value for name, value in {**metrics, **samples}.items()}
 
     return train_and_evaluate(trainer, evaluate_search, data.get("test"))
 

@@ -12,8 +12,7 @@ import trips_examples  # noqa: F401  # isort: skip
 
 from dataclasses import dataclass, field
 
-from trips_examples.indexing.options import option
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.parser import make_parser, option, run_script
 
 
 @dataclass
@@ -25,7 +24,6 @@ class SearchArguments:
     schedule: str | None = option(None, "The --schedule that the table was made with, if any.")
     k: int = option(10, "Number of images for each query.")
     rerank_k: int = option(50, "Number of images to rerank for a text (0 disables).")
-    exact: bool = option(False, "Compare with all vectors, without the index.")
     probes: int = option(20, "Partitions of the index to search; more are more accurate.")
     device: str = option("cpu", "Such as cuda.")
     picture: str = option("outputs/found.png", "Picture of the results with the patches that the text keeps.")
@@ -34,9 +32,8 @@ class SearchArguments:
     def __post_init__(self):
         if bool(self.text) == bool(self.image):
             raise ValueError("Give either --text or --image.")
-        for name, least in {"k": 1, "rerank_k": 0, "probes": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}.")
+        if min(self.k, self.rerank_k + 1, self.probes) < 1:
+            raise ValueError("--k and --probes must be at least 1, and --rerank_k at least 0.")
 
 
 OPTIONS = make_parser(SearchArguments, description=__doc__)
@@ -48,22 +45,21 @@ import transformers
 from modeling_trips.inspection.files import whole_file
 from trips_examples.data.boxes import SIDE, sheet
 from trips_examples.data.images import decode_image
+from trips_examples.indexing.finding import Finder
 from trips_examples.training.files import write_json
 
 
 def main(argv: list[str] | None = None):
     (args,) = OPTIONS.parse_args_into_dataclasses(args=argv)
-    from trips_examples.indexing.finding import Finder  # late, so that --help works without the extra
-
     transformers.utils.logging.disable_progress_bar()
     finder = Finder(args.table, args.model, args.schedule, args.device)
     if finder.table.count_rows("error IS NULL") == 0:
         raise ValueError(f"{args.table} has no image yet. Wait for index_images.py, or look at the faults it names.")
     if args.image:
-        found = finder.nearest(finder.describe_image(decode_image(args.image)), args.k, args.exact, args.probes)
+        found = finder.nearest(finder.describe_image(decode_image(args.image)), args.k, args.probes)
     else:
         texts = finder.describe_texts(args.text)
-        found = finder.nearest(texts.embeds, max(args.k, args.rerank_k), args.exact, args.probes)
+        found = finder.nearest(texts.embeds, max(args.k, args.rerank_k), args.probes)
         found = finder.rerank(texts, found) if args.rerank_k else found
     rows, pictures, titles = [], [], []
     for text, best in zip(args.text or [None], found):
@@ -78,7 +74,6 @@ def main(argv: list[str] | None = None):
                 drawn[each.source].thumbnail((SIDE, SIDE))
                 pictures.append(drawn[each.source])
                 titles.append(f"{rank}: {text or args.image}")
-    print("match: probability that image and text match; similarity: cosine of the features, which also ranks")
     with whole_file(args.picture) as partial:
         sheet(pictures, titles).save(partial)
     print(f"Picture: {args.picture}")

@@ -17,7 +17,7 @@ import trips_examples  # noqa: F401  # isort: skip
 from dataclasses import dataclass, field
 
 from trips_examples.training.options import DataArguments, RunOptions
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.parser import make_parser, option, run_script
 
 
 TEACHERS = ("regions", "attention", "answers")
@@ -26,15 +26,11 @@ TEACHERS = ("regions", "attention", "answers")
 @dataclass
 class GuideArguments:
     model: str = field(metadata={"help": "The vision-language model, with its processor."})
-    layer: int = field(default=2, metadata={"help": "Tower layer that selects, from 1."})
-    keep_rate: float = field(
-        default=0.11, metadata={"help": "Keep rate of the evaluation, and of --teacher answers in training."}
-    )
-    teacher: str = field(default="regions", metadata={"help": f"What the guide learns from: {' or '.join(TEACHERS)}."})
-    selection_gate: float = field(
-        default=0.2, metadata={"help": "Share of the dropped patches that --teacher answers runs, in (0, 1]."}
-    )
-    dtype: str = field(default="auto", metadata={"help": "Data type of the frozen model."})
+    layer: int = option(2, "Tower layer that selects, from 1.")
+    keep_rate: float = option(0.11, "Keep rate of the evaluation, and of --teacher answers in training.")
+    teacher: str = option("regions", f"What the guide learns from: {' or '.join(TEACHERS)}.")
+    selection_gate: float = option(0.2, "Share of the dropped patches that --teacher answers runs, in (0, 1].")
+    dtype: str = option("auto", "Data type of the frozen model.")
 
     def __post_init__(self):
         if self.teacher not in TEACHERS:
@@ -61,12 +57,10 @@ if __name__ == "__main__":
     OPTIONS.check()  # before the imports that take seconds
 
 import logging
-import math
 from pathlib import Path
 
 import PIL.Image
 import torch
-from datasets import Dataset
 from datasets.fingerprint import Hasher
 from torch import nn
 from torch.utils.data import DataLoader
@@ -84,7 +78,7 @@ from modeling_trips.hosts.vlm.supervision import (
 from modeling_trips.patch_selection import selection_loss, targets_of_candidates
 from trips_examples.data.images import column_of, read_image
 from trips_examples.data.loading import BUNDLED
-from trips_examples.lmms.generation import VisionLanguageModel, encode
+from trips_examples.lmms.generation import VisionLanguageModel, encode, question_about
 from trips_examples.training.runs import load_data, parse_arguments, train_and_evaluate
 from trips_examples.training.trainer import FiniteTrainer
 
@@ -99,25 +93,22 @@ SETTINGS = (
 
 
 class GuideCollator:
-    """Rows to the inputs of prompts, and to what the teacher needs: masks of the regions, or prompts with answers."""
+    """Collator of prompts, and of what the teacher needs: masks of the regions, or prompts with answers."""
 
     def __init__(self, processor: ProcessorMixin, teacher: str):
         self.processor, self.teacher = processor, teacher
 
-    def encode(self, images: list[PIL.Image.Image], questions: list[str], answers=None, **options) -> dict:
-        conversations = []
-        for image, question in zip(images, questions):
-            content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
-            conversations.append([{"role": "user", "content": content}])
-        for conversation, answer in zip(conversations, answers or ()):
+    def encode(self, images: list[PIL.Image.Image], questions: list[str], answers=(), **options) -> dict:
+        conversations = [question_about(*pair) for pair in zip(images, questions)]
+        for conversation, answer in zip(conversations, answers):
             conversation.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         return dict(encode(self.processor, conversations, **options))
 
     def __call__(self, rows: list[dict]) -> dict:
         images, questions = [read_image(row) for row in rows], [row["question"] for row in rows]
         inputs = self.encode(images, questions)
-        regions = [row["region"] for row in rows]
         batch = {"sources": [row["source"] for row in rows], "inputs": inputs}
+        regions = [row["region"] for row in rows]
         if self.teacher != "attention" and any(region is not None for region in regions):
             batch["masks"] = self.encode(region_masks(images, regions), questions)
             batch["blanks"] = self.encode([PIL.Image.new("RGB", image.size) for image in images], questions)
@@ -137,21 +128,20 @@ class GuideCollator:
 
 
 class GuidedModel(nn.Module):
-    """A guide as the model that is trained. The vision-language model is frozen and no part of it."""
+    """A guide as the model that is trained. The vision-language model is frozen."""
 
     def __init__(self, guide: TextGuide, model: PreTrainedModel, args: GuideArguments):
         super().__init__()
         self.guide, self.args = guide, args
-        self.frozen = (model,)  # a tuple keeps it out of the parameters, of checkpoints and of data parallelism
+        self.frozen = (model,)  # a tuple keeps it out of parameters, checkpoints and data parallelism
 
     def forward(
         self, inputs: dict, masks=None, blanks=None, answered=None, num_answer_tokens=None
     ) -> dict[str, torch.Tensor]:
         """
-        Returns:
-            `dict`: `loss`, the mean over the answers, or over the images (or tiles) that have a target, and `sums` of
-            shape `(6,)`: of the losses, their number, of the kept shares of the targets, and the numbers of images
-            with a target, of rows left out without one and of all rows.
+        Return `loss`, the mean over the answers, or over the images (or tiles) that have a target, and `sums`, `(6,)`:
+        of the losses, their number, of the kept shares of the targets, and the numbers of images with a target, of
+        rows left out without one and of all rows.
         """
         (model,) = self.frozen
         targets = None if masks is None else targets_of_masks(model, masks, blanks)
@@ -184,10 +174,10 @@ class GuideTrainer(FiniteTrainer):
         super().__init__(**kwargs)
         self.sums = torch.zeros(6, device=self.args.device)
 
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+    def compute_loss(self, model, inputs, **kwargs):
         outputs = model(**inputs)
         self.sums += outputs["sums"]
-        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+        return outputs["loss"]
 
     def train(self, resume_from_checkpoint: str | None = None):
         output = super().train(resume_from_checkpoint=resume_from_checkpoint)
@@ -195,9 +185,8 @@ class GuideTrainer(FiniteTrainer):
         return output
 
     @torch.no_grad()
-    def evaluate(self, eval_dataset: Dataset | None = None, **kwargs) -> dict[str, float]:
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        own = dataset.shard(self.args.world_size, self.args.process_index)
+    def evaluate(self, **kwargs) -> dict[str, float]:
+        own = self.eval_dataset.shard(self.args.world_size, self.args.process_index)
         sums = torch.zeros_like(self.sums)
         for batch in DataLoader(own, self.args.per_device_eval_batch_size, collate_fn=self.data_collator):
             del batch["sources"]
@@ -209,8 +198,6 @@ class GuideTrainer(FiniteTrainer):
     def results(self, stage: str, sums: torch.Tensor) -> dict[str, float]:
         """Return the metrics of all processes; only numbers without a target. Warn of regions that are cropped."""
         loss, number, recall, images, cropped, rows = self.accelerator.reduce(sums, "sum").tolist()
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"The {stage} loss is {loss}. Train with a lower --learning_rate.")
         if cropped and self.args.should_log:
             logger.warning("%s: the processor crops away the regions of %d of the %d rows.", stage, cropped, rows)
         metrics: dict[str, float] = {f"{stage}_samples": int(rows - cropped), f"{stage}_cropped": int(cropped)}
@@ -224,36 +211,22 @@ class GuideTrainer(FiniteTrainer):
         if not self.args.should_save:
             return
         guide, folder = self.model.guide, Path(output_dir or self.args.output_dir)
-        if not all(weight.isfinite().all() for weight in guide.parameters()):
-            raise FloatingPointError("The guide has weights that are not finite. Train with a lower --learning_rate.")
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / "README.md").unlink(missing_ok=True)  # an older guide's
         guide.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
         guide, saved = self.model.guide, TextGuide.from_pretrained(resume_from_checkpoint)
         own, others = ({"layer": each.layer, **(each.trained_with or {})} for each in (guide, saved))
-        if changed := [
-            f"{name} {others.get(name)}, now {value}" for name, value in own.items() if others.get(name) != value
-        ]:
-            raise ValueError(f"{resume_from_checkpoint} has {'; '.join(changed)}. Choose another --output_dir.")
+        changed = [name for name, value in own.items() if others.get(name) != value]
+        if changed:
+            found = "; ".join(f"{name} {others.get(name)}, now {own[name]}" for name in changed)
+            raise ValueError(f"{resume_from_checkpoint} has {found}. Choose another --output_dir.")
         guide.load_state_dict(saved.state_dict())
-
-
-def rows_with_region(data: Dataset, split: str, should_log: bool) -> Dataset:
-    """Return the rows that have a region, and count the others in a warning. None at all raise a `ValueError`."""
-    rows = [row for row, region in enumerate(column_of(data, "region")) if region is not None]
-    if not rows:
-        raise ValueError(f"No row of the {split} split has a region. Use --teacher attention or answers.")
-    if (missing := len(data) - len(rows)) and should_log:
-        logger.warning("Left out %d of the %d rows of %s, which have no region.", missing, len(data), split)
-    return data.select(rows)
 
 
 def facts_of(args, data_args, training_args, data, model) -> dict:
     """Return what makes the weights of a guide, for its card and its checkpoints: model, data and options."""
     name, columns = Path(args.model), ("source", "image_id", "question", "answers", "region")
-    options = training_args.to_dict()
     file = Path(data_args.train_file).name if data_args.train_file else data_args.dataset_name or BUNDLED
     return {
         "base model": name.resolve().name if name.exists() else str(name),
@@ -264,21 +237,25 @@ def facts_of(args, data_args, training_args, data, model) -> dict:
         "keep rate": args.keep_rate,
         **({"selection gate": args.selection_gate} if args.teacher == "answers" else {}),
         "processes": training_args.world_size,
-        **{name: options[name] for name in SETTINGS},
+        **{name: value for name, value in training_args.to_dict().items() if name in SETTINGS},
     }
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     args, data_args, training_args = parse_arguments(OPTIONS, argv)
     data = load_data("vqa", data_args, training_args)
-    if args.teacher == "regions":
-        data = {split: rows_with_region(rows, split, training_args.should_log) for split, rows in data.items()}
+    for split, rows in data.items() if args.teacher == "regions" else ():
+        known = [row for row, region in enumerate(column_of(rows, "region")) if region is not None]
+        if not known:
+            raise ValueError(f"No row of the {split} split has a region. Use --teacher attention or answers.")
+        if (missing := len(rows) - len(known)) and training_args.should_log:
+            logger.warning("Left out %d of the %d rows of %s, which have no region.", missing, len(rows), split)
+        data[split] = rows.select(known)
     vlm = VisionLanguageModel(args.model, device=training_args.device, dtype=args.dtype)
     model = vlm.model.requires_grad_(False)
     if training_args.do_train:
-        guide = TextGuide.for_model(
-            model, args.layer, trained_with=facts_of(args, data_args, training_args, data, model)
-        )
+        facts = facts_of(args, data_args, training_args, data, model)
+        guide = TextGuide.for_model(model, args.layer, trained_with=facts)
     else:
         guide = TextGuide.from_pretrained(training_args.output_dir)
     trainer = GuideTrainer(
@@ -288,10 +265,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         eval_dataset=data.get("validation"),
         data_collator=GuideCollator(vlm.processor, args.teacher),
     )
-    try:
-        return train_and_evaluate(trainer, trainer.evaluate, data.get("test"))
-    finally:
-        remove_patch_selection(model)
+    return train_and_evaluate(trainer, trainer.evaluate, data.get("test"))
 
 
 if __name__ == "__main__":

@@ -49,7 +49,6 @@ class Embedder:
         """Set the `vector` or the `error` of each row."""
         images = []
         for row in rows:
-            row["vector"] = None
             if row["error"] is None:
                 try:
                     images.append(decode_untrusted_image(path_or_bytes(row["image"]), self.processor.patch_size))
@@ -67,12 +66,7 @@ class Embedder:
 
 
 def start_ray(args: IndexArguments):
-    """
-    Join a Ray cluster, or start Ray on this machine until this process ends. Usage statistics are off.
-
-    Raises:
-        ValueError: The cluster has fewer resources than the workers need.
-    """
+    """Join a Ray cluster, or start Ray on this machine until this process ends. Usage statistics are off."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     warnings.filterwarnings("ignore", message="lance is not fork-safe")  # Ray's forks start a new program
     import ray.data
@@ -81,24 +75,18 @@ def start_ray(args: IndexArguments):
     logging.getLogger("ray._private.authentication").setLevel("ERROR")  # a warning that authentication is on
     cpus = args.num_readers + args.num_actors * args.cpus_per_actor
     needs = {"CPU": cpus, "GPU": args.num_actors * args.gpus_per_actor}
-    if args.ray_address is None:
-        options = {"num_cpus": needs["CPU"], "object_store_memory": args.object_store_mb * 2**20}
-        ray.init("local", include_dashboard=False, logging_level=logging.WARNING, **options)
-    else:
-        ray.init(args.ray_address, logging_level=logging.WARNING)
-    has = ray.cluster_resources()
-    if any(has.get(name, 0) < need for name, need in needs.items()):
+    local = {"num_cpus": cpus, "object_store_memory": args.object_store_mb * 2**20, "include_dashboard": False}
+    ray.init(args.ray_address or "local", logging_level=logging.WARNING, **({} if args.ray_address else local))
+    has = {name: ray.cluster_resources().get(name, 0) for name in needs}
+    if any(has[name] < need for name, need in needs.items()):
         raise ValueError(
-            f"The workers need {needs}, but Ray has { ({name: has.get(name, 0) for name in needs}) }. Lower "
-            "--num_actors, --num_readers, --cpus_per_actor or --gpus_per_actor."
+            f"The workers need {needs}, but Ray has {has}. Lower --num_actors, --num_readers, --cpus_per_actor or "
+            "--gpus_per_actor."
         )
 
 
 def embed_images(table: lance.LanceDataset, shards: list[Shard], args: IndexArguments) -> Iterator[str]:
-    """
-    Add the images of shards that are not in the table, and yield the source and error of each image that cannot be
-    used. Call `start_ray` first.
-    """
+    """Add the images of shards that are not in the table, and yield source and error of each unusable image."""
     import ray
 
     context = ray.data.DataContext.get_current()

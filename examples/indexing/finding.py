@@ -23,15 +23,9 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Found:
     """
-    A search result.
-
-    Args:
-        source (`str`): origin of the image.
-        image (`str` or `bytes`): path or encoded image.
-        similarity (`float`): cosine similarity of the features of image and query.
-        score (`float`, *optional*): log-odds of a match plus similarity over temperature, which ranks the images of
-            one text. Only `match` says whether an image fits.
-        match (`float`, *optional*): probability that image and text match.
+    A search result: the source of an image, its path or encoded form, and the cosine similarity of its features and
+    the query's. After reranking also `match`, the probability that image and text match, and `score`, its log-odds
+    plus similarity over temperature, which ranks the images of one text.
     """
 
     source: str
@@ -41,14 +35,11 @@ class Found:
     match: float | None = None
 
 
-class Images(Sequence):
+class Images(torch.utils.data.Dataset):
     """Images that are decoded on access."""
 
     def __init__(self, images: Sequence[str | bytes]):
         self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
 
     def __getitem__(self, number: int) -> PIL.Image.Image:
         return decode_untrusted_image(self.images[number])
@@ -56,18 +47,14 @@ class Images(Sequence):
 
 class Finder:
     """
-    Search in the table at `uri` with the model that made it, a checkpoint and its schedule as in `load_model`.
-
-    Raises:
-        OSError, ValueError: The table or checkpoint does not exist, or another model made the table.
+    Search in the table at `uri` with the model that made it, a checkpoint and its schedule as in `load_model`. Another
+    model, or a missing table or checkpoint raise a `ValueError` or `OSError`.
     """
 
-    def __init__(
-        self, uri: str, checkpoint: str, schedule: str | None = None, device: str = "cpu", batch_size: int = 32
-    ):
+    def __init__(self, uri: str, checkpoint: str, schedule: str | None = None, device: str = "cpu"):
         self.model, self.processor = load_model(checkpoint, schedule, device=device)
         self.table = open_table(uri, fingerprint_of(self.model, self.processor))
-        self.evaluator = RetrievalEvaluator(self.model, self.processor, batch_size=batch_size, progress=False)
+        self.evaluator = RetrievalEvaluator(self.model, self.processor, batch_size=32, progress=False)
 
     def describe_texts(self, texts: Sequence[str]) -> TextIndex:
         """Return the features of texts and the states for matching."""
@@ -77,18 +64,13 @@ class Finder:
         """Return the features of an image, `(1, projection_dim)`."""
         return self.evaluator.index_images([image])
 
-    def nearest(self, features: torch.Tensor, k: int, exact: bool = False, probes: int = 20) -> list[list[Found]]:
+    def nearest(self, features: torch.Tensor, k: int, probes: int = 20) -> list[list[Found]]:
         """
-        Return for each query the `k` images of the highest cosine similarity, best first.
-
-        Args:
-            features (`torch.Tensor` of shape `(num_queries, projection_dim)`)
-            k (`int`)
-            exact (`bool`, *optional*, defaults to `False`): whether to compare all vectors, without the index.
-            probes (`int`, *optional*, defaults to 20): number of partitions of the index to search.
+        Return for each query, `(num_queries, projection_dim)`, the `k` images of the highest cosine similarity, best
+        first. An index is searched in `probes` partitions.
         """
-        how = {"column": "vector", "k": k, "metric": "cosine", "use_index": not exact}
-        how |= {} if exact else {"nprobes": probes, "refine_factor": 10}  # 10 k candidates by their exact vectors
+        # 10 k candidates are compared by their exact vectors.
+        how = {"column": "vector", "k": k, "metric": "cosine", "nprobes": probes, "refine_factor": 10}
         found = []
         for query in features.float().numpy():
             columns = ["source", "image", "_distance"]
@@ -108,16 +90,15 @@ class Finder:
         if not pairs:
             return found
         scores = self.evaluator.match(Images(list(images.values())), texts, torch.tensor(pairs)).double()
-        log_odds = dict(zip(pairs, zip(scores.tolist(), scores.sigmoid().tolist())))
+        matched = dict(zip(pairs, zip(scores.tolist(), scores.sigmoid().tolist())))
         temperature = self.model.temp().item()
-        ranked = []
-        for text, row in enumerate(found):
-            matched = [(each, *log_odds[numbers[each.source], text]) for each in row]
-            scored = [
-                replace(each, score=odds + each.similarity / temperature, match=match) for each, odds, match in matched
-            ]
-            ranked.append(sorted(scored, key=lambda each: each.score, reverse=True))
-        return ranked
+
+        def scored(each: Found, text: int) -> Found:
+            log_odds, match = matched[numbers[each.source], text]
+            return replace(each, score=log_odds + each.similarity / temperature, match=match)
+
+        rows = [[scored(each, text) for each in row] for text, row in enumerate(found)]
+        return [sorted(row, key=lambda each: each.score, reverse=True) for row in rows]
 
     def _readable(self, found: list[list[Found]]) -> list[list[Found]]:
         faults = set()

@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass, field
 
-
-def option(default, text: str):
-    return field(default=default, metadata={"help": text})
+from trips_examples.training.parser import option
 
 
 @dataclass
@@ -31,3 +29,7 @@ class IndexArguments:
     object_store_mb: int = option(512, "Memory of Ray's object store on this machine.")
     retry_broken: bool = option(False, "Try images again that could not be used before.")
     index_from: int = option(10_000, "Number of vectors from which an index is built.")
+
+    def __post_init__(self):
+        if bool(self.images) == bool(self.dataset_name):
+            raise ValueError("Give either --images or --dataset_name.")

@@ -46,33 +46,26 @@ Shard = FolderShard | TarShard | FileShard | HubShard
 
 def find_images(places: Sequence[str], image_root: str | None = None) -> list[Shard]:
     """
-    Return the shards of a collection, each once, with absolute paths.
-
-    Args:
-        places (`Sequence[str]`): folders, which are searched recursively for image files; or shards and files of rows,
-            as in `find_shards`.
-        image_root (`str`, *optional*): Folder that paths in files of rows are relative to. Default: the file's folder.
-
-    Raises:
-        FileNotFoundError: A place or `image_root` does not exist, or a folder has no images.
-        ValueError: `image_root` is given without a file of rows.
+    Return the shards of a collection, each once, with absolute paths. Places are folders, which are searched
+    recursively for image files, or shards and files of rows, as in `find_shards`. A `FileNotFoundError` names a place
+    or `image_root` that does not exist, and a folder without images.
     """
     if image_root is not None and not os.path.isdir(image_root):
         raise FileNotFoundError(f"The folder {image_root} does not exist. Correct --image_root.")
+    root = None if image_root is None else os.path.abspath(image_root)
     files: dict[str, None] = {}
     shards: dict[Shard, None] = {}
     for place in places:
-        if os.path.isdir(place):
-            files |= dict.fromkeys(_image_files(place))
+        path = place if "://" in place or place.startswith("pipe:") else os.path.abspath(place)
+        if os.path.isdir(path):
+            files |= dict.fromkeys(_image_files(path))
         else:
-            shards |= dict.fromkeys(map(_absolute, find_shards([place], image_root, option="--images")))
-    if image_root is not None and not any(isinstance(shard, FileShard) for shard in shards):
-        raise ValueError("--image_root is only supported for --images that are JSONL, JSON, CSV or Parquet files.")
+            shards |= dict.fromkeys(find_shards([path], root, option="--images"))
     return [*(FolderShard(paths) for paths in batched(files, FILES_PER_SHARD)), *shards]
 
 
 def _image_files(folder: str) -> list[str]:
-    paths = (os.path.join(root, name) for root, _, names in os.walk(os.path.abspath(folder)) for name in names)
+    paths = (os.path.join(root, name) for root, _, names in os.walk(folder) for name in names)
     found = sorted(path for path in paths if path.lower().endswith(tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)))
     if not found:
         raise FileNotFoundError(
@@ -82,17 +75,12 @@ def _image_files(folder: str) -> list[str]:
     return found
 
 
-def _absolute(shard: TarShard | FileShard) -> TarShard | FileShard:
-    if isinstance(shard, FileShard):
-        return FileShard(os.path.abspath(shard.name), os.path.abspath(shard.image_root))
-    return TarShard(os.path.abspath(shard.name)) if os.path.isfile(shard.name) else shard
-
-
 def rows_of(shard: Shard, image_column: str | None = None) -> Iterator[dict]:
     """
     Yield the images of a shard as rows of `ROW_SCHEMA`: `image` is encoded or a path, or `error` is set. A file that
     several rows name is yielded once. `image_column` is by default the first of `IMAGE_COLUMNS` that a record has.
     """
+    columns = IMAGE_COLUMNS if image_column is None else (image_column,)
     sources: Counter[str] = Counter()
     paths: set[str] = set()
     for record in shard:
@@ -103,24 +91,21 @@ def rows_of(shard: Shard, image_column: str | None = None) -> Iterator[dict]:
         sources[source] += 1
         if sources[source] > 1:  # a tar file may have equal names and several broken places
             source += f" ({sources[source]})"
-        try:
-            if isinstance(record, Fault):
-                error = record.error
-            else:
-                root = Path(record.get("image_root", ""))
-                image = encoded_image(record, IMAGE_COLUMNS if image_column is None else (image_column,))
-        except BadRowError as bad:
-            error = str(bad)
-        row = {"id": id_of(source), "source": source, "image": None, "error": error}
-        if isinstance(image, bytes):
-            yield {**row, "image": {"bytes": image, "path": None}}
-        elif image is not None:
-            path = str(root / image)
-            if path not in paths:
-                paths.add(path)
-                yield {**row, "image": {"bytes": None, "path": path}}
+        if isinstance(record, Fault):
+            error = record.error
         else:
-            yield row
+            try:
+                content = encoded_image(record, columns)
+                if isinstance(content, str):
+                    content = str(Path(record.get("image_root", ""), content))
+                    if content in paths:
+                        continue
+                    paths.add(content)
+                is_path = isinstance(content, str)
+                image = {"bytes": None if is_path else content, "path": content if is_path else None}
+            except BadRowError as bad:
+                error = str(bad)
+        yield {"id": id_of(source), "source": source, "image": image, "error": error}
 
 
 def id_of(source: str) -> str:

@@ -8,12 +8,10 @@ image that cannot be used also has a row, with an `error` and no vector.
 import contextlib
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import unquote, urlsplit
 
 import lance
 import numpy as np
@@ -27,7 +25,6 @@ from trips_examples.indexing.sources import ROW_SCHEMA
 
 
 METADATA = b"trips"
-GRAPH_SUFFIXES = (".onnx", ".data", ".xml", ".bin")
 HEADS = (TripsForRetrieval, TripsForPreTraining)  # models with image features that match pairs
 Retriever = TripsForRetrieval | TripsForPreTraining
 
@@ -48,12 +45,7 @@ def load_model(
 ) -> tuple[Retriever, TripsProcessor]:
     """
     Load a checkpoint with a head for retrieval, or an exported one, in evaluation mode. `schedule` replaces that of
-    the checkpoint (`5:image:0.7,12:text:0.3`), and `dtype` that of the stored weights.
-
-    Raises:
-        ValueError: The checkpoint has another head, or its weights are incomplete; or a schedule, dtype or device is
-            given for an exported model.
-        OSError: There is no such checkpoint.
+    the checkpoint (`5:image:0.7,12:text:0.3`), and `dtype` that of the stored weights; an exported model has neither.
     """
     options = SelectionSchedule.parse(schedule).config_fields if schedule else {}
     if dtype != "auto":
@@ -80,7 +72,7 @@ def fingerprint_of(model: Retriever, processor: TripsProcessor) -> Fingerprint:
         digest.update(name.encode())
         digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
     for path in sorted(Path(checkpoint).iterdir()) if is_exported(checkpoint) else ():
-        if path.suffix in GRAPH_SUFFIXES:
+        if path.suffix in (".onnx", ".data", ".xml", ".bin"):
             digest.update(path.name.encode())
             digest.update(path.read_bytes())
     return Fingerprint(checkpoint, str(vision.schedule), digest.hexdigest()[:32])
@@ -88,11 +80,8 @@ def fingerprint_of(model: Retriever, processor: TripsProcessor) -> Fingerprint:
 
 def open_table(uri: str, fingerprint: Fingerprint, dim: int | None = None) -> lance.LanceDataset:
     """
-    Open a table, or create it if `dim`, the size of its vectors, is given.
-
-    Raises:
-        FileNotFoundError: The table does not exist, and `dim` is not given.
-        ValueError: Another model or schedule made the table.
+    Open a table, or create it if `dim`, the size of its vectors, is given. Otherwise a `FileNotFoundError` is raised,
+    and a `ValueError` for a table of another model or schedule.
     """
     try:
         table = lance.dataset(uri)
@@ -103,10 +92,9 @@ def open_table(uri: str, fingerprint: Fingerprint, dim: int | None = None) -> la
             schema = table_schema(dim).with_metadata({METADATA: json.dumps(fingerprint)})
             return lance.write_dataset(schema.empty_table(), uri)
         raise FileNotFoundError(f"The table {uri} does not exist. Make it with index_images.py.") from error
-    stored = (table.schema.metadata or {}).get(METADATA)
-    if stored is None:
+    if METADATA not in (table.schema.metadata or {}):
         raise ValueError(f"{uri} is a Lance table that index_images.py did not make. Give another.")
-    made_by = Fingerprint(*json.loads(stored))
+    made_by = Fingerprint(*json.loads(table.schema.metadata[METADATA]))
     if made_by.digest != fingerprint.digest:
         raise ValueError(
             f"The vectors of {uri} come from {made_by.model} ({made_by.schedule}; {made_by.digest}), got "
@@ -123,29 +111,16 @@ def table_schema(dim: int) -> pa.Schema:
 @contextlib.contextmanager
 def only_writer(uri: str) -> Iterator[None]:
     """Hold a lock beside a local table, whatever link or URI names it. A table on an object store has no lock."""
-    parts = urlsplit(uri)
-    if parts.scheme not in ("file", "file-object-store") and "://" in uri:
+    if "://" in uri and not uri.startswith("file://"):
         yield
         return
-    path = Path(unquote(parts.path) if parts.scheme.startswith("file") else uri).expanduser().resolve()
+    path = Path(uri.removeprefix("file://")).expanduser().resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(f"{path}.lock", timeout=0):
             yield
     except Timeout as error:
         raise BlockingIOError(f"Another process is writing {uri}. Wait until it ends, or stop it.") from error
-
-
-def forget_faults(table: lance.LanceDataset, rows: str):
-    """Delete rows by an SQL expression, so that their images are tried again."""
-    if table.count_rows(rows):
-        table.delete(rows)
-
-
-def count_faults(table: lance.LanceDataset) -> Counter[str]:
-    """Count the images that cannot be used, by reason."""
-    errors = table.to_table(columns=["error"], filter="error IS NOT NULL")["error"].to_pylist()
-    return Counter(error.partition(" (")[0] for error in errors)
 
 
 def write_rows(uri: str, rows: pa.Table) -> list[str]:

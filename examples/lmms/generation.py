@@ -4,9 +4,10 @@ import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 
+import PIL.Image
 import torch
 from accelerate import PartialState
-from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, PreTrainedModel, ProcessorMixin
+from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, ProcessorMixin
 
 from modeling_trips.hosts import TextGuide, apply_patch_selection, record_patch_selection
 from modeling_trips.hosts.vlm.families import Llava, Qwen2Vl, Smolvlm, find_family
@@ -18,9 +19,8 @@ def generation_options(task_options: Mapping) -> dict:
     Return the arguments of `generate` that a task may set: numbers of tokens and beams, and sampling. Tasks are
     untrusted, so options that load code are dropped.
     """
-    options = {"max_new_tokens": task_options.get("max_new_tokens") or 1024, "num_beams": 1}
-    if task_options.get("num_beams"):
-        options["num_beams"] = task_options["num_beams"]
+    numbers = {"max_new_tokens": 1024, "num_beams": 1}
+    options = {name: task_options.get(name) or default for name, default in numbers.items()}
     temperature = task_options.get("temperature")
     if temperature == 0 or not task_options.get("do_sample", temperature is not None):
         # `None` overrides the sampling options of the checkpoint.
@@ -29,24 +29,16 @@ def generation_options(task_options: Mapping) -> dict:
     return {**options, "do_sample": True, **sampling}
 
 
-def cut_until(text: str, until: list[str]) -> str:
-    """Return the stripped text up to the first of these strings."""
-    text = text.strip()
-    for stop in until:
-        if stop:
-            text = text.partition(stop)[0]
-    return text.strip()
+def question_about(image: PIL.Image.Image, text: str) -> list[dict]:
+    """Return the conversation of one question about an image."""
+    return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
 
 
 def encode(processor: ProcessorMixin, conversations: list[list[dict]], **options) -> BatchFeature:
     """
-    Return the inputs of a batch of conversations, padded on the left. The model continues the last message if it is
-    the assistant's, and else answers. Without a chat template, the prompt is one image token per image and the texts.
-
-    Args:
-        processor (`ProcessorMixin`): Processor of the model.
-        conversations (`list[list[dict]]`): As in [`VisionLanguageModel.answer`].
-        options: Further arguments of the processor.
+    Return the inputs of a batch of conversations, as in [`VisionLanguageModel.answer`], padded on the left. The model
+    continues the last message if it is the assistant's, and else answers. Without a chat template, the prompt is one
+    image token per image and the texts. `options` are further arguments of the processor.
     """
     options |= {"padding": True, "return_tensors": "pt"}
     if processor.chat_template is not None:
@@ -74,8 +66,7 @@ class VisionLanguageModel:
     Vision-language model with its processor and a selection of patches.
 
     Args:
-        pretrained (`str`): Folder or Hub repository of a model for `AutoModelForImageTextToText`. Code in the
-            repository does not run.
+        pretrained (`str`): Folder or Hub repository of a model for `AutoModelForImageTextToText`. Its code never runs.
         schedule (`str`, *optional*, defaults to `"unpruned"`): Selection inside the vision tower.
         visual_tokens (`int`, *optional*): Number of visual tokens per image in the language model.
         scorer (`str`, *optional*, defaults to `"prompt"`): Scorer of these tokens.
@@ -85,14 +76,8 @@ class VisionLanguageModel:
         dtype (`str`, *optional*, defaults to `"auto"`): Dtype of the weights.
 
     Raises:
-        OSError: The model or its processor is missing.
         TypeError: The model does not support a selection.
-        ValueError: The model is not a vision-language model, the schedule does not fit it, or a lower resolution is
-            not supported.
-
-    Attributes:
-        num_images (`int`): Number of processed images.
-        num_visual_tokens (`torch.Tensor`): Number of their visual tokens in the language model.
+        ValueError: It is not a vision-language model, does not fit the schedule, or supports no lower resolution.
     """
 
     def __init__(
@@ -106,16 +91,11 @@ class VisionLanguageModel:
         device: str | torch.device | None = None,
         dtype: str = "auto",
     ):
-        options = {"trust_remote_code": False}
-        try:
-            model = AutoModelForImageTextToText.from_pretrained(
-                pretrained, dtype=dtype, use_safetensors=True, **options
-            )
-        except ValueError as error:
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"{pretrained} is not a vision-language model that Transformers has: {reason}") from error
-        self.model: PreTrainedModel = model.eval().to(device or PartialState().device)
-        self.processor: ProcessorMixin = AutoProcessor.from_pretrained(pretrained, **options)
+        model = AutoModelForImageTextToText.from_pretrained(
+            pretrained, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+        self.model = model.eval().to(device or PartialState().device)
+        self.processor = AutoProcessor.from_pretrained(pretrained, trust_remote_code=False)
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
@@ -125,13 +105,12 @@ class VisionLanguageModel:
         if schedule != "unpruned" or visual_tokens is not None or guide is not None:
             loaded = None if guide is None else TextGuide.from_pretrained(guide).to(self.model.device).eval()
             apply_patch_selection(self.model, schedule, visual_tokens, scorer, loaded)
-        self.num_images = 0
-        self.num_visual_tokens = torch.zeros((), dtype=torch.long)
+        self.num_images = self.num_visual_tokens = 0
 
     @property
     def visual_tokens_per_image(self) -> float | None:
         """Mean number of visual tokens in the language model; `None` without images."""
-        return self.num_visual_tokens.item() / self.num_images if self.num_images else None
+        return self.num_visual_tokens / self.num_images if self.num_images else None
 
     @torch.no_grad()
     def answer(self, conversations: list[list[dict]], options: Mapping) -> list[str]:
@@ -155,22 +134,22 @@ class VisionLanguageModel:
             outputs = self.model.generate(**inputs, **generation_options(options))
         if has_images:
             kept = selections[-1].kept_indices >= 0 if is_pruned else placeholders
-            self.num_visual_tokens = self.num_visual_tokens.to(kept.device) + kept.sum()
+            self.num_visual_tokens += int(kept.sum())
             messages = [message for conversation in conversations for message in conversation]
             self.num_images += sum(part["type"] == "image" for message in messages for part in message["content"])
         new = outputs[:, inputs["input_ids"].shape[1] :]
+        answers = [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
         until = options.get("until") or []
-        # A blank line is lmms-eval's default stop, which would cut answers after the first paragraph.
-        until = [stop for stop in ([until] if isinstance(until, str) else until) if stop != "\n\n"]
-        return [cut_until(text, until) for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+        for stop in [until] if isinstance(until, str) else until:
+            # A blank line is lmms-eval's default stop, which would cut answers after the first paragraph.
+            if stop not in ("", "\n\n"):
+                answers = [text.partition(stop)[0].strip() for text in answers]
+        return answers
 
     def lower_resolution(self, visual_tokens: int):
         """
         Reduce images in the processor to at most about this number of visual tokens. LLaVA-1.5 and PaliGemma
-        interpolate the tower's position embeddings, SmolVLM and Idefics3 use fewer tiles.
-
-        Raises:
-            ValueError: The model does not support a lower resolution.
+        interpolate the tower's position embeddings, SmolVLM and Idefics3 use fewer tiles. Others raise a `ValueError`.
         """
         family = find_family(self.model)
         image_processor = self.processor.image_processor

@@ -20,29 +20,23 @@ class TripsVlm(lmms):
     """
     Args:
         pretrained (`str` or `VisionLanguageModel`): A model, or its folder or Hub repository.
-        schedule (`str`, *optional*, defaults to `"unpruned"`): Selection inside the vision tower. Several layers need
-            quotes: `schedule="5:image:0.7,12:image:0.5"`.
         batch_size (`int`, *optional*, defaults to 1): Conversations per step.
-        options: Further arguments of [`VisionLanguageModel`].
+        options: Arguments of [`VisionLanguageModel`]. Several layers of a schedule need quotes:
+            `schedule="5:image:0.7,12:image:0.5"`.
     """
 
     is_simple = False
 
-    def __init__(
-        self, pretrained: str | VisionLanguageModel, schedule: str = "unpruned", batch_size: int | str = 1, **options
-    ):
+    def __init__(self, pretrained: str | VisionLanguageModel, batch_size: int | str = 1, **options):
         super().__init__()
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.batch_size = int(batch_size)
-        if isinstance(pretrained, str):
-            pretrained = VisionLanguageModel(
-                pretrained, schedule.strip("\"'"), **options
-            )  # lmms-eval keeps the quotes
-        self.vlm = pretrained
+        if "schedule" in options:
+            options["schedule"] = options["schedule"].strip("\"'")  # lmms-eval keeps the quotes
+        self.vlm = VisionLanguageModel(pretrained, **options) if isinstance(pretrained, str) else pretrained
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Return the answer to each request."""
         # Batches have equal options and similar lengths.
         collator = Collator(
             [request.args for request in requests],

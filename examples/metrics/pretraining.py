@@ -19,22 +19,14 @@ from modeling_trips.modeling_trips_pretraining import hard_negative_indices, sim
 
 @torch.no_grad()
 def word_and_matching_metrics(trainer, dataset: Dataset) -> dict[str, float]:
-    """
-    Compute the metrics above for the objectives with a weight, in all processes.
-
-    Args:
-        trainer (`PretrainingTrainer`): provides model, collator and batch size.
-        dataset (`Dataset`): rows of captions, ordered by image.
-    """
+    """Compute the metrics above for the objectives with a weight, in all processes. Rows are ordered by image."""
     model = trainer.model_to_evaluate()
     accelerator, loader = trainer.accelerator, trainer.get_eval_dataloader(dataset)
     rows, is_quiet = [], trainer.args.disable_tqdm or not trainer.args.should_log
     for batch in tqdm(loader, desc="Words and matching", disable=is_quiet):
         batch.pop("sources")
-        generator = torch.Generator(model.device).manual_seed(0)  # the pairs do not depend on the number of processes
         with accelerator.autocast():
-            results = results_by_text(model, batch, generator)
-        rows.append(accelerator.gather_for_metrics(results))
+            rows.append(accelerator.gather_for_metrics(results_by_text(model, batch)))
     columns = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
     metrics = {}
     if "itm_right" in columns:
@@ -49,14 +41,12 @@ def word_and_matching_metrics(trainer, dataset: Dataset) -> dict[str, float]:
     return metrics
 
 
-def results_by_text(
-    model: TripsForPreTraining, batch: dict[str, torch.Tensor], generator: torch.Generator
-) -> dict[str, torch.Tensor]:
+def results_by_text(model: TripsForPreTraining, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return correct predictions and totals for each text of a batch, as tensors with a row per text."""
     image_cache = model.model.encode_images(batch["pixel_values"])
     image_index, results = batch["image_index"], {}
     if model.config.itm_weight > 0:
-        results |= _matched(model, batch, image_cache, generator)
+        results |= _matched(model, batch, image_cache)
     if model.config.mlm_weight > 0:
         token_type_ids = batch.get("token_type_ids")
         logits = model.masked_token_logits(
@@ -71,14 +61,13 @@ def results_by_text(
     return results
 
 
-def _matched(
-    model, batch: dict[str, torch.Tensor], image_cache, generator: torch.Generator
-) -> dict[str, torch.Tensor]:
+def _matched(model, batch: dict[str, torch.Tensor], image_cache) -> dict[str, torch.Tensor]:
     texts = model.get_text_features(batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids"))
     images = model.get_image_features(image_cache=image_cache)
     logits = similarity(texts.pooler_output, images.pooler_output, model.temp())
     image_index, image_ids = batch["image_index"], batch["image_ids"]
     same_image = image_ids[image_index][:, None] == image_ids
+    generator = torch.Generator(model.device).manual_seed(0)  # the pairs do not depend on the number of processes
     negatives, found = hard_negative_indices(logits, same_image, generator)
     text_index = torch.arange(len(image_index), device=image_index.device).repeat(2)
     says_match = model.match(

@@ -15,10 +15,9 @@ are computed once for all of its pairs. Each process computes a share of the ima
 number of processes.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import PIL.Image
 import torch
@@ -35,66 +34,28 @@ RECALL_AT = (1, 5, 10)
 # Similarities that are sorted at a time; about 100 MB with indices and workspace.
 SIMILARITIES_PER_STEP = 2**22
 
-Result = TypeVar("Result")
-
 
 @dataclass
 class TextIndex:
     """
-    Encoded texts on the CPU.
-
-    Args:
-        embeds (`torch.Tensor` of shape `(num_texts, projection_dim)`): normalized features.
-        states (`tuple[torch.Tensor]`): token states of each text, `(text_length, hidden_size)`.
+    Encoded texts on the CPU: normalized features, `(num_texts, projection_dim)`, and the token states of each text,
+    `(text_length, hidden_size)`.
     """
 
     embeds: torch.Tensor
     states: tuple[torch.Tensor, ...]
 
-    def batch(self, texts: list[int], device: torch.device) -> tuple[torch.Tensor, torch.LongTensor]:
-        """Return padded states and attention mask of some texts, `(len(texts), text_length, ...)`."""
-        lengths = torch.tensor([len(self.states[text]) for text in texts])
-        states = pad_sequence([self.states[text] for text in texts], batch_first=True)
-        attention_mask = (torch.arange(states.shape[1]) < lengths[:, None]).long()
-        return states.to(device), attention_mask.to(device)
-
 
 @dataclass
 class Ranking:
     """
-    Results of queries.
-
-    Args:
-        candidates (`torch.LongTensor` of shape `(num_queries, k)`): the best candidates of each query, best first.
-        similarities (`torch.FloatTensor` of shape `(num_queries, k)`): dot products of the candidates and the query.
-        first_right (`torch.LongTensor` of shape `(num_queries,)`): rank, from 0, of the first true candidate.
+    The best candidates of each query, best first, and their dot products with the query, both `(num_queries, k)`; and
+    the rank, from 0, of the first true candidate, `(num_queries,)`.
     """
 
     candidates: torch.LongTensor
     similarities: torch.FloatTensor
     first_right: torch.LongTensor
-
-    def recall(self, k: int) -> float:
-        """Return the share of queries with a true candidate among their `k` best."""
-        return (self.first_right < k).double().mean().item()
-
-
-@dataclass
-class RetrievalResults:
-    """
-    Results of an evaluation.
-
-    Args:
-        metrics (`dict[str, float]`): recalls of the features: `features_i2t_r1` (image to text) to `features_t2i_r10`,
-            and their mean `features_r_mean`. With reranking also `i2t_r1` to `t2i_r10`, `r_mean`, `reranked_pairs` and
-            `reranked_pairs_per_second` (of all processes together).
-        found_texts ([`Ranking`]): texts of each image, after reranking.
-        found_images ([`Ranking`]): images of each text, after reranking.
-    """
-
-    metrics: dict[str, float]
-    found_texts: Ranking
-    found_images: Ranking
 
 
 @dataclass
@@ -104,11 +65,9 @@ class RetrievalEvaluator:
 
     Args:
         model ([`TripsForRetrieval`]): in evaluation mode, a whole unwrapped model in each process.
-        processor ([`TripsProcessor`])
         batch_size (`int`, *optional*, defaults to 128): number of images, texts or pairs per batch, and of images
             whose cached states are kept.
         num_workers (`int`, *optional*, defaults to 0): worker processes that read images.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): dtype of stored features and text states.
         progress (`bool`, *optional*, defaults to `True`): whether the main process shows progress bars.
     """
 
@@ -116,20 +75,14 @@ class RetrievalEvaluator:
     processor: TripsProcessor
     batch_size: int = 128
     num_workers: int = 0
-    dtype: torch.dtype = torch.float32
     progress: bool = True
 
     @torch.no_grad()
     def index_images(self, images: Sequence[PIL.Image.Image]) -> torch.Tensor:
-        """
-        Return the normalized features of images on the CPU, `(num_images, projection_dim)`.
-
-        Args:
-            images (`Sequence[PIL.Image.Image]`): may be a `Dataset` that opens files on access.
-        """
+        """Return the normalized features of images on the CPU, `(num_images, projection_dim)`."""
         batches = _batches(len(images), self.batch_size)
         features = {
-            number: self.model.get_image_features(pixel_values).pooler_output.to("cpu", self.dtype)
+            number: self.model.get_image_features(pixel_values).pooler_output.to("cpu", self.model.dtype)
             for number, pixel_values in self._load(images, batches, "Images")
         }
         return _finite(torch.cat(_gathered(features)), "image")
@@ -143,22 +96,18 @@ class RetrievalEvaluator:
             inputs = self.processor(text=[texts[text] for text in batches[number]], return_tensors="pt")
             outputs = self.model.get_text_features(**inputs.to(self.model.device))
             # Each text's tokens are copied, because a view would keep the padding.
-            states = outputs.last_hidden_state.to("cpu", self.dtype)
+            states = outputs.last_hidden_state.to("cpu", self.model.dtype)
             lengths = inputs["attention_mask"].sum(dim=-1).tolist()
             states = tuple(row[:length].clone() for row, length in zip(states, lengths))
-            indexed[number] = outputs.pooler_output.to("cpu", self.dtype), states
+            indexed[number] = outputs.pooler_output.to("cpu", self.model.dtype), states
         embeds, states = zip(*_gathered(indexed))
         return TextIndex(_finite(torch.cat(embeds), "text"), sum(states, start=()))
 
     @torch.no_grad()
     def match(self, images: Sequence[PIL.Image.Image], texts: TextIndex, pairs: torch.LongTensor) -> torch.FloatTensor:
         """
-        Return the log-odds of matches, float32 on the CPU, `(num_pairs,)`.
-
-        Args:
-            images (`Sequence[PIL.Image.Image]`): as in `index_images`. Only images of pairs are read.
-            texts ([`TextIndex`])
-            pairs (`torch.LongTensor` of shape `(num_pairs, 2)`): image and text of each pair, sorted by image.
+        Return the log-odds of matches, float32 on the CPU, `(num_pairs,)`. Only images of pairs are read. `pairs`,
+        `(num_pairs, 2)`, are the numbers of image and text of each pair, sorted by image.
         """
         wanted, image_rows, counts = pairs[:, 0].unique_consecutive(return_inverse=True, return_counts=True)
         chunks = [wanted[rows].tolist() for rows in _batches(len(wanted), self.batch_size)]
@@ -170,28 +119,19 @@ class RetrievalEvaluator:
             rows = rows_of_chunk[number] - number * self.batch_size
             steps = zip(rows.split(self.batch_size), texts_of_chunk[number].split(self.batch_size))
             # Only images of a step: if no text scores patches, the upper layers run on all cached images.
-            scores[number] = torch.cat(
-                [
-                    self._match_step(image_cache[step[0] : step[-1] + 1], step - step[0], texts, numbers)
-                    for step, numbers in steps
-                ]
-            )
+            parts = [self._match_step(image_cache[i[0] : i[-1] + 1], i - i[0], texts, numbers) for i, numbers in steps]
+            scores[number] = torch.cat(parts)
             del image_cache  # before the next one
         return _finite(torch.cat(_gathered(scores)), "pair")
 
-    def _match_step(
-        self,
-        image_cache: TripsImageCache,
-        image_index: torch.LongTensor,
-        texts: TextIndex,
-        text_numbers: torch.LongTensor,
-    ) -> torch.FloatTensor:
+    def _match_step(self, image_cache: TripsImageCache, image_index, texts: TextIndex, text_numbers) -> torch.Tensor:
         device = self.model.device
         numbers, text_index = text_numbers.unique(return_inverse=True)
-        text_states, attention_mask = texts.batch(numbers.tolist(), device)
+        states = [texts.states[number] for number in numbers.tolist()]
+        lengths = torch.tensor([*map(len, states)])
         logits = self.model.match(
-            text_states=text_states.to(self.model.dtype),
-            attention_mask=attention_mask,
+            text_states=pad_sequence(states, batch_first=True).to(device),
+            attention_mask=(torch.arange(lengths.max()) < lengths[:, None]).long().to(device),
             text_index=text_index.to(device),
             image_index=image_index.to(device),
             image_cache=image_cache,
@@ -205,47 +145,45 @@ class RetrievalEvaluator:
         image_of_text: torch.LongTensor,
         rerank_k: int = 16,
         rerank_by: str = "both",
-    ) -> RetrievalResults:
+    ) -> tuple[dict[str, float], dict[str, Ranking]]:
         """
         Compute recalls in both directions, before and after reranking.
 
         Args:
             images (`Sequence[PIL.Image.Image]`): distinct images.
-            texts (`Sequence[str]`)
             image_of_text (`torch.LongTensor` of shape `(num_texts,)`): image of each text. Each image needs a text.
             rerank_k (`int`, *optional*, defaults to 16): number of candidates of each query to rerank; 0 for none.
             rerank_by (`str`, *optional*, defaults to `"both"`): `"both"` is the log-odds of a match plus similarity
                 over temperature; `"matching"` is the log-odds alone.
+
+        Returns:
+            Recalls of the features, `features_i2t_r1` (image to text) to `features_t2i_r10`, and their mean
+            `features_r_mean`; with reranking also `i2t_r1` to `t2i_r10`, `r_mean` and `reranked_pairs`. The final
+            rankings: texts of each image, `i2t`, and images of each text, `t2i`.
         """
         if rerank_by not in ("both", "matching"):
             raise ValueError(f'`rerank_by` must be "both" or "matching", got {rerank_by!r}.')
         image_ids = torch.arange(len(images))
-        texts_by_image = torch.bincount(image_of_text, minlength=len(images))
-        if len(texts_by_image) > len(images) or (texts_by_image == 0).any():
-            raise ValueError(f"Each of the {len(images)} images needs a text, and each text needs one of the images.")
         image_embeds, text_index = self.index_images(images), self.index_texts(texts)
-        found_texts = rank(image_embeds, image_ids, text_index.embeds, image_of_text, rerank_k)
-        found_images = rank(text_index.embeds, image_of_text, image_embeds, image_ids, rerank_k)
-        metrics = {f"features_{name}": value for name, value in recalls(found_texts, found_images).items()}
+        ids = {"i2t": (image_ids, image_of_text), "t2i": (image_of_text, image_ids)}
+        embeds = {"i2t": (image_embeds, text_index.embeds), "t2i": (text_index.embeds, image_embeds)}
+        found = {name: rank(*embeds[name], *ids[name], rerank_k) for name in ids}
+        metrics = {f"features_{name}": value for name, value in recalls(found).items()}
         if rerank_k == 0:
-            return RetrievalResults(metrics, found_texts, found_images)
-        of_texts, of_images = _pair_keys(found_texts, found_images)
+            return metrics, found
+        # A number for each (image, text) pair of the candidates, ascending by image, then by text.
+        of_texts = image_ids[:, None] * len(texts) + found["i2t"].candidates
+        of_images = found["t2i"].candidates * len(texts) + torch.arange(len(texts))[:, None]
         keys, places = torch.cat((of_texts.flatten(), of_images.flatten())).unique(return_inverse=True)
-        start = time.perf_counter()
         pairs = torch.stack((keys // len(texts), keys % len(texts)), dim=1)
-        scores = self.match(images, text_index, pairs)
-        seconds = time.perf_counter() - start
-        parts = scores[places].split((of_texts.numel(), of_images.numel()))
-        scores_of_texts, scores_of_images = parts[0].view_as(of_texts), parts[1].view_as(of_images)
-        if rerank_by == "both":
-            temperature = self.model.temp().item()
-            scores_of_texts = scores_of_texts + found_texts.similarities / temperature
-            scores_of_images = scores_of_images + found_images.similarities / temperature
-        found_texts = rerank(found_texts, scores_of_texts, image_ids, image_of_text)
-        found_images = rerank(found_images, scores_of_images, image_of_text, image_ids)
-        speed = {"reranked_pairs": len(pairs), "reranked_pairs_per_second": round(len(pairs) / seconds, 1)}
-        metrics = {**metrics, **recalls(found_texts, found_images), **speed}
-        return RetrievalResults(metrics, found_texts, found_images)
+        scores = self.match(images, text_index, pairs)[places].split((of_texts.numel(), of_images.numel()))
+        for name, own in zip(ids, scores):
+            own = own.view_as(found[name].candidates)
+            if rerank_by == "both":
+                own = own + found[name].similarities / self.model.temp().item()
+            found[name] = rerank(found[name], own, *ids[name])
+        metrics |= {**recalls(found), "reranked_pairs": len(pairs)}
+        return metrics, found
 
     def _load(
         self, images: Sequence[PIL.Image.Image], batches: Sequence[Sequence[int]], title: str
@@ -273,26 +211,20 @@ class RetrievalEvaluator:
 
 def rank(
     query_embeds: torch.Tensor,
-    query_ids: torch.LongTensor,
     candidate_embeds: torch.Tensor,
+    query_ids: torch.LongTensor,
     candidate_ids: torch.LongTensor,
     k: int,
 ) -> Ranking:
     """
-    Rank all candidates of each query by dot product, in float32. Ties keep their order.
-
-    Args:
-        query_embeds (`torch.Tensor` of shape `(num_queries, dim)`), candidate_embeds (`torch.Tensor` of shape
-            `(num_candidates, dim)`)
-        query_ids (`torch.LongTensor` of shape `(num_queries,)`), candidate_ids (`torch.LongTensor` of shape
-            `(num_candidates,)`): true candidates have the id of the query. Each query needs one.
-        k (`int`): number of candidates to keep per query, at most all.
+    Rank all candidates of each query by dot product of embeddings, `(num, dim)`, in float32, and keep `k`. Ties keep
+    their order. True candidates have the id of the query, `(num,)`; each query needs one.
     """
     candidate_embeds, parts = candidate_embeds.float(), []
     step = max(1, SIMILARITIES_PER_STEP // len(candidate_ids))
     for queries, ids in zip(query_embeds.split(step), query_ids.split(step)):
         similarities, order = (queries.float() @ candidate_embeds.T).sort(dim=1, descending=True, stable=True)
-        first_right = _first(candidate_ids[order] == ids[:, None])
+        first_right = (candidate_ids[order] == ids[:, None]).int().argmax(dim=1)
         parts.append((order[:, :k].clone(), similarities[:, :k].clone(), first_right))
     return Ranking(*map(torch.cat, zip(*parts)))
 
@@ -308,43 +240,29 @@ def rerank(
     candidates = ranking.candidates.gather(1, order)
     right = candidate_ids[candidates] == query_ids[:, None]
     similarities = ranking.similarities.gather(1, order)
-    return Ranking(candidates, similarities, torch.where(right.any(dim=1), _first(right), ranking.first_right))
+    first_right = torch.where(right.any(dim=1), right.int().argmax(dim=1), ranking.first_right)
+    return Ranking(candidates, similarities, first_right)
 
 
-def recalls(found_texts: Ranking, found_images: Ranking) -> dict[str, float]:
+def recalls(found: dict[str, Ranking]) -> dict[str, float]:
     """Return `i2t_r1` (image to text) to `t2i_r10` (text to image) as shares, and their mean `r_mean`."""
-    directions = {"i2t": found_texts, "t2i": found_images}
-    results = {f"{name}_r{k}": ranking.recall(k) for name, ranking in directions.items() for k in RECALL_AT}
+    hits = {f"{name}_r{k}": ranking.first_right < k for name, ranking in found.items() for k in RECALL_AT}
+    results = {name: hit.double().mean().item() for name, hit in hits.items()}
     return {**results, "r_mean": sum(results.values()) / len(results)}
-
-
-def _pair_keys(found_texts: Ranking, found_images: Ranking) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """Return a number for each (image, text) pair in the candidates' shapes, ascending by image, then by text."""
-    num_images, num_texts = len(found_texts.candidates), len(found_images.candidates)
-    of_texts = torch.arange(num_images)[:, None] * num_texts + found_texts.candidates
-    of_images = found_images.candidates * num_texts + torch.arange(num_texts)[:, None]
-    return of_texts, of_images
-
-
-def _first(right: torch.BoolTensor) -> torch.LongTensor:
-    """Return the first true column of each row."""
-    return right.int().argmax(dim=1)
 
 
 def _batches(count: int, size: int) -> list[range]:
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def _gathered(results: dict[int, Result]) -> list[Result]:
+def _gathered(results: dict[int, Any]) -> list:
     """Return the results of all processes, ordered by batch number."""
     return [result for _, result in sorted(gather_object(list(results.items())), key=lambda item: item[0])]
 
 
 def _finite(values: torch.Tensor, unit: str) -> torch.Tensor:
-    good = values.isfinite().flatten(1).all(dim=1) if values.ndim > 1 else values.isfinite()
-    if not good.all():
-        raise ValueError(
-            f"The model's output for {unit} {int((~good).nonzero()[0])} (from 0) is not finite, as for "
-            f"{int((~good).sum())} of {len(good)} in total. Check its training, or use a wider dtype."
-        )
+    bad = (~values.isfinite()).nonzero()
+    if len(bad):
+        place = f"{unit} {int(bad[0, 0])} (from 0)"
+        raise ValueError(f"The output for {place} is not finite. Check the training, or use a wider dtype.")
     return values

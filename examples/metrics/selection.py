@@ -6,7 +6,7 @@ from statistics import mean
 import torch
 from transformers import Trainer
 
-from modeling_trips import TripsPreTrainedModel, TripsProcessor, TripsSelection
+from modeling_trips import TripsSelection
 from modeling_trips.inspection import (
     image_sensitivity,
     kept_coverage,
@@ -23,52 +23,29 @@ NUM_ROWS = 256
 REGION_COLUMNS = ("region", "box")
 
 
+@torch.no_grad()
 def diagnose_selection(trainer: Trainer) -> dict[str, float]:
     """
-    Measure the selection on the first rows of the evaluation data.
-
-    Args:
-        trainer (`Trainer`): with a TRIPS model, an evaluation data set, its collator and a [`TripsProcessor`].
+    Measure the kept patches of each selection layer on the first rows of the evaluation data.
 
     Returns:
-        `dict[str, float]`: metrics of `measure_selection`, with `eval_` before their names.
+        `dict[str, float]`: for selection layer L `eval_layer{L}_kept` (number of kept candidates), `_entropy`,
+        `_coverage`, `_text_sensitivity` (1 minus the overlap of texts that share an image) and `_image_sensitivity`
+        (of several images). With target regions also `_patch_precision`, `_region_recall`, and, once,
+        `eval_patch_precision_at_random`, that of random selection. Empty without selection.
     """
     model, processor = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processing_class
     rows = [trainer.eval_dataset[row] for row in range(min(NUM_ROWS, len(trainer.eval_dataset)))]
     inputs = trainer.data_collator(rows)
     inputs.pop("sources", None)
-    metrics = measure_selection(model, inputs, rows, processor)
-    return {f"eval_{name}": value for name, value in metrics.items()}
-
-
-@torch.no_grad()
-def measure_selection(
-    model: TripsPreTrainedModel, inputs: dict[str, torch.Tensor], rows: list[dict], processor: TripsProcessor
-) -> dict[str, float]:
-    """
-    Measure the kept patches of each selection layer on a batch.
-
-    Args:
-        model (`TripsPreTrainedModel`): in evaluation mode; its output has `selection`.
-        inputs (`dict[str, torch.Tensor]`): inputs of the model for these rows, made by a collator.
-        rows (`list[dict]`): rows of a data set, with target regions in one of `REGION_COLUMNS`, if known.
-        processor (`TripsProcessor`)
-
-    Returns:
-        `dict[str, float]`: for selection layer L `layer{L}_kept` (number of kept candidates), `_entropy`, `_coverage`,
-        `_text_sensitivity` (1 minus the overlap of texts that share an image) and `_image_sensitivity` (of several
-        images). With target regions also `_patch_precision`, `_region_recall`, and, once,
-        `patch_precision_at_random`, that of random selection. Empty without selection.
-    """
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    selections = model(**inputs).selection
     height, width = inputs["pixel_values"].shape[-2:]
     num_patches = (height // processor.patch_size) * (width // processor.patch_size)
     image_index = inputs["image_index"].flatten()
     num_images = len(image_index.unique())
     metrics = {}
-    for layer, selection in zip(model.config.vision_config.schedule.layers, selections):
-        name = f"layer{layer}"
+    for layer, selection in zip(model.config.vision_config.schedule.layers, model(**inputs).selection):
+        name = f"eval_layer{layer}"
         metrics[f"{name}_kept"] = float(selection.kept_indices.shape[1])
         metrics[f"{name}_entropy"] = score_entropy(selection).mean().item()
         metrics[f"{name}_coverage"] = kept_coverage(selection, num_patches)
@@ -80,9 +57,7 @@ def measure_selection(
     return metrics
 
 
-def _region_metrics(
-    selection: TripsSelection, rows: list[dict], processor: TripsProcessor, name: str
-) -> dict[str, float]:
+def _region_metrics(selection: TripsSelection, rows: list[dict], processor, name: str) -> dict[str, float]:
     column = next((column for column in REGION_COLUMNS if column in rows[0]), None)
     known = {number: row.get(column) for number, row in enumerate(rows)}
     regions = {number: torch.tensor(box, dtype=torch.float32) for number, box in known.items() if box is not None}
@@ -91,12 +66,10 @@ def _region_metrics(
     sizes = [image_size(rows[number]) for number in regions]
     boxes = processor.patch_boxes([selection.kept_indices[number] for number in regions], sizes)
     pairs = [*zip(boxes, regions.values())]
-    shares = [
-        ((region[2] - region[0]) * (region[3] - region[1])).item() / math.prod(size)
-        for region, size in zip(regions.values(), sizes)
-    ]
+    areas = [((region[2] - region[0]) * (region[3] - region[1])).item() for region in regions.values()]
+    shares = [area / math.prod(size) for area, size in zip(areas, sizes)]
     return {
         f"{name}_patch_precision": mean(patch_precision(*pair) for pair in pairs),
         f"{name}_region_recall": mean(region_recall(*pair) for pair in pairs),
-        "patch_precision_at_random": mean(shares),
+        "eval_patch_precision_at_random": mean(shares),
     }

@@ -53,25 +53,14 @@ def lost_signs(
     data: DatasetDict, column: str, processor: TripsProcessor, normalize: Callable[[str], str]
 ) -> dict[str, int]:
     """
-    Count the answers or captions of each split that the tokenizer cannot write as they are, and warn of them.
-
-    Args:
-        data (`DatasetDict`): Splits of a task.
-        column (`str`): Column of the texts, `"answers"` or `"caption"`.
-        processor (`TripsProcessor`)
-        normalize (`Callable[[str], str]`): Differences that the metric ignores are removed.
-
-    Returns:
-        `dict[str, int]`: Number of changed texts by split, each row counted.
+    Return the number of texts of each split in a column (`"answers"` or `"caption"`) that the tokenizer cannot write
+    as they are, and warn of them. `normalize` removes differences that the metric ignores.
     """
     counts = {}
     for split, rows in data.items():
         texts = texts_of_column(rows, column)
-        changed = {
-            text: written
-            for text, written in {*zip(texts, as_written(texts, processor))}
-            if normalize(text) != normalize(written)
-        }
+        pairs = {*zip(texts, as_written(texts, processor))}
+        changed = {text: written for text, written in pairs if normalize(text) != normalize(written)}
         counts[split] = sum(text in changed for text in texts)
         if changed and PartialState().is_main_process:
             examples = ", ".join(f"{text!r} becomes {changed[text]!r}" for text in sorted(changed)[:3])
@@ -90,15 +79,9 @@ def variety(
     Log how often the most frequent truth is right and how much the predictions vary, in one line. A collapsed model,
     which gives nearly all rows one prediction although their truths vary more, is named in a warning.
 
-    Args:
-        predictions, truths (`Sequence`): Prediction and true answer of each row.
-        name (`str`): What they are, in the singular: `"answer"`.
-        accuracy (`Callable[[list], float]`, *optional*): Accuracy of a prediction for each row.
-
-    Returns:
-        `dict[str, float]`: `eval_different_predictions`; `eval_most_frequent_share`, of the most frequent prediction;
-        `eval_collapsed`, 1 or 0; and with `accuracy` also `eval_accuracy_majority`, of the most frequent truth for all
-        rows.
+    Return `eval_different_predictions`; `eval_most_frequent_share`, of the most frequent prediction; `eval_collapsed`,
+    1 or 0; and with a function of the `accuracy` of predictions also `eval_accuracy_majority`, of the most frequent
+    truth. `name` is what they are, in the singular: `"answer"`.
     """
     counts, total = Counter(predictions), len(predictions)
     (favorite, count), (majority, true_count) = counts.most_common(1)[0], Counter(truths).most_common(1)[0]
@@ -110,6 +93,6 @@ def variety(
         line = f"The most frequent {name}, {majority!r}, is right for {metrics['eval_accuracy_majority']:.1%}. {line}"
     if PartialState().is_main_process:
         logger.info(line)
-    if collapsed and PartialState().is_main_process:
-        logger.warning("The model has collapsed: it gives the %s %r for %d of %d rows.", name, favorite, count, total)
+        if collapsed:
+            logger.warning("The model has collapsed: %r is its %s for %d of %d rows.", favorite, name, count, total)
     return {**metrics, "eval_collapsed": int(collapsed)}

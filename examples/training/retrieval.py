@@ -9,13 +9,13 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from modeling_trips import TripsPreTrainedModel
 from trips_examples.data.images import DecodedImages, column_of, images_of
-from trips_examples.metrics.retrieval import Ranking, RetrievalEvaluator, RetrievalResults
+from trips_examples.metrics.retrieval import Ranking, RetrievalEvaluator
 from trips_examples.training.files import write_json_lines
 from trips_examples.training.options import RetrievalArguments
 from trips_examples.training.trainer import ImageGroupedTrainer
 
 
-def write_rankings(folder: str | Path, dataset: Dataset, results: RetrievalResults):
+def write_rankings(folder: str | Path, dataset: Dataset, rankings: dict[str, Ranking]):
     """
     Write `found_images.jsonl`, an object per caption, and `found_texts.jsonl`, one per image, with the ten best
     candidates and the rank of the first correct one.
@@ -31,8 +31,8 @@ def write_rankings(folder: str | Path, dataset: Dataset, results: RetrievalResul
         )
         write_json_lines(Path(folder, name), lines)
 
-    write("found_images.jsonl", dataset.select_columns(["source", "caption"]), results.found_images, image_ids)
-    write("found_texts.jsonl", [{"image_id": image_id} for image_id in image_ids], results.found_texts, sources)
+    write("found_images.jsonl", dataset.select_columns(["source", "caption"]), rankings["t2i"], image_ids)
+    write("found_texts.jsonl", [{"image_id": image_id} for image_id in image_ids], rankings["i2t"], sources)
 
 
 class RetrievalTrainer(ImageGroupedTrainer):
@@ -61,13 +61,11 @@ class RetrievalTrainer(ImageGroupedTrainer):
         if self.is_in_train:
             return model
         model = model.to(self.args.device)  # `Trainer` may not have moved it
-        return model if self.full_eval_dtype is None else model.to(self.full_eval_dtype)
+        if self.args.fp16_full_eval or self.args.bf16_full_eval:
+            model = model.to(torch.float16 if self.args.fp16_full_eval else torch.bfloat16)
+        return model
 
-    @property
-    def full_eval_dtype(self) -> torch.dtype | None:
-        return torch.float16 if self.args.fp16_full_eval else torch.bfloat16 if self.args.bf16_full_eval else None
-
-    def search(self, dataset: Dataset) -> RetrievalResults:
+    def search(self, dataset: Dataset) -> tuple[dict[str, float], dict[str, Ranking]]:
         """Search among all images and captions of a data set, in both directions."""
         args, model = self.args, self.model_to_evaluate()
         evaluator = RetrievalEvaluator(
@@ -75,7 +73,6 @@ class RetrievalTrainer(ImageGroupedTrainer):
             self.processing_class,
             batch_size=args.per_device_eval_batch_size,
             num_workers=args.dataloader_num_workers,
-            dtype=self.full_eval_dtype or torch.float32,
             progress=not args.disable_tqdm,
         )
         image_rows, image_of_text = images_of(dataset)
@@ -89,7 +86,8 @@ class RetrievalTrainer(ImageGroupedTrainer):
             )
 
     def metrics_of(self, dataset: Dataset) -> dict[str, float]:
-        return self.search(dataset).metrics
+        metrics, _ = self.search(dataset)
+        return metrics
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         metrics = self.metrics_of(self.eval_dataset if eval_dataset is None else eval_dataset)

@@ -19,7 +19,6 @@ from tiny_collection import TEXTS, save_model, write_images, write_parquet, writ
 from trips_examples.data.images import decode_image
 from trips_examples.indexing.finding import Finder
 from trips_examples.indexing.sources import find_images, rows_of
-from trips_examples.indexing.table import ids_of
 
 
 NUM_IMAGES = 600
@@ -139,7 +138,7 @@ def test_every_form_of_a_collection_comes_in_and_is_found(folder, tmp_path):
     write_parquet(tmp_path / "hub/train.parquet", range(1000, 1030))
     printed = finished_run("index_images.py", folder, "--dataset_name", tmp_path / "hub", *words, "--retry_broken")
     assert "929 images, 0 that cannot be used" in printed and "an index" in printed
-    assert len(np.unique(ids_of(lance.dataset(str(table))))) == 929
+    assert len(set(lance.dataset(str(table)).to_table()["id"].to_pylist())) == 929
 
     words = ["--k", "4", "--picture", tmp_path / "found.png", "--output_json", tmp_path / "found.json"]
     found = finished_run("search.py", folder, "--table", table, "--text", *TEXTS, *words)

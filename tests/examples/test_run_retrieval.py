@@ -79,7 +79,6 @@ def test_two_processes_evaluate_as_one(data, trained, tmp_path):
     for name in ("found_images.jsonl", "found_texts.jsonl"):
         assert (tmp_path / name).read_text() == (trained[0] / name).read_text()
     results, expected = (json.loads((path / "eval_results.json").read_text()) for path in (tmp_path, trained[0]))
-    assert all(metrics.pop("eval_reranked_pairs_per_second") > 0 for metrics in (results, expected))
     names = [name for name in results if name.startswith("eval_")]
     assert {name: results[name] for name in names} == {name: expected[name] for name in names}
 

@@ -4,21 +4,14 @@ import itertools
 import json
 import logging
 import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import PIL.Image
 import pytest
 import torch
-from filelock import FileLock
 from huggingface_hub import ModelCard
-from places import ROOT
 from safetensors.torch import load_file
 from tiny_vlm_processors import COLORS, make_llava_processor, make_paligemma_processor, save_tiny_vlm
-from transformers import LlamaConfig
 
 from modeling_trips.hosts import TextGuide
 from trips_examples import train_guide
@@ -98,40 +91,14 @@ def test_an_interrupted_training_resumes(options, rows, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="resume_from_checkpoint"):
         train_guide.main(options())
     resume = "--resume_from_checkpoint=last"
-    for other in ("--layer=2", "--teacher=attention", "--seed=9", "--learning_rate=0.5", "--max_train_samples=9"):
-        name = "data" if "samples" in other else other.strip("-").partition("=")[0]
-        with pytest.raises(ValueError, match=f"{name} .*, now"):
-            train_guide.main(options(resume, other))
+    with pytest.raises(ValueError, match="layer .*learning_rate .*, now"):
+        train_guide.main(options(resume, "--layer=2", "--learning_rate=0.5"))
     answered = [{**row, "answer": "maybe"} for row in rows]  # the same questions
     with pytest.raises(ValueError, match="data .*, now"):
         train_guide.main(options(resume, rows=answered))
     for _ in range(2):  # the second has nothing left to train
         train_guide.main(options(resume))
         assert weights_of(tmp_path / "guide") == weights_of(tmp_path / "whole")
-    with pytest.raises(ValueError, match="layer 1, now 2"):
-        train_guide.main(options(resume, "--layer=2"))
-
-
-@pytest.mark.slow
-def test_a_killed_training_ends_with_the_same_weights(options, tmp_path):
-    """A kill within a file of a checkpoint, and a second training at the same time."""
-
-    def start(*more: str, folder: str = "guide") -> subprocess.Popen:
-        arguments = options("--do_eval=False", *more, folder=folder)
-        return subprocess.Popen([sys.executable, str(ROOT / "examples" / "train_guide.py"), *arguments])
-
-    assert start(folder="whole").wait() == 0
-    file = tmp_path / "guide" / "checkpoint-4" / "optimizer.pt"
-    training = start()
-    while not file.exists() and training.poll() is None:
-        time.sleep(0.0005)
-    training.send_signal(signal.SIGKILL)
-    training.wait()
-    file.write_bytes(file.read_bytes()[:20])
-    with FileLock(tmp_path / "guide" / "_training.lock"), pytest.raises(BlockingIOError):
-        train_guide.main(options("--resume_from_checkpoint=last"))
-    assert start("--resume_from_checkpoint=last").wait() == 0
-    assert weights_of(tmp_path / "guide") == weights_of(tmp_path / "whole")
 
 
 def test_learns_from_attention(options):
@@ -145,8 +112,6 @@ def test_learns_from_answers(options, rows, tmp_path):
     metrics = train_guide.main(options("--teacher=answers"))
     assert (metrics["eval_samples"], metrics["eval_cropped"]) == (16, 0)
     assert 0 < metrics["eval_region_recall"] <= 1
-    card = (tmp_path / "guide" / "README.md").read_text()
-    assert "teacher: answers" in card and "selection gate: 0.2" in card
     without = [{name: value for name, value in row.items() if name != "region"} for row in rows]
     again = train_guide.main(options("--teacher=answers", rows=without, folder="without"))
     assert again["eval_loss"] == metrics["eval_loss"] and "eval_region_recall" not in again
@@ -176,23 +141,11 @@ def test_regions_outside_the_crop_are_counted(options, rows, tmp_path, caplog):
     assert (metrics["train_samples"], metrics["train_cropped"]) == (15, 5)
     assert (metrics["eval_samples"], metrics["eval_cropped"]) == (15, 5)
     assert caplog.text.count("5 of the 20 rows") == 2
-    metrics = train_guide.main(options(rows=[cropped], folder="cropped"))
-    assert (metrics["eval_samples"], metrics["eval_cropped"]) == (0, 1) and "eval_loss" not in metrics
-    assert all(value.isfinite().all() for value in load_file(tmp_path / "cropped" / "model.safetensors").values())
-
-
-def test_a_diverging_training_stops(options, tmp_path):
-    with pytest.raises(FloatingPointError, match="step .*--learning_rate"):
-        train_guide.main(options("--learning_rate=1e30", "--save_steps=9"))
-    assert not [*tmp_path.rglob("*.safetensors")] and not [*tmp_path.rglob("eval_results.json")]
 
 
 def test_wrong_options_and_data_are_refused(options, rows, tmp_path):
-    (tmp_path / "file").touch()
-    LlamaConfig().save_pretrained(tmp_path / "text")
-    wrong = ["--teacher=none", "--selection_gate=0", "--layer=99", f"--model={tmp_path / 'text'}"]
-    for option in [*wrong, f"--output_dir={tmp_path / 'file'}"]:
-        with pytest.raises((ValueError, OSError)):
+    for option in ("--teacher=none", "--selection_gate=0", "--layer=99"):
+        with pytest.raises(ValueError):
             train_guide.main(options(option, folder=option.partition("=")[0]))
     with pytest.raises(ValueError, match="--teacher attention"):
         train_guide.main(options(rows=[{**row, "region": None} for row in rows]))

@@ -15,14 +15,14 @@ from trips_examples.indexing.embedding import Embedder
 from trips_examples.indexing.finding import Finder
 from trips_examples.indexing.options import IndexArguments
 from trips_examples.indexing.sources import blocks_of, find_images
-from trips_examples.indexing.table import commit, count_faults, fingerprint_of, forget_faults, load_model, open_table
+from trips_examples.indexing.table import commit, fingerprint_of, load_model, open_table
 
 
 def embed(checkpoint: str, uri: str, *places) -> list[str]:
     """Add images to a table, as an actor does, and return the faults."""
     model, processor = load_model(checkpoint)
     table = open_table(uri, fingerprint_of(model, processor), model.config.projection_dim)
-    embedder = Embedder(IndexArguments(checkpoint, uri, batch_size=7), uri)
+    embedder = Embedder(IndexArguments(checkpoint, uri, ["images"], batch_size=7), uri)
     faults = []
     for shard in find_images([str(place) for place in places]):
         for block in blocks_of(shard, np.array([], "S32")):
@@ -47,7 +47,7 @@ def collection(checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finder(checkpoint, collection) -> Finder:
-    return Finder(collection[1], checkpoint, batch_size=6)
+    return Finder(collection[1], checkpoint)
 
 
 def image_of(source: str) -> PIL.Image.Image:
@@ -56,38 +56,12 @@ def image_of(source: str) -> PIL.Image.Image:
     return decode_image(encoded(int(number) + (19 if " row " in source else 0)))
 
 
-def test_vectors_are_the_library_s_and_images_without_a_file_are_stored(finder, collection):
-    rows = finder.table.to_table(filter="error IS NULL").to_pylist()
-    assert len(rows) == 40
-    for row in rows:
-        with torch.no_grad():
-            pixel_values = finder.processor(images=image_of(row["source"]), return_tensors="pt")["pixel_values"]
-            expected = finder.model.get_image_features(pixel_values).pooler_output[0]
-        torch.testing.assert_close(torch.tensor(row["vector"]), expected, rtol=1e-4, atol=1e-5)
-        is_file = not row["source"].rpartition(" ")[1]
-        assert (row["image"]["path"] == row["source"]) if is_file else row["image"]["bytes"].startswith(b"\x89PNG")
-
-
 def test_broken_images_are_named_and_have_a_row_without_a_vector(finder, collection):
     folder, _, faults = collection
     rows = finder.table.to_table(filter="error IS NOT NULL").to_pylist()
     assert {row["source"] for row in rows} == {f"{folder}/images/{name}" for name in ("broken.png", "untrusted.tiff")}
     assert all(row["vector"] is None and "unreadable image" in row["error"] for row in rows)
     assert sorted(faults) == sorted(f"{row['source']}: {row['error']}" for row in rows)
-
-
-def test_missing_images_are_forgotten_and_broken_ones_are_not(checkpoint, tmp_path):
-    (tmp_path / "broken.png").write_bytes(encoded(1)[:100])
-    (tmp_path / "rows.jsonl").write_text('{"image": "1.png"}\n{"image": "broken.png"}\n{"image": "1.png"}\n')
-    uri = str(tmp_path / "t.lance")
-    embed(checkpoint, uri, tmp_path / "rows.jsonl")
-    table = Finder(uri, checkpoint).table
-    assert count_faults(table) == {"missing image": 1, "unreadable image": 1}
-    forget_faults(table, "error LIKE 'missing image%'")
-    assert count_faults(table) == {"unreadable image": 1} and table.count_rows() == 1
-    version = table.version
-    forget_faults(table, "error LIKE 'missing image%'")
-    assert table.version == version
 
 
 def test_the_nearest_are_those_of_numpy(finder):

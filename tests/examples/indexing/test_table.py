@@ -13,7 +13,6 @@ from trips_examples.indexing.table import (
     build_index,
     commit,
     fingerprint_of,
-    ids_of,
     load_model,
     only_writer,
     open_table,
@@ -64,24 +63,11 @@ def test_a_fingerprint_is_of_weights_schedule_and_pixels(checkpoint, tmp_path):
     assert fingerprint(image_mean=[0.1, 0.2, 0.3]).digest != own.digest
 
 
-def test_a_table_of_another_fingerprint_is_refused_in_words(table):
+def test_a_table_of_another_fingerprint_is_refused(table):
     add(table, range(3))
     assert open_table(table.uri, OWN, DIM).count_rows() == 3
-    for other in (Fingerprint("b/model", OWN.schedule, "1" * 32), Fingerprint("a/model", "unpruned", "2" * 32)):
-        with pytest.raises(ValueError) as error:
-            open_table(table.uri, other, DIM)
-        for word in ("a/model", "5:image:0.7", other.model, other.schedule, "--schedule", "another table"):
-            assert word in str(error.value)
-    assert open_table(table.uri, OWN).count_rows() == 3
-
-
-def test_rows_enter_by_a_commit_alone(table):
-    fragments = write_rows(table.uri, make_rows(range(5)))
-    assert open_table(table.uri, OWN).count_rows() == 0
-    table = commit(table, fragments)
-    table = add(table, range(5, 8))
-    assert open_table(table.uri, OWN).count_rows() == 8
-    assert ids_of(table).tolist() == sorted(id_of(str(number)).encode() for number in range(8))
+    with pytest.raises(ValueError, match="a/model .*unpruned"):
+        open_table(table.uri, Fingerprint("b/model", "unpruned", "1" * 32), DIM)
 
 
 def indexed(table: lance.LanceDataset) -> int:
@@ -103,7 +89,7 @@ def test_the_index_has_all_rows_and_is_made_anew_when_rows_come(table):
     assert indexed(table) == table.count_rows() == 650
 
 
-@pytest.mark.parametrize("name", ["alias.lance", "folder/t.lance", "file://{}/t.lance", "file:{}/t.lance", "t.lance/"])
+@pytest.mark.parametrize("name", ["alias.lance", "folder/t.lance", "file://{}/t.lance", "t.lance/"])
 def test_a_table_has_one_lock_under_all_of_its_names(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "alias.lance").symlink_to("t.lance")

@@ -11,7 +11,7 @@ from tokenizers import decoders
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from modeling_trips.hosts import prune_inputs
-from trips_examples.lmms.generation import VisionLanguageModel, cut_until, encode, generation_options
+from trips_examples.lmms.generation import VisionLanguageModel, encode, generation_options
 
 
 FAMILIES = ["llava", "qwen2_5_vl"]
@@ -88,9 +88,7 @@ def test_prompt_without_a_chat_template(folders, images, tmp_path):
     encoded = encode(vlm.processor, conversations(images))
     expected = vlm.processor(text=f"<image><image>{QUESTIONS[1]}", images=images[1])["input_ids"][0]
     assert encoded["input_ids"][1].tolist() == expected
-    assert len(vlm.answer(conversations(images), OPTIONS)[1].split()) == 6
-    paligemma = VisionLanguageModel(folders["paligemma"])
-    assert all(paligemma.answer(conversations(images)[:1], OPTIONS))
+    assert all(VisionLanguageModel(folders["paligemma"]).answer(conversations(images)[:1], OPTIONS))
 
 
 @pytest.mark.parametrize(
@@ -98,7 +96,6 @@ def test_prompt_without_a_chat_template(folders, images, tmp_path):
     [
         ({}, {"max_new_tokens": 1024, "do_sample": False}),
         ({"temperature": 0, "top_p": 0.9, "num_beams": 3}, {"num_beams": 3, "do_sample": False, "top_p": None}),
-        ({"temperature": 0.5, "do_sample": False}, {"do_sample": False, "temperature": None}),
         ({"temperature": 0.5, "top_p": 0.9}, {"do_sample": True, "temperature": 0.5, "top_p": 0.9}),
     ],
 )
@@ -109,13 +106,13 @@ def test_options_of_a_task(task_options, expected):
 
 
 def test_an_answer_ends_at_the_stops_of_a_task_except_a_blank_line(folders, images):
-    assert cut_until("\n\na b\n\nc\nd", ["\n\n", "", "d"]) == "a b"
-    vlm, asked = VisionLanguageModel(folders["llava"]), conversations(images)
-    words = vlm.answer(asked, OPTIONS)[2].split()
-    (answer,) = vlm.answer(asked[2:], {**OPTIONS, "until": ["\n\n", words[2]]})
-    assert answer.split() == words[: words.index(words[2])]
-    vlm.processor.tokenizer.backend_tokenizer.decoder = decoders.Replace(words[2], "\n\n")
-    assert "\n\n" in vlm.answer(asked[2:], {**OPTIONS, "until": "\n\n"})[0]
+    vlm, asked, options = VisionLanguageModel(folders["llava"]), conversations(images)[2:], {"max_new_tokens": 30}
+    words = vlm.answer(asked, options)[0].split()
+    stop = next(word for word in words if word != words[0])
+    (answer,) = vlm.answer(asked, {**options, "until": ["\n\n", stop]})
+    assert answer.split() == words[: words.index(stop)]
+    vlm.processor.tokenizer.backend_tokenizer.decoder = decoders.Replace(stop, "\n\n")
+    assert "\n\n" in vlm.answer(asked, {**options, "until": "\n\n"})[0]
 
 
 def test_lower_resolution_interpolates_position_embeddings(folders, images):

@@ -10,7 +10,7 @@ from tiny_retrieval import make_config
 from modeling_trips import TripsForRetrieval
 from trips_examples.data.vocabulary import train_tokenizer
 from trips_examples.metrics import retrieval as retrieval_evaluation
-from trips_examples.metrics.retrieval import Ranking, RetrievalEvaluator, rank, recalls, rerank
+from trips_examples.metrics.retrieval import Ranking, RetrievalEvaluator, rank, recalls
 from trips_examples.training.models import make_processor
 
 
@@ -24,14 +24,14 @@ def make_images() -> list[PIL.Image.Image]:
     return [PIL.Image.fromarray(image.numpy()) for image in pixels]
 
 
-def make_evaluator(batch_size: int = 3, selection_guidance: str = "text", keep_rate: float = 0.5, **options):
+def make_evaluator(batch_size: int = 3, selection_guidance: str = "text"):
     tokenizer = train_tokenizer(TEXTS)
-    config = make_config(selection_guidance=selection_guidance, keep_rate=keep_rate)
+    config = make_config(selection_guidance=selection_guidance, keep_rate=0.5)
     config.text_config.vocab_size = len(tokenizer)
     torch.manual_seed(0)
     model = TripsForRetrieval(config).eval()
     processor = make_processor(tokenizer, config)
-    return RetrievalEvaluator(model, processor, batch_size=batch_size, progress=False, **options)
+    return RetrievalEvaluator(model, processor, batch_size=batch_size, progress=False)
 
 
 @torch.no_grad()
@@ -64,51 +64,19 @@ def naive_recalls(evaluator: RetrievalEvaluator, rerank_k: int, rerank_by: str =
     return {**results, "r_mean": sum(results.values()) / 6}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rankings
-
-
-def test_candidates_stand_by_similarity_and_the_first_right_one_counts():
-    # Similarities to the texts 0 to 3: .1 .9 .5 .7 of image 0, .6 .2 .4 .3 of image 1.
-    similarities = torch.tensor([[0.1, 0.9, 0.5, 0.7], [0.6, 0.2, 0.4, 0.3]])
-    image_of_text = torch.tensor([0, 1, 0, 1])
-    ranking = rank(similarities, torch.arange(2), torch.eye(4), image_of_text, k=3)
-    assert ranking.candidates.tolist() == [[1, 3, 2], [0, 2, 3]]
-    torch.testing.assert_close(ranking.similarities, torch.tensor([[0.9, 0.7, 0.5], [0.6, 0.4, 0.3]]))
-    assert ranking.first_right.tolist() == [2, 2]  # image 0: text 2 at rank 2, before text 0; image 1: text 3
-    back = rank(torch.eye(4), image_of_text, similarities, torch.arange(2), k=9)
-    assert back.candidates.tolist() == [[1, 0], [0, 1], [0, 1], [0, 1]]
-    assert back.first_right.tolist() == [1, 1, 0, 1]
-
-
 def test_equal_candidates_stand_in_their_order_also_a_few_queries_at_a_time(monkeypatch):
     monkeypatch.setattr(retrieval_evaluation, "SIMILARITIES_PER_STEP", 12)
-    ranking = rank(torch.ones(3, 2), torch.tensor([0, 1, 2]), torch.ones(6, 2), torch.tensor([2, 2, 1, 0, 1, 0]), k=2)
+    ranking = rank(torch.ones(3, 2), torch.ones(6, 2), torch.tensor([0, 1, 2]), torch.tensor([2, 2, 1, 0, 1, 0]), k=2)
     assert ranking.candidates.tolist() == [[0, 1]] * 3
     assert ranking.first_right.tolist() == [3, 2, 0]  # a collapsed model is no better than the order of the data
-
-
-def test_reranking_orders_the_best_anew_and_leaves_the_others():
-    candidate_ids = torch.tensor([0, 1, 2, 3])
-    similarities = torch.tensor([[9.0, 8.0, 7.0], [6.0, 5.0, 4.0], [3.0, 2.0, 1.0]])
-    ranking = Ranking(torch.tensor([[3, 0, 1], [0, 3, 2], [2, 1, 0]]), similarities, torch.tensor([1, 3, 0]))
-    scores = torch.tensor([[0.0, 2.0, 1.0], [0.0, 5.0, 0.0], [1.0, 1.0, 3.0]])
-    again = rerank(ranking, scores, torch.tensor([0, 1, 2]), candidate_ids)
-    assert again.candidates.tolist() == [[0, 1, 3], [3, 0, 2], [0, 2, 1]]
-    assert again.similarities.tolist() == [[8.0, 7.0, 9.0], [5.0, 6.0, 4.0], [1.0, 3.0, 2.0]]
-    assert again.first_right.tolist() == [0, 3, 1]  # the true candidate of query 1 is not among its best
 
 
 def test_recall_counts_queries_by_the_place_of_their_first_right_candidate():
     unused = torch.zeros(4, 1, dtype=torch.long), torch.zeros(4, 1)
     texts, images = Ranking(*unused, torch.tensor([0, 4, 5, 30])), Ranking(*unused, torch.tensor([9, 10, 0, 0]))
-    results = recalls(texts, images)
+    results = recalls({"i2t": texts, "t2i": images})
     expected = {"i2t_r1": 1 / 4, "i2t_r5": 2 / 4, "i2t_r10": 3 / 4, "t2i_r1": 2 / 4, "t2i_r5": 2 / 4, "t2i_r10": 3 / 4}
     assert results == {**expected, "r_mean": pytest.approx(13 / 24)}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# With a model
 
 
 @pytest.mark.parametrize(
@@ -117,22 +85,11 @@ def test_recall_counts_queries_by_the_place_of_their_first_right_candidate():
 )
 def test_evaluation_equals_a_loop_over_single_pairs(guidance, rerank_k, rerank_by, batch_size):
     evaluator = make_evaluator(batch_size, guidance)
-    results = evaluator.evaluate(make_images(), TEXTS, IMAGE_OF_TEXT, rerank_k, rerank_by).metrics
+    results, _ = evaluator.evaluate(make_images(), TEXTS, IMAGE_OF_TEXT, rerank_k, rerank_by)
     expected = {f"features_{name}": value for name, value in naive_recalls(evaluator, 0).items()}
     expected |= naive_recalls(evaluator, rerank_k, rerank_by)
     assert results.pop("reranked_pairs") <= min(40, (5 + 8) * rerank_k)
-    assert results.pop("reranked_pairs_per_second") > 0
     assert results == pytest.approx(expected)
-
-
-def test_half_precision_is_kept_where_it_is_asked_for():
-    evaluator, expected = make_evaluator(dtype=torch.float16), make_evaluator()
-    texts = evaluator.index_texts(TEXTS)
-    assert {evaluator.index_images(make_images()).dtype, texts.embeds.dtype, texts.states[0].dtype} == {torch.float16}
-    pairs = torch.cartesian_prod(torch.arange(5), torch.arange(8))
-    scores = evaluator.match(make_images(), texts, pairs)
-    exact = expected.match(make_images(), expected.index_texts(TEXTS), pairs)
-    torch.testing.assert_close(scores, exact, rtol=0.02, atol=0.02)
 
 
 def test_an_image_cache_is_computed_once_per_image_and_gone_before_the_next_ones(monkeypatch):
@@ -157,27 +114,8 @@ def test_an_image_cache_is_computed_once_per_image_and_gone_before_the_next_ones
     assert max(steps) == 2 and sum(steps) > 20
 
 
-def test_images_are_read_when_they_are_needed():
-    class Images(torch.utils.data.Dataset):
-        reads = []
-
-        def __len__(self):
-            return 5
-
-        def __getitem__(self, number):
-            self.reads.append(number)
-            return make_images()[number]
-
+def test_what_is_not_finite_is_named():
     evaluator = make_evaluator()
-    scores = evaluator.match(Images(), evaluator.index_texts(TEXTS), torch.tensor([[1, 0], [1, 1], [3, 2]]))
-    assert Images.reads == [1, 3] and scores.shape == (3,)
-
-
-def test_bad_input_is_named():
-    evaluator = make_evaluator()
-    for images, texts, image_of_text in ((5, TEXTS[:2], torch.tensor([0, 1])), (4, TEXTS, IMAGE_OF_TEXT)):
-        with pytest.raises(ValueError, match=f"{images} images"):
-            evaluator.evaluate(make_images()[:images], texts, image_of_text)
     with torch.no_grad():
         evaluator.model.itm_head.bias[1] = float("nan")
     with pytest.raises(ValueError, match="pair 0"):

@@ -42,6 +42,7 @@ from .modeling_trips_text import (
     accept_former_cache_name,
 )
 from .modeling_trips_vision import (
+    SHARED_ARGS,
     TripsImageCache,
     TripsPreTrainedModel,
     TripsSelection,
@@ -58,6 +59,12 @@ from .pipeline_trips import TripsImageToTextPipeline, TripsVisualQuestionAnsweri
 
 
 # The bare model
+
+
+MODEL_ARGS = r"""
+output_cls_attention (`bool`, *optional*, defaults to `False`):
+    Whether to return `cls_attention`. A single stream has none.
+"""
 
 
 @auto_docstring(custom_intro="Output of [`TripsModel`].")
@@ -224,7 +231,7 @@ class TripsModel(TripsPreTrainedModel):
         return torch.stack(losses).mean(dim=0)
 
     @can_return_tuple
-    @auto_docstring
+    @auto_docstring(custom_args=SHARED_ARGS + MODEL_ARGS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -240,19 +247,6 @@ class TripsModel(TripsPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsModelOutput:
         r"""
-        image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
-            Text i looks at image `image_index[i]`. By default text i looks at image i.
-        image_cache (`TripsImageCache`, *optional*):
-            Result of `encode_images`, in place of `pixel_values`.
-        regions (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
-            The target region of each text: boxes (center_x, center_y, width, height) in [0, 1] of the image in
-            `pixel_values`, as [`TripsProcessor.encode_boxes`] returns them; a box without area if it is not known. In
-            training they supervise the selection, see `selection_loss_weight`.
-        output_cls_attention (`bool`, *optional*, defaults to `False`):
-            Whether to return `cls_attention`. A single stream has none.
-        schedule (`SelectionSchedule`, *optional*):
-            How the vision layers select in this pass, in place of the configuration's.
-
         Example:
 
         ```python
@@ -301,10 +295,6 @@ def weighted_sum(weighted_losses: Iterable[tuple[float, torch.Tensor | None]]) -
 
 # Own arguments of the heads' `forward`
 SEQ2SEQ_ARGS = r"""
-image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
-    Text i looks at image `image_index[i]`. By default text i looks at image i.
-image_cache (`TripsImageCache`, *optional*):
-    Result of `model.encode_images`, in place of `pixel_values`.
 cache (`Cache`, *optional*):
     Keys and values of the tokens before `decoder_input_ids`.
 labels (`torch.LongTensor` of shape `(num_labels, label_length)`, *optional*):
@@ -314,10 +304,6 @@ loss_weights (`torch.FloatTensor` of shape `(num_labels,)`, *optional*):
 text_index (`torch.LongTensor` of shape `(num_labels,)`, *optional*):
     Row j of `labels` follows text `text_index[j]`, so that several answers to one question share everything
     except the decoder. By default row j follows text j.
-regions (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
-    The target region of each text, see [`TripsModel`].
-schedule (`SelectionSchedule`, *optional*):
-    How the vision layers select, see [`TripsModel`].
 """
 
 SEQ2SEQ_EXAMPLE = """
@@ -440,7 +426,7 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
         return shift_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id)
 
     @can_return_tuple
-    @auto_docstring(custom_intro=SEQ2SEQ_EXAMPLE, custom_args=SEQ2SEQ_ARGS)
+    @auto_docstring(custom_intro=SEQ2SEQ_EXAMPLE, custom_args=SHARED_ARGS + SEQ2SEQ_ARGS)
     @accept_former_cache_name
     def forward(
         self,

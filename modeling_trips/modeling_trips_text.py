@@ -674,4 +674,4 @@ register_checkpoint_conversion_mapping(
     overwrite=True,
 )
 
-__all__ = ["TripsDecoder", "TripsFusionModel", "TripsLMHead", "TripsTextModel"]
+__all__ = ["TripsDecoder", "TripsFusionModel", "TripsTextModel"]

@@ -932,6 +932,7 @@ for vision_class in (TripsVisionModel, TripsSingleStreamModel):
     register_checkpoint_conversion_mapping(vision_class.__name__, prefixes, overwrite=True)
 
 __all__ = [
+    "TripsPreTrainedModel",
     "TripsSelection",
     "TripsSingleStreamModel",
     "TripsSingleStreamModelOutput",

@@ -280,3 +280,6 @@ class TripsImageToTextPipeline(TripsPipeline):
 
     def postprocess(self, texts: list[str], prompt: str = "") -> list[dict]:
         return [{"generated_text": f"{prompt.rstrip()} {text}".strip()} for text in texts]
+
+
+__all__ = ["TripsImageToTextPipeline", "TripsVisualQuestionAnsweringPipeline"]

@@ -76,3 +76,6 @@ class TripsZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeli
         options = {"padding": True, **(tokenizer_kwargs or {})}
         inputs["text_inputs"] = [self.processor(text=texts, return_tensors="pt", **options)]
         return inputs
+
+
+__all__ = ["TripsZeroShotImageClassificationPipeline"]

@@ -148,16 +148,12 @@ class TripsModel(TripsPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsModelOutput:
         """
-        Run everything after the text encoder, one row per pair of text and image.
+        Run everything after the text encoder, one row per pair of text and image. The output has no
+        `text_model_output`.
 
         Args:
             text_states (`torch.Tensor` of shape `(num_pairs, text_length, hidden_size)`): The `last_hidden_state` of
-                `text_model`. Repeat a text that has several images.
-            attention_mask, pixel_values, image_index, image_cache, regions: As in `forward`.
-            output_cls_attention, schedule: As in `forward`.
-
-        Returns:
-            [`TripsModelOutput`] without `text_model_output`.
+                `text_model`. Repeat a text that has several images. The other arguments are those of `forward`.
 
         Raises:
             `ValueError`: `output_cls_attention` is set for a single stream.
@@ -415,9 +411,6 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
     def get_encoder(self, modality: str | None = None):
         return self.model
 
-    def get_decoder(self):
-        return self.decoder
-
     def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
         """
         Return the decoder's input for teacher forcing, `(num_labels, label_length)`: the labels shifted right after
@@ -483,8 +476,13 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
         if labels is not None:
             text_losses = {"selection_loss": encoder_outputs.get("selection_losses")}
             if uses_attention_loss:
-                grid_size = self.model.grid_of(pixel_values, image_cache)
-                text_losses["attention_loss"] = cls_attention_losses(encoder_outputs, regions, grid_size)
+                image_states = encoder_outputs.vision_model_output.last_hidden_state[:, 1:]
+                text_losses["attention_loss"] = attention_losses(
+                    encoder_outputs.cls_attention.mean(dim=1)[:, 1:],
+                    token_indices(encoder_outputs.selection, image_states),
+                    regions,
+                    self.model.grid_of(pixel_values, image_cache),
+                )
             losses = self.losses(logits, labels, text_losses, loss_weights, text_index, **kwargs)
         return TripsSeq2SeqLMOutput(
             **losses,
@@ -543,15 +541,6 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
             use_cache=False,
         ).logits
         return -token_nll(logits, labels).sum(dim=-1)
-
-
-def cls_attention_losses(
-    outputs: TripsModelOutput, regions: torch.FloatTensor, grid_size: tuple[int, int]
-) -> torch.Tensor:
-    """Return the attention supervision of [CLS] in the last cross-attention, the mean over heads: `(num_texts,)`."""
-    weights = outputs.cls_attention.mean(dim=1)[:, 1:]
-    indices = token_indices(outputs.selection, outputs.vision_model_output.last_hidden_state[:, 1:])
-    return attention_losses(weights, indices, regions, grid_size)
 
 
 def _check_labels(labels, loss_weights, text_index, num_texts: int):

@@ -338,12 +338,6 @@ def _gather(tensor: torch.Tensor) -> list[torch.Tensor]:
     return gathered
 
 
-def distinct_image_ids(num_images: int, device: torch.device) -> torch.LongTensor:
-    """Return image ids, `(num_images,)`, for a batch without repeated images. They differ between processes."""
-    rank = distributed.get_rank() if num_processes() > 1 else 0
-    return torch.arange(num_images, device=device) * num_processes() + rank
-
-
 def check_captions(
     text_states: torch.Tensor,
     num_images: int,
@@ -358,7 +352,8 @@ def check_captions(
     if image_index is None:
         image_index = torch.arange(num_texts, device=device)
     if image_ids is None:
-        image_ids = distinct_image_ids(num_images, device)
+        rank = distributed.get_rank() if num_processes() > 1 else 0
+        image_ids = torch.arange(num_images, device=device) * num_processes() + rank  # distinct in all processes
     return image_index.to(device), image_ids.to(device)
 
 
@@ -647,13 +642,15 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         # CODEPATH: as above.
         if config.itm_weight > 0:
             pairs = matching_pairs(pair_logits, pair_ids)
+            if regions is not None:  # zeros for the negative pairs, which come last: no supervision
+                regions = nn.functional.pad(regions, (0, 0, 0, len(pairs.labels) - len(regions)))
             matched = self.match(
                 attention_mask=attention_mask,
                 image_index=image_index[pairs.image_index],
                 image_cache=image_cache,
                 text_states=text_states,
                 text_index=pairs.text_index,
-                regions=_pad_pairs(regions, len(pairs.labels)),
+                regions=regions,
                 **kwargs,
             )
             itm_loss = matching_loss(matched.itm_logits, pairs.labels, pairs.weights)
@@ -735,11 +732,6 @@ class TripsForRetrieval(TripsContrastiveModel):
 
 def _normalized(embeds: torch.Tensor) -> torch.Tensor:
     return nn.functional.normalize(embeds.to(torch.promote_types(embeds.dtype, torch.float32)), dim=-1)
-
-
-def _pad_pairs(rows: torch.Tensor | None, num_pairs: int) -> torch.Tensor | None:
-    """Pad the supervision of the true pairs, which come first, with zeros (no supervision) for the negative pairs."""
-    return None if rows is None else nn.functional.pad(rows, (0, 0, 0, num_pairs - len(rows)))
 
 
 TripsForRetrieval.register_for_auto_class("AutoModelForZeroShotImageClassification")

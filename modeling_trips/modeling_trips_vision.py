@@ -349,11 +349,6 @@ class Texts(NamedTuple):
     length: int = 0
     attention_mask: torch.Tensor | None = None
 
-    @property
-    def are_given(self) -> bool:
-        """Whether there is a text that can score."""
-        return self.embeds is not None or self.length > 0
-
 
 class TripsVisionLayer(GradientCheckpointingLayer):
     """
@@ -397,7 +392,7 @@ class TripsVisionLayer(GradientCheckpointingLayer):
             key = select_rows(key[:, :, start:end], texts.image_index)
             scores = self.score(query, key, selection, texts)
             # Patches that an image draws made its models worse.
-            draw = selection.guidance == "text" and texts.are_given
+            draw = selection.guidance == "text" and (texts.embeds is not None or texts.length > 0)
             choice = choose_tokens(scores, selection.keep_rate, sampled_share, draw)
             hidden_states = select_rows(hidden_states, texts.image_index)
             hidden_states = shorten_tokens(hidden_states, scores, choice, self.config.fuse_inattentive_tokens)

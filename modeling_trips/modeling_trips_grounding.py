@@ -57,11 +57,8 @@ def _intersections_and_unions(boxes: torch.Tensor, target_boxes: torch.Tensor) -
 
 def paired_box_iou(boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor:
     """
-    Return the intersection over union of box i and target box i, `(num_boxes,)`; 0 if both boxes have no area.
-    (`torchvision.ops.box_iou` returns it for all pairs.)
-
-    Args:
-        boxes, target_boxes (`torch.Tensor` of shape `(num_boxes, 4)`): Corners (x0, y0, x1, y1) in the same unit.
+    Return the intersection over union of box i and target box i, `(num_boxes,)`; 0 if both boxes have no area. Boxes
+    `(num_boxes, 4)` are corners (x0, y0, x1, y1). (`torchvision.ops.box_iou` returns it for all pairs.)
     """
     intersections, unions = _intersections_and_unions(boxes, target_boxes)
     return intersections / unions.clamp(min=SMALLEST_AREA)
@@ -69,12 +66,8 @@ def paired_box_iou(boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Ten
 
 def generalized_box_iou_loss(boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor:
     """
-    Return `1 - GIoU` of box i and target box i (https://arxiv.org/abs/1902.09630), `(num_boxes,)`, in [0, 2].
-
-    `torchvision.ops.generalized_box_iou_loss` returns the same values but syncs with the device.
-
-    Args:
-        boxes, target_boxes (`torch.Tensor` of shape `(num_boxes, 4)`): Corners (x0, y0, x1, y1) in the same unit.
+    Return `1 - GIoU` of box i and target box i (https://arxiv.org/abs/1902.09630), `(num_boxes,)`, in [0, 2]. Boxes
+    are as in `paired_box_iou`. `torchvision.ops.generalized_box_iou_loss` returns the same but syncs with the device.
     """
     intersections, unions = _intersections_and_unions(boxes, target_boxes)
     top_left = torch.minimum(boxes[..., :2], target_boxes[..., :2])

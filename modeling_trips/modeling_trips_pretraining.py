@@ -92,16 +92,9 @@ def similarity(
     queries: torch.Tensor, candidates: torch.Tensor, temperature: float | torch.Tensor = 1.0
 ) -> torch.Tensor:
     """
-    Return the dot products of every query with every candidate, divided by the temperature. Autocast is off, since a
-    small temperature amplifies rounding errors.
-
-    Args:
-        queries (`torch.Tensor` of shape `(num_queries, dim)`), candidates (`torch.Tensor` of shape `(num_candidates,
-            dim)`): usually normalized.
-        temperature (`float` or `torch.Tensor` of one element, *optional*, defaults to 1.0)
-
-    Returns:
-        `torch.Tensor` of shape `(num_queries, num_candidates)`, float32 or wider.
+    Return the dot products of every query with every candidate, divided by the temperature: `(num_queries, dim)` and
+    `(num_candidates, dim)` -> `(num_queries, num_candidates)`, float32 or wider. Autocast is off, since a small
+    temperature amplifies rounding errors.
     """
     dtype = torch.promote_types(queries.dtype, torch.float32)
     with maybe_autocast(queries.device.type, enabled=False):
@@ -110,15 +103,8 @@ def similarity(
 
 def contrastive_targets(query_ids: torch.LongTensor, candidate_ids: torch.LongTensor) -> torch.FloatTensor:
     """
-    Return the targets of retrieval: equal shares for the candidates of the query's image.
-
-    Args:
-        query_ids (`torch.LongTensor` of shape `(num_queries,)`), candidate_ids (`torch.LongTensor` of shape
-            `(num_candidates,)`): image ids.
-
-    Returns:
-        `torch.FloatTensor` of shape `(num_queries, num_candidates)`. A row sums to 1, or to 0 if no candidate belongs
-        to the query's image.
+    Return the targets of retrieval, `(num_queries, num_candidates)`: equal shares for the candidates of the query's
+    image, by image ids. A row sums to 1, or to 0 if no candidate belongs to the query's image.
     """
     same_image = (query_ids[:, None] == candidate_ids).float()
     return same_image / same_image.sum(dim=-1, keepdim=True).clamp_min(1.0)
@@ -256,8 +242,7 @@ def matching_pairs(
     logits: torch.Tensor, image_ids: torch.LongTensor, generator: torch.Generator | None = None
 ) -> MatchingPairs:
     """
-    Return the pairs of image-text matching (ITM): each of T true pairs, its text with a hard negative image, and its
-    image with a hard negative text.
+    Return the pairs of image-text matching (ITM), with hard negatives.
 
     Args:
         logits (`torch.Tensor` of shape `(T, T)`): entry (i, j) is the similarity of text i and the image of pair j. An
@@ -280,15 +265,8 @@ def matching_pairs(
 
 def matching_loss(logits: torch.Tensor, labels: torch.LongTensor, weights: torch.Tensor) -> torch.Tensor:
     """
-    Return the image-text matching loss (ITM): the weighted mean of the cross-entropies of the pairs of all processes.
-
-    Args:
-        logits (`torch.Tensor` of shape `(num_pairs, 2)`): column 1 is the score of a match.
-        labels (`torch.LongTensor` of shape `(num_pairs,)`), weights (`torch.Tensor` of shape `(num_pairs,)`): see
-            [`MatchingPairs`].
-
-    Returns:
-        `torch.Tensor` of shape `()`, float32 or wider.
+    Return the image-text matching loss (ITM), `()`, float32 or wider: the weighted mean of the cross-entropies of the
+    pairs of all processes. `logits` are of shape `(num_pairs, 2)`; see [`MatchingPairs`] for the others.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = nn.functional.cross_entropy(logits, labels, reduction="none")
@@ -305,11 +283,8 @@ def row_counts(*tensors: torch.Tensor) -> list[list[int]]:
 
 def gather_with_gradient(tensor: torch.Tensor, counts: list[int]) -> torch.Tensor:
     """
-    Return the rows of all processes, by rank. The gradient of a process's rows sums over the losses of all processes.
-
-    Args:
-        tensor (`torch.Tensor` of shape `(num_rows, ...)`)
-        counts (`list[int]`): number of rows of each process, see `row_counts`.
+    Return the rows of all processes, by rank; `counts` are those of `row_counts`. The gradient of a process's rows sums
+    over the losses of all processes.
     """
     return _GatherWithGradient.apply(tensor, counts) if num_processes() > 1 else tensor
 
@@ -371,7 +346,6 @@ def masked_language_loss(
     Args:
         logits, teacher_logits (`torch.Tensor` of shape `(num_texts, text_length, vocab_size)`)
         labels (`torch.LongTensor` of shape `(num_texts, text_length)`): -100 for tokens that are not masked.
-        teacher_weight (`float`, *optional*, defaults to 0.0)
         num_masked (`torch.Tensor` of shape `()`, *optional*): divisor of the sum over the tokens. By default their
             number.
 
@@ -741,8 +715,6 @@ TripsForRetrieval.register_for_auto_class("AutoModelForZeroShotImageClassificati
 
 
 PRETRAINING_ARGS = r"""
-image_ids (`torch.LongTensor` of shape `(num_images,)`, *optional*):
-    Images with equal ids are the same image. By default all images are distinct.
 mlm_input_ids (`torch.LongTensor` of shape `(num_texts, text_length)`, *optional*):
     The texts with masked tokens, as [`~transformers.DataCollatorForLanguageModeling`] makes them.
 mlm_labels (`torch.LongTensor` of shape `(num_texts, text_length)`, *optional*):
@@ -818,7 +790,7 @@ class TripsForPreTraining(TripsContrastiveModel):
         return super().resize_token_embeddings(*args, **kwargs)
 
     @can_return_tuple
-    @auto_docstring(custom_args=SHARED_ARGS + PRETRAINING_ARGS)
+    @auto_docstring(custom_args=SHARED_ARGS + RETRIEVAL_ARGS + PRETRAINING_ARGS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,

@@ -42,11 +42,7 @@ from .image_decoding_trips import convert_to_rgb, decode_image
 def prepare_images(images: ImageInput, patch_size: int) -> list[Image.Image | np.ndarray | torch.Tensor]:
     """
     Prepare the images of a call. PIL images, paths and URLs become RGB images. Arrays and tensors are unchanged,
-    except that grey ones of shape `(H, W)` become `(3, H, W)`.
-
-    Args:
-        images (`ImageInput`): An image, a list of images (nested or not), or a batch `(num_images, ...)`.
-        patch_size (`int`): Smallest height and width.
+    except that grey ones of shape `(H, W)` become `(3, H, W)`. `patch_size` is the smallest height and width.
 
     Raises:
         `ValueError`: An image cannot be used; the message names its position and path. Or there is none.

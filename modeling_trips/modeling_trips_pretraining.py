@@ -283,8 +283,8 @@ def row_counts(*tensors: torch.Tensor) -> list[list[int]]:
 
 def gather_with_gradient(tensor: torch.Tensor, counts: list[int]) -> torch.Tensor:
     """
-    Return the rows of all processes, by rank; `counts` are those of `row_counts`. The gradient of a process's rows sums
-    over the losses of all processes.
+    Return the rows of all processes, by rank; `counts` are those of `row_counts`. The gradient of a process's rows
+    sums over the losses of all processes.
     """
     return _GatherWithGradient.apply(tensor, counts) if num_processes() > 1 else tensor
 

@@ -114,13 +114,9 @@ class TripsPreTrainedModel(PreTrainedModel):
             ValueError: Layers would be recomputed without the values that they take by keyword, or with other draws.
         """
         options = getattr(gradient_checkpointing_func, "keywords", {})
-        if enable and options.get("use_reentrant", False):
-            raise ValueError("Activation checkpointing needs `use_reentrant=False`, got True.")
-        if enable and not options.get("preserve_rng_state", True):
-            raise ValueError(
-                "Activation checkpointing needs `preserve_rng_state=True`, got False: patches that are drawn would be "
-                "others when a layer is computed again."
-            )
+        for name, needed in (("use_reentrant", False), ("preserve_rng_state", True)):
+            if enable and options.get(name, needed) is not needed:
+                raise ValueError(f"Activation checkpointing needs `{name}={needed}`, got {options[name]}.")
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
     def save_pretrained(self, save_directory, **kwargs):

@@ -508,11 +508,14 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
         **kwargs,
     ) -> dict[str, torch.Tensor | None]:
         """Return the loss, and the means over label tokens of the losses of each text, `(num_texts,)`, by name."""
+        # Means count as `label_loss` does.
+        num_tokens = (labels != -100).sum(dim=-1)
+        num_items = num_tokens.sum() if num_items_in_batch is None else num_items_in_batch
         means = {
-            name: None if own is None else mean_over_labels(select_rows(own, text_index), labels, num_items_in_batch)
+            name: None if own is None else (select_rows(own, text_index) * num_tokens).sum() / num_items
             for name, own in text_losses.items()
         }
-        loss = label_loss(logits, labels, loss_weights, num_items_in_batch)
+        loss = label_loss(logits, labels, loss_weights, num_items)
         weights = [getattr(self.config, f"{name}_weight") for name in means]
         return {"loss": weighted_sum([(1, loss), *zip(weights, means.values())]), **means}
 
@@ -564,17 +567,6 @@ def shift_right(labels: torch.LongTensor, start_token_id: int, pad_token_id: int
 def token_nll(logits: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
     """Return the negative log-likelihood of each label, float32 `(num_labels, label_length)`; 0 for -100."""
     return nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
-
-
-def mean_over_labels(
-    losses: torch.Tensor, labels: torch.LongTensor, num_items_in_batch: int | torch.Tensor | None = None
-) -> torch.Tensor:
-    """
-    Return the mean over label tokens of the loss of each row, `(num_labels,)`. It counts as `label_loss` does, so that
-    gradient accumulation and several processes give the gradient of the whole batch.
-    """
-    num_tokens = (labels != -100).sum(dim=-1)
-    return (losses * num_tokens).sum() / (num_tokens.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def label_loss(

@@ -31,12 +31,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, 
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_trips import SelectionSchedule, TripsConfig
-from .modeling_trips import (
-    TripsModel,
-    label_loss,
-    shift_right,
-    weighted_sum,
-)
+from .modeling_trips import TripsModel, label_loss, shift_right, weighted_sum
 from .modeling_trips_text import TripsDecoder, TripsLMHead, class_states
 from .modeling_trips_vision import (
     SHARED_ARGS,

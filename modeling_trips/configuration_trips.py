@@ -443,21 +443,8 @@ class TripsDecoderConfig(TripsTextConfig):
         return self.encoder_hidden_size or self.hidden_size
 
 
-# Fields of the text encoder that are defaults of the fusion encoder and the decoder.
-SHARED_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "num_attention_heads",
-    "intermediate_size",
-    "hidden_act",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "max_position_embeddings",
-    "type_vocab_size",
-    "initializer_range",
-    "layer_norm_eps",
-    "pad_token_id",
-)
+# Fields of the text encoder that are no defaults of the fusion encoder and the decoder.
+OWN_TEXT_FIELDS = {"num_hidden_layers", "is_decoder", "pooling_mode"}
 # Fields of parts that are also fields of the whole.
 PART_FIELDS = {
     "selection_layers": "vision_config",
@@ -601,7 +588,9 @@ class TripsConfig(PreTrainedConfig):
             setattr(self, PART_FIELDS[name], {**part, name: kwargs.pop(name)})
         self.vision_config = self._part("vision_config")
         self.text_config = self._part("text_config")
-        shared = {name: getattr(self.text_config, name) for name in SHARED_FIELDS}
+        shared = {
+            name: getattr(self.text_config, name) for name in TripsTextConfig.__annotations__.keys() - OWN_TEXT_FIELDS
+        }
         self.fusion_encoder_config = self._part("fusion_encoder_config", **shared)
         self.decoder_config = self._part("decoder_config", **shared)
         if self.fusion_encoder_config.fusion_type == "single_stream":
@@ -707,3 +696,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 TripsVisionConfig.register_for_auto_class()
 TripsTextConfig.register_for_auto_class()
 TripsConfig.register_for_auto_class()
+
+__all__ = [
+    "UNPRUNED",
+    "LayerSelection",
+    "SelectionSchedule",
+    "TripsConfig",
+    "TripsDecoderConfig",
+    "TripsFusionConfig",
+    "TripsTextConfig",
+    "TripsVisionConfig",
+]

@@ -42,6 +42,7 @@ from .modeling_trips_text import (
     accept_former_cache_name,
 )
 from .modeling_trips_vision import (
+    SHARED_ARGS,
     TripsImageCache,
     TripsPreTrainedModel,
     TripsSelection,
@@ -58,6 +59,12 @@ from .pipeline_trips import TripsImageToTextPipeline, TripsVisualQuestionAnsweri
 
 
 # The bare model
+
+
+MODEL_ARGS = r"""
+output_cls_attention (`bool`, *optional*, defaults to `False`):
+    Whether to return `cls_attention`. A single stream has none.
+"""
 
 
 @auto_docstring(custom_intro="Output of [`TripsModel`].")
@@ -141,16 +148,12 @@ class TripsModel(TripsPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsModelOutput:
         """
-        Run everything after the text encoder, one row per pair of text and image.
+        Run everything after the text encoder, one row per pair of text and image. The output has no
+        `text_model_output`.
 
         Args:
             text_states (`torch.Tensor` of shape `(num_pairs, text_length, hidden_size)`): The `last_hidden_state` of
-                `text_model`. Repeat a text that has several images.
-            attention_mask, pixel_values, image_index, image_cache, regions: As in `forward`.
-            output_cls_attention, schedule: As in `forward`.
-
-        Returns:
-            [`TripsModelOutput`] without `text_model_output`.
+                `text_model`. Repeat a text that has several images. The other arguments are those of `forward`.
 
         Raises:
             `ValueError`: `output_cls_attention` is set for a single stream.
@@ -224,7 +227,7 @@ class TripsModel(TripsPreTrainedModel):
         return torch.stack(losses).mean(dim=0)
 
     @can_return_tuple
-    @auto_docstring
+    @auto_docstring(custom_args=SHARED_ARGS + MODEL_ARGS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -240,19 +243,6 @@ class TripsModel(TripsPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsModelOutput:
         r"""
-        image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
-            Text i looks at image `image_index[i]`. By default text i looks at image i.
-        image_cache (`TripsImageCache`, *optional*):
-            Result of `encode_images`, in place of `pixel_values`.
-        regions (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
-            The target region of each text: boxes (center_x, center_y, width, height) in [0, 1] of the image in
-            `pixel_values`, as [`TripsProcessor.encode_boxes`] returns them; a box without area if it is not known. In
-            training they supervise the selection, see `selection_loss_weight`.
-        output_cls_attention (`bool`, *optional*, defaults to `False`):
-            Whether to return `cls_attention`. A single stream has none.
-        schedule (`SelectionSchedule`, *optional*):
-            How the vision layers select in this pass, in place of the configuration's.
-
         Example:
 
         ```python
@@ -301,10 +291,6 @@ def weighted_sum(weighted_losses: Iterable[tuple[float, torch.Tensor | None]]) -
 
 # Own arguments of the heads' `forward`
 SEQ2SEQ_ARGS = r"""
-image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
-    Text i looks at image `image_index[i]`. By default text i looks at image i.
-image_cache (`TripsImageCache`, *optional*):
-    Result of `model.encode_images`, in place of `pixel_values`.
 cache (`Cache`, *optional*):
     Keys and values of the tokens before `decoder_input_ids`.
 labels (`torch.LongTensor` of shape `(num_labels, label_length)`, *optional*):
@@ -314,10 +300,6 @@ loss_weights (`torch.FloatTensor` of shape `(num_labels,)`, *optional*):
 text_index (`torch.LongTensor` of shape `(num_labels,)`, *optional*):
     Row j of `labels` follows text `text_index[j]`, so that several answers to one question share everything
     except the decoder. By default row j follows text j.
-regions (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
-    The target region of each text, see [`TripsModel`].
-schedule (`SelectionSchedule`, *optional*):
-    How the vision layers select, see [`TripsModel`].
 """
 
 SEQ2SEQ_EXAMPLE = """
@@ -429,9 +411,6 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
     def get_encoder(self, modality: str | None = None):
         return self.model
 
-    def get_decoder(self):
-        return self.decoder
-
     def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
         """
         Return the decoder's input for teacher forcing, `(num_labels, label_length)`: the labels shifted right after
@@ -440,7 +419,7 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
         return shift_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id)
 
     @can_return_tuple
-    @auto_docstring(custom_intro=SEQ2SEQ_EXAMPLE, custom_args=SEQ2SEQ_ARGS)
+    @auto_docstring(custom_intro=SEQ2SEQ_EXAMPLE, custom_args=SHARED_ARGS + SEQ2SEQ_ARGS)
     @accept_former_cache_name
     def forward(
         self,
@@ -497,8 +476,13 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
         if labels is not None:
             text_losses = {"selection_loss": encoder_outputs.get("selection_losses")}
             if uses_attention_loss:
-                grid_size = self.model.grid_of(pixel_values, image_cache)
-                text_losses["attention_loss"] = cls_attention_losses(encoder_outputs, regions, grid_size)
+                image_states = encoder_outputs.vision_model_output.last_hidden_state[:, 1:]
+                text_losses["attention_loss"] = attention_losses(
+                    encoder_outputs.cls_attention.mean(dim=1)[:, 1:],
+                    token_indices(encoder_outputs.selection, image_states),
+                    regions,
+                    self.model.grid_of(pixel_values, image_cache),
+                )
             losses = self.losses(logits, labels, text_losses, loss_weights, text_index, **kwargs)
         return TripsSeq2SeqLMOutput(
             **losses,
@@ -524,11 +508,14 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
         **kwargs,
     ) -> dict[str, torch.Tensor | None]:
         """Return the loss, and the means over label tokens of the losses of each text, `(num_texts,)`, by name."""
+        # Means count as `label_loss` does.
+        num_tokens = (labels != -100).sum(dim=-1)
+        num_items = num_tokens.sum() if num_items_in_batch is None else num_items_in_batch
         means = {
-            name: None if own is None else mean_over_labels(select_rows(own, text_index), labels, num_items_in_batch)
+            name: None if own is None else (select_rows(own, text_index) * num_tokens).sum() / num_items
             for name, own in text_losses.items()
         }
-        loss = label_loss(logits, labels, loss_weights, num_items_in_batch)
+        loss = label_loss(logits, labels, loss_weights, num_items)
         weights = [getattr(self.config, f"{name}_weight") for name in means]
         return {"loss": weighted_sum([(1, loss), *zip(weights, means.values())]), **means}
 
@@ -559,15 +546,6 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
         return -token_nll(logits, labels).sum(dim=-1)
 
 
-def cls_attention_losses(
-    outputs: TripsModelOutput, regions: torch.FloatTensor, grid_size: tuple[int, int]
-) -> torch.Tensor:
-    """Return the attention supervision of [CLS] in the last cross-attention, the mean over heads: `(num_texts,)`."""
-    weights = outputs.cls_attention.mean(dim=1)[:, 1:]
-    indices = token_indices(outputs.selection, outputs.vision_model_output.last_hidden_state[:, 1:])
-    return attention_losses(weights, indices, regions, grid_size)
-
-
 def _check_labels(labels, loss_weights, text_index, num_texts: int):
     num_labels = len(labels)
     if text_index is None and num_labels != num_texts:
@@ -589,17 +567,6 @@ def shift_right(labels: torch.LongTensor, start_token_id: int, pad_token_id: int
 def token_nll(logits: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
     """Return the negative log-likelihood of each label, float32 `(num_labels, label_length)`; 0 for -100."""
     return nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
-
-
-def mean_over_labels(
-    losses: torch.Tensor, labels: torch.LongTensor, num_items_in_batch: int | torch.Tensor | None = None
-) -> torch.Tensor:
-    """
-    Return the mean over label tokens of the loss of each row, `(num_labels,)`. It counts as `label_loss` does, so that
-    gradient accumulation and several processes give the gradient of the whole batch.
-    """
-    num_tokens = (labels != -100).sum(dim=-1)
-    return (losses * num_tokens).sum() / (num_tokens.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def label_loss(

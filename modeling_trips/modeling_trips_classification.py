@@ -25,7 +25,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, 
 from .configuration_trips import SelectionSchedule, TripsConfig
 from .modeling_trips import TripsModel
 from .modeling_trips_text import class_states
-from .modeling_trips_vision import TripsImageCache, TripsPreTrainedModel, TripsSelection
+from .modeling_trips_vision import SHARED_ARGS, TripsImageCache, TripsPreTrainedModel, TripsSelection
 
 
 @auto_docstring(custom_intro="Output of [`TripsForImagesAndTextClassification`].")
@@ -76,14 +76,10 @@ pixel_values (`torch.FloatTensor` of shape `(num_texts, num_images, num_channels
     and so on.
 image_index (`torch.LongTensor` of shape `(num_texts, num_images)`, *optional*):
     Image j of text i is image `image_index[i, j]`. Texts with the same image share its computation.
-image_cache (`TripsImageCache`, *optional*):
-    Result of `model.encode_images`, in place of `pixel_values`.
 labels (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
     The class of each text, in `[0, config.num_labels)`; -100 is ignored.
 regions (`torch.FloatTensor` of shape `(num_texts, num_images, 4)`, *optional*):
     The target region of each text in each of its images, see [`TripsModel`].
-schedule (`SelectionSchedule`, *optional*):
-    How the vision layers select, see [`TripsModel`].
 """
 
 
@@ -106,7 +102,7 @@ class TripsForImagesAndTextClassification(TripsPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    @auto_docstring(custom_args=CLASSIFICATION_ARGS)
+    @auto_docstring(custom_args=SHARED_ARGS + CLASSIFICATION_ARGS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,

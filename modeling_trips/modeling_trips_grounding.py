@@ -24,7 +24,14 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, 
 from .configuration_trips import SelectionSchedule, TripsConfig
 from .modeling_trips import TripsModel, weighted_sum
 from .modeling_trips_text import class_states
-from .modeling_trips_vision import TripsImageCache, TripsPreTrainedModel, TripsSelection, select_rows, token_indices
+from .modeling_trips_vision import (
+    SHARED_ARGS,
+    TripsImageCache,
+    TripsPreTrainedModel,
+    TripsSelection,
+    select_rows,
+    token_indices,
+)
 from .patch_selection import attention_losses
 
 
@@ -50,11 +57,8 @@ def _intersections_and_unions(boxes: torch.Tensor, target_boxes: torch.Tensor) -
 
 def paired_box_iou(boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor:
     """
-    Return the intersection over union of box i and target box i, `(num_boxes,)`; 0 if both boxes have no area.
-    (`torchvision.ops.box_iou` returns it for all pairs.)
-
-    Args:
-        boxes, target_boxes (`torch.Tensor` of shape `(num_boxes, 4)`): Corners (x0, y0, x1, y1) in the same unit.
+    Return the intersection over union of box i and target box i, `(num_boxes,)`; 0 if both boxes have no area. Boxes
+    `(num_boxes, 4)` are corners (x0, y0, x1, y1). (`torchvision.ops.box_iou` returns it for all pairs.)
     """
     intersections, unions = _intersections_and_unions(boxes, target_boxes)
     return intersections / unions.clamp(min=SMALLEST_AREA)
@@ -62,12 +66,8 @@ def paired_box_iou(boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Ten
 
 def generalized_box_iou_loss(boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor:
     """
-    Return `1 - GIoU` of box i and target box i (https://arxiv.org/abs/1902.09630), `(num_boxes,)`, in [0, 2].
-
-    `torchvision.ops.generalized_box_iou_loss` returns the same values but syncs with the device.
-
-    Args:
-        boxes, target_boxes (`torch.Tensor` of shape `(num_boxes, 4)`): Corners (x0, y0, x1, y1) in the same unit.
+    Return `1 - GIoU` of box i and target box i (https://arxiv.org/abs/1902.09630), `(num_boxes,)`, in [0, 2]. Boxes
+    are as in `paired_box_iou`. `torchvision.ops.generalized_box_iou_loss` returns the same but syncs with the device.
     """
     intersections, unions = _intersections_and_unions(boxes, target_boxes)
     top_left = torch.minimum(boxes[..., :2], target_boxes[..., :2])
@@ -77,12 +77,13 @@ def generalized_box_iou_loss(boxes: torch.Tensor, target_boxes: torch.Tensor) ->
     return 1 - iou + (enclosing - unions) / enclosing.clamp(min=SMALLEST_AREA)
 
 
-def box_l1_loss(boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor:
-    """Return the L1 distance of box i and target box i, `(num_boxes,)`, the sum over their four numbers."""
-    return (boxes - target_boxes).abs().sum(dim=-1)
-
-
 # Head
+
+
+GROUNDING_ARGS = r"""
+labels (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
+    The box of each text, in the format of `pred_boxes`. [`TripsProcessor.encode_boxes`] converts pixels to it.
+"""
 
 
 @auto_docstring(custom_intro="Output of [`TripsForVisualGrounding`].")
@@ -188,7 +189,7 @@ class TripsForVisualGrounding(TripsPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    @auto_docstring
+    @auto_docstring(custom_args=SHARED_ARGS + GROUNDING_ARGS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -203,15 +204,6 @@ class TripsForVisualGrounding(TripsPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsVisualGroundingOutput:
         r"""
-        image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
-            Text i belongs to image `image_index[i]`. By default to image i.
-        image_cache (`TripsImageCache`, *optional*):
-            Result of `model.encode_images`, in place of `pixel_values`.
-        labels (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
-            The box of each text, in the format of `pred_boxes`. [`TripsProcessor.encode_boxes`] converts pixels to it.
-        schedule (`SelectionSchedule`, *optional*):
-            How the vision layers select, see [`TripsModel`].
-
         Example:
 
         ```python
@@ -280,7 +272,7 @@ def box_losses(
             f"`labels` must have shape {tuple(pred_boxes.shape)}, one box per text, got {tuple(labels.shape)}."
         )
     labels = labels.to(pred_boxes)
-    l1_losses = box_l1_loss(pred_boxes, labels)
+    l1_losses = (pred_boxes - labels).abs().sum(dim=-1)
     giou_losses = generalized_box_iou_loss(center_to_corners_format(pred_boxes), center_to_corners_format(labels))
     return mean_over_boxes(l1_losses, num_items_in_batch), mean_over_boxes(giou_losses, num_items_in_batch)
 

@@ -31,14 +31,10 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, 
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_trips import SelectionSchedule, TripsConfig
-from .modeling_trips import (
-    TripsModel,
-    label_loss,
-    shift_right,
-    weighted_sum,
-)
+from .modeling_trips import TripsModel, label_loss, shift_right, weighted_sum
 from .modeling_trips_text import TripsDecoder, TripsLMHead, class_states
 from .modeling_trips_vision import (
+    SHARED_ARGS,
     TripsImageCache,
     TripsPreTrainedModel,
     TripsSelection,
@@ -91,16 +87,9 @@ def similarity(
     queries: torch.Tensor, candidates: torch.Tensor, temperature: float | torch.Tensor = 1.0
 ) -> torch.Tensor:
     """
-    Return the dot products of every query with every candidate, divided by the temperature. Autocast is off, since a
-    small temperature amplifies rounding errors.
-
-    Args:
-        queries (`torch.Tensor` of shape `(num_queries, dim)`), candidates (`torch.Tensor` of shape `(num_candidates,
-            dim)`): usually normalized.
-        temperature (`float` or `torch.Tensor` of one element, *optional*, defaults to 1.0)
-
-    Returns:
-        `torch.Tensor` of shape `(num_queries, num_candidates)`, float32 or wider.
+    Return the dot products of every query with every candidate, divided by the temperature: `(num_queries, dim)` and
+    `(num_candidates, dim)` -> `(num_queries, num_candidates)`, float32 or wider. Autocast is off, since a small
+    temperature amplifies rounding errors.
     """
     dtype = torch.promote_types(queries.dtype, torch.float32)
     with maybe_autocast(queries.device.type, enabled=False):
@@ -109,86 +98,45 @@ def similarity(
 
 def contrastive_targets(query_ids: torch.LongTensor, candidate_ids: torch.LongTensor) -> torch.FloatTensor:
     """
-    Return the targets of retrieval: equal shares for the candidates of the query's image.
-
-    Args:
-        query_ids (`torch.LongTensor` of shape `(num_queries,)`), candidate_ids (`torch.LongTensor` of shape
-            `(num_candidates,)`): image ids.
-
-    Returns:
-        `torch.FloatTensor` of shape `(num_queries, num_candidates)`. A row sums to 1, or to 0 if no candidate belongs
-        to the query's image.
+    Return the targets of retrieval, `(num_queries, num_candidates)`: equal shares for the candidates of the query's
+    image, by image ids. A row sums to 1, or to 0 if no candidate belongs to the query's image.
     """
     same_image = (query_ids[:, None] == candidate_ids).float()
     return same_image / same_image.sum(dim=-1, keepdim=True).clamp_min(1.0)
 
 
-def contrastive_loss(
-    image_embeds: torch.Tensor,
-    text_embeds: torch.Tensor,
-    temperature: float | torch.Tensor,
-    image_ids: torch.LongTensor,
-    text_image_ids: torch.LongTensor,
-) -> torch.Tensor:
-    """
-    Return the image-text contrastive loss (ITC): the mean of the cross-entropies of image-to-text and text-to-image
-    retrieval.
-
-    The candidates come from all processes. The loss of a process is the sum over its rows, divided by the mean number
-    of rows per process. The mean of the processes' losses and gradients then equals that of one process with the whole
-    batch, also for unequal numbers of images.
-
-    Args:
-        image_embeds (`torch.Tensor` of shape `(num_images, dim)`), text_embeds (`torch.Tensor` of shape `(num_texts,
-            dim)`): normalized.
-        temperature (`float` or `torch.Tensor` of one element)
-        image_ids (`torch.LongTensor` of shape `(num_images,)`), text_image_ids (`torch.LongTensor` of shape
-            `(num_texts,)`): the id of each image, and of each text's image.
-
-    Returns:
-        `torch.Tensor` of shape `()`, float32 or wider.
-    """
-    image_counts, text_counts = row_counts(image_ids, text_image_ids)
-    all_images, all_image_ids = (gather_with_gradient(rows, image_counts) for rows in (image_embeds, image_ids))
-    all_texts, all_text_image_ids = (gather_with_gradient(rows, text_counts) for rows in (text_embeds, text_image_ids))
-    logits_per_image = similarity(image_embeds, all_texts, temperature)
-    logits_per_text = similarity(text_embeds, all_images, temperature)
-    loss_per_image = _soft_cross_entropy(logits_per_image, contrastive_targets(image_ids, all_text_image_ids))
-    loss_per_text = _soft_cross_entropy(logits_per_text, contrastive_targets(text_image_ids, all_image_ids))
-    image_share, text_share = len(image_ids) / len(all_image_ids), len(text_image_ids) / len(all_text_image_ids)
-    return num_processes() * (image_share * loss_per_image + text_share * loss_per_text) / 2
-
-
-def distilled_loss(
+def retrieval_loss(
     queries: torch.Tensor,
-    teacher_queries: torch.Tensor,
     query_ids: torch.LongTensor,
     candidates: torch.Tensor,
     candidate_ids: torch.LongTensor,
     temperature: float | torch.Tensor,
-    teacher_weight: float,
+    teacher_queries: torch.Tensor | None = None,
+    teacher_weight: float = 0.0,
 ) -> torch.Tensor:
     """
-    Return one direction of ITC with a momentum teacher (ALBEF, equation 6). The candidates are the teacher's features.
-    The targets are a mixture of `contrastive_targets` and the teacher's distribution.
+    Return one direction of ITC: the cross-entropy of retrieval. With a momentum teacher (ALBEF, equation 6), the
+    targets are a mixture of `contrastive_targets` and the teacher's distribution.
 
     Args:
         queries, teacher_queries (`torch.Tensor` of shape `(num_queries, dim)`): normalized.
         query_ids (`torch.LongTensor` of shape `(num_queries,)`), candidate_ids (`torch.LongTensor` of shape
-            `(num_candidates,)`): image ids. Candidates with the id -1 are ignored.
-        candidates (`torch.Tensor` of shape `(num_candidates, dim)`): normalized, without gradient.
+            `(num_candidates,)`): image ids. With a teacher, candidates with the id -1 are ignored.
+        candidates (`torch.Tensor` of shape `(num_candidates, dim)`): normalized.
         temperature (`float` or `torch.Tensor` of one element)
-        teacher_weight (`float`): share of the teacher in the targets (ALBEF's alpha).
+        teacher_weight (`float`, *optional*, defaults to 0.0): share of the teacher in the targets (ALBEF's alpha).
 
     Returns:
         `torch.Tensor` of shape `()`, float32 or wider.
     """
-    absent = candidate_ids == -1
-    logits = similarity(queries, candidates, temperature).masked_fill(absent, LOWEST_LOGIT)
-    teacher_logits = similarity(teacher_queries, candidates, temperature).masked_fill(absent, LOWEST_LOGIT)
-    guesses = teacher_logits.detach().softmax(dim=-1)
-    targets = teacher_weight * guesses + (1.0 - teacher_weight) * contrastive_targets(query_ids, candidate_ids)
-    return _soft_cross_entropy(logits, targets)
+    logits = similarity(queries, candidates, temperature)
+    targets = contrastive_targets(query_ids, candidate_ids)
+    if teacher_queries is not None:
+        absent = candidate_ids == -1
+        logits = logits.masked_fill(absent, LOWEST_LOGIT)
+        teacher_logits = similarity(teacher_queries, candidates, temperature).masked_fill(absent, LOWEST_LOGIT)
+        targets = teacher_weight * teacher_logits.detach().softmax(dim=-1) + (1.0 - teacher_weight) * targets
+    return nn.functional.cross_entropy(logits, targets.to(logits.dtype))
 
 
 class TeacherOutput(NamedTuple):
@@ -214,52 +162,51 @@ class TeacherOutput(NamedTuple):
     num_texts: int = 0
 
 
-def distilled_contrastive_loss(
-    teacher: TeacherOutput,
-    teacher_weight: float,
+def contrastive_loss(
     image_embeds: torch.Tensor,
     text_embeds: torch.Tensor,
     temperature: float | torch.Tensor,
     image_ids: torch.LongTensor,
     text_image_ids: torch.LongTensor,
+    teacher: TeacherOutput | None = None,
+    teacher_weight: float = 0.0,
 ) -> torch.Tensor:
     """
-    Return ITC against the candidates of a momentum teacher, in both directions.
+    Return the image-text contrastive loss (ITC): the mean of the cross-entropies of image-to-text and text-to-image
+    retrieval.
+
+    The candidates come from all processes. The loss of a process is the sum over its rows, divided by the mean number
+    of rows per process. The mean of the processes' losses and gradients then equals that of one process with the whole
+    batch, also for unequal numbers of images.
 
     Args:
-        teacher ([`TeacherOutput`])
-        teacher_weight (`float`): share of the teacher in the targets.
-        image_embeds, text_embeds, temperature, image_ids, text_image_ids: as in `contrastive_loss`.
+        image_embeds (`torch.Tensor` of shape `(num_images, dim)`), text_embeds (`torch.Tensor` of shape `(num_texts,
+            dim)`): normalized.
+        temperature (`float` or `torch.Tensor` of one element)
+        image_ids (`torch.LongTensor` of shape `(num_images,)`), text_image_ids (`torch.LongTensor` of shape
+            `(num_texts,)`): the id of each image, and of each text's image.
+        teacher ([`TeacherOutput`], *optional*), teacher_weight (`float`, *optional*, defaults to 0.0): the candidates
+            are then the teacher's features, see `retrieval_loss`.
 
     Returns:
         `torch.Tensor` of shape `()`, float32 or wider.
     """
-    (images, all_image_ids), (texts, all_text_image_ids) = teacher.images, teacher.texts
-    loss_per_image = distilled_loss(
-        image_embeds,
-        teacher_queries=teacher.image_embeds,
-        query_ids=image_ids,
-        candidates=texts,
-        candidate_ids=all_text_image_ids,
-        temperature=temperature,
-        teacher_weight=teacher_weight,
+    if teacher is None:
+        image_counts, text_counts = row_counts(image_ids, text_image_ids)
+        teacher = TeacherOutput(
+            images=tuple(gather_with_gradient(rows, image_counts) for rows in (image_embeds, image_ids)),
+            texts=tuple(gather_with_gradient(rows, text_counts) for rows in (text_embeds, text_image_ids)),
+            num_images=sum(image_counts),
+            num_texts=sum(text_counts),
+        )
+    loss_per_image = retrieval_loss(
+        image_embeds, image_ids, *teacher.texts, temperature, teacher.image_embeds, teacher_weight
     )
-    loss_per_text = distilled_loss(
-        text_embeds,
-        teacher_queries=teacher.text_embeds,
-        query_ids=text_image_ids,
-        candidates=images,
-        candidate_ids=all_image_ids,
-        temperature=temperature,
-        teacher_weight=teacher_weight,
+    loss_per_text = retrieval_loss(
+        text_embeds, text_image_ids, *teacher.images, temperature, teacher.text_embeds, teacher_weight
     )
-    # As in `contrastive_loss`: processes may have different numbers of images.
     image_share, text_share = len(image_ids) / teacher.num_images, len(text_image_ids) / teacher.num_texts
     return num_processes() * (image_share * loss_per_image + text_share * loss_per_text) / 2
-
-
-def _soft_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return nn.functional.cross_entropy(logits, targets.to(logits.dtype))
 
 
 def hard_negative_indices(
@@ -290,8 +237,7 @@ def matching_pairs(
     logits: torch.Tensor, image_ids: torch.LongTensor, generator: torch.Generator | None = None
 ) -> MatchingPairs:
     """
-    Return the pairs of image-text matching (ITM): each of T true pairs, its text with a hard negative image, and its
-    image with a hard negative text.
+    Return the pairs of image-text matching (ITM), with hard negatives.
 
     Args:
         logits (`torch.Tensor` of shape `(T, T)`): entry (i, j) is the similarity of text i and the image of pair j. An
@@ -314,15 +260,8 @@ def matching_pairs(
 
 def matching_loss(logits: torch.Tensor, labels: torch.LongTensor, weights: torch.Tensor) -> torch.Tensor:
     """
-    Return the image-text matching loss (ITM): the weighted mean of the cross-entropies of the pairs of all processes.
-
-    Args:
-        logits (`torch.Tensor` of shape `(num_pairs, 2)`): column 1 is the score of a match.
-        labels (`torch.LongTensor` of shape `(num_pairs,)`), weights (`torch.Tensor` of shape `(num_pairs,)`): see
-            [`MatchingPairs`].
-
-    Returns:
-        `torch.Tensor` of shape `()`, float32 or wider.
+    Return the image-text matching loss (ITM), `()`, float32 or wider: the weighted mean of the cross-entropies of the
+    pairs of all processes. `logits` are of shape `(num_pairs, 2)`; see [`MatchingPairs`] for the others.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = nn.functional.cross_entropy(logits, labels, reduction="none")
@@ -339,11 +278,8 @@ def row_counts(*tensors: torch.Tensor) -> list[list[int]]:
 
 def gather_with_gradient(tensor: torch.Tensor, counts: list[int]) -> torch.Tensor:
     """
-    Return the rows of all processes, by rank. The gradient of a process's rows sums over the losses of all processes.
-
-    Args:
-        tensor (`torch.Tensor` of shape `(num_rows, ...)`)
-        counts (`list[int]`): number of rows of each process, see `row_counts`.
+    Return the rows of all processes, by rank; `counts` are those of `row_counts`. The gradient of a process's rows
+    sums over the losses of all processes.
     """
     return _GatherWithGradient.apply(tensor, counts) if num_processes() > 1 else tensor
 
@@ -372,12 +308,6 @@ def _gather(tensor: torch.Tensor) -> list[torch.Tensor]:
     return gathered
 
 
-def distinct_image_ids(num_images: int, device: torch.device) -> torch.LongTensor:
-    """Return image ids, `(num_images,)`, for a batch without repeated images. They differ between processes."""
-    rank = distributed.get_rank() if num_processes() > 1 else 0
-    return torch.arange(num_images, device=device) * num_processes() + rank
-
-
 def check_captions(
     text_states: torch.Tensor,
     num_images: int,
@@ -392,7 +322,8 @@ def check_captions(
     if image_index is None:
         image_index = torch.arange(num_texts, device=device)
     if image_ids is None:
-        image_ids = distinct_image_ids(num_images, device)
+        rank = distributed.get_rank() if num_processes() > 1 else 0
+        image_ids = torch.arange(num_images, device=device) * num_processes() + rank  # distinct in all processes
     return image_index.to(device), image_ids.to(device)
 
 
@@ -410,7 +341,6 @@ def masked_language_loss(
     Args:
         logits, teacher_logits (`torch.Tensor` of shape `(num_texts, text_length, vocab_size)`)
         labels (`torch.LongTensor` of shape `(num_texts, text_length)`): -100 for tokens that are not masked.
-        teacher_weight (`float`, *optional*, defaults to 0.0)
         num_masked (`torch.Tensor` of shape `()`, *optional*): divisor of the sum over the tokens. By default their
             number.
 
@@ -502,6 +432,23 @@ class TripsMatchingOutput(ModelOutput):
     selection_losses: torch.FloatTensor | None = None
 
 
+MATCHING_ARGS = r"""
+image_index (`torch.LongTensor` of shape `(num_pairs,)`, *optional*):
+    Pair p has image `image_index[p]`. By default image p.
+text_states (`torch.FloatTensor` of shape `(num_texts, text_length, hidden_size)`, *optional*):
+    The `last_hidden_state` of `get_text_features`, in place of `input_ids`.
+text_index (`torch.LongTensor` of shape `(num_pairs,)`, *optional*):
+    Pair p has text `text_index[p]`. By default text p.
+"""
+
+RETRIEVAL_ARGS = r"""
+image_ids (`torch.LongTensor` of shape `(num_images,)`, *optional*):
+    Images with equal ids, in any process, are the same image and share their texts. By default all are distinct.
+return_loss (`bool`, *optional*):
+    Whether to compute the losses. By default, if `image_ids` are given.
+"""
+
+
 class TripsTemperature(nn.Module):
     """
     Learned temperature of the similarities, clamped to its bounds.
@@ -561,7 +508,7 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         return text_outputs
 
     @can_return_tuple
-    @auto_docstring
+    @auto_docstring(custom_args=SHARED_ARGS)
     def get_image_features(
         self,
         pixel_values: torch.FloatTensor | None = None,
@@ -570,11 +517,6 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TripsVisionModelOutput:
         r"""
-        image_cache (`TripsImageCache`, *optional*):
-            Result of `model.encode_images`, in place of `pixel_values`.
-        schedule (`SelectionSchedule`, *optional*):
-            How the vision layers select, see [`TripsModel`].
-
         Returns:
             The output of the vision tower without a text. Its `pooler_output`, of shape `(num_images, projection_dim)`
             and float32 or wider, holds the normalized features.
@@ -585,7 +527,10 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         return vision_outputs
 
     @can_return_tuple
-    @auto_docstring
+    @auto_docstring(
+        custom_intro="Score pairs of image and text, for reranking. A text or image in several pairs is encoded once.",
+        custom_args=SHARED_ARGS + MATCHING_ARGS,
+    )
     def match(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -599,20 +544,6 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         schedule: SelectionSchedule | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TripsMatchingOutput:
-        r"""
-        Score pairs of image and text, for reranking. A text or image in several pairs is encoded once.
-
-        image_index (`torch.LongTensor` of shape `(num_pairs,)`, *optional*):
-            Pair p has image `image_index[p]`. By default image p.
-        image_cache (`TripsImageCache`, *optional*):
-            Result of `model.encode_images`, in place of `pixel_values`.
-        text_states (`torch.FloatTensor` of shape `(num_texts, text_length, hidden_size)`, *optional*):
-            The `last_hidden_state` of `get_text_features`, in place of `input_ids`.
-        text_index (`torch.LongTensor` of shape `(num_pairs,)`, *optional*):
-            Pair p has text `text_index[p]`. By default text p.
-        schedule (`SelectionSchedule`, *optional*):
-            How the vision layers select, see [`TripsModel`].
-        """
         if (input_ids is None) == (text_states is None):
             raise ValueError("Specify exactly one of `input_ids` and `text_states`.")
         if text_states is None:
@@ -674,28 +605,21 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         # CODEPATH: a weight of 0 leaves out a loss and its compute.
         if config.itc_weight > 0:
             outputs = self.compare(text_outputs, self.get_image_features(image_cache=image_cache, **kwargs))
-            features = {
-                "image_embeds": outputs.image_embeds,
-                "text_embeds": outputs.text_embeds,
-                "temperature": self.temp(),
-                "image_ids": image_ids,
-                "text_image_ids": pair_ids,
-            }
-            if teacher is None:
-                itc_loss = contrastive_loss(**features)
-            else:
-                itc_loss = distilled_contrastive_loss(teacher, teacher_weight, **features)
+            embeds = outputs.image_embeds, outputs.text_embeds
+            itc_loss = contrastive_loss(*embeds, self.temp(), image_ids, pair_ids, teacher, teacher_weight)
             pair_logits = outputs.logits_per_text[:, image_index]
         # CODEPATH: as above.
         if config.itm_weight > 0:
             pairs = matching_pairs(pair_logits, pair_ids)
+            if regions is not None:  # zeros for the negative pairs, which come last: no supervision
+                regions = nn.functional.pad(regions, (0, 0, 0, len(pairs.labels) - len(regions)))
             matched = self.match(
                 attention_mask=attention_mask,
                 image_index=image_index[pairs.image_index],
                 image_cache=image_cache,
                 text_states=text_states,
                 text_index=pairs.text_index,
-                regions=_pad_pairs(regions, len(pairs.labels)),
+                regions=regions,
                 **kwargs,
             )
             itm_loss = matching_loss(matched.itm_logits, pairs.labels, pairs.weights)
@@ -725,7 +649,7 @@ class TripsForRetrieval(TripsContrastiveModel):
         self.post_init()
 
     @can_return_tuple
-    @auto_docstring
+    @auto_docstring(custom_args=SHARED_ARGS + RETRIEVAL_ARGS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -740,18 +664,6 @@ class TripsForRetrieval(TripsContrastiveModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TripsRetrievalOutput:
         r"""
-        image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
-            Text i is a caption of image `image_index[i]`, for the losses. By default of image i.
-        image_ids (`torch.LongTensor` of shape `(num_images,)`, *optional*):
-            Images with equal ids, in any process, are the same image and share their texts. By default all images are
-            distinct.
-        return_loss (`bool`, *optional*):
-            Whether to compute the losses. By default, if `image_ids` are given.
-        regions (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
-            Target region of each text in its image, see [`TripsModel`].
-        schedule (`SelectionSchedule`, *optional*):
-            How the vision layers select, see [`TripsModel`].
-
         Example:
 
         ```python
@@ -791,11 +703,6 @@ def _normalized(embeds: torch.Tensor) -> torch.Tensor:
     return nn.functional.normalize(embeds.to(torch.promote_types(embeds.dtype, torch.float32)), dim=-1)
 
 
-def _pad_pairs(rows: torch.Tensor | None, num_pairs: int) -> torch.Tensor | None:
-    """Pad the supervision of the true pairs, which come first, with zeros (no supervision) for the negative pairs."""
-    return None if rows is None else nn.functional.pad(rows, (0, 0, 0, num_pairs - len(rows)))
-
-
 TripsForRetrieval.register_for_auto_class("AutoModelForZeroShotImageClassification")
 
 
@@ -803,10 +710,6 @@ TripsForRetrieval.register_for_auto_class("AutoModelForZeroShotImageClassificati
 
 
 PRETRAINING_ARGS = r"""
-image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
-    Text i is a caption of image `image_index[i]`. By default of image i.
-image_ids (`torch.LongTensor` of shape `(num_images,)`, *optional*):
-    Images with equal ids are the same image. By default all images are distinct.
 mlm_input_ids (`torch.LongTensor` of shape `(num_texts, text_length)`, *optional*):
     The texts with masked tokens, as [`~transformers.DataCollatorForLanguageModeling`] makes them.
 mlm_labels (`torch.LongTensor` of shape `(num_texts, text_length)`, *optional*):
@@ -822,10 +725,6 @@ teacher ([`TeacherOutput`], *optional*):
     modeling, and adds candidates to the contrastive loss.
 teacher_weight (`float`, *optional*, defaults to 0.0):
     Share of the teacher in the targets (ALBEF's alpha).
-regions (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
-    Target region of each text, see [`TripsForRetrieval`].
-schedule (`SelectionSchedule`, *optional*):
-    How the vision layers select, see [`TripsModel`].
 """
 
 
@@ -886,7 +785,7 @@ class TripsForPreTraining(TripsContrastiveModel):
         return super().resize_token_embeddings(*args, **kwargs)
 
     @can_return_tuple
-    @auto_docstring(custom_args=PRETRAINING_ARGS)
+    @auto_docstring(custom_args=SHARED_ARGS + RETRIEVAL_ARGS + PRETRAINING_ARGS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,

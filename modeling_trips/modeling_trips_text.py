@@ -106,7 +106,9 @@ class TripsTextEmbeddings(nn.Module):
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
         batch_size, seq_length = inputs_embeds.shape[:2]
-        self.check_length(seq_length, cache_length)
+        # The length of a static cache is on the device.
+        length = seq_length + cache_length if isinstance(cache_length, int) else seq_length
+        check_text_length(length, self.position_embeddings.num_embeddings)
         position_ids = torch.arange(seq_length, device=inputs_embeds.device) + cache_length
         if attention_mask is not None:
             starts = first_positions(attention_mask).to(position_ids.device)
@@ -117,32 +119,23 @@ class TripsTextEmbeddings(nn.Module):
         embeddings = embeddings + self.position_embeddings(position_ids)
         return self.dropout(self.LayerNorm(embeddings))
 
-    def check_length(self, seq_length: int, cache_length: int | torch.Tensor):
-        # The length of a static cache is on the device.
-        length = seq_length + cache_length if isinstance(cache_length, int) else seq_length
-        check_text_length(length, self.position_embeddings.num_embeddings)
-
 
 class TripsTextSelfAttention(nn.Module):
     """BERT's attention over the text itself, causal in the decoder."""
 
-    def __init__(self, config: TripsTextConfig, layer_idx: int):
+    def __init__(self, config: TripsTextConfig, layer_idx: int, source_size: int | None = None):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
+        source_size = source_size or config.hidden_size  # of the states that give keys and values
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = config.is_decoder
 
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(self.source_hidden_size, config.hidden_size)
-        self.value = nn.Linear(self.source_hidden_size, config.hidden_size)
+        self.key = nn.Linear(source_size, config.hidden_size)
+        self.value = nn.Linear(source_size, config.hidden_size)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
-
-    @property
-    def source_hidden_size(self) -> int:
-        """Width of the states that give keys and values."""
-        return self.config.hidden_size
 
     def split_heads(self, states: torch.Tensor) -> torch.Tensor:
         return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
@@ -219,12 +212,8 @@ class TripsTextCrossAttention(TripsTextSelfAttention):
     """Attention of the text to other states, whose keys and values are cached."""
 
     def __init__(self, config: TripsFusionConfig | TripsDecoderConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
+        super().__init__(config, layer_idx, config.cross_attention_hidden_size)
         self.is_causal = False
-
-    @property
-    def source_hidden_size(self) -> int:
-        return self.config.cross_attention_hidden_size
 
     def key_value(self, hidden_states: torch.Tensor, cache: Cache | None) -> tuple[torch.Tensor, torch.Tensor]:
         if cache is None:
@@ -674,4 +663,4 @@ register_checkpoint_conversion_mapping(
     overwrite=True,
 )
 
-__all__ = ["TripsDecoder", "TripsFusionModel", "TripsLMHead", "TripsTextModel"]
+__all__ = ["TripsDecoder", "TripsFusionModel", "TripsTextModel"]

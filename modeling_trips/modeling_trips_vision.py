@@ -53,6 +53,31 @@ from .patch_selection import (
 )
 
 
+# Arguments of the models' `forward`, for those that have them
+SHARED_ARGS = r"""
+image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
+    Text i looks at image `image_index[i]`. By default text i looks at image i.
+image_cache (`TripsImageCache`, *optional*):
+    Result of `encode_images` of the bare model, in place of `pixel_values`.
+regions (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
+    The target region of each text: boxes (center_x, center_y, width, height) in [0, 1] of the image in `pixel_values`,
+    as [`TripsProcessor.encode_boxes`] returns them; a box without area if it is not known. In training they supervise
+    the selection, see `selection_loss_weight`.
+schedule (`SelectionSchedule`, *optional*):
+    How the vision layers select in this pass, in place of the configuration's.
+"""
+
+VISION_ARGS = r"""
+text_embeds (`torch.FloatTensor` of shape `(num_texts, guidance_hidden_size)`, *optional*):
+    The text guidance t: the [CLS] output of the text encoder. Without it the image guides itself.
+"""
+
+SINGLE_STREAM_ARGS = r"""
+text_states (`torch.FloatTensor` of shape `(num_texts, text_length, hidden_size)`):
+    Embeddings of the texts. The first token that is not padding, [CLS], guides.
+"""
+
+
 # The base class, and attention that the towers share
 
 
@@ -89,13 +114,9 @@ class TripsPreTrainedModel(PreTrainedModel):
             ValueError: Layers would be recomputed without the values that they take by keyword, or with other draws.
         """
         options = getattr(gradient_checkpointing_func, "keywords", {})
-        if enable and options.get("use_reentrant", False):
-            raise ValueError("Activation checkpointing needs `use_reentrant=False`, got True.")
-        if enable and not options.get("preserve_rng_state", True):
-            raise ValueError(
-                "Activation checkpointing needs `preserve_rng_state=True`, got False: patches that are drawn would be "
-                "others when a layer is computed again."
-            )
+        for name, needed in (("use_reentrant", False), ("preserve_rng_state", True)):
+            if enable and options.get(name, needed) is not needed:
+                raise ValueError(f"Activation checkpointing needs `{name}={needed}`, got {options[name]}.")
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
     def save_pretrained(self, save_directory, **kwargs):
@@ -324,11 +345,6 @@ class Texts(NamedTuple):
     length: int = 0
     attention_mask: torch.Tensor | None = None
 
-    @property
-    def are_given(self) -> bool:
-        """Whether there is a text that can score."""
-        return self.embeds is not None or self.length > 0
-
 
 class TripsVisionLayer(GradientCheckpointingLayer):
     """
@@ -372,7 +388,7 @@ class TripsVisionLayer(GradientCheckpointingLayer):
             key = select_rows(key[:, :, start:end], texts.image_index)
             scores = self.score(query, key, selection, texts)
             # Patches that an image draws made its models worse.
-            draw = selection.guidance == "text" and texts.are_given
+            draw = selection.guidance == "text" and (texts.embeds is not None or texts.length > 0)
             choice = choose_tokens(scores, selection.keep_rate, sampled_share, draw)
             hidden_states = select_rows(hidden_states, texts.image_index)
             hidden_states = shorten_tokens(hidden_states, scores, choice, self.config.fuse_inattentive_tokens)
@@ -741,7 +757,7 @@ class TripsVisionModel(TripsPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    @auto_docstring
+    @auto_docstring(custom_args=SHARED_ARGS + VISION_ARGS)
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -751,23 +767,15 @@ class TripsVisionModel(TripsPreTrainedModel):
         schedule: SelectionSchedule | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsVisionModelOutput:
-        r"""
-        text_embeds (`torch.FloatTensor` of shape `(num_texts, guidance_hidden_size)`, *optional*):
-            The text guidance t: the [CLS] output of the text encoder. Without it the image guides itself.
-        image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
-            Text i looks at image `image_index[i]`. By default text i looks at image i. If no text guides a layer, the
-            output has one row per image and this index.
-        image_cache (`TripsImageCache`, *optional*):
-            Result of `encode_images`, in place of `pixel_values`.
-        schedule (`SelectionSchedule`, *optional*):
-            How the layers select in this pass, in place of the configuration's.
-        """
         check_image_source(pixel_values, image_cache)
         schedule = self.resolve_schedule(schedule)
         if image_cache is None:
             image_cache = self.embed_images(pixel_values)
-        else:
-            self.check_image_cache(image_cache, schedule)
+        elif image_cache.schedule != schedule.before(image_cache.next_layer):
+            raise ValueError(
+                f"`image_cache` was encoded up to layer {image_cache.next_layer} with the schedule "
+                f"{image_cache.schedule}, but the schedule is {schedule}. Encode it again."
+            )
         if text_embeds is not None:
             check_counts(text_embeds.shape[0], image_cache.hidden_states.shape[0], image_index)
         # CODEPATH: a text takes part only where it guides a layer.
@@ -788,14 +796,6 @@ class TripsVisionModel(TripsPreTrainedModel):
             image_index=None if is_guided else image_index,
             sampled=sampled,
         )
-
-    def check_image_cache(self, image_cache: TripsImageCache, schedule: SelectionSchedule):
-        """Raise a `ValueError` if the layers in the cache selected by another schedule."""
-        if image_cache.schedule != schedule.before(image_cache.next_layer):
-            raise ValueError(
-                f"`image_cache` was encoded up to layer {image_cache.next_layer} with the schedule "
-                f"{image_cache.schedule}, but the schedule is {schedule}. Encode it again."
-            )
 
 
 def next_candidates(selection: TripsSelection, num_candidates: int) -> torch.LongTensor:
@@ -825,15 +825,6 @@ def selection_rows(
 ) -> tuple[TripsSelection, ...]:
     """Return `select_rows` of the selection of each layer."""
     return tuple(layer.map(lambda tensor: select_rows(tensor, index)) for layer in selections)
-
-
-TripsVisionModel.register_for_auto_class("AutoModel")
-# The vision tower loads from the checkpoint of a whole model, too.
-register_checkpoint_conversion_mapping(
-    "TripsVisionModel",
-    [PrefixChange(prefix_to_remove="model"), PrefixChange(prefix_to_remove="vision_model")],
-    overwrite=True,
-)
 
 
 # ViLT's form: one stream of text and image tokens
@@ -894,7 +885,7 @@ class TripsSingleStreamModel(TripsVisionModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    @auto_docstring
+    @auto_docstring(custom_args=SHARED_ARGS + SINGLE_STREAM_ARGS)
     def forward(
         self,
         text_states: torch.FloatTensor,
@@ -905,18 +896,6 @@ class TripsSingleStreamModel(TripsVisionModel):
         schedule: SelectionSchedule | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsSingleStreamModelOutput:
-        r"""
-        text_states (`torch.FloatTensor` of shape `(num_texts, text_length, hidden_size)`):
-            Embeddings of the texts. The first token that is not padding, [CLS], guides.
-        attention_mask (`torch.Tensor` of shape `(num_texts, text_length)`, *optional*):
-            0 marks padding of the texts.
-        image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
-            Text i is joined with image `image_index[i]`. By default text i with image i.
-        image_cache (`TripsImageCache`, *optional*):
-            Result of `encode_images`, in place of `pixel_values`.
-        schedule (`SelectionSchedule`, *optional*):
-            How the layers select in this pass, in place of the configuration's.
-        """
         check_image_source(pixel_values, image_cache)
         image_cache = self.embed_images(pixel_values) if image_cache is None else image_cache
         check_counts(text_states.shape[0], image_cache.hidden_states.shape[0], image_index)
@@ -937,14 +916,14 @@ class TripsSingleStreamModel(TripsVisionModel):
         )
 
 
-TripsSingleStreamModel.register_for_auto_class("AutoModel")
-register_checkpoint_conversion_mapping(
-    "TripsSingleStreamModel",
-    [PrefixChange(prefix_to_remove="model"), PrefixChange(prefix_to_remove="vision_model")],
-    overwrite=True,
-)
+for vision_class in (TripsVisionModel, TripsSingleStreamModel):
+    vision_class.register_for_auto_class("AutoModel")
+    # The vision tower loads from the checkpoint of a whole model, too.
+    prefixes = [PrefixChange(prefix_to_remove="model"), PrefixChange(prefix_to_remove="vision_model")]
+    register_checkpoint_conversion_mapping(vision_class.__name__, prefixes, overwrite=True)
 
 __all__ = [
+    "TripsPreTrainedModel",
     "TripsSelection",
     "TripsSingleStreamModel",
     "TripsSingleStreamModelOutput",

@@ -58,9 +58,7 @@ def score_tokens(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torc
 def random_scores(batch_size: int, num_candidates: int, device: torch.device) -> torch.Tensor:
     """
     Return random scores from PyTorch's generator, the floor of every guidance: another choice for each row and call.
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size, num_candidates)`, float32. Each row is positive and sums to 1.
+    They are of shape `(batch_size, num_candidates)`, float32; each row is positive and sums to 1.
     """
     scores = torch.rand(batch_size, num_candidates, device=device) + 1e-6
     return scores / scores.sum(dim=-1, keepdim=True)
@@ -107,17 +105,10 @@ def gather_tokens(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor
 
 def fuse_tokens(tokens: torch.Tensor, scores: torch.Tensor, kept_positions: torch.Tensor) -> torch.Tensor:
     """
-    Return the fused token: the sum of the tokens that are not kept, weighted by their scores.
+    Return the fused token, `(batch_size, 1, hidden_size)`: the sum of the tokens `(batch_size, num_candidates,
+    hidden_size)` that are not kept, weighted by their scores.
 
     Top-k has no gradient. The scores, and through them the guiding text, get their gradient from this sum.
-
-    Args:
-        tokens (`torch.Tensor` of shape `(batch_size, num_candidates, hidden_size)`)
-        scores (`torch.Tensor` of shape `(batch_size, num_candidates)`)
-        kept_positions (`torch.LongTensor` of shape `(batch_size, num_kept)`)
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size, 1, hidden_size)`, in the dtype of `tokens`.
     """
     weights = scores.scatter(1, kept_positions, 0.0)
     return torch.bmm(weights.to(tokens.dtype).unsqueeze(1), tokens).to(tokens.dtype)
@@ -225,15 +216,8 @@ class Keys(NamedTuple):
 
 def draw_dropped(scores: torch.Tensor, kept_positions: torch.Tensor, share: float) -> torch.Tensor:
     """
-    Return the positions of a random sample of the candidates that are not kept, without repetition.
-
-    Args:
-        scores (`torch.Tensor` of shape `(batch_size, num_candidates)`)
-        kept_positions (`torch.LongTensor` of shape `(batch_size, num_kept)`)
-        share (`float`): Size of the sample as a share of the dropped candidates, in (0, 1].
-
-    Returns:
-        `torch.LongTensor` of shape `(batch_size, num_sampled)`, with `num_sampled = ceil(share * num_dropped)`.
+    Return the positions of a random sample of the candidates that are not kept, without repetition: `(batch_size,
+    num_sampled)` with `num_sampled = ceil(share * num_dropped)` and a share in (0, 1].
     """
     num_sampled = num_kept_tokens(scores.shape[1] - kept_positions.shape[1], share)
     # Numbers of [0, 1) are drawn for all, and the kept ones rank behind.
@@ -280,8 +264,7 @@ class GateGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, attn_output, gate, query, key, value, attention_mask, scaling):
-        tensors = (attn_output, gate, query, key, value, attention_mask)
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(attn_output, gate, query, key, value, attention_mask)
         ctx.scaling = scaling
         return attn_output.view_as(attn_output)
 
@@ -387,17 +370,8 @@ def targets_of_candidates(targets: torch.Tensor, candidate_indices: torch.LongTe
 
 def union_of_targets(targets: torch.Tensor, image_index: torch.LongTensor, num_images: int) -> torch.Tensor:
     """
-    Return the union of the targets of the texts of each image, for layers that the image scores.
-
-    Args:
-        targets (`torch.Tensor` of shape `(num_texts, num_patches)`): Not negative. A row of zeros is a text without a
-            target.
-        image_index (`torch.LongTensor` of shape `(num_texts,)`): Image of each text.
-        num_images (`int`)
-
-    Returns:
-        `torch.Tensor` of shape `(num_texts, num_patches)`: At each patch the largest target of the image's texts, and
-        zeros for a text without a target.
+    Return the union of the targets `(num_texts, num_patches)` of the texts of each image, for layers that the image
+    scores: at each patch the largest target of the image's texts. A text without a target, a row of zeros, keeps it.
     """
     index = image_index[:, None].expand_as(targets)
     union = targets.new_zeros(num_images, targets.shape[1]).scatter_reduce(0, index, targets, "amax")

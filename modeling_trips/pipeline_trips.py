@@ -26,6 +26,11 @@ def _torch_dataset(inputs):
     return Subset(inputs, range(len(inputs))) if from_datasets and isinstance(inputs, Sized) else inputs
 
 
+def _given(**options) -> dict:
+    """Return the options that are not `None`."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def without_rest(labels: torch.LongTensor, end_token_id: int | list[int] | None) -> torch.LongTensor:
     """Return generated tokens as labels, with -100 after the first end token of each row."""
     is_end = torch.isin(labels, labels.new_tensor([] if end_token_id is None else end_token_id)).long()
@@ -128,14 +133,8 @@ class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
     def _sanitize_parameters(
         self, timeout=None, truncation=None, top_k=None, answers=None, generate_kwargs=None, **kwargs
     ):
-        options = {"timeout": timeout, "truncation": truncation}
-        preprocess_params = {name: value for name, value in options.items() if value is not None}
-        forward_params = {**kwargs, **(generate_kwargs or {})}
-        if top_k is not None:
-            forward_params["top_k"] = top_k
-        if answers is not None:
-            forward_params["answers"] = answers
-        return preprocess_params, forward_params, {}
+        forward_params = {**kwargs, **(generate_kwargs or {}), **_given(top_k=top_k, answers=answers)}
+        return _given(timeout=timeout, truncation=truncation), forward_params, {}
 
     def __call__(self, image, question: str | list[str] | None = None, **kwargs):
         """
@@ -242,10 +241,8 @@ class TripsImageToTextPipeline(TripsPipeline):
     def _sanitize_parameters(self, timeout=None, truncation=None, prompt=None, generate_kwargs=None, **kwargs):
         if not isinstance(prompt, (str, type(None))):
             raise ValueError(f"`prompt` must be one text for all images, got {prompt!r:.200}.")
-        options = {"timeout": timeout, "truncation": truncation, "prompt": prompt}
-        preprocess_params = {name: value for name, value in options.items() if value is not None}
-        postprocess_params = {} if prompt is None else {"prompt": prompt}
-        return preprocess_params, {**kwargs, **(generate_kwargs or {})}, postprocess_params
+        preprocess_params = _given(timeout=timeout, truncation=truncation, prompt=prompt)
+        return preprocess_params, {**kwargs, **(generate_kwargs or {})}, _given(prompt=prompt)
 
     def __call__(self, inputs, **kwargs):
         """
@@ -280,3 +277,6 @@ class TripsImageToTextPipeline(TripsPipeline):
 
     def postprocess(self, texts: list[str], prompt: str = "") -> list[dict]:
         return [{"generated_text": f"{prompt.rstrip()} {text}".strip()} for text in texts]
+
+
+__all__ = ["TripsImageToTextPipeline", "TripsVisualQuestionAnsweringPipeline"]

@@ -44,20 +44,6 @@ class TripsZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeli
     def __init__(self, *args, task: str = "", **kwargs):
         super().__init__(*args, task=task or self.default_task, **kwargs)
 
-    def __call__(self, image, candidate_labels: list[str] | None = None, **kwargs):
-        """
-        Args:
-            image: An image (PIL image, path or URL), or a list of images.
-            candidate_labels (`list[str]`): The labels.
-            hypothesis_template (`str`, *optional*, defaults to `"This is a photo of {}."`): Text of a label.
-            timeout (`float`, *optional*): Seconds to wait for an image from the web. By default there is no limit.
-
-        Returns:
-            `list[dict]`: `label` (`str`) and `score` (`float`) of each label, the best first. Several images give a
-            list of such lists.
-        """
-        return super().__call__(image, candidate_labels=candidate_labels, **kwargs)
-
     def check_model_type(self, supported_models):
         if self.model.config.model_type != "trips":
             raise ValueError(f"The model must be a TRIPS model, got a {self.model.config.model_type}.")
@@ -76,3 +62,6 @@ class TripsZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeli
         options = {"padding": True, **(tokenizer_kwargs or {})}
         inputs["text_inputs"] = [self.processor(text=texts, return_tensors="pt", **options)]
         return inputs
+
+
+__all__ = ["TripsZeroShotImageClassificationPipeline"]

@@ -42,11 +42,7 @@ from .image_decoding_trips import convert_to_rgb, decode_image
 def prepare_images(images: ImageInput, patch_size: int) -> list[Image.Image | np.ndarray | torch.Tensor]:
     """
     Prepare the images of a call. PIL images, paths and URLs become RGB images. Arrays and tensors are unchanged,
-    except that grey ones of shape `(H, W)` become `(3, H, W)`.
-
-    Args:
-        images (`ImageInput`): An image, a list of images (nested or not), or a batch `(num_images, ...)`.
-        patch_size (`int`): Smallest height and width.
+    except that grey ones of shape `(H, W)` become `(3, H, W)`. `patch_size` is the smallest height and width.
 
     Raises:
         `ValueError`: An image cannot be used; the message names its position and path. Or there is none.
@@ -129,10 +125,8 @@ def _check_image_size(image: Image.Image | np.ndarray | torch.Tensor, patch_size
 def check_images_of_texts(images: list | None, text: str | list[str] | None, image_index: list | None):
     """Raise a `ValueError` unless every text has an image, by position or by `image_index`."""
     texts = [text] if isinstance(text, str) else text
-    if texts is not None and not (isinstance(texts, list) and all(isinstance(one, str) for one in texts)):
-        raise ValueError(f"`text` must be a string or a list of strings, got {text!r:.200}.")
-    if texts == []:
-        raise ValueError("`text` is empty: pass at least one text, or None.")
+    if texts is not None and not (isinstance(texts, list) and texts and all(isinstance(one, str) for one in texts)):
+        raise ValueError(f"`text` must be a string or a list of at least one string, got {text!r:.200}.")
     if images is None or texts is None:
         if image_index is not None:
             raise ValueError("`image_index` needs both `images` and `text`.")
@@ -146,7 +140,8 @@ def check_images_of_texts(images: list | None, text: str | list[str] | None, ima
             )
         return
     try:
-        rows = [[operator.index(index) for index in _as_list(entry)] for entry in image_index]
+        rows = [entry if isinstance(entry, (list, tuple)) else [entry] for entry in image_index]
+        rows = [[operator.index(index) for index in row] for row in rows]
     except TypeError as error:
         raise ValueError(
             f"`image_index` must be a list of integers, or of lists of them, got {image_index!r:.200}."
@@ -158,10 +153,6 @@ def check_images_of_texts(images: list | None, text: str | list[str] | None, ima
             raise ValueError(
                 f"`image_index[{position}]` is {image_index[position]}, but must be in [0, {num_images - 1}]."
             )
-
-
-def _as_list(entry) -> list | tuple:
-    return entry if isinstance(entry, (list, tuple)) else [entry]
 
 
 # Texts

@@ -5,7 +5,7 @@ import torch
 from tiny_pretraining import SCHEDULES, make_batch, make_model
 from torch.nn.functional import log_softmax, normalize, softmax
 
-from modeling_trips.modeling_trips_pretraining import distilled_loss, masked_language_loss
+from modeling_trips.modeling_trips_pretraining import masked_language_loss, retrieval_loss
 from trips_examples.training.momentum import FeatureQueue, MomentumTeacher
 
 
@@ -45,7 +45,7 @@ def test_distilled_targets_by_hand():
     queries, teachers = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
     candidates = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     ids = torch.tensor([5, 6, -1])
-    loss = distilled_loss(queries, teachers, torch.tensor([5]), candidates, ids, 0.5, 0.4)
+    loss = retrieval_loss(queries, torch.tensor([5]), candidates, ids, 0.5, teachers, teacher_weight=0.4)
     student, teacher = log_softmax(torch.tensor([2.0, 0.0]), 0), softmax(torch.tensor([0.0, 2.0]), 0)
     target = 0.4 * teacher + 0.6 * torch.tensor([1.0, 0.0])
     torch.testing.assert_close(loss, -(target * student).sum())

@@ -528,7 +528,9 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
 
     @can_return_tuple
     @auto_docstring(
-        custom_intro="Score pairs of image and text, for reranking. A text or image in several pairs is encoded once.",
+        custom_intro="""
+        Score pairs of image and text, for reranking. A text or image in several pairs is encoded once.
+        """,
         custom_args=SHARED_ARGS + MATCHING_ARGS,
     )
     def match(

@@ -11,6 +11,7 @@ options of `generate` can load code (`custom_generate`) or take unlimited time.
 """
 
 import base64
+from typing import Any
 
 import PIL.Image
 import torch
@@ -82,7 +83,7 @@ class EndpointHandler:
         elif type(value) is not int or not 1 <= value <= MAX_NUMBERS[name]:
             raise ValueError(f"`parameters.{name}` must be an integer from 1 to {MAX_NUMBERS[name]}.")
 
-    def read_image(self, image: object) -> PIL.Image.Image:
+    def read_image(self, image: Any) -> PIL.Image.Image:
         """Decode base64. Paths and URLs are not opened. Endpoints decode image bodies themselves."""
         if isinstance(image, PIL.Image.Image):
             return image
@@ -103,7 +104,7 @@ class EndpointHandler:
         return {"scores": logits.softmax(-1)[:, 1].tolist()}
 
 
-def check_texts(name: str, texts: object, most: int):
+def check_texts(name: str, texts: Any, most: int):
     is_list = isinstance(texts, list) and 1 <= len(texts) <= most
     if not is_list or not all(isinstance(text, str) and len(text) <= MAX_TEXT_LENGTH for text in texts):
         raise ValueError(f"`{name}` must be 1 to {most:,} strings of at most {MAX_TEXT_LENGTH:,} characters.")

@@ -48,7 +48,7 @@ def test_scripts_check_the_model_before_the_data(script, options):
         ("--tokenizer=nowhere", "find them in the cached files"),
         ("--image_root=nowhere", "nowhere"),
         ("--validation_file=nowhere.json", "nowhere.json"),
-        ("--dataset_name=busy_scenes", "dataset_name .*train"),
+        ("--dataset_name=busy_scenes", "dataset_name"),
         ("--do_eval=True", "no validation split"),
     ],
 )

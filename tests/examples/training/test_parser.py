@@ -37,18 +37,6 @@ def test_wrong_options_exit_without_a_traceback(options, word, monkeypatch, caps
         of_options.parse_args_into_dataclasses(args=options)
 
 
-def test_help_lists_each_option_once():
-    @dataclass
-    class Long:
-        a_long_option: float = 1.0
-
-    text = make_parser(Long, description="A script.").format_help()
-    assert "--a_long_option" in text and "--a-long-option" not in text
-    assert (
-        make_parser(Long, description="").parse_args_into_dataclasses(args=["--a-long-option=2"])[0].a_long_option == 2
-    )
-
-
 def wrong_option():
     raise ValueError("--rate is too large")
 

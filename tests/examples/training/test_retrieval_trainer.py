@@ -18,14 +18,6 @@ def processor():
     return make_processor(make_tokenizer(), TripsConfig.from_preset("tiny"))
 
 
-def test_captions_of_an_image_share_it_and_its_id(processor):
-    red, blue = make_rows(2)
-    batch = RetrievalCollator(processor)([blue, red, blue])
-    assert batch["image_index"].tolist() == [0, 1, 0]
-    assert batch["pixel_values"].shape[0] == 2 and batch["input_ids"].shape[0] == 3
-    assert batch["image_ids"].tolist() == [number_of("blue"), number_of("red")]
-
-
 def test_image_ids_are_deterministic():
     numbers = [number_of(f"image {number}") for number in range(1000)]
     assert len(set(numbers)) == 1000 and 0 <= min(numbers) and max(numbers) < 2**63

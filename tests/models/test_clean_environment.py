@@ -30,16 +30,14 @@ def image(tmp_path_factory) -> Path:
     return path
 
 
-def auto_classes_of(checkpoint: Path) -> list[str]:
-    auto_map = json.loads((checkpoint / "config.json").read_text())["auto_map"]
-    return [name for name in auto_map if name in MODELS]
-
-
 def run_stranger(python: list[str], source: str, checkpoints, image: Path, folder: Path, **environment) -> dict:
     folder.mkdir()
+    configs = {head: json.loads((path / "config.json").read_text()) for head, path in checkpoints.items()}
     result = subprocess.run(
         [*python, STRANGER, source, image, folder],
-        input=json.dumps({head: auto_classes_of(path) for head, path in checkpoints.items()}),
+        input=json.dumps(
+            {head: [name for name in config["auto_map"] if name in MODELS] for head, config in configs.items()}
+        ),
         env={**os.environ, "HF_HOME": str(folder / "home"), **environment},  # a fresh cache of remote code
         cwd=folder,
         capture_output=True,

@@ -23,8 +23,7 @@ import modeling_trips, trips_examples
 from modeling_trips import TripsForQuestionAnswering, TripsProcessor, TripsVisualQuestionAnsweringPipeline
 
 environment, checkpoint = sys.argv[1:]
-for package in (modeling_trips, trips_examples):
-    assert Path(package.__file__).is_relative_to(environment), package.__file__
+assert all(Path(one.__file__).is_relative_to(environment) for one in (modeling_trips, trips_examples))
 model, processor = TripsForQuestionAnswering.from_pretrained(checkpoint), TripsProcessor.from_pretrained(checkpoint)
 answerer = TripsVisualQuestionAnsweringPipeline(model=model, processor=processor)
 print(answerer(Image.new("RGB", (64, 64), "red"), "what color is it?", answers=["red", "blue"]))

@@ -16,11 +16,10 @@ SCRIPTS = {name for name, module in MODULES.items() if module.path.parent == ROO
 SHARED = {name for name in MODULES if name.startswith("trips_examples.")} - SCRIPTS  # what the scripts share
 
 
-def imports_of(names) -> set[str]:
-    return {target for name in names for target in MODULES[name].imports}
-
-
 def test_imports_point_down():
+    def imports_of(names) -> set[str]:
+        return {target for name in names for target in MODULES[name].imports}
+
     tuple(TopologicalSorter({name: module.imports for name, module in MODULES.items()}).static_order())  # no circle
     assert imports_of(["modeling_trips.patch_selection", "modeling_trips.configuration_trips"]) == set()
     assert imports_of(f"modeling_trips.{name}" for name in FLAT) <= {f"modeling_trips.{name}" for name in FLAT}

@@ -8,10 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 
 SCRIPTS = ["run_vqa", "run_captioning", "run_retrieval", "run_nlvr2", "run_grounding", "run_pretraining"]
-
-
-# Transformers' configurations raise errors of the last kind.
-ERRORS = (ValueError, OSError, StrictDataclassError)
+ERRORS = (ValueError, OSError, StrictDataclassError)  # the last one of Transformers' configurations
 
 
 @pytest.fixture

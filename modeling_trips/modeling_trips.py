@@ -418,6 +418,14 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
         """
         return shift_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id)
 
+    def text_attention_losses(
+        self, encoder_outputs: TripsModelOutput, regions: torch.Tensor, grid_size: tuple[int, int]
+    ) -> torch.Tensor:
+        """Return the attention loss of each text, `(num_texts,)`."""
+        image_states = encoder_outputs.vision_model_output.last_hidden_state[:, 1:]
+        token_positions = token_indices(encoder_outputs.selection, image_states)
+        return attention_losses(encoder_outputs.cls_attention.mean(dim=1)[:, 1:], token_positions, regions, grid_size)
+
     @can_return_tuple
     @auto_docstring(custom_intro=SEQ2SEQ_EXAMPLE, custom_args=SHARED_ARGS + SEQ2SEQ_ARGS)
     @accept_former_cache_name
@@ -476,13 +484,8 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
         if labels is not None:
             text_losses = {"selection_loss": encoder_outputs.get("selection_losses")}
             if uses_attention_loss:
-                image_states = encoder_outputs.vision_model_output.last_hidden_state[:, 1:]
-                text_losses["attention_loss"] = attention_losses(
-                    encoder_outputs.cls_attention.mean(dim=1)[:, 1:],
-                    token_indices(encoder_outputs.selection, image_states),
-                    regions,
-                    self.model.grid_of(pixel_values, image_cache),
-                )
+                grid_size = self.model.grid_of(pixel_values, image_cache)
+                text_losses["attention_loss"] = self.text_attention_losses(encoder_outputs, regions, grid_size)
             losses = self.losses(logits, labels, text_losses, loss_weights, text_index, **kwargs)
         return TripsSeq2SeqLMOutput(
             **losses,

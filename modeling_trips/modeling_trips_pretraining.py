@@ -199,11 +199,12 @@ def contrastive_loss(
             num_images=sum(image_counts),
             num_texts=sum(text_counts),
         )
+    settings = {"temperature": temperature, "teacher_weight": teacher_weight}
     loss_per_image = retrieval_loss(
-        image_embeds, image_ids, *teacher.texts, temperature, teacher.image_embeds, teacher_weight
+        image_embeds, image_ids, *teacher.texts, teacher_queries=teacher.image_embeds, **settings
     )
     loss_per_text = retrieval_loss(
-        text_embeds, text_image_ids, *teacher.images, temperature, teacher.text_embeds, teacher_weight
+        text_embeds, text_image_ids, *teacher.images, teacher_queries=teacher.text_embeds, **settings
     )
     image_share, text_share = len(image_ids) / teacher.num_images, len(text_image_ids) / teacher.num_texts
     return num_processes() * (image_share * loss_per_image + text_share * loss_per_text) / 2
@@ -607,8 +608,15 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         # CODEPATH: a weight of 0 leaves out a loss and its compute.
         if config.itc_weight > 0:
             outputs = self.compare(text_outputs, self.get_image_features(image_cache=image_cache, **kwargs))
-            embeds = outputs.image_embeds, outputs.text_embeds
-            itc_loss = contrastive_loss(*embeds, self.temp(), image_ids, pair_ids, teacher, teacher_weight)
+            itc_loss = contrastive_loss(
+                outputs.image_embeds,
+                outputs.text_embeds,
+                temperature=self.temp(),
+                image_ids=image_ids,
+                text_image_ids=pair_ids,
+                teacher=teacher,
+                teacher_weight=teacher_weight,
+            )
             pair_logits = outputs.logits_per_text[:, image_index]
         # CODEPATH: as above.
         if config.itm_weight > 0:

@@ -74,8 +74,17 @@ def _read_albef(
 ) -> Source:
     weights = read_weights(checkpoint)
     own_tokenizer = load_albef_tokenizer(tokenizer or "bert-base-uncased")
-    ids = (own_tokenizer.pad_token_id, own_tokenizer.cls_token_id, own_tokenizer.sep_token_id)
-    plan = albef_plan(weights, task, image_size, num_attention_heads, depths, *ids, **selection)
+    plan = albef_plan(
+        weights,
+        task=task,
+        image_size=image_size,
+        num_attention_heads=num_attention_heads,
+        depths=depths,
+        pad_token_id=own_tokenizer.pad_token_id,
+        bos_token_id=own_tokenizer.cls_token_id,
+        eos_token_id=own_tokenizer.sep_token_id,
+        **selection,
+    )
     text_cleaning = "albef_question" if plan.model_class is TripsForQuestionAnswering else "albef_caption"
     return weights, plan, make_processor(own_tokenizer, plan.config, text_cleaning)
 

@@ -94,7 +94,14 @@ def from_vision_text_pretrained(
     if model_class.config_class is not TripsConfig:
         raise TypeError(f"{model_class.__name__} is a part of a model. Load it with `from_pretrained`.")
     config = vision_text_config(
-        vision, text, num_text_layers, num_fusion_layers, image_size, decoder_config, pooling_mode, **fields
+        vision,
+        text,
+        num_text_layers=num_text_layers,
+        num_fusion_layers=num_fusion_layers,
+        image_size=image_size,
+        decoder_config=decoder_config,
+        pooling_mode=pooling_mode,
+        **fields,
     )
     model, report = make_vision_text_model(model_class, config, vision, text, decoder_from_text)
     return (model, report) if output_loading_info else model

@@ -185,7 +185,9 @@ def measure(setting: Setting, warmup: int, repeats: int) -> dict:
         "pruned": make_step(setting, callable_model, inputs),
         "unpruned": make_step(setting, callable_model, {**inputs, "schedule": UNPRUNED}),
     }
-    seconds = seconds_in_turns(steps, warmup, repeats, setting.clock, setting.device, model.zero_grad)
+    seconds = seconds_in_turns(
+        steps, warmup, repeats, clock=setting.clock, device=setting.device, prepare=model.zero_grad
+    )
     latency = {name: statistics.median(values) for name, values in seconds.items()}
     macs = {"pruned": count_macs(setting, setting.keep_rate), "unpruned": count_macs(setting, 1.0)}
     return {

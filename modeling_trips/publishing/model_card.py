@@ -115,7 +115,6 @@ def make_model_card(
         name=name,
         repo_id=repo_id,
         model=model,
-        config=model.config,
         architecture=type(model).__name__,
         head=head,
         matches=hasattr(model, "match") and model.config.itm_weight > 0,  # otherwise its matching head was not trained

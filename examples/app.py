@@ -42,7 +42,7 @@ import math
 from collections.abc import Sequence
 
 from modeling_trips import UNPRUNED, SelectionSchedule, TripsForQuestionAnswering, TripsProcessor
-from modeling_trips.inspection.checkpoints import load_checkpoint
+from modeling_trips.inspection.checkpoints import load_checkpoint, load_processor
 from modeling_trips.patch_selection import num_kept_tokens
 from modeling_trips.untrusted_images import IsolatedDecoder
 from trips_examples.ask import (
@@ -97,7 +97,7 @@ def build(args: AppArguments):
     import gradio as gr  # an extra
 
     model = load_checkpoint(args.model, [TripsForQuestionAnswering])
-    processor, decoder = TripsProcessor.from_pretrained(args.model), IsolatedDecoder()
+    processor, decoder = load_processor(args.model, model.config), IsolatedDecoder()
     vision = model.config.vision_config
     trained, num_patches, fuse = vision.schedule, math.prod(vision.grid_size), vision.fuse_inattentive_tokens
     max_tokens = processor.max_text_length(model.config)

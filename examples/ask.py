@@ -58,7 +58,7 @@ from modeling_trips import (
     TripsVisualQuestionAnsweringPipeline,
 )
 from modeling_trips.inspection import plot_selection
-from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint
+from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint, load_processor
 from modeling_trips.inspection.speed import seconds_in_turns
 from modeling_trips.processing_trips import read_image
 
@@ -134,7 +134,8 @@ def main(argv: list[str] | None = None):
         image = read_image(args.image)
     except (OSError, ValueError) as error:
         raise ValueError(f"--image {args.image}: {error}") from error
-    model, processor = load_model(args.model), TripsProcessor.from_pretrained(args.model)
+    model = load_model(args.model)
+    processor = load_processor(args.model, model.config)
     schedule = model.config.vision_config.schedule.by_layer
     is_compared = bool(schedule) and not is_exported(args.model)
 

@@ -39,7 +39,10 @@ class SamplerCallback(TrainerCallback):
 
 
 class PhaseCallback(TrainerCallback):
-    """Log the phases of a training, and forget the best checkpoint of the unpruned phase where pruning begins."""
+    """
+    Log the phases of a training, and forget the best checkpoint of the unpruned phase where pruning begins. Until
+    then, what only the selection uses has gradients of zero: FSDP resumes no parameter without an optimizer state.
+    """
 
     def __init__(self, trainer: "ImageGroupedTrainer"):
         self.trainer = trainer
@@ -52,6 +55,11 @@ class PhaseCallback(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if 0 < state.global_step == self.trainer.unpruned_steps:
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        for name, parameter in model.named_parameters() if self.trainer.schedule is not None else ():
+            if "selection_projection" in name and parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
 
 
 def set_tower_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module, learning_rates: list[float]):

@@ -105,7 +105,8 @@ def options(tmp_path_factory) -> list[str]:
         "--lr_scheduler_type=constant",
         "--adam_epsilon=1e-4",  # AdamW would amplify the rounding errors of zero gradients
         "--use_cpu=True",
-        "--ddp_find_unused_parameters=False",
+        "--unpruned_share=0.5",
+        "--activation_checkpointing=True",
         "--save_strategy=no",
         "--disable_tqdm=True",
     ]

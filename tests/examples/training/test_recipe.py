@@ -1,0 +1,100 @@
+"""The defaults of runs on own data, and trainings whose first steps run unpruned."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy_tasks import OPTIONS, write_task
+
+from modeling_trips import TripsConfig
+from trips_examples import run_vqa
+from trips_examples.data.vocabulary import train_tokenizer
+from trips_examples.training.models import fit_image_size, make_processor
+from trips_examples.training.recipe import SCHEDULES, recipe
+
+
+OWN = {"train_file": "train.jsonl"}
+
+
+@pytest.mark.parametrize("task", SCHEDULES)
+def test_what_is_typed_decides_which_defaults_a_run_has(task):
+    assert recipe(task, {}) == recipe(task, {"dataset_name": "busy_scenes"}) == recipe(None, OWN) == {}
+    assert recipe(task, {**OWN, "preset": "tiny"}) == recipe(task, {**OWN, "tokenizer": "bert"}) == {}
+    new = recipe(task, OWN)
+    assert recipe(task, {"dataset_name": "ada/photos"}) == new and new.items() >= SCHEDULES[task].items()
+    assert new["learning_rate"] > recipe(task, {**OWN, "model": "mine"})["learning_rate"]
+    # A schedule of one's own, a length in epochs, a keep rate.
+    assert new.keys() - recipe(task, {**OWN, "selection_layers": [4]}) == SCHEDULES[task].keys()
+    assert new.keys() - recipe(task, {**OWN, "num_train_epochs": 3.0}) == {"max_steps"}
+    assert recipe(task, {**OWN, "keep_rate": [1.0]}) == new
+    # Other towers may have other layers.
+    assert not recipe(task, {**OWN, "vision_model_name_or_path": "clip"}).keys() & {*SCHEDULES[task], "image_size"}
+
+
+def test_the_command_line_wins(monkeypatch):
+    typed = ["--train_file=train.jsonl", "--keep_rate=0.3", "--learning_rate=1e-4", "--max_steps=7"]
+    model, _, training = run_vqa.OPTIONS.parse_args_into_dataclasses(typed)
+    assert (model.selection_layers, model.keep_rate, model.freeze_vision_layers) == ([6, 9], [0.3], 6)
+    assert (training.learning_rate, training.max_steps, training.per_device_train_batch_size) == (1e-4, 7, 60)
+
+
+def test_without_towers_and_hub_one_error_names_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match="make_towers.py"):
+        run_vqa.main([*write_task("vqa", tmp_path), f"--output_dir={tmp_path / 'out'}"])
+
+
+@pytest.mark.parametrize(("sizes", "side"), [([(180, 240)] * 3, 224), ([(90, 115), (30, 400), (112, 80)], 112)])
+def test_images_keep_their_size_up_to_a_limit(sizes, side):
+    config = TripsConfig(vision_config={"image_size": 224, "patch_size": 14})
+    processor = make_processor(train_tokenizer(["red"]), config)
+    fit_image_size(config, processor, sizes, 224)
+    assert config.vision_config.image_size == side
+    assert dict(processor.image_processor.size) == {"height": side, "width": side}
+
+
+PRUNED = ["--selection_layers", "2", "3", "--keep_rate=0.3"]
+PHASES = [*PRUNED, "--unpruned_share=0.5", "--max_steps=4", "--logging_steps=1"]
+
+
+def train(folder: Path, *options: str) -> list[dict]:
+    """Train with the last of repeated options, and return the log."""
+    data = [f"--train_file={folder.parent / 'rows.jsonl'}", f"--validation_file={folder.parent / 'rows.jsonl'}"]
+    run_vqa.main([*data, *OPTIONS, "--save_strategy=no", *options, f"--output_dir={folder}"])
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
+def test_the_first_steps_are_those_of_an_unpruned_training(tmp_path):
+    write_task("vqa", tmp_path)
+    evaluated = ["--eval_strategy=steps", "--eval_steps=1"]
+    log = train(tmp_path / "phases", *PHASES, *evaluated)
+    unpruned = train(tmp_path / "unpruned", *PHASES, *evaluated, "--keep_rate=1.0")
+    for name in ("loss", "eval_loss"):
+        values, expected = ([entry[name] for entry in each if name in entry] for each in (log, unpruned))
+        assert values[:2] == expected[:2] and values[2] != expected[2] and len(values) == 4
+    assert TripsConfig.from_pretrained(tmp_path / "phases").vision_config.schedule.layers == (2, 3)
+    results = json.loads((tmp_path / "phases" / "eval_results.json").read_text())
+    assert (results["unpruned_steps"], results["schedule"]) == (2, "2:text:0.3,3:text:0.3")
+    assert "eval_layer3_kept" in results
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_run_that_resumes_across_the_phases_ends_as_an_uninterrupted_one(step, tmp_path):
+    write_task("vqa", tmp_path)
+    options = [*PHASES, "--save_strategy=steps", "--save_steps=1", "--save_total_limit=4", "--do_eval=False"]
+    train(tmp_path / "out", *options)
+    expected = load_file(tmp_path / "out" / "model.safetensors")
+    train(tmp_path / "out", *options, f"--resume_from_checkpoint={tmp_path / 'out' / f'checkpoint-{step}'}")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(weights[name], weight) for name, weight in expected.items())
+
+
+def test_no_checkpoint_of_the_unpruned_phase_is_the_best(tmp_path):
+    write_task("vqa", tmp_path)
+    best = ["--load_best_model_at_end", "--metric_for_best_model=loss", "--greater_is_better=True"]  # the earliest
+    every = ["--eval_strategy=steps", "--eval_steps=1", "--save_strategy=steps", "--save_steps=1"]
+    train(tmp_path / "out", *PHASES, *every, *best, "--learning_rate=1e-2")
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["best_global_step"] == 3

@@ -17,14 +17,14 @@ starts from (`--model`).
 
 import trips_examples  # noqa: F401  # isort: skip
 
-from trips_examples.training.options import DataArguments, ModelArguments, PretrainingArguments, TrainingOptions
+from trips_examples.training.options import ModelArguments, PairArguments, PretrainingArguments, TrainingOptions
 from trips_examples.training.parser import make_parser, run_script
 
 
 OPTIONS = make_parser(
     ModelArguments,
     PretrainingArguments,
-    DataArguments,
+    PairArguments,
     TrainingOptions,
     description=__doc__,
     num_train_epochs=3.0,
@@ -35,22 +35,15 @@ if __name__ == "__main__":
     OPTIONS.check()  # before the imports that take seconds
 
 from modeling_trips import TripsForPreTraining
-from trips_examples.data.checking import with_fitting_texts
 from trips_examples.data.collators import PretrainingCollator
-from trips_examples.training.models import load_start, make_model, train_processor
-from trips_examples.training.pretraining import PretrainingTrainer, check_objectives, load_pairs
-from trips_examples.training.runs import parse_arguments, train_and_evaluate
+from trips_examples.training.pretraining import PretrainingTrainer, load_pairs
+from trips_examples.training.runs import parse_arguments, start_run, train_and_evaluate
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, task_args, data_args, training_args = parse_arguments(OPTIONS, argv)
-    side = None if task_args.is_stream else data_args.scene_size
-    config, processor = load_start(model_args, side, **task_args.config_overrides())
-    check_objectives(config)
-    data, stream = load_pairs(task_args, data_args, training_args, config, processor)
-    processor = processor or train_processor(config, data_args.vocabulary(data, "caption"))
-    data = with_fitting_texts(data, "captions", processor, skip=data_args.skip_bad_rows)
-    model = make_model(TripsForPreTraining, model_args, config, processor)
+    arguments, weights = (model_args, data_args, training_args), task_args.config_overrides()
+    model, processor, data = start_run(TripsForPreTraining, "captions", *arguments, load=load_pairs, **weights)
     collator = PretrainingCollator(
         processor,
         masks_words=model.config.mlm_weight > 0,
@@ -63,7 +56,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         model=model,
         args=training_args,
         task_args=task_args,
-        train_dataset=data.get("train") if stream is None else stream,
+        train_dataset=data.get("train"),
         eval_dataset=data.get("validation"),
         data_collator=collator,
         processing_class=processor,

@@ -7,7 +7,6 @@ from collections.abc import Hashable, Iterable
 from statistics import median
 
 import torch
-import transformers
 from datasets import Dataset
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -111,41 +110,31 @@ def make_model(
     encoder, or a model from scratch.
     """
     attention = None if torch.accelerator.is_available() else "eager"  # faster on CPUs
-    if args.model is not None:
-        model = _load_weights(model_class, args.model, config, attention)
-    elif args.starts_from_parts:
-        towers = args.vision_model_name_or_path, args.text_model_name_or_path
-        model, _ = make_vision_text_model(model_class, config, *towers, decoder_from_text=True)
-        if attention is not None:
-            model.set_attn_implementation(attention)
-    else:
-        model = model_class._from_config(config, attn_implementation=attention)
+    new, left_out = [], []
+    logging.disable(logging.WARNING)  # a line for each new or unused weight
+    try:
+        if args.model is not None:
+            model, loading = model_class.from_pretrained(
+                args.model, config=config, attn_implementation=attention, output_loading_info=True
+            )
+            new, left_out = loading["missing_keys"], loading["unexpected_keys"]
+        elif args.starts_from_parts:
+            towers = args.vision_model_name_or_path, args.text_model_name_or_path
+            model, report = make_vision_text_model(model_class, config, *towers, decoder_from_text=True)
+            new, left_out = report.new, report.left_out
+            if attention is not None:
+                model.set_attn_implementation(attention)
+        else:
+            model = model_class._from_config(config, attn_implementation=attention)
+    finally:
+        logging.disable(logging.NOTSET)
+    for what, keys in (("new", new), ("left out", left_out)):
+        if parts := sorted({key.removeprefix("model.").partition(".")[0] for key in keys}):
+            logger.info("Weights of %s, %s: %s", args.start, what, ", ".join(parts))
+    if args.model is not None and has_new_decoder(model, new) and start_decoder_from_text(model):
+        logger.info("The decoder starts from the text encoder.")
     if args.freeze_vision_layers is not None:
         freeze_vision_layers(model, args.freeze_vision_layers)
-    return model
-
-
-def _load_weights(
-    model_class: type[TripsPreTrainedModel], name: str, config: TripsConfig, attention: str | None
-) -> TripsPreTrainedModel:
-    """Load a checkpoint of any task, and log which parts are new or left out."""
-    verbosity = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()  # a line for each weight of another task's head
-    try:
-        model, loading = model_class.from_pretrained(
-            name, config=config, attn_implementation=attention, output_loading_info=True
-        )
-    finally:
-        transformers.utils.logging.set_verbosity(verbosity)
-    parts = {
-        kind: sorted({key.partition(".")[0] for key in loading[keys]})
-        for kind, keys in (("new", "missing_keys"), ("left out", "unexpected_keys"))
-    }
-    if has_new_decoder(model, loading["missing_keys"]) and start_decoder_from_text(model):
-        parts["started from the text encoder"] = ["decoder"]
-    told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in parts.items() if names)
-    if told:
-        logger.info("Weights of %s: %s", name, told)
     return model
 
 

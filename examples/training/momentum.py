@@ -10,7 +10,7 @@ import inspect
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_model, save_model
 from torch import distributed, nn
 
 from modeling_trips import SelectionSchedule
@@ -25,9 +25,7 @@ from modeling_trips.modeling_trips_pretraining import (
 
 
 class FeatureQueue(nn.Module):
-    """
-    The last `size` feature vectors and their image ids. The id of empty entries is -1.
-    """
+    """The last `size` feature vectors and their image ids. The id of empty entries is -1."""
 
     def __init__(self, size: int, dim: int):
         super().__init__()
@@ -75,12 +73,8 @@ class MomentumTeacher(nn.Module):
     def update(self, model: nn.Module, momentum: float | None = None):
         """
         Set `teacher = momentum * teacher + (1 - momentum) * model`, after each optimizer step. Buffers are copied from
-        the first process, so that the teachers of all processes stay equal.
-
-        Args:
-            model ([`TripsForPreTraining`]): not wrapped by DistributedDataParallel. FSDP2's sharded parameters are
-                gathered one after another. A model in half precision may have a teacher in full precision.
-            momentum (`float`, *optional*): by default the teacher's. 0 copies the model.
+        the first process, so that the teachers of all processes stay equal. The model is not wrapped by
+        DistributedDataParallel; FSDP2's sharded parameters are gathered one after another.
         """
         momentum = self.momentum if momentum is None else momentum
         for parameter, source in zip(self.model.parameters(), model.parameters()):
@@ -102,12 +96,7 @@ class MomentumTeacher(nn.Module):
         mlm_input_ids: torch.LongTensor | None = None,
         schedule: SelectionSchedule | None = None,
     ) -> TeacherOutput:
-        """
-        Compute the teacher's output for a batch. Arguments are those of [`TripsForPreTraining`].
-
-        Raises:
-            ValueError: `image_ids` is missing.
-        """
+        """Compute the teacher's output for a batch. Arguments are those of [`TripsForPreTraining`]."""
         teacher, config = self.model.eval(), self.model.config
         output: dict = {}
         image_cache = teacher.model.encode_images(pixel_values, schedule=schedule)
@@ -117,11 +106,8 @@ class MomentumTeacher(nn.Module):
                 raise ValueError("`image_ids` is missing. The teacher's queues need the id of each image.")
             texts = teacher.get_text_features(input_ids, attention_mask, token_type_ids).pooler_output
             images = teacher.get_image_features(image_cache=image_cache, schedule=schedule).pooler_output
-            output |= {
-                "image_embeds": images,
-                "text_embeds": texts,
-                **self._candidates(images, texts, image_index, image_ids),
-            }
+            output |= {"image_embeds": images, "text_embeds": texts}
+            output |= self._candidates(images, texts, image_index, image_ids)
         # CODEPATH: as above.
         if config.mlm_weight > 0 and mlm_input_ids is not None:
             output["mlm_logits"] = teacher.masked_token_logits(
@@ -162,32 +148,15 @@ class MomentumTeacher(nn.Module):
 
     def save(self, folder: str | Path):
         """Write `momentum.safetensors` atomically."""
-        with whole_file(Path(folder) / "momentum.safetensors") as partial:
-            save_file({name: tensor.contiguous() for name, tensor in self._own_state().items()}, partial)
+        with whole_file(Path(folder, "momentum.safetensors")) as partial:
+            save_model(self, str(partial))
 
     def load(self, folder: str | Path):
-        """
-        Read the file that `save` wrote.
-
-        Raises:
-            FileNotFoundError: The file is missing.
-            ValueError: The teacher has another architecture or queue size.
-        """
-        path = Path(folder) / "momentum.safetensors"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing. The run cannot resume without its momentum teacher.")
-        saved, own = load_file(path), self._own_state()
-        shapes, own_shapes = ({name: tuple(value.shape) for name, value in state.items()} for state in (saved, own))
-        if shapes != own_shapes:
-            different = sorted(dict(shapes.items() ^ own_shapes.items()))
-            found = ", ".join(f"{name} {shapes.get(name)}, not {own_shapes.get(name)}" for name in different[:5])
-            raise ValueError(f"{path} does not fit this run's model and queue size: {found}.")
-        for name, tensor in own.items():
-            tensor.copy_(saved[name])
-
-    def _own_state(self) -> dict[str, torch.Tensor]:
-        """Return parameters and buffers by name, tied ones once."""
-        return dict(self.named_parameters()) | dict(self.named_buffers())
+        """Read the file that `save` wrote. Raise a `ValueError` if it is of another architecture or queue size."""
+        try:
+            load_model(self, Path(folder, "momentum.safetensors"))
+        except RuntimeError as error:
+            raise ValueError(f"{folder} does not fit this run's model and queue size: {error}") from error
 
 
 def _whole(parameter: torch.Tensor) -> torch.Tensor:

@@ -16,60 +16,31 @@ if TYPE_CHECKING:
     from datasets import DatasetDict
 
 
+def option(default, text: str):
+    """Return the field of an option with its help."""
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class ModelArguments:
     """Options of the initial weights and of the patch selection."""
 
-    model: str | None = field(
-        default=None, metadata={"help": "TRIPS checkpoint of any task to start from. Default: from scratch."}
-    )
-    vision_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "ViT, DeiT, CLIP or DINOv2 for the vision tower; also needs a text model."}
-    )
-    text_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "BERT, MiniLM or RoBERTa for text encoder, fusion encoder and decoder."}
-    )
-    num_fusion_layers: int | None = field(
-        default=None, metadata={"help": "Fusion layers above these two. Default: half of the text encoder, or 6 new."}
-    )
-    freeze_vision_layers: int | None = field(
-        default=None, metadata={"help": "Freeze the patch embedding and the first N vision layers."}
-    )
-    preset: str | None = field(
-        default=None,
-        metadata={"help": "Size of a model from scratch: tiny, small or base. Of bundled scenes: tiny."},
-    )
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "Tokenizer of a model from scratch. Default: trained on the training texts."}
-    )
-    image_size: int | None = field(
-        default=None, metadata={"help": "Height and width in pixels. Default: the checkpoint's, or the scenes'."}
-    )
-    max_image_size: int | None = field(
-        default=None, metadata={"help": "In place of --image_size: the size of the images, or this if it is less."}
-    )
-    selection_layers: list[int] | None = field(
-        default=None, metadata={"help": "Vision layers that select patches, numbered from 1: 5 10."}
-    )
-    keep_rate: list[float] | None = field(
-        default=None, metadata={"help": "Share of the tokens kept: one value, or one per layer. 1.0: unpruned."}
-    )
-    selection_guidance: list[str] | None = field(
-        default=None, metadata={"help": "Scorer of the patches: text, image or random; one value, or one per layer."}
-    )
-    selection_gate: float | None = field(
-        default=None,
-        metadata={"help": "Share of the dropped tokens that run in training, so that answers teach the selection."},
-    )
-    selection_loss_weight: float | None = field(
-        default=None, metadata={"help": "Weight of selection supervision, for data with regions."}
-    )
-    attention_loss_weight: float | None = field(
-        default=None, metadata={"help": "Weight of attention supervision, for data with regions."}
-    )
-    fusion_type: str | None = field(
-        default=None, metadata={"help": "cross_attention, skip_connected (mPLUG) or single_stream (ViLT)."}
-    )
+    model: str | None = option(None, "TRIPS checkpoint of any task to start from. Default: from scratch.")
+    vision_model_name_or_path: str | None = option(None, "ViT, DeiT, CLIP or DINOv2; also needs a text model.")
+    text_model_name_or_path: str | None = option(None, "BERT, MiniLM or RoBERTa for text, fusion and decoder.")
+    num_fusion_layers: int | None = option(None, "Fusion layers. Default: half of the text encoder, or 6 new.")
+    freeze_vision_layers: int | None = option(None, "Freeze the patch embedding and the first N vision layers.")
+    preset: str | None = option(None, "Size of a model from scratch: tiny (the default), small or base.")
+    tokenizer: str | None = option(None, "Tokenizer of a model from scratch. Default: trained on the training texts.")
+    image_size: int | None = option(None, "Height and width in pixels. Default: the checkpoint's, or the scenes'.")
+    max_image_size: int | None = option(None, "In place of --image_size: that of the images, or this if it is less.")
+    selection_layers: list[int] | None = option(None, "Vision layers that select patches, numbered from 1: 5 10.")
+    keep_rate: list[float] | None = option(None, "Share of tokens kept, also one per layer. 1.0: unpruned.")
+    selection_guidance: list[str] | None = option(None, "Scorer, also one per layer: text, image or random.")
+    selection_gate: float | None = option(None, "Share of dropped tokens that run in training, to learn from answers.")
+    selection_loss_weight: float | None = option(None, "Weight of selection supervision, for data with regions.")
+    attention_loss_weight: float | None = option(None, "Weight of attention supervision, for data with regions.")
+    fusion_type: str | None = option(None, "cross_attention, skip_connected (mPLUG) or single_stream (ViLT).")
 
     def __post_init__(self):
         if (self.vision_model_name_or_path is None) != (self.text_model_name_or_path is None):
@@ -96,16 +67,11 @@ class ModelArguments:
 
     def config_overrides(self) -> dict:
         """Return the fields of `TripsConfig` that were given."""
-        fields = {
-            "selection_layers": self.selection_layers,
-            "keep_rate": one_or_several(self.keep_rate),
-            "selection_guidance": one_or_several(self.selection_guidance),
-            "selection_gate": self.selection_gate,
-            "selection_loss_weight": self.selection_loss_weight,
-            "attention_loss_weight": self.attention_loss_weight,
-            "fusion_type": self.fusion_type,
-        }
-        return given(fields)
+        names = ("selection_layers", "selection_gate", "selection_loss_weight", "attention_loss_weight", "fusion_type")
+        rates, guidances = map(one_or_several, (self.keep_rate, self.selection_guidance))
+        return given(
+            {**{name: getattr(self, name) for name in names}, "keep_rate": rates, "selection_guidance": guidances}
+        )
 
 
 def given(fields: dict) -> dict:
@@ -122,12 +88,10 @@ def one_or_several(values: list | None):
 class DataArguments(DataSource):
     """Options of the data: [`DataSource`], and the use of its rows."""
 
-    skip_bad_rows: bool = field(default=False, metadata={"help": "Skip and count unusable rows instead of stopping."})
-    lowercase: bool = field(
-        default=False, metadata={"help": "Train a tokenizer from scratch that lower-cases all texts."}
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Truncate the training split."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Truncate the validation and test splits."})
+    skip_bad_rows: bool = option(False, "Skip and count unusable rows instead of stopping.")
+    lowercase: bool = option(False, "Train a tokenizer from scratch that lower-cases all texts.")
+    max_train_samples: int | None = option(None, "Truncate the training split.")
+    max_eval_samples: int | None = option(None, "Truncate the validation and test splits.")
 
     def check(self, task: str):
         super().check(task)
@@ -161,27 +125,25 @@ class RunOptions:
     `TrainingArguments`: [`parse_arguments`] turns these into [`RunArguments`].
     """
 
-    output_dir: str | None = field(default="outputs", metadata={"help": "Folder of checkpoints and results."})
-    do_train: bool = field(default=True, metadata={"help": "Train the model."})
-    do_eval: bool = field(default=True, metadata={"help": "Evaluate at the end."})
-    do_predict: bool = field(default=True, metadata={"help": "Evaluate on the test split, if any."})
-    num_train_epochs: float = field(default=3.0, metadata={"help": "Number of training epochs."})
-    max_steps: int = field(default=-1, metadata={"help": "Number of steps in place of --num_train_epochs."})
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "Texts per device and training step."})
-    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Rows per device in evaluation."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per step."})
-    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate of AdamW."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up steps; below 1, their share of all steps."})
-    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay, except for biases and norms."})
-    bf16: bool = field(default=False, metadata={"help": "Train in bf16 mixed precision. Default: float32."})
-    seed: int = field(default=42, metadata={"help": "Seed of weights, order of the rows, and draws."})
-    logging_steps: float = field(default=0.05, metadata={"help": "Log every N steps; below 1, a share of all steps."})
-    save_steps: float = field(default=500, metadata={"help": "Save a checkpoint every N steps."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Number of checkpoints to keep."})
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "Folder of a checkpoint, or last: the latest whole one of --output_dir."}
-    )
+    output_dir: str | None = option("outputs", "Folder of checkpoints and results.")
+    do_train: bool = option(True, "Train the model.")
+    do_eval: bool = option(True, "Evaluate at the end.")
+    do_predict: bool = option(True, "Evaluate on the test split, if any.")
+    num_train_epochs: float = option(3.0, "Number of training epochs.")
+    max_steps: int = option(-1, "Number of steps in place of --num_train_epochs.")
+    per_device_train_batch_size: int = option(8, "Texts per device and training step.")
+    per_device_eval_batch_size: int = option(8, "Rows per device in evaluation.")
+    gradient_accumulation_steps: int = option(1, "Batches per step.")
+    learning_rate: float = option(5e-5, "Peak learning rate of AdamW.")
+    lr_scheduler_type: str = option("cosine", "Learning rate schedule.")
+    warmup_steps: float = option(0.1, "Warm-up steps; below 1, their share of all steps.")
+    weight_decay: float = option(0.0, "Weight decay, except for biases and norms.")
+    bf16: bool = option(False, "Train in bf16 mixed precision. Default: float32.")
+    seed: int = option(42, "Seed of weights, order of the rows, and draws.")
+    logging_steps: float = option(0.05, "Log every N steps; below 1, a share of all steps.")
+    save_steps: float = option(500, "Save a checkpoint every N steps.")
+    save_total_limit: int | None = option(2, "Number of checkpoints to keep.")
+    resume_from_checkpoint: str | None = option(None, "A checkpoint, or last: the latest whole one of --output_dir.")
 
     def __post_init__(self):
         if self.max_steps == 0:
@@ -200,20 +162,15 @@ class TrainingOptions(RunOptions):
     of about 2e-5 and smaller batches.
     """
 
-    num_train_epochs: float = field(default=6.0, metadata={"help": "Number of training epochs."})
-    per_device_train_batch_size: int = field(default=256, metadata={"help": "Texts per device and training step."})
-    per_device_eval_batch_size: int = field(default=128, metadata={"help": "Rows per device in evaluation."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
-    tower_learning_rate: list[float] | None = field(
-        default=None, metadata={"help": "Peak learning rates of vision tower and text encoder: one or two values."}
-    )
-    adam_beta2: float = field(default=0.98, metadata={"help": "AdamW's decay of the second moment."})
-    weight_decay: float = field(default=0.05, metadata={"help": "Weight decay, except for biases and norms."})
-    texts_per_image: int = field(default=4, metadata={"help": "Texts of an image that may share a training batch."})
-    unpruned_share: float | None = field(
-        default=None,
-        metadata={"help": "Share of the steps that run unpruned first. Default: 0 from a checkpoint, 0.75 else."},
-    )
+    num_train_epochs: float = option(6.0, "Number of training epochs.")
+    per_device_train_batch_size: int = option(256, "Texts per device and training step.")
+    per_device_eval_batch_size: int = option(128, "Rows per device in evaluation.")
+    learning_rate: float = option(1e-3, "Peak learning rate of AdamW.")
+    tower_learning_rate: list[float] | None = option(None, "Peak rate of both towers, or of vision and text.")
+    adam_beta2: float = option(0.98, "AdamW's decay of the second moment.")
+    weight_decay: float = option(0.05, "Weight decay, except for biases and norms.")
+    texts_per_image: int = option(4, "Texts of an image that may share a training batch.")
+    unpruned_share: float | None = option(None, "Share of unpruned first steps. Default: 0.75 of a new model, else 0.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -227,30 +184,26 @@ class TrainingOptions(RunOptions):
 class CaptioningArguments:
     """Options of run_captioning.py."""
 
-    prompt: str = field(default="a picture of ", metadata={"help": "Text that the image is pruned and fused with."})
-    length_penalty: float = field(
-        default=1.0, metadata={"help": "Of beam search: above 0 prefers long captions, below 0 short ones."}
-    )
-    no_repeat_ngram_size: int = field(
-        default=0, metadata={"help": "Forbid repeated n-grams of this size (0 disables)."}
-    )
+    prompt: str = option("a picture of ", "Text that the image is pruned and fused with.")
+    length_penalty: float = option(1.0, "Of beam search: above 0 prefers long captions, below 0 short ones.")
+    no_repeat_ngram_size: int = option(0, "Forbid repeated n-grams of this size (0 disables).")
 
 
 @dataclass
 class GroundingArguments:
     """Options of run_grounding.py."""
 
-    num_pictures: int = field(default=0, metadata={"help": "Number of predictions to draw beside the true boxes."})
+    num_pictures: int = option(0, "Number of predictions to draw beside the true boxes.")
 
 
 @dataclass
 class RetrievalArguments:
     """Options of run_retrieval.py: losses, and reranking in evaluation."""
 
-    itc_weight: float | None = field(default=None, metadata={"help": "Weight of the contrastive loss. Default: 1."})
-    itm_weight: float | None = field(default=None, metadata={"help": "Weight of the matching loss. Default: 1."})
-    rerank_k: int = field(default=16, metadata={"help": "Candidates of a query that are ranked again. 0: none."})
-    rerank_by: str = field(default="both", metadata={"help": "Rank by matching, or by both matching and similarity."})
+    itc_weight: float | None = option(None, "Weight of the contrastive loss. Default: 1.")
+    itm_weight: float | None = option(None, "Weight of the matching loss. Default: 1.")
+    rerank_k: int = option(16, "Candidates of a query that are ranked again. 0: none.")
+    rerank_by: str = option("both", "Rank by matching, or by both matching and similarity.")
 
     def config_overrides(self) -> dict:
         return given({"itc_weight": self.itc_weight, "itm_weight": self.itm_weight})
@@ -260,32 +213,33 @@ class RetrievalArguments:
 class PretrainingArguments(RetrievalArguments):
     """Options of run_pretraining.py: objectives, momentum teacher, streams, and reranking in evaluation."""
 
-    mlm_weight: float | None = field(default=None, metadata={"help": "Weight of masked language modeling."})
-    prefix_lm_weight: float | None = field(default=None, metadata={"help": "Weight of prefix language modeling."})
-    rerank_k: int = field(default=0, metadata={"help": "Candidates of a query that are ranked again. 0: none."})
-    momentum_teacher: bool = field(default=True, metadata={"help": "Train with a momentum teacher and its queues."})
-    queue_size: int | None = field(
-        default=None, metadata={"help": "Queued features. Default: 65536, or a tenth of the captions if that is less."}
-    )
-    teacher_start_steps: int | None = field(
-        default=None, metadata={"help": "Steps without the teacher. Default: 0 from a checkpoint, else an epoch."}
-    )
-    train_shards: list[str] | None = field(
-        default=None, metadata={"help": "Streamed pairs: tar, JSONL, JSON, CSV or Parquet, as in cc3m-{000..331}.tar."}
-    )
-    streaming: bool = field(default=False, metadata={"help": "Stream --dataset_name from the Hub."})
-    image_column: str | None = field(default=None, metadata={"help": "Column of a stream's images."})
-    caption_column: str | None = field(default=None, metadata={"help": "Column of a stream's captions."})
-    shuffle_buffer: int = field(default=1000, metadata={"help": "Pairs of a stream to shuffle at a time per worker."})
-    max_bad_share: float | None = field(
-        default=None,
-        metadata={"help": "Largest share of bad pairs to skip. Default: 0.05 with --skip_bad_rows, else 0."},
-    )
+    mlm_weight: float | None = option(None, "Weight of masked language modeling.")
+    prefix_lm_weight: float | None = option(None, "Weight of prefix language modeling.")
+    rerank_k: int = option(0, "Candidates of a query that are ranked again. 0: none.")
+    momentum_teacher: bool = option(True, "Train with a momentum teacher and its queues.")
+    queue_size: int | None = option(None, "Queued features. Default: a tenth of the captions, at most 65536.")
+    teacher_start_steps: int | None = option(None, "Steps without it. Default: 0 from a checkpoint, else an epoch.")
+
+    def config_overrides(self) -> dict:
+        fields = {"mlm_weight": self.mlm_weight, "prefix_lm_weight": self.prefix_lm_weight}
+        return {**super().config_overrides(), **given(fields)}
+
+
+@dataclass
+class PairArguments(DataArguments):
+    """Options of the data of run_pretraining.py, which may be streamed."""
+
+    train_shards: list[str] | None = option(None, "Streamed tar, JSONL, JSON, CSV or Parquet: cc3m-{000..331}.tar.")
+    streaming: bool = option(False, "Stream --dataset_name from the Hub.")
+    image_column: str | None = option(None, "Column of a stream's images.")
+    caption_column: str | None = option(None, "Column of a stream's captions.")
+    shuffle_buffer: int = option(1000, "Pairs of a stream to shuffle at a time per worker.")
+    max_bad_share: float | None = option(None, "Bad pairs to skip. Default: 0.05 with --skip_bad_rows, else 0.")
 
     @property
     def is_stream(self) -> bool:
         return self.train_shards is not None or self.streaming
 
-    def config_overrides(self) -> dict:
-        fields = {"mlm_weight": self.mlm_weight, "prefix_lm_weight": self.prefix_lm_weight}
-        return {**super().config_overrides(), **given(fields)}
+    @property
+    def is_bundled(self) -> bool:
+        return not self.is_stream and super().is_bundled

@@ -5,23 +5,20 @@ import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
-from dataclasses import MISSING, field
+from dataclasses import MISSING
 from importlib.util import find_spec
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers.hf_argparser import HfArgumentParser
 
-from trips_examples.training.options import RunOptions
+from trips_examples.training.options import RunOptions, option
 from trips_examples.training.recipe import recipe
 
 
+__all__ = ["Parser", "make_parser", "option", "run_script", "training_options"]
+
 TRAINING_FILES = ("training_args.py", "training_args_seq2seq.py")  # of Transformers
-
-
-def option(default, text: str):
-    """Return the field of an option with its help."""
-    return field(default=default, metadata={"help": text})
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):

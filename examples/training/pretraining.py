@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -21,7 +21,7 @@ from trips_examples.data.streams import PairStream, Shard
 from trips_examples.metrics.pretraining import word_and_matching_metrics
 from trips_examples.training.files import write_json
 from trips_examples.training.momentum import MomentumTeacher
-from trips_examples.training.options import DataArguments, PretrainingArguments
+from trips_examples.training.options import PairArguments, PretrainingArguments
 from trips_examples.training.retrieval import RetrievalTrainer
 from trips_examples.training.runs import TripsTrainingArguments, load_data
 
@@ -32,61 +32,35 @@ TEACHER_WEIGHT = 0.4  # ALBEF's, reached after an epoch with the teacher
 EPOCH_OF_A_STREAM = 1 / 30  # of all steps, as ALBEF trains for 30 epochs
 
 
-def check_objectives(config: TripsConfig):
-    """Raise a `ValueError` if all objectives are off."""
-    if all(getattr(config, name) == 0 for name in OBJECTIVES):
-        raise ValueError(f"All objectives have weight 0. Give one of {', '.join(OBJECTIVES)} a weight.")
-
-
 def load_pairs(
-    args: PretrainingArguments,
-    data_args: DataArguments,
-    training_args: TripsTrainingArguments,
-    config: TripsConfig,
-    processor: TripsProcessor | None,
-) -> tuple[DatasetDict, PairStream | None]:
+    args: PairArguments, training_args: TripsTrainingArguments, config: TripsConfig, processor: TripsProcessor | None
+) -> dict[str, Dataset | PairStream]:
     """
-    Return the loaded splits, and the stream that replaces the training split, if any.
+    Return the splits of pre-training, of which a stream may be the training split.
 
     Raises:
-        ValueError: Options of the stream exclude each other.
+        ValueError: All objectives are off, or options of the stream exclude each other.
     """
+    if all(getattr(config, name) == 0 for name in OBJECTIVES):
+        raise ValueError(f"All objectives have weight 0. Give one of {', '.join(OBJECTIVES)} a weight.")
     if not args.is_stream:
-        return load_data("captions", data_args, training_args, config), None
-    if args.train_shards is not None and (data_args.train_file is not None or args.streaming):
+        return load_data("captions", args, training_args, config)
+    if args.train_shards is not None and (args.train_file is not None or args.streaming):
         raise ValueError("--train_shards excludes --train_file and --streaming. Give one of them.")
-    if args.streaming and data_args.dataset_name is None:
+    if args.streaming and args.dataset_name is None:
         raise ValueError("--streaming needs --dataset_name.")
     if training_args.do_train and training_args.max_steps <= 0:
         raise ValueError("A stream needs --max_steps.")
-    if training_args.do_eval and data_args.validation_file is None:
+    if training_args.do_eval and args.validation_file is None:
         raise ValueError("A stream has no validation split. Give --validation_file or --do_eval False.")
-    stream = open_stream(args, data_args, training_args, processor)
-    if data_args.validation_file is None:
-        return DatasetDict(), stream
-    evaluation_args = copy.copy(training_args)
-    evaluation_args.do_train = False
-    files = replace(data_args, dataset_name=None, dataset_config_name=None)
-    return load_data("captions", files, evaluation_args, config), stream
-
-
-def open_stream(
-    args: PretrainingArguments,
-    data_args: DataArguments,
-    training_args: TripsTrainingArguments,
-    processor: TripsProcessor | None,
-) -> PairStream:
-    """Return this process's part of the stream of shards or of a dataset on the Hub."""
     if args.train_shards is not None:
-        shards: Sequence[Shard] = find_shards(args.train_shards, data_args.image_root)
+        shards: Sequence[Shard] = find_shards(args.train_shards, args.image_root)
     else:
-        shards = hub_shards(data_args.dataset_name, data_args.dataset_config_name, data_args.train_split or "train")
+        shards = hub_shards(args.dataset_name, args.dataset_config_name, args.train_split or "train")
     if processor is None:
         raise ValueError("A stream needs --tokenizer for a model from scratch.")
-    max_bad_share = args.max_bad_share
-    if max_bad_share is None:
-        max_bad_share = 0.05 if data_args.skip_bad_rows else 0.0
-    return PairStream(
+    skipped_share = 0.05 if args.skip_bad_rows else 0.0
+    stream = PairStream(
         shards,
         seed=training_args.seed,
         buffer_size=args.shuffle_buffer,
@@ -95,9 +69,15 @@ def open_stream(
         image_column=args.image_column,
         caption_column=args.caption_column,
         processor=processor,
-        max_bad_share=max_bad_share,
+        max_bad_share=skipped_share if args.max_bad_share is None else args.max_bad_share,
         log_folder=training_args.output_dir,
     )
+    if args.validation_file is None:
+        return {"train": stream}
+    files = replace(args, dataset_name=None, dataset_config_name=None, train_shards=None, streaming=False)
+    without_training = copy.copy(training_args)
+    without_training.do_train = False
+    return {**load_data("captions", files, without_training, config), "train": stream}
 
 
 def stream_positions(state: dict) -> list[dict[str, int]]:

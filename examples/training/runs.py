@@ -186,37 +186,46 @@ def start_run(
     model_args: ModelArguments,
     data_args: DataArguments,
     training_args: TripsTrainingArguments,
+    load: Callable[..., dict] | None = None,
     group_size: int | None = None,
     **config_fields,
-) -> tuple[TripsPreTrainedModel, TripsProcessor, DatasetDict]:
+) -> tuple[TripsPreTrainedModel, TripsProcessor, dict]:
     """
-    Return the initial model, the processor and the data of a task, after checking the options, the data and the texts,
-    in this order. The log says what the model starts from, and what its schedule costs.
+    Return the initial model, the processor and the splits of a task, after checking the options, the data and the
+    texts, in this order. The log says what the model starts from, and what its schedule costs.
 
     Args:
         model_class (`type[TripsPreTrainedModel]`): Class of the task's model.
+        load (`Callable`, *optional*): Function of data and training arguments, configuration and processor that
+            returns the splits. Those that are no `Dataset` are not checked. Default: `load_data`.
         group_size (`int`, *optional*): Texts of an image that share a computation. Default: `texts_per_image`.
         config_fields: Fields of `TripsConfig` that the task sets.
     """
     config, processor = load_start(model_args, data_args.scene_size, **config_fields)
-    data = load_data(task, data_args, training_args, config)
-    rows = data["train"] if "train" in data else data["validation"]
-    processor = processor or train_processor(config, data_args.vocabulary(data, *TASKS[task].texts))
-    sizes = some_image_sizes(rows)
-    if model_args.image_size is None and model_args.max_image_size is not None:
+    if load is None:
+        data = load_data(task, data_args, training_args, config)
+    else:
+        data = load(data_args, training_args, config, processor)
+    loaded = DatasetDict({split: rows for split, rows in data.items() if isinstance(rows, Dataset)})
+    processor = processor or train_processor(config, data_args.vocabulary(loaded, *TASKS[task].texts))
+    rows = loaded.get("train", loaded.get("validation"))
+    sizes = [] if rows is None else some_image_sizes(rows)
+    if sizes and model_args.image_size is None and model_args.max_image_size is not None:
         fit_image_size(config, processor, sizes, model_args.max_image_size)
-    data = with_fitting_texts(data, task, processor, skip=data_args.skip_bad_rows)
+    data = {**data, **with_fitting_texts(loaded, task, processor, skip=data_args.skip_bad_rows)}
     model = make_model(model_class, model_args, config, processor)
-    height, width = map(median, zip(*sizes))
     logger.info(
-        "Start: %s; %.1f million parameters; images %dx%d to %dx%d; %d texts per step and process, %d per image; "
-        "learning rate %g, of the towers %s",
-        *(model_args.start, model.num_parameters() / 1e6, width, height),
-        *(processor.image_processor.size[side] for side in ("width", "height")),
+        "Start: %s, %.1f million parameters; images %s to %s; %d texts per step and process, up to %d of an image; "
+        "learning rate %g (towers: %s)",
+        *(model_args.start, model.num_parameters() / 1e6),
+        "x".join(f"{median(side):g}" for side in zip(*sizes)),
+        "x".join(map(str, dict(processor.image_processor.size).values())),
         *(training_args.per_device_train_batch_size, training_args.texts_per_image, training_args.learning_rate),
-        training_args.tower_learning_rate or "as well",
+        training_args.tower_learning_rate or "the same",
     )
-    log_costs(config, *texts_of_images(rows, TASKS[task].text, group_size or training_args.texts_per_image, processor))
+    if rows is not None:
+        texts = group_size or training_args.texts_per_image
+        log_costs(config, *texts_of_images(rows, TASKS[task].text, texts, processor))
     if training_args.unpruned_share is None:
         training_args.unpruned_share = 0.0 if model_args.model else UNPRUNED_SHARE
     return model, processor, data

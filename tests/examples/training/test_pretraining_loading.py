@@ -7,7 +7,7 @@ from toy_pairs import command, encoded, make_tokenizer, write_parts
 
 from modeling_trips import TripsConfig, TripsProcessor
 from trips_examples import run_pretraining
-from trips_examples.training.options import DataArguments, PretrainingArguments
+from trips_examples.training.options import PairArguments
 from trips_examples.training.pretraining import OBJECTIVES, load_pairs
 from trips_examples.training.runs import TripsTrainingArguments
 
@@ -29,10 +29,10 @@ def test_a_streamed_data_set_has_splits(tmp_path, monkeypatch):
         Dataset.from_dict(pairs, features=features).to_parquet(tmp_path / "pairs" / f"{split}-0.parquet")
     args = TripsTrainingArguments(output_dir=str(tmp_path / "out"), max_steps=1, do_eval=False, use_cpu=True)
     for split in (None, "validation"):
-        source = DataArguments(dataset_name=str(tmp_path / "pairs"), train_split=split)
+        source = PairArguments(dataset_name=str(tmp_path / "pairs"), train_split=split, streaming=True)
         processor = TripsProcessor(tokenizer=make_tokenizer(), patch_size=8)
-        _, stream = load_pairs(PretrainingArguments(streaming=True), source, args, TINY, processor)
-        assert next(iter(stream))["caption"] == (split or "train")
+        data = load_pairs(source, args, TINY, processor)
+        assert next(iter(data["train"]))["caption"] == (split or "train")
 
 
 def test_missing_objectives_and_tokenizer_raise(files, stream, tmp_path):

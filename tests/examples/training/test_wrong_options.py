@@ -17,6 +17,7 @@ def options(tmp_path) -> list[str]:
     return [
         f"--train_file={tmp_path / 'rows.jsonl'}",
         f"--output_dir={tmp_path / 'out'}",
+        "--preset=tiny",
         "--do_eval=False",
         "--max_steps=1",
         "--use_cpu=True",

@@ -34,19 +34,8 @@ if __name__ == "__main__":
 
 from modeling_trips import TripsForRetrieval
 from trips_examples.data.collators import RetrievalCollator
-from trips_examples.metrics.retrieval import RECALL_AT
 from trips_examples.training.retrieval import RetrievalTrainer, write_rankings
 from trips_examples.training.runs import parse_arguments, start_run, train_and_evaluate
-
-
-def describe(metrics: dict[str, float]) -> str:
-    """The recalls as a table."""
-    columns = [f"{direction}_r{k}" for direction in ("i2t", "t2i") for k in RECALL_AT] + ["r_mean"]
-    lines = [" " * 14 + "".join(f"{column:>10}" for column in columns)]
-    for title, prefix in (("by features", "features_"), ("matched again", "")):
-        if f"{prefix}r_mean" in metrics:
-            lines.append(f"{title:<14}" + "".join(f"{metrics[prefix + column]:10.2%}" for column in columns))
-    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -67,7 +56,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         metrics, rankings = trainer.search(trainer.eval_dataset)
         if trainer.is_world_process_zero():
             write_rankings(training_args.output_dir, trainer.eval_dataset, rankings)
-            print(describe(metrics))
         samples = {"samples": len(trainer.eval_dataset), "images": len(rankings["i2t"].candidates)}
         return {f"eval_{name}": value for name, value in {**metrics, **samples}.items()}
 

@@ -3,8 +3,7 @@ Train and evaluate TRIPS on visual question answering.
 
     python examples/run_vqa.py --model examples/trips-tiny-scenes-unpruned --selection_layers 2 \
         --keep_rate 0.1 --selection_gate 0.2 --selection_loss_weight 0          # bundled scenes, from answers alone
-    accelerate launch examples/run_vqa.py --train_file train.jsonl --validation_file val.jsonl --image_root images \
-        --preset base --tokenizer bert-base-uncased
+    python examples/run_vqa.py --train_file train.jsonl --validation_file val.jsonl  # your own: docs/pictures.md
 
 The training loop is Transformers' `Seq2SeqTrainer`, whose options are options here.
 """

@@ -158,8 +158,7 @@ class RunOptions:
 class TrainingOptions(RunOptions):
     """
     Options of the training of a TRIPS model, which [`parse_arguments`] turns into [`TripsTrainingArguments`]. The
-    defaults train the tiny preset from scratch on the bundled data. Fine-tuning a larger model needs a learning rate
-    of about 2e-5 and smaller batches.
+    defaults train the tiny preset on the bundled data; [`recipe`] has those of runs on own data.
     """
 
     num_train_epochs: float = option(6.0, "Number of training epochs.")

@@ -218,8 +218,8 @@ def start_run(
         "Start: %s, %.1f million parameters; images %s to %s; %d texts per step and process, up to %d of an image; "
         "learning rate %g (towers: %s)",
         *(model_args.start, model.num_parameters() / 1e6),
-        "x".join(f"{median(side):g}" for side in zip(*sizes)),
-        "x".join(map(str, dict(processor.image_processor.size).values())),
+        "x".join(f"{median(sides):g}" for sides in reversed([*zip(*sizes)])),
+        "x".join(map(str, reversed(dict(processor.image_processor.size).values()))),
         *(training_args.per_device_train_batch_size, training_args.texts_per_image, training_args.learning_rate),
         training_args.tower_learning_rate or "the same",
     )

@@ -27,21 +27,11 @@ REMEDY = (
 )
 
 
-class SamplerCallback(TrainerCallback):
-    """Set the epoch of the sampler, which Accelerate skips if several processes resume within an epoch."""
-
-    def __init__(self, trainer: Trainer):
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        if self.trainer.train_sampler is not None:
-            self.trainer.train_sampler.set_epoch(int(state.epoch or 0))
-
-
 class PhaseCallback(TrainerCallback):
     """
     Log the phases of a training, and forget the best checkpoint of the unpruned phase where pruning begins. Until
     then, what only the selection uses has gradients of zero: FSDP resumes no parameter without an optimizer state.
+    Also set the epoch of the sampler, which Accelerate skips if several processes resume within an epoch.
     """
 
     def __init__(self, trainer: "ImageGroupedTrainer"):
@@ -51,6 +41,10 @@ class PhaseCallback(TrainerCallback):
         schedule, unpruned = self.trainer.model.config.vision_config.schedule, self.trainer.unpruned_steps
         phases = f"steps 1 to {unpruned} unpruned, then {schedule}" if unpruned else schedule
         logger.info("%d steps: %s", state.max_steps, phases)
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if self.trainer.train_sampler is not None:
+            self.trainer.train_sampler.set_epoch(int(state.epoch or 0))
 
     def on_step_begin(self, args, state, control, **kwargs):
         if 0 < state.global_step == self.trainer.unpruned_steps:
@@ -167,8 +161,7 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
         self.train_sampler: ImageGroupedSampler | None = None
         for parameter in unused_parameters(self.model):
             parameter.requires_grad_(False)
-        for callback in (SamplerCallback, PhaseCallback):
-            self.add_callback(callback(self))
+        self.add_callback(PhaseCallback(self))
         if self.args.unpruned_share and self.args.ddp_find_unused_parameters is None:
             self.args.ddp_find_unused_parameters = True  # unpruned, the text scores nothing
 

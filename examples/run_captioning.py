@@ -35,7 +35,8 @@ from trips_examples.metrics import CAPTION_METRICS
 from trips_examples.metrics.caption_metrics import split_words
 from trips_examples.metrics.texts import lost_signs, variety
 from trips_examples.training.files import texts_of, write_predictions
-from trips_examples.training.runs import parse_arguments, start_run, train_and_evaluate
+from trips_examples.training.models import start_run
+from trips_examples.training.runs import parse_arguments, train_and_evaluate
 from trips_examples.training.trainer import ImageGroupedTrainer
 
 

@@ -50,7 +50,8 @@ from trips_examples.metrics import GROUNDING_ACCURACY
 from trips_examples.metrics.groups import accuracy_by_group
 from trips_examples.metrics.selection import diagnose_selection
 from trips_examples.training.files import write_predictions, write_whole
-from trips_examples.training.runs import parse_arguments, start_run, train_and_evaluate
+from trips_examples.training.models import start_run
+from trips_examples.training.runs import parse_arguments, train_and_evaluate
 from trips_examples.training.trainer import ImageGroupedTrainer
 
 

@@ -39,7 +39,8 @@ from trips_examples.data.images import column_of
 from trips_examples.metrics.selection import diagnose_selection
 from trips_examples.metrics.texts import variety
 from trips_examples.training.files import write_predictions
-from trips_examples.training.runs import parse_arguments, start_run, train_and_evaluate
+from trips_examples.training.models import start_run
+from trips_examples.training.runs import parse_arguments, train_and_evaluate
 from trips_examples.training.trainer import ImageGroupedTrainer
 
 

@@ -36,8 +36,9 @@ if __name__ == "__main__":
 
 from modeling_trips import TripsForPreTraining
 from trips_examples.data.collators import PretrainingCollator
+from trips_examples.training.models import start_run
 from trips_examples.training.pretraining import PretrainingTrainer, load_pairs
-from trips_examples.training.runs import parse_arguments, start_run, train_and_evaluate
+from trips_examples.training.runs import parse_arguments, train_and_evaluate
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:

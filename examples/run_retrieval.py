@@ -34,8 +34,9 @@ if __name__ == "__main__":
 
 from modeling_trips import TripsForRetrieval
 from trips_examples.data.collators import RetrievalCollator
+from trips_examples.training.models import start_run
 from trips_examples.training.retrieval import RetrievalTrainer, write_rankings
-from trips_examples.training.runs import parse_arguments, start_run, train_and_evaluate
+from trips_examples.training.runs import parse_arguments, train_and_evaluate
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:

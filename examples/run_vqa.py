@@ -33,7 +33,8 @@ from trips_examples.metrics.selection import diagnose_selection
 from trips_examples.metrics.texts import lost_signs, measurable_answers, most_tokens, variety
 from trips_examples.metrics.vqa_accuracy import most_common_answer, normalize_answer
 from trips_examples.training.files import texts_of, write_json, write_predictions
-from trips_examples.training.runs import TripsTrainingArguments, parse_arguments, start_run, train_and_evaluate
+from trips_examples.training.models import start_run
+from trips_examples.training.runs import TripsTrainingArguments, parse_arguments, train_and_evaluate
 from trips_examples.training.trainer import ImageGroupedTrainer
 
 

@@ -1,27 +1,117 @@
-"""Initial model and processor of a run, and its schedule."""
+"""Initial model, processor and data of a run."""
 
 import logging
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Container, Hashable, Iterable
 from statistics import median
 
 import torch
-from datasets import Dataset
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
+from datasets import Dataset, DatasetDict
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from modeling_trips import UNPRUNED, SelectionSchedule, TripsConfig, TripsPreTrainedModel, TripsProcessor
 from modeling_trips.conversion.processors import make_processor
 from modeling_trips.conversion.vision_text import make_vision_text_model, vision_text_config
 from modeling_trips.inspection.cost import forward_cost
-from trips_examples.data.images import column_of, image_size
+from trips_examples.data.checking import with_fitting_texts
+from trips_examples.data.images import column_of, image_size, without_decoding
+from trips_examples.data.loading import load_task_dataset
+from trips_examples.data.tasks import TASKS
 from trips_examples.data.vocabulary import train_tokenizer
-from trips_examples.training.options import ModelArguments
-from trips_examples.training.recipe import TOWERS
+from trips_examples.training.options import DataArguments, ModelArguments
+from trips_examples.training.recipe import TOWERS, UNPRUNED_SHARE
 
 
 logger = logging.getLogger(__name__)
+
+
+def load_data(
+    task: str, args: DataArguments, training_args: TrainingArguments, config: TripsConfig | None = None
+) -> DatasetDict:
+    """
+    Load the splits of a task (see `load_task_dataset`), truncated as requested, with encoded images for the collators.
+    Images smaller than a patch of `config` cannot be used.
+
+    Raises:
+        ValueError: There are bad rows, or a requested split does not exist.
+    """
+    wanted = {"train": training_args.do_train, "validation": training_args.do_eval}
+    if args.files:  # before they are read
+        _check_splits(args.files, wanted)
+    patch_size = 1 if config is None else config.vision_config.patch_shape[0]
+    with training_args.main_process_first(desc="checking the data"):  # the others load its result
+        data = load_task_dataset(task, args, args.skip_bad_rows, patch_size, training_args.seed)
+    _check_splits(data, wanted)
+    limits = {"train": args.max_train_samples, "validation": args.max_eval_samples, "test": args.max_eval_samples}
+    for split, limit in limits.items():
+        if limit is not None and split in data:
+            data[split] = data[split].select(range(min(limit, len(data[split]))))
+    for split in ("validation", "test"):
+        if split in data and "image_id" in data[split].column_names:
+            ids = column_of(data[split], "image_id")
+            # Rows of one image share its cached states. `Dataset.sort` warns since pyarrow 25.
+            data[split] = data[split].select(sorted(range(len(ids)), key=lambda row: (ids[row] is None, ids[row])))
+    return DatasetDict({split: without_decoding(dataset) for split, dataset in data.items()})
+
+
+def start_run(
+    model_class: type[TripsPreTrainedModel],
+    task: str,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+    load: Callable[..., dict] | None = None,
+    group_size: int | None = None,
+    **config_fields,
+) -> tuple[TripsPreTrainedModel, TripsProcessor, dict]:
+    """
+    Return the initial model, the processor and the splits of a task, after checking the options, the data and the
+    texts, in this order. The log says what the model starts from, and what its schedule costs.
+
+    Args:
+        model_class (`type[TripsPreTrainedModel]`): Class of the task's model.
+        load (`Callable`, *optional*): Function of data and training arguments, configuration and processor that
+            returns the splits. Those that are no `Dataset` are not checked. Default: `load_data`.
+        group_size (`int`, *optional*): Texts of an image that share a computation. Default: `texts_per_image`.
+        config_fields: Fields of `TripsConfig` that the task sets.
+    """
+    config, processor = load_start(model_args, data_args.scene_size, **config_fields)
+    if load is None:
+        data = load_data(task, data_args, training_args, config)
+    else:
+        data = load(data_args, training_args, config, processor)
+    loaded = DatasetDict({split: rows for split, rows in data.items() if isinstance(rows, Dataset)})
+    processor = processor or train_processor(config, data_args.vocabulary(loaded, *TASKS[task].texts))
+    rows = loaded.get("train", loaded.get("validation"))
+    sizes = [] if rows is None else some_image_sizes(rows)
+    if sizes and model_args.image_size is None and model_args.max_image_size is not None:
+        fit_image_size(config, processor, sizes, model_args.max_image_size)
+    data = {**data, **with_fitting_texts(loaded, task, processor, skip=data_args.skip_bad_rows)}
+    model = make_model(model_class, model_args, config, processor)
+    logger.info(
+        "Start: %s, %.1f million parameters; images %s to %s; %d texts per step and process, up to %d of an image; "
+        "learning rate %g (towers: %s)",
+        *(model_args.start, model.num_parameters() / 1e6),
+        "x".join(f"{median(sides):g}" for sides in reversed([*zip(*sizes)])),
+        "x".join(map(str, reversed(dict(processor.image_processor.size).values()))),
+        *(training_args.per_device_train_batch_size, training_args.texts_per_image, training_args.learning_rate),
+        training_args.tower_learning_rate or "the same",
+    )
+    if rows is not None:
+        texts = group_size or training_args.texts_per_image
+        log_costs(config, *texts_of_images(rows, TASKS[task].text, texts, processor))
+    if training_args.unpruned_share is None:
+        training_args.unpruned_share = 0.0 if model_args.model else UNPRUNED_SHARE
+    return model, processor, data
+
+
+def _check_splits(splits: Container[str], wanted: dict[str, bool]):
+    actions = {"train": "--do_train", "validation": "--do_eval"}
+    for split, action in actions.items():
+        if wanted[split] and split not in splits:
+            raise ValueError(f"There is no {split} split. Give --{split}_file or {action} False.")
 
 
 def load_start(
@@ -131,10 +221,13 @@ def make_model(
     for what, keys in (("new", new), ("left out", left_out)):
         if parts := sorted({key.removeprefix("model.").partition(".")[0] for key in keys}):
             logger.info("Weights of %s, %s: %s", args.start, what, ", ".join(parts))
-    if args.model is not None and has_new_decoder(model, new) and start_decoder_from_text(model):
+    if args.model is not None and start_decoder_from_text(model, new):
         logger.info("The decoder starts from the text encoder.")
     if args.freeze_vision_layers is not None:
-        freeze_vision_layers(model, args.freeze_vision_layers)
+        tower = model.base_model.vision_model
+        parts = (tower.embeddings, getattr(tower, "pre_layernorm", None), *tower.layers[: args.freeze_vision_layers])
+        for part in filter(None, parts):
+            part.requires_grad_(False)
     return model
 
 
@@ -176,22 +269,21 @@ def log_costs(config: TripsConfig, texts_per_image: float, text_length: int):
         return
     vision = config.vision_config
     kept = forward_cost(config, text_length).tokens[-1] - 1 - vision.fuse_inattentive_tokens
-    one, several = (cost_ratio(config, schedule, texts, text_length) for texts in (1, texts_per_image))
+
+    def ratio(schedule: SelectionSchedule, texts: float) -> float:
+        pruned, unpruned = (forward_cost(config, text_length, each).macs(texts) for each in (schedule, UNPRUNED))
+        return pruned / unpruned
+
+    several = ratio(schedule, texts_per_image)
     logger.info(
         "%s keeps %d of %d patches, for %.2f times the operations of the unpruned model with one text per image, %.2f "
         "times with %.1f as in the data.",
-        *(schedule, kept, math.prod(vision.grid_size), one, several, texts_per_image),
+        *(schedule, kept, math.prod(vision.grid_size), ratio(schedule, 1), several, texts_per_image),
     )
     if several > 1.1:
-        by_image = [selection._replace(guidance="image") for selection in schedule.selections]
-        cheaper = cost_ratio(config, SelectionSchedule(schedule.layers, tuple(by_image)), texts_per_image, text_length)
+        selections = [selection._replace(guidance="image") for selection in schedule.selections]
+        cheaper = ratio(SelectionSchedule(schedule.layers, tuple(selections)), texts_per_image)
         logger.warning("That is more than without pruning. --selection_guidance image: %.2f times.", cheaper)
-
-
-def cost_ratio(config: TripsConfig, schedule: SelectionSchedule, texts_per_image: float, text_length: int) -> float:
-    """Return the MAC ratio (pruned / unpruned) of text encoder, vision tower and fusion encoder."""
-    pruned, unpruned = (forward_cost(config, text_length, each) for each in (schedule, UNPRUNED))
-    return pruned.macs(texts_per_image) / unpruned.macs(texts_per_image)
 
 
 def image_keys(rows: Dataset) -> list[Hashable]:
@@ -222,19 +314,16 @@ def some_image_sizes(rows: Dataset) -> list[tuple[int, int]]:
 # Weights
 
 
-def has_new_decoder(model: TripsPreTrainedModel, missing: Iterable[str]) -> bool:
-    """Return whether the layers of a model's decoder are all among the `missing` names."""
-    layers = {name for name, _ in model.named_parameters() if name.startswith("decoder.encoder.")}
-    return bool(layers) and layers <= set(missing)
-
-
 @torch.no_grad()
-def start_decoder_from_text(model: TripsPreTrainedModel) -> bool:
+def start_decoder_from_text(model: TripsPreTrainedModel, missing: Iterable[str]) -> bool:
     """
-    Copy the embeddings and the upper layers of the text encoder to the decoder, whose cross-attention stays new.
-    Return False if the sizes differ, if the text encoder has no layers (`fusion_type="single_stream"`), or under
-    ZeRO-3.
+    Copy the embeddings and the upper layers of the text encoder to a decoder whose layers are all among the `missing`
+    weights; its cross-attention stays new. Return False without one, if the sizes differ, if the text encoder has no
+    layers (`fusion_type="single_stream"`), or under ZeRO-3.
     """
+    new = {name for name, _ in model.named_parameters() if name.startswith("decoder.encoder.")}
+    if not new or not new <= set(missing):
+        return False
     text, decoder = model.base_model.text_model, model.decoder
     sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
     agree = all(getattr(text.config, size) == getattr(decoder.config, size) for size in sizes)
@@ -246,17 +335,6 @@ def start_decoder_from_text(model: TripsPreTrainedModel) -> bool:
     for layer, source in zip(layers, text.encoder.layer[-len(layers) :]):
         layer.load_state_dict(source.state_dict(), strict=False)
     return True
-
-
-def freeze_vision_layers(model: TripsPreTrainedModel, num_layers: int):
-    """
-    Freeze the embeddings and the first `num_layers` layers of the vision tower. Layers before the first trained one
-    need no backward pass.
-    """
-    tower = model.base_model.vision_model
-    for part in (tower.embeddings, getattr(tower, "pre_layernorm", None), *tower.layers[:num_layers]):
-        if part is not None:
-            part.requires_grad_(False)
 
 
 def set_image_size(processor: TripsProcessor, side: int):

@@ -20,10 +20,11 @@ from trips_examples.data.shards import find_shards, hub_shards
 from trips_examples.data.streams import PairStream, Shard
 from trips_examples.metrics.pretraining import word_and_matching_metrics
 from trips_examples.training.files import write_json
+from trips_examples.training.models import load_data
 from trips_examples.training.momentum import MomentumTeacher
 from trips_examples.training.options import PairArguments, PretrainingArguments
 from trips_examples.training.retrieval import RetrievalTrainer
-from trips_examples.training.runs import TripsTrainingArguments, load_data
+from trips_examples.training.runs import TripsTrainingArguments
 
 
 OBJECTIVES = ("itc_weight", "itm_weight", "mlm_weight", "prefix_lm_weight")

@@ -1,44 +1,28 @@
-"""Steps of a run: options, data, training and evaluation."""
+"""Steps of a run: options, checkpoints, training and evaluation."""
 
 import json
 import logging
 import re
 import zipfile
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 import transformers
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from filelock import FileLock, Timeout
 from safetensors import safe_open
 from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
-from modeling_trips import TripsConfig, TripsPreTrainedModel, TripsProcessor
 from modeling_trips.inspection import provenance
-from trips_examples.data.checking import with_fitting_texts
-from trips_examples.data.images import column_of, without_decoding
-from trips_examples.data.loading import load_task_dataset
-from trips_examples.data.tasks import TASKS
 from trips_examples.training.files import plot_training
-from trips_examples.training.models import (
-    fit_image_size,
-    load_start,
-    log_costs,
-    make_model,
-    some_image_sizes,
-    texts_of_images,
-    train_processor,
-)
-from trips_examples.training.options import DataArguments, ModelArguments, RunOptions, TrainingOptions
+from trips_examples.training.options import RunOptions, TrainingOptions
 from trips_examples.training.parser import Parser, make_parser
-from trips_examples.training.recipe import UNPRUNED_SHARE
 from trips_examples.training.trainer import ImageGroupedTrainer, check_metrics
 
 
@@ -149,93 +133,6 @@ def _lock_output(output_dir: str):
 def _unlock_output(output_dir: str):
     if lock := _locks.pop(Path(output_dir).resolve(), None):
         lock.release(force=True)
-
-
-def load_data(
-    task: str, args: DataArguments, training_args: RunArguments, config: TripsConfig | None = None
-) -> DatasetDict:
-    """
-    Load the splits of a task (see `load_task_dataset`), truncated as requested, with encoded images for the collators.
-    Images smaller than a patch of `config` cannot be used.
-
-    Raises:
-        ValueError: There are bad rows, or a requested split does not exist.
-    """
-    wanted = {"train": training_args.do_train, "validation": training_args.do_eval}
-    if args.files:  # before they are read
-        _check_splits(args.files, wanted)
-    patch_size = 1 if config is None else config.vision_config.patch_shape[0]
-    with training_args.main_process_first(desc="checking the data"):  # the others load its result
-        data = load_task_dataset(task, args, args.skip_bad_rows, patch_size, training_args.seed)
-    _check_splits(data, wanted)
-    limits = {"train": args.max_train_samples, "validation": args.max_eval_samples, "test": args.max_eval_samples}
-    for split, limit in limits.items():
-        if limit is not None and split in data:
-            data[split] = data[split].select(range(min(limit, len(data[split]))))
-    for split in ("validation", "test"):
-        if split in data and "image_id" in data[split].column_names:
-            ids = column_of(data[split], "image_id")
-            # Rows of one image share its cached states. `Dataset.sort` warns since pyarrow 25.
-            data[split] = data[split].select(sorted(range(len(ids)), key=lambda row: (ids[row] is None, ids[row])))
-    return DatasetDict({split: without_decoding(dataset) for split, dataset in data.items()})
-
-
-def start_run(
-    model_class: type[TripsPreTrainedModel],
-    task: str,
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    training_args: TripsTrainingArguments,
-    load: Callable[..., dict] | None = None,
-    group_size: int | None = None,
-    **config_fields,
-) -> tuple[TripsPreTrainedModel, TripsProcessor, dict]:
-    """
-    Return the initial model, the processor and the splits of a task, after checking the options, the data and the
-    texts, in this order. The log says what the model starts from, and what its schedule costs.
-
-    Args:
-        model_class (`type[TripsPreTrainedModel]`): Class of the task's model.
-        load (`Callable`, *optional*): Function of data and training arguments, configuration and processor that
-            returns the splits. Those that are no `Dataset` are not checked. Default: `load_data`.
-        group_size (`int`, *optional*): Texts of an image that share a computation. Default: `texts_per_image`.
-        config_fields: Fields of `TripsConfig` that the task sets.
-    """
-    config, processor = load_start(model_args, data_args.scene_size, **config_fields)
-    if load is None:
-        data = load_data(task, data_args, training_args, config)
-    else:
-        data = load(data_args, training_args, config, processor)
-    loaded = DatasetDict({split: rows for split, rows in data.items() if isinstance(rows, Dataset)})
-    processor = processor or train_processor(config, data_args.vocabulary(loaded, *TASKS[task].texts))
-    rows = loaded.get("train", loaded.get("validation"))
-    sizes = [] if rows is None else some_image_sizes(rows)
-    if sizes and model_args.image_size is None and model_args.max_image_size is not None:
-        fit_image_size(config, processor, sizes, model_args.max_image_size)
-    data = {**data, **with_fitting_texts(loaded, task, processor, skip=data_args.skip_bad_rows)}
-    model = make_model(model_class, model_args, config, processor)
-    logger.info(
-        "Start: %s, %.1f million parameters; images %s to %s; %d texts per step and process, up to %d of an image; "
-        "learning rate %g (towers: %s)",
-        *(model_args.start, model.num_parameters() / 1e6),
-        "x".join(f"{median(sides):g}" for sides in reversed([*zip(*sizes)])),
-        "x".join(map(str, reversed(dict(processor.image_processor.size).values()))),
-        *(training_args.per_device_train_batch_size, training_args.texts_per_image, training_args.learning_rate),
-        training_args.tower_learning_rate or "the same",
-    )
-    if rows is not None:
-        texts = group_size or training_args.texts_per_image
-        log_costs(config, *texts_of_images(rows, TASKS[task].text, texts, processor))
-    if training_args.unpruned_share is None:
-        training_args.unpruned_share = 0.0 if model_args.model else UNPRUNED_SHARE
-    return model, processor, data
-
-
-def _check_splits(splits: Container[str], wanted: dict[str, bool]):
-    actions = {"train": "--do_train", "validation": "--do_eval"}
-    for split, action in actions.items():
-        if wanted[split] and split not in splits:
-            raise ValueError(f"There is no {split} split. Give --{split}_file or {action} False.")
 
 
 def checkpoint_to_resume(args: RunArguments) -> str | None:

@@ -222,7 +222,7 @@ def train_and_evaluate(
     given: dict[str, Any] = {}
     if isinstance(trainer, ImageGroupedTrainer) and args.do_train:
         given["regions_used_for"] = trainer.regions_used_for
-        if trainer.model.config.vision_config.schedule.layers:
+        if trainer.selection_teachers:
             logger.info("The selection learns from %s.", trainer.selection_teachers)
     try:
         if args.do_train:

@@ -38,9 +38,11 @@ class PhaseCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        schedule, unpruned = self.trainer.model.config.vision_config.schedule, self.trainer.unpruned_steps
-        phases = f"steps 1 to {unpruned} unpruned, then {schedule}" if unpruned else schedule
-        logger.info("%d steps: %s", state.max_steps, phases)
+        unpruned = self.trainer.unpruned_steps
+        phases = (
+            f"steps 1 to {unpruned} of {state.max_steps} unpruned, then" if unpruned else f"{state.max_steps} steps:"
+        )
+        logger.info("Training: %s %s", phases, self.trainer.model.config.vision_config.schedule)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self.trainer.train_sampler is not None:
@@ -54,16 +56,6 @@ class PhaseCallback(TrainerCallback):
         for name, parameter in model.named_parameters() if self.trainer.schedule is not None else ():
             if "selection_projection" in name and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
-
-
-def set_tower_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module, learning_rates: list[float]):
-    """Move the parameters of vision tower and text encoder to groups with separate learning rates."""
-    for tower, learning_rate in zip(("vision_model", "text_model"), learning_rates):
-        own = {parameter for name, parameter in model.named_parameters() if tower in name.split(".")}
-        for group in list(optimizer.param_groups):
-            parameters = [parameter for parameter in group["params"] if parameter in own]
-            group["params"] = [parameter for parameter in group["params"] if parameter not in own]
-            optimizer.add_param_group({**group, "params": parameters, "lr": learning_rate})
 
 
 def unused_parameters(model: TripsPreTrainedModel) -> list[nn.Parameter]:
@@ -191,20 +183,18 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
 
     @property
     def selection_teachers(self) -> str:
-        """What teaches the selection which patches to keep, in words."""
-        config, vision = self.model.config, self.model.config.vision_config
-        if vision.schedule.first_text_layer is None:
-            return "nothing: no layer is scored by the text"
-        teachers = []
+        """What teaches the selection which patches to keep, in words, or nothing."""
+        config, vision, teachers = self.model.config, self.model.config.vision_config, []
         if "selection loss" in self.regions_used_for:
-            teachers.append(
-                f"the regions of the data (--selection_loss_weight {config.selection_loss_weight}; 0: not)"
-            )
-        if vision.selection_gate > 0:
+            weight = config.selection_loss_weight
+            teachers.append(f"the regions of the data (--selection_loss_weight {weight}; 0: not)")
+        if vision.selection_gate > 0 and vision.schedule.layers:
             teachers.append(f"the loss of the task, by the gate (--selection_gate {vision.selection_gate})")
-        elif vision.fuse_inattentive_tokens:
-            teachers.append("the loss of the task, by the fused token alone (--selection_gate 0.2 teaches more)")
-        return " and ".join(teachers) or "nothing"
+        elif vision.fuse_inattentive_tokens and vision.schedule.layers:
+            teachers.append(
+                "the loss of the task, by the fused token (with few patches, --selection_gate 0.2 is better)"
+            )
+        return " and ".join(teachers)
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler[int]:
         keys = image_keys(self.train_dataset if train_dataset is None else train_dataset)
@@ -215,9 +205,13 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if is_new and self.args.tower_learning_rate is not None:
-            learning_rates = self.args.tower_learning_rate
-            learning_rates = learning_rates * 2 if len(learning_rates) == 1 else learning_rates
-            set_tower_learning_rates(optimizer, self.model if model is None else model, learning_rates)
+            rates, named = self.args.tower_learning_rate, [*(model or self.model).named_parameters()]
+            for tower, rate in zip(("vision_model", "text_model"), rates * (2 // len(rates))):
+                own = {parameter for name, parameter in named if tower in name.split(".")}
+                for group in list(optimizer.param_groups):
+                    parameters = [parameter for parameter in group["params"] if parameter in own]
+                    group["params"] = [parameter for parameter in group["params"] if parameter not in own]
+                    optimizer.add_param_group({**group, "params": parameters, "lr": rate})
         return optimizer
 
     def get_train_dataloader(self):

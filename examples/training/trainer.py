@@ -38,11 +38,9 @@ class PhaseCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        unpruned = self.trainer.unpruned_steps
-        phases = (
-            f"steps 1 to {unpruned} of {state.max_steps} unpruned, then" if unpruned else f"{state.max_steps} steps:"
-        )
-        logger.info("Training: %s %s", phases, self.trainer.model.config.vision_config.schedule)
+        schedule, unpruned = self.trainer.model.config.vision_config.schedule, self.trainer.unpruned_steps
+        phases = f"steps 1 to {unpruned} unpruned, then {schedule}" if unpruned else schedule
+        logger.info("Training of %d steps: %s", state.max_steps, phases)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self.trainer.train_sampler is not None:
@@ -191,9 +189,7 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
         if vision.selection_gate > 0 and vision.schedule.layers:
             teachers.append(f"the loss of the task, by the gate (--selection_gate {vision.selection_gate})")
         elif vision.fuse_inattentive_tokens and vision.schedule.layers:
-            teachers.append(
-                "the loss of the task, by the fused token (with few patches, --selection_gate 0.2 is better)"
-            )
+            teachers.append("the loss of the task, by the fused token (--selection_gate 0.2: of few patches, better)")
         return " and ".join(teachers)
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler[int]:

@@ -81,7 +81,7 @@ def test_boxes_hold_the_color_and_a_mark_in_white(scenes):
             x0, y0, x1, y1 = item.box
             distance = np.abs(pixels[y0:y1, x0:x1] - COLORS[item.color]).max(axis=-1)
             assert (distance <= 26).mean() > 0.1  # shades differ by at most 26
-            x, y = (x0 + x1) // 2, (y0 + y1) // 2 + 2 * (item.shape == "triangle")
+            x, y = round((x0 + x1 - 1) / 2), round((y0 + y1 - 1) / 2 + 2 * (item.shape == "triangle"))
             white = (pixels[y - 4 : y + 5, x - 4 : x + 5] == 255).all(axis=-1)
             rows, columns = (white.any(axis=axis).nonzero()[0] for axis in (1, 0))
             box = MARKS[item.mark]

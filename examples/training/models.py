@@ -211,7 +211,7 @@ def make_model(
         elif args.starts_from_parts:
             towers = args.vision_model_name_or_path, args.text_model_name_or_path
             model, report = make_vision_text_model(model_class, config, *towers, decoder_from_text=True)
-            new, left_out = report.new, report.left_out
+            new = report.new
             if attention is not None:
                 model.set_attn_implementation(attention)
         else:

@@ -96,9 +96,9 @@ def test_an_image_cache_is_computed_once_per_image_and_gone_before_the_next_ones
     evaluator, image_caches, encoded, steps = make_evaluator(batch_size=2), [], [], []
     encode_images, match = evaluator.model.model.encode_images, evaluator.model.match
 
-    def counting_encode_images(pixel_values):
+    def counting_encode_images(pixel_values, **options):
         assert all(reference() is None for reference in image_caches)
-        image_cache = encode_images(pixel_values)
+        image_cache = encode_images(pixel_values, **options)
         image_caches.append(weakref.ref(image_cache.hidden_states))
         encoded.append(len(pixel_values))
         return image_cache

@@ -77,20 +77,21 @@ class Parser(HfArgumentParser):
         except (ValueError, OSError) as error:
             self.error(str(error))
 
+    def parse_known_args(self, args=None, namespace=None) -> tuple[Namespace, list[str]]:
+        if namespace is None:  # options of the recipe that are not typed
+            blank = Namespace(**{action.dest: MISSING for action in self._actions})
+            typed = vars(super().parse_known_args(args, blank)[0])
+            typed = {name: value for name, value in typed.items() if value is not MISSING}
+            namespace = Namespace(**recipe(self.task, typed))
+        return super().parse_known_args(args, namespace)
+
     def parse_args_into_dataclasses(self, args: list[str] | None = None, **kwargs) -> tuple:
         try:
-            self.set_defaults(**recipe(self.task, self.typed(args)))
             return super().parse_args_into_dataclasses(args=args, **kwargs)
         except ValueError as error:
             if args is None:  # a command line, not a call from Python
                 self.error(str(error))
             raise
-
-    def typed(self, args: list[str] | None = None) -> dict:
-        """Return the options on a command line by name."""
-        blank = Namespace(**{action.dest: MISSING for action in self._actions})
-        known, _ = self.parse_known_args(args, blank)
-        return {name: value for name, value in vars(known).items() if value is not MISSING}
 
 
 def training_options() -> set[str]:

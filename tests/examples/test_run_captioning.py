@@ -1,8 +1,7 @@
-"""`examples/run_captioning.py`: batches with shared images, one caption per image, and options."""
+"""`examples/run_captioning.py`: batches with shared images, and options."""
 
 import pytest
 import torch
-from datasets import Dataset
 from toy_pairs import encoded
 from toy_tasks import OPTIONS, write_task
 from transformers import GenerationConfig
@@ -10,7 +9,6 @@ from transformers import GenerationConfig
 from modeling_trips import TripsConfig, TripsForConditionalGeneration
 from trips_examples import run_captioning
 from trips_examples.data.collators import CaptionCollator
-from trips_examples.data.images import one_row_per_image
 from trips_examples.data.vocabulary import train_tokenizer
 from trips_examples.training.models import make_processor
 
@@ -56,9 +54,3 @@ def test_beam_options_stay_with_the_checkpoint(tmp_path):
     run_captioning.main([*options, *beams, "--do_eval=False"])
     config = GenerationConfig.from_pretrained(tmp_path / "out")
     assert (config.num_beams, config.length_penalty, config.max_new_tokens) == (2, 0.5, 6)
-
-
-def test_each_image_is_captioned_once_against_all_of_its_captions():
-    images, captions = one_row_per_image(Dataset.from_list(ROWS))
-    assert images["image_id"] == ["red", "blue"]
-    assert captions == [[CAPTIONS[0], CAPTIONS[1]], [CAPTIONS[2]]]

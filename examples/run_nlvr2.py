@@ -57,8 +57,9 @@ def judgements_of(logits: np.ndarray) -> list[dict]:
 def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args = parse_arguments(OPTIONS, argv)
     arguments = model_args, data_args, training_args
-    labels = {"num_images": 2, "num_labels": 2}
-    model, processor, data = start_run(TripsForImagesAndTextClassification, "nlvr2", *arguments, **labels)
+    model, processor, data = start_run(
+        TripsForImagesAndTextClassification, "nlvr2", *arguments, num_images=2, num_labels=2
+    )
     trainer = ImageGroupedTrainer(
         model=model,
         args=training_args,

@@ -225,8 +225,8 @@ def make_model(
         logger.info("The decoder starts from the text encoder.")
     if args.freeze_vision_layers is not None:
         tower = model.base_model.vision_model
-        parts = (tower.embeddings, getattr(tower, "pre_layernorm", None), *tower.layers[: args.freeze_vision_layers])
-        for part in filter(None, parts):
+        frozen = (tower.embeddings, getattr(tower, "pre_layernorm", None), *tower.layers[: args.freeze_vision_layers])
+        for part in filter(None, frozen):
             part.requires_grad_(False)
     return model
 

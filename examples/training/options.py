@@ -68,10 +68,9 @@ class ModelArguments:
     def config_overrides(self) -> dict:
         """Return the fields of `TripsConfig` that were given."""
         names = ("selection_layers", "selection_gate", "selection_loss_weight", "attention_loss_weight", "fusion_type")
-        rates, guidances = map(one_or_several, (self.keep_rate, self.selection_guidance))
-        return given(
-            {**{name: getattr(self, name) for name in names}, "keep_rate": rates, "selection_guidance": guidances}
-        )
+        fields = {name: getattr(self, name) for name in names}
+        fields |= {name: one_or_several(getattr(self, name)) for name in ("keep_rate", "selection_guidance")}
+        return given(fields)
 
 
 def given(fields: dict) -> dict:

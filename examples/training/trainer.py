@@ -205,9 +205,10 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
             for tower, rate in zip(("vision_model", "text_model"), rates * (2 // len(rates))):
                 own = {parameter for name, parameter in named if tower in name.split(".")}
                 for group in list(optimizer.param_groups):
-                    parameters = [parameter for parameter in group["params"] if parameter in own]
-                    group["params"] = [parameter for parameter in group["params"] if parameter not in own]
-                    optimizer.add_param_group({**group, "params": parameters, "lr": rate})
+                    if parameters := [parameter for parameter in group["params"] if parameter in own]:
+                        group["params"] = [parameter for parameter in group["params"] if parameter not in own]
+                        optimizer.add_param_group({**group, "params": parameters, "lr": rate})
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]  # FSDP resumes
         return optimizer
 
     def get_train_dataloader(self):

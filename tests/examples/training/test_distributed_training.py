@@ -90,10 +90,9 @@ def options(tmp_path_factory) -> list[str]:
         rows.append({"image": f"{color}.png", "question": "is it blue?", "answer": "no" if color == "red" else "yes"})
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     tokenizer = train_tokenizer([f"{row['question']} {row['answer']}" for row in rows])
-    # No BatchNorm, whose statistics differ between processes.
-    config = TripsConfig.from_preset(
-        "tiny", text_config={"vocab_size": len(tokenizer)}, vision_config={"patch_embedding_type": "linear"}
-    )
+    # No BatchNorm, whose statistics differ between processes; a tower with a projection that unpruned steps do not use.
+    vision = {"patch_embedding_type": "linear", "hidden_size": 32}
+    config = TripsConfig.from_preset("tiny", text_config={"vocab_size": len(tokenizer)}, vision_config=vision)
     torch.manual_seed(0)
     TripsForQuestionAnswering(config).save_pretrained(folder / "model")
     make_processor(tokenizer, config).save_pretrained(folder / "model")
@@ -144,3 +143,14 @@ def test_two_processes_match_one_in_run_vqa(name, options, one_process, tmp_path
     assert code and code == {path.name for path in tmp_path.glob("*.py")}
     configs = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, one_process))
     assert next(configs)["auto_map"] == next(configs)["auto_map"]
+
+
+@pytest.mark.slow
+def test_fsdp_resumes_before_pruning_begins(options, tmp_path):
+    script, saves = str(ROOT / "examples" / "run_vqa.py"), ["--save_strategy=steps", "--save_steps=2"]
+    words = [*options, *saves, "--save_total_limit=3", "--do_eval=False", f"--output_dir={tmp_path}"]
+    launch("fsdp2", script, *words)
+    expected = load_file(tmp_path / "model.safetensors")
+    launch("fsdp2", script, *words, f"--resume_from_checkpoint={tmp_path / 'checkpoint-2'}")
+    weights = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(weights[name], weight) for name, weight in expected.items())

@@ -6,7 +6,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers.trainer_utils import sort_checkpoints
 
 from modeling_trips.inspection import provenance
 from trips_examples.training.files import plot_training
-from trips_examples.training.options import RunOptions, TrainingOptions
+from trips_examples.training.options import RunOptions, TrainingOptions, option
 from trips_examples.training.parser import Parser, make_parser
 from trips_examples.training.trainer import ImageGroupedTrainer, check_metrics
 
@@ -41,10 +41,8 @@ _locks: dict[Path, FileLock] = {}  # held by this process, by output folder
 class RunArguments(RunOptions, TrainingArguments):
     """`TrainingArguments` with the defaults of [`RunOptions`]. `hub_token` is not written to checkpoints."""
 
-    remove_unused_columns: bool = field(default=False, metadata={"help": "The collators need all columns."})
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Not used: a loss that is not finite stops the run."}
-    )
+    remove_unused_columns: bool = option(False, "The collators need all columns.")
+    logging_nan_inf_filter: bool = option(False, "Not used: a loss that is not finite stops the run.")
 
     def __post_init__(self):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
@@ -68,7 +66,7 @@ class RunArguments(RunOptions, TrainingArguments):
 class TripsTrainingArguments(TrainingOptions, RunArguments, Seq2SeqTrainingArguments):
     """`Seq2SeqTrainingArguments` with the defaults of [`TrainingOptions`]."""
 
-    predict_with_generate: bool = field(default=True, metadata={"help": "Evaluate generated texts."})
+    predict_with_generate: bool = option(True, "Evaluate generated texts.")
 
     def __post_init__(self):
         if self.label_smoothing_factor != 0.0:

@@ -90,7 +90,7 @@ def options(tmp_path_factory) -> list[str]:
         rows.append({"image": f"{color}.png", "question": "is it blue?", "answer": "no" if color == "red" else "yes"})
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     tokenizer = train_tokenizer([f"{row['question']} {row['answer']}" for row in rows])
-    # No BatchNorm, whose statistics differ between processes; a tower with a projection that unpruned steps do not use.
+    # No BatchNorm, whose statistics differ between processes; a projection that unpruned steps do not use.
     vision = {"patch_embedding_type": "linear", "hidden_size": 32}
     config = TripsConfig.from_preset("tiny", text_config={"vocab_size": len(tokenizer)}, vision_config=vision)
     torch.manual_seed(0)

@@ -104,6 +104,8 @@ def start_run(
         log_costs(config, *texts_of_images(rows, TASKS[task].text, texts, processor))
     if training_args.unpruned_share is None:
         training_args.unpruned_share = 0.0 if model_args.model else UNPRUNED_SHARE
+    if training_args.unpruned_share > 0 and training_args.ddp_find_unused_parameters is None:
+        training_args.ddp_find_unused_parameters = True  # unpruned, the text scores nothing
     return model, processor, data
 
 

@@ -152,14 +152,13 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
         for parameter in unused_parameters(self.model):
             parameter.requires_grad_(False)
         self.add_callback(PhaseCallback(self))
-        if self.args.unpruned_share and self.args.ddp_find_unused_parameters is None:
-            self.args.ddp_find_unused_parameters = True  # unpruned, the text scores nothing
 
     @property
     def unpruned_steps(self) -> int:
         """The first steps of the training that run unpruned."""
+        share, steps = self.args.unpruned_share or 0, self.state.max_steps
         is_pruned = bool(self.model.config.vision_config.schedule.layers)
-        return round((self.args.unpruned_share or 0) * self.state.max_steps) * is_pruned
+        return max(0, min(round(share * steps), steps - 1)) * is_pruned  # the last one is pruned
 
     @property
     def schedule(self) -> SelectionSchedule | None:

@@ -83,6 +83,7 @@ def test_a_run_from_scratch_and_the_check_measure_texts_alike(folder):
     """Without a tokenizer, both train the same one on the training split."""
     rows = [{"image": "a.png", "question": "red " * count, "answer": "blue"} for count in (62, 63)]
     files = [f"--{split}_file={write(folder / 'rows.jsonl', rows)}" for split in ("train", "validation")]
+    files.append("--preset=tiny")
     _, report = run(folder, "--task", "vqa", *files)
     assert faults_of(report) == [("rows.jsonl row 2", "more than 64 tokens")] * 2
     with pytest.raises(ValueError, match="rows.jsonl row 2: more than 64 tokens"):

@@ -9,9 +9,10 @@ Ask a trained model about an image, draw the patches that it keeps, and compare 
 
 import trips_examples  # noqa: F401  # isort: skip
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from trips_examples.data.source import option
 from trips_examples.training.parser import make_parser, run_script
 
 
@@ -27,12 +28,10 @@ QUESTIONS = [
 
 @dataclass
 class AskArguments:
-    model: str = field(
-        default=str(CHECKPOINT), metadata={"help": "Checkpoint or exported model that answers questions."}
-    )
-    image: str = field(default=str(SCENE), metadata={"help": "An image. Default: a busy scene of the test split."})
-    question: list[str] = field(default_factory=lambda: list(QUESTIONS), metadata={"help": "One or more questions."})
-    picture: str = field(default="outputs/kept_patches.png", metadata={"help": "Drawing of the kept patches."})
+    model: str = option(str(CHECKPOINT), "Checkpoint or exported model that answers questions.")
+    image: str = option(str(SCENE), "An image. Default: a busy scene of the test split.")
+    question: list[str] = option(QUESTIONS, "One or more questions.")
+    picture: str = option("outputs/kept_patches.png", "Drawing of the kept patches.")
 
     def check_files(self):
         if not Path(self.image).is_file():

@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from trips_examples.training.parser import make_parser, option, run_script
+from trips_examples.data.source import option
+from trips_examples.training.parser import make_parser, run_script
 
 
 UNPRUNED = "unpruned"
@@ -36,10 +37,8 @@ class EvaluationArguments:
     validation_file: str | None = option(None, "Your questions, in the formats of run_vqa.py: JSONL, JSON, CSV, ...")
     image_root: str | None = option(None, "Folder that image paths are relative to. Default: the folder of the file.")
     instruction: str = option("Answer the question using a single word or phrase.", "Line after each own question.")
-    tasks: list[str] = field(default_factory=list, metadata={"help": "Tasks of lmms-eval that generate text."})
-    visual_tokens: list[int] = field(
-        default_factory=lambda: [576, 192, 128, 64], metadata={"help": "Numbers of visual tokens per image."}
-    )
+    tasks: list[str] = option([], "Tasks of lmms-eval that generate text.")
+    visual_tokens: list[int] = option([576, 192, 128, 64], "Numbers of visual tokens per image.")
     selections: list[str] | None = option(None, f"Of {', '.join(SELECTIONS)}. Default: all, tower_text with --guide.")
     layer: int | None = option(None, "Layer of the tower that selects. Default: the guide's, or a third.")
     guide: str | None = option(None, "A TextGuide of this layer: a folder, or on the Hub.")

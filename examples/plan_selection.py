@@ -10,25 +10,22 @@ vision tower among the texts of an image. They are counted, not measured.
 
 import trips_examples  # noqa: F401  # isort: skip
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from trips_examples.data.source import option
 from trips_examples.training.parser import make_parser, run_script
 
 
 @dataclass
 class PlanArguments:
-    model: str | None = field(default=None, metadata={"help": "Checkpoint: a folder, or a name on the Hub."})
-    preset: str | None = field(default=None, metadata={"help": "Size in place of a checkpoint: tiny, small or base."})
-    schedule: list[str] = field(
-        default_factory=list, metadata={"help": "Schedules to count, as in 2:text:0.02. Default: propose some."}
-    )
-    image_size: int | None = field(default=None, metadata={"help": "Pixels per side. Default: the model's own."})
-    texts_per_image: list[int] = field(
-        default_factory=lambda: [1], metadata={"help": "Texts per image; the budget holds for each number."}
-    )
-    text_length: int = field(default=40, metadata={"help": "Tokens per text."})
-    budget: float = field(default=0.9, metadata={"help": "Largest share of the unpruned cost."})
-    num_rows: int = field(default=12, metadata={"help": "Number of proposed schedules."})
+    model: str | None = option(None, "Checkpoint: a folder, or a name on the Hub.")
+    preset: str | None = option(None, "Size in place of a checkpoint: tiny, small or base.")
+    schedule: list[str] = option([], "Schedules to count, as in 2:text:0.02. Default: propose some.")
+    image_size: int | None = option(None, "Pixels per side. Default: the model's own.")
+    texts_per_image: list[int] = option([1], "Texts per image; the budget holds for each number.")
+    text_length: int = option(40, "Tokens per text.")
+    budget: float = option(0.9, "Largest share of the unpruned cost.")
+    num_rows: int = option(12, "Number of proposed schedules.")
 
     def __post_init__(self):
         if (self.model is None) == (self.preset is None):

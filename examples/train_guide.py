@@ -16,8 +16,9 @@ import trips_examples  # noqa: F401  # isort: skip
 
 from dataclasses import dataclass, field
 
+from trips_examples.data.source import option
 from trips_examples.training.options import DataArguments, RunOptions
-from trips_examples.training.parser import make_parser, option, run_script
+from trips_examples.training.parser import make_parser, run_script
 
 
 TEACHERS = ("regions", "attention", "answers")

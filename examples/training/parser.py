@@ -5,7 +5,6 @@ import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable
-from dataclasses import field
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,11 +15,6 @@ from trips_examples.training.options import RunOptions
 
 
 TRAINING_FILES = ("training_args.py", "training_args_seq2seq.py")  # of Transformers
-
-
-def option(default, text: str):
-    """Return the field of an option with its help."""
-    return field(default=default, metadata={"help": text})
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from trips_examples.data.shards import IMAGE_SUFFIXES, FileShard, HubShard, TarShard, find_shards
-from trips_examples.data.streams import IMAGE_COLUMNS, encoded_image
+from trips_examples.data.streams import encoded_image
 from trips_examples.data.tasks import BadRowError, Fault, printable
 
 
@@ -80,7 +80,6 @@ def rows_of(shard: Shard, image_column: str | None = None) -> Iterator[dict]:
     Yield the images of a shard as rows of `ROW_SCHEMA`: `image` is encoded or a path, or `error` is set. A file that
     several rows name is yielded once. `image_column` is by default the first of `IMAGE_COLUMNS` that a record has.
     """
-    columns = IMAGE_COLUMNS if image_column is None else (image_column,)
     sources: Counter[str] = Counter()
     paths: set[str] = set()
     for record in shard:
@@ -95,7 +94,7 @@ def rows_of(shard: Shard, image_column: str | None = None) -> Iterator[dict]:
             error = record.error
         else:
             try:
-                content = encoded_image(record, columns)
+                content = encoded_image(record, image_column)
                 if isinstance(content, str):
                     content = str(Path(record.get("image_root", ""), content))
                     if content in paths:

@@ -3,13 +3,13 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from huggingface_hub.utils import chunk_iterable
 
 from trips_examples.data.shards import IMAGE_SUFFIXES, FileShard, HubShard, TarShard, find_shards
 from trips_examples.data.streams import encoded_image
@@ -61,7 +61,7 @@ def find_images(places: Sequence[str], image_root: str | None = None) -> list[Sh
             files |= dict.fromkeys(_image_files(path))
         else:
             shards |= dict.fromkeys(find_shards([path], root, option="--images"))
-    return [*(FolderShard(paths) for paths in batched(files, FILES_PER_SHARD)), *shards]
+    return [*(FolderShard(tuple(paths)) for paths in chunk_iterable(files, FILES_PER_SHARD)), *shards]
 
 
 def _image_files(folder: str) -> list[str]:
@@ -119,11 +119,5 @@ def blocks_of(shard: Shard, done: np.ndarray, image_column: str | None = None) -
         place = np.searchsorted(done, row["id"].encode())
         return place == len(done) or done[place] != row["id"].encode()
 
-    for block in batched(filter(is_new, rows_of(shard, image_column)), ROWS_PER_BLOCK):
-        yield pa.Table.from_pylist(block, schema=ROW_SCHEMA)
-
-
-def batched(items: Iterable, size: int) -> Iterator[tuple]:
-    """Yield items in tuples of `size`, as `itertools.batched` of Python 3.12."""
-    iterator = iter(items)
-    return iter(lambda: tuple(islice(iterator, size)), ())
+    for block in chunk_iterable(filter(is_new, rows_of(shard, image_column)), ROWS_PER_BLOCK):
+        yield pa.Table.from_pylist(list(block), schema=ROW_SCHEMA)

@@ -1,6 +1,7 @@
 """Diagnostics of the patch selection, and accuracy by the kind of text and by the size of its target region."""
 
 import math
+from collections import defaultdict
 from statistics import mean
 
 import evaluate
@@ -80,15 +81,16 @@ def _region_metrics(selection: TripsSelection, rows: list[dict], processor, name
 
 def groups_of(rows: Dataset) -> dict[str, list[int]]:
     """
-    Return the indices of the rows of each known `kind`, and of the thirds with the smallest, medium and largest boxes.
-    Rows without a column `kind` have no groups.
+    Return the indices of the rows of each known `kind`, of each known `wording`, and of the thirds with the smallest,
+    medium and largest boxes. Rows without a column `kind` have no groups.
     """
     if "kind" not in rows.column_names:
         return {}
-    groups: dict[str, list[int]] = {}
-    for place, kind in enumerate(column_of(rows, "kind")):
-        if kind is not None:
-            groups.setdefault(kind, []).append(place)
+    groups = defaultdict(list)
+    for column, ending in (("kind", ""), ("wording", "_wording")):
+        for place, name in enumerate(column_of(rows, column) if column in rows.column_names else ()):
+            if name is not None:
+                groups[name + ending].append(place)
     column = next(column for column in REGION_COLUMNS if column in rows.column_names)
     areas = {place: (box[2] - box[0]) * (box[3] - box[1]) for place, box in enumerate(column_of(rows, column)) if box}
     thirds = torch.tensor(sorted(areas, key=areas.__getitem__), dtype=torch.long).tensor_split(3)

@@ -12,7 +12,7 @@ selection keeps about the same number of visual tokens per image: inside the vis
 the unpruned model's mean. Numbers that are not below this mean are left out.
 
 The table has the measured mean of visual tokens per image, the score, and its share of the unpruned model's. Each row
-is written to --output_json as soon as it is there; rows that are there are not evaluated again. Run one process.
+is written to --output_json as soon as it is there; rows of these settings are not evaluated again. Run one process.
 Public benchmarks run in lmms-eval, which knows these models as `trips_vlm`.
 """
 
@@ -57,10 +57,6 @@ class EvaluationArguments:
         if min(numbers) < 1:
             raise ValueError(f"--visual_tokens, --batch_size and --limit must be at least 1, got {min(numbers)}.")
 
-    def check_files(self):
-        if not Path(self.validation_file).is_file():
-            raise FileNotFoundError(f"--validation_file {self.validation_file} does not exist.")
-
 
 OPTIONS = make_parser(EvaluationArguments, description=__doc__)
 if __name__ == "__main__":
@@ -86,7 +82,6 @@ from trips_examples.metrics.vqa_accuracy import answer_score, most_common_answer
 from trips_examples.training.files import write_json
 
 
-# Rows of one file agree in these.
 SETTINGS = ("model", "dtype", "layer", "guide", "limit", "seed")
 
 
@@ -160,28 +155,22 @@ def evaluate(selection: dict, questions: Dataset, args: EvaluationArguments) -> 
 
 
 def make_rows(name: str, questions: Dataset, args: EvaluationArguments) -> list[dict]:
-    """
-    Return all rows, that of the unpruned model first. Each new one is written to the output file at once. Rows of
-    other settings in this file raise a `ValueError`.
-    """
+    """Return all rows, that of the unpruned model first. Each new one is added to the output file at once."""
     path, settings = Path(args.output_json), {name: getattr(args, name) for name in SETTINGS}
     stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    for row in stored:
-        if other := [f"{name} {row.get(name)}" for name, value in settings.items() if row.get(name) != value]:
-            raise ValueError(f"{path} holds rows with another {', '.join(other)}. Choose another --output_json.")
     runs = [(selection, number) for number in args.visual_tokens for selection in args.selections]
     rows: list[dict] = []
     for selection, number in tqdm([(UNPRUNED, None), *runs], desc="selections"):
         keep_rate = number / rows[0]["visual_tokens_per_image"] if number else 1.0
         if number and keep_rate >= 1:
             continue
-        key = {"selection": selection, "visual_tokens": number, "questions": name}
+        key = {"selection": selection, "visual_tokens": number, "questions": name, **settings}
         row = next((row for row in stored if key.items() <= row.items()), None)
         if row is None:
             arguments = model_arguments(selection, number, keep_rate, args)
             result = evaluate(arguments, questions, args)
-            origin = provenance(result.get("device", "cpu"), args.seed) | settings | key
-            row = {**origin, "model_args": arguments, "batch_size": args.batch_size, **result}
+            origin = provenance(result.get("device", "cpu"), args.seed)
+            row = {**origin, **key, "model_args": arguments, "batch_size": args.batch_size, **result}
             stored.append(row)
             write_json(args.output_json, stored)
         rows.append(row)
@@ -206,7 +195,6 @@ def print_table(rows: list[dict]):
 
 def main(argv: list[str] | None = None) -> list[dict]:
     (args,) = OPTIONS.parse_args_into_dataclasses(args=argv)
-    args.check_files()
     if args.layer is None:
         args.layer = default_layer(args.model, args.guide)
     rows = make_rows(*load_questions(args), args)

@@ -34,7 +34,7 @@ def questions(checkpoint, tmp_path_factory) -> Path:
 
 
 def test_questions_are_evaluated_once(checkpoint, questions, tmp_path, capsys, monkeypatch):
-    """A selection that the model does not support is named, and other settings are refused."""
+    """A selection that the model does not support is named."""
     options = ["--model", checkpoint, "--validation_file", questions, "--instruction", "", "--device", "cpu"]
     options += ["--selections", "exit_prompt", "fewer_pixels", "--visual_tokens", "8"]
     options = [*map(str, options), "--batch_size=2", f"--output_json={tmp_path / 'rows.json'}"]
@@ -47,11 +47,10 @@ def test_questions_are_evaluated_once(checkpoint, questions, tmp_path, capsys, m
     with monkeypatch.context() as patch:
         patch.setattr(evaluate_vlm, "evaluate", None)  # it would be called for another row
         assert evaluate_vlm.main(options) == json.loads((tmp_path / "rows.json").read_text())
-        with pytest.raises(ValueError, match="limit"):
-            evaluate_vlm.main([*options, "--limit=2"])
+    assert [row["num_samples"] for row in evaluate_vlm.main([*options, "--limit=2"])[:2]] == [2, 2]
     questions.write_text(questions.read_text().replace('"x"', '"y"'))
     assert len(evaluate_vlm.main(options)) == 3
-    assert len(json.loads((tmp_path / "rows.json").read_text())) == 6  # the questions are others
+    assert len(json.loads((tmp_path / "rows.json").read_text())) == 9  # for other settings, and for other questions
 
 
 def test_every_selection_keeps_about_the_same_number(questions, tmp_path):

@@ -109,14 +109,15 @@ class RetrievalEvaluator:
         Return the log-odds of matches, float32 on the CPU, `(num_pairs,)`. Only images of pairs are read. `pairs`,
         `(num_pairs, 2)`, are the numbers of image and text of each pair, sorted by image.
         """
-        wanted, counts = pairs[:, 0].unique_consecutive(return_counts=True)
-        chunks = wanted.split(self.batch_size)
-        pairs_of_chunk = pairs.split([int(own.sum()) for own in counts.split(self.batch_size)])
+        wanted, image_rows, counts = pairs[:, 0].unique_consecutive(return_inverse=True, return_counts=True)
+        chunks = [wanted[rows].tolist() for rows in _batches(len(wanted), self.batch_size)]
+        pairs_per_chunk = [int(each.sum()) for each in counts.split(self.batch_size)]
+        rows_of_chunk, texts_of_chunk = (each.split(pairs_per_chunk) for each in (image_rows, pairs[:, 1]))
         scores = {}
-        for number, pixel_values in self._load(images, [chunk.tolist() for chunk in chunks], "Matching"):
+        for number, pixel_values in self._load(images, chunks, "Matching"):
             image_cache = self.model.model.encode_images(pixel_values)
-            _, image_index = pairs_of_chunk[number][:, 0].unique_consecutive(return_inverse=True)
-            steps = zip(image_index.split(self.batch_size), pairs_of_chunk[number][:, 1].split(self.batch_size))
+            rows = rows_of_chunk[number] - number * self.batch_size
+            steps = zip(rows.split(self.batch_size), texts_of_chunk[number].split(self.batch_size))
             # Only images of a step: if no text scores patches, the upper layers run on all cached images.
             parts = [self._match_step(image_cache[i[0] : i[-1] + 1], i - i[0], texts, numbers) for i, numbers in steps]
             scores[number] = torch.cat(parts)

@@ -36,7 +36,9 @@ class EvaluationArguments:
     image_root: str | None = option(None, "Folder that image paths are relative to. Default: the folder of the file.")
     instruction: str = option("Answer the question using a single word or phrase.", "Line after each question.")
     visual_tokens: list[int] = option([576, 192, 128, 64], "Numbers of visual tokens per image.")
-    selections: list[str] | None = option(None, f"Of {', '.join(SELECTIONS)}. Default: all, tower_text with --guide.")
+    selections: list[str] | None = field(
+        default=None, metadata={"help": "Default: all, tower_text with --guide.", "choices": SELECTIONS}
+    )
     layer: int | None = option(None, "Layer of the tower that selects. Default: the guide's, or a third.")
     guide: str | None = option(None, "A TextGuide of this layer: a folder, or on the Hub.")
     batch_size: int = option(1, "Questions per step.")
@@ -49,8 +51,6 @@ class EvaluationArguments:
     def __post_init__(self):
         if self.selections is None:
             self.selections = [name for name in SELECTIONS if name != "tower_text" or self.guide is not None]
-        if wrong := [name for name in self.selections if name not in SELECTIONS]:
-            raise ValueError(f"--selections must be of {', '.join(SELECTIONS)}, got {', '.join(wrong)}.")
         if "tower_text" in self.selections and self.guide is None:
             raise ValueError("--selections tower_text needs a trained --guide.")
         numbers = [*self.visual_tokens, self.batch_size, *([] if self.limit is None else [self.limit])]

@@ -87,7 +87,7 @@ def test_tower_selection_keeps_what_is_asked_for():
 
 
 def test_selections_and_numbers_are_checked():
-    for wrong in ({"selections": ["tower_text"]}, {"selections": ["exit"]}, {"visual_tokens": [0]}):
+    for wrong in ({"selections": ["tower_text"]}, {"visual_tokens": [0]}):
         with pytest.raises(ValueError):
             make_args(**wrong)
 

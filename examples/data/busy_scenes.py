@@ -29,7 +29,7 @@ COLORS = {
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
 # White marks inside the shapes, as boxes around the center.
-MARKS = {"dot": (-1, -1, 1, 1), "bar": (0, -3, 1, 3), "dash": (-3, 0, 3, 1), "ring": (-3, -3, 3, 3)}
+MARKS = {"dot": (-2, -2, 2, 2), "bar": (-1, -4, 1, 4), "dash": (-4, -1, 4, 1), "ring": (-4, -4, 4, 4)}
 # Corners of polygons in the square from (-1, -1) to (1, 1)
 _CROSS = (-0.4, 0.4, 0.4, 1, 1, 0.4, 0.4, -0.4, -0.4, -1, -1, -0.4)
 _RAYS = [(math.pi * (corner / 5 - 0.5), (1.0, 0.5)[corner % 2]) for corner in range(10)]
@@ -324,6 +324,6 @@ def _draw_item(draw: PIL.ImageDraw.ImageDraw, item: Item, rng: random.Random):
     x, y = round(middle_x), round(middle_y + (2 if item.shape == "triangle" else 0))
     box = [x + MARKS[item.mark][0], y + MARKS[item.mark][1], x + MARKS[item.mark][2], y + MARKS[item.mark][3]]
     if item.mark == "ring":
-        draw.ellipse(box, outline="white", width=1)
+        draw.ellipse(box, outline="white", width=2)
     else:
         draw.rectangle(box, fill="white")

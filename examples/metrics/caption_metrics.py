@@ -78,7 +78,7 @@ class CaptionMetrics(evaluate.Metric):
         images.
 
     Raises:
-        `ValueError`: An image has no references.
+        `ValueError`: There are no predictions, or an image has no references.
 
     Example:
 
@@ -98,6 +98,8 @@ class CaptionMetrics(evaluate.Metric):
     def _compute(
         self, predictions: list[str], references: list[list[str]], use_java: bool | None = None
     ) -> dict[str, float]:
+        if not predictions:
+            raise ValueError("There are no predictions. Give at least one.")
         for number, (prediction, captions) in enumerate(zip(predictions, references)):
             if not captions:
                 raise ValueError(f"The prediction {prediction!r} (number {number}) has no references. Give one.")

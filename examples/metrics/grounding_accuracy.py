@@ -22,6 +22,9 @@ class GroundingAccuracy(evaluate.Metric):
     Returns:
         `dict`: `accuracy`, the share of correct boxes, and `mean_iou`, both in [0, 1].
 
+    Raises:
+        `ValueError`: There are no predictions.
+
     Example:
 
     >>> metric = evaluate.load("examples/metrics/grounding_accuracy.py")
@@ -37,6 +40,8 @@ class GroundingAccuracy(evaluate.Metric):
     def _compute(
         self, predictions: list[list[float]], references: list[list[float]], threshold: float = 0.5
     ) -> dict[str, float]:
+        if not predictions:
+            raise ValueError("There are no predictions. Give at least one.")
         boxes, true_boxes = (torch.tensor(each, dtype=torch.float64) for each in (predictions, references))
         iou = paired_box_iou(boxes, true_boxes)
         return {"accuracy": (iou >= threshold).double().mean().item(), "mean_iou": iou.mean().item()}

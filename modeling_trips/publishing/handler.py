@@ -22,7 +22,6 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 MAX_TEXTS = 32
 MAX_TEXT_LENGTH = 2000  # characters
 MAX_ANSWERS = 4096
-MAX_IMAGE_BYTES = 8 << 20  # `decode_image` also limits the pixels
 MAX_NUMBERS = {"top_k": 10, "num_beams": 10, "max_new_tokens": 128}  # in `parameters`
 # Field of the texts, and accepted parameters.
 HEADS = {
@@ -71,9 +70,12 @@ class EndpointHandler:
         texts = given if isinstance(given, list) and self.field != "prompt" else [given]
         check_texts(f"inputs.{self.field}", texts, MAX_TEXTS)
         image = self.read_image(inputs.get("image"))
-        if self.field == "texts":
-            return self.match(image, texts)
-        return self.pipeline(image, **{self.field: given}, **parameters)
+        if self.field != "texts":
+            return self.pipeline(image, **{self.field: given}, **parameters)
+        batch = self.processor(images=image, text=texts, image_index=[0] * len(texts), return_tensors="pt")
+        with torch.inference_mode():
+            logits = self.model.match(**batch.to(self.device)).itm_logits
+        return {"scores": logits.softmax(-1)[:, 1].tolist()}
 
     def check_parameter(self, name: str, value: object):
         if name not in self.accepted:
@@ -91,17 +93,9 @@ class EndpointHandler:
             content = base64.b64decode(image, validate=True)
         except (TypeError, ValueError) as error:
             raise ValueError("`inputs.image` must be an image file in base64.") from error
-        if len(content) > MAX_IMAGE_BYTES:
-            raise ValueError(f"`inputs.image` must have at most {MAX_IMAGE_BYTES:,} bytes.")
         if message := self.why_slow(content):
             raise ValueError(f"`inputs.image`: {message}")
         return self.decode_image(content)
-
-    @torch.inference_mode()
-    def match(self, image: PIL.Image.Image, texts: list[str]) -> dict:
-        batch = self.processor(images=image, text=texts, image_index=[0] * len(texts), return_tensors="pt")
-        logits = self.model.match(**batch.to(self.device)).itm_logits
-        return {"scores": logits.softmax(-1)[:, 1].tolist()}
 
 
 def check_texts(name: str, texts: Any, most: int):

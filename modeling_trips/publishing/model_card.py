@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,26 +50,17 @@ HEADS = {
 }
 
 
-@dataclass
-class CardArguments:
-    """Facts for the model card that the checkpoint does not have, as the options of `push_to_hub.py`."""
-
-    license: str | None = None
-    language: list[str] | None = None
-    datasets: list[str] | None = None
-    eval_dataset: str | None = None
-    eval_split: str | None = None
-    command: str | None = None
-
-
 def make_model_card(
     model: TripsPreTrainedModel,
     processor: TripsProcessor,
     repo_id: str,
-    args: CardArguments,
     results: Path | None = None,
     with_code: bool = True,
     with_handler: bool = False,
+    datasets: list[str] | None = None,
+    eval_dataset: str | None = None,
+    command: str | None = None,
+    **metadata,
 ) -> ModelCard:
     """
     Make the model card of a checkpoint.
@@ -79,14 +69,14 @@ def make_model_card(
         model (`TripsPreTrainedModel`): The model.
         processor (`TripsProcessor`): The model's processor.
         repo_id (`str`): Repository or folder that the card's code loads.
-        args (`CardArguments`): Facts that the checkpoint does not have.
         results (`Path`, *optional*): The `test_results.json` or `eval_results.json` of a training.
         with_code (`bool`, *optional*, defaults to `True`): Whether the checkpoint has the code of its classes.
             Otherwise it needs this project.
         with_handler (`bool`, *optional*, defaults to `False`): Whether the repository has a `handler.py`.
-
-    Returns:
-        `ModelCard`
+        datasets (`list[str]`, *optional*): Training data; ids on the Hub become links.
+        eval_dataset (`str`, *optional*): Data of the results.
+        command (`str`, *optional*): Command that trained the model.
+        metadata: Fields of `huggingface_hub.ModelCardData`, such as `license` and `language`.
 
     Raises:
         ValueError: `results` has no metric.
@@ -95,19 +85,17 @@ def make_model_card(
     if not with_code:
         head = head._replace(has_pipeline=False)  # Transformers finds these pipelines in checkpoints only
     run = json.loads(results.read_text(encoding="utf-8")) if results else {}
-    machine = [run.get(name) for name in ("precision", "device_name", "cpu_capability")]
-    measured = read_results(results, head.task, args) if results else []
-    vision, datasets = model.config.vision_config, args.datasets or []
+    measured = read_results(run, head.task, eval_dataset or "unknown data") if results else []
+    hub_ids = [one for one in datasets or [] if HUB_ID.fullmatch(one)]
     data = ModelCardData(
-        license=args.license,
-        language=args.language,
         library_name="transformers",
         pipeline_tag=head.task if head.has_pipeline else None,
         tags=["trips", "token-pruning", "vision-language"] + ["custom_code"] * with_code,
-        datasets=[one for one in datasets if HUB_ID.fullmatch(one)] or None,
+        datasets=hub_ids or None,
         metrics=[result.metric_type for result in measured] or None,
         model_name=name if measured else None,
         eval_results=measured or None,
+        **metadata,
     )
     return ModelCard.from_template(
         data,
@@ -115,44 +103,35 @@ def make_model_card(
         name=name,
         repo_id=repo_id,
         model=model,
-        architecture=type(model).__name__,
+        processor=processor,
         head=head,
-        matches=hasattr(model, "match") and model.config.itm_weight > 0,  # otherwise its matching head was not trained
-        options=", trust_remote_code=True" if with_code else "",
         with_code=with_code,
         with_handler=with_handler,
         transformers_version=transformers.__version__,
         transformers_range=TRANSFORMERS,
-        image_size=[patches * side for patches, side in zip(vision.grid_size, vision.patch_shape)],
-        text_length=processor.max_text_length(model.config),
-        selection=vision.schedule.by_layer,
-        datasets=[
-            f"[{one}](https://huggingface.co/datasets/{one})" if HUB_ID.fullmatch(one) else one for one in datasets
-        ],
-        command=args.command,
+        datasets=datasets,
+        hub_ids=hub_ids,
+        command=command,
         measured=measured,
-        machine="{} on {} ({})".format(*machine) if all(machine) else None,
+        run=run,
     )
 
 
-def read_results(path: Path, task: str, args: CardArguments) -> list[EvalResult]:
+def read_results(run: dict[str, Any], task: str, dataset: str) -> list[EvalResult]:
     """
-    Return the metrics of a `test_results.json` or `eval_results.json`.
+    Return the metrics in the content of a `test_results.json` or `eval_results.json`.
 
     Raises:
-        ValueError: The file has no metric.
+        ValueError: It has no metric.
     """
-    content = json.loads(path.read_text(encoding="utf-8"))
-    values = {key.partition("_")[2]: value for key, value in content.items() if key.startswith(("eval_", "test_"))}
+    values = {key.partition("_")[2]: value for key, value in run.items() if key.startswith(("eval_", "test_"))}
     metrics = {name: value for name, value in values.items() if not NOT_METRICS.fullmatch(name)}
     if not metrics:
-        raise ValueError(f"{path} has no metric. Give a file with names such as eval_accuracy.")
-    split = "test" if path.name.startswith("test") else "validation"
-    dataset = args.eval_dataset or "unknown data"
+        raise ValueError("The results of the model have no metric, such as eval_accuracy.")
     facts: dict[str, Any] = {
         "dataset_type": dataset,
         "dataset_name": dataset,
-        "dataset_split": args.eval_split or split,
+        "dataset_split": "test" if any(key.startswith("test_") for key in run) else "validation",
         "dataset_args": {"num_examples": values["samples"]} if "samples" in values else None,
     }
     return [EvalResult(task, metric_type=name, metric_value=value, **facts) for name, value in metrics.items()]

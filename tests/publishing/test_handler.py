@@ -10,8 +10,8 @@ import pytest
 from random_checkpoint import save_random_checkpoint
 
 import modeling_trips
-from modeling_trips.publishing import CardArguments, build_repository
-from modeling_trips.publishing.handler import MAX_ANSWERS, MAX_IMAGE_BYTES, MAX_TEXT_LENGTH, MAX_TEXTS, EndpointHandler
+from modeling_trips.publishing import build_repository
+from modeling_trips.publishing.handler import MAX_ANSWERS, MAX_TEXT_LENGTH, MAX_TEXTS, EndpointHandler
 
 
 QA, WRITER, RETRIEVAL = HANDLED = (
@@ -34,7 +34,7 @@ INPUTS = {"image": in_base64(IMAGE), "question": TEXTS[0], "texts": TEXTS, "prom
 
 def build(tmp_path: Path, name: str) -> Path:
     folder = save_random_checkpoint(tmp_path / "checkpoint", getattr(modeling_trips, name), TEXTS)
-    build_repository(tmp_path / "target", folder, "ada/finder", CardArguments(), with_handler=True)
+    build_repository(tmp_path / "target", folder, "ada/finder", with_handler=True)
     return tmp_path / "target"
 
 
@@ -98,7 +98,6 @@ BAD_IMAGES = {
     "none": None,
     "TIFF": in_base64(PIL.Image.new("RGB", (8, 8)), "TIFF"),
     "pixels": in_base64(PIL.Image.new("1", (8000, 8000))),
-    "bytes": "A" * (MAX_IMAGE_BYTES * 2),
 }
 
 

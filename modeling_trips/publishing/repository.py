@@ -40,7 +40,7 @@ def build_repository(target: Path, folder: Path, repo_id: str, with_handler: boo
     """
     model = load_checkpoint(folder, [getattr(modeling_trips, name) for name in HEADS], use_safetensors=True)
     processor = load_processor(folder, model.config)
-    if with_handler and not HEADS[type(model).__name__].has_pipeline:
+    if with_handler and model.pipeline_class is None:
         raise ValueError(f"Inference Endpoints need a model with a pipeline, got {type(model).__name__}.")
     results = next((path for split in ("test", "eval") if (path := folder / f"{split}_results.json").is_file()), None)
     card = make_model_card(model, processor, repo_id, results, with_handler=with_handler, **facts)

@@ -65,7 +65,7 @@ def test_the_code_of_every_head_runs(name, tmp_path, capsys):
     saved = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert saved[getattr(modeling_trips, name)._auto_class].endswith(f".{name}")
     pipelines = re.findall(r'pipeline\("(.*?)"', code_of(make_card(tmp_path, name=name)))
-    assert pipelines == ([HEADS[name].task] if HEADS[name].has_pipeline else [])
+    assert pipelines == ([HEADS[name][1]] if getattr(modeling_trips, name).pipeline_class else [])
 
 
 def test_the_selection_is_that_of_a_run(tmp_path):

@@ -1,7 +1,6 @@
 """Requests and replies of the service, and their OpenAPI description."""
 
 import base64
-from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema, create_model
@@ -12,7 +11,6 @@ import modeling_trips
 from .settings import DEFAULT, Settings
 
 
-ERRORS = (400, 404, 408, 413, 415, 422, 500, 503)
 JSON = "application/json"
 # 16 x 16 teal pixels.
 EXAMPLE_IMAGE = (
@@ -97,6 +95,10 @@ class Features(BaseModel):
     features: list[float] = Field(description="Vector of length 1. Dot products are similarities.")
 
 
+class ErrorReply(BaseModel):
+    error: str
+
+
 # Summary of each endpoint, and its reply: one field with a list.
 REPLIES = {
     "answer": ("Answer questions about an image", "answers", list[list[Answer]]),
@@ -108,17 +110,15 @@ REPLIES = {
 
 def describe(title: str, requests: dict[str, type[BaseModel]]) -> dict:
     """Return the OpenAPI document of a service with these endpoints."""
-    error = create_model("ErrorReply", error=str)
     replies = {
         name: create_model(f"{name.capitalize()}Reply", **{REPLIES[name][1]: REPLIES[name][2]}) for name in requests
     }
-    models = [(model, "validation") for model in (error, *requests.values(), *replies.values())]
+    models = [(model, "validation") for model in (ErrorReply, *requests.values(), *replies.values())]
     references, schemas = models_json_schema(models, ref_template="#/components/schemas/{model}")
 
     def content(model: type[BaseModel]) -> dict:
         return {"content": {JSON: {"schema": references[model, "validation"]}}}
 
-    refusals = {str(code): {"description": HTTPStatus(code).phrase, **content(error)} for code in ERRORS}
     return {
         "openapi": "3.1.0",
         "info": {"title": title, "version": modeling_trips.__version__},
@@ -129,7 +129,10 @@ def describe(title: str, requests: dict[str, type[BaseModel]]) -> dict:
                     "operationId": name,
                     "summary": REPLIES[name][0],
                     "requestBody": {"required": True, **content(request)},
-                    "responses": {"200": {"description": "OK", **content(replies[name])}, **refusals},
+                    "responses": {
+                        "200": {"description": "OK", **content(replies[name])},
+                        "default": {"description": "Refused or failed", **content(ErrorReply)},
+                    },
                 }
             }
             for name, request in requests.items()

@@ -6,12 +6,11 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from anyio import CapacityLimiter, create_task_group, fail_after, to_thread
+from anyio import CancelScope, CapacityLimiter, create_task_group, fail_after, to_thread
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 from pydantic import BaseModel, ValidationError
@@ -126,7 +125,7 @@ class Service:
             self.check_queue()
             async with self.slots:
                 with IN_PROGRESS.track_inprogress():
-                    results = await self.unless_left(request, self.compute(items, images))
+                    results = await self.compute(items, images, request)
             response: Response = JSONResponse({REPLIES[endpoint][1]: results})
         except HTTPException as error:
             response = refuse(request, error)
@@ -137,60 +136,46 @@ class Service:
         if self.slots.locked():
             raise overloaded("Too many requests are waiting.")
 
-    async def unless_left(self, request: Request, work: Coroutine) -> list:
-        """Return the result of `work`, which is cancelled when the client disconnects."""
-        working, left = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
-        try:
-            await asyncio.wait([working, left], return_when=asyncio.FIRST_COMPLETED)
-            if not working.done():
-                raise HTTPException(400, "The client disconnected.")
-            return working.result()
-        finally:
-            working.cancel()
-            left.cancel()
-
-    async def compute(self, items: list[Item], images: dict[str, ItemImage]) -> list:
+    async def compute(self, items: list[Item], images: dict[str, ItemImage], request: Request) -> list:
+        """Return the results of items, which nobody waits for any more when the client of the request disconnects."""
         seconds = self.settings.max_latency_ms / 1000
+        leaving = asyncio.ensure_future(request.receive())
         try:
-            with fail_after(seconds):
+            with CancelScope() as scope, fail_after(seconds):
+                leaving.add_done_callback(lambda _: scope.cancel())
                 for field, image in images.items():
                     if image.states is None:
                         await to_thread.run_sync(self.engine.decode, field, image, limiter=self.decoders)
                 return await self.batcher.submit(items)
         except TimeoutError as error:
             raise overloaded(f"There was no result within {seconds:g} s.") from error
+        finally:
+            leaving.cancel()
+        raise HTTPException(400, "The client disconnected.")
 
     async def read(self, endpoint: str, request: Request) -> tuple[list[Item], dict[str, ItemImage]]:
-        """Return the items of a request, and its images by field."""
+        """Return the items of a request, and its images by field. Bytes of its body count among those of all."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
             raise HTTPException(415, f"The Content-Type must be {JSON}.")
-        body = bytearray()
-        try:
-            await self.receive(request, body)
-            return await to_thread.run_sync(self.prepare, endpoint, bytes(body))
-        finally:
-            self.buffered_bytes -= len(body)
-
-    async def receive(self, request: Request, body: bytearray):
-        """Append the body of a request to `body`, whose bytes count among those of all open requests."""
-        limit, seconds, received = self.settings.max_body_bytes, self.settings.read_timeout, 0
+        limit, seconds, body = self.settings.max_body_bytes, self.settings.read_timeout, bytearray()
         try:
             async with asyncio.timeout(seconds):
                 async for chunk in request.stream():
-                    received += len(chunk)
-                    if received <= limit:
-                        body += chunk
-                        self.buffered_bytes += len(chunk)
+                    body += chunk
+                    self.buffered_bytes += len(chunk)
                     if self.buffered_bytes > self.settings.max_buffered_bytes:
                         raise overloaded("Too many bytes are being received.")
-                    if received > DRAINED * limit:
+                    if len(body) > DRAINED * limit:
                         break
+            if len(body) > limit:
+                raise HTTPException(413, f"The body must have at most {limit:,} bytes.")
+            return await to_thread.run_sync(self.prepare, endpoint, bytes(body))
         except TimeoutError as error:
             raise HTTPException(408, f"The body did not arrive within {seconds:g} seconds.") from error
         except ClientDisconnect as error:
             raise HTTPException(400, "The client disconnected.") from error
-        if received > limit:
-            raise HTTPException(413, f"The body must have at most {limit:,} bytes.")
+        finally:
+            self.buffered_bytes -= len(body)
 
     def prepare(self, endpoint: str, content: bytes) -> tuple[list[Item], dict[str, ItemImage]]:
         """Validate a request, look up its images and tokenize its texts."""

@@ -95,10 +95,6 @@ class Features(BaseModel):
     features: list[float] = Field(description="Vector of length 1. Dot products are similarities.")
 
 
-class ErrorReply(BaseModel):
-    error: str
-
-
 # Summary of each endpoint, and its reply: one field with a list.
 REPLIES = {
     "answer": ("Answer questions about an image", "answers", list[list[Answer]]),
@@ -113,11 +109,12 @@ def describe(title: str, requests: dict[str, type[BaseModel]]) -> dict:
     replies = {
         name: create_model(f"{name.capitalize()}Reply", **{REPLIES[name][1]: REPLIES[name][2]}) for name in requests
     }
-    models = [(model, "validation") for model in (ErrorReply, *requests.values(), *replies.values())]
+    error = create_model("ErrorReply", error=str)
+    models = [(model, "validation") for model in (error, *requests.values(), *replies.values())]
     references, schemas = models_json_schema(models, ref_template="#/components/schemas/{model}")
 
-    def content(model: type[BaseModel]) -> dict:
-        return {"content": {JSON: {"schema": references[model, "validation"]}}}
+    def body(model: type[BaseModel], description: str) -> dict:
+        return {"description": description, "content": {JSON: {"schema": references[model, "validation"]}}}
 
     return {
         "openapi": "3.1.0",
@@ -128,11 +125,8 @@ def describe(title: str, requests: dict[str, type[BaseModel]]) -> dict:
                 "post": {
                     "operationId": name,
                     "summary": REPLIES[name][0],
-                    "requestBody": {"required": True, **content(request)},
-                    "responses": {
-                        "200": {"description": "OK", **content(replies[name])},
-                        "default": {"description": "Refused or failed", **content(ErrorReply)},
-                    },
+                    "requestBody": {"required": True, **body(request, "One request")},
+                    "responses": {"200": body(replies[name], "OK"), "default": body(error, "Refused or failed")},
                 }
             }
             for name, request in requests.items()

@@ -33,10 +33,7 @@ Count = Annotated[int, Field(ge=1)]
 
 class Settings(BaseModel):
     model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        alias_generator=lambda field: PREFIX + field.upper(),
-        populate_by_name=True,
+        frozen=True, extra="forbid", populate_by_name=True, alias_generator=lambda field: PREFIX + field.upper()
     )
 
     model: Annotated[str, Field(min_length=1)]
@@ -60,14 +57,11 @@ class Settings(BaseModel):
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
-        """
-        Raises:
-            ValueError: `TRIPS_MODEL` is missing, or a variable is unknown or has an invalid value.
-        """
+        """Raise a `ValueError` if `TRIPS_MODEL` is missing, or a variable is unknown or has an invalid value."""
         given = {name: text.strip() for name, text in environment.items() if name.startswith(PREFIX)}
         try:
             return cls.model_validate(given)
         except ValidationError as error:
             faults = [f"{one['loc'][0]}={given.get(str(one['loc'][0]), '')}: {one['msg']}" for one in error.errors()]
-            names = ", ".join(PREFIX + field.upper() for field in cls.model_fields)
+            names = ", ".join(str(field.alias) for field in cls.model_fields.values())
             raise ValueError(f"{'; '.join(faults)}. The settings are {names}.") from error

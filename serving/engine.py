@@ -13,14 +13,7 @@ import torch
 from prometheus_client import Counter
 from starlette.exceptions import HTTPException
 
-from modeling_trips import (
-    UNPRUNED,
-    TripsForConditionalGeneration,
-    TripsForQuestionAnswering,
-    TripsImageCache,
-    TripsImageToTextPipeline,
-    TripsVisualQuestionAnsweringPipeline,
-)
+from modeling_trips import UNPRUNED, TripsImageCache
 from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint, load_processor
 from modeling_trips.untrusted_images import IsolatedDecoder
 
@@ -31,6 +24,7 @@ from .settings import DEFAULT, Settings
 logger = logging.getLogger(__name__)
 
 DECODERS = 2  # processes that decode images
+GENERATIVE = {"visual-question-answering": "answer", "image-to-text": "caption"}  # endpoints by task
 STATUSES = {"format": 415, "pixels": 413}  # by the reason of an `ImageError`; 422 for others
 
 IMAGE_CACHES = Counter("trips_image_caches", "Images by the source of their cached states.", ["source"])
@@ -67,12 +61,7 @@ class Item:
 
 
 class Engine:
-    """
-    Engine that prepares requests (thread-safe) and computes batches (one thread at a time).
-
-    Raises:
-        Exception: The checkpoint or a setting is not supported.
-    """
+    """Engine that prepares requests (thread-safe) and computes batches (one thread at a time)."""
 
     def __init__(self, settings: Settings):
         self.settings = settings
@@ -83,14 +72,12 @@ class Engine:
         self.schedules = {name: parse(text) if text else UNPRUNED for name, text in settings.schedules.items()}
         self.schedules[DEFAULT] = None
         self.processor = load_processor(settings.model, self.model.config, settings.revision)
-        parts = {"model": self.model, "processor": self.processor, "device": self.model.device}
-        if isinstance(self.model, TripsForQuestionAnswering):
-            self.endpoints, self.pipeline = ["answer"], TripsVisualQuestionAnsweringPipeline(**parts)
-        elif isinstance(self.model, TripsForConditionalGeneration):
-            self.endpoints, self.pipeline = ["caption"], TripsImageToTextPipeline(**parts)
-        elif hasattr(self.model, "match"):
-            self.endpoints = ["match", "features"]
-        else:
+        self.endpoints = ["match", "features"] if hasattr(self.model, "match") else []
+        if self.model.can_generate():
+            parts = {"model": self.model, "processor": self.processor, "device": self.model.device}
+            self.pipeline = self.model.pipeline_class(**parts)
+            self.endpoints = [GENERATIVE[self.pipeline.default_task]]
+        if not self.endpoints:
             raise ValueError(f"A {type(self.model).__name__} does not answer, caption or match.")
         self._check()
 
@@ -107,12 +94,7 @@ class Engine:
         return load_exported(settings.model)
 
     def _check(self):
-        """
-        Compute one item of each kind, which also starts a decoder.
-
-        Raises:
-            ValueError: The tokenizer is of another model, or a result is not finite.
-        """
+        """Compute one item of each kind. Raise a `ValueError` if the tokenizer or a result does not fit."""
         largest = max(self.processor.tokenizer.get_vocab().values())
         if largest >= (vocab_size := self.model.config.text_config.vocab_size):
             raise ValueError(f"token ids of the tokenizer must be below {vocab_size}, got {largest}.")

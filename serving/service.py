@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from .batching import Batcher
@@ -61,14 +61,6 @@ def metrics(request: Request) -> Response:
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
 
-def health(request: Request) -> Response:
-    return PlainTextResponse("ok")
-
-
-def page(request: Request) -> Response:
-    return FileResponse(Path(__file__).parent / (request.url.path.strip("/") or "page.html"), headers=PAGE_HEADERS)
-
-
 def refuse(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         return JSONResponse({"error": error.detail}, error.status_code, error.headers)
@@ -90,10 +82,12 @@ class Service:
         self.slots = asyncio.Semaphore(settings.queue)
         self.buffered_bytes = 0
         self.decoders = CapacityLimiter(DECODERS)
-        document = JSONResponse(describe(f"TRIPS: {Path(settings.model).name}", self.models))
+        alive, document = PlainTextResponse("ok"), describe(f"TRIPS: {Path(settings.model).name}", self.models)
         # A worker listens when its model is loaded.
-        paths = {"/livez": health, "/readyz": health, "/metrics": metrics, "/docs.json": lambda request: document}
-        paths |= {"/": page, "/page.css": page, "/page.js": page}
+        paths = {"/livez": alive, "/readyz": alive, "/metrics": metrics, "/docs.json": JSONResponse(document)}
+        for path, kind in {"/": "html", "/page.css": "css", "/page.js": "javascript"}.items():
+            file = Path(__file__).with_name(path.strip("/") or "page.html")
+            paths[path] = Response(file.read_bytes(), media_type=f"text/{kind}", headers=PAGE_HEADERS)
         self.app = Starlette(
             routes=[Route(f"/{name}", self.answer, methods=["POST"]) for name in self.models]
             + [Route(path, endpoint) for path, endpoint in paths.items()],
@@ -192,12 +186,11 @@ class Service:
             places = [{"image": image, "text": text} for image in range(len(images)) for text in range(len(texts))]
         if not places:
             raise HTTPException(422, "The request must have an image or a text.")
-        rows = list(images.values())
-        items = []
+        rows, top_k, items = list(images.values()), inputs.get("top_k", 1), []
         for place in places:
             image = rows[place["image"]] if "image" in place else None
             text, tokens = texts[place["text"]] if "text" in place else (None, None)
-            items.append(Item(endpoint, image, text, tokens, schedule, inputs.get("top_k", 1), place, kept))
+            items.append(Item(endpoint, image, text, tokens, schedule, top_k, place, kept))
         return items, images
 
 
@@ -205,14 +198,14 @@ def validate(model: type[BaseModel], body: bytes) -> dict[str, Any]:
     """Return the fields of a request. The `HTTPException` for one that does not fit names the field."""
     try:
         content = from_json(body)
-    except ValueError as error:
-        raise HTTPException(400, f"The body is not valid JSON: {error}") from error
-    if isinstance(content, dict):  # pydantic is slow with many unknown fields
-        if unknown := next((name for name in content if name not in model.model_fields), None):
-            raise HTTPException(422, f"{unknown:.100}: The field is unknown. Use {', '.join(model.model_fields)}.")
-    try:
+        # pydantic is slow with many unknown fields.
+        unknown = [name for name in content if name not in model.model_fields] if isinstance(content, dict) else []
+        if unknown:
+            raise HTTPException(422, f"{unknown[0]:.100}: The field is unknown. Use {', '.join(model.model_fields)}.")
         return dict(model.model_validate(content))
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         message = first["msg"].removeprefix("Value error, ")
         raise HTTPException(422, f"{'.'.join(map(str, first['loc'])) or 'the body'}: {message}.") from error
+    except ValueError as error:
+        raise HTTPException(400, f"The body is not valid JSON: {error}") from error

@@ -18,7 +18,9 @@ from trips_examples.training.options import CaptioningArguments, DataArguments, 
 from trips_examples.training.parser import make_parser, run_script
 
 
-OPTIONS = make_parser(ModelArguments, CaptioningArguments, DataArguments, TrainingOptions, description=__doc__)
+OPTIONS = make_parser(
+    ModelArguments, CaptioningArguments, DataArguments, TrainingOptions, description=__doc__, task="captioning"
+)
 if __name__ == "__main__":
     OPTIONS.check()  # before the imports that take seconds
 
@@ -27,36 +29,31 @@ import evaluate
 from transformers import EvalPrediction, GenerationConfig
 
 from modeling_trips import TripsForConditionalGeneration
-from trips_examples.data.checking import with_fitting_texts
 from trips_examples.data.collators import CaptionCollator
 from trips_examples.data.images import one_row_per_image
 from trips_examples.metrics import CAPTION_METRICS
 from trips_examples.metrics.caption_metrics import split_words
 from trips_examples.metrics.texts import lost_signs, variety
 from trips_examples.training.files import texts_of, write_predictions
-from trips_examples.training.models import load_start, make_model, train_processor
-from trips_examples.training.runs import load_data, parse_arguments, train_and_evaluate
+from trips_examples.training.runs import parse_arguments, start_run, train_and_evaluate
 from trips_examples.training.trainer import ImageGroupedTrainer
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, task_args, data_args, training_args = parse_arguments(OPTIONS, argv)
     metric = evaluate.load(CAPTION_METRICS)
-    config, processor = load_start(model_args, data_args.scene_size)
     writing = {
-        "max_new_tokens": training_args.generation_max_length or config.decoder_config.max_position_embeddings,
         "num_beams": training_args.generation_num_beams or 1,
         "length_penalty": task_args.length_penalty,
         "no_repeat_ngram_size": task_args.no_repeat_ngram_size,
     }
     GenerationConfig(**writing).validate(strict=True)  # before data are read
-    data = load_data("captions", data_args, training_args, config)
-    processor = processor or train_processor(config, data_args.vocabulary(data, "caption"))
-    data = with_fitting_texts(data, "captions", processor, skip=data_args.skip_bad_rows)
-    lost = lost_signs(data, "caption", processor, split_words)
     # The captions of an image share its prompt, so that each image has one text.
-    model = make_model(TripsForConditionalGeneration, model_args, config, processor)
-    model.generation_config.update(max_length=None, **writing)
+    arguments = model_args, data_args, training_args
+    model, processor, data = start_run(TripsForConditionalGeneration, "captions", *arguments, group_size=1)
+    lost = lost_signs(data, "caption", processor, split_words)
+    longest = training_args.generation_max_length or model.config.decoder_config.max_position_embeddings
+    model.generation_config.update(max_new_tokens=longest, max_length=None, **writing)
     model.generation_config.validate(strict=True)  # with the checkpoint's, and not when it is saved
     evaluated = {split: one_row_per_image(data[split]) for split in ("validation", "test") if split in data}
     images = {split: rows for split, (rows, _) in evaluated.items()}

@@ -22,6 +22,7 @@ OPTIONS = make_parser(
     DataArguments,
     TrainingOptions,
     description=__doc__,
+    task="grounding",
     num_train_epochs=5.0,
     per_device_train_batch_size=64,
     learning_rate=5e-4,
@@ -43,15 +44,13 @@ from transformers import EvalPrediction
 from modeling_trips import TripsForVisualGrounding, TripsPreTrainedModel, TripsProcessor
 from modeling_trips.inspection import draw_kept_patches
 from trips_examples.data.boxes import draw_boxes, sheet
-from trips_examples.data.checking import with_fitting_texts
 from trips_examples.data.collators import GroundingCollator
 from trips_examples.data.images import column_of, image_sizes, read_image
 from trips_examples.metrics import GROUNDING_ACCURACY
 from trips_examples.metrics.groups import accuracy_by_group
 from trips_examples.metrics.selection import diagnose_selection
 from trips_examples.training.files import write_predictions, write_whole
-from trips_examples.training.models import load_start, make_model, train_processor
-from trips_examples.training.runs import load_data, parse_arguments, train_and_evaluate
+from trips_examples.training.runs import parse_arguments, start_run, train_and_evaluate
 from trips_examples.training.trainer import ImageGroupedTrainer
 
 
@@ -85,12 +84,7 @@ def draw_predicted_boxes(
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, task_args, data_args, training_args = parse_arguments(OPTIONS, argv)
-    config, processor = load_start(model_args, data_args.scene_size)
-    data = load_data("grounding", data_args, training_args, config)
-    processor = processor or train_processor(config, data_args.vocabulary(data, "expression"))
-    data = with_fitting_texts(data, "grounding", processor, skip=data_args.skip_bad_rows)
-    images = {"rows": data.get("train"), "group_size": training_args.texts_per_image}
-    model = make_model(TripsForVisualGrounding, model_args, config, processor, **images)
+    model, processor, data = start_run(TripsForVisualGrounding, "grounding", model_args, data_args, training_args)
     metric = evaluate.load(GROUNDING_ACCURACY)
 
     @cache

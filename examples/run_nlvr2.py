@@ -21,6 +21,7 @@ OPTIONS = make_parser(
     DataArguments,
     TrainingOptions,
     description=__doc__,
+    task="nlvr2",
     num_train_epochs=10.0,
     per_device_train_batch_size=64,
     learning_rate=5e-4,
@@ -33,14 +34,12 @@ import torch
 from transformers import EvalPrediction
 
 from modeling_trips import TripsForImagesAndTextClassification
-from trips_examples.data.checking import with_fitting_texts
 from trips_examples.data.collators import Nlvr2Collator
 from trips_examples.data.images import column_of
 from trips_examples.metrics.selection import diagnose_selection
 from trips_examples.metrics.texts import variety
 from trips_examples.training.files import write_predictions
-from trips_examples.training.models import load_start, make_model, train_processor
-from trips_examples.training.runs import load_data, parse_arguments, train_and_evaluate
+from trips_examples.training.runs import parse_arguments, start_run, train_and_evaluate
 from trips_examples.training.trainer import ImageGroupedTrainer
 
 
@@ -56,12 +55,9 @@ def judgements_of(logits: np.ndarray) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args = parse_arguments(OPTIONS, argv)
-    config, processor = load_start(model_args, data_args.scene_size, num_images=2, num_labels=2)
-    data = load_data("nlvr2", data_args, training_args, config)
-    processor = processor or train_processor(config, data_args.vocabulary(data, "statement"))
-    data = with_fitting_texts(data, "nlvr2", processor, skip=data_args.skip_bad_rows)
-    images = {"rows": data.get("train"), "group_size": training_args.texts_per_image}
-    model = make_model(TripsForImagesAndTextClassification, model_args, config, processor, **images)
+    arguments = model_args, data_args, training_args
+    labels = {"num_images": 2, "num_labels": 2}
+    model, processor, data = start_run(TripsForImagesAndTextClassification, "nlvr2", *arguments, **labels)
     trainer = ImageGroupedTrainer(
         model=model,
         args=training_args,

@@ -50,8 +50,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     data, stream = load_pairs(task_args, data_args, training_args, config, processor)
     processor = processor or train_processor(config, data_args.vocabulary(data, "caption"))
     data = with_fitting_texts(data, "captions", processor, skip=data_args.skip_bad_rows)
-    images = {"rows": data.get("train"), "group_size": training_args.texts_per_image}
-    model = make_model(TripsForPreTraining, model_args, config, processor, **images)
+    model = make_model(TripsForPreTraining, model_args, config, processor)
     collator = PretrainingCollator(
         processor,
         masks_words=model.config.mlm_weight > 0,

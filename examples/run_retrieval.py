@@ -24,6 +24,7 @@ OPTIONS = make_parser(
     DataArguments,
     TrainingOptions,
     description=__doc__,
+    task="retrieval",
     num_train_epochs=5.0,
     per_device_train_batch_size=48,
     texts_per_image=1,
@@ -32,12 +33,10 @@ if __name__ == "__main__":
     OPTIONS.check()  # before the imports that take seconds
 
 from modeling_trips import TripsForRetrieval
-from trips_examples.data.checking import with_fitting_texts
 from trips_examples.data.collators import RetrievalCollator
 from trips_examples.metrics.retrieval import RECALL_AT
-from trips_examples.training.models import load_start, make_model, train_processor
 from trips_examples.training.retrieval import RetrievalTrainer, write_rankings
-from trips_examples.training.runs import load_data, parse_arguments, train_and_evaluate
+from trips_examples.training.runs import parse_arguments, start_run, train_and_evaluate
 
 
 def describe(metrics: dict[str, float]) -> str:
@@ -52,13 +51,8 @@ def describe(metrics: dict[str, float]) -> str:
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, task_args, data_args, training_args = parse_arguments(OPTIONS, argv)
-    side = data_args.scene_size
-    config, processor = load_start(model_args, side, **task_args.config_overrides())
-    data = load_data("captions", data_args, training_args, config)
-    processor = processor or train_processor(config, data_args.vocabulary(data, "caption"))
-    data = with_fitting_texts(data, "captions", processor, skip=data_args.skip_bad_rows)
-    images = {"rows": data.get("train"), "group_size": training_args.texts_per_image}
-    model = make_model(TripsForRetrieval, model_args, config, processor, **images)
+    arguments = model_args, data_args, training_args
+    model, processor, data = start_run(TripsForRetrieval, "captions", *arguments, **task_args.config_overrides())
     trainer = RetrievalTrainer(
         model=model,
         args=training_args,

@@ -15,7 +15,7 @@ from trips_examples.training.options import DataArguments, ModelArguments, Train
 from trips_examples.training.parser import make_parser, run_script
 
 
-OPTIONS = make_parser(ModelArguments, DataArguments, TrainingOptions, description=__doc__)
+OPTIONS = make_parser(ModelArguments, DataArguments, TrainingOptions, description=__doc__, task="vqa")
 if __name__ == "__main__":
     OPTIONS.check()  # before the imports that take seconds
 
@@ -26,7 +26,6 @@ from datasets import Dataset
 from transformers import EvalPrediction
 
 from modeling_trips import TripsForQuestionAnswering
-from trips_examples.data.checking import with_fitting_texts
 from trips_examples.data.collators import VqaCollator
 from trips_examples.data.images import column_of
 from trips_examples.metrics import VQA_ACCURACY
@@ -35,8 +34,7 @@ from trips_examples.metrics.selection import diagnose_selection
 from trips_examples.metrics.texts import lost_signs, measurable_answers, most_tokens, variety
 from trips_examples.metrics.vqa_accuracy import most_common_answer, normalize_answer
 from trips_examples.training.files import texts_of, write_json, write_predictions
-from trips_examples.training.models import load_start, make_model, train_processor
-from trips_examples.training.runs import TripsTrainingArguments, load_data, parse_arguments, train_and_evaluate
+from trips_examples.training.runs import TripsTrainingArguments, parse_arguments, start_run, train_and_evaluate
 from trips_examples.training.trainer import ImageGroupedTrainer
 
 
@@ -56,13 +54,8 @@ def train_question_answering(
     model_args: ModelArguments, data_args: DataArguments, training_args: TripsTrainingArguments
 ) -> dict[str, float]:
     """Train and evaluate a question-answering model, and return the metrics."""
-    config, processor = load_start(model_args, data_args.scene_size)
-    data = load_data("vqa", data_args, training_args, config)
-    processor = processor or train_processor(config, data_args.vocabulary(data, "question", "answers"))
-    data = with_fitting_texts(data, "vqa", processor, skip=data_args.skip_bad_rows)
+    model, processor, data = start_run(TripsForQuestionAnswering, "vqa", model_args, data_args, training_args)
     lost = lost_signs(data, "answers", processor, normalize_answer)
-    images = {"rows": data.get("train"), "group_size": training_args.texts_per_image}
-    model = make_model(TripsForQuestionAnswering, model_args, config, processor, **images)
     longest = training_args.generation_max_length or max(10, most_tokens(data, "answers", processor))
     model.generation_config.update(max_new_tokens=longest, max_length=None)
     metric = evaluate.load(VQA_ACCURACY)

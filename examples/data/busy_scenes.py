@@ -1,6 +1,7 @@
 """Busy scenes: marked shapes on a textured background with clutter in the same colors, and texts about one shape each.
 
-Shapes do not follow the grid of the patches. The splits use different seeds.
+Colors and forms repeat: a question about a mark names a shape by both, and neither alone finds it. Shapes do not follow
+the grid of the patches. The splits use different seeds, and two wordings of each question are kept for the test split.
 """
 
 import io
@@ -27,8 +28,8 @@ COLORS = {
     "pink": (240, 130, 180),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
-# White marks inside the shapes, as boxes around the center; no text is about them.
-MARKS = {"dot": (-1, -1, 1, 1), "bar": (0, -3, 1, 3), "dash": (-3, 0, 3, 1), "ring": (-3, -3, 3, 3)}
+# White marks inside the shapes, as boxes around the center.
+MARKS = {"dot": (-2, -2, 2, 2), "bar": (-1, -4, 1, 4), "dash": (-4, -1, 4, 1), "ring": (-4, -4, 4, 4)}
 # Corners of polygons in the square from (-1, -1) to (1, 1)
 _CROSS = (-0.4, 0.4, 0.4, 1, 1, 0.4, 0.4, -0.4, -0.4, -1, -1, -0.4)
 _RAYS = [(math.pi * (corner / 5 - 0.5), (1.0, 0.5)[corner % 2]) for corner in range(10)]
@@ -38,10 +39,57 @@ POLYGONS: dict[str, list[tuple[float, float]]] = {
     "cross": list(zip(_CROSS, _CROSS[-3:] + _CROSS[:-3])),
     "star": [(math.cos(angle) * length, math.sin(angle) * length) for angle, length in _RAYS],
 }
-KINDS = ("color", "shape", "place", "presence")
+KINDS = ("color", "shape", "mark", "presence")
+# Wordings of the questions: those of all splits, and those of the test split alone, of words that the others have.
+WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "color": (
+        (
+            "what color is the {}?",
+            "what color is the {}",
+            "which color does the {} have?",
+            "what color has the {}?",
+            "tell me the color of the {}",
+            "the {} has which color?",
+        ),
+        ("what is the color of the {}?", "which color is the {}"),
+    ),
+    "shape": (
+        (
+            "what shape is the {} one?",
+            "what shape is the {} one",
+            "which shape does the {} one have?",
+            "what shape has the {} one?",
+            "tell me the shape of the {} one",
+            "the {} one has which shape?",
+        ),
+        ("what is the shape of the {} one?", "which shape is the {} one"),
+    ),
+    "mark": (
+        (
+            "what mark is on the {}?",
+            "what mark is on the {}",
+            "which mark does the {} have?",
+            "what mark has the {}?",
+            "tell me the mark of the {}",
+            "the {} has which mark?",
+        ),
+        ("what is the mark on the {}?", "which mark is on the {}"),
+    ),
+    "presence": (
+        (
+            "is there a {}?",
+            "is there a {}",
+            "do you see a {}?",
+            "does the picture have a {}?",
+            "tell me if there is a {}",
+            "is a {} in the picture?",
+        ),
+        ("is there a {} in the picture?", "do you see a {}"),
+    ),
+}
 
 CELL_SIZE = 24  # pixels; a cell holds at most one shape
-NUM_ITEMS = {1: (1, 1), 2: (2, 4), 3: (3, 6), 4: (6, 8)}  # fewest and most shapes by the number of cells per side
+NUM_ITEMS = {1: (1, 1), 2: (2, 4), 3: (6, 7), 4: (6, 8)}  # fewest and most shapes by the number of cells per side
 QUESTIONS_PER_KIND = 2
 STATEMENTS_PER_PAIR = 8
 
@@ -60,8 +108,8 @@ class Item(NamedTuple):
 
     color: str
     shape: str
+    mark: str
     box: tuple[int, int, int, int]
-    place: str  # the quarter of the image that holds the shape
 
     @property
     def name(self) -> str:
@@ -73,7 +121,9 @@ class Scene(NamedTuple):
 
     image: PIL.Image.Image
     items: list[Item]
-    questions: list[dict]  # with kind, question, answer, and as region the box of the shape, None if it is absent
+    # Each with kind, question, answer, wording ("known", or "new" for those of the test split alone), and as region the
+    # box of the shape, None if it is absent.
+    questions: list[dict]
 
 
 def draw_scene(split: str, number: int, seed: int = 0, grid: int = 4) -> Scene:
@@ -86,10 +136,9 @@ def draw_scene(split: str, number: int, seed: int = 0, grid: int = 4) -> Scene:
         _draw_clutter(draw, side, rng)
     cells = sorted(rng.sample(range(grid**2), rng.randint(*NUM_ITEMS[grid])))
     while True:
-        names = [(rng.choice(list(COLORS)), rng.choice(SHAPES)) for _ in cells]
-        items = [_place_item(*name, cell, grid, rng) for name, cell in zip(names, cells)]
-        questions = _questions(items, grid, rng)
-        if grid < 4 or len(questions) == QUESTIONS_PER_KIND * len(KINDS):
+        items = [_place_item(*name, cell, grid, rng) for name, cell in zip(_names(len(cells), rng), cells)]
+        questions = _questions(items, split, grid, rng)
+        if grid < 3 or len(questions) == QUESTIONS_PER_KIND * len(KINDS):
             break
     for item in items:
         _draw_item(draw, item, rng)
@@ -102,7 +151,7 @@ def busy_records(task: str, split: str, num_scenes: int, grid: int = 4, seed: in
 
     - `"vqa"`: `QUESTIONS_PER_KIND` questions of each kind; the presence of a color and a form once with "yes" and once
       with "no". `region`: the box of the shape; None if it is absent.
-    - `"captions"`: two captions of each scene, each with color, form and quarter of all shapes in random order.
+    - `"captions"`: two captions of each scene, each with color, form and mark of all shapes in random order.
     - `"grounding"`: an expression for each shape that is unique by color, form or both.
     - `"nlvr2"`: `STATEMENTS_PER_PAIR` statements about two scenes ("only one image has a red circle"), as often true
       as false. A scene without a red circle has something red or a circle.
@@ -111,8 +160,8 @@ def busy_records(task: str, split: str, num_scenes: int, grid: int = 4, seed: in
         task (`str`): `"vqa"`, `"captions"`, `"grounding"` or `"nlvr2"`.
         split (`str`): `"train"`, `"validation"` or `"test"`.
         num_scenes (`int`): Number of scenes; for `"nlvr2"` of pairs. The first scenes do not depend on it.
-        grid (`int`, *optional*, defaults to 4): Cells per side, 1 to 4. Scenes of fewer cells are easier and may lack
-            questions of a kind; up to 2 x 2 have none for places. Statements need 2.
+        grid (`int`, *optional*, defaults to 4): Cells per side, 1 to 4. Scenes of up to 2 x 2 cells may lack
+            questions of a kind. Statements need 2.
         seed (`int`, *optional*, defaults to 0)
     """
     if task == "nlvr2":
@@ -123,7 +172,7 @@ def busy_records(task: str, split: str, num_scenes: int, grid: int = 4, seed: in
         shared = {"image": _encoded(scene.image), "image_id": f"{split} scene {number + 1}"}
         rng = random.Random(f"texts {split} {seed} {number}")
         if task == "captions":
-            yield {**shared, "captions": [_caption(scene, grid, rng) for _ in range(2)]}
+            yield {**shared, "captions": [_caption(scene, rng) for _ in range(2)]}
         elif task == "vqa":
             yield from ({**shared, **question} for question in scene.questions)
         else:
@@ -168,11 +217,8 @@ def _absent(items: list[Item]) -> set[str]:
     return near - {item.name for item in items}
 
 
-def _caption(scene: Scene, grid: int, rng: random.Random) -> str:
-    items = rng.sample(scene.items, len(scene.items))
-    if grid == 1:  # the only cell is no place
-        return f"a {items[0].name}"
-    return ", ".join(f"a {item.name} at the {item.place}" for item in items)
+def _caption(scene: Scene, rng: random.Random) -> str:
+    return ", ".join(f"a {item.name} with a {item.mark}" for item in rng.sample(scene.items, len(scene.items)))
 
 
 def _expressions(scene: Scene, rng: random.Random) -> Iterator[dict]:
@@ -183,29 +229,45 @@ def _expressions(scene: Scene, rng: random.Random) -> Iterator[dict]:
             yield {"expression": f"the {rng.choice(unique)}", "box": list(item.box)}
 
 
-def _questions(items: list[Item], grid: int, rng: random.Random) -> list[dict]:
-    """Return `QUESTIONS_PER_KIND` questions of each kind, or fewer if the items do not allow them."""
+def _names(number: int, rng: random.Random) -> list[tuple[str, str]]:
+    """
+    Return colors and forms of shapes, in random order. With six or more, two colors and two forms occur on several
+    shapes, in three of their four combinations; two colors and two forms occur once, if no further shape has them.
+    """
+    (a, b, c, d), (x, y, z, w) = rng.sample(list(COLORS), 4), rng.sample(SHAPES, 4)
+    names = [(a, x), (a, y), (b, x), (b, z), (c, y), (d, w)] if number >= 6 else []
+    names += [(rng.choice(list(COLORS)), rng.choice(SHAPES)) for _ in range(number - len(names))]
+    return rng.sample(names, number)
+
+
+def _questions(items: list[Item], split: str, grid: int, rng: random.Random) -> list[dict]:
+    """
+    Return `QUESTIONS_PER_KIND` questions of each kind, or fewer if the items do not allow them; in the test split, half
+    of them in new wordings. Where a color and a form are named, others share each of them, so that neither tells (but
+    in scenes of up to 2 x 2 cells).
+    """
+    least = 2 if grid > 2 else 1
     times = Counter(value for item in items for value in (item.color, item.shape, item.name))
-    pools: dict[str, list[tuple]] = {kind: [] for kind in KINDS}
+    pools: dict[str, list[tuple]] = {kind: [] for kind in ("color", "shape", "mark", "presence", "absence")}
     for item in items:
-        by_color, by_shape, by_name = (times[value] == 1 for value in (item.color, item.shape, item.name))
-        if by_shape:
-            pools["color"].append((f"what color is the {item.shape}?", item.color, list(item.box)))
-        if by_color:
-            pools["shape"].append((f"what shape is the {item.color} one?", item.shape, list(item.box)))
-        names = [f"the {item.color} one"] * by_color + [f"the {item.shape}"] * by_shape
-        if names and grid > 2:  # in small scenes, [CLS] alone tells which quarters hold shapes
-            pools["place"].append((f"where is {rng.choice(names)}?", item.place, list(item.box)))
-        if by_name:
-            pools["presence"].append((f"is there a {item.name}?", "yes", list(item.box)))
-    # An absent item combines a color and a shape of the scene, so that neither alone gives the answer.
-    absent = sorted({f"{a.color} {b.shape}" for a in items for b in items} - {item.name for item in items})
-    pools["absence"] = [(f"is there a {name}?", "no", None) for name in absent]
-    questions = []
+        if times[item.shape] == 1:
+            pools["color"].append((item.shape, item.color, list(item.box)))
+        if times[item.color] == 1:
+            pools["shape"].append((item.color, item.shape, list(item.box)))
+        if times[item.name] == 1 and times[item.color] >= least and times[item.shape] >= least:
+            pools["mark"].append((item.name, item.mark, list(item.box)))
+            pools["presence"].append((item.name, "yes", list(item.box)))
+    repeated = [{value for value in values if times[value] >= least} for values in (COLORS, SHAPES)]
+    absent = {f"{color} {shape}" for color in repeated[0] for shape in repeated[1]} - times.keys()
+    pools["absence"] = [(name, "no", None) for name in sorted(absent)]
+    questions, first = [], rng.randrange(2)
     for pool, texts in pools.items():
         kind, number = ("presence", 1) if pool in ("presence", "absence") else (pool, QUESTIONS_PER_KIND)
-        for question, answer, region in rng.sample(texts, min(number, len(texts))):
-            questions.append({"kind": kind, "question": question, "answer": answer, "region": region})
+        for name, answer, region in rng.sample(texts, min(number, len(texts))):
+            is_new = split == "test" and len(questions) % 2 == first
+            question = rng.choice(WORDINGS[kind][is_new]).format(name)
+            row = {"kind": kind, "question": question, "answer": answer, "region": region}
+            questions.append({**row, "wording": "new" if is_new else "known"})
     return questions
 
 
@@ -244,8 +306,7 @@ def _draw_clutter(draw: PIL.ImageDraw.ImageDraw, side: int, rng: random.Random):
 def _place_item(color: str, shape: str, cell: int, grid: int, rng: random.Random) -> Item:
     (row, column), size = divmod(cell, grid), rng.randint(17, 22)
     x0, y0 = (index * CELL_SIZE + rng.randint(0, CELL_SIZE - size) for index in (column, row))
-    place = ("top" if 2 * row < grid else "bottom") + ("left" if 2 * column < grid else "right")
-    return Item(color, shape, (x0, y0, x0 + size, y0 + size), place)
+    return Item(color, shape, rng.choice(list(MARKS)), (x0, y0, x0 + size, y0 + size))
 
 
 def _draw_item(draw: PIL.ImageDraw.ImageDraw, item: Item, rng: random.Random):
@@ -260,10 +321,9 @@ def _draw_item(draw: PIL.ImageDraw.ImageDraw, item: Item, rng: random.Random):
         corners = POLYGONS[item.shape]
         points = [(middle_x + x * (size - 1) / 2, middle_y + y * (size - 1) / 2) for x, y in corners]
         draw.polygon(points, fill=fill, outline=edge)
-    mark = rng.choice(list(MARKS))
     x, y = round(middle_x), round(middle_y + (2 if item.shape == "triangle" else 0))
-    box = [x + MARKS[mark][0], y + MARKS[mark][1], x + MARKS[mark][2], y + MARKS[mark][3]]
-    if mark == "ring":
-        draw.ellipse(box, outline="white", width=1)
+    box = [x + MARKS[item.mark][0], y + MARKS[item.mark][1], x + MARKS[item.mark][2], y + MARKS[item.mark][3]]
+    if item.mark == "ring":
+        draw.ellipse(box, outline="white", width=2)
     else:
         draw.rectangle(box, fill="white")

@@ -137,9 +137,10 @@ def _question(record: dict) -> list[dict]:
     if not row["answers"]:
         raise missing("answer", record)
     kind = text_of(record.get("kind"), "kind") or text_of(record.get("question_type"), "question_type")
-    answer_type = text_of(record.get("answer_type"), "answer_type")
+    wording, answer_type = (text_of(record.get(column), column) for column in ("wording", "answer_type"))
     region = None if is_missing(record.get("region")) else _box(record, "region")
-    return [{**row, "region": region, "kind": kind or None, "answer_type": answer_type or None}]
+    groups = {"kind": kind or None, "wording": wording or None, "answer_type": answer_type or None}
+    return [{**row, "region": region, **groups}]
 
 
 def caption_texts(captions: list, record: dict) -> list[str]:
@@ -212,11 +213,12 @@ _TEXT, _BOX = Value("string"), Sequence(Value("float32"))  # boxes (x0, y0, x1, 
 _IMAGE = {"image": Image(), "image_id": _TEXT, "source": _TEXT, "question_id": _TEXT}
 _IMAGES = {"images": Sequence(Image()), "image_ids": Sequence(_TEXT), "source": _TEXT, "question_id": _TEXT}
 _CAPTIONS = {"image": Image(), "image_id": _TEXT, "source": _TEXT, "caption": _TEXT}
-_QUESTION = {"question": _TEXT, "answers": Sequence(_TEXT), "region": _BOX, "kind": _TEXT, "answer_type": _TEXT}
+_GROUPS = {"kind": _TEXT, "wording": _TEXT}
+_QUESTION = {"question": _TEXT, "answers": Sequence(_TEXT), "region": _BOX, "answer_type": _TEXT, **_GROUPS}
 _STATEMENT = {"statement": _TEXT, "label": Value("int64")}
 _EXPRESSION = {"expression": _TEXT, "box": _BOX, "kind": _TEXT}
 
-# There is an answer per annotator; images are left and right; label 1 is true; region, kind, answer_type may be None.
+# There is an answer per annotator; images are left and right; label 1 is true; region and groups may be None.
 TASKS = {
     "vqa": Task(Features(_IMAGE | _QUESTION), "question", "image, question and answer", _question, written="answers"),
     "captions": Task(Features(_CAPTIONS), "caption", "image and caption", _captions),

@@ -17,13 +17,12 @@ SPECIAL_TOKENS = {
 # Marks, each with the space before it, and Han characters are split from their words.
 SPLIT = Regex(r"▁?[\p{P}$+<=>^`|~]|\p{Han}")
 
-# The vocabulary of the models that ship, in their order: all words of the bundled scenes and of the captioning prompt,
-# and some of older scenes. Models of all tasks share it, so that one can start from another.
+# All words of the bundled scenes and of the captioning prompt. Models of all tasks share them, so that one can start
+# from another.
 BUNDLED_WORDS = """
-    a and at black blue both bottom brown circle color column contain does gray green has have image images in is left
-    neither no not of one only or picture present rectangle red right row shape teal the there top triangle what yellow
-    yes 1 2 3 4 5 6 7 8 , ? orange purple pink cyan star cross diamond square where topleft topright bottomleft
-    bottomright
+    a bar blue both circle color cross cyan dash diamond do does dot green has have if image images in is left mark me
+    neither no of on one only or orange picture pink purple red right ring see shape square star tell the there triangle
+    what which with yellow yes you , ?
 """.split()
 
 

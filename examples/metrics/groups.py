@@ -13,8 +13,8 @@ SIZES = ("smallest", "medium", "largest")
 
 def groups_of(rows: Dataset) -> dict[str, list[int]]:
     """
-    Return the indices of the rows of each known `kind`, and of the thirds with the smallest, medium and largest boxes.
-    Rows without a column `kind` have no groups.
+    Return the indices of the rows of each known `kind`, of each known `wording`, and of the thirds with the smallest,
+    medium and largest boxes. Rows without a column `kind` have no groups.
     """
     if "kind" not in rows.column_names:
         return {}
@@ -22,6 +22,9 @@ def groups_of(rows: Dataset) -> dict[str, list[int]]:
     for place, kind in enumerate(column_of(rows, "kind")):
         if kind is not None:
             groups.setdefault(kind, []).append(place)
+    for place, wording in enumerate(column_of(rows, "wording") if "wording" in rows.column_names else ()):
+        if wording is not None:
+            groups.setdefault(f"{wording}_wording", []).append(place)
     column = next(column for column in REGION_COLUMNS if column in rows.column_names)
     areas = {place: (box[2] - box[0]) * (box[3] - box[1]) for place, box in enumerate(column_of(rows, column)) if box}
     thirds = torch.tensor(sorted(areas, key=areas.__getitem__), dtype=torch.long).tensor_split(3)

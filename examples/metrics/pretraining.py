@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from modeling_trips import TripsForPreTraining
+from modeling_trips import SelectionSchedule, TripsForPreTraining
 from modeling_trips.modeling_trips_pretraining import hard_negative_indices, similarity
 
 
@@ -26,7 +26,7 @@ def word_and_matching_metrics(trainer, dataset: Dataset) -> dict[str, float]:
     for batch in tqdm(loader, desc="Words and matching", disable=is_quiet):
         batch.pop("sources")
         with accelerator.autocast():
-            rows.append(accelerator.gather_for_metrics(results_by_text(model, batch)))
+            rows.append(accelerator.gather_for_metrics(results_by_text(model, batch, trainer.schedule)))
     columns = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
     metrics = {}
     if "itm_right" in columns:
@@ -41,29 +41,32 @@ def word_and_matching_metrics(trainer, dataset: Dataset) -> dict[str, float]:
     return metrics
 
 
-def results_by_text(model: TripsForPreTraining, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return correct predictions and totals for each text of a batch, as tensors with a row per text."""
-    image_cache = model.model.encode_images(batch["pixel_values"])
-    image_index, results = batch["image_index"], {}
+def results_by_text(
+    model: TripsForPreTraining, batch: dict[str, torch.Tensor], schedule: SelectionSchedule | None = None
+) -> dict[str, torch.Tensor]:
+    """
+    Return correct predictions and totals for each text of a batch, as tensors with a row per text, at a schedule or at
+    the model's.
+    """
+    image_cache = model.model.encode_images(batch["pixel_values"], schedule=schedule)
+    images, results = {"image_index": batch["image_index"], "image_cache": image_cache, "schedule": schedule}, {}
     if model.config.itm_weight > 0:
-        results |= _matched(model, batch, image_cache)
+        results |= _matched(model, batch, image_cache, schedule)
     if model.config.mlm_weight > 0:
         token_type_ids = batch.get("token_type_ids")
-        logits = model.masked_token_logits(
-            batch["mlm_input_ids"], batch["attention_mask"], token_type_ids, image_index, image_cache
-        )
+        logits = model.masked_token_logits(batch["mlm_input_ids"], batch["attention_mask"], token_type_ids, **images)
         results |= _guessed("mlm", logits, batch["mlm_labels"], model)
     if model.config.prefix_lm_weight > 0:
         logits = model.continuation_logits(
-            batch["prompt_input_ids"], batch["prompt_attention_mask"], image_index, image_cache, batch["labels"]
+            batch["prompt_input_ids"], batch["prompt_attention_mask"], labels=batch["labels"], **images
         )
         results |= _guessed("prefix_lm", logits, batch["labels"], model)
     return results
 
 
-def _matched(model, batch: dict[str, torch.Tensor], image_cache) -> dict[str, torch.Tensor]:
+def _matched(model, batch: dict[str, torch.Tensor], image_cache, schedule) -> dict[str, torch.Tensor]:
     texts = model.get_text_features(batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids"))
-    images = model.get_image_features(image_cache=image_cache)
+    images = model.get_image_features(image_cache=image_cache, schedule=schedule)
     logits = similarity(texts.pooler_output, images.pooler_output, model.temp())
     image_index, image_ids = batch["image_index"], batch["image_ids"]
     same_image = image_ids[image_index][:, None] == image_ids
@@ -76,6 +79,7 @@ def _matched(model, batch: dict[str, torch.Tensor], image_cache) -> dict[str, to
         image_cache=image_cache,
         text_states=texts.last_hidden_state,
         text_index=text_index,
+        schedule=schedule,
     ).itm_logits.argmax(dim=-1)
     of_true, of_negative = says_match.chunk(2)
     return {"itm_right": (of_true + (1 - of_negative)) * found, "itm_pairs": 2 * found}

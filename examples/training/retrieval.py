@@ -74,6 +74,7 @@ class RetrievalTrainer(ImageGroupedTrainer):
             batch_size=args.per_device_eval_batch_size,
             num_workers=args.dataloader_num_workers,
             progress=not args.disable_tqdm,
+            schedule=self.schedule,
         )
         image_rows, image_of_text = images_of(dataset)
         with self.accelerator.autocast():

@@ -8,6 +8,7 @@ from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -19,13 +20,25 @@ from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments, s
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
-from modeling_trips import TripsConfig
+from modeling_trips import TripsConfig, TripsPreTrainedModel, TripsProcessor
 from modeling_trips.inspection import provenance
+from trips_examples.data.checking import with_fitting_texts
 from trips_examples.data.images import column_of, without_decoding
 from trips_examples.data.loading import load_task_dataset
+from trips_examples.data.tasks import TASKS
 from trips_examples.training.files import plot_training
-from trips_examples.training.options import DataArguments, RunOptions, TrainingOptions
+from trips_examples.training.models import (
+    fit_image_size,
+    load_start,
+    log_costs,
+    make_model,
+    some_image_sizes,
+    texts_of_images,
+    train_processor,
+)
+from trips_examples.training.options import DataArguments, ModelArguments, RunOptions, TrainingOptions
 from trips_examples.training.parser import Parser, make_parser
+from trips_examples.training.recipe import UNPRUNED_SHARE
 from trips_examples.training.trainer import ImageGroupedTrainer, check_metrics
 
 
@@ -107,7 +120,7 @@ def parse_arguments(parser: Parser, argv: list[str] | None = None) -> tuple[Any,
     """
     full: dict[type, type] = {RunOptions: RunArguments, TrainingOptions: TripsTrainingArguments}
     classes = [full.get(each, each) for each in parser.classes]
-    whole = make_parser(*classes, description=parser.description, **parser.defaults)
+    whole = make_parser(*classes, description=parser.description, task=parser.task, **parser.defaults)
     arguments = whole.parse_args_into_dataclasses(args=argv)
     training_args = arguments[-1]
     level = logging.INFO if training_args.should_log else logging.WARNING
@@ -165,6 +178,48 @@ def load_data(
             # Rows of one image share its cached states. `Dataset.sort` warns since pyarrow 25.
             data[split] = data[split].select(sorted(range(len(ids)), key=lambda row: (ids[row] is None, ids[row])))
     return DatasetDict({split: without_decoding(dataset) for split, dataset in data.items()})
+
+
+def start_run(
+    model_class: type[TripsPreTrainedModel],
+    task: str,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TripsTrainingArguments,
+    group_size: int | None = None,
+    **config_fields,
+) -> tuple[TripsPreTrainedModel, TripsProcessor, DatasetDict]:
+    """
+    Return the initial model, the processor and the data of a task, after checking the options, the data and the texts,
+    in this order. The log says what the model starts from, and what its schedule costs.
+
+    Args:
+        model_class (`type[TripsPreTrainedModel]`): Class of the task's model.
+        group_size (`int`, *optional*): Texts of an image that share a computation. Default: `texts_per_image`.
+        config_fields: Fields of `TripsConfig` that the task sets.
+    """
+    config, processor = load_start(model_args, data_args.scene_size, **config_fields)
+    data = load_data(task, data_args, training_args, config)
+    rows = data["train"] if "train" in data else data["validation"]
+    processor = processor or train_processor(config, data_args.vocabulary(data, *TASKS[task].texts))
+    sizes = some_image_sizes(rows)
+    if model_args.image_size is None and model_args.max_image_size is not None:
+        fit_image_size(config, processor, sizes, model_args.max_image_size)
+    data = with_fitting_texts(data, task, processor, skip=data_args.skip_bad_rows)
+    model = make_model(model_class, model_args, config, processor)
+    height, width = map(median, zip(*sizes))
+    logger.info(
+        "Start: %s; %.1f million parameters; images %dx%d to %dx%d; %d texts per step and process, %d per image; "
+        "learning rate %g, of the towers %s",
+        *(model_args.start, model.num_parameters() / 1e6, width, height),
+        *(processor.image_processor.size[side] for side in ("width", "height")),
+        *(training_args.per_device_train_batch_size, training_args.texts_per_image, training_args.learning_rate),
+        training_args.tower_learning_rate or "as well",
+    )
+    log_costs(config, *texts_of_images(rows, TASKS[task].text, group_size or training_args.texts_per_image, processor))
+    if training_args.unpruned_share is None:
+        training_args.unpruned_share = 0.0 if model_args.model else UNPRUNED_SHARE
+    return model, processor, data
 
 
 def _check_splits(splits: Container[str], wanted: dict[str, bool]):
@@ -266,6 +321,9 @@ def train_and_evaluate(
     try:
         if args.do_train:
             result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+            if isinstance(trainer, ImageGroupedTrainer):
+                schedule = str(trainer.model.config.vision_config.schedule)
+                given |= {"schedule": schedule, "unpruned_steps": trainer.unpruned_steps}
             trainer.save_model()
             trainer.save_state()
             _report(trainer, "train", {**result.metrics, **given})
@@ -276,7 +334,7 @@ def train_and_evaluate(
             metrics |= evaluation
         if args.do_train and trainer.is_world_process_zero():
             history = [*trainer.state.log_history, {"step": trainer.state.global_step, **evaluation}]
-            plot_training(history, Path(args.output_dir, "training.png"))
+            plot_training(history, Path(args.output_dir, "training.png"), given.get("unpruned_steps", 0))
         if args.do_predict and test_dataset is not None:
             with _on_test_split(trainer, test_dataset):
                 evaluation = evaluate()

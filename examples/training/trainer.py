@@ -1,5 +1,6 @@
 """Trainers of the scripts."""
 
+import logging
 import math
 from collections import defaultdict
 
@@ -10,13 +11,15 @@ from torch import nn
 from torch.utils.data import Sampler
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
-from modeling_trips import TripsForPreTraining, TripsPreTrainedModel
+from modeling_trips import UNPRUNED, SelectionSchedule, TripsForPreTraining, TripsPreTrainedModel
 from modeling_trips.modeling_trips_pretraining import TripsContrastiveModel
 from trips_examples.data.collators import ImageBatchCollator, ImageGroupedSampler
 from trips_examples.data.images import column_of
 from trips_examples.metrics.selection import REGION_COLUMNS
 from trips_examples.training.models import image_keys
 
+
+logger = logging.getLogger(__name__)
 
 REMEDY = (
     "Resume from a checkpoint (--resume_from_checkpoint last), and if the rows are fine with a lower --learning_rate, "
@@ -33,6 +36,22 @@ class SamplerCallback(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self.trainer.train_sampler is not None:
             self.trainer.train_sampler.set_epoch(int(state.epoch or 0))
+
+
+class PhaseCallback(TrainerCallback):
+    """Log the phases of a training, and forget the best checkpoint of the unpruned phase where pruning begins."""
+
+    def __init__(self, trainer: "ImageGroupedTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        schedule, unpruned = self.trainer.model.config.vision_config.schedule, self.trainer.unpruned_steps
+        phases = f"steps 1 to {unpruned} unpruned, then {schedule}" if unpruned else schedule
+        logger.info("%d steps: %s", state.max_steps, phases)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if 0 < state.global_step == self.trainer.unpruned_steps:
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
 
 def set_tower_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module, learning_rates: list[float]):
@@ -140,7 +159,22 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
         self.train_sampler: ImageGroupedSampler | None = None
         for parameter in unused_parameters(self.model):
             parameter.requires_grad_(False)
-        self.add_callback(SamplerCallback(self))
+        for callback in (SamplerCallback, PhaseCallback):
+            self.add_callback(callback(self))
+        if self.args.unpruned_share and self.args.ddp_find_unused_parameters is None:
+            self.args.ddp_find_unused_parameters = True  # unpruned, the text scores nothing
+
+    @property
+    def unpruned_steps(self) -> int:
+        """The first steps of the training that run unpruned."""
+        is_pruned = bool(self.model.config.vision_config.schedule.layers)
+        return round((self.args.unpruned_share or 0) * self.state.max_steps) * is_pruned
+
+    @property
+    def schedule(self) -> SelectionSchedule | None:
+        """The schedule of this step, or of the evaluation after it: unpruned, or None for the configuration's."""
+        step = self.state.global_step + int(self.model.training)
+        return UNPRUNED if self.is_in_train and self.unpruned_steps and step <= self.unpruned_steps else None
 
     @property
     def regions_used_for(self) -> str:
@@ -193,6 +227,7 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
             self.data_collator = evaluation_collator
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        inputs = {"schedule": self.schedule, **inputs}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         for name in self.logged_losses:
             if outputs.get(name) is not None:
@@ -213,6 +248,8 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         inputs.pop("sources", None)
+        if self.schedule is not None:
+            inputs["schedule"] = self.schedule
         if self.model.can_generate():
             result = super().prediction_step(model, inputs, *args, **kwargs)
             self.model.generation_config.max_length = None  # avoids a warning about `max_new_tokens`

@@ -13,6 +13,7 @@ COLORS = ["red", "blue", "green", "white", "black"]
 SCRIPTS = {"vqa": "run_vqa", "captions": "run_captioning", "nlvr2": "run_nlvr2", "grounding": "run_grounding"}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 OPTIONS = [
+    "--preset=tiny",
     "--learning_rate=1e-3",
     "--lr_scheduler_type=constant",
     "--disable_tqdm=True",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from loading import load
 
-from trips_examples.data.busy_scenes import COLORS, KINDS, SHAPES, busy_records, draw_scene
+from trips_examples.data.busy_scenes import COLORS, KINDS, MARKS, SHAPES, WORDINGS, busy_records, draw_scene
 from trips_examples.data.tasks import TASKS
 
 
@@ -27,31 +27,65 @@ def test_every_scene_has_two_questions_of_each_kind(scenes):
         assert len({question["question"] for question in scene.questions}) == 8
 
 
+def named_in(question: str) -> list[str]:
+    return [word for word in question.replace("?", "").split() if word in COLORS or word in SHAPES]
+
+
 def test_each_question_has_one_answer(scenes):
     for scene, question in questions_of(scenes):
-        words = question["question"].replace("?", "").split()
-        named = [word for word in words if word in COLORS or word in SHAPES]
+        named = named_in(question["question"])
         fits = [item for item in scene.items if all(word in (item.color, item.shape) for word in named)]
         if question["answer"] == "no":
             assert not fits and question["region"] is None
-            assert any(item.color == named[0] for item in scene.items)  # neither word alone gives the answer
-            assert any(item.shape == named[1] for item in scene.items)
             continue
         (item,) = fits
         assert question["region"] == list(item.box)
-        answers = {"color": item.color, "shape": item.shape, "place": item.place, "presence": "yes"}
+        answers = {"color": item.color, "shape": item.shape, "mark": item.mark, "presence": "yes"}
         assert question["answer"] == answers[question["kind"]]
 
 
-def test_boxes_hold_the_color_and_places_are_quarters(scenes):
+def test_neither_color_nor_form_finds_what_both_name(scenes):
+    for scene, question in questions_of(scenes):
+        if question["kind"] in ("mark", "presence"):
+            for word in named_in(question["question"]):
+                assert sum(word in (item.color, item.shape) for item in scene.items) >= 2
+
+
+def test_new_wordings_stand_in_the_test_split_alone_and_have_known_words(scenes):
+    """Half of the test questions; of both answers to "is there"."""
+
+    def templates(texts):
+        return {" ".join("{}" if word in (*COLORS, *SHAPES) else word for word in text.split()) for text in texts}
+
+    def words(wordings):
+        return {word for text in wordings for word in text.replace("?", " ?").split()}
+
+    for known, new in WORDINGS.values():
+        assert len(known) >= 5 and len(new) == 2 and words(new) <= words(known)
+    held_out = {text for _, new in WORDINGS.values() for text in new}
+    train = [row["question"] for row in busy_records("vqa", "train", 150)]
+    for is_new, texts in ((False, train), (True, (each["question"] for _, each in questions_of(scenes)))):
+        forms = {
+            " ".join("{}" if word.strip("?") in {*COLORS, *SHAPES} else word for word in t.split()) for t in texts
+        }
+        assert bool(forms & {text.replace("{}?", "{}") for text in held_out}) is is_new
+    counts = Counter((question["wording"], question["answer"]) for _, question in questions_of(scenes))
+    assert sum(number for (wording, _), number in counts.items() if wording == "new") == 600
+    assert 50 < counts["new", "yes"] < 100 and 50 < counts["new", "no"] < 100
+
+
+def test_boxes_hold_the_color_and_a_mark_in_white(scenes):
     for scene in scenes:
         pixels = np.asarray(scene.image, dtype=float)
         for item in scene.items:
             x0, y0, x1, y1 = item.box
             distance = np.abs(pixels[y0:y1, x0:x1] - COLORS[item.color]).max(axis=-1)
             assert (distance <= 26).mean() > 0.1  # shades differ by at most 26
-            assert ("top" in item.place) == (y0 + y1 < 96)
-            assert ("left" in item.place) == (x0 + x1 < 96)
+            x, y = round((x0 + x1 - 1) / 2), round((y0 + y1 - 1) / 2 + 2 * (item.shape == "triangle"))
+            white = (pixels[y - 4 : y + 5, x - 4 : x + 5] == 255).all(axis=-1)
+            rows, columns = (white.any(axis=axis).nonzero()[0] for axis in (1, 0))
+            box = MARKS[item.mark]
+            assert (np.ptp(columns), np.ptp(rows)) == (box[2] - box[0], box[3] - box[1])
         assert len({(item.box[0] // 24, item.box[1] // 24) for item in scene.items}) == len(scene.items)
 
 

@@ -3,9 +3,8 @@
 import PIL.Image
 import pytest
 import torch
-from datasets import Dataset
 from toy_pairs import write_parts
-from transformers import BlipImageProcessor, CLIPImageProcessor, DeiTImageProcessor, HfArgumentParser
+from transformers import BlipImageProcessor, CLIPImageProcessor, DeiTImageProcessor
 
 from modeling_trips import (
     TripsConfig,
@@ -14,7 +13,7 @@ from modeling_trips import (
     TripsProcessor,
 )
 from trips_examples.data.vocabulary import train_tokenizer
-from trips_examples.training.models import load_start, make_model, make_processor, train_processor
+from trips_examples.training.models import load_start, log_costs, make_model, make_processor
 from trips_examples.training.options import ModelArguments
 
 
@@ -109,34 +108,11 @@ def test_missing_decoder_starts_from_the_text_encoder(num_layers, processor, tmp
 # The schedule
 
 
-def rows_of(texts_per_image: int, num_images: int = 3) -> Dataset:
-    rows = range(texts_per_image * num_images)
-    return Dataset.from_dict(
-        {"image_id": [str(row % num_images) for row in rows], "question": ["is it red?"] * len(rows)}
-    )
-
-
-def start_of(*options: str, texts_per_image: int = 1) -> TripsForQuestionAnswering:
-    """Return the model that these options and data give."""
-    (args,) = HfArgumentParser(ModelArguments).parse_args_into_dataclasses([*options])
-    config, processor = load_start(args)
-    processor = processor or train_processor(config, ["is it red?"])
-    return make_model(TripsForQuestionAnswering, args, config, processor, rows_of(texts_per_image), 100)
-
-
-@pytest.mark.parametrize("options", [[], ["--selection_layers", "2", "3"], ["--selection_guidance=text"]], ids=str)
-def test_a_schedule_that_costs_more_than_no_pruning_is_kept_with_a_warning(options, caplog):
+@pytest.mark.parametrize(("guidance", "texts", "warns"), [("text", 1, False), ("text", 4, True), ("image", 4, False)])
+def test_a_schedule_that_costs_more_than_no_pruning_has_a_warning(guidance, texts, warns, caplog):
     """Text scores in an early layer make the layers behind it compute an image once for each of its texts."""
-    for texts, warns in ((1, False), (4, True)):
-        caplog.clear()
-        model = start_of(*options, texts_per_image=texts)
-        assert str(model.config.vision_config.schedule) == "2:text:0.5,3:text:0.5"
-        assert any(record.levelname == "WARNING" for record in caplog.records) == warns
-    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert "--selection_guidance image" in warning
-    caplog.clear()
-    start_of("--selection_guidance=image", texts_per_image=4)
-    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    log_costs(TripsConfig.from_preset("tiny", selection_guidance=guidance), texts, text_length=6)
+    assert any(record.levelname == "WARNING" for record in caplog.records) == warns
 
 
 def test_starting_another_task_names_new_and_unused_parts(processor, tmp_path, caplog, capfd):

@@ -8,12 +8,13 @@ from transformers import Trainer, TrainingArguments
 
 from modeling_trips import TripsForQuestionAnswering, TripsProcessor
 from trips_examples import run_vqa
+from trips_examples.training import runs
 from trips_examples.training.trainer import unused_parameters
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(tmp_path, monkeypatch):
     """The losses are finite: only the last gradient is not."""
-    steps, make_model = [], run_vqa.make_model
+    steps, make_model = [], runs.make_model
 
     def poisoned(*args, **kwargs):
         model = make_model(*args, **kwargs)
@@ -21,7 +22,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(tmp_path,
         bias.register_hook(lambda grad: steps.append(1) or (grad if len(steps) == 1 else grad * torch.inf))
         return model
 
-    monkeypatch.setattr(run_vqa, "make_model", poisoned)
+    monkeypatch.setattr(runs, "make_model", poisoned)
     options = [*write_task("vqa", tmp_path), *OPTIONS, "--max_steps=2", f"--output_dir={tmp_path / 'run'}"]
     with pytest.raises(FloatingPointError, match="step 2"):
         run_vqa.main(options)

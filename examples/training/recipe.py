@@ -1,0 +1,64 @@
+"""
+What a run on own data does where no option says otherwise: the best known values, see docs/pictures.md. They are
+defaults, so that every option on the command line wins.
+"""
+
+from pathlib import Path
+
+from trips_examples.data.source import BUNDLED
+
+
+TOWERS = {
+    "vision_model_name_or_path": "facebook/dinov2-small",
+    "text_model_name_or_path": "sentence-transformers/all-MiniLM-L6-v2",
+}
+# Copies that benchmarks/images/make_towers.py writes into the working directory.
+COPIES = {"vision_model_name_or_path": "towers/dinov2-small", "text_model_name_or_path": "towers/minilm"}
+
+# Of a model from these towers.
+NEW = {"num_fusion_layers": 2, "freeze_vision_layers": 6, "max_image_size": 224}
+
+# Layer 6 keeps half of the patches, layer 9 half of those. A text that scores patches makes the layers behind it run
+# once per text, and a prompt or a search has no text that says where to look.
+SCHEDULES = {
+    "vqa": {"selection_layers": [6, 9], "selection_guidance": ["image", "text"], "keep_rate": [0.5]},
+    "nlvr2": {"selection_layers": [6, 9], "selection_guidance": ["image", "text"], "keep_rate": [0.5]},
+    "grounding": {"selection_layers": [6, 9], "selection_guidance": ["image", "text"], "keep_rate": [0.5]},
+    "captioning": {"selection_layers": [6, 9], "selection_guidance": ["image"], "keep_rate": [0.5]},
+    "retrieval": {"selection_layers": [6, 9], "selection_guidance": ["image"], "keep_rate": [0.5]},
+}
+
+TRAINING = {  # of a model from towers, of a TRIPS checkpoint
+    "per_device_train_batch_size": (60, 60),
+    "texts_per_image": (5, 5),
+    "learning_rate": (3e-4, 2e-4),
+    "tower_learning_rate": ([1e-4], [7e-5]),
+    "max_steps": (600, 150),
+}
+
+UNPRUNED_SHARE = 0.75  # of the steps of a new model that is to be pruned
+
+
+def recipe(task: str | None, typed: dict) -> dict:
+    """
+    Return the defaults of options for a run.
+
+    Args:
+        task (`str`, *optional*): A key of `SCHEDULES`. Other runs have no recipe.
+        typed (`dict`): The options on the command line by name.
+    """
+    has_files = not typed.keys().isdisjoint(("train_file", "validation_file", "test_file"))
+    if task is None or not (has_files or typed.get("dataset_name", BUNDLED) != BUNDLED):
+        return {}
+    if not typed.keys().isdisjoint(("preset", "tokenizer")):
+        return {}  # from scratch
+    is_new, has_towers = "model" not in typed, not typed.keys().isdisjoint(TOWERS)
+    defaults = {name: values[0 if is_new else 1] for name, values in TRAINING.items()}
+    if is_new and not has_towers:
+        has_copies = all(Path(folder).is_dir() for folder in COPIES.values())
+        defaults |= {**(COPIES if has_copies else TOWERS), **NEW}
+        if "selection_layers" not in typed:
+            defaults |= SCHEDULES[task]
+    if "num_train_epochs" in typed:
+        del defaults["max_steps"]
+    return defaults

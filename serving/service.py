@@ -84,12 +84,7 @@ class Service:
         self.decoders = CapacityLimiter(DECODERS)
         alive, document = PlainTextResponse("ok"), describe(f"TRIPS: {Path(settings.model).name}", self.models)
         # A worker listens when its model is loaded.
-        paths: dict[str, Any] = {
-            "/livez": alive,
-            "/readyz": alive,
-            "/metrics": metrics,
-            "/docs.json": JSONResponse(document),
-        }
+        paths = {"/livez": alive, "/readyz": alive, "/metrics": metrics, "/docs.json": JSONResponse(document)}
         for path, kind in {"/": "html", "/page.css": "css", "/page.js": "javascript"}.items():
             file = Path(__file__).with_name(path.strip("/") or "page.html")
             paths[path] = Response(file.read_bytes(), media_type=f"text/{kind}", headers=PAGE_HEADERS)

@@ -152,10 +152,17 @@ def publish(source: Path, folder: Path, args: DemoArguments, command: str):
         DataArguments("busy_scenes", validation_scenes=8, test_scenes=args.test_scenes),
         TripsTrainingArguments(output_dir=str(evaluated), do_train=False, do_eval=False),
     )
-    facts = {"license": "apache-2.0", "language": ["en"], "datasets": ["busy scenes"], "eval_dataset": "busy scenes"}
-    results = evaluated / "test_results.json"
     card = make_model_card(
-        model, processor, folder.as_posix(), results=results, with_code=False, command=command, **facts
+        model,
+        processor,
+        folder.as_posix(),
+        results=evaluated / "test_results.json",
+        with_code=False,
+        datasets=["busy scenes"],
+        eval_dataset="busy scenes",
+        command=command,
+        license="apache-2.0",
+        language=["en"],
     )
     card.save(folder / "README.md")
     print(f"Shipped: {folder}")

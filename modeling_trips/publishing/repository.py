@@ -50,8 +50,8 @@ def build_repository(target: Path, folder: Path, repo_id: str, with_handler: boo
     with whole_folder(target) as partial:
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
-        for path in HANDLER if with_handler else ():
-            shutil.copy(Path(modeling_trips.__file__).parent / path, partial)
+        for name in HANDLER if with_handler else ():
+            shutil.copy(Path(modeling_trips.__file__).parent / name, partial)
         card.save(partial / "README.md")
         check_code(partial)
     return sorted(path for path in target.rglob("*") if path.is_file())
@@ -80,7 +80,7 @@ def publish(folder: Path, repo_id: str, private: bool = False) -> str:
         raise ValueError(f"--private: {repo_id} exists and is public. Run `hf repos settings {repo_id} --private`.")
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     former = {file.rfilename for file in before.siblings if re.fullmatch(WEIGHTS_AND_CODE, file.rfilename)}
-    changes = [CommitOperationDelete(name) for name in sorted(former - files.keys())]
+    changes: list = [CommitOperationDelete(name) for name in sorted(former - files.keys())]
     changes += [CommitOperationAdd(*file) for file in files.items()]
     # `upload_folder` may make several commits.
     return api.create_commit(repo_id, changes, commit_message="Publish model", parent_commit=before.sha).commit_url

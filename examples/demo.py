@@ -9,8 +9,7 @@ The unpruned model of `examples/trips-tiny-scenes-unpruned` goes on with a selec
 and learns which from the answers to questions about busy scenes (the folder `model`). At the end: accuracy before and
 after, answers, a drawing of the kept patches, and the speed.
 
-`--from_scratch` first trains the unpruned model: on captions of one shape and of up to four, then on questions about
-scenes of 2 x 2 cells and of 4 x 4.
+`--from_scratch` first trains the unpruned model: on questions about one shape, about up to four and about up to eight.
 """
 
 import trips_examples  # noqa: F401  # isort: skip
@@ -57,7 +56,7 @@ import transformers
 from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsProcessor
 from modeling_trips.inspection.provenance import provenance
 from modeling_trips.publishing import make_model_card
-from trips_examples import ask, run_captioning
+from trips_examples import ask
 from trips_examples.data.busy_scenes import KINDS
 from trips_examples.data.vocabulary import BUNDLED_WORDS
 from trips_examples.run_vqa import train_question_answering
@@ -74,7 +73,12 @@ WEIGHTS = "model.safetensors"
 PRUNED = {"selection_layers": [2], "keep_rate": [0.02]}
 CONSTANT = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 50, "do_predict": False}
 STAGES: dict[str, tuple[dict, dict, dict]] = {  # folder: options of the model, of the data and of the training
-    "small": (
+    "one": (
+        {},
+        {"grid": 1, "train_scenes": 12000},
+        {"max_steps": 600, "per_device_train_batch_size": 240, "learning_rate": 1e-3, **CONSTANT},
+    ),
+    "few": (
         {},
         {"grid": 2, "train_scenes": 12000},
         {"max_steps": 2000, "per_device_train_batch_size": 240, "learning_rate": 1e-3, **CONSTANT},
@@ -82,7 +86,7 @@ STAGES: dict[str, tuple[dict, dict, dict]] = {  # folder: options of the model, 
     "start": (
         {},
         {"train_scenes": 8000},
-        {"max_steps": 1200, "per_device_train_batch_size": 128, "learning_rate": 1e-3, "do_predict": False},
+        {"max_steps": 1000, "per_device_train_batch_size": 128, "learning_rate": 1e-3, "do_predict": False},
     ),
     "unpruned": ({}, {}, {"do_train": False}),
     "pruned": (PRUNED, {}, {"do_train": False}),
@@ -217,9 +221,10 @@ def main(argv: list[str] | None = None):
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
     if args.from_scratch:
         make_untrained(folder / "untrained", args.seed)
-        run_stage("small", folder / "untrained", args)
-        run_stage("start", folder / "small", args)
-        start = folder / "start"
+        start = folder / "untrained"
+        for stage in ("one", "few", "start"):
+            run_stage(stage, start, args)
+            start = folder / stage
     metrics = {stage: run_stage(stage, start, args) for stage in TITLES}
     print()
     ask.main(["--model", str(folder / "model"), "--picture", str(folder / "kept_patches.png")])

@@ -1,7 +1,8 @@
 """Busy scenes: marked shapes on a textured background with clutter in the same colors, and texts about one shape each.
 
-Colors and forms repeat: a question about a mark names a shape by both, and neither alone finds it. Shapes do not follow
-the grid of the patches. The splits use different seeds, and two wordings of each question are kept for the test split.
+Colors and forms repeat: a question about a mark names a shape by both, and neither alone finds it. Shapes do not
+follow the grid of the patches. The splits use different seeds. Two wordings of each question are kept for the test
+split.
 """
 
 import io
@@ -121,8 +122,8 @@ class Scene(NamedTuple):
 
     image: PIL.Image.Image
     items: list[Item]
-    # Each with kind, question, answer, wording ("known", or "new" for those of the test split alone), and as region the
-    # box of the shape, None if it is absent.
+    # Each with kind, question, answer, wording ("known", or "new" for those of the test split alone), and as region
+    # the box of the shape, None if it is absent.
     questions: list[dict]
 
 
@@ -242,9 +243,9 @@ def _names(number: int, rng: random.Random) -> list[tuple[str, str]]:
 
 def _questions(items: list[Item], split: str, grid: int, rng: random.Random) -> list[dict]:
     """
-    Return `QUESTIONS_PER_KIND` questions of each kind, or fewer if the items do not allow them; in the test split, half
-    of them in new wordings. Where a color and a form are named, others share each of them, so that neither tells (but
-    in scenes of up to 2 x 2 cells).
+    Return `QUESTIONS_PER_KIND` questions of each kind, or fewer if the items do not allow them; in the test split,
+    half of them in new wordings. Where a color and a form are named, others share each of them, so that neither tells
+    (but in scenes of up to 2 x 2 cells).
     """
     least = 2 if grid > 2 else 1
     times = Counter(value for item in items for value in (item.color, item.shape, item.name))

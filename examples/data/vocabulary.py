@@ -21,8 +21,8 @@ SPLIT = Regex(r"▁?[\p{P}$+<=>^`|~]|\p{Han}")
 # from another.
 BUNDLED_WORDS = """
     a bar blue both circle color cross cyan dash diamond do does dot green has have if image images in is left mark me
-    neither no of on one only or orange picture pink purple red right ring see shape square star tell the there triangle
-    what which with yellow yes you , ?
+    neither no of on one only or orange picture pink purple red right ring see shape square star tell the there
+    triangle what which with yellow yes you , ?
 """.split()
 
 

@@ -15,6 +15,9 @@ from trips_examples.ask import QUESTIONS
 from trips_examples.data.busy_scenes import KINDS
 
 
+TRAINED = ("one", "few", "start", "model")
+
+
 @pytest.mark.slow
 def test_the_demo_starts_from_an_accurate_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -36,10 +39,10 @@ def test_demo_answers_draws_measures_and_publishes(tmp_path, monkeypatch, capsys
     # No stage has seen a region, and only the last two drop patches.
     stages = list(demo.STAGES)
     results = {stage: json.loads(Path(f"demo/{stage}/all_results.json").read_text()) for stage in stages}
-    assert all(results[stage]["regions_used_for"] == "none" for stage in ("small", "start", "model"))
+    assert all(results[stage]["regions_used_for"] == "none" for stage in TRAINED)
     assert [stage for stage in stages if "test_layer2_kept" in results[stage]] == ["pruned", "model"]
-    processors = (TripsProcessor.from_pretrained(f"demo/{stage}") for stage in ("small", "start", "model"))
-    assert [processor.image_processor.size["height"] for processor in processors] == [48, 96, 96]
+    processors = (TripsProcessor.from_pretrained(f"demo/{stage}") for stage in TRAINED)
+    assert [processor.image_processor.size["height"] for processor in processors] == [24, 48, 96, 96]
     run = json.loads(Path("demo/results.json").read_text())
     assert run["model_color"] == results["model"]["test_accuracy_color"] and run["seed"] == 42 and run["command"]
     # One row of panels per selection layer: the picture shows the original and the questions.

@@ -46,7 +46,7 @@ def create_app() -> Starlette:
         settings = Settings.from_environment()
         return Service(Engine(settings), settings).app
     except Exception as error:
-        if not isinstance(error, (OSError, RuntimeError, ValueError)):
+        if not isinstance(error, (HTTPException, OSError, RuntimeError, ValueError)):
             traceback.print_exc()
         given = ", ".join(f"{name}={value}" for name, value in os.environ.items() if name.startswith(PREFIX))
         failure = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"], FAILURE)

@@ -33,14 +33,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
 
 from .configuration_trips import SelectionSchedule, TripsConfig, TripsDecoderConfig
-from .modeling_trips_text import (
-    CACHE_NAME,
-    TripsDecoder,
-    TripsFusionModel,
-    TripsLMHead,
-    TripsTextModel,
-    accept_former_cache_name,
-)
+from .modeling_trips_text import CACHE_NAME, TripsDecoder, TripsFusionModel, TripsLMHead, TripsTextModel
 from .modeling_trips_vision import (
     SHARED_ARGS,
     TripsImageCache,
@@ -436,7 +429,6 @@ class TripsForConditionalGeneration(TripsWritingModel, GenerationMixin):
 
     @can_return_tuple
     @auto_docstring(custom_intro=SEQ2SEQ_EXAMPLE, custom_args=SHARED_ARGS + SEQ2SEQ_ARGS)
-    @accept_former_cache_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -459,6 +451,7 @@ class TripsForConditionalGeneration(TripsWritingModel, GenerationMixin):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsSeq2SeqLMOutput:
+        cache = kwargs.pop("past_key_values", cache)  # the name before Transformers 5.24
         is_supervised = self.training and labels is not None and regions is not None and encoder_outputs is None
         # CODEPATH: a weight of 0, the default, leaves the loss out.
         uses_attention_loss = is_supervised and self.config.attention_loss_weight > 0
@@ -469,7 +462,6 @@ class TripsForConditionalGeneration(TripsWritingModel, GenerationMixin):
             encoder_outputs = self.model(attention_mask=attention_mask, **texts, **images, **options, **kwargs)
         elif not isinstance(encoder_outputs, ModelOutput):
             encoder_outputs = TripsModelOutput(last_hidden_state=encoder_outputs[0])
-        cache = kwargs.pop("past_key_values", cache)  # the name before Transformers 5.24
         if labels is not None:
             use_cache = False
             _check_labels(labels, loss_weights, text_index, num_texts=len(encoder_outputs[0]))

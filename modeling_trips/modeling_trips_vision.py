@@ -160,6 +160,22 @@ def eager_attention_forward(
     return attn_output, attn_weights
 
 
+def attend_as_configured(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float, **kwargs
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Call [`attend`] with the attention function and the scaling of an attention module."""
+    attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+        module.config._attn_implementation, eager_attention_forward
+    )
+    dropout = dropout if module.training else 0.0
+    return attend(attention, module, query, key, value, dropout=dropout, scaling=module.scaling, **kwargs)
+
+
+def split_heads(states: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """`(batch_size, seq_length, hidden_size)` -> `(batch_size, num_heads, seq_length, head_dim)`."""
+    return states.view(*states.shape[:-1], -1, head_dim).transpose(1, 2)
+
+
 def bidirectional_mask(config: PreTrainedConfig, attention_mask: torch.Tensor | None, **kwargs):
     """
     Return Transformers' `create_bidirectional_mask`. A given padding mask is always used, since a look at its values
@@ -285,32 +301,17 @@ class TripsVisionAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def split_heads(self, states: torch.Tensor) -> torch.Tensor:
-        """`(batch_size, seq_length, hidden_size)` -> `(batch_size, num_heads, seq_length, head_dim)`."""
-        return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
-
     def forward(
         self,
         hidden_states: torch.Tensor,
         keys: Keys,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        query = self.split_heads(self.q_proj(hidden_states))
-        key = self.split_heads(self.k_proj(hidden_states))
-        value = self.split_heads(self.v_proj(hidden_states))
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        attn_output, attn_weights = attend(
-            attention_interface,
-            self,
-            query,
-            key,
-            value,
-            keys=keys,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
+        query = split_heads(self.q_proj(hidden_states), self.head_dim)
+        key = split_heads(self.k_proj(hidden_states), self.head_dim)
+        value = split_heads(self.v_proj(hidden_states), self.head_dim)
+        attn_output, attn_weights = attend_as_configured(
+            self, query, key, value, dropout=self.attention_dropout, keys=keys, **kwargs
         )
         attn_output = self.o_proj(attn_output.reshape(hidden_states.shape).contiguous())
         return attn_output, attn_weights, query, key
@@ -406,7 +407,7 @@ class TripsVisionLayer(GradientCheckpointingLayer):
         if selection.guidance != "text":
             return query[:, :, texts.length]  # the image's [CLS]
         if texts.embeds is not None:
-            return self.attention.split_heads(self.attention.q_proj(texts.embeds)[:, None])[:, :, 0]
+            return self.attention.q_proj(texts.embeds).unflatten(-1, (-1, self.attention.head_dim))
         # The first token is the text's [CLS] in a single stream, or the image's, which guides where no text is given.
         if texts.attention_mask is None:
             return query[:, :, 0]

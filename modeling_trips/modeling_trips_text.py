@@ -172,16 +172,13 @@ def unpad_keys(
     batch_size, key_length = padding_mask.shape
     ends = padding_mask.sum(dim=-1).cumsum(dim=0, dtype=torch.int32)
     starts_of_queries = query_length * torch.arange(batch_size + 1, dtype=torch.int32, device=key.device)
-    return (
-        key,
-        value,
-        {
-            "cu_seq_lens_q": starts_of_queries,
-            "cu_seq_lens_k": nn.functional.pad(ends, (1, 0)),
-            "max_length_q": query_length,
-            "max_length_k": key_length,
-        },
-    )
+    lengths = {
+        "cu_seq_lens_q": starts_of_queries,
+        "cu_seq_lens_k": nn.functional.pad(ends, (1, 0)),
+        "max_length_q": query_length,
+        "max_length_k": key_length,
+    }
+    return key, value, lengths
 
 
 class TripsTextCrossAttention(TripsTextSelfAttention):
@@ -389,6 +386,14 @@ class TripsCrossStack(nn.Module):
         return hidden_states, cls_attention
 
 
+# Outputs that `output_hidden_states` and `output_attentions` ask for.
+CROSS_OUTPUTS = {
+    "hidden_states": TripsTextLayer,
+    "attentions": OutputRecorder(TripsTextSelfAttention, index=1, layer_name="attention"),
+    "cross_attentions": OutputRecorder(TripsTextCrossAttention, index=1, layer_name="crossattention"),
+}
+
+
 class TripsLMHead(nn.Module):
     """BERT's prediction head: hidden states -> logits over the vocabulary."""
 
@@ -476,11 +481,7 @@ class TripsFusionModelOutput(BaseModelOutputWithCrossAttentions):
 class TripsFusionModel(TripsPreTrainedModel):
     config: TripsFusionConfig
     main_input_name = "inputs_embeds"
-    _can_record_outputs = {
-        "hidden_states": TripsTextLayer,
-        "attentions": OutputRecorder(TripsTextSelfAttention, index=1, layer_name="attention"),
-        "cross_attentions": OutputRecorder(TripsTextCrossAttention, index=1, layer_name="crossattention"),
-    }
+    _can_record_outputs = CROSS_OUTPUTS
 
     def __init__(self, config: TripsFusionConfig):
         super().__init__(config)
@@ -552,11 +553,7 @@ class TripsFusionModel(TripsPreTrainedModel):
 class TripsDecoder(TripsPreTrainedModel):
     config: TripsDecoderConfig
     _input_embed_layer = "word_embeddings"
-    _can_record_outputs = {
-        "hidden_states": TripsCrossLayer,
-        "attentions": OutputRecorder(TripsTextSelfAttention, index=1, layer_name="attention"),
-        "cross_attentions": OutputRecorder(TripsTextCrossAttention, index=1, layer_name="crossattention"),
-    }
+    _can_record_outputs = CROSS_OUTPUTS
 
     def __init__(self, config: TripsDecoderConfig):
         super().__init__(config)

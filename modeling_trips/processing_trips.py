@@ -16,9 +16,9 @@
 from .configuration_trips import TripsConfig  # isort: skip
 
 import base64
-import operator
 import os
 import re
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -134,20 +134,12 @@ def check_images_of_texts(images: list | None, text: str | list[str] | None, ima
                 "of each text."
             )
         return
-    try:
-        rows = [entry if isinstance(entry, (list, tuple)) else [entry] for entry in image_index]
-        rows = [[operator.index(index) for index in row] for row in rows]
-    except TypeError as error:
-        raise ValueError(
-            f"`image_index` must be a list of integers, or of lists of them, got {image_index!r:.200}."
-        ) from error
-    if len(rows) != num_texts:
-        raise ValueError(f"`image_index` must have one entry per text: got {len(rows)} for {num_texts} texts.")
-    for position, row in enumerate(rows):
-        if not all(0 <= index < num_images for index in row):
-            raise ValueError(
-                f"`image_index[{position}]` is {image_index[position]}, but must be in [0, {num_images - 1}]."
-            )
+    if not isinstance(image_index, (list, tuple)) or len(image_index) != num_texts:
+        raise ValueError(f"`image_index` must be a list, one entry per text ({num_texts}), got {image_index!r:.200}.")
+    for position, entry in enumerate(image_index):
+        for index in entry if isinstance(entry, (list, tuple)) else [entry]:
+            if not (isinstance(index, Integral) and 0 <= index < num_images):
+                raise ValueError(f"`image_index[{position}]` must be integers in [0, {num_images - 1}], got {entry}.")
 
 
 # Texts

@@ -110,15 +110,11 @@ def retrieval_loss(
     candidates of its image. With a momentum teacher (ALBEF, equation 6), they are mixed with its distribution.
 
     Args:
-        queries, teacher_queries (`torch.Tensor` of shape `(num_queries, dim)`): normalized.
-        query_ids (`torch.LongTensor` of shape `(num_queries,)`), candidate_ids (`torch.LongTensor` of shape
-            `(num_candidates,)`): image ids. With a teacher, candidates with the id -1 are ignored.
-        candidates (`torch.Tensor` of shape `(num_candidates, dim)`): normalized.
-        temperature (`float` or `torch.Tensor` of one element)
-        teacher_weight (`float`, *optional*, defaults to 0.0): share of the teacher in the targets (ALBEF's alpha).
-
-    Returns:
-        `torch.Tensor` of shape `()`, float32 or wider.
+        queries, teacher_queries (`torch.Tensor` of shape `(num_queries, dim)`), candidates (`torch.Tensor` of shape
+            `(num_candidates, dim)`): Normalized features.
+        query_ids, candidate_ids (`torch.LongTensor`): Their image ids. With a teacher, candidates with the id -1 are
+            ignored.
+        teacher_weight (`float`, *optional*, defaults to 0.0): Share of the teacher in the targets (ALBEF's alpha).
     """
     logits = similarity(queries, candidates, temperature)
     same_image = (query_ids[:, None] == candidate_ids).float()
@@ -173,15 +169,10 @@ def contrastive_loss(
 
     Args:
         image_embeds (`torch.Tensor` of shape `(num_images, dim)`), text_embeds (`torch.Tensor` of shape `(num_texts,
-            dim)`): normalized.
-        temperature (`float` or `torch.Tensor` of one element)
-        image_ids (`torch.LongTensor` of shape `(num_images,)`), text_image_ids (`torch.LongTensor` of shape
-            `(num_texts,)`): the id of each image, and of each text's image.
-        teacher ([`TeacherOutput`], *optional*), teacher_weight (`float`, *optional*, defaults to 0.0): the candidates
+            dim)`): Normalized features.
+        image_ids, text_image_ids (`torch.LongTensor`): The id of each image, and of each text's image.
+        teacher ([`TeacherOutput`], *optional*), teacher_weight (`float`, *optional*, defaults to 0.0): The candidates
             are then the teacher's features, see `retrieval_loss`.
-
-    Returns:
-        `torch.Tensor` of shape `()`, float32 or wider.
     """
     if teacher is None:
         image_counts, text_counts = row_counts(image_ids, text_image_ids)
@@ -213,13 +204,11 @@ def hard_negative_indices(
 
     Args:
         logits (`torch.Tensor` of shape `(num_queries, num_candidates)`)
-        same_image (`torch.BoolTensor` of shape `(num_queries, num_candidates)`): candidates that are never drawn.
-        generator (`torch.Generator`, *optional*): by default PyTorch's global one.
+        same_image (`torch.BoolTensor` of shape `(num_queries, num_candidates)`): Candidates that are never drawn.
 
     Returns:
-        `torch.LongTensor` of shape `(num_queries,)`: the drawn candidates.
-        `torch.BoolTensor` of shape `(num_queries,)`: False if all candidates are of the query's image. The drawn
-        candidate is then no negative; mask that row's loss.
+        The drawn candidates, `(num_queries,)`, and a mask of the same shape. It is False if all candidates are of the
+        query's image. The drawn candidate is then no negative; mask that row's loss.
     """
     noise = -torch.empty_like(logits).exponential_(generator=generator).log()
     noisy_logits = (logits.detach() + noise).masked_fill(same_image, float("-inf"))
@@ -235,8 +224,7 @@ def matching_pairs(
     Args:
         logits (`torch.Tensor` of shape `(T, T)`): entry (i, j) is the similarity of text i and the image of pair j. An
             image in several pairs can be drawn from each of them.
-        image_ids (`torch.LongTensor` of shape `(T,)`): image id of each pair.
-        generator (`torch.Generator`, *optional*): by default PyTorch's global one.
+        image_ids (`torch.LongTensor` of shape `(T,)`): Image id of each pair.
     """
     same_image = image_ids[:, None] == image_ids
     negative_images, found = hard_negative_indices(logits, same_image, generator)
@@ -332,10 +320,8 @@ def masked_language_loss(
 
     Args:
         logits, teacher_logits (`torch.Tensor` of shape `(num_texts, text_length, vocab_size)`)
-        labels (`torch.LongTensor` of shape `(num_texts, text_length)`): -100 for tokens that are not masked.
-
-    Returns:
-        `torch.Tensor` of shape `()`, float32. It is 0 if no token is masked.
+        labels (`torch.LongTensor` of shape `(num_texts, text_length)`): -100 for tokens that are not masked. If there
+            is no other, the loss is 0.
     """
     log_probabilities = logits.float().log_softmax(dim=-1)
     masked = labels != -100

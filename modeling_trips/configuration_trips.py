@@ -269,17 +269,6 @@ class TripsVisionConfig(PreTrainedConfig):
         keep_rates = _one_per_layer("keep_rate", self.keep_rate, self.selection_layers)
         return SelectionSchedule(tuple(self.selection_layers), tuple(map(LayerSelection, guidances, keep_rates)))
 
-    def parse_schedule(self, text: str) -> SelectionSchedule:
-        """
-        Read a schedule for this tower from its text form.
-
-        Raises:
-            ValueError: The text has another form, or a layer does not exist.
-        """
-        schedule = SelectionSchedule.parse(text)
-        schedule.check_fits(self.num_hidden_layers)
-        return schedule
-
     @property
     def patch_shape(self) -> tuple[int, int]:
         """Height and width of a patch in pixels."""
@@ -609,12 +598,7 @@ class TripsConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be {needed} with `fusion_type={fusion.fusion_type!r}`, got {value}.")
 
     def check_start_token(self):
-        """
-        Check the start token of the heads that write.
-
-        Raises:
-            ValueError: The start token is outside of the decoder's vocabulary.
-        """
+        """Raise a `ValueError` if the start token of the heads that write is outside of the decoder's vocabulary."""
         start, vocab_size = self.decoder_start_token_id, self.decoder_config.vocab_size
         if start is not None and not 0 <= start < vocab_size:
             raise ValueError(

@@ -33,7 +33,14 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
 
 from .configuration_trips import SelectionSchedule, TripsConfig, TripsDecoderConfig
-from .modeling_trips_text import CACHE_NAME, TripsDecoder, TripsFusionModel, TripsLMHead, TripsTextModel
+from .modeling_trips_text import (
+    CACHE_NAME,
+    TripsDecoder,
+    TripsFusionModel,
+    TripsLMHead,
+    TripsTextModel,
+    accept_former_cache_name,
+)
 from .modeling_trips_vision import (
     SHARED_ARGS,
     TripsImageCache,
@@ -429,6 +436,7 @@ class TripsForConditionalGeneration(TripsWritingModel, GenerationMixin):
 
     @can_return_tuple
     @auto_docstring(custom_intro=SEQ2SEQ_EXAMPLE, custom_args=SHARED_ARGS + SEQ2SEQ_ARGS)
+    @accept_former_cache_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,

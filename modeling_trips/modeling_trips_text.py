@@ -34,6 +34,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -53,6 +54,9 @@ from .patch_selection import Keys, gather_tokens
 
 # Name of the keys and values in `generate` and in outputs: "cache" since Transformers 5.24.
 CACHE_NAME = "cache" if "cache" in Seq2SeqLMOutput.__dataclass_fields__ else "past_key_values"
+# Decorator of `forward` that warns of the former name, where `generate` uses the new one.
+warn_of_former_cache_name = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+accept_former_cache_name = warn_of_former_cache_name if CACHE_NAME == "cache" else lambda forward: forward
 
 
 def class_states(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -321,19 +325,6 @@ class TripsConnectedLayer(TripsTextLayer):
         return text_states, encoder_hidden_states + image_states
 
 
-class TripsTextStack(nn.Module):
-    """BERT's layers, under the name `layer`."""
-
-    def __init__(self, config: TripsTextConfig):
-        super().__init__()
-        self.layer = nn.ModuleList(TripsTextLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
-
-    def forward(self, hidden_states: torch.Tensor, keys: Keys, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
-        for layer in self.layer:
-            hidden_states = layer(hidden_states, keys=keys, **kwargs)
-        return hidden_states
-
-
 class TripsCrossStack(nn.Module):
     """Layers with cross-attention, under the name `layer`. Those at `connected_layers` join their inputs (mPLUG)."""
 
@@ -424,7 +415,8 @@ class TripsTextModel(TripsPreTrainedModel):
     def __init__(self, config: TripsTextConfig):
         super().__init__(config)
         self.embeddings = TripsTextEmbeddings(config)
-        self.encoder = TripsTextStack(config)
+        layers = nn.ModuleList(TripsTextLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
+        self.encoder = nn.ModuleDict({"layer": layers})  # BERT's names
         self.post_init()
 
     @merge_with_config_defaults
@@ -440,7 +432,8 @@ class TripsTextModel(TripsPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         hidden_states = self.embeddings(input_ids, token_type_ids, inputs_embeds, attention_mask=attention_mask)
         extended_mask = bidirectional_mask(self.config, attention_mask, inputs_embeds=hidden_states)
-        hidden_states = self.encoder(hidden_states, Keys(extended_mask), **kwargs)
+        for layer in self.encoder["layer"]:
+            hidden_states = layer(hidden_states, keys=Keys(extended_mask), **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states, pooler_output=self.pooled(hidden_states, attention_mask)
         )
@@ -564,6 +557,7 @@ class TripsDecoder(TripsPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs
     @auto_docstring
+    @accept_former_cache_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The TRIPS for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
 """
 Pipelines for visual question answering and image captioning.
 

@@ -282,6 +282,7 @@ class TripsVisionConfig(PreTrainedConfig):
         return height // patch_height, width // patch_width
 
     def validate_architecture(self):
+        self.schedule.check_fits(self.num_hidden_layers)
         _validate_heads(self)
         height, width = _as_pair("image_size", self.image_size)
         patch_height, patch_width = self.patch_shape
@@ -295,9 +296,6 @@ class TripsVisionConfig(PreTrainedConfig):
                 "`patch_size` must be a power of two above 1 with `patch_embedding_type='convolutional'`, "
                 f"got {self.patch_size}."
             )
-
-    def validate_selection(self):
-        self.schedule.check_fits(self.num_hidden_layers)
 
 
 @auto_docstring(custom_intro="Configuration of a [`TripsTextModel`]: the BERT layers that see only the text.")

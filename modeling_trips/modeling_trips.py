@@ -255,24 +255,11 @@ class TripsModel(TripsPreTrainedModel):
         [(1, 32), (1, 17)]
         ```
         """
-        text_output = self.text_model(
-            input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
-        outputs = self.fuse(
-            text_output.last_hidden_state,
-            attention_mask=attention_mask,
-            pixel_values=pixel_values,
-            image_index=image_index,
-            image_cache=image_cache,
-            regions=regions,
-            output_cls_attention=output_cls_attention,
-            schedule=schedule,
-            **kwargs,
-        )
+        texts = {"input_ids": input_ids, "token_type_ids": token_type_ids, "inputs_embeds": inputs_embeds}
+        images = {"pixel_values": pixel_values, "image_index": image_index, "image_cache": image_cache}
+        options = {"regions": regions, "output_cls_attention": output_cls_attention, "schedule": schedule}
+        text_output = self.text_model(attention_mask=attention_mask, **texts, **kwargs)
+        outputs = self.fuse(text_output.last_hidden_state, attention_mask, **images, **options, **kwargs)
         outputs.text_model_output = text_output
         return outputs
 

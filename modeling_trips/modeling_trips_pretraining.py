@@ -164,8 +164,7 @@ def contrastive_loss(
     retrieval.
 
     The candidates come from all processes. The loss of a process is the sum over its rows, divided by the mean number
-    of rows per process. The mean of the processes' losses and gradients then equals that of one process with the whole
-    batch, also for unequal numbers of images.
+    of rows per process, for the reason that `mean_count` gives.
 
     Args:
         image_embeds (`torch.Tensor` of shape `(num_images, dim)`), text_embeds (`torch.Tensor` of shape `(num_texts,
@@ -527,15 +526,8 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         if text_states is None:
             text_states = self.model.text_model(input_ids, attention_mask, token_type_ids, **kwargs).last_hidden_state
         text_states, attention_mask = select_rows(text_states, text_index), select_rows(attention_mask, text_index)
-        fused = self.model.fuse(
-            text_states,
-            attention_mask=attention_mask,
-            pixel_values=pixel_values,
-            image_index=image_index,
-            image_cache=image_cache,
-            schedule=schedule,
-            **kwargs,
-        )
+        images = {"pixel_values": pixel_values, "image_index": image_index, "image_cache": image_cache}
+        fused = self.model.fuse(text_states, attention_mask, schedule=schedule, **images, **kwargs)
         return TripsMatchingOutput(
             itm_logits=self.itm_head(class_states(fused.last_hidden_state, attention_mask)),
             selection=fused.selection,
@@ -843,14 +835,8 @@ class TripsForPreTraining(TripsContrastiveModel, TripsWritingModel):
         Return the scores of the masked texts' tokens, `(num_texts, text_length, vocab_size)`. Arguments as in
         `forward`; `image_cache` is the result of `model.encode_images`.
         """
-        fused = self.model(
-            mlm_input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            image_index=image_index,
-            image_cache=image_cache,
-            **kwargs,
-        )
+        masked = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        fused = self.model(mlm_input_ids, **masked, image_index=image_index, image_cache=image_cache, **kwargs)
         return self.mlm_score(fused.last_hidden_state)
 
     def continuation_logits(
@@ -867,14 +853,8 @@ class TripsForPreTraining(TripsContrastiveModel, TripsWritingModel):
         Return the scores of each label given the labels before it, `(num_texts, label_length, vocab_size)`. Arguments
         as in `forward` and `masked_token_logits`.
         """
-        fused = self.model(
-            prompt_input_ids,
-            attention_mask=prompt_attention_mask,
-            image_index=image_index,
-            image_cache=image_cache,
-            schedule=schedule,
-            **kwargs,
-        )
+        images = {"image_index": image_index, "image_cache": image_cache, "schedule": schedule}
+        fused = self.model(prompt_input_ids, attention_mask=prompt_attention_mask, **images, **kwargs)
         decoded = self.decoder(
             self.prepare_decoder_input_ids_from_labels(labels),
             encoder_hidden_states=fused.last_hidden_state,

@@ -583,7 +583,7 @@ class TripsConfig(PreTrainedConfig):
 
     def validate_parts(self):
         text, vision, fusion = self.text_config, self.vision_config, self.fusion_encoder_config
-        fields = [("fusion_encoder_config.hidden_size", fusion.hidden_size, text.hidden_size)]
+        fields: list[tuple] = [("fusion_encoder_config.hidden_size", fusion.hidden_size, text.hidden_size)]
         if fusion.fusion_type == "single_stream":
             fields += [
                 ("text_config.num_hidden_layers", text.num_hidden_layers, 0),

@@ -18,7 +18,6 @@ from .configuration_trips import TripsConfig  # isort: skip
 import base64
 import os
 import re
-from numbers import Integral
 
 import numpy as np
 import torch
@@ -138,7 +137,7 @@ def check_images_of_texts(images: list | None, text: str | list[str] | None, ima
         raise ValueError(f"`image_index` must be a list, one entry per text ({num_texts}), got {image_index!r:.200}.")
     for position, entry in enumerate(image_index):
         for index in entry if isinstance(entry, (list, tuple)) else [entry]:
-            if not (isinstance(index, Integral) and 0 <= index < num_images):
+            if not (isinstance(index, (int, np.integer)) and 0 <= index < num_images):
                 raise ValueError(f"`image_index[{position}]` must be integers in [0, {num_images - 1}], got {entry}.")
 
 

@@ -212,7 +212,7 @@ class TripsVisionConfig(PreTrainedConfig):
         Share of the dropped tokens, drawn at random, that run beside the kept ones in training, so that the loss
         teaches the scores of the last selection layer which tokens it misses: see [`attend`]. If a text
         scores that layer, the kept ones are drawn by their scores in training ([`draw_kept`]); they are the best in
-        evaluation. The loss is that of the kept tokens alone. 0 turns the gate off; `"random"` scores cannot learn.
+        evaluation. The loss is that of the kept tokens alone. 0 turns the gate off, as `"random"` needs.
     guidance_hidden_size (`int`, *optional*):
         Width of the text guidance. A `selection_projection` layer is added only if it differs from `hidden_size`.
         `None` means `hidden_size`; [`TripsConfig`] sets it to the width of its text encoder.

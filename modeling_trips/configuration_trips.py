@@ -269,6 +269,12 @@ class TripsVisionConfig(PreTrainedConfig):
         keep_rates = _one_per_layer("keep_rate", self.keep_rate, self.selection_layers)
         return SelectionSchedule(tuple(self.selection_layers), tuple(map(LayerSelection, guidances, keep_rates)))
 
+    def parse_schedule(self, text: str) -> SelectionSchedule:
+        """Read a schedule for this tower from its text form. A `ValueError` tells if a layer does not exist."""
+        schedule = SelectionSchedule.parse(text)
+        schedule.check_fits(self.num_hidden_layers)
+        return schedule
+
     @property
     def patch_shape(self) -> tuple[int, int]:
         """Height and width of a patch in pixels."""

@@ -15,7 +15,7 @@ from prometheus_client import Counter, Gauge
 from starlette.exceptions import HTTPException
 
 from modeling_trips import (
-    SelectionSchedule,
+    UNPRUNED,
     TripsForConditionalGeneration,
     TripsForQuestionAnswering,
     TripsImageCache,
@@ -83,10 +83,9 @@ class Engine:
         self.decoder = IsolatedDecoder(DECODERS)
         self._tokenizer_lock = Lock()  # fast tokenizers are not thread-safe
         self.model = self._load()
-        schedules = {name: SelectionSchedule.parse(text or "unpruned") for name, text in settings.schedules.items()}
-        for schedule in schedules.values():
-            schedule.check_fits(self.model.config.vision_config.num_hidden_layers)
-        self.schedules: dict[str, SelectionSchedule | None] = {**schedules, DEFAULT: None}
+        parse = self.model.config.vision_config.parse_schedule
+        self.schedules = {name: parse(text) if text else UNPRUNED for name, text in settings.schedules.items()}
+        self.schedules[DEFAULT] = None
         self.processor = load_processor(settings.model, self.model.config, settings.revision)
         parts = {"model": self.model, "processor": self.processor, "device": self.model.device}
         if isinstance(self.model, TripsForQuestionAnswering):

@@ -243,7 +243,9 @@ def test_requests_of_clients_that_left_are_not_computed(tmp_path):
         for connection in leaving:
             connection.close()
         assert service.post("answer", ask("blue")).status_code == 200
-        assert service.metric("trips_requests_in_progress") == 0  # nothing waits behind them
+        until = time.monotonic() + 5  # nothing waits behind them: their questions would take longer
+        while service.metric("trips_requests_in_progress") > 0:
+            assert time.monotonic() < until
 
 
 def test_random_requests_from_the_openapi_document(service, tmp_path):

@@ -17,12 +17,12 @@ from trips_examples.training.parser import make_parser, run_script
 
 
 CHECKPOINT = Path(__file__).parent / "trips-tiny-scenes"
-SCENE = Path(__file__).parent / "scene.png"  # test scene 34 of seed 0
+SCENE = Path(__file__).parent / "scene.png"  # test scene 54 of seed 0
 QUESTIONS = [
+    "what mark is on the red circle?",
+    "what mark is on the red square?",
     "what color is the cross?",
-    "what shape is the green one?",
-    "is there a cyan square?",
-    "is there a purple square?",
+    "is there a pink circle?",
 ]
 
 

@@ -298,11 +298,11 @@ Example:
 
 >>> processor = TripsProcessor.from_pretrained("examples/trips-tiny-scenes")
 >>> model = TripsForQuestionAnswering.from_pretrained("examples/trips-tiny-scenes")
->>> image = Image.open("examples/scene.png")  # seven shapes, one of them a pink cross
+>>> image = Image.open("examples/scene.png")  # eight shapes, one of them a purple cross
 >>> inputs = processor(images=image, text="what color is the cross?", return_tensors="pt")
 >>> processor.post_process_answers(model.generate(**inputs))
-['pink']
->>> loss = model(**inputs, labels=processor.encode_answers(["pink"])).loss
+['purple']
+>>> loss = model(**inputs, labels=processor.encode_answers(["purple"])).loss
 ```
 """
 

@@ -130,7 +130,7 @@ def test_documented_client(service, monkeypatch, capsys):
     (client,) = [block for block in document.blocks("python") if "httpx" in block]
     monkeypatch.chdir(ROOT)
     exec(client.replace("127.0.0.1:3000", f"127.0.0.1:{service.port}"), {})
-    assert [line.split()[-2] for line in capsys.readouterr().out.splitlines()] == ["pink", "yes"]
+    assert [line.split()[-2] for line in capsys.readouterr().out.splitlines()] == ["purple", "no"]
 
 
 def test_other_places_and_methods(service):

@@ -15,23 +15,22 @@ import os
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from trips_examples.data.source import option
 from trips_examples.training.parser import make_parser, run_script
 
 
 @dataclass
 class AppArguments:
-    model: str = field(
-        default=os.environ.get("TRIPS_MODEL", str(Path(__file__).with_name("trips-tiny-scenes"))),
-        metadata={"help": "A checkpoint: folder, or name on the Hub. On a Space: the variable TRIPS_MODEL."},
+    model: str = option(
+        os.environ.get("TRIPS_MODEL", str(Path(__file__).with_name("trips-tiny-scenes"))),
+        "A checkpoint: folder, or name on the Hub. On a Space: the variable TRIPS_MODEL.",
     )
-    max_megabytes: int = field(default=10, metadata={"help": "Largest file that can be uploaded."})
-    host: str | None = field(
-        default=None, metadata={"help": "Address to listen on. Default: GRADIO_SERVER_NAME, or else 127.0.0.1."}
-    )
-    port: int | None = field(default=None, metadata={"help": "Default: the first free one from 7860."})
+    max_megabytes: int = option(10, "Largest file that can be uploaded.")
+    host: str | None = option(None, "Address to listen on. Default: GRADIO_SERVER_NAME, or else 127.0.0.1.")
+    port: int | None = option(None, "Default: the first free one from 7860.")
 
 
 OPTIONS = make_parser(AppArguments, description=__doc__)

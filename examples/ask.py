@@ -4,35 +4,34 @@ Ask a trained model about an image, draw the patches that it keeps, and compare 
 
     python examples/ask.py                                      # what `make try` runs: a test scene
     python examples/ask.py --image picture.png --question "what color is the circle?" "is there a red circle?"
-    python examples/ask.py --model demo/model                   # after `make demo`; exported folders work, too
+    python examples/ask.py --model demo/model                   # after `make demo`
 """
 
 import trips_examples  # noqa: F401  # isort: skip
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from trips_examples.data.source import option
 from trips_examples.training.parser import make_parser, run_script
 
 
 CHECKPOINT = Path(__file__).parent / "trips-tiny-scenes"
-SCENE = Path(__file__).parent / "scene.png"  # test scene 34 of seed 0
+SCENE = Path(__file__).parent / "scene.png"  # test scene 54 of seed 0
 QUESTIONS = [
+    "what mark is on the red circle?",
+    "what mark is on the red square?",
     "what color is the cross?",
-    "what shape is the green one?",
-    "is there a cyan square?",
-    "is there a purple square?",
+    "is there a pink circle?",
 ]
 
 
 @dataclass
 class AskArguments:
-    model: str = field(
-        default=str(CHECKPOINT), metadata={"help": "Checkpoint or exported model that answers questions."}
-    )
-    image: str = field(default=str(SCENE), metadata={"help": "An image. Default: a busy scene of the test split."})
-    question: list[str] = field(default_factory=lambda: list(QUESTIONS), metadata={"help": "One or more questions."})
-    picture: str = field(default="outputs/kept_patches.png", metadata={"help": "Drawing of the kept patches."})
+    model: str = option(str(CHECKPOINT), "Checkpoint that answers questions: a folder, or a name on the Hub.")
+    image: str = option(str(SCENE), "An image. Default: a busy scene of the test split.")
+    question: list[str] = option(QUESTIONS, "One or more questions.")
+    picture: str = option("outputs/kept_patches.png", "Drawing of the kept patches.")
 
     def check_files(self):
         if not Path(self.image).is_file():
@@ -58,7 +57,7 @@ from modeling_trips import (
     TripsVisualQuestionAnsweringPipeline,
 )
 from modeling_trips.inspection import plot_selection
-from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint, load_processor
+from modeling_trips.inspection.checkpoints import load_checkpoint, load_processor
 from modeling_trips.inspection.speed import seconds_in_turns
 from modeling_trips.processing_trips import read_image
 
@@ -70,14 +69,6 @@ SAME_WEIGHTS_NOTE = (
 )
 
 
-def load_model(checkpoint: str) -> TripsForQuestionAnswering:
-    if not is_exported(checkpoint):
-        return load_checkpoint(checkpoint, [TripsForQuestionAnswering])
-    from modeling_trips.export import load_exported  # an extra
-
-    return load_exported(checkpoint, [TripsForQuestionAnswering])
-
-
 def answers_of(
     model: TripsForQuestionAnswering,
     processor: TripsProcessor,
@@ -87,9 +78,8 @@ def answers_of(
 ) -> list[dict]:
     """Return the best answer to each question: `answer` and `score`, its probability."""
     answerer = TripsVisualQuestionAnsweringPipeline(model=model, processor=processor)
-    inputs = dict(processor(images=image, text=questions, image_index=[0] * len(questions), return_tensors="pt"))
-    inputs |= {"schedule": schedule} if schedule else {}
-    return [best for best, *_ in answerer.forward({"inputs": inputs}, top_k=1)["outputs"]]
+    inputs = processor(images=image, text=questions, image_index=[0] * len(questions), return_tensors="pt")
+    return [best for best, *_ in answerer.forward({"inputs": {**inputs, "schedule": schedule}}, top_k=1)["outputs"]]
 
 
 @torch.no_grad()
@@ -103,8 +93,8 @@ def draw_selection(
     schedule: SelectionSchedule | None = None,
 ) -> Figure:
     """Draw the patches of the image that each question keeps in each selection layer."""
-    inputs = dict(processor(images=image, text=questions, image_index=[0] * len(questions), return_tensors="pt"))
-    selection = model.model(**inputs, **({"schedule": schedule} if schedule else {})).selection
+    inputs = processor(images=image, text=questions, image_index=[0] * len(questions), return_tensors="pt")
+    selection = model.model(**inputs, schedule=schedule).selection
     sizes = [(image.height, image.width)] * len(questions)
     boxes = [list(layers) for layers in zip(*(processor.patch_boxes(kept.kept_indices, sizes) for kept in selection))]
     num_patches = selection[0].scores.shape[1]
@@ -134,28 +124,24 @@ def main(argv: list[str] | None = None):
         image = read_image(args.image)
     except (OSError, ValueError) as error:
         raise ValueError(f"--image {args.image}: {error}") from error
-    model = load_model(args.model)
+    model = load_checkpoint(args.model, [TripsForQuestionAnswering])
     processor = load_processor(args.model, model.config)
     schedule = model.config.vision_config.schedule.by_layer
-    is_compared = bool(schedule) and not is_exported(args.model)
 
     print(f"Asked about {args.image if args.image != str(SCENE) else 'a scene of seven shapes'}:")
     found = answers_of(model, processor, image, args.question)
-    others = answers_of(model, processor, image, args.question, UNPRUNED) if is_compared else [None] * len(found)
+    others = answers_of(model, processor, image, args.question, UNPRUNED) if schedule else [None] * len(found)
     for question, own, other in zip(args.question, found, others):
         compared = f"{SAME_WEIGHTS}: {other['answer']} ({other['score']:.1%})" if other else ""
         print(f"  {question:<40} {own['answer']} ({own['score']:.1%})".ljust(64) + compared)
-    if is_compared:
-        print(SAME_WEIGHTS_NOTE)
-    elif schedule:
-        print("The schedule of an exported model is fixed: there is no comparison with keep rate 1.0.")
     if schedule:
+        print(SAME_WEIGHTS_NOTE)
         rates = (
             f"{selection.keep_rate:.0%} of the tokens after layer {layer}" for layer, selection in schedule.items()
         )
         draw_selection(model, processor, image, args.question, [best["answer"] for best in found], args.picture)
         print(f"It keeps {', '.join(rates)}. Which patches: {args.picture}")
-    print_times(model, processor(images=image, text=args.question[0], return_tensors="pt"), is_compared)
+    print_times(model, processor(images=image, text=args.question[0], return_tensors="pt"), bool(schedule))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import trips_examples  # noqa: F401  # isort: skip
 import sys
 from dataclasses import asdict, dataclass, field
 
+from trips_examples.data.source import option
 from trips_examples.training.options import DataArguments, ModelArguments
 from trips_examples.training.parser import make_parser, run_script
 
@@ -24,7 +25,7 @@ MAX_SHOWN = 20  # faults to print
 @dataclass
 class CheckArguments:
     task: str = field(metadata={"help": "Task of the data.", "choices": ["vqa", "captions", "nlvr2", "grounding"]})
-    output_json: str | None = field(default=None, metadata={"help": "JSON file for the report."})
+    output_json: str | None = option(None, "JSON file for the report.")
 
 
 OPTIONS = make_parser(CheckArguments, ModelArguments, DataArguments, description=__doc__)

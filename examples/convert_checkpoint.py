@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from trips_examples.training.options import one_or_several
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.parser import make_parser, option, run_script
 
 
 PER_LAYER = ("keep_rate", "selection_guidance")  # one for all selection layers, or one per layer
@@ -32,50 +32,30 @@ class ConvertArguments:
         }
     )
     output_dir: str = field(metadata={"help": "Folder to write. It must not exist yet."})
-    task: str | None = field(
-        default=None,
-        metadata={
-            "help": "Of pretraining, retrieval, question-answering. Default: what the checkpoint was trained for. A "
-            "pre-trained ALBEF can be made ready to be fine-tuned for each of them."
-        },
+    task: str | None = option(
+        None, "ALBEF: pretraining, retrieval or question-answering. Default: what it was trained for."
     )
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "Default: bert-base-uncased for ALBEF, the checkpoint's own for the others."}
+    tokenizer: str | None = option(None, "Default: bert-base-uncased for ALBEF, the checkpoint's own for the others.")
+    image_size: int | None = option(None, "Height and width in pixels. Default: the checkpoint's.")
+    num_attention_heads: int | None = option(
+        None, "Of ALBEF, whose file does not tell. Default: as many as are 64 wide."
     )
-    image_size: int | None = field(
-        default=None, metadata={"help": "Height and width in pixels. Default: the checkpoint's."}
+    selection_layers: list[int] | None = option(
+        None, "ViT layers that select patches, numbered from 1: --selection_layers 5 10"
     )
-    num_attention_heads: int | None = field(
-        default=None, metadata={"help": "Of ALBEF, whose file does not tell. Default: as many as are 64 wide."}
+    keep_rate: list[float] | None = option(
+        None, "Share of the tokens kept: one rate, or one per layer. 1.0: no selection."
     )
-    depths: list[int] | None = field(
-        default=None,
-        metadata={
-            "help": "Layers (vision, text, fusion, decoder) of a model of ALBEF's code in another size. Default: 12 6 "
-            "6 6, which all files of ALBEF's authors have."
-        },
-    )
-    selection_layers: list[int] | None = field(
-        default=None, metadata={"help": "ViT layers that select patches, numbered from 1: --selection_layers 5 10"}
-    )
-    keep_rate: list[float] | None = field(
-        default=None, metadata={"help": "Share of the tokens kept: one rate, or one per layer. 1.0: no selection."}
-    )
-    selection_guidance: list[str] | None = field(
-        default=None,
-        metadata={"help": "What selects: text, image or random; one, or one per selection layer, as in image text."},
+    selection_guidance: list[str] | None = option(
+        None, "What selects: text, image or random; one, or one per selection layer, as in image text."
     )
 
     def __post_init__(self):
         if Path(self.output_dir).exists():
             raise ValueError(f"--output_dir {self.output_dir} exists. Choose another one, or remove it first.")
-        if (
-            Path(self.checkpoint).suffix in (".pth", ".pt", ".bin", ".safetensors")
-            and not Path(self.checkpoint).is_file()
-        ):
+        is_file_name = Path(self.checkpoint).suffix in (".pth", ".pt", ".bin", ".safetensors")
+        if is_file_name and not Path(self.checkpoint).is_file():
             raise ValueError(f"--checkpoint {self.checkpoint}: there is no such file.")
-        if self.depths is not None and len(self.depths) != 4:
-            raise ValueError(f"--depths takes 4 numbers, got {self.depths}.")
 
     def options(self) -> dict:
         """Return the given options of `convert_published`."""

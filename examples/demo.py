@@ -55,7 +55,7 @@ import transformers
 
 from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsProcessor
 from modeling_trips.inspection.provenance import provenance
-from modeling_trips.publishing.model_card import CardArguments, make_model_card
+from modeling_trips.publishing import make_model_card
 from trips_examples import ask
 from trips_examples.data.busy_scenes import KINDS
 from trips_examples.data.vocabulary import BUNDLED_WORDS
@@ -157,11 +157,18 @@ def publish(source: Path, folder: Path, args: DemoArguments, command: str):
         DataArguments("busy_scenes", validation_scenes=8, test_scenes=args.test_scenes),
         TripsTrainingArguments(output_dir=str(evaluated), do_train=False, do_eval=False),
     )
-    card_args = CardArguments(
-        license="apache-2.0", language=["en"], datasets=["busy scenes"], eval_dataset="busy scenes", command=command
+    card = make_model_card(
+        model,
+        processor,
+        folder.as_posix(),
+        results=evaluated / "test_results.json",
+        with_code=False,
+        datasets=["busy scenes"],
+        eval_dataset="busy scenes",
+        command=command,
+        license="apache-2.0",
+        language=["en"],
     )
-    results = evaluated / "test_results.json"
-    card = make_model_card(model, processor, folder.as_posix(), card_args, results=results, with_code=False)
     card.save(folder / "README.md")
     print(f"Shipped: {folder}")
 

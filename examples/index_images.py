@@ -25,7 +25,6 @@ if __name__ == "__main__":
 from collections import Counter
 
 import transformers
-from tqdm.auto import tqdm
 
 from trips_examples.data.shards import hub_shards
 from trips_examples.indexing import table as tables
@@ -52,13 +51,13 @@ def main(argv: list[str] | None = None):
         if table.count_rows(retried):
             table.delete(retried)
         start_ray(args)
-        for number, fault in enumerate(embed_images(table, shards, args)):
-            if number < NAMED:
-                tqdm.write(fault)
+        embed_images(table, shards, args)
         table = tables.open_table(args.table, fingerprint)
         outcome = tables.build_index(table, args.index_from)
-        errors = table.to_table(columns=["error"], filter="error IS NOT NULL")["error"].to_pylist()
-    faults = Counter(error.partition(" (")[0] for error in errors)
+        broken = table.to_table(columns=["source", "error"], filter="error IS NOT NULL").to_pylist()
+    for row in broken[:NAMED]:
+        print(f"{row['source']}: {row['error']}")
+    faults = Counter(row["error"].partition(" (")[0] for row in broken)
     num_usable = table.count_rows() - faults.total()
     reasons = ", ".join(f"{reason}: {count}" for reason, count in faults.most_common())
     reasons = f" ({reasons})" if reasons else ""

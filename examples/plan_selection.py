@@ -10,54 +10,38 @@ vision tower among the texts of an image. They are counted, not measured.
 
 import trips_examples  # noqa: F401  # isort: skip
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from trips_examples.data.source import option
 from trips_examples.training.parser import make_parser, run_script
 
 
 @dataclass
 class PlanArguments:
-    model: str | None = field(default=None, metadata={"help": "Checkpoint: a folder, or a name on the Hub."})
-    preset: str | None = field(default=None, metadata={"help": "Size in place of a checkpoint: tiny, small or base."})
-    schedule: list[str] = field(
-        default_factory=list, metadata={"help": "Schedules to count, as in 2:text:0.02. Default: propose some."}
-    )
-    image_size: int | None = field(default=None, metadata={"help": "Pixels per side. Default: the model's own."})
-    texts_per_image: list[int] = field(
-        default_factory=lambda: [1], metadata={"help": "Texts per image; the budget holds for each number."}
-    )
-    text_length: int = field(default=40, metadata={"help": "Tokens per text."})
-    budget: float = field(default=0.9, metadata={"help": "Largest share of the unpruned cost."})
-    num_rows: int = field(default=12, metadata={"help": "Number of proposed schedules."})
+    model: str | None = option(None, "Checkpoint: a folder, or a name on the Hub.")
+    preset: str | None = option(None, "Size in place of a checkpoint: tiny, small or base.")
+    schedule: list[str] = option([], "Schedules to count, as in 2:text:0.02. Default: propose some.")
+    image_size: int | None = option(None, "Pixels per side. Default: the model's own.")
+    texts_per_image: list[int] = option([1], "Texts per image; the budget holds for each number.")
+    text_length: int = option(40, "Tokens per text.")
+    budget: float = option(0.9, "Largest share of the unpruned cost.")
 
     def __post_init__(self):
         if (self.model is None) == (self.preset is None):
             raise ValueError("Give either a --model or a --preset.")
-        if self.num_rows < 2:
-            raise ValueError(f"--num_rows must be at least 2, got {self.num_rows}.")
 
 
 OPTIONS = make_parser(PlanArguments, description=__doc__)
 if __name__ == "__main__":
     OPTIONS.check()  # before the imports that take seconds
 
+import torch
+
 from modeling_trips import SelectionSchedule, TripsConfig
 from modeling_trips.inspection.plan import PlannedSchedule, plan_schedules, plan_selection
 
 
-def load_config(args: PlanArguments) -> TripsConfig:
-    config = TripsConfig.from_preset(args.preset) if args.preset else TripsConfig.from_pretrained(args.model)
-    if args.image_size is not None:
-        config.vision_config.image_size = args.image_size
-        config.vision_config.validate()
-    return config
-
-
-def thinned(rows: list[PlannedSchedule], num_rows: int) -> list[PlannedSchedule]:
-    """Return rows at even steps, the first and the last among them."""
-    if len(rows) <= num_rows:
-        return rows
-    return [rows[round(i * (len(rows) - 1) / (num_rows - 1))] for i in range(num_rows)]
+MAX_ROWS = 12  # proposals, at even steps of the cost
 
 
 def print_rows(rows: list[PlannedSchedule]):
@@ -75,7 +59,10 @@ def print_rows(rows: list[PlannedSchedule]):
 
 def main(argv: list[str] | None = None) -> list[PlannedSchedule]:
     (args,) = OPTIONS.parse_args_into_dataclasses(args=argv)
-    config = load_config(args)
+    config = TripsConfig.from_preset(args.preset) if args.preset else TripsConfig.from_pretrained(args.model)
+    if args.image_size is not None:
+        config.vision_config.image_size = args.image_size
+        config.vision_config.validate()
     if args.schedule:
         schedules = [SelectionSchedule.parse(text) for text in args.schedule]
         for schedule in schedules:
@@ -85,7 +72,8 @@ def main(argv: list[str] | None = None) -> list[PlannedSchedule]:
         found = plan_selection(config, args.texts_per_image, args.text_length, args.budget)
         if not found:
             raise ValueError(f"No schedule fits --budget {args.budget}. Give a larger one or fewer --texts_per_image.")
-        rows = thinned(found, args.num_rows)
+        numbers = torch.linspace(0, len(found) - 1, min(MAX_ROWS, len(found))).round()
+        rows = [found[int(number)] for number in numbers]
     print_rows(rows)
     return rows
 

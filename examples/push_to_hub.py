@@ -12,27 +12,25 @@ import trips_examples  # noqa: F401  # isort: skip
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.parser import make_parser, option, run_script
+
+
+FACTS = ("license", "language", "datasets", "eval_dataset", "command")  # for the model card
 
 
 @dataclass
 class PublishArguments:
     model: str = field(metadata={"help": "Folder of a trained model and its processor."})
     repo_id: str = field(metadata={"help": "Repository: user/name or organization/name."})
-    private: bool = field(default=False, metadata={"help": "Create a private repository."})
-    with_handler: bool = field(default=False, metadata={"help": "Add the handler.py that Inference Endpoints run."})
-    output_dir: str | None = field(
-        default=None, metadata={"help": "New or empty folder for the files. Default: a temporary one."}
-    )
-    dry_run: bool = field(default=False, metadata={"help": "Show the files and the card without uploading them."})
-    license: str | None = field(default=None, metadata={"help": "License of the weights, as in apache-2.0."})
-    language: list[str] | None = field(default=None, metadata={"help": "ISO 639 codes of the texts, as in en."})
-    datasets: list[str] | None = field(
-        default=None, metadata={"help": "Training data; an id on the Hub becomes a link."}
-    )
-    eval_dataset: str | None = field(default=None, metadata={"help": "Evaluation data."})
-    eval_split: str | None = field(default=None, metadata={"help": "Evaluation split. Default: that of the results."})
-    command: str | None = field(default=None, metadata={"help": "Command that trained the model."})
+    private: bool = option(False, "Create a private repository.")
+    with_handler: bool = option(False, "Add the handler.py that Inference Endpoints run.")
+    output_dir: str | None = option(None, "New or empty folder for the files. Default: a temporary one.")
+    dry_run: bool = option(False, "Show the files and the card without uploading them.")
+    license: str | None = option(None, "License of the weights, as in apache-2.0.")
+    language: list[str] | None = option(None, "ISO 639 codes of the texts, as in en.")
+    datasets: list[str] | None = option(None, "Training data; an id on the Hub becomes a link.")
+    eval_dataset: str | None = option(None, "Evaluation data.")
+    command: str | None = option(None, "Command that trained the model.")
 
     def __post_init__(self):
         if self.repo_id.count("/") != 1:
@@ -45,15 +43,15 @@ if __name__ == "__main__":
 
 import tempfile
 
-from modeling_trips.publishing import CardArguments, build_repository, publish
+from modeling_trips.publishing import build_repository, publish
 
 
 def main(argv: list[str] | None = None) -> str | None:
     (args,) = OPTIONS.parse_args_into_dataclasses(args=argv)
-    card_args = CardArguments(**{name: getattr(args, name) for name in CardArguments.__dataclass_fields__})
+    facts = {name: getattr(args, name) for name in FACTS}
     with tempfile.TemporaryDirectory() as temporary:
         target = Path(args.output_dir or temporary)
-        files = build_repository(target, Path(args.model), args.repo_id, card_args, args.with_handler)
+        files = build_repository(target, Path(args.model), args.repo_id, args.with_handler, **facts)
         for path in files:
             print(f"{path.stat().st_size:>15,}  {path.relative_to(target).as_posix()}")
         print(f"{sum(path.stat().st_size for path in files):>15,}  bytes in all\n")

@@ -47,8 +47,7 @@ from trips_examples.data.boxes import draw_boxes, sheet
 from trips_examples.data.collators import GroundingCollator
 from trips_examples.data.images import column_of, image_sizes, read_image
 from trips_examples.metrics import GROUNDING_ACCURACY
-from trips_examples.metrics.groups import accuracy_by_group
-from trips_examples.metrics.selection import diagnose_selection
+from trips_examples.metrics.selection import accuracy_by_group, diagnose_selection
 from trips_examples.training.files import write_predictions, write_whole
 from trips_examples.training.models import start_run
 from trips_examples.training.runs import parse_arguments, train_and_evaluate

@@ -28,8 +28,7 @@ from modeling_trips import TripsForQuestionAnswering
 from trips_examples.data.collators import VqaCollator
 from trips_examples.data.images import column_of
 from trips_examples.metrics import VQA_ACCURACY
-from trips_examples.metrics.groups import accuracy_by_group
-from trips_examples.metrics.selection import diagnose_selection
+from trips_examples.metrics.selection import accuracy_by_group, diagnose_selection
 from trips_examples.metrics.texts import lost_signs, measurable_answers, most_tokens, variety
 from trips_examples.metrics.vqa_accuracy import most_common_answer, normalize_answer
 from trips_examples.training.files import texts_of, write_json, write_predictions

@@ -12,14 +12,15 @@ import trips_examples  # noqa: F401  # isort: skip
 
 from dataclasses import dataclass, field
 
-from trips_examples.training.parser import make_parser, option, run_script
+from trips_examples.data.source import option
+from trips_examples.training.parser import make_parser, run_script
 
 
 @dataclass
 class SearchArguments:
     model: str = field(metadata={"help": "The checkpoint or the exported model that made the table."})
     table: str = field(metadata={"help": "The Lance table."})
-    text: list[str] = field(default_factory=list, metadata={"help": "One or more texts to search for."})
+    text: list[str] = option([], "One or more texts to search for.")
     image: str | None = option(None, "An image to search similar ones for, in place of --text.")
     schedule: str | None = option(None, "The --schedule that the table was made with, if any.")
     k: int = option(10, "Number of images for each query.")

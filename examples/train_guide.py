@@ -16,8 +16,9 @@ import trips_examples  # noqa: F401  # isort: skip
 
 from dataclasses import dataclass, field
 
+from trips_examples.data.source import option
 from trips_examples.training.options import DataArguments, RunOptions
-from trips_examples.training.parser import make_parser, option, run_script
+from trips_examples.training.parser import make_parser, run_script
 
 
 TEACHERS = ("regions", "attention", "answers")
@@ -28,13 +29,11 @@ class GuideArguments:
     model: str = field(metadata={"help": "The vision-language model, with its processor."})
     layer: int = option(2, "Tower layer that selects, from 1.")
     keep_rate: float = option(0.11, "Keep rate of the evaluation, and of --teacher answers in training.")
-    teacher: str = option("regions", f"What the guide learns from: {' or '.join(TEACHERS)}.")
+    teacher: str = field(default="regions", metadata={"help": "What the guide learns from.", "choices": TEACHERS})
     selection_gate: float = option(0.2, "Share of the dropped patches that --teacher answers runs, in (0, 1].")
     dtype: str = option("auto", "Data type of the frozen model.")
 
     def __post_init__(self):
-        if self.teacher not in TEACHERS:
-            raise ValueError(f"--teacher must be {' or '.join(TEACHERS)}, got {self.teacher}.")
         if not 0 < self.selection_gate <= 1:
             raise ValueError(f"--selection_gate must be in (0, 1], got {self.selection_gate}.")
 

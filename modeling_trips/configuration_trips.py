@@ -212,8 +212,7 @@ class TripsVisionConfig(PreTrainedConfig):
         Share of the dropped tokens, drawn at random, that run beside the kept ones in training, so that the loss
         teaches the scores of the last selection layer which tokens it misses: see [`attend`]. If a text
         scores that layer, the kept ones are drawn by their scores in training ([`draw_kept`]); they are the best in
-        evaluation. The loss is that of the kept tokens alone. 0 turns the gate off, and so does `"random"` in that
-        layer, whose scores learn nothing.
+        evaluation. The loss is that of the kept tokens alone. 0 turns the gate off, as `"random"` needs.
     guidance_hidden_size (`int`, *optional*):
         Width of the text guidance. A `selection_projection` layer is added only if it differs from `hidden_size`.
         `None` means `hidden_size`; [`TripsConfig`] sets it to the width of its text encoder.
@@ -271,12 +270,7 @@ class TripsVisionConfig(PreTrainedConfig):
         return SelectionSchedule(tuple(self.selection_layers), tuple(map(LayerSelection, guidances, keep_rates)))
 
     def parse_schedule(self, text: str) -> SelectionSchedule:
-        """
-        Read a schedule for this tower from its text form.
-
-        Raises:
-            ValueError: The text has another form, or a layer does not exist.
-        """
+        """Read a schedule for this tower from its text form. A `ValueError` tells if a layer does not exist."""
         schedule = SelectionSchedule.parse(text)
         schedule.check_fits(self.num_hidden_layers)
         return schedule
@@ -294,6 +288,7 @@ class TripsVisionConfig(PreTrainedConfig):
         return height // patch_height, width // patch_width
 
     def validate_architecture(self):
+        self.schedule.check_fits(self.num_hidden_layers)
         _validate_heads(self)
         height, width = _as_pair("image_size", self.image_size)
         patch_height, patch_width = self.patch_shape
@@ -301,24 +296,12 @@ class TripsVisionConfig(PreTrainedConfig):
             raise ValueError(
                 f"`image_size` ({self.image_size}) must be a multiple of `patch_size` ({self.patch_size})."
             )
-        if self.patch_embedding_type == "convolutional":
-            self._validate_stem()
-
-    def _validate_stem(self):
-        height, width = self.patch_shape
-        if height != width or height == 1 or height & (height - 1) != 0:
+        is_power_of_two = patch_height == patch_width > 1 and patch_height & (patch_height - 1) == 0
+        if self.patch_embedding_type == "convolutional" and not is_power_of_two:
             raise ValueError(
                 "`patch_size` must be a power of two above 1 with `patch_embedding_type='convolutional'`, "
                 f"got {self.patch_size}."
             )
-        if self.hidden_size < height // 2:
-            raise ValueError(
-                f"`hidden_size` must be at least {height // 2} with `patch_embedding_type='convolutional'` and "
-                f"`patch_size={self.patch_size}`, got {self.hidden_size}."
-            )
-
-    def validate_selection(self):
-        self.schedule.check_fits(self.num_hidden_layers)
 
 
 @auto_docstring(custom_intro="Configuration of a [`TripsTextModel`]: the BERT layers that see only the text.")
@@ -359,12 +342,6 @@ class TripsTextConfig(PreTrainedConfig):
     def validate_architecture(self):
         _validate_heads(self)
 
-    def validate_token_ids(self):
-        """Refuse padding outside of the vocabulary. Other tokens raise a warning, as in Transformers."""
-        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
-            raise ValueError(f"`pad_token_id` ({self.pad_token_id}) must be below `vocab_size` ({self.vocab_size}).")
-        super().validate_token_ids()
-
 
 @auto_docstring(custom_intro="Configuration of a [`TripsFusionModel`]: text layers that attend to the image tokens.")
 @strict
@@ -390,7 +367,7 @@ class TripsFusionConfig(TripsTextConfig):
 
     encoder_hidden_size: int | None = None
     fusion_type: Literal["cross_attention", "skip_connected", "single_stream"] = "cross_attention"
-    skip_stride: int = 3
+    skip_stride: int = count(default=3)
 
     @property
     def connected_layers(self) -> list[int]:
@@ -405,8 +382,6 @@ class TripsFusionConfig(TripsTextConfig):
         return (self.encoder_hidden_size if self.fusion_type != "skip_connected" else None) or self.hidden_size
 
     def validate_skip_stride(self):
-        if self.skip_stride < 1:
-            raise ValueError(f"`skip_stride` must be at least 1, got {self.skip_stride}.")
         if self.fusion_type == "skip_connected" and not self.connected_layers:
             raise ValueError(
                 f"`skip_stride` ({self.skip_stride}) must be below the `num_hidden_layers` ({self.num_hidden_layers}) "
@@ -612,33 +587,22 @@ class TripsConfig(PreTrainedConfig):
             return copy.deepcopy(value)  # its widths are set, but not those of the argument
         return self.sub_configs_defaults[name].config_class(**{**defaults, **(value or {})})
 
-    def validate_fusion_width(self):
-        if self.fusion_encoder_config.hidden_size != self.text_config.hidden_size:
-            raise ValueError(
-                f"`fusion_encoder_config.hidden_size` ({self.fusion_encoder_config.hidden_size}) must equal "
-                f"`text_config.hidden_size` ({self.text_config.hidden_size})."
-            )
-
-    def validate_single_stream(self):
-        if self.fusion_encoder_config.fusion_type != "single_stream":
-            return
-        text, vision = self.text_config, self.vision_config
-        for name, value, needed in (
-            ("text_config.num_hidden_layers", text.num_hidden_layers, 0),
-            ("text_config.hidden_size", text.hidden_size, vision.hidden_size),
-            ("text_config.pooling_mode", text.pooling_mode, "cls"),
-            ("vision_config.use_pre_layernorm", vision.use_pre_layernorm, False),
-        ):
+    def validate_parts(self):
+        text, vision, fusion = self.text_config, self.vision_config, self.fusion_encoder_config
+        fields: list[tuple] = [("fusion_encoder_config.hidden_size", fusion.hidden_size, text.hidden_size)]
+        if fusion.fusion_type == "single_stream":
+            fields += [
+                ("text_config.num_hidden_layers", text.num_hidden_layers, 0),
+                ("text_config.hidden_size", text.hidden_size, vision.hidden_size),
+                ("text_config.pooling_mode", text.pooling_mode, "cls"),
+                ("vision_config.use_pre_layernorm", vision.use_pre_layernorm, False),
+            ]
+        for name, value, needed in fields:
             if value != needed:
-                raise ValueError(f"`{name}` must be {needed} with `fusion_type='single_stream'`, got {value}.")
+                raise ValueError(f"`{name}` must be {needed} with `fusion_type={fusion.fusion_type!r}`, got {value}.")
 
     def check_start_token(self):
-        """
-        Check the start token of the heads that write.
-
-        Raises:
-            ValueError: The start token is outside of the decoder's vocabulary.
-        """
+        """Raise a `ValueError` if the start token of the heads that write is outside of the decoder's vocabulary."""
         start, vocab_size = self.decoder_start_token_id, self.decoder_config.vocab_size
         if start is not None and not 0 <= start < vocab_size:
             raise ValueError(

@@ -32,7 +32,7 @@ from transformers.pipelines import Pipeline
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
 
-from .configuration_trips import SelectionSchedule, TripsConfig
+from .configuration_trips import SelectionSchedule, TripsConfig, TripsDecoderConfig
 from .modeling_trips_text import (
     CACHE_NAME,
     TripsDecoder,
@@ -255,24 +255,11 @@ class TripsModel(TripsPreTrainedModel):
         [(1, 32), (1, 17)]
         ```
         """
-        text_output = self.text_model(
-            input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
-        outputs = self.fuse(
-            text_output.last_hidden_state,
-            attention_mask=attention_mask,
-            pixel_values=pixel_values,
-            image_index=image_index,
-            image_cache=image_cache,
-            regions=regions,
-            output_cls_attention=output_cls_attention,
-            schedule=schedule,
-            **kwargs,
-        )
+        texts = {"input_ids": input_ids, "token_type_ids": token_type_ids, "inputs_embeds": inputs_embeds}
+        images = {"pixel_values": pixel_values, "image_index": image_index, "image_cache": image_cache}
+        options = {"regions": regions, "output_cls_attention": output_cls_attention, "schedule": schedule}
+        text_output = self.text_model(attention_mask=attention_mask, **texts, **kwargs)
+        outputs = self.fuse(text_output.last_hidden_state, attention_mask, **images, **options, **kwargs)
         outputs.text_model_output = text_output
         return outputs
 
@@ -311,11 +298,11 @@ Example:
 
 >>> processor = TripsProcessor.from_pretrained("examples/trips-tiny-scenes")
 >>> model = TripsForQuestionAnswering.from_pretrained("examples/trips-tiny-scenes")
->>> image = Image.open("examples/scene.png")  # seven shapes, one of them a pink cross
+>>> image = Image.open("examples/scene.png")  # eight shapes, one of them a purple cross
 >>> inputs = processor(images=image, text="what color is the cross?", return_tensors="pt")
 >>> processor.post_process_answers(model.generate(**inputs))
-['pink']
->>> loss = model(**inputs, labels=processor.encode_answers(["pink"])).loss
+['purple']
+>>> loss = model(**inputs, labels=processor.encode_answers(["purple"])).loss
 ```
 """
 
@@ -344,13 +331,36 @@ class TripsSeq2SeqLMOutput(Seq2SeqLMOutput):
     selection: tuple[TripsSelection, ...] | None = None
 
 
+@auto_docstring(custom_intro="Base of the models with a decoder, whose word embeddings are not the text encoder's.")
+class TripsWritingModel(TripsPreTrainedModel):
+    def add_decoder(self, config: TripsDecoderConfig):
+        decoder = TripsDecoder(config)
+        self.lm_head = TripsLMHead(config)
+        self.decoder = decoder  # behind the head, or automatic device maps take `lm_head.decoder` for a part of it
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """Resize the embeddings of the text encoder and of the decoder, and the heads."""
+        size = self.decoder.resize_token_embeddings(*args, **kwargs).num_embeddings
+        self.lm_head.decoder = self._get_resized_lm_head(self.lm_head.decoder, size)
+        return super().resize_token_embeddings(*args, **kwargs)
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
+        """
+        Return the decoder's input for teacher forcing, `(num_labels, label_length)`: the labels shifted right after
+        the start token, with padding in place of -100.
+        """
+        start = torch.full_like(labels[:, :1], self.config.decoder_start_token_id)
+        shifted = torch.cat((start, labels[:, :-1]), dim=1)
+        return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
+
+
 @auto_docstring(
     custom_intro="""
     TRIPS with a text decoder. The text (a prompt, a question, or an empty text) selects the patches and is fused with
     them. The decoder reads the fused states and writes a caption or an answer.
     """
 )
-class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
+class TripsForConditionalGeneration(TripsWritingModel, GenerationMixin):
     auto_classes: ClassVar[tuple[str, ...]] = ("AutoModelForImageTextToText",)
     pipeline_class: ClassVar[type[Pipeline] | None] = TripsImageToTextPipeline
     _tied_weights_keys = {"lm_head.decoder.weight": "decoder.embeddings.word_embeddings.weight"}
@@ -359,9 +369,7 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
         super().__init__(config)
         config.check_start_token()
         self.model = TripsModel(config)
-        decoder = TripsDecoder(config.decoder_config)
-        self.lm_head = TripsLMHead(config.decoder_config)
-        self.decoder = decoder  # behind the head, or automatic device maps take `lm_head.decoder` for a part of it
+        self.add_decoder(config.decoder_config)
         self.generation_config.max_new_tokens = min(MAX_NEW_TOKENS, config.decoder_config.max_position_embeddings)
         self.post_init()
 
@@ -389,12 +397,6 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings):
         self.lm_head.decoder = new_embeddings
 
-    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
-        """Resize the embeddings of the text encoder and of the decoder, which are not tied, and the head."""
-        size = self.decoder.resize_token_embeddings(*args, **kwargs).num_embeddings
-        self.lm_head.decoder = self._get_resized_lm_head(self.lm_head.decoder, size)
-        return super().resize_token_embeddings(*args, **kwargs)
-
     def _validate_model_kwargs(self, model_kwargs: dict):
         super()._validate_model_kwargs(model_kwargs)
         index, image_cache = model_kwargs.get("image_index"), model_kwargs.get("image_cache")
@@ -410,13 +412,6 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
 
     def get_encoder(self, modality: str | None = None):
         return self.model
-
-    def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
-        """
-        Return the decoder's input for teacher forcing, `(num_labels, label_length)`: the labels shifted right after
-        the start token, with padding in place of -100.
-        """
-        return shift_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id)
 
     def text_attention_losses(
         self, encoder_outputs: TripsModelOutput, regions: torch.Tensor, grid_size: tuple[int, int]
@@ -451,6 +446,7 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsSeq2SeqLMOutput:
+        cache = kwargs.pop("past_key_values", cache)  # the name before Transformers 5.24
         is_supervised = self.training and labels is not None and regions is not None and encoder_outputs is None
         # CODEPATH: a weight of 0, the default, leaves the loss out.
         uses_attention_loss = is_supervised and self.config.attention_loss_weight > 0
@@ -461,7 +457,6 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
             encoder_outputs = self.model(attention_mask=attention_mask, **texts, **images, **options, **kwargs)
         elif not isinstance(encoder_outputs, ModelOutput):
             encoder_outputs = TripsModelOutput(last_hidden_state=encoder_outputs[0])
-        cache = kwargs.pop("past_key_values", cache)  # the name before Transformers 5.24
         if labels is not None:
             use_cache = False
             _check_labels(labels, loss_weights, text_index, num_texts=len(encoder_outputs[0]))
@@ -518,7 +513,7 @@ class TripsForConditionalGeneration(TripsPreTrainedModel, GenerationMixin):
             name: None if own is None else (select_rows(own, text_index) * num_tokens).sum() / num_items
             for name, own in text_losses.items()
         }
-        loss = label_loss(logits, labels, loss_weights, num_items)
+        loss = label_loss(logits, labels, num_items, loss_weights)
         weights = [getattr(self.config, f"{name}_weight") for name in means]
         return {"loss": weighted_sum([(1, loss), *zip(weights, means.values())]), **means}
 
@@ -560,13 +555,6 @@ def _check_labels(labels, loss_weights, text_index, num_texts: int):
             raise ValueError(f"`{name}` must have shape ({num_labels},), one entry per row of `labels`.")
 
 
-def shift_right(labels: torch.LongTensor, start_token_id: int, pad_token_id: int) -> torch.LongTensor:
-    """Return a start token and all labels except the last, with padding in place of -100."""
-    start = torch.full_like(labels[:, :1], start_token_id)
-    shifted = torch.cat((start, labels[:, :-1]), dim=1)
-    return shifted.masked_fill(shifted == -100, pad_token_id)
-
-
 def token_nll(logits: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
     """Return the negative log-likelihood of each label, float32 `(num_labels, label_length)`; 0 for -100."""
     return nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
@@ -575,8 +563,8 @@ def token_nll(logits: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
 def label_loss(
     logits: torch.Tensor,
     labels: torch.LongTensor,
+    num_tokens: int | torch.Tensor,
     loss_weights: torch.FloatTensor | None = None,
-    num_items_in_batch: int | torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Return the weighted cross-entropy, divided by the number of label tokens, whatever their weights.
@@ -587,7 +575,6 @@ def label_loss(
     nll = token_nll(logits, labels).sum(dim=-1)
     if loss_weights is not None:
         nll = nll * loss_weights.to(nll.dtype)
-    num_tokens = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
     return nll.sum() / num_tokens
 
 

@@ -140,16 +140,8 @@ class TripsForImagesAndTextClassification(TripsPreTrainedModel):
         if attention_mask is not None:
             attention_mask = attention_mask.repeat_interleave(self.num_images, dim=0)
         regions = None if regions is None else regions.flatten(0, 1)
-        fused = self.model.fuse(
-            text_states,
-            attention_mask=attention_mask,
-            pixel_values=pixel_values,
-            image_index=image_index,
-            image_cache=image_cache,
-            regions=regions,
-            schedule=schedule,
-            **kwargs,
-        )
+        images = {"pixel_values": pixel_values, "image_index": image_index, "image_cache": image_cache}
+        fused = self.model.fuse(text_states, attention_mask, **images, regions=regions, schedule=schedule, **kwargs)
 
         logits = self.classifier(class_states(fused.last_hidden_state, attention_mask).reshape(num_texts, -1))
         loss = selection_loss = None

@@ -32,13 +32,12 @@ from .modeling_trips_vision import (
     select_rows,
     token_indices,
 )
-from .patch_selection import attention_losses
+from .patch_selection import SMALLEST_AREA, attention_losses
 
 
 # Losses
 
 
-SMALLEST_AREA = 1e-12  # lower bound of areas that are divisors
 L1_WEIGHT, GIOU_WEIGHT = 5.0, 2.0  # DETR's
 
 

@@ -31,8 +31,8 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, 
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_trips import SelectionSchedule, TripsConfig
-from .modeling_trips import TripsModel, label_loss, shift_right, weighted_sum
-from .modeling_trips_text import TripsDecoder, TripsLMHead, class_states
+from .modeling_trips import TripsModel, TripsWritingModel, label_loss, weighted_sum
+from .modeling_trips_text import TripsLMHead, class_states
 from .modeling_trips_vision import (
     SHARED_ARGS,
     TripsImageCache,
@@ -96,15 +96,6 @@ def similarity(
         return queries.to(dtype) @ candidates.to(dtype).T / temperature
 
 
-def contrastive_targets(query_ids: torch.LongTensor, candidate_ids: torch.LongTensor) -> torch.FloatTensor:
-    """
-    Return the targets of retrieval, `(num_queries, num_candidates)`: equal shares for the candidates of the query's
-    image, by image ids. A row sums to 1, or to 0 if no candidate belongs to the query's image.
-    """
-    same_image = (query_ids[:, None] == candidate_ids).float()
-    return same_image / same_image.sum(dim=-1, keepdim=True).clamp_min(1.0)
-
-
 def retrieval_loss(
     queries: torch.Tensor,
     query_ids: torch.LongTensor,
@@ -115,22 +106,19 @@ def retrieval_loss(
     teacher_weight: float = 0.0,
 ) -> torch.Tensor:
     """
-    Return one direction of ITC: the cross-entropy of retrieval. With a momentum teacher (ALBEF, equation 6), the
-    targets are a mixture of `contrastive_targets` and the teacher's distribution.
+    Return one direction of ITC: the cross-entropy of retrieval. The targets of a query are equal shares for the
+    candidates of its image. With a momentum teacher (ALBEF, equation 6), they are mixed with its distribution.
 
     Args:
-        queries, teacher_queries (`torch.Tensor` of shape `(num_queries, dim)`): normalized.
-        query_ids (`torch.LongTensor` of shape `(num_queries,)`), candidate_ids (`torch.LongTensor` of shape
-            `(num_candidates,)`): image ids. With a teacher, candidates with the id -1 are ignored.
-        candidates (`torch.Tensor` of shape `(num_candidates, dim)`): normalized.
-        temperature (`float` or `torch.Tensor` of one element)
-        teacher_weight (`float`, *optional*, defaults to 0.0): share of the teacher in the targets (ALBEF's alpha).
-
-    Returns:
-        `torch.Tensor` of shape `()`, float32 or wider.
+        queries, teacher_queries (`torch.Tensor` of shape `(num_queries, dim)`), candidates (`torch.Tensor` of shape
+            `(num_candidates, dim)`): Normalized features.
+        query_ids, candidate_ids (`torch.LongTensor`): Their image ids. With a teacher, candidates with the id -1 are
+            ignored.
+        teacher_weight (`float`, *optional*, defaults to 0.0): Share of the teacher in the targets (ALBEF's alpha).
     """
     logits = similarity(queries, candidates, temperature)
-    targets = contrastive_targets(query_ids, candidate_ids)
+    same_image = (query_ids[:, None] == candidate_ids).float()
+    targets = same_image / same_image.sum(dim=-1, keepdim=True).clamp_min(1.0)
     if teacher_queries is not None:
         absent = candidate_ids == -1
         logits = logits.masked_fill(absent, LOWEST_LOGIT)
@@ -176,20 +164,14 @@ def contrastive_loss(
     retrieval.
 
     The candidates come from all processes. The loss of a process is the sum over its rows, divided by the mean number
-    of rows per process. The mean of the processes' losses and gradients then equals that of one process with the whole
-    batch, also for unequal numbers of images.
+    of rows per process, for the reason that `mean_count` gives.
 
     Args:
         image_embeds (`torch.Tensor` of shape `(num_images, dim)`), text_embeds (`torch.Tensor` of shape `(num_texts,
-            dim)`): normalized.
-        temperature (`float` or `torch.Tensor` of one element)
-        image_ids (`torch.LongTensor` of shape `(num_images,)`), text_image_ids (`torch.LongTensor` of shape
-            `(num_texts,)`): the id of each image, and of each text's image.
-        teacher ([`TeacherOutput`], *optional*), teacher_weight (`float`, *optional*, defaults to 0.0): the candidates
+            dim)`): Normalized features.
+        image_ids, text_image_ids (`torch.LongTensor`): The id of each image, and of each text's image.
+        teacher ([`TeacherOutput`], *optional*), teacher_weight (`float`, *optional*, defaults to 0.0): The candidates
             are then the teacher's features, see `retrieval_loss`.
-
-    Returns:
-        `torch.Tensor` of shape `()`, float32 or wider.
     """
     if teacher is None:
         image_counts, text_counts = row_counts(image_ids, text_image_ids)
@@ -221,13 +203,11 @@ def hard_negative_indices(
 
     Args:
         logits (`torch.Tensor` of shape `(num_queries, num_candidates)`)
-        same_image (`torch.BoolTensor` of shape `(num_queries, num_candidates)`): candidates that are never drawn.
-        generator (`torch.Generator`, *optional*): by default PyTorch's global one.
+        same_image (`torch.BoolTensor` of shape `(num_queries, num_candidates)`): Candidates that are never drawn.
 
     Returns:
-        `torch.LongTensor` of shape `(num_queries,)`: the drawn candidates.
-        `torch.BoolTensor` of shape `(num_queries,)`: False if all candidates are of the query's image. The drawn
-        candidate is then no negative; mask that row's loss.
+        The drawn candidates, `(num_queries,)`, and a mask of the same shape. It is False if all candidates are of the
+        query's image. The drawn candidate is then no negative; mask that row's loss.
     """
     noise = -torch.empty_like(logits).exponential_(generator=generator).log()
     noisy_logits = (logits.detach() + noise).masked_fill(same_image, float("-inf"))
@@ -243,8 +223,7 @@ def matching_pairs(
     Args:
         logits (`torch.Tensor` of shape `(T, T)`): entry (i, j) is the similarity of text i and the image of pair j. An
             image in several pairs can be drawn from each of them.
-        image_ids (`torch.LongTensor` of shape `(T,)`): image id of each pair.
-        generator (`torch.Generator`, *optional*): by default PyTorch's global one.
+        image_ids (`torch.LongTensor` of shape `(T,)`): Image id of each pair.
     """
     same_image = image_ids[:, None] == image_ids
     negative_images, found = hard_negative_indices(logits, same_image, generator)
@@ -333,20 +312,15 @@ def masked_language_loss(
     labels: torch.LongTensor,
     teacher_logits: torch.Tensor | None = None,
     teacher_weight: float = 0.0,
-    num_masked: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Return the mean cross-entropy of the masked tokens. With a momentum teacher (ALBEF, equation 7), its distribution
-    has the share `teacher_weight` in the targets.
+    Return the mean cross-entropy of the masked tokens of all processes. With a momentum teacher (ALBEF, equation 7),
+    its distribution has the share `teacher_weight` in the targets.
 
     Args:
         logits, teacher_logits (`torch.Tensor` of shape `(num_texts, text_length, vocab_size)`)
-        labels (`torch.LongTensor` of shape `(num_texts, text_length)`): -100 for tokens that are not masked.
-        num_masked (`torch.Tensor` of shape `()`, *optional*): divisor of the sum over the tokens. By default their
-            number.
-
-    Returns:
-        `torch.Tensor` of shape `()`, float32. It is 0 if no token is masked.
+        labels (`torch.LongTensor` of shape `(num_texts, text_length)`): -100 for tokens that are not masked. If there
+            is no other, the loss is 0.
     """
     log_probabilities = logits.float().log_softmax(dim=-1)
     masked = labels != -100
@@ -355,7 +329,7 @@ def masked_language_loss(
         guesses = teacher_logits.detach().float().softmax(dim=-1)
         soft_losses = -(guesses * log_probabilities).sum(dim=-1) * masked
         losses = teacher_weight * soft_losses + (1.0 - teacher_weight) * losses
-    return losses.sum() / (masked.sum().clamp_min(1) if num_masked is None else num_masked)
+    return losses.sum() / mean_count(masked.sum())
 
 
 # Retrieval
@@ -552,15 +526,8 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         if text_states is None:
             text_states = self.model.text_model(input_ids, attention_mask, token_type_ids, **kwargs).last_hidden_state
         text_states, attention_mask = select_rows(text_states, text_index), select_rows(attention_mask, text_index)
-        fused = self.model.fuse(
-            text_states,
-            attention_mask=attention_mask,
-            pixel_values=pixel_values,
-            image_index=image_index,
-            image_cache=image_cache,
-            schedule=schedule,
-            **kwargs,
-        )
+        images = {"pixel_values": pixel_values, "image_index": image_index, "image_cache": image_cache}
+        fused = self.model.fuse(text_states, attention_mask, schedule=schedule, **images, **kwargs)
         return TripsMatchingOutput(
             itm_logits=self.itm_head(class_states(fused.last_hidden_state, attention_mask)),
             selection=fused.selection,
@@ -764,7 +731,7 @@ class TripsForPreTrainingOutput(TripsRetrievalOutput):
     the caption of a negative pair.
     """
 )
-class TripsForPreTraining(TripsContrastiveModel):
+class TripsForPreTraining(TripsContrastiveModel, TripsWritingModel):
     auto_classes = ("AutoModelForPreTraining",)
     _tied_weights_keys = {
         "mlm_score.decoder.weight": "model.text_model.embeddings.word_embeddings.weight",
@@ -777,9 +744,7 @@ class TripsForPreTraining(TripsContrastiveModel):
         if config.prefix_lm_weight > 0:
             config.check_start_token()
         self.mlm_score = TripsLMHead(config.text_config)
-        decoder = TripsDecoder(config.decoder_config)
-        self.lm_head = TripsLMHead(config.decoder_config)
-        self.decoder = decoder  # after the head, or automatic device maps take `lm_head.decoder` for a part of it
+        self.add_decoder(config.decoder_config)
         self.post_init()
 
     def get_output_embeddings(self):
@@ -787,12 +752,6 @@ class TripsForPreTraining(TripsContrastiveModel):
 
     def set_output_embeddings(self, new_embeddings):
         self.mlm_score.decoder = new_embeddings
-
-    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
-        """Resize the untied embeddings of the text encoder and the decoder, and both heads."""
-        size = self.decoder.resize_token_embeddings(*args, **kwargs).num_embeddings
-        self.lm_head.decoder = self._get_resized_lm_head(self.lm_head.decoder, size)
-        return super().resize_token_embeddings(*args, **kwargs)
 
     @can_return_tuple
     @auto_docstring(custom_args=SHARED_ARGS + RETRIEVAL_ARGS + PRETRAINING_ARGS)
@@ -848,15 +807,14 @@ class TripsForPreTraining(TripsContrastiveModel):
         if config.mlm_weight > 0 and mlm_labels is not None:
             masked = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
             mlm_logits = self.masked_token_logits(mlm_input_ids, **masked, **images, **kwargs)
-            num_masked = mean_count((mlm_labels != -100).sum())
             teacher_logits = None if teacher is None else teacher.mlm_logits
-            mlm_loss = masked_language_loss(mlm_logits, mlm_labels, teacher_logits, teacher_weight, num_masked)
+            mlm_loss = masked_language_loss(mlm_logits, mlm_labels, teacher_logits, teacher_weight)
         # CODEPATH: as above.
         if config.prefix_lm_weight > 0 and labels is not None:
             prompts = {"prompt_input_ids": prompt_input_ids, "prompt_attention_mask": prompt_attention_mask}
             logits = self.continuation_logits(labels=labels, **prompts, **images, **kwargs)
             num_tokens = mean_count((labels != -100).sum())  # 0 if all texts are too short to be cut
-            prefix_lm_loss = label_loss(logits, labels, num_items_in_batch=num_tokens)
+            prefix_lm_loss = label_loss(logits, labels, num_tokens)
         outputs["loss"] = weighted_sum(
             [(1.0, outputs["loss"]), (config.mlm_weight, mlm_loss), (config.prefix_lm_weight, prefix_lm_loss)]
         )
@@ -877,14 +835,8 @@ class TripsForPreTraining(TripsContrastiveModel):
         Return the scores of the masked texts' tokens, `(num_texts, text_length, vocab_size)`. Arguments as in
         `forward`; `image_cache` is the result of `model.encode_images`.
         """
-        fused = self.model(
-            mlm_input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            image_index=image_index,
-            image_cache=image_cache,
-            **kwargs,
-        )
+        masked = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        fused = self.model(mlm_input_ids, **masked, image_index=image_index, image_cache=image_cache, **kwargs)
         return self.mlm_score(fused.last_hidden_state)
 
     def continuation_logits(
@@ -901,16 +853,10 @@ class TripsForPreTraining(TripsContrastiveModel):
         Return the scores of each label given the labels before it, `(num_texts, label_length, vocab_size)`. Arguments
         as in `forward` and `masked_token_logits`.
         """
-        fused = self.model(
-            prompt_input_ids,
-            attention_mask=prompt_attention_mask,
-            image_index=image_index,
-            image_cache=image_cache,
-            schedule=schedule,
-            **kwargs,
-        )
+        images = {"image_index": image_index, "image_cache": image_cache, "schedule": schedule}
+        fused = self.model(prompt_input_ids, attention_mask=prompt_attention_mask, **images, **kwargs)
         decoded = self.decoder(
-            shift_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id),
+            self.prepare_decoder_input_ids_from_labels(labels),
             encoder_hidden_states=fused.last_hidden_state,
             encoder_attention_mask=prompt_attention_mask,
             use_cache=False,

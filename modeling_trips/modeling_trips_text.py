@@ -15,7 +15,7 @@
 The text side: text encoder, fusion encoder and decoder, with BERT's parameter names.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,6 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     Seq2SeqLMOutput,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring
 from transformers.utils.deprecation import deprecate_kwarg
@@ -43,24 +42,21 @@ from .configuration_trips import TripsDecoderConfig, TripsFusionConfig, TripsTex
 from .modeling_trips_vision import (
     SampledTokens,
     TripsPreTrainedModel,
+    attend_as_configured,
     bidirectional_mask,
-    eager_attention_forward,
     first_positions,
     joint_padding_mask,
     select_rows,
+    split_heads,
 )
-from .patch_selection import Keys, attend, gather_tokens
+from .patch_selection import Keys, gather_tokens
 
 
 # Name of the keys and values in `generate` and in outputs: "cache" since Transformers 5.24.
 CACHE_NAME = "cache" if "cache" in Seq2SeqLMOutput.__dataclass_fields__ else "past_key_values"
-
-
-def accept_former_cache_name(forward: Callable) -> Callable:
-    """Warn of the name before Transformers 5.24, where `generate` uses another one."""
-    return (
-        deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")(forward) if CACHE_NAME == "cache" else forward
-    )
+# Decorator of `forward` that warns of the former name, where `generate` uses the new one.
+warn_of_former_cache_name = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+accept_former_cache_name = warn_of_former_cache_name if CACHE_NAME == "cache" else lambda forward: forward
 
 
 def class_states(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -123,6 +119,8 @@ class TripsTextEmbeddings(nn.Module):
 class TripsTextSelfAttention(nn.Module):
     """BERT's attention over the text itself, causal in the decoder."""
 
+    is_cross_attention = False
+
     def __init__(self, config: TripsTextConfig, layer_idx: int, source_size: int | None = None):
         super().__init__()
         self.config = config
@@ -137,11 +135,9 @@ class TripsTextSelfAttention(nn.Module):
         self.value = nn.Linear(source_size, config.hidden_size)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
-    def split_heads(self, states: torch.Tensor) -> torch.Tensor:
-        return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
-
     def key_value(self, hidden_states: torch.Tensor, cache: Cache | None) -> tuple[torch.Tensor, torch.Tensor]:
-        key, value = self.split_heads(self.key(hidden_states)), self.split_heads(self.value(hidden_states))
+        key = split_heads(self.key(hidden_states), self.head_dim)
+        value = split_heads(self.value(hidden_states), self.head_dim)
         if cache is not None:
             cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
             key, value = cache.update(key, value, self.layer_idx)
@@ -156,33 +152,17 @@ class TripsTextSelfAttention(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`source_states` give keys and values."""
-        query = self.split_heads(self.query(hidden_states))
+        query = split_heads(self.query(hidden_states), self.head_dim)
         key, value = (select_rows(states, keys.index) for states in self.key_value(source_states, cache))
-        attn_output, attn_weights = self.attend(query, key, value, keys.rows(keys.index), **kwargs)
+        keys, lengths = keys.rows(keys.index), {}
+        # Flash attention would also drop queries by its mask, which is of shape (batch_size, key_length).
+        if self.is_cross_attention and isinstance(keys.mask, torch.Tensor) and keys.mask.dim() == 2:
+            key, value, lengths = unpad_keys(key, value, keys.mask.bool(), query_length=query.shape[2])
+            keys = keys._replace(mask=None)
+        attn_output, attn_weights = attend_as_configured(
+            self, query, key, value, dropout=self.dropout.p, keys=keys, **lengths, **kwargs
+        )
         return attn_output.reshape(hidden_states.shape).contiguous(), attn_weights
-
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        keys: Keys,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        return attend(
-            attention_interface,
-            self,
-            query,
-            key,
-            value,
-            keys=keys,
-            dropout=self.dropout.p if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
 
 
 def unpad_keys(
@@ -196,20 +176,19 @@ def unpad_keys(
     batch_size, key_length = padding_mask.shape
     ends = padding_mask.sum(dim=-1).cumsum(dim=0, dtype=torch.int32)
     starts_of_queries = query_length * torch.arange(batch_size + 1, dtype=torch.int32, device=key.device)
-    return (
-        key,
-        value,
-        {
-            "cu_seq_lens_q": starts_of_queries,
-            "cu_seq_lens_k": nn.functional.pad(ends, (1, 0)),
-            "max_length_q": query_length,
-            "max_length_k": key_length,
-        },
-    )
+    lengths = {
+        "cu_seq_lens_q": starts_of_queries,
+        "cu_seq_lens_k": nn.functional.pad(ends, (1, 0)),
+        "max_length_q": query_length,
+        "max_length_k": key_length,
+    }
+    return key, value, lengths
 
 
 class TripsTextCrossAttention(TripsTextSelfAttention):
     """Attention of the text to other states, whose keys and values are cached."""
+
+    is_cross_attention = True
 
     def __init__(self, config: TripsFusionConfig | TripsDecoderConfig, layer_idx: int):
         super().__init__(config, layer_idx, config.cross_attention_hidden_size)
@@ -224,35 +203,17 @@ class TripsTextCrossAttention(TripsTextSelfAttention):
         cache.is_updated[self.layer_idx] = True
         return super().key_value(hidden_states, cache.cross_attention_cache)
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        keys: Keys,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        # Flash attention would also drop queries by its mask, which is of shape (batch_size, key_length).
-        if isinstance(keys.mask, torch.Tensor) and keys.mask.dim() == 2:
-            key, value, lengths = unpad_keys(key, value, keys.mask.bool(), query_length=query.shape[2])
-            return super().attend(query, key, value, keys._replace(mask=None), **lengths, **kwargs)
-        return super().attend(query, key, value, keys, **kwargs)
-
     def cls_attention(
-        self,
-        hidden_states: torch.Tensor,
-        source_states: torch.Tensor,
-        keys: Keys,
-        text_start: torch.LongTensor | None = None,
+        self, hidden_states: torch.Tensor, source_states: torch.Tensor, keys: Keys, cls_position: torch.LongTensor
     ) -> torch.Tensor:
         """
         Return the attention of [CLS] to each of the other states, `(num_texts, num_heads, num_tokens)`, float32. Fast
         attention implementations do not return it.
         """
         source_states = source_states[:, : source_states.shape[1] - keys.sampled]
-        start = hidden_states[:, :1] if text_start is None else gather_tokens(hidden_states, text_start[:, None])
-        query = self.split_heads(self.query(start))
-        key = select_rows(self.split_heads(self.key(source_states)), keys.index)
+        class_state = gather_tokens(hidden_states, cls_position[:, None])
+        query = split_heads(self.query(class_state), self.head_dim)
+        key = select_rows(split_heads(self.key(source_states), self.head_dim), keys.index)
         return (query @ key.transpose(2, 3) * self.scaling).float().softmax(dim=-1)[:, :, 0]
 
 
@@ -329,19 +290,15 @@ class TripsCrossLayer(TripsTextLayer):
         keys: Keys,
         encoder_keys: Keys,
         cache: Cache | None = None,
-        text_start: torch.LongTensor | None = None,
-        output_cls_attention: bool = False,
+        cls_position: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """
-        Return the hidden states and, with `output_cls_attention`, the attention of [CLS], else `None`. `text_start` is
-        the position of each text's [CLS], by default 0.
-        """
+        """Return the hidden states and, with the position of each text's [CLS], its attention, else `None`."""
         hidden_states = self.attention(hidden_states, hidden_states, keys, cache=cache, **kwargs)
         cls_attention = None
-        if output_cls_attention:
+        if cls_position is not None:
             attention = self.crossattention.self
-            cls_attention = attention.cls_attention(hidden_states, encoder_hidden_states, encoder_keys, text_start)
+            cls_attention = attention.cls_attention(hidden_states, encoder_hidden_states, encoder_keys, cls_position)
         hidden_states = self.crossattention(hidden_states, encoder_hidden_states, encoder_keys, cache=cache, **kwargs)
         return self.output(self.intermediate(hidden_states), hidden_states), cls_attention
 
@@ -368,19 +325,6 @@ class TripsConnectedLayer(TripsTextLayer):
         return text_states, encoder_hidden_states + image_states
 
 
-class TripsTextStack(nn.Module):
-    """BERT's layers, under the name `layer`."""
-
-    def __init__(self, config: TripsTextConfig):
-        super().__init__()
-        self.layer = nn.ModuleList(TripsTextLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
-
-    def forward(self, hidden_states: torch.Tensor, keys: Keys, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
-        for layer in self.layer:
-            hidden_states = layer(hidden_states, keys=keys, **kwargs)
-        return hidden_states
-
-
 class TripsCrossStack(nn.Module):
     """Layers with cross-attention, under the name `layer`. Those at `connected_layers` join their inputs (mPLUG)."""
 
@@ -401,13 +345,12 @@ class TripsCrossStack(nn.Module):
         encoder_keys: Keys,
         cache: Cache | None = None,
         joint_mask: torch.Tensor | None = None,
-        text_start: torch.LongTensor | None = None,
-        output_cls_attention: bool = False,
+        cls_position: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        Return the hidden states and, with `output_cls_attention`, where [CLS] looks in the last cross layer.
-        `joint_mask` hides padding in the connected layers.
+        Return the hidden states and, with `cls_position`, where [CLS] looks in the last cross layer. `joint_mask`
+        hides padding in the connected layers.
         """
         cls_attention = None
         for number, layer in enumerate(self.layer, start=1):
@@ -428,11 +371,18 @@ class TripsCrossStack(nn.Module):
                 keys=keys,
                 encoder_keys=encoder_keys,
                 cache=cache,
-                text_start=text_start,
-                output_cls_attention=output_cls_attention and number == self.last_cross_layer,
+                cls_position=cls_position if number == self.last_cross_layer else None,
                 **kwargs,
             )
         return hidden_states, cls_attention
+
+
+# Outputs that `output_hidden_states` and `output_attentions` ask for.
+CROSS_OUTPUTS = {
+    "hidden_states": TripsTextLayer,
+    "attentions": OutputRecorder(TripsTextSelfAttention, index=1, layer_name="attention"),
+    "cross_attentions": OutputRecorder(TripsTextCrossAttention, index=1, layer_name="crossattention"),
+}
 
 
 class TripsLMHead(nn.Module):
@@ -465,7 +415,8 @@ class TripsTextModel(TripsPreTrainedModel):
     def __init__(self, config: TripsTextConfig):
         super().__init__(config)
         self.embeddings = TripsTextEmbeddings(config)
-        self.encoder = TripsTextStack(config)
+        layers = nn.ModuleList(TripsTextLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
+        self.encoder = nn.ModuleDict({"layer": layers})  # BERT's names
         self.post_init()
 
     @merge_with_config_defaults
@@ -481,7 +432,8 @@ class TripsTextModel(TripsPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         hidden_states = self.embeddings(input_ids, token_type_ids, inputs_embeds, attention_mask=attention_mask)
         extended_mask = bidirectional_mask(self.config, attention_mask, inputs_embeds=hidden_states)
-        hidden_states = self.encoder(hidden_states, Keys(extended_mask), **kwargs)
+        for layer in self.encoder["layer"]:
+            hidden_states = layer(hidden_states, keys=Keys(extended_mask), **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states, pooler_output=self.pooled(hidden_states, attention_mask)
         )
@@ -522,11 +474,7 @@ class TripsFusionModelOutput(BaseModelOutputWithCrossAttentions):
 class TripsFusionModel(TripsPreTrainedModel):
     config: TripsFusionConfig
     main_input_name = "inputs_embeds"
-    _can_record_outputs = {
-        "hidden_states": TripsTextLayer,
-        "attentions": OutputRecorder(TripsTextSelfAttention, index=1, layer_name="attention"),
-        "cross_attentions": OutputRecorder(TripsTextCrossAttention, index=1, layer_name="crossattention"),
-    }
+    _can_record_outputs = CROSS_OUTPUTS
 
     def __init__(self, config: TripsFusionConfig):
         super().__init__(config)
@@ -566,7 +514,7 @@ class TripsFusionModel(TripsPreTrainedModel):
             encoder_hidden_states = torch.cat((encoder_hidden_states, sampled.states), dim=1)
             encoder_keys = Keys(index=image_index, gate=sampled.gate, sampled=sampled.states.shape[1])
         text_mask = bidirectional_mask(self.config, attention_mask, inputs_embeds=inputs_embeds)
-        joint_mask = text_start = None
+        joint_mask = cls_position = None
         if self.image_projection is not None:
             encoder_hidden_states = self.image_projection(encoder_hidden_states)
         # CODEPATH: only mPLUG's fusion joins text and image tokens.
@@ -577,16 +525,16 @@ class TripsFusionModel(TripsPreTrainedModel):
                 joint_padding_mask(attention_mask, num_image_tokens),
                 inputs_embeds=inputs_embeds[:, :1].expand(-1, text_length + num_image_tokens, -1),  # only its shape
             )
-        if output_cls_attention and attention_mask is not None:
-            text_start = first_positions(attention_mask).to(inputs_embeds.device)
+        if output_cls_attention:
+            mask = inputs_embeds.new_ones(inputs_embeds.shape[:2]) if attention_mask is None else attention_mask
+            cls_position = first_positions(mask).to(inputs_embeds.device)
         hidden_states, cls_attention = self.encoder(
             inputs_embeds,
             encoder_hidden_states,
             keys=Keys(text_mask),
             encoder_keys=encoder_keys,
             joint_mask=joint_mask,
-            text_start=text_start,
-            output_cls_attention=output_cls_attention,
+            cls_position=cls_position,
             **kwargs,
         )
         return TripsFusionModelOutput(last_hidden_state=hidden_states, cls_attention=cls_attention)
@@ -598,11 +546,7 @@ class TripsFusionModel(TripsPreTrainedModel):
 class TripsDecoder(TripsPreTrainedModel):
     config: TripsDecoderConfig
     _input_embed_layer = "word_embeddings"
-    _can_record_outputs = {
-        "hidden_states": TripsCrossLayer,
-        "attentions": OutputRecorder(TripsTextSelfAttention, index=1, layer_name="attention"),
-        "cross_attentions": OutputRecorder(TripsTextCrossAttention, index=1, layer_name="crossattention"),
-    }
+    _can_record_outputs = CROSS_OUTPUTS
 
     def __init__(self, config: TripsDecoderConfig):
         super().__init__(config)

@@ -160,6 +160,22 @@ def eager_attention_forward(
     return attn_output, attn_weights
 
 
+def attend_as_configured(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float, **kwargs
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Call [`attend`] with the attention function and the scaling of an attention module."""
+    attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+        module.config._attn_implementation, eager_attention_forward
+    )
+    dropout = dropout if module.training else 0.0
+    return attend(attention, module, query, key, value, dropout=dropout, scaling=module.scaling, **kwargs)
+
+
+def split_heads(states: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """`(batch_size, seq_length, hidden_size)` -> `(batch_size, num_heads, seq_length, head_dim)`."""
+    return states.view(*states.shape[:-1], -1, head_dim).transpose(1, 2)
+
+
 def bidirectional_mask(config: PreTrainedConfig, attention_mask: torch.Tensor | None, **kwargs):
     """
     Return Transformers' `create_bidirectional_mask`. A given padding mask is always used, since a look at its values
@@ -252,16 +268,11 @@ class TripsPatchEmbeddings(nn.Module):
 
     def __init__(self, config: TripsVisionConfig):
         super().__init__()
+        self.stem, num_channels, size = None, config.num_channels, config.patch_size
         # CODEPATH: "linear" is the patch embedding of ViT, "convolutional" a stem for training from scratch.
-        convolutional = config.patch_embedding_type == "convolutional"
-        self.stem = TripsConvolutionalStem(config) if convolutional else None
-        self.projection = nn.Conv2d(
-            in_channels=config.hidden_size if convolutional else config.num_channels,
-            out_channels=config.hidden_size,
-            kernel_size=1 if convolutional else config.patch_size,
-            stride=1 if convolutional else config.patch_size,
-            bias=config.patch_bias,
-        )
+        if config.patch_embedding_type == "convolutional":
+            self.stem, num_channels, size = TripsConvolutionalStem(config), config.hidden_size, 1
+        self.projection = nn.Conv2d(num_channels, config.hidden_size, size, stride=size, bias=config.patch_bias)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         if self.stem is not None:
@@ -285,32 +296,17 @@ class TripsVisionAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def split_heads(self, states: torch.Tensor) -> torch.Tensor:
-        """`(batch_size, seq_length, hidden_size)` -> `(batch_size, num_heads, seq_length, head_dim)`."""
-        return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
-
     def forward(
         self,
         hidden_states: torch.Tensor,
         keys: Keys,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        query = self.split_heads(self.q_proj(hidden_states))
-        key = self.split_heads(self.k_proj(hidden_states))
-        value = self.split_heads(self.v_proj(hidden_states))
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        attn_output, attn_weights = attend(
-            attention_interface,
-            self,
-            query,
-            key,
-            value,
-            keys=keys,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
+        query = split_heads(self.q_proj(hidden_states), self.head_dim)
+        key = split_heads(self.k_proj(hidden_states), self.head_dim)
+        value = split_heads(self.v_proj(hidden_states), self.head_dim)
+        attn_output, attn_weights = attend_as_configured(
+            self, query, key, value, dropout=self.attention_dropout, keys=keys, **kwargs
         )
         attn_output = self.o_proj(attn_output.reshape(hidden_states.shape).contiguous())
         return attn_output, attn_weights, query, key
@@ -386,7 +382,10 @@ class TripsVisionLayer(GradientCheckpointingLayer):
         if selection is not None:
             start, end = texts.length + 1, hidden_states.shape[1] - keys.sampled
             key = select_rows(key[:, :, start:end], texts.image_index)
-            scores = self.score(query, key, selection, texts)
+            if selection.guidance == "random":
+                scores = random_scores(key.shape[0], key.shape[2], key.device)
+            else:
+                scores = score_tokens(self.guiding_query(query, selection, texts), key, self.attention.scaling)
             # Patches that an image draws made its models worse.
             draw = selection.guidance == "text" and (texts.embeds is not None or texts.length > 0)
             choice = choose_tokens(scores, selection.keep_rate, sampled_share, draw)
@@ -395,18 +394,12 @@ class TripsVisionLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
         return hidden_states, scores, choice
 
-    def score(self, query: torch.Tensor, key: torch.Tensor, selection: LayerSelection, texts: Texts) -> torch.Tensor:
-        """Return the scores of the candidates, `(num_texts, num_candidates)`."""
-        if selection.guidance == "random":
-            return random_scores(key.shape[0], key.shape[2], key.device)
-        return score_tokens(self.guiding_query(query, selection, texts), key, self.attention.scaling)
-
     def guiding_query(self, query: torch.Tensor, selection: LayerSelection, texts: Texts) -> torch.Tensor:
         """Return the query of the token that scores the candidates, `(num_texts, num_heads, head_dim)`."""
         if selection.guidance != "text":
             return query[:, :, texts.length]  # the image's [CLS]
         if texts.embeds is not None:
-            return self.attention.split_heads(self.attention.q_proj(texts.embeds)[:, None])[:, :, 0]
+            return self.attention.q_proj(texts.embeds).unflatten(-1, (-1, self.attention.head_dim))
         # The first token is the text's [CLS] in a single stream, or the image's, which guides where no text is given.
         if texts.attention_mask is None:
             return query[:, :, 0]
@@ -501,13 +494,6 @@ class ImageTokens(NamedTuple):
     indices: torch.Tensor
     keys: Keys
     selection: tuple[TripsSelection, ...] = ()
-
-    @classmethod
-    def of_cache(cls, image_cache: TripsImageCache, text_length: int) -> "ImageTokens":
-        """Return the cached tokens, before which `text_length` text tokens may have been joined."""
-        states, indices = image_cache.hidden_states, image_cache.candidate_indices
-        num_sampled = states.shape[1] - text_length - 1 - indices.shape[1]
-        return cls(states, indices, Keys(gate=image_cache.gate, sampled=num_sampled), image_cache.selection)
 
     def after(
         self, states: torch.Tensor, scores: torch.Tensor, choice: Choice, image_index: torch.LongTensor | None
@@ -703,7 +689,9 @@ class TripsVisionModel(TripsPreTrainedModel):
         Run the layers from `image_cache.next_layer` up to the one before `stop`, or all the others. The first layer
         that `texts` score gives each text a row of its own.
         """
-        tokens = self.mask_padding(ImageTokens.of_cache(image_cache, texts.length), texts)
+        states, indices = image_cache.hidden_states, image_cache.candidate_indices
+        keys = Keys(gate=image_cache.gate, sampled=states.shape[1] - texts.length - 1 - indices.shape[1])
+        tokens = self.mask_padding(ImageTokens(states, indices, keys, image_cache.selection), texts)
         gated_layer = self.gated_layer(schedule, math.prod(image_cache.grid_size))
         end = len(self.layers) + 1
         for number in range(image_cache.next_layer or end, stop or end):

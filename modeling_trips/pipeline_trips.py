@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The TRIPS for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
 """
 Pipelines for visual question answering and image captioning.
 
@@ -139,23 +141,18 @@ class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
     def __call__(self, image, question: str | list[str] | None = None, **kwargs):
         """
         Args:
-            image:
-                An image (PIL image, path or URL), a list of images or a dataset of them. Without `question`: a dict
+            image: An image (PIL image, path or URL), a list of images or a dataset of them. Without `question`: a dict
                 `{"image": ..., "question": ...}`, or a list, dataset or generator of such dicts.
-            question (`str` or `list[str]`, *optional*):
-                One or more questions. Each question is asked about each image.
-            top_k (`int`, *optional*, defaults to 5):
-                Maximum number of answers for each question, and the width of the beam search.
-            answers (`list[str]`, *optional*):
-                Candidate answers to rank (see [`TripsForQuestionAnswering.rank_answers`]).
-            batch_size (`int`, *optional*, defaults to 1):
-                Number of images per batch.
-            timeout (`float`, *optional*):
-                Seconds to wait for an image from the web. By default there is no limit.
-            truncation (`bool`, *optional*, defaults to `False`):
-                Whether to cut a question that is too long, instead of raising an error.
-            kwargs:
-                Options of `generate`: `max_new_tokens`, `num_beams`, ...
+            question (`str` or `list[str]`, *optional*): One or more questions. Each is asked about each image.
+            top_k (`int`, *optional*, defaults to 5): Maximum number of answers for each question, and the width of the
+                beam search.
+            answers (`list[str]`, *optional*): Candidate answers to rank, see
+                [`TripsForQuestionAnswering.rank_answers`].
+            batch_size (`int`, *optional*, defaults to 1): Number of images per batch.
+            timeout (`float`, *optional*): Seconds to wait for an image from the web. By default there is no limit.
+            truncation (`bool`, *optional*, defaults to `False`): Whether to cut a question that is too long, instead
+                of raising an error.
+            kwargs: Options of `generate`: `max_new_tokens`, `num_beams`, ...
 
         Returns:
             `list[dict]` per question, the best answer first: `answer` (`str`) and `score` (`float`), its probability
@@ -247,12 +244,9 @@ class TripsImageToTextPipeline(TripsPipeline):
     def __call__(self, inputs, **kwargs):
         """
         Args:
-            inputs: an image (PIL image, path or URL), or a list, dataset or generator of them.
+            inputs: An image (PIL image, path or URL), or a list, dataset or generator of them.
             prompt (`str`, *optional*): Beginning of the caption. It also selects the patches.
-            batch_size (`int`, *optional*, defaults to 1): Number of images per batch.
-            timeout (`float`, *optional*): Seconds to wait for an image from the web. By default there is no limit.
-            truncation (`bool`, *optional*, defaults to `False`): Whether to cut a prompt that is too long, instead of
-                raising an error.
+            batch_size, timeout, truncation: As in [`TripsVisualQuestionAnsweringPipeline`].
             kwargs: Options of `generate`: `max_new_tokens`, `num_beams`, `num_return_sequences`, ...
 
         Returns:

@@ -16,7 +16,6 @@
 from .configuration_trips import TripsConfig  # isort: skip
 
 import base64
-import operator
 import os
 import re
 
@@ -50,8 +49,7 @@ def prepare_images(images: ImageInput, patch_size: int) -> list[Image.Image | np
     prepared = []
     for position, image in enumerate(_flatten_images(images)):
         try:
-            prepared.append(_prepare_image(image))
-            _check_image_size(prepared[-1], patch_size)
+            prepared.append(_prepare_image(image, patch_size))
         except Exception as error:  # Pillow and the network raise many kinds: OSError, SyntaxError, struct.error, ...
             path = os.fspath(image) if isinstance(image, (str, os.PathLike)) else getattr(image, "filename", "")
             name = f"`images[{position}]` {path!s:.200}".rstrip()
@@ -68,16 +66,23 @@ def _flatten_images(images: ImageInput) -> list:
     return list(images) if getattr(images, "ndim", None) == 4 else [images]
 
 
-def _prepare_image(image) -> Image.Image | np.ndarray | torch.Tensor:
-    """Read and convert one image, see `prepare_images`."""
+def _prepare_image(image, patch_size: int) -> Image.Image | np.ndarray | torch.Tensor:
+    """Read, convert and check one image, see `prepare_images`."""
     if isinstance(image, (str, os.PathLike, Image.Image)):
-        return read_image(image)
-    if not isinstance(image, (np.ndarray, torch.Tensor)):
+        image = read_image(image)
+        width, height = image.size
+    elif not isinstance(image, (np.ndarray, torch.Tensor)):
         raise TypeError(f"expected a PIL image, an array, a tensor, a path or a URL, got {type(image).__name__}")
-    if image.ndim not in (2, 3) or 0 in image.shape:
+    elif image.ndim not in (2, 3) or 0 in image.shape:
         raise ValueError(f"expected a shape (H, W), (H, W, C) or (C, H, W) without zeros, got {tuple(image.shape)}")
-    if image.ndim == 2:
-        return (torch if isinstance(image, torch.Tensor) else np).stack([image] * 3)
+    else:
+        if image.ndim == 2:
+            image = (torch if isinstance(image, torch.Tensor) else np).stack([image] * 3)
+        height, width = image.shape[1:] if image.shape[0] in (1, 3, 4) else image.shape[:2]
+    if min(height, width) < patch_size:
+        raise ValueError(
+            f"it has {height} x {width} pixels (height x width), fewer than one patch of {patch_size} x {patch_size}"
+        )
     return image
 
 
@@ -111,17 +116,6 @@ def read_image(image: str | os.PathLike | Image.Image, timeout: float | None = N
         raise FileNotFoundError("there is no such file, and it is neither a URL nor an image in base64") from error
 
 
-def _check_image_size(image: Image.Image | np.ndarray | torch.Tensor, patch_size: int):
-    if isinstance(image, Image.Image):
-        width, height = image.size
-    else:
-        height, width = image.shape[1:] if image.shape[0] in (1, 3, 4) else image.shape[:2]
-    if min(height, width) < patch_size:
-        raise ValueError(
-            f"it has {height} x {width} pixels (height x width), fewer than one patch of {patch_size} x {patch_size}"
-        )
-
-
 def check_images_of_texts(images: list | None, text: str | list[str] | None, image_index: list | None):
     """Raise a `ValueError` unless every text has an image, by position or by `image_index`."""
     texts = [text] if isinstance(text, str) else text
@@ -139,20 +133,12 @@ def check_images_of_texts(images: list | None, text: str | list[str] | None, ima
                 "of each text."
             )
         return
-    try:
-        rows = [entry if isinstance(entry, (list, tuple)) else [entry] for entry in image_index]
-        rows = [[operator.index(index) for index in row] for row in rows]
-    except TypeError as error:
-        raise ValueError(
-            f"`image_index` must be a list of integers, or of lists of them, got {image_index!r:.200}."
-        ) from error
-    if len(rows) != num_texts:
-        raise ValueError(f"`image_index` must have one entry per text: got {len(rows)} for {num_texts} texts.")
-    for position, row in enumerate(rows):
-        if not all(0 <= index < num_images for index in row):
-            raise ValueError(
-                f"`image_index[{position}]` is {image_index[position]}, but must be in [0, {num_images - 1}]."
-            )
+    if not isinstance(image_index, (list, tuple)) or len(image_index) != num_texts:
+        raise ValueError(f"`image_index` must be a list, one entry per text ({num_texts}), got {image_index!r:.200}.")
+    for position, entry in enumerate(image_index):
+        for index in entry if isinstance(entry, (list, tuple)) else [entry]:
+            if not (isinstance(index, (int, np.integer)) and 0 <= index < num_images):
+                raise ValueError(f"`image_index[{position}]` must be integers in [0, {num_images - 1}], got {entry}.")
 
 
 # Texts

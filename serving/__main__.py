@@ -16,10 +16,6 @@ from granian.log import LogLevels
 from .settings import FAILURE, Settings
 
 
-CONNECTIONS = 512  # of a worker; a process may usually open 1,024 files
-HEADER_SECONDS = 3  # until a connection has a complete header, also between requests
-
-
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser("python -m trips_serving", description=__doc__)
     parser.add_argument("--model", help="Checkpoint or exported model: folder or Hub name. Default: TRIPS_MODEL.")
@@ -43,10 +39,10 @@ def main(argv: list[str] | None = None):
         port=args.port,
         interface=Interfaces.ASGI,
         http=HTTPModes.http1,
-        http1_settings=HTTP1Settings(header_read_timeout=1000 * HEADER_SECONDS),
+        http1_settings=HTTP1Settings(header_read_timeout=3000),  # ms, also between requests
         websockets=False,
         workers=settings.workers,
-        backpressure=CONNECTIONS,
+        backpressure=512,  # connections of a worker; a process may usually open 1,024 files
         respawn_failed_workers=True,
         workers_kill_timeout=int(settings.read_timeout + settings.max_latency_ms / 1000) + 10,
         log_level=LogLevels.warning,

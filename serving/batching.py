@@ -1,7 +1,6 @@
 """Batches of items from many requests."""
 
 import asyncio
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -21,38 +20,27 @@ class Batcher:
     def __init__(self, compute: Callable[[list], list], max_size: int):
         self.compute = compute
         self.max_size = max_size
-        self._entries: deque[tuple[Any, asyncio.Future]] = deque()
+        self._waiting: dict[asyncio.Future, Any] = {}  # items by their results
         self._arrived = asyncio.Event()
 
     async def submit(self, items: list) -> list:
         """Return the results of items, or raise the exception of one. Cancelled items leave the queue."""
-        entries = [(item, asyncio.get_running_loop().create_future()) for item in items]
-        self._entries.extend(entries)
+        results: list[asyncio.Future] = [asyncio.get_running_loop().create_future() for _ in items]
+        self._waiting.update(zip(results, items))
         self._arrived.set()
-        return await asyncio.gather(*[result for _, result in entries])
+        return await asyncio.gather(*results)
 
     async def run(self):
         """Compute batches until the task is cancelled."""
         while True:
             await self._arrived.wait()
-            batch = self._take()
-            if not batch:
+            self._waiting = {result: item for result, item in self._waiting.items() if not result.done()}
+            if not self._waiting:
                 self._arrived.clear()
                 continue
-            found = await to_thread.run_sync(self.compute, [item for item, _ in batch])
-            for (_, result), value in zip(batch, found):
-                if isinstance(value, Exception) and not result.done():
-                    result.set_exception(value)
-                elif not result.done():
-                    result.set_result(value)
-
-    def _take(self) -> list[tuple[Any, asyncio.Future]]:
-        """Remove and return the next batch. Its items are of one kind."""
-        batch: list[tuple[Any, asyncio.Future]] = []
-        others: list[tuple[Any, asyncio.Future]] = []
-        while self._entries and len(batch) < self.max_size:
-            entry = self._entries.popleft()
-            if not entry[1].done():
-                (others if batch and entry[0].kind != batch[0][0].kind else batch).append(entry)
-        self._entries.extendleft(reversed(others))
-        return batch
+            kind = next(iter(self._waiting.values())).kind
+            batch = [result for result, item in self._waiting.items() if item.kind == kind][: self.max_size]
+            items = [self._waiting.pop(result) for result in batch]
+            for result, value in zip(batch, await to_thread.run_sync(self.compute, items)):
+                if not result.done():
+                    (result.set_exception if isinstance(value, Exception) else result.set_result)(value)

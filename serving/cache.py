@@ -1,6 +1,5 @@
 """LRU cache of the image states that texts share."""
 
-from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import replace
 from threading import Lock
@@ -32,22 +31,19 @@ class ImageCaches:
     def __init__(self, max_bytes: int):
         self.max_bytes = max_bytes
         self.bytes = 0
-        self._image_caches: OrderedDict[Hashable, TripsImageCache] = OrderedDict()
+        self._image_caches: dict[Hashable, TripsImageCache] = {}  # the least recently used first
         self._lock = Lock()
 
     def get(self, key: Hashable) -> TripsImageCache | None:
         with self._lock:
-            if key in self._image_caches:
-                self._image_caches.move_to_end(key)
-            return self._image_caches.get(key)
+            if (found := self._image_caches.pop(key, None)) is not None:
+                self._image_caches[key] = found
+            return found
 
     def put(self, key: Hashable, image_cache: TripsImageCache):
-        size = num_bytes(image_cache)
         with self._lock:
-            if key in self._image_caches or size > self.max_bytes:
-                return
-            self._image_caches[key] = image_cache
-            self.bytes += size
+            if key not in self._image_caches:
+                self._image_caches[key] = image_cache
+                self.bytes += num_bytes(image_cache)
             while self.bytes > self.max_bytes:
-                _, oldest = self._image_caches.popitem(last=False)
-                self.bytes -= num_bytes(oldest)
+                self.bytes -= num_bytes(self._image_caches.pop(next(iter(self._image_caches))))

@@ -6,23 +6,14 @@ import json
 import logging
 from collections.abc import Hashable
 from dataclasses import dataclass
-from threading import Lock
 from typing import Any
 
 import PIL.Image
 import torch
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter
 from starlette.exceptions import HTTPException
 
-from modeling_trips import (
-    UNPRUNED,
-    TripsForConditionalGeneration,
-    TripsForQuestionAnswering,
-    TripsImageCache,
-    TripsImageToTextPipeline,
-    TripsVisualQuestionAnsweringPipeline,
-)
-from modeling_trips.image_decoding_trips import ImageError
+from modeling_trips import UNPRUNED, TripsImageCache
 from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint, load_processor
 from modeling_trips.untrusted_images import IsolatedDecoder
 
@@ -33,10 +24,10 @@ from .settings import DEFAULT, Settings
 logger = logging.getLogger(__name__)
 
 DECODERS = 2  # processes that decode images
+GENERATIVE = {"visual-question-answering": "answer", "image-to-text": "caption"}  # endpoints by task
 STATUSES = {"format": 415, "pixels": 413}  # by the reason of an `ImageError`; 422 for others
 
 IMAGE_CACHES = Counter("trips_image_caches", "Images by the source of their cached states.", ["source"])
-CACHE_BYTES = Gauge("trips_image_cache_bytes", "Size of the image cache in bytes.", multiprocess_mode="livesum")
 
 
 @dataclass
@@ -70,65 +61,47 @@ class Item:
 
 
 class Engine:
-    """
-    Engine that prepares requests (thread-safe) and computes batches (one thread at a time).
-
-    Raises:
-        Exception: The checkpoint or a setting is not supported.
-    """
+    """Engine that prepares requests (thread-safe) and computes batches (one thread at a time)."""
 
     def __init__(self, settings: Settings):
         self.settings = settings
         self.cache = ImageCaches(settings.cache_bytes)
         self.decoder = IsolatedDecoder(DECODERS)
-        self._tokenizer_lock = Lock()  # fast tokenizers are not thread-safe
         self.model = self._load()
         parse = self.model.config.vision_config.parse_schedule
         self.schedules = {name: parse(text) if text else UNPRUNED for name, text in settings.schedules.items()}
         self.schedules[DEFAULT] = None
         self.processor = load_processor(settings.model, self.model.config, settings.revision)
-        parts = {"model": self.model, "processor": self.processor, "device": self.model.device}
-        if isinstance(self.model, TripsForQuestionAnswering):
-            self.endpoints, self.pipeline = ["answer"], TripsVisualQuestionAnsweringPipeline(**parts)
-        elif isinstance(self.model, TripsForConditionalGeneration):
-            self.endpoints, self.pipeline = ["caption"], TripsImageToTextPipeline(**parts)
-        elif hasattr(self.model, "match"):
-            self.endpoints = ["match", "features"]
-        else:
+        self.endpoints = ["match", "features"] if hasattr(self.model, "match") else []
+        if self.model.can_generate():
+            parts = {"model": self.model, "processor": self.processor, "device": self.model.device}
+            self.pipeline = self.model.pipeline_class(**parts)
+            self.endpoints = [GENERATIVE[self.pipeline.default_task]]
+        if not self.endpoints:
             raise ValueError(f"A {type(self.model).__name__} does not answer, caption or match.")
         self._check()
 
     def _load(self) -> Any:
         settings = self.settings
-        if is_exported(settings.model):
-            if settings.schedules or settings.dtype != "auto" or settings.device not in ("auto", "cpu"):
-                raise ValueError(
-                    "Schedule, dtype and device of an exported model are fixed. Unset TRIPS_SCHEDULES, TRIPS_DTYPE "
-                    "and TRIPS_DEVICE."
-                )
-            from modeling_trips.export import load_exported  # an extra
+        if not is_exported(settings.model):
+            model = load_checkpoint(settings.model, revision=settings.revision, dtype=settings.dtype)
+            best = "cuda" if torch.cuda.is_available() else "cpu"
+            return model.to(best if settings.device == "auto" else settings.device)
+        if settings.schedules or settings.dtype != "auto" or settings.device not in ("auto", "cpu"):
+            raise ValueError("An exported model is fixed. Unset TRIPS_SCHEDULES, TRIPS_DTYPE and TRIPS_DEVICE.")
+        from modeling_trips.export import load_exported  # an extra
 
-            return load_exported(settings.model)
-        dtype: dict[str, Any] = {} if settings.dtype == "auto" else {"dtype": settings.dtype}
-        best = "cuda" if torch.cuda.is_available() else "cpu"
-        model = load_checkpoint(settings.model, revision=settings.revision, **dtype)
-        return model.to(best if settings.device == "auto" else settings.device)
+        return load_exported(settings.model)
 
     def _check(self):
-        """
-        Compute one item of each kind, which also starts a decoder.
-
-        Raises:
-            ValueError: The tokenizer is of another model, or a result is not finite.
-        """
+        """Compute one item of each kind. Raise a `ValueError` if the tokenizer or a result does not fit."""
         largest = max(self.processor.tokenizer.get_vocab().values())
         if largest >= (vocab_size := self.model.config.text_config.vocab_size):
             raise ValueError(f"token ids of the tokenizer must be below {vocab_size}, got {largest}.")
-        file = io.BytesIO()
-        PIL.Image.effect_noise((256, 256), 60).save(file, "PNG")
-        decoded = self.decoder.decode(file.getvalue())
-        image = ItemImage("", pixel_values=self.processor(images=decoded, return_tensors="pt")["pixel_values"])
-        text = "what is it?"
+        file, text = io.BytesIO(), "what is it?"
+        PIL.Image.effect_noise((64, 64), 60).save(file, "PNG")
+        image = ItemImage("", file.getvalue())
+        self.decode("image", image)
         (tokens,) = self.prepare_texts("texts", [text])
         for name in self.endpoints:
             parts = [(image, None, None), (None, text, tokens)] if name == "features" else [(image, text, tokens)]
@@ -148,14 +121,12 @@ class Engine:
             image.size = decoded.size[::-1]
             image.pixel_values = self.processor(images=decoded, return_tensors="pt")["pixel_values"]
         except ValueError as error:
-            status = STATUSES.get(error.reason, 422) if isinstance(error, ImageError) else 422
-            raise HTTPException(status, f"{field}: {error}") from error
+            raise HTTPException(STATUSES.get(getattr(error, "reason", ""), 422), f"{field}: {error}") from error
         image.data = None
 
     def prepare_texts(self, field: str, texts: list[str]) -> list[dict[str, list[int]]]:
         """Tokenize texts. The `HTTPException` for a text that is too long names the field of the request."""
-        with self._tokenizer_lock:
-            encoded = self.processor.tokenizer(self.processor.clean_texts(texts)) if texts else {}
+        encoded = self.processor.tokenizer(self.processor.clean_texts(texts)) if texts else {}
         limit = self.processor.max_text_length(self.model.config)
         rows = [{name: values[row] for name, values in encoded.items()} for row in range(len(texts))]
         for position, row in enumerate(rows):
@@ -172,8 +143,7 @@ class Engine:
             if len(items) == 1:
                 logger.exception("The model failed on an item of /%s.", items[0].endpoint)
                 return [HTTPException(500, "The model failed on this request.")]
-            middle = len(items) // 2
-            return self.compute(items[:middle]) + self.compute(items[middle:])
+            return [result for item in items for result in self.compute([item])]
 
     @torch.inference_mode()
     def _compute(self, items: list[Item]) -> list:
@@ -224,7 +194,6 @@ class Engine:
             for key, row in zip(missing, split(computed)):
                 states[key] = row
                 self.cache.put((key, name), row)
-            CACHE_BYTES.set(self.cache.bytes)
         index = {key: row for row, key in enumerate(images)}
         rows = torch.tensor([index[item.image.key] for item in items], device=self.model.device)
         return {"image_cache": join(list(states.values())), "image_index": rows, "schedule": self.schedules[name]}

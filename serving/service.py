@@ -6,12 +6,11 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from anyio import CapacityLimiter, create_task_group, fail_after, to_thread
+from anyio import CancelScope, CapacityLimiter, create_task_group, fail_after, to_thread
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 from pydantic import BaseModel, ValidationError
@@ -21,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from .batching import Batcher
@@ -47,7 +46,7 @@ def create_app() -> Starlette:
         settings = Settings.from_environment()
         return Service(Engine(settings), settings).app
     except Exception as error:
-        if not isinstance(error, (OSError, RuntimeError, ValueError)):
+        if not isinstance(error, (HTTPException, OSError, RuntimeError, ValueError)):
             traceback.print_exc()
         given = ", ".join(f"{name}={value}" for name, value in os.environ.items() if name.startswith(PREFIX))
         failure = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"], FAILURE)
@@ -60,14 +59,6 @@ def metrics(request: Request) -> Response:
     registry = CollectorRegistry()
     MultiProcessCollector(registry)  # of all workers
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
-
-
-def health(request: Request) -> Response:
-    return PlainTextResponse("ok")
-
-
-def page(request: Request) -> Response:
-    return FileResponse(Path(__file__).parent / (request.url.path.strip("/") or "page.html"), headers=PAGE_HEADERS)
 
 
 def refuse(request: Request, error: Exception) -> Response:
@@ -91,10 +82,12 @@ class Service:
         self.slots = asyncio.Semaphore(settings.queue)
         self.buffered_bytes = 0
         self.decoders = CapacityLimiter(DECODERS)
-        document = JSONResponse(describe(f"TRIPS: {Path(settings.model).name}", self.models))
+        alive, document = PlainTextResponse("ok"), describe(f"TRIPS: {Path(settings.model).name}", self.models)
         # A worker listens when its model is loaded.
-        paths = {"/livez": health, "/readyz": health, "/metrics": metrics, "/docs.json": lambda request: document}
-        paths |= {"/": page, "/page.css": page, "/page.js": page}
+        paths = {"/livez": alive, "/readyz": alive, "/metrics": metrics, "/docs.json": JSONResponse(document)}
+        for path, kind in {"/": "html", "/page.css": "css", "/page.js": "javascript"}.items():
+            file = Path(__file__).with_name(path.strip("/") or "page.html")
+            paths[path] = Response(file.read_bytes(), media_type=f"text/{kind}", headers=PAGE_HEADERS)
         self.app = Starlette(
             routes=[Route(f"/{name}", self.answer, methods=["POST"]) for name in self.models]
             + [Route(path, endpoint) for path, endpoint in paths.items()],
@@ -126,7 +119,7 @@ class Service:
             self.check_queue()
             async with self.slots:
                 with IN_PROGRESS.track_inprogress():
-                    results = await self.unless_left(request, self.compute(items, images))
+                    results = await self.compute(items, images, request)
             response: Response = JSONResponse({REPLIES[endpoint][1]: results})
         except HTTPException as error:
             response = refuse(request, error)
@@ -137,60 +130,46 @@ class Service:
         if self.slots.locked():
             raise overloaded("Too many requests are waiting.")
 
-    async def unless_left(self, request: Request, work: Coroutine) -> list:
-        """Return the result of `work`, which is cancelled when the client disconnects."""
-        working, left = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
-        try:
-            await asyncio.wait([working, left], return_when=asyncio.FIRST_COMPLETED)
-            if not working.done():
-                raise HTTPException(400, "The client disconnected.")
-            return working.result()
-        finally:
-            working.cancel()
-            left.cancel()
-
-    async def compute(self, items: list[Item], images: dict[str, ItemImage]) -> list:
+    async def compute(self, items: list[Item], images: dict[str, ItemImage], request: Request) -> list:
+        """Return the results of items, which nobody waits for any more when the client of the request disconnects."""
         seconds = self.settings.max_latency_ms / 1000
+        leaving = asyncio.ensure_future(request.receive())
         try:
-            with fail_after(seconds):
+            with CancelScope() as scope, fail_after(seconds):
+                leaving.add_done_callback(lambda _: scope.cancel())
                 for field, image in images.items():
                     if image.states is None:
                         await to_thread.run_sync(self.engine.decode, field, image, limiter=self.decoders)
                 return await self.batcher.submit(items)
         except TimeoutError as error:
             raise overloaded(f"There was no result within {seconds:g} s.") from error
+        finally:
+            leaving.cancel()
+        raise HTTPException(400, "The client disconnected.")
 
     async def read(self, endpoint: str, request: Request) -> tuple[list[Item], dict[str, ItemImage]]:
-        """Return the items of a request, and its images by field."""
+        """Return the items of a request, and its images by field. Bytes of its body count among those of all."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
             raise HTTPException(415, f"The Content-Type must be {JSON}.")
-        body = bytearray()
-        try:
-            await self.receive(request, body)
-            return await to_thread.run_sync(self.prepare, endpoint, bytes(body))
-        finally:
-            self.buffered_bytes -= len(body)
-
-    async def receive(self, request: Request, body: bytearray):
-        """Append the body of a request to `body`, whose bytes count among those of all open requests."""
-        limit, seconds, received = self.settings.max_body_bytes, self.settings.read_timeout, 0
+        limit, seconds, body = self.settings.max_body_bytes, self.settings.read_timeout, bytearray()
         try:
             async with asyncio.timeout(seconds):
                 async for chunk in request.stream():
-                    received += len(chunk)
-                    if received <= limit:
-                        body += chunk
-                        self.buffered_bytes += len(chunk)
+                    body += chunk
+                    self.buffered_bytes += len(chunk)
                     if self.buffered_bytes > self.settings.max_buffered_bytes:
                         raise overloaded("Too many bytes are being received.")
-                    if received > DRAINED * limit:
+                    if len(body) > DRAINED * limit:
                         break
+            if len(body) > limit:
+                raise HTTPException(413, f"The body must have at most {limit:,} bytes.")
+            return await to_thread.run_sync(self.prepare, endpoint, bytes(body))
         except TimeoutError as error:
             raise HTTPException(408, f"The body did not arrive within {seconds:g} seconds.") from error
         except ClientDisconnect as error:
             raise HTTPException(400, "The client disconnected.") from error
-        if received > limit:
-            raise HTTPException(413, f"The body must have at most {limit:,} bytes.")
+        finally:
+            self.buffered_bytes -= len(body)
 
     def prepare(self, endpoint: str, content: bytes) -> tuple[list[Item], dict[str, ItemImage]]:
         """Validate a request, look up its images and tokenize its texts."""
@@ -207,12 +186,11 @@ class Service:
             places = [{"image": image, "text": text} for image in range(len(images)) for text in range(len(texts))]
         if not places:
             raise HTTPException(422, "The request must have an image or a text.")
-        rows = list(images.values())
-        items = []
+        rows, top_k, items = list(images.values()), inputs.get("top_k", 1), []
         for place in places:
             image = rows[place["image"]] if "image" in place else None
             text, tokens = texts[place["text"]] if "text" in place else (None, None)
-            items.append(Item(endpoint, image, text, tokens, schedule, inputs.get("top_k", 1), place, kept))
+            items.append(Item(endpoint, image, text, tokens, schedule, top_k, place, kept))
         return items, images
 
 
@@ -220,14 +198,14 @@ def validate(model: type[BaseModel], body: bytes) -> dict[str, Any]:
     """Return the fields of a request. The `HTTPException` for one that does not fit names the field."""
     try:
         content = from_json(body)
-    except ValueError as error:
-        raise HTTPException(400, f"The body is not valid JSON: {error}") from error
-    if isinstance(content, dict):  # pydantic is slow with many unknown fields
-        if unknown := next((name for name in content if name not in model.model_fields), None):
-            raise HTTPException(422, f"{unknown:.100}: The field is unknown. Use {', '.join(model.model_fields)}.")
-    try:
+        # pydantic is slow with many unknown fields.
+        unknown = [name for name in content if name not in model.model_fields] if isinstance(content, dict) else []
+        if unknown:
+            raise HTTPException(422, f"{unknown[0]:.100}: The field is unknown. Use {', '.join(model.model_fields)}.")
         return dict(model.model_validate(content))
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         message = first["msg"].removeprefix("Value error, ")
         raise HTTPException(422, f"{'.'.join(map(str, first['loc'])) or 'the body'}: {message}.") from error
+    except ValueError as error:
+        raise HTTPException(400, f"The body is not valid JSON: {error}") from error

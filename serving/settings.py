@@ -12,10 +12,8 @@ FAILURE = "failure"  # file in the folder of metrics: why the model could not be
 DEFAULT = "default"  # name of the checkpoint's schedule
 
 
-def read_schedules(text: str | dict[str, str]) -> dict[str, str]:
+def read_schedules(text: str) -> dict[str, str]:
     """Parse `"fast=5:text:0.3,10:text:0.3;full="` to schedules by name. An empty schedule keeps all patches."""
-    if isinstance(text, dict):
-        return text
     schedules: dict[str, str] = {}
     for entry in filter(None, map(str.strip, text.split(";"))):
         name, equals, schedule = map(str.strip, entry.partition("="))
@@ -25,34 +23,32 @@ def read_schedules(text: str | dict[str, str]) -> dict[str, str]:
     return schedules
 
 
-def read_hosts(text: str | list[str]) -> list[str]:
+def read_hosts(text: str) -> list[str]:
     """Parse `"localhost, *.example.org"`."""
-    return [host.strip() for host in text.split(",")] if isinstance(text, str) else text
+    return [host.strip() for host in text.split(",")]
 
 
 Count = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Settings(BaseModel):
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", populate_by_name=True, alias_generator=lambda field: PREFIX + field.upper()
+    )
 
     model: Annotated[str, Field(min_length=1)]
     revision: str = "main"
     device: str = "auto"
     dtype: str = "auto"
     schedules: Annotated[dict[str, str], BeforeValidator(read_schedules)] = {}
-    allowed_hosts: Annotated[list[str], BeforeValidator(read_hosts)] = [
-        "127.0.0.1",
-        "localhost",
-    ]  # "*": any
+    allowed_hosts: Annotated[list[str], BeforeValidator(read_hosts)] = ["127.0.0.1", "localhost"]  # "*": any
     workers: Count = 1
     max_batch_size: Count = 32  # pairs of image and text
     max_latency_ms: Count = 30_000  # to decode images and to compute results
     queue: Count = 64
     max_body_bytes: Count = 8 << 20
     max_buffered_bytes: Count = 256 << 20  # of all open requests
-    read_timeout: Seconds = 10.0
+    read_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0  # seconds
     max_pixels: Count = 16 << 20
     max_images: Count = 8
     max_texts: Count = 32
@@ -61,17 +57,11 @@ class Settings(BaseModel):
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
-        """
-        Raises:
-            ValueError: `TRIPS_MODEL` is missing, or a variable is unknown or has an invalid value.
-        """
-        names = {PREFIX + field.upper(): field for field in cls.model_fields}
+        """Raise a `ValueError` if `TRIPS_MODEL` is missing, or a variable is unknown or has an invalid value."""
         given = {name: text.strip() for name, text in environment.items() if name.startswith(PREFIX)}
-        if unknown := sorted(given.keys() - names.keys()):
-            raise ValueError(f"unknown settings {', '.join(unknown)}; use one of {', '.join(names)}")
         try:
-            return cls.model_validate({names[name]: text for name, text in given.items()})
+            return cls.model_validate(given)
         except ValidationError as error:
-            first = error.errors()[0]
-            name = PREFIX + str(first["loc"][0]).upper()
-            raise ValueError(f"{name}={given.get(name, '')}: {first['msg'].removeprefix('Value error, ')}") from error
+            faults = [f"{one['loc'][0]}={given.get(str(one['loc'][0]), '')}: {one['msg']}" for one in error.errors()]
+            names = ", ".join(str(field.alias) for field in cls.model_fields.values())
+            raise ValueError(f"{'; '.join(faults)}. The settings are {names}.") from error

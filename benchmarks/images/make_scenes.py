@@ -8,8 +8,9 @@ Compose scenes of named images, with questions and expressions about them, as im
     python examples/run_grounding.py --train_file drawn/train_boxes.jsonl ...
 
 The images are Noto's emoji with their names in CLDR, from these Debian packages, or those of `--pictures`, named as
-their files without words that have digits. A hash of the name decides its split, so names and images of the validation
-and test splits never occur in training.
+their files without words that have digits. All splits share `--names` names. With `--names 0` a hash of the name
+decides its split, so that names and images of the validation and test splits never occur in training: a test of
+boxes, since no answer can be a name that a model has never seen.
 """
 
 import hashlib
@@ -52,9 +53,12 @@ class SceneArguments:
     output_dir: str = field(metadata={"help": "Folder to write. It must not exist."})
     pictures: str | None = field(default=None, metadata={"help": "Folder of named images. Default: emoji of Debian."})
     debian: str = field(default="/", metadata={"help": "Folder that the Debian packages are unpacked in."})
-    train_scenes: int = field(default=14_000, metadata={"help": "Number of training scenes."})
+    train_scenes: int = field(default=4_000, metadata={"help": "Number of training scenes."})
     validation_scenes: int = field(default=300, metadata={"help": "Number of validation scenes."})
     test_scenes: int = field(default=800, metadata={"help": "Number of test scenes."})
+    names: int = field(
+        default=60, metadata={"help": "Names that occur, in all splits. 0: all, each in one split alone."}
+    )
     side: int = field(default=112, metadata={"help": "Height and width of the scenes in pixels."})
     seed: int = field(default=0, metadata={"help": "Seed of the scenes."})
 
@@ -76,9 +80,14 @@ def clean_name(text: str) -> str:
     return " ".join(words) if len(words) <= MAX_WORDS else ""
 
 
+def hash_of(name: str) -> float:
+    """Return a number in [0, 1)."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2**64
+
+
 def split_of(name: str) -> str:
     """Return the split of a name by its hash."""
-    place = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2**64
+    place = hash_of(name)
     for split, share in HELD_OUT.items():
         if place < share:
             return split
@@ -273,11 +282,13 @@ def main(argv: list[str] | None = None):
         partial.mkdir()
         debian = Path(args.debian)
         pictures = args.pictures or write_emoji(debian / FONT, debian / CHARACTER_NAMES, partial / "emoji")
-        by_split = defaultdict(list)
-        for picture in read_pictures(pictures):
+        by_split, found = defaultdict(list), read_pictures(pictures)
+        for picture in found:
             by_split[split_of(picture.name)].append(picture)
+        names = sorted({picture.name for picture in by_split["train"]}, key=hash_of)[: args.names]
+        shared = [picture for picture in found if picture.name in names]
         for split in ("train", *HELD_OUT):
-            write_split(split, by_split[split], getattr(args, f"{split}_scenes"), args, partial)
+            write_split(split, shared or by_split[split], getattr(args, f"{split}_scenes"), args, partial)
 
 
 if __name__ == "__main__":

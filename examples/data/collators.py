@@ -232,19 +232,14 @@ class PretrainingCollator(RetrievalCollator):
         of a prompt; the continuations end with [SEP]. A caption of one word is not cut, and its labels are all -100.
         """
         tokenizer = self.processor.tokenizer
-        ends = {tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id}
+        first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
+        ends = {first, last, tokenizer.pad_token_id}
         beginnings, continuations = [], []
         for ids, draw in zip(input_ids.tolist(), torch.rand(len(input_ids)).tolist()):
-            places = [place for place, token in enumerate(ids) if token not in ends]
-            cut = 1 + int(draw * (len(places) - 1))  # 1 to len(places) - 1
-            later = set(places[cut:])
-            beginnings.append([t for place, t in enumerate(ids) if place not in later and t != tokenizer.pad_token_id])
-            rest = [ids[place] for place in places[cut:]]
-            continuations.append([*rest, tokenizer.sep_token_id] if rest else [-100])
-        mask = _padded([[1] * len(beginning) for beginning in beginnings], 0)
-        prompts = {"prompt_input_ids": _padded(beginnings, tokenizer.pad_token_id), "prompt_attention_mask": mask}
-        return {**prompts, "labels": _padded(continuations, -100)}
-
-
-def _padded(rows: list[list[int]], value: int) -> torch.LongTensor:
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+            words = [token for token in ids if token not in ends]
+            cut = 1 + int(draw * (len(words) - 1))  # 1 to len(words) - 1
+            beginnings.append([first, *words[:cut], last])
+            continuations.append([*words[cut:], last] if words[cut:] else [-100])
+        prompts = tokenizer.pad({"input_ids": beginnings}, return_tensors="pt")
+        labels = pad_sequence(list(map(torch.tensor, continuations)), batch_first=True, padding_value=-100)
+        return {**{f"prompt_{name}": prompts[name] for name in ("input_ids", "attention_mask")}, "labels": labels}

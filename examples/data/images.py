@@ -3,7 +3,7 @@
 import contextlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,13 +125,14 @@ def image_size(row: dict) -> tuple[int, int]:
 class DecodedImages(torch.utils.data.Dataset):
     """Images of rows, decoded on access."""
 
-    rows: Dataset
+    rows: Dataset | list
+    decode: Callable[[Any], PIL.Image.Image] = read_image
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, row: int) -> PIL.Image.Image:
-        return read_image(self.rows[row])
+        return self.decode(self.rows[row])
 
 
 def first_rows(image_ids: list[str]) -> tuple[list[int], list[int]]:

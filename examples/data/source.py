@@ -11,6 +11,13 @@ BUNDLED = "busy_scenes"
 SPLIT_OPTIONS = "--train_split, --validation_split or --test_split"
 
 
+def option(default, text: str):
+    """Return the field of an option with its help. A list is a new one for each object."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class AnnotationFile:
     """
@@ -62,32 +69,19 @@ class DataSource:
     - Bundled scenes, `dataset_name="busy_scenes"`, are the default, see `busy_records`.
     """
 
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "A data set on the Hub, its folder, or busy_scenes, the default without files."},
-    )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
-    train_file: str | None = field(
-        default=None, metadata={"help": "JSON, JSONL, CSV, Parquet, or a public annotation file: see docs/data.md."}
-    )
-    validation_file: str | None = field(default=None, metadata={"help": "Like --train_file."})
-    test_file: str | None = field(default=None, metadata={"help": "Like --train_file, for the reported metrics."})
-    train_split: str | None = field(
-        default=None, metadata={"help": "Split of a file or Hub data set with several splits. Default: train."}
-    )
-    validation_split: str | None = field(
-        default=None, metadata={"help": "Like --train_split. Default: val in files, validation on the Hub."}
-    )
-    test_split: str | None = field(
-        default=None, metadata={"help": "Like --train_split. Default: test in files, none on the Hub."}
-    )
-    image_root: str | None = field(
-        default=None, metadata={"help": "Folder that image paths are relative to. Default: the folder of their file."}
-    )
-    grid: int = field(default=4, metadata={"help": "Cells per side of a bundled scene, 1 to 4."})
-    train_scenes: int = field(default=4000, metadata={"help": "Number of training scenes."})
-    validation_scenes: int = field(default=1000, metadata={"help": "Number of validation scenes."})
-    test_scenes: int | None = field(default=None, metadata={"help": "Default: as many as --validation_scenes."})
+    dataset_name: str | None = option(None, "Data set on the Hub, folder, or busy_scenes (default without files).")
+    dataset_config_name: str | None = option(None, "Configuration of the Hub data set.")
+    train_file: str | None = option(None, "JSON, JSONL, CSV, Parquet, or a public annotation file: see docs/data.md.")
+    validation_file: str | None = option(None, "Like --train_file.")
+    test_file: str | None = option(None, "Like --train_file, for the reported metrics.")
+    train_split: str | None = option(None, "Split of a file or Hub data set with several splits. Default: train.")
+    validation_split: str | None = option(None, "Like --train_split. Default: val in files, validation on the Hub.")
+    test_split: str | None = option(None, "Like --train_split. Default: test in files, none on the Hub.")
+    image_root: str | None = option(None, "Folder that image paths are relative to. Default: that of their file.")
+    grid: int = option(4, "Cells per side of a bundled scene, 1 to 4.")
+    train_scenes: int = option(4000, "Number of training scenes.")
+    validation_scenes: int = option(1000, "Number of validation scenes.")
+    test_scenes: int | None = option(None, "Default: as many as --validation_scenes.")
 
     @property
     def splits(self) -> dict[str, str | None]:

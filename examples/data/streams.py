@@ -6,6 +6,7 @@ rows, data sets on the Hub.
 import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import IterableDataset
@@ -28,6 +29,7 @@ FEWEST_TO_JUDGE = 100  # pairs before the share of bad pairs is checked
 Shard = TarShard | FileShard | HubShard
 
 
+@dataclass(eq=False)
 class PairStream(TorchIterableDataset):
     """
     Endless stream of rows with `image` (an RGB `PIL.Image`), `image_id`, `caption` and `source`.
@@ -44,7 +46,7 @@ class PairStream(TorchIterableDataset):
         shards (`Sequence[Shard]`): with fewer shards than processes, each process reads all of them and takes its
             share of the records. A process uses at most one worker per shard.
         seed (`int`, *optional*, defaults to 0): seed of the order of shards and records, and of the captions.
-        buffer_size (`int`, *optional*, defaults to 1000): number of records in a shuffled block.
+        buffer_size (`int`, *optional*, defaults to 1000): number of records in a shuffled block, at least 1.
         process_index, num_processes (`int`, *optional*): rank and number of training processes.
         image_column, caption_column (`str`, *optional*): by default the first of `IMAGE_COLUMNS` and of
             `CAPTION_COLUMNS` that a record has.
@@ -58,27 +60,20 @@ class PairStream(TorchIterableDataset):
         ValueError: Raised by iteration, if there are too many bad pairs or no good pair.
     """
 
-    def __init__(
-        self,
-        shards: Sequence[Shard],
-        seed: int = 0,
-        buffer_size: int = 1000,
-        process_index: int = 0,
-        num_processes: int = 1,
-        image_column: str | None = None,
-        caption_column: str | None = None,
-        processor: TripsProcessor | None = None,
-        max_bad_share: float = 0.0,
-        log_folder: str | Path | None = None,
-    ):
-        if buffer_size < 1:
-            raise ValueError(f"`buffer_size` must be at least 1, got {buffer_size}.")
-        self.shards, self.seed, self.buffer_size = list(shards), seed, buffer_size
-        self.process_index, self.num_processes = process_index, num_processes
-        self.image_columns = IMAGE_COLUMNS if image_column is None else (image_column,)
-        self.caption_columns = CAPTION_COLUMNS if caption_column is None else (caption_column,)
-        self.processor, self.max_bad_share = processor, max_bad_share
-        self.log_folder = log_folder
+    shards: Sequence[Shard]
+    seed: int = 0
+    buffer_size: int = 1000
+    process_index: int = 0
+    num_processes: int = 1
+    image_column: str | None = None
+    caption_column: str | None = None
+    processor: TripsProcessor | None = None
+    max_bad_share: float = 0.0
+    log_folder: str | Path | None = None
+
+    def __post_init__(self):
+        if self.buffer_size < 1:
+            raise ValueError(f"`buffer_size` must be at least 1, got {self.buffer_size}.")
         self.log: Path | None = None
         self.pass_number, self.seen, self.bad = 0, 0, 0
         self.last_fault: Fault | None = None
@@ -134,7 +129,7 @@ class PairStream(TorchIterableDataset):
         source, image_root = columns.pop("source"), columns.pop("image_root", "")
         try:
             caption = self._caption(columns, f"{self.seed}-{self.pass_number}-{source}")
-            encoded = encoded_image(columns, self.image_columns)
+            encoded = encoded_image(columns, self.image_column)
             place = encoded if isinstance(encoded, bytes) else str(Path(image_root) / encoded)
             image = decode_image(place, 1 if self.processor is None else self.processor.patch_size)
             image_id = text_of(columns.get(_first_filled(columns, ID_COLUMNS)), "image_id")
@@ -144,7 +139,7 @@ class PairStream(TorchIterableDataset):
         return {"image": image, "image_id": image_id or default_id, "caption": caption, "source": source}
 
     def _caption(self, columns: dict, seed: str) -> str:
-        name = _first_filled(columns, self.caption_columns)
+        name = self.caption_column or _first_filled(columns, CAPTION_COLUMNS)
         value = columns.get(name)
         captions = list_of(value, name) if name == "captions" else value if isinstance(value, list) else [value]
         text = random.Random(seed).choice(caption_texts(captions, columns))
@@ -192,7 +187,10 @@ def _first_filled(columns: dict, names: Iterable[str]) -> str | None:
     return next((name for name in names if not is_missing(columns.get(name))), None)
 
 
-def encoded_image(columns: dict, names: Iterable[str]) -> str | bytes:
-    """Return the path or the encoded bytes of a record's image, which may be a dictionary with either."""
-    image = path_or_bytes(columns.get(_first_filled(columns, names)))
+def encoded_image(columns: dict, column: str | None = None) -> str | bytes:
+    """
+    Return the path or the encoded bytes of a record's image, which may be a dictionary with either. The default column
+    is the first of `IMAGE_COLUMNS` that is filled.
+    """
+    image = path_or_bytes(columns.get(column or _first_filled(columns, IMAGE_COLUMNS)))
     return image if isinstance(image, bytes) else filled_text({**columns, "image": image}, "image")

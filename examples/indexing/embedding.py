@@ -41,8 +41,7 @@ class Embedder:
             self.embed(given[start : start + self.batch_size])
         schema = table_schema(self.model.config.projection_dim)
         fragments = write_rows(self.uri, pa.Table.from_pylist(given, schema=schema))
-        broken = [f"{row['source']}: {row['error']}" for row in given if row["error"] is not None]
-        return {"fragments": [fragments], "rows": [len(given)], "broken": [broken]}
+        return {"fragments": [fragments], "rows": [len(given)]}
 
     @torch.inference_mode()
     def embed(self, rows: list[dict]):
@@ -85,8 +84,8 @@ def start_ray(args: IndexArguments):
         )
 
 
-def embed_images(table: lance.LanceDataset, shards: list[Shard], args: IndexArguments) -> Iterator[str]:
-    """Add the images of shards that are not in the table, and yield source and error of each unusable image."""
+def embed_images(table: lance.LanceDataset, shards: list[Shard], args: IndexArguments):
+    """Add the images of shards that are not in the table."""
     import ray
 
     context = ray.data.DataContext.get_current()
@@ -118,4 +117,3 @@ def embed_images(table: lance.LanceDataset, shards: list[Shard], args: IndexArgu
         for result in results.iter_rows():
             table = commit(table, result["fragments"])
             bar.update(result["rows"])
-            yield from result["broken"]

@@ -11,7 +11,7 @@ import PIL.Image
 import torch
 
 from modeling_trips.inspection import draw_kept_patches
-from trips_examples.data.images import check_image, decode_untrusted_image, path_or_bytes
+from trips_examples.data.images import DecodedImages, check_image, decode_untrusted_image, path_or_bytes
 from trips_examples.data.tasks import BadRowError
 from trips_examples.indexing.table import fingerprint_of, load_model, open_table
 from trips_examples.metrics.retrieval import RetrievalEvaluator, TextIndex
@@ -33,16 +33,6 @@ class Found:
     similarity: float
     score: float | None = None
     match: float | None = None
-
-
-class Images(torch.utils.data.Dataset):
-    """Images that are decoded on access."""
-
-    def __init__(self, images: Sequence[str | bytes]):
-        self.images = images
-
-    def __getitem__(self, number: int) -> PIL.Image.Image:
-        return decode_untrusted_image(self.images[number])
 
 
 class Finder:
@@ -89,7 +79,8 @@ class Finder:
         pairs = sorted((numbers[each.source], text) for text, row in enumerate(found) for each in row)
         if not pairs:
             return found
-        scores = self.evaluator.match(Images(list(images.values())), texts, torch.tensor(pairs)).double()
+        decoded = DecodedImages(list(images.values()), decode_untrusted_image)
+        scores = self.evaluator.match(decoded, texts, torch.tensor(pairs)).double()
         matched = dict(zip(pairs, zip(scores.tolist(), scores.sigmoid().tolist())))
         temperature = self.model.temp().item()
 

@@ -2,17 +2,14 @@
 
 from dataclasses import dataclass, field
 
-from trips_examples.training.parser import option
+from trips_examples.data.source import option
 
 
 @dataclass
 class IndexArguments:
     model: str = field(metadata={"help": "Retrieval checkpoint (folder or name on the Hub), or exported model."})
     table: str = field(metadata={"help": "Location of the Lance table: a folder, or a URI such as s3://..."})
-    images: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Folders of images; WebDataset shards; Parquet, JSONL or CSV files with images or paths."},
-    )
+    images: list[str] = option([], "Folders of images; WebDataset shards; Parquet, JSONL, CSV with images or paths.")
     dataset_name: str | None = option(None, "A data set on the Hub, in place of --images.")
     dataset_split: str = option("train", "Split of the Hub data set.")
     image_root: str | None = option(None, "Folder that paths in rows are relative to. Default: that of their file.")

@@ -3,16 +3,16 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from huggingface_hub.utils import chunk_iterable
 
 from trips_examples.data.shards import IMAGE_SUFFIXES, FileShard, HubShard, TarShard, find_shards
-from trips_examples.data.streams import IMAGE_COLUMNS, encoded_image
+from trips_examples.data.streams import encoded_image
 from trips_examples.data.tasks import BadRowError, Fault, printable
 
 
@@ -61,7 +61,7 @@ def find_images(places: Sequence[str], image_root: str | None = None) -> list[Sh
             files |= dict.fromkeys(_image_files(path))
         else:
             shards |= dict.fromkeys(find_shards([path], root, option="--images"))
-    return [*(FolderShard(paths) for paths in batched(files, FILES_PER_SHARD)), *shards]
+    return [*(FolderShard(tuple(paths)) for paths in chunk_iterable(files, FILES_PER_SHARD)), *shards]
 
 
 def _image_files(folder: str) -> list[str]:
@@ -80,7 +80,6 @@ def rows_of(shard: Shard, image_column: str | None = None) -> Iterator[dict]:
     Yield the images of a shard as rows of `ROW_SCHEMA`: `image` is encoded or a path, or `error` is set. A file that
     several rows name is yielded once. `image_column` is by default the first of `IMAGE_COLUMNS` that a record has.
     """
-    columns = IMAGE_COLUMNS if image_column is None else (image_column,)
     sources: Counter[str] = Counter()
     paths: set[str] = set()
     for record in shard:
@@ -95,7 +94,7 @@ def rows_of(shard: Shard, image_column: str | None = None) -> Iterator[dict]:
             error = record.error
         else:
             try:
-                content = encoded_image(record, columns)
+                content = encoded_image(record, image_column)
                 if isinstance(content, str):
                     content = str(Path(record.get("image_root", ""), content))
                     if content in paths:
@@ -120,11 +119,5 @@ def blocks_of(shard: Shard, done: np.ndarray, image_column: str | None = None) -
         place = np.searchsorted(done, row["id"].encode())
         return place == len(done) or done[place] != row["id"].encode()
 
-    for block in batched(filter(is_new, rows_of(shard, image_column)), ROWS_PER_BLOCK):
-        yield pa.Table.from_pylist(block, schema=ROW_SCHEMA)
-
-
-def batched(items: Iterable, size: int) -> Iterator[tuple]:
-    """Yield items in tuples of `size`, as `itertools.batched` of Python 3.12."""
-    iterator = iter(items)
-    return iter(lambda: tuple(islice(iterator, size)), ())
+    for block in chunk_iterable(filter(is_new, rows_of(shard, image_column)), ROWS_PER_BLOCK):
+        yield pa.Table.from_pylist(list(block), schema=ROW_SCHEMA)

@@ -19,7 +19,6 @@ from trips_examples.lmms.generation import VisionLanguageModel
 class TripsVlm(lmms):
     """
     Args:
-        pretrained (`str` or `VisionLanguageModel`): A model, or its folder or Hub repository.
         batch_size (`int`, *optional*, defaults to 1): Conversations per step.
         options: Arguments of [`VisionLanguageModel`]. Several layers of a schedule need quotes:
             `schedule="5:image:0.7,12:image:0.5"`.
@@ -27,14 +26,14 @@ class TripsVlm(lmms):
 
     is_simple = False
 
-    def __init__(self, pretrained: str | VisionLanguageModel, batch_size: int | str = 1, **options):
+    def __init__(self, batch_size: int | str = 1, **options):
         super().__init__()
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.batch_size = int(batch_size)
         if "schedule" in options:
             options["schedule"] = options["schedule"].strip("\"'")  # lmms-eval keeps the quotes
-        self.vlm = VisionLanguageModel(pretrained, **options) if isinstance(pretrained, str) else pretrained
+        self.vlm = VisionLanguageModel(**options)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         # Batches have equal options and similar lengths.

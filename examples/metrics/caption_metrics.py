@@ -22,28 +22,6 @@ from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 logger = logging.getLogger(__name__)
 
-_DESCRIPTION = "BLEU, METEOR, ROUGE-L and CIDEr of image captions with one or more references each."
-
-_KWARGS_DESCRIPTION = """
-Args:
-    predictions (`list[str]`): A caption of each image.
-    references (`list[list[str]]`): The true captions of each image, at least one.
-    use_java (`bool`, *optional*): Whether to use Java. By default, if it is installed.
-
-Returns:
-    `dict`: `bleu_1` to `bleu_4`, `rouge_l` and, with Java, `meteor`, in [0, 1]; `cider`, in [0, 10] (tables often show
-    100 times these numbers). CIDEr is 0 for a single image, because it weights words by their frequency over images.
-
-Raises:
-    `ValueError`: There are no predictions, or an image has no references.
-
-Example:
-
->>> metric = evaluate.load("examples/metrics/caption_metrics.py")
->>> metric.compute(predictions=["a cat"], references=[["a black cat", "the cat"]], use_java=False)["bleu_1"]
-0.9999999...
-"""
-
 # A character of a script without spaces between words, or a word. Other characters are removed, as COCO's evaluation
 # does with punctuation.
 _UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}--\p{M}]\p{M}*"
@@ -75,11 +53,9 @@ def java_runs() -> bool:
 
 
 def _tokenized(captions: list[list[str]], use_java: bool) -> dict[int, list[str]]:
+    words = {image: list(each) for image, each in enumerate(captions)}
     if use_java:
-        rows = {image: [{"caption": caption} for caption in each] for image, each in enumerate(captions)}
-        words = PTBTokenizer().tokenize(rows)
-    else:
-        words = {image: list(each) for image, each in enumerate(captions)}
+        words = PTBTokenizer().tokenize({image: [{"caption": text} for text in each] for image, each in words.items()})
     for image, each in enumerate(captions):
         for number, caption in enumerate(each):
             if not use_java or _NOT_LATIN.search(caption):
@@ -87,19 +63,36 @@ def _tokenized(captions: list[list[str]], use_java: bool) -> dict[int, list[str]
     return words
 
 
-@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class CaptionMetrics(evaluate.Metric):
+    """
+    BLEU, METEOR, ROUGE-L and CIDEr of image captions with one or more references each.
+
+    Args:
+        predictions (`list[str]`): A caption of each image.
+        references (`list[list[str]]`): The true captions of each image, at least one.
+        use_java (`bool`, *optional*): Whether to use Java. By default, if it is installed.
+
+    Returns:
+        `dict`: `bleu_1` to `bleu_4`, `rouge_l` and, with Java, `meteor`, in [0, 1]; `cider`, in [0, 10] (tables often
+        show 100 times these numbers). CIDEr is 0 for a single image, because it weights words by their frequency over
+        images.
+
+    Raises:
+        `ValueError`: There are no predictions, or an image has no references.
+
+    Example:
+
+    >>> metric = evaluate.load("examples/metrics/caption_metrics.py")
+    >>> metric.compute(predictions=["a cat"], references=[["a black cat", "the cat"]], use_java=False)["bleu_1"]
+    0.9999999...
+    """
+
     def _info(self) -> evaluate.MetricInfo:
+        text = datasets.Value("string")
         return evaluate.MetricInfo(
-            description=_DESCRIPTION,
+            description=self.__doc__,
             citation="arXiv 1504.00325",
-            inputs_description=_KWARGS_DESCRIPTION,
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Value("string"),
-                    "references": datasets.Sequence(datasets.Value("string")),
-                }
-            ),
+            features=datasets.Features({"predictions": text, "references": datasets.Sequence(text)}),
         )
 
     def _compute(
@@ -107,10 +100,9 @@ class CaptionMetrics(evaluate.Metric):
     ) -> dict[str, float]:
         if not predictions:
             raise ValueError("There are no predictions. Give at least one.")
-        if bare := [image for image, captions in enumerate(references) if not captions]:
-            raise ValueError(
-                f"The prediction {predictions[bare[0]]!r} (number {bare[0]}) has no references. Give at least one."
-            )
+        for number, (prediction, captions) in enumerate(zip(predictions, references)):
+            if not captions:
+                raise ValueError(f"The prediction {prediction!r} (number {number}) has no references. Give one.")
         if use_java is None:
             use_java = java_runs()
             if not use_java:

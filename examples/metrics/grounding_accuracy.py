@@ -1,7 +1,6 @@
-"""Grounding accuracy as an `evaluate` metric, by the rule of RefCOCO, RefCOCO+ and RefCOCOg.
+"""Grounding accuracy as an `evaluate` metric, by the rule of RefCOCO, RefCOCO+ and RefCOCOg (arXiv 1608.00272).
 
-A box is correct if its intersection over union with the true box is at least a threshold, by default `REFCOCO_IOU`,
-0.5. The metric needs no network, also by `evaluate.load("examples/metrics/grounding_accuracy.py")`.
+The metric needs no network, also by `evaluate.load("examples/metrics/grounding_accuracy.py")`.
 """
 
 import datasets
@@ -11,43 +10,35 @@ import torch
 from modeling_trips.modeling_trips_grounding import paired_box_iou
 
 
-REFCOCO_IOU = 0.5
-
-_DESCRIPTION = "Share of boxes with an intersection over union of at least 0.5 with the true box, and the mean IoU."
-
-_KWARGS_DESCRIPTION = """
-Args:
-    predictions (`list[list[float]]`): A box (x0, y0, x1, y1) for each expression, in pixels of the original image.
-    references (`list[list[float]]`): The true boxes.
-    threshold (`float`, *optional*, defaults to 0.5): Smallest intersection over union of a correct box.
-
-Returns:
-    `dict`: `accuracy`, the share of correct boxes, and `mean_iou`, both in [0, 1].
-
-Raises:
-    `ValueError`: There are no predictions.
-
-Example:
-
->>> metric = evaluate.load("examples/metrics/grounding_accuracy.py")
->>> metric.compute(predictions=[[0, 0, 10, 10], [0, 0, 10, 10]], references=[[0, 0, 10, 8], [5, 0, 15, 10]])
-{'accuracy': 0.5, 'mean_iou': 0.5666666...}
-"""
-
-
-@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class GroundingAccuracy(evaluate.Metric):
+    """
+    Share of boxes with an intersection over union of at least 0.5 with the true box, and the mean IoU.
+
+    Args:
+        predictions (`list[list[float]]`): A box (x0, y0, x1, y1) for each expression, in pixels of the original image.
+        references (`list[list[float]]`): The true boxes.
+        threshold (`float`, *optional*, defaults to 0.5): Smallest intersection over union of a correct box.
+
+    Returns:
+        `dict`: `accuracy`, the share of correct boxes, and `mean_iou`, both in [0, 1].
+
+    Raises:
+        `ValueError`: There are no predictions.
+
+    Example:
+
+    >>> metric = evaluate.load("examples/metrics/grounding_accuracy.py")
+    >>> metric.compute(predictions=[[0, 0, 10, 10], [0, 0, 10, 10]], references=[[0, 0, 10, 8], [5, 0, 15, 10]])
+    {'accuracy': 0.5, 'mean_iou': 0.5666666...}
+    """
+
     def _info(self) -> evaluate.MetricInfo:
         box = datasets.Sequence(datasets.Value("float64"))
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation="arXiv 1608.00272",
-            inputs_description=_KWARGS_DESCRIPTION,
-            features=datasets.Features({"predictions": box, "references": box}),
-        )
+        features = datasets.Features({"predictions": box, "references": box})
+        return evaluate.MetricInfo(description=self.__doc__, citation="arXiv 1608.00272", features=features)
 
     def _compute(
-        self, predictions: list[list[float]], references: list[list[float]], threshold: float = REFCOCO_IOU
+        self, predictions: list[list[float]], references: list[list[float]], threshold: float = 0.5
     ) -> dict[str, float]:
         if not predictions:
             raise ValueError("There are no predictions. Give at least one.")

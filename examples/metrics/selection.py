@@ -1,9 +1,12 @@
-"""Diagnostics of the patch selection of a trained model, for `eval_results.json` of any task."""
+"""Diagnostics of the patch selection, and accuracy by the kind of text and by the size of its target region."""
 
 import math
+from collections import defaultdict
 from statistics import mean
 
+import evaluate
 import torch
+from datasets import Dataset
 from transformers import Trainer
 
 from modeling_trips import TripsSelection
@@ -15,12 +18,13 @@ from modeling_trips.inspection import (
     score_entropy,
     text_sensitivity,
 )
-from trips_examples.data.images import image_size
+from trips_examples.data.images import column_of, image_size
 
 
 NUM_ROWS = 256
 # Columns with the target region of a text: a box (x0, y0, x1, y1) in pixels of the image, or None.
 REGION_COLUMNS = ("region", "box")
+SIZES = ("smallest", "medium", "largest")
 
 
 @torch.no_grad()
@@ -73,3 +77,30 @@ def _region_metrics(selection: TripsSelection, rows: list[dict], processor, name
         f"{name}_region_recall": mean(region_recall(*pair) for pair in pairs),
         "eval_patch_precision_at_random": mean(shares),
     }
+
+
+def groups_of(rows: Dataset) -> dict[str, list[int]]:
+    """
+    Return the indices of the rows of each known `kind`, of each known `wording`, and of the thirds with the smallest,
+    medium and largest boxes. Rows without a column `kind` have no groups.
+    """
+    if "kind" not in rows.column_names:
+        return {}
+    groups = defaultdict(list)
+    for column, ending in (("kind", ""), ("wording", "_wording")):
+        for place, name in enumerate(column_of(rows, column) if column in rows.column_names else ()):
+            if name is not None:
+                groups[name + ending].append(place)
+    column = next(column for column in REGION_COLUMNS if column in rows.column_names)
+    areas = {place: (box[2] - box[0]) * (box[3] - box[1]) for place, box in enumerate(column_of(rows, column)) if box}
+    thirds = torch.tensor(sorted(areas, key=areas.__getitem__), dtype=torch.long).tensor_split(3)
+    return dict(sorted(groups.items())) | {name: third.tolist() for name, third in zip(SIZES, thirds) if len(third)}
+
+
+def accuracy_by_group(metric: evaluate.Metric, predictions: list, references: list, rows: Dataset) -> dict[str, float]:
+    """Return the accuracy on each of `groups_of(rows)`, as `eval_accuracy_{group}`."""
+    results = {}
+    for name, places in groups_of(rows).items():
+        own, truths = ([values[place] for place in places] for values in (predictions, references))
+        results[f"eval_accuracy_{name}"] = metric.compute(predictions=own, references=truths)["accuracy"]
+    return results

@@ -11,35 +11,11 @@ import functools
 import re
 import unicodedata
 from collections import Counter, defaultdict
+from statistics import fmean
 
 import datasets
 import evaluate
 
-
-_DESCRIPTION = "Accuracy of open-ended visual question answering with the answers of one or more annotators."
-
-_KWARGS_DESCRIPTION = """
-Args:
-    predictions (`list[str]`): The model's answer to each question.
-    references (`list[list[str]]`): The annotators' answers to each question, at least one.
-    by_answer (`bool`, *optional*, defaults to `False`): Whether to add the accuracy by most common answer.
-
-Returns:
-    `dict`: `accuracy`, the mean score in [0, 1]; `vqa_accuracy`, the mean over the questions with several answers; and
-    `exact_match`, the mean over those with one. With `by_answer` also `by_answer`, a `dict` from the normalized most
-    common answer of a question (the first one of a tie) to `accuracy` and `count`, most frequent first.
-
-Raises:
-    `ValueError`: There are no predictions, or a question has no answers.
-
-Example:
-
->>> metric = evaluate.load("examples/metrics/vqa_accuracy.py")
->>> metric.compute(predictions=["Two", "a dog"], references=[["2"], ["cat"]])
-{'accuracy': 0.5, 'exact_match': 0.5}
->>> metric.compute(predictions=["red"], references=[["red", "red", "dark red"]])
-{'accuracy': 0.4444444444444444, 'vqa_accuracy': 0.4444444444444444}
-"""
 
 _NUMBER_WORDS = "zero one two three four five six seven eight nine ten".split()
 _NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBER_WORDS)}
@@ -78,20 +54,13 @@ def _strip_punctuation(text: str) -> str:
     return _PERIOD.sub("", _PUNCTUATION.sub(replace, text))
 
 
-# Cached, because most answers of a data set repeat.
-@functools.lru_cache(maxsize=2**16)
+@functools.lru_cache(maxsize=2**16)  # most answers of a data set repeat
 def normalize_answer(text: str) -> str:
     """
-    Normalize an answer as the evaluation script of VQAv2 does.
+    Normalize an answer as the evaluation script of VQAv2 does: "The two dogs." becomes "2 dogs".
 
     Punctuation is removed, except apostrophes, colons and the periods of decimal numbers. Number words up to ten
     become digits, articles are removed, missing apostrophes of contractions are added, and the text is lower-cased.
-
-    Args:
-        text (`str`): An answer: `"The two dogs."`.
-
-    Returns:
-        `str`: The normalized answer: `"2 dogs"`.
     """
     text = _strip_punctuation(_on_one_line(text))
     words = [_NUMBERS.get(word, word) for word in text.lower().split()]
@@ -116,19 +85,9 @@ def vqa_accuracy(prediction: str, answers: list[str]) -> float:
     """
     Score one prediction by the rule of VQAv2: the mean over the annotators of min(matches among the others / 3, 1).
 
-    With ten annotators of whom 1, 2, 3 or at least 4 agree with the prediction, the score is 0.3, 0.6, 0.9 or 1. As in
-    the official script, answers are only normalized if the annotators disagree.
-
-    Args:
-        prediction (`str`): The answer of the model.
-        answers (`list[str]`): The answers of the annotators, 10 in VQAv2. With two or three, a unanimous answer scores
-            1/3 or 2/3.
-
-    Returns:
-        `float`: The score in [0, 1].
-
-    Raises:
-        `ValueError`: `answers` is empty.
+    With ten annotators of whom 1, 2, 3 or at least 4 agree with the prediction, the score is 0.3, 0.6, 0.9 or 1, and a
+    unanimous answer of two or three scores 1/3 or 2/3. As in the official script, answers are only normalized if the
+    annotators disagree. Without answers, a `ValueError` is raised.
     """
     if not answers:
         raise ValueError(f"The prediction {prediction!r} has no reference answers. Give at least one.")
@@ -151,41 +110,53 @@ def most_common_answer(answers: list[str]) -> str:
     return Counter(map(normalize_answer, answers)).most_common(1)[0][0]
 
 
-def _mean(scores: list[float]) -> float:
-    return sum(scores) / len(scores)
-
-
 def _accuracy_by_answer(scores: list[float], references: list[list[str]]) -> dict[str, dict]:
     groups = defaultdict(list)
     for score, answers in zip(scores, references, strict=True):
         groups[most_common_answer(answers)].append(score)
     by_count = sorted(groups.items(), key=lambda group: -len(group[1]))
-    return {answer: {"accuracy": _mean(group), "count": len(group)} for answer, group in by_count}
+    return {answer: {"accuracy": fmean(group), "count": len(group)} for answer, group in by_count}
 
 
-@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class VqaAccuracy(evaluate.Metric):
+    """
+    Accuracy of open-ended visual question answering with the answers of one or more annotators.
+
+    Args:
+        predictions (`list[str]`): The model's answer to each question.
+        references (`list[list[str]]`): The annotators' answers to each question, at least one.
+        by_answer (`bool`, *optional*, defaults to `False`): Whether to add the accuracy by most common answer.
+
+    Returns:
+        `dict`: `accuracy`, the mean score in [0, 1]; `vqa_accuracy`, the mean over the questions with several answers;
+        and `exact_match`, the mean over those with one. With `by_answer` also `by_answer`, a `dict` from the
+        normalized most common answer of a question (the first one of a tie) to `accuracy` and `count`, most frequent
+        first.
+
+    Raises:
+        `ValueError`: There are no predictions, or a question has no answers.
+
+    Example:
+
+    >>> metric = evaluate.load("examples/metrics/vqa_accuracy.py")
+    >>> metric.compute(predictions=["Two", "a dog"], references=[["2"], ["cat"]])
+    {'accuracy': 0.5, 'exact_match': 0.5}
+    """
+
     def _info(self) -> evaluate.MetricInfo:
+        text = datasets.Value("string")
         return evaluate.MetricInfo(
-            description=_DESCRIPTION,
+            description=self.__doc__,
             citation="arXiv 1505.00468",
-            inputs_description=_KWARGS_DESCRIPTION,
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Value("string"),
-                    "references": datasets.Sequence(datasets.Value("string")),
-                }
-            ),
+            features=datasets.Features({"predictions": text, "references": datasets.Sequence(text)}),
         )
 
     def _compute(self, predictions: list[str], references: list[list[str]], by_answer: bool = False) -> dict:
-        if not predictions:
-            raise ValueError("There are no predictions. Give at least one prediction.")
         scores = [answer_score(*pair) for pair in zip(predictions, references, strict=True)]
         by_rule = defaultdict(list)
         for score, answers in zip(scores, references):
             by_rule["exact_match" if len(answers) == 1 else "vqa_accuracy"].append(score)
-        result: dict = {"accuracy": _mean(scores), **{rule: _mean(of_rule) for rule, of_rule in by_rule.items()}}
+        result: dict = {"accuracy": fmean(scores), **{rule: fmean(of_rule) for rule, of_rule in by_rule.items()}}
         if by_answer:
             result["by_answer"] = _accuracy_by_answer(scores, references)
         return result

@@ -42,20 +42,8 @@ NEVER_USED = {
 PATCHES = "visual_encoder.patch_embed.proj.weight"
 POSITIONS = "visual_encoder.pos_embed"
 
-
-class AlbefDepths(NamedTuple):
-    """
-    Numbers of layers of the vision tower, of the text encoder below its first cross-attention, of the layers with
-    cross-attention, and of the decoder. All published files have the defaults.
-    """
-
-    vision: int = 12
-    text: int = 6
-    fusion: int = 6
-    decoder: int = 6
-
-
-ALBEF_DEPTHS = AlbefDepths()
+# Layers of the vision tower; of the text encoder below its first cross-attention, with it, and of the decoder.
+VISION_LAYERS, TEXT_LAYERS = 12, 6
 
 
 class Head(NamedTuple):
@@ -65,7 +53,6 @@ class Head(NamedTuple):
     left_out: dict[str, str]
     tied: bool = True
     projection_dim: int = 256
-    num_decoder_layers: int | None = None
     new: tuple[str, ...] = ()
 
 
@@ -97,15 +84,14 @@ def albef_plan(
     task: str | None = None,
     image_size: int | None = None,
     num_attention_heads: int | None = None,
-    depths: tuple[int, int, int, int] = ALBEF_DEPTHS,
     pad_token_id: int = 0,
     bos_token_id: int = 101,
     eos_token_id: int = 102,
     **selection,
 ) -> ConversionPlan:
     """
-    Plan the conversion of a checkpoint of ALBEF. Widths are read from the weights. The numbers of layers are fixed, so
-    a file with missing layers is not mistaken for a smaller model.
+    Plan the conversion of a checkpoint of ALBEF. Widths are read from the weights. The numbers of layers are
+    ALBEF's, so a file with missing layers is not mistaken for a smaller model.
 
     Args:
         source (`dict[str, torch.Tensor]`): State dict of the checkpoint.
@@ -115,7 +101,6 @@ def albef_plan(
         image_size (`int`, *optional*): New resolution, for which positions are interpolated.
         num_attention_heads (`int`, *optional*): Attention heads of all parts, which the weights do not determine.
             Default: heads of width 64, as in ALBEF.
-        depths (`tuple`, *optional*, defaults to `(12, 6, 6, 6)`): Numbers of layers, see [`AlbefDepths`].
         pad_token_id, bos_token_id, eos_token_id (`int`): [PAD], [CLS] and [SEP] of the tokenizer.
         selection: Fields of [`TripsConfig`] that set the selection.
 
@@ -127,18 +112,17 @@ def albef_plan(
     if task not in ALBEF_TASKS:
         raise ConversionError(f"`task` must be one of {', '.join(ALBEF_TASKS)}, got {task!r}.")
     text = "text_encoder.bert" if any(key.startswith("text_encoder.bert.") for key in source) else "text_encoder"
-    depths = AlbefDepths(*depths)
     if task == "question-answering":
-        head = _answering_head(source, trained_for, text, depths)
+        head = _answering_head(source, trained_for, text)
     else:
         head = _retrieval_head(source, task, text)
     config = make_config(
-        vision_config=_vision_fields(source, image_size, num_attention_heads) | {"num_hidden_layers": depths.vision},
+        vision_config=_vision_fields(source, image_size, num_attention_heads) | {"num_hidden_layers": VISION_LAYERS},
         text_config=_text_fields(source, text, num_attention_heads)
-        | {"num_hidden_layers": depths.text, "pad_token_id": pad_token_id},
-        fusion_encoder_config={"num_hidden_layers": depths.fusion},
+        | {"num_hidden_layers": TEXT_LAYERS, "pad_token_id": pad_token_id},
+        fusion_encoder_config={"num_hidden_layers": TEXT_LAYERS},
         decoder_config={
-            "num_hidden_layers": head.num_decoder_layers or depths.fusion,
+            "num_hidden_layers": TEXT_LAYERS,
             "bos_token_id": bos_token_id,
             "eos_token_id": eos_token_id,
         },
@@ -147,11 +131,10 @@ def albef_plan(
         answer_ranking="albef",
         **selection,
     )
-    layers = ", ".join(f"{number} ({part})" for part, number in depths._asdict().items())
     rules = (
         *_vision_rules(_grid(source), config.vision_config.grid_size),
         Rule(r"model\.text_model\.(.*)", rf"{text}.\1"),
-        bert_layers(r"model\.fusion_model", text, first_layer=depths.text),
+        bert_layers(r"model\.fusion_model", text, first_layer=TEXT_LAYERS),
         *head.rules,
     )
     return ConversionPlan(
@@ -160,7 +143,6 @@ def albef_plan(
         rules=rules,
         left_out=NEVER_USED | head.left_out,
         new=(r"model\.vision_model\.selection_projection\..*", *head.new),
-        hint=f"The numbers of layers are {layers}; give others as `depths`.",
     )
 
 
@@ -243,19 +225,18 @@ def _retrieval_head(source, task: str, text: str) -> Head:
     return Head(rules + lm_rules, left_out, tied, projection_dim, new=(r"(decoder|lm_head)\..*",))
 
 
-def _answering_head(source, trained_for: str, text: str, depths: AlbefDepths) -> Head:
+def _answering_head(source, trained_for: str, text: str) -> Head:
     """Return the decoder, which starts from the fusion layers if the checkpoint has none."""
     if trained_for == "question-answering":
         decoder, predictions = "text_decoder.bert", "text_decoder.cls.predictions"
         rules: tuple[Rule, ...] = (Rule(r"decoder\.(.*)", rf"{decoder}.\1"),)
-        num_layers = depths.decoder
     else:
-        decoder, predictions, num_layers = text, "text_encoder.cls.predictions", depths.fusion
+        decoder, predictions = text, "text_encoder.cls.predictions"
         rules = (
             Rule(r"decoder\.embeddings\.(.*)", rf"{text}.embeddings.\1"),
-            bert_layers("decoder", text, depths.text),
+            bert_layers("decoder", text, TEXT_LAYERS),
         )
     embeddings = f"{decoder}.embeddings.word_embeddings.weight"
     lm_rules, left_out, tied = lm_head_rules("lm_head", predictions, embeddings, source)
     left_out |= {r"(vision_proj|text_proj|itm_head)\..*|temp": "not part of this task"}
-    return Head(rules + lm_rules, left_out, tied, num_decoder_layers=num_layers)
+    return Head(rules + lm_rules, left_out, tied)

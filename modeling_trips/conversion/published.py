@@ -10,7 +10,7 @@ from transformers.models.vilt import modeling_vilt
 from ..modeling_trips import TripsForQuestionAnswering
 from ..modeling_trips_vision import TripsPreTrainedModel
 from ..processing_trips import TripsProcessor
-from .albef import ALBEF_DEPTHS, albef_plan
+from .albef import albef_plan
 from .blip import blip_plan
 from .files import WEIGHT_FILES, read_weights
 from .processors import load_albef_tokenizer, load_tokenizer, make_processor
@@ -32,7 +32,7 @@ def convert_published(checkpoint: str, **options) -> tuple[TripsPreTrainedModel,
             - **tokenizer** (`str`, *optional*): Name or folder of a tokenizer. Default: bert-base-uncased for ALBEF,
               the checkpoint's own for the others.
             - **image_size** (`int`, *optional*): New resolution, for which positions are interpolated.
-            - **task**, **num_attention_heads**, **depths**: As in [`albef_plan`], only for ALBEF.
+            - **task**, **num_attention_heads**: As in [`albef_plan`], only for ALBEF.
             - Fields of [`TripsConfig`] that set the selection.
 
     Raises:
@@ -48,6 +48,9 @@ def convert_published(checkpoint: str, **options) -> tuple[TripsPreTrainedModel,
                 f"{checkpoint} is of type {model_type!r}, which is not supported. Give a file of ALBEF "
                 f"({', '.join(WEIGHT_FILES)}) or a model of type blip or vilt."
             )
+        given = [name for name in ("task", "num_attention_heads") if name in options]
+        if given and model_type is not None:
+            raise ValueError(f"`{'`, `'.join(given)}` is only supported for ALBEF. Leave it out.")
         weights, plan, processor = READERS[model_type](checkpoint, **options)
         num_tokens, vocab_size = len(processor.tokenizer), plan.config.text_config.vocab_size
         if num_tokens != vocab_size:
@@ -69,7 +72,6 @@ def _read_albef(
     tokenizer: str | None = None,
     image_size: int | None = None,
     num_attention_heads: int | None = None,
-    depths: tuple[int, int, int, int] = ALBEF_DEPTHS,
     **selection,
 ) -> Source:
     weights = read_weights(checkpoint)
@@ -79,7 +81,6 @@ def _read_albef(
         task=task,
         image_size=image_size,
         num_attention_heads=num_attention_heads,
-        depths=depths,
         pad_token_id=own_tokenizer.pad_token_id,
         bos_token_id=own_tokenizer.cls_token_id,
         eos_token_id=own_tokenizer.sep_token_id,
@@ -89,12 +90,7 @@ def _read_albef(
     return weights, plan, make_processor(own_tokenizer, plan.config, text_cleaning)
 
 
-def _read_blip(
-    checkpoint: str, task: str | None = None, tokenizer: str | None = None, image_size: int | None = None, **options
-) -> Source:
-    _check_not_for_albef(options)
-    if task not in (None, "question-answering"):
-        raise ValueError(f"`task` must be 'question-answering' for BLIP, got {task!r}.")
+def _read_blip(checkpoint: str, tokenizer: str | None = None, image_size: int | None = None, **options) -> Source:
     config = AutoConfig.from_pretrained(checkpoint)
     if config.architectures != ["BlipForQuestionAnswering"]:
         raise ConversionError(
@@ -110,7 +106,6 @@ def _read_blip(
 
 
 def _read_vilt(checkpoint: str, tokenizer: str | None = None, image_size: int | None = None, **options) -> Source:
-    _check_not_for_albef(options)
     own_tokenizer = load_tokenizer(tokenizer or checkpoint)
     config = AutoConfig.from_pretrained(checkpoint, pad_token_id=own_tokenizer.pad_token_id)
     # Checkpoints name "ViltForPreTraining", which Transformers does not have.
@@ -125,12 +120,6 @@ def _read_vilt(checkpoint: str, tokenizer: str | None = None, image_size: int | 
 
 
 READERS: dict[str | None, Callable[..., Source]] = {None: _read_albef, "blip": _read_blip, "vilt": _read_vilt}
-
-
-def _check_not_for_albef(options: dict):
-    given = [name for name in ("task", "num_attention_heads", "depths") if name in options]
-    if given:
-        raise ValueError(f"`{'`, `'.join(given)}` is only supported for ALBEF. Leave it out.")
 
 
 def _load(model_class: type[PreTrainedModel], checkpoint: str) -> tuple[dict[str, torch.Tensor], list[str]]:

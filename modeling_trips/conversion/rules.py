@@ -14,42 +14,13 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ..configuration_trips import TripsConfig
+from ..configuration_trips import TripsConfig, TripsTextConfig, TripsVisionConfig
 from ..modeling_trips_vision import TripsPreTrainedModel
 
 
-# Fields with the same names in models of Transformers and in TRIPS.
-VISION_FIELDS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "hidden_act",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "layer_norm_eps",
-    "initializer_range",
-    "image_size",
-    "patch_size",
-    "num_channels",
-    "qkv_bias",
-)
-TEXT_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "num_attention_heads",
-    "intermediate_size",
-    "hidden_act",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "max_position_embeddings",
-    "type_vocab_size",
-    "layer_norm_eps",
-    "initializer_range",
-    "pad_token_id",
-)
-
-
+# Fields that models of Transformers may have under the same names.
+VISION_FIELDS = TripsVisionConfig.__annotations__.keys()
+TEXT_FIELDS = TripsTextConfig.__annotations__.keys() - {"num_hidden_layers", "is_decoder"}
 # Beyond float16's range, which only weights of damaged files exceed.
 LARGEST_VALUE = torch.finfo(torch.float16).max
 
@@ -86,7 +57,6 @@ class ConversionPlan:
         left_out (`dict[str, str]`): Regular expressions of unused source keys, and the reasons.
         new (`tuple[str, ...]`): Regular expressions of targets without a source, which keep their initial values.
         zero (`tuple[str, ...]`): Regular expressions of targets that are set to zero.
-        hint (`str`): Last line of the error if the weights do not fit, such as where the sizes come from.
     """
 
     model_class: type[TripsPreTrainedModel]
@@ -95,7 +65,6 @@ class ConversionPlan:
     left_out: dict[str, str] = field(default_factory=dict)
     new: tuple[str, ...] = ()
     zero: tuple[str, ...] = ()
-    hint: str = ""
 
 
 @dataclass(frozen=True)
@@ -183,7 +152,7 @@ def convert_weights(
         f"{what} ({len(keys)}):\n    " + "\n    ".join(map(printable, keys)) for what, keys in problems.items() if keys
     ]
     if lines:
-        raise ConversionError("\n".join(["The weights do not fit the model. Keys", *lines, plan.hint]).rstrip())
+        raise ConversionError("\n".join(["The weights do not fit the model. Keys", *lines]))
     return weights, ConversionReport(sorted(used), left_out, list(sources), new, zero)
 
 

@@ -284,13 +284,10 @@ def _vision_rules(source: PreTrainedConfig, config: TripsConfig) -> tuple[Rule, 
 def _clip_rules(resample: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Rule, ...]:
     embeddings, layer = rf"{VISION}\.embeddings\.", rf"{VISION}\.layers\.(\d+)\."
     source = r"vision.encoder.layers.\1."
-
-    def positions(table: torch.Tensor) -> torch.Tensor:
-        return resample(table[None])
-
+    positions = "vision.embeddings.position_embedding.weight"
     return (
         Rule(embeddings + "cls_token", "vision.embeddings.class_embedding", lambda token: token[None, None]),
-        Rule(embeddings + "position_embeddings", r"vision.embeddings.position_embedding.weight", positions),
+        Rule(embeddings + "position_embeddings", positions, lambda table: resample(table[None])),
         Rule(embeddings + r"patch_embeddings\.projection\.(.*)", r"vision.embeddings.patch_embedding.\1"),
         Rule(rf"{VISION}\.pre_layernorm\.(.*)", r"vision.pre_layrnorm.\1"),
         Rule(rf"{VISION}\.layernorm\.(.*)", r"vision.post_layernorm.\1"),

@@ -47,10 +47,7 @@ def check_head(
 
 
 def load_checkpoint(
-    name: str | Path,
-    heads: Sequence[type[TripsPreTrainedModel]] | None = None,
-    revision: str = "main",
-    **options,
+    name: str | Path, heads: Sequence[type[TripsPreTrainedModel]] | None = None, revision: str = "main", **options
 ) -> TripsPreTrainedModel:
     """
     Load a trained model in its saved class and in evaluation mode.
@@ -63,9 +60,8 @@ def load_checkpoint(
 
     Raises:
         OSError: There is no such checkpoint.
-        ValueError: The checkpoint is of another class or an exported model; it describes a larger model than its
-            weights are, which is found before memory is taken, or more than 64 beams; or weights are missing,
-            unexpected, of another shape, NaN or infinite.
+        ValueError: The checkpoint is of another class or exported; describes more than its weights, which is found
+            before memory is taken, or over 64 beams; or has weights that do not fit, are NaN or infinite.
     """
     if is_exported(name):
         raise ValueError(f"{name} is an exported model. Load it with `modeling_trips.export.load_exported`.")
@@ -81,8 +77,7 @@ def load_checkpoint(
             raise ValueError(
                 f"The weights of {name} do not fit a {model_class.__name__}: {problem} {sorted(report[problem])}."
             )
-    broken = [key for key, tensor in model.state_dict().items() if not tensor.isfinite().all()]
-    if broken:
+    if broken := [key for key, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
         raise ValueError(f"The weights of {name} are NaN or infinite in {', '.join(broken[:5])}.")
     for field in ("num_beams", "num_return_sequences"):
         if (getattr(getattr(model, "generation_config", None), field, None) or 1) > MAX_SEQUENCES:
@@ -128,10 +123,9 @@ def _check_counts(name: str | Path, revision: str) -> int:
 
 def _weight_shapes(name: str | Path, revision: str) -> Iterator[list[int]]:
     """Yield the shapes of the stored weights."""
-    options: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
-    if (path := cached_file(name, SAFE_WEIGHTS_NAME, **options)) is not None:
-        paths = [path]
-    else:
+    quiet: Any = {"_raise_exceptions_for_missing_entries": False}
+    paths = [cached_file(name, SAFE_WEIGHTS_NAME, revision=revision, **quiet)]
+    if paths == [None]:
         index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, revision=revision)
         paths, _ = get_checkpoint_shard_files(name, index, revision=revision)
     for path in paths:

@@ -14,18 +14,11 @@ from ..patch_selection import num_kept_tokens
 
 @dataclass(frozen=True)
 class Cost:
-    """
-    Cost of an image and its texts.
+    """Cost of an image and its texts."""
 
-    Args:
-        per_image (`int`): MACs that all texts of an image share.
-        per_text (`int`): MACs of each text.
-        tokens (`tuple[int, ...]`): Image tokens after each vision layer, including [CLS] and fused tokens.
-    """
-
-    per_image: int
-    per_text: int
-    tokens: tuple[int, ...]
+    per_image: int  # MACs that all texts of the image share
+    per_text: int  # MACs
+    tokens: tuple[int, ...]  # image tokens after each vision layer, including [CLS] and fused tokens
 
     def macs(self, texts_per_image: float) -> float:
         """Return the MACs of one image and its texts."""
@@ -41,9 +34,6 @@ def forward_cost(config: TripsConfig, text_length: int, schedule: SelectionSched
         config ([`TripsConfig`]): Configuration of the model.
         text_length (`int`): Tokens per text, including padding.
         schedule ([`SelectionSchedule`], *optional*): Schedule. Default: that of the configuration.
-
-    Returns:
-        [`Cost`]
     """
     schedule = config.vision_config.schedule if schedule is None else schedule
     macs = Counter()
@@ -85,15 +75,6 @@ def _patch_embedding(config: TripsVisionConfig) -> int:
     return macs
 
 
-def _select(tokens: int, keep_rate: float, config: TripsVisionConfig) -> tuple[int, int]:
-    """Return the number of tokens after a selection, including [CLS], and the MACs of the fusion."""
-    candidates, width, fuses = tokens - 1, config.hidden_size, int(config.fuse_inattentive_tokens)
-    num_kept = num_kept_tokens(candidates, keep_rate)
-    if num_kept == candidates:
-        return tokens, 0
-    return 1 + num_kept + fuses, fuses * candidates * width
-
-
 def _count_tower(
     config: TripsVisionConfig, schedule: SelectionSchedule, macs: Counter, joint_length: int = 0
 ) -> tuple[int, ...]:
@@ -101,7 +82,7 @@ def _count_tower(
     Add the MACs of the vision tower, or of the joint layers of a single stream with `joint_length` text tokens, which
     run per text. Return the image tokens after each layer.
     """
-    width, mlp_width = config.hidden_size, config.intermediate_size
+    width, mlp_width, fuses = config.hidden_size, config.intermediate_size, int(config.fuse_inattentive_tokens)
     tokens, selecting, tokens_per_layer = 1 + math.prod(config.grid_size), schedule.by_layer, []
     macs["image"] += _patch_embedding(config)
     owner = "text" if joint_length else "image"
@@ -114,8 +95,10 @@ def _count_tower(
             if guidance == "text" and not joint_length:
                 owner = "text"
                 macs[owner] += width**2  # the query
-            tokens, fusing = _select(tokens, keep_rate, config)
-            macs[owner] += fusing
+            candidates = tokens - 1  # all but [CLS]
+            if (num_kept := num_kept_tokens(candidates, keep_rate)) < candidates:
+                tokens = 1 + num_kept + fuses
+                macs[owner] += fuses * candidates * width
         macs[owner] += _mlp(width, mlp_width, joint_length + tokens)
         tokens_per_layer.append(tokens)
     return tuple(tokens_per_layer)

@@ -61,8 +61,7 @@ def text_sensitivity(selection: TripsSelection, image_index: torch.LongTensor, n
 
 def image_sensitivity(selection: TripsSelection, image_index: torch.LongTensor, num_patches: int) -> float:
     """
-    Compute 1 minus the mean Jaccard index of the kept patches over all pairs of rows with different images. At 0, the
-    selection does not depend on the image.
+    Compute `text_sensitivity` over pairs of rows with different images. At 0, the selection ignores the image.
 
     Raises:
         ValueError: All rows have the same image.
@@ -76,24 +75,20 @@ def _mean_jaccard(selection: TripsSelection, num_patches: int, pairs: torch.Bool
     if not pairs.any():
         raise ValueError("`image_index` has no two rows to compare.")
     kept = kept_patches(selection, num_patches).float()
-    common = kept @ kept.T
-    sizes = kept.sum(dim=-1)
+    common, sizes = kept @ kept.T, kept.sum(dim=-1)
     jaccard = common / (sizes[:, None] + sizes - common).clamp_min(1)
     return jaccard[pairs.to(jaccard.device)].mean().item()
 
 
 def patch_precision(patch_boxes: torch.Tensor, region: torch.Tensor) -> float:
     """
-    Compute the patch precision: the share of kept patches whose center lies in a region. Random selection gives the
+    Compute the share of kept patches whose center lies in a region; 0 if nothing is kept. Random selection gives the
     region's share of the image.
 
     Args:
         patch_boxes (`torch.Tensor` of shape `(num_kept, 4)`): (x0, y0, x1, y1) of the kept patches of one text, see
             [`TripsProcessor.patch_boxes`].
         region (`torch.Tensor` of shape `(4,)`): (x0, y0, x1, y1) in the same pixels.
-
-    Returns:
-        `float` in [0, 1]; 0 if nothing is kept.
     """
     centers = (patch_boxes[:, :2] + patch_boxes[:, 2:]) / 2
     inside = (centers >= region[:2]) & (centers < region[2:])
@@ -102,15 +97,8 @@ def patch_precision(patch_boxes: torch.Tensor, region: torch.Tensor) -> float:
 
 def region_recall(patch_boxes: torch.Tensor, region: torch.Tensor) -> float:
     """
-    Compute the region recall: the share of a region's area in kept patches. Random selection gives the share of kept
-    patches.
-
-    Args:
-        patch_boxes (`torch.Tensor` of shape `(num_kept, 4)`): As in `patch_precision`; patches do not overlap.
-        region (`torch.Tensor` of shape `(4,)`): (x0, y0, x1, y1) in the same pixels.
-
-    Returns:
-        `float` in [0, 1].
+    Compute the share of a region's area in kept patches, which do not overlap. Random selection gives the share of
+    kept patches. Arguments are those of `patch_precision`.
     """
     sides = torch.minimum(patch_boxes[:, 2:], region[2:]) - torch.maximum(patch_boxes[:, :2], region[:2])
     return (sides.clamp(min=0).prod(dim=-1).sum() / (region[2:] - region[:2]).prod()).item()

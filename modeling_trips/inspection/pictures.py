@@ -29,7 +29,7 @@ def draw_kept_patches(image: Image.Image, boxes: torch.Tensor, min_side: int = 2
         `PIL.Image.Image`: A new image of mode "RGB" whose longer side has at most 1024 pixels.
 
     Raises:
-        `ValueError`: `boxes` have another shape.
+        ValueError: `boxes` have another shape.
     """
     boxes = torch.as_tensor(boxes, device="cpu")
     if boxes.ndim != 2 or boxes.shape[1] != 4:
@@ -42,7 +42,10 @@ def draw_kept_patches(image: Image.Image, boxes: torch.Tensor, min_side: int = 2
             draw.rectangle((x0, y0, x1 - 1, y1 - 1), fill=255)
     faded = Image.blend(image, Image.new("RGB", image.size, "white"), 0.75)
     picture = Image.composite(image, faded, kept)
-    picture.paste(OUTLINE, mask=_edge_mask(kept, width=max(1, min(image.size) // 160)))
+    inner = kept
+    for _ in range(max(1, min(image.size) // 160)):  # the width of the outline
+        inner = inner.filter(ImageFilter.MinFilter(3))
+    picture.paste(OUTLINE, mask=ImageChops.subtract(kept, inner))
     return picture
 
 
@@ -59,14 +62,6 @@ def _fit_for_drawing(image: Image.Image, min_side: int = 1) -> tuple[Image.Image
     return image, torch.tensor([image.width / width, image.height / height]).repeat(2)
 
 
-def _edge_mask(mask: Image.Image, width: int) -> Image.Image:
-    """Return the part of a mask within `width` pixels of its border. The border of the image does not count."""
-    inner = mask
-    for radius in ((width, 0), (0, width)):  # a blurred pixel is 255 if all pixels around it are
-        inner = inner.filter(ImageFilter.BoxBlur(radius)).point(lambda value: 255 if value == 255 else 0)
-    return ImageChops.subtract(mask, inner)
-
-
 def plot_selection(
     image: Image.Image,
     questions: list[str],
@@ -76,27 +71,23 @@ def plot_selection(
     path: str | PathLike | None = None,
 ):
     """
-    Plot the image and the patches kept for each question. Needs matplotlib.
-
-    Columns are the original image and the questions with their answers. Rows are the selection layers.
+    Plot the image and the patches kept for each question: a column per question, a row per selection layer. Needs
+    matplotlib.
 
     Args:
-        image (`PIL.Image.Image`): The original image, of any mode and size. Its longer side is drawn with at most 1024
-            pixels.
-        questions, answers (`list[str]`): One question per column, and the model's answer to it.
+        image (`PIL.Image.Image`): The original image, of any mode and size.
+        questions, answers (`list[str]`): The questions, and the model's answer to each.
         boxes_per_question (`list[torch.Tensor]` or `list[list[torch.Tensor]]`): For each question its kept boxes, of
             shape `(num_kept, 4)` (see [`draw_kept_patches`]), or a list of such tensors, one per selection layer.
-        num_patches (`int`, *optional*): Patches of the whole grid. If given, panels say "137 of 576 patches" instead
-            of "137 patches".
-        path (`str` or `os.PathLike`, *optional*): File to write the figure to, atomically. The suffix sets the format
-            (.png, .pdf, .svg).
+        num_patches (`int`, *optional*): Patches of the whole grid, for captions such as "137 of 576 patches".
+        path (`str` or `os.PathLike`, *optional*): File to write the figure to, whole or not at all. The suffix sets
+            the format (.png, .pdf, .svg).
 
     Returns:
         `matplotlib.figure.Figure`: The figure, which is not registered with pyplot and needs no closing.
 
     Raises:
-        `ValueError`: There is no question, or questions, answers and boxes (or their numbers of layers) differ in
-        number.
+        ValueError: There is no question, or questions, answers, boxes or their numbers of layers differ in number.
     """
     layers = [boxes if isinstance(boxes, (list, tuple)) else [boxes] for boxes in boxes_per_question]
     if not len(questions) == len(answers) == len(layers) > 0:

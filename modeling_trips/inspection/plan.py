@@ -22,20 +22,12 @@ MIN_TOKENS = 5  # [CLS], the fused token and three patches
 
 @dataclass(frozen=True)
 class PlannedSchedule:
-    """
-    Schedule with its cost.
-
-    Args:
-        schedule ([`SelectionSchedule`]): The schedule.
-        cost ([`Cost`]): Cost of an image and of each of its texts.
-        ratios (`dict[int, float]`): MACs of pruned / unpruned, by the number of texts per image.
-        mean_tokens (`float`): Mean image tokens over the layers of the vision tower and of the fusion encoder.
-    """
+    """Schedule with its cost."""
 
     schedule: SelectionSchedule
     cost: Cost
-    ratios: dict[int, float]
-    mean_tokens: float
+    ratios: dict[int, float]  # MACs of pruned / unpruned, by the number of texts per image
+    mean_tokens: float  # mean image tokens over the layers of the vision tower and of the fusion encoder
 
     @property
     def ratio(self) -> float:

@@ -21,13 +21,13 @@ def provenance(device: str = "cpu", seed: int | None = None) -> dict[str, str | 
     Return the command, versions and machine of a measurement.
 
     Args:
-        device (`str`, *optional*, defaults to `"cpu"`): device that was measured.
-        seed (`int`, *optional*): seed of the run.
+        device (`str`, *optional*, defaults to `"cpu"`): Device that was measured.
+        seed (`int`, *optional*): Seed of the run.
 
     Returns:
-        `dict`: `command`, `git_commit` (`None` outside a checkout of this project; ends with `-dirty` if tracked files
-        differ from the commit), `date` (UTC), `seed`, `device_name`, `machine`, `cpu_capability` (the instructions
-        that PyTorch uses, like `"AVX2"`), `num_threads`, and the versions of Python, PyTorch and Transformers.
+        `dict`: Among others `git_commit` (`None` outside a checkout of this project; ends with `-dirty` if tracked
+        files differ from the commit), `date` (UTC) and `cpu_capability` (the instructions that PyTorch uses, like
+        `"AVX2"`).
     """
     return {
         "command": _command(),
@@ -59,13 +59,10 @@ def _cpu_name() -> str:
 
 @functools.cache
 def _git_commit() -> str | None:
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    if not (ROOT / ".git").exists():  # installed, maybe in another repository
+        return None
     try:
-        if Path(git("rev-parse", "--show-toplevel")) != ROOT:  # installed in another repository
-            return None
-        return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

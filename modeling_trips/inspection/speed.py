@@ -27,43 +27,25 @@ CLOCKS = {"wall": time.perf_counter, "process": time.process_time}  # the latter
 @dataclass
 class Setting:
     """
-    Settings of a measurement: model from scratch, inputs, and kind of step.
-
-    Args:
-        preset (`str`): Size of the model, see [`TripsConfig.presets`].
-        image_size (`int`): Pixels per side.
-        batch_size (`int`): Images per step.
-        texts_per_image (`int`): Texts per image, which share its cached image states.
-        text_length (`int`): Tokens per text.
-        selection_layers (`list[int]`): Selection layers, numbered from 1.
-        keep_rate (`float` or `list[float]`): Share of the tokens kept: one value, or one per layer.
-        selection_guidance (`str` or `list[str]`, *optional*, defaults to `"text"`): One value, or one per layer.
-        mode (`str`, *optional*, defaults to `"forward"`): One of `MODES`: the forward pass of text encoder, vision
-            tower and fusion encoder, or the same with its backward pass.
-        dtype (`str`, *optional*, defaults to `"float32"`): Dtype of weights and images.
-        attn_implementation (`str`, *optional*, defaults to `"sdpa"`): Attention implementation.
-        device (`str`, *optional*, defaults to `"cpu"`): Device.
-        compile (`bool`, *optional*, defaults to `False`): Compile the model.
-        clock (`str`, *optional*, defaults to `"wall"`): One of `CLOCKS`. `"process"` is CPU time, for one thread on a
-            shared machine.
-        config_fields (`dict`, *optional*): Further fields of [`TripsConfig`].
+    Settings of a measurement: model from scratch, inputs, and kind of step. A step is the forward pass of text
+    encoder, vision tower and fusion encoder; in mode `"training"` with its backward pass.
     """
 
-    preset: str
-    image_size: int
-    batch_size: int
-    texts_per_image: int
-    text_length: int
+    preset: str  # see [`TripsConfig.presets`]
+    image_size: int  # pixels per side
+    batch_size: int  # images
+    texts_per_image: int  # which share its cached image states
+    text_length: int  # tokens
     selection_layers: list[int]
-    keep_rate: float | list[float]
-    selection_guidance: str | list[str] = "text"
+    keep_rate: float | list[float]  # one value, or one per layer
+    selection_guidance: str | list[str] = "text"  # one value, or one per layer
     mode: str = "forward"
-    dtype: str = "float32"
+    dtype: str = "float32"  # of weights and images
     attn_implementation: str = "sdpa"
     device: str = "cpu"
     compile: bool = False
-    clock: str = "wall"
-    config_fields: dict = field(default_factory=dict)
+    clock: str = "wall"  # "process": CPU time, for one thread on a shared machine
+    config_fields: dict = field(default_factory=dict)  # further fields of [`TripsConfig`]
 
     def __post_init__(self):
         if self.clock not in CLOCKS or (self.clock == "process" and self.device != "cpu"):
@@ -122,15 +104,6 @@ def count_macs(setting: Setting, keep_rate: float | list[float]) -> int:
     return counter.get_total_flops() // 2
 
 
-def timed(step: Callable[[], object], clock: str, device: str) -> float:
-    """Return the seconds of one step, including synchronization of the device."""
-    start = CLOCKS[clock]()
-    step()
-    if device != "cpu":
-        torch.accelerator.synchronize()
-    return CLOCKS[clock]() - start
-
-
 def seconds_in_turns(
     steps: Mapping[Any, Callable[[], object]],
     warmup: int,
@@ -146,21 +119,24 @@ def seconds_in_turns(
         steps (`dict`): Functions by name.
         warmup (`int`): Untimed rounds.
         repeats (`int`): Timed rounds.
-        clock (`str`, *optional*, defaults to `"wall"`): One of `CLOCKS`.
+        clock (`str`, *optional*, defaults to `"wall"`): `"wall"`, or `"process"` for CPU time.
         device (`str`, *optional*, defaults to `"cpu"`): Device that is synchronized after each step.
         prepare (`Callable`, *optional*): Untimed function that is called before each step.
 
     Returns:
-        `dict[Any, list[float]]`: The seconds of each timed round, by the names of `steps`.
+        `dict`: The seconds of each timed round, by the names of `steps`.
     """
     seconds: dict[Any, list[float]] = {name: [] for name in steps}
     for round_number in tqdm(range(-warmup, repeats), desc="rounds", leave=False, disable=None):
         for name, step in steps.items():
             if prepare is not None:
                 prepare()
-            elapsed = timed(step, clock, device)
+            start = CLOCKS[clock]()
+            step()
+            if device != "cpu":
+                torch.accelerator.synchronize()
             if round_number >= 0:
-                seconds[name].append(elapsed)
+                seconds[name].append(CLOCKS[clock]() - start)
     return seconds
 
 

@@ -13,16 +13,14 @@ options of `generate` can load code (`custom_generate`) or take unlimited time.
 import base64
 from typing import Any
 
-import PIL.Image
 import torch
-from transformers import AutoConfig, AutoModelForZeroShotImageClassification, AutoProcessor, pipeline
+from transformers import AutoConfig, pipeline
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
 MAX_TEXTS = 32
 MAX_TEXT_LENGTH = 2000  # characters
 MAX_ANSWERS = 4096
-MAX_IMAGE_BYTES = 8 << 20  # `decode_image` also limits the pixels
 MAX_NUMBERS = {"top_k": 10, "num_beams": 10, "max_new_tokens": 128}  # in `parameters`
 # Field of the texts, and accepted parameters.
 HEADS = {
@@ -33,30 +31,20 @@ HEADS = {
 
 
 class EndpointHandler:
-    """
-    Args:
-        path (`str`): Folder of the repository.
-    """
+    """Handler of the repository in the folder `path`."""
 
     def __init__(self, path: str = ""):
         config = AutoConfig.from_pretrained(path, trust_remote_code=True)
         self.decode_image = get_class_from_dynamic_module("image_decoding_trips.decode_image", path)
         self.why_slow = get_class_from_dynamic_module("slow_files.why_slow", path)
         self.field, self.accepted = HEADS[config.architectures[0]]
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        if self.field == "texts":
-            model = AutoModelForZeroShotImageClassification.from_pretrained(path, trust_remote_code=True)
-            self.model = model.to(self.device).eval()
-            self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
-        else:
-            (task,) = config.custom_pipelines
-            self.pipeline = pipeline(task, model=path, trust_remote_code=True, device=self.device)
+        (task,) = config.custom_pipelines
+        self.pipeline = pipeline(task, model=path, trust_remote_code=True)  # on a GPU if there is one
 
     def __call__(self, data: dict) -> list | dict:
         """
-        Args:
-            data (`dict`): `inputs`, as above, and optionally the `parameters` that the checkpoint supports: `top_k` (1
-                to 10), `answers` (a list of candidate texts), `max_new_tokens` and `num_beams` (1 to 10).
+        Answer a request: `inputs`, as above, and optionally the `parameters` that the checkpoint supports: `top_k` (1
+        to 10), `answers` (a list of candidate texts), `max_new_tokens` (1 to 128) and `num_beams` (1 to 10).
 
         Raises:
             ValueError: An input or a parameter is missing, unknown, of another type or out of bounds, or the image
@@ -66,42 +54,33 @@ class EndpointHandler:
         if not isinstance(inputs, dict) or not isinstance(parameters, dict):
             raise ValueError("`inputs` and `parameters` must be objects.")
         for name, value in parameters.items():
-            self.check_parameter(name, value)
+            if name not in self.accepted:
+                raise ValueError(f"`parameters` has an unknown entry {name!r:.100}. Accepted: {self.accepted}.")
+            if name == "answers":
+                check_texts("parameters.answers", value, MAX_ANSWERS)
+            elif type(value) is not int or not 1 <= value <= MAX_NUMBERS[name]:
+                raise ValueError(f"`parameters.{name}` must be an integer from 1 to {MAX_NUMBERS[name]}.")
         given = inputs.get(self.field, "" if self.field == "prompt" else None)
         texts = given if isinstance(given, list) and self.field != "prompt" else [given]
         check_texts(f"inputs.{self.field}", texts, MAX_TEXTS)
         image = self.read_image(inputs.get("image"))
-        if self.field == "texts":
-            return self.match(image, texts)
-        return self.pipeline(image, **{self.field: given}, **parameters)
+        if self.field != "texts":
+            return self.pipeline(image, **{self.field: given}, **parameters)
+        model, processor = self.pipeline.model, self.pipeline.processor
+        batch = processor(images=image, text=texts, image_index=[0] * len(texts), return_tensors="pt")
+        with torch.inference_mode():
+            logits = model.match(**batch.to(model.device)).itm_logits
+        return {"scores": logits.softmax(-1)[:, 1].tolist()}
 
-    def check_parameter(self, name: str, value: object):
-        if name not in self.accepted:
-            raise ValueError(f"`parameters` has an unknown entry {name!r:.100}. Accepted: {self.accepted}.")
-        if name == "answers":
-            check_texts("parameters.answers", value, MAX_ANSWERS)
-        elif type(value) is not int or not 1 <= value <= MAX_NUMBERS[name]:
-            raise ValueError(f"`parameters.{name}` must be an integer from 1 to {MAX_NUMBERS[name]}.")
-
-    def read_image(self, image: Any) -> PIL.Image.Image:
-        """Decode base64. Paths and URLs are not opened. Endpoints decode image bodies themselves."""
-        if isinstance(image, PIL.Image.Image):
-            return image
+    def read_image(self, image: Any):
+        """Decode base64. Paths and URLs are not opened."""
         try:
             content = base64.b64decode(image, validate=True)
         except (TypeError, ValueError) as error:
             raise ValueError("`inputs.image` must be an image file in base64.") from error
-        if len(content) > MAX_IMAGE_BYTES:
-            raise ValueError(f"`inputs.image` must have at most {MAX_IMAGE_BYTES:,} bytes.")
         if message := self.why_slow(content):
             raise ValueError(f"`inputs.image`: {message}")
         return self.decode_image(content)
-
-    @torch.inference_mode()
-    def match(self, image: PIL.Image.Image, texts: list[str]) -> dict:
-        batch = self.processor(images=image, text=texts, image_index=[0] * len(texts), return_tensors="pt")
-        logits = self.model.match(**batch.to(self.device)).itm_logits
-        return {"scores": logits.softmax(-1)[:, 1].tolist()}
 
 
 def check_texts(name: str, texts: Any, most: int):

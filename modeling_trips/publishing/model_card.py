@@ -2,11 +2,9 @@
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from modeling_trips import TripsPreTrainedModel, TripsProcessor
@@ -23,91 +21,61 @@ NOT_METRICS = re.compile(
 )
 
 
-class Head(NamedTuple):
-    """End of "A TRIPS model that", task on the Hub, example of a text, and whether `pipeline` runs it."""
-
-    purpose: str
-    task: str
-    text: str
-    has_pipeline: bool = False
-
-
+# End of "A TRIPS model that", task on the Hub (the closest one), and example of a text.
 HEADS = {
-    "TripsForConditionalGeneration": Head("describes images", "image-to-text", "", True),
-    "TripsForImagesAndTextClassification": Head(  # the Hub's closest task
-        "classifies a text with its images", "visual-question-answering", "all pictures are teal"
-    ),
-    "TripsForPreTraining": Head("is pre-trained, to be fine-tuned", "feature-extraction", "a teal picture"),
-    "TripsForQuestionAnswering": Head(
-        "answers questions about images", "visual-question-answering", "what color is it?", True
-    ),
-    "TripsForRetrieval": Head(
-        "finds images by texts and texts by images", "zero-shot-image-classification", "a teal picture", True
-    ),
-    "TripsForVisualGrounding": Head(
-        "finds what a text describes in an image", "zero-shot-object-detection", "the teal shape"
-    ),
-    "TripsModel": Head("has no head", "feature-extraction", "what color is it?"),
+    "TripsForConditionalGeneration": ("describes images", "image-to-text", ""),
+    "TripsForImagesAndTextClassification": ("classifies images and text", "visual-question-answering", "all are teal"),
+    "TripsForPreTraining": ("is pre-trained, to be fine-tuned", "feature-extraction", "a teal picture"),
+    "TripsForQuestionAnswering": ("answers questions about images", "visual-question-answering", "what color is it?"),
+    "TripsForRetrieval": ("matches images with texts", "zero-shot-image-classification", "a teal picture"),
+    "TripsForVisualGrounding": ("locates what a text describes", "zero-shot-object-detection", "the teal shape"),
+    "TripsModel": ("has no head", "feature-extraction", "what color is it?"),
 }
-
-
-@dataclass
-class CardArguments:
-    """Facts for the model card that the checkpoint does not have, as the options of `push_to_hub.py`."""
-
-    license: str | None = None
-    language: list[str] | None = None
-    datasets: list[str] | None = None
-    eval_dataset: str | None = None
-    eval_split: str | None = None
-    command: str | None = None
 
 
 def make_model_card(
     model: TripsPreTrainedModel,
     processor: TripsProcessor,
     repo_id: str,
-    args: CardArguments,
     results: Path | None = None,
     with_code: bool = True,
     with_handler: bool = False,
+    datasets: list[str] | None = None,
+    eval_dataset: str | None = None,
+    command: str | None = None,
+    **metadata,
 ) -> ModelCard:
     """
     Make the model card of a checkpoint.
 
     Args:
-        model (`TripsPreTrainedModel`): The model.
-        processor (`TripsProcessor`): The model's processor.
+        model, processor (`TripsPreTrainedModel`, `TripsProcessor`): The model and its processor.
         repo_id (`str`): Repository or folder that the card's code loads.
-        args (`CardArguments`): Facts that the checkpoint does not have.
         results (`Path`, *optional*): The `test_results.json` or `eval_results.json` of a training.
-        with_code (`bool`, *optional*, defaults to `True`): Whether the checkpoint has the code of its classes.
-            Otherwise it needs this project.
+        with_code (`bool`, *optional*, defaults to `True`): Whether the checkpoint has its code, or needs this project.
         with_handler (`bool`, *optional*, defaults to `False`): Whether the repository has a `handler.py`.
-
-    Returns:
-        `ModelCard`
+        datasets (`list[str]`, *optional*): Training data; ids on the Hub become links.
+        eval_dataset (`str`, *optional*): Data of the results.
+        command (`str`, *optional*): Command that trained the model.
+        metadata: Fields of `huggingface_hub.ModelCardData`, such as `license` and `language`.
 
     Raises:
         ValueError: `results` has no metric.
     """
-    head, name = HEADS[type(model).__name__], repo_id.split("/")[-1]
-    if not with_code:
-        head = head._replace(has_pipeline=False)  # Transformers finds these pipelines in checkpoints only
+    purpose, task, text = HEADS[type(model).__name__]
+    name = repo_id.split("/")[-1]
+    has_pipeline = with_code and model.pipeline_class is not None  # Transformers finds it in checkpoints only
     run = json.loads(results.read_text(encoding="utf-8")) if results else {}
-    machine = [run.get(name) for name in ("precision", "device_name", "cpu_capability")]
-    measured = read_results(results, head.task, args) if results else []
-    vision, datasets = model.config.vision_config, args.datasets or []
+    measured = read_results(run, task, eval_dataset or "unknown data") if results else []
+    hub_ids = [one for one in datasets or [] if HUB_ID.fullmatch(one)]
     data = ModelCardData(
-        license=args.license,
-        language=args.language,
         library_name="transformers",
-        pipeline_tag=head.task if head.has_pipeline else None,
+        pipeline_tag=task if has_pipeline else None,
         tags=["trips", "token-pruning", "vision-language"] + ["custom_code"] * with_code,
-        datasets=[one for one in datasets if HUB_ID.fullmatch(one)] or None,
-        metrics=[result.metric_type for result in measured] or None,
+        datasets=hub_ids or None,
         model_name=name if measured else None,
         eval_results=measured or None,
+        **metadata,
     )
     return ModelCard.from_template(
         data,
@@ -115,44 +83,36 @@ def make_model_card(
         name=name,
         repo_id=repo_id,
         model=model,
-        architecture=type(model).__name__,
-        head=head,
-        matches=hasattr(model, "match") and model.config.itm_weight > 0,  # otherwise its matching head was not trained
-        options=", trust_remote_code=True" if with_code else "",
+        processor=processor,
+        purpose=purpose,
+        task=task,
+        text=text,
+        has_pipeline=has_pipeline,
         with_code=with_code,
         with_handler=with_handler,
-        transformers_version=transformers.__version__,
         transformers_range=TRANSFORMERS,
-        image_size=[patches * side for patches, side in zip(vision.grid_size, vision.patch_shape)],
-        text_length=processor.max_text_length(model.config),
-        selection=vision.schedule.by_layer,
-        datasets=[
-            f"[{one}](https://huggingface.co/datasets/{one})" if HUB_ID.fullmatch(one) else one for one in datasets
-        ],
-        command=args.command,
+        datasets=datasets,
+        hub_ids=hub_ids,
+        command=command,
         measured=measured,
-        machine="{} on {} ({})".format(*machine) if all(machine) else None,
+        run=run,
     )
 
 
-def read_results(path: Path, task: str, args: CardArguments) -> list[EvalResult]:
+def read_results(run: dict[str, Any], task: str, dataset: str) -> list[EvalResult]:
     """
-    Return the metrics of a `test_results.json` or `eval_results.json`.
+    Return the metrics in the content of a `test_results.json` or `eval_results.json`.
 
     Raises:
-        ValueError: The file has no metric.
+        ValueError: It has no metric.
     """
-    content = json.loads(path.read_text(encoding="utf-8"))
-    values = {key.partition("_")[2]: value for key, value in content.items() if key.startswith(("eval_", "test_"))}
+    values = {key.partition("_")[2]: value for key, value in run.items() if key.startswith(("eval_", "test_"))}
     metrics = {name: value for name, value in values.items() if not NOT_METRICS.fullmatch(name)}
     if not metrics:
-        raise ValueError(f"{path} has no metric. Give a file with names such as eval_accuracy.")
-    split = "test" if path.name.startswith("test") else "validation"
-    dataset = args.eval_dataset or "unknown data"
-    facts: dict[str, Any] = {
-        "dataset_type": dataset,
-        "dataset_name": dataset,
-        "dataset_split": args.eval_split or split,
-        "dataset_args": {"num_examples": values["samples"]} if "samples" in values else None,
-    }
-    return [EvalResult(task, metric_type=name, metric_value=value, **facts) for name, value in metrics.items()]
+        raise ValueError("The results of the model have no metric, such as eval_accuracy.")
+    split = "test" if any(key.startswith("test_") for key in run) else "validation"
+    size = {"num_examples": values["samples"]} if "samples" in values else None
+    return [
+        EvalResult(task, dataset, dataset, name, value, dataset_split=split, dataset_args=size)
+        for name, value in metrics.items()
+    ]

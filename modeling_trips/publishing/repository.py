@@ -10,18 +10,15 @@ import modeling_trips
 
 from ..inspection.checkpoints import load_checkpoint, load_processor
 from ..inspection.files import whole_folder
-from .model_card import HEADS, CardArguments, make_model_card
+from .model_card import HEADS, make_model_card
 
 
-PACKAGE = Path(modeling_trips.__file__).parent
 WEIGHTS_AND_CODE = r"[^/]+\.py|model[^/]*\.safetensors(\.index\.json)?"
 # Handler of Inference Endpoints, and the file that it loads.
-HANDLER = (PACKAGE / "publishing" / "handler.py", PACKAGE / "untrusted_images" / "slow_files.py")
+HANDLER = ("publishing/handler.py", "untrusted_images/slow_files.py")
 
 
-def build_repository(
-    target: Path, folder: Path, repo_id: str, card_args: CardArguments, with_handler: bool = False
-) -> list[Path]:
+def build_repository(target: Path, folder: Path, repo_id: str, with_handler: bool = False, **facts) -> list[Path]:
     """
     Write a repository into a folder, which is whole or absent: weights, configuration, processor, code and model card.
 
@@ -30,8 +27,8 @@ def build_repository(
         folder (`Path`): Folder of a model and its processor. The card shows the metrics of its `test_results.json`,
             else of its `eval_results.json`.
         repo_id (`str`): Repository that the card's code loads the checkpoint from, as in `"ada/trips-scenes"`.
-        card_args (`CardArguments`): Facts for the card that the folder does not have.
         with_handler (`bool`, *optional*, defaults to `False`): Add the `handler.py` of Inference Endpoints.
+        facts: Facts for the card that the folder does not have, see [`make_model_card`].
 
     Returns:
         `list[Path]`: The written files, sorted.
@@ -43,30 +40,25 @@ def build_repository(
     """
     model = load_checkpoint(folder, [getattr(modeling_trips, name) for name in HEADS], use_safetensors=True)
     processor = load_processor(folder, model.config)
-    if with_handler and not HEADS[type(model).__name__].has_pipeline:
+    if with_handler and model.pipeline_class is None:
         raise ValueError(f"Inference Endpoints need a model with a pipeline, got {type(model).__name__}.")
     results = next((path for split in ("test", "eval") if (path := folder / f"{split}_results.json").is_file()), None)
-    card = make_model_card(model, processor, repo_id, card_args, results, with_handler=with_handler)
+    card = make_model_card(model, processor, repo_id, results, with_handler=with_handler, **facts)
     processor.tokenizer.backend_tokenizer.no_padding()  # the last batch's
     for name in ("is_local", "local_files_only"):  # of this machine
         processor.tokenizer.init_kwargs.pop(name, None)
     with whole_folder(target) as partial:
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
-        for path in HANDLER if with_handler else ():
-            shutil.copyfile(path, partial / path.name)
+        for name in HANDLER if with_handler else ():
+            shutil.copy(Path(modeling_trips.__file__).parent / name, partial)
         card.save(partial / "README.md")
         check_code(partial)
     return sorted(path for path in target.rglob("*") if path.is_file())
 
 
 def check_code(folder: Path):
-    """
-    Check that the configurations in a folder name only code of this project.
-
-    Raises:
-        ValueError: A configuration names code elsewhere.
-    """
+    """Raise a `ValueError` if a configuration in a folder names code of another project."""
     for path in folder.rglob("*config.json"):
         if found := re.search(r'"[\w./-]+--[\w.]+"|"custom_generate"', path.read_text(encoding="utf-8")):
             raise ValueError(f"{path.relative_to(folder)} must name code of this project alone, got {found[0]}.")
@@ -86,9 +78,9 @@ def publish(folder: Path, repo_id: str, private: bool = False) -> str:
     before = api.model_info(repo_id)
     if private and not before.private:
         raise ValueError(f"--private: {repo_id} exists and is public. Run `hf repos settings {repo_id} --private`.")
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    changes: list = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     former = {file.rfilename for file in before.siblings if re.fullmatch(WEIGHTS_AND_CODE, file.rfilename)}
-    changes += map(CommitOperationDelete, sorted(former - {change.path_in_repo for change in changes}))
+    changes: list = [CommitOperationDelete(name) for name in sorted(former - files.keys())]
+    changes += [CommitOperationAdd(*file) for file in files.items()]
     # `upload_folder` may make several commits.
     return api.create_commit(repo_id, changes, commit_message="Publish model", parent_commit=before.sha).commit_url

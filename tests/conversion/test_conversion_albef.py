@@ -69,23 +69,12 @@ def test_converted_albef_gives_the_same_outputs(task):
     assert (report.new == []) == (task != "pretraining")
 
 
-@pytest.mark.parametrize(
-    ("lost", "depths"),
-    [
-        ("visual_encoder.blocks.11.", (11, 6, 6, 6)),
-        ("visual_encoder.blocks.4.", None),
-        ("text_encoder.encoder.layer.6.crossattention.", (12, 7, 5, 6)),
-    ],
-)
-def test_missing_layers_raise_unless_depths_are_given(lost, depths):
+@pytest.mark.parametrize("lost", ["visual_encoder.blocks.11.", "text_encoder.encoder.layer.6.crossattention."])
+def test_missing_layers_raise(lost):
     source = random_checkpoint("question-answering")
     source = {key: value for key, value in source.items() if not key.startswith(lost)}
-    with pytest.raises(ConversionError, match="depths"):
+    with pytest.raises(ConversionError, match=lost):
         convert_albef(source)
-    if depths is not None:
-        model, _ = convert_albef(source, depths=depths)
-        fields = ("vision_config", "text_config", "fusion_encoder_config", "decoder_config")
-        assert tuple(getattr(model.config, part).num_hidden_layers for part in fields) == depths
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_answers_are_right_and_no_host_is_looked_up(app):
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda _: ask(app), range(4)))
     assert answers == [answers[0]] * 4 and [row[0] for row in answers[0]] == QUESTIONS
-    assert [row[1].split()[0] for row in answers[0]] == ["pink", "circle", "yes", "no"]
+    assert [row[1].split()[0] for row in answers[0]] == ["dot", "ring", "purple", "no"]
     assert ask(app, kept=144)[0][1] == answers[0][0][2]  # the same weights at keep rate 1.0
     assert set((app.folder / "names").read_text().split()) <= {"127.0.0.1", "localhost", "None"}
 
@@ -96,7 +96,7 @@ def test_answers_are_right_and_no_host_is_looked_up(app):
 def test_the_first_click_answers(app):
     """Gradio checks the values with which the page opens: image, questions and the trained number of patches."""
     table, figure = app.client.predict(api_name="/look")
-    assert [row[1].split()[0] for row in table["data"]] == ["pink", "circle", "yes", "no"]
+    assert [row[1].split()[0] for row in table["data"]] == ["dot", "ring", "purple", "no"]
     assert figure["plot"].startswith("data:image/")
     assert app.url in app.log.read_text() and "public" not in app.log.read_text()
 
@@ -112,7 +112,7 @@ def test_the_first_click_in_a_browser_answers(app):
         opened = browser.new_page()
         opened.goto(app.url)
         opened.get_by_role("button", name="Look").click()
-        opened.wait_for_selector("text=/pink \\(/")
+        opened.wait_for_selector("text=/purple \\(/")
         opened.wait_for_selector(".matplotlib img")
         assert opened.get_by_text("Error", exact=True).count() == 0
         browser.close()

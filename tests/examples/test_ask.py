@@ -61,22 +61,6 @@ def test_a_checkpoint_with_another_head_is_refused(tmp_path):
         ask.main(["--model", str(tmp_path)])
 
 
-@pytest.mark.slow
-def test_an_exported_model_answers_as_its_checkpoint(model, processor, tmp_path, capsys):
-    export = pytest.importorskip("modeling_trips.export")
-    export.export_model(model, tmp_path / "exported", "onnx")
-    processor.save_pretrained(tmp_path / "exported")
-    capsys.readouterr()
-    options = ["--picture", str(tmp_path / "kept.png"), "--question", "what color is the cross?"]
-    ask.main([*options, "--model", str(tmp_path / "exported")])
-    exported = capsys.readouterr().out
-    ask.main(options)
-    (line,) = [line for line in exported.splitlines() if line.startswith("  what color is the cross? ")]
-    assert " pink (" in line and line in capsys.readouterr().out
-    assert ask.SAME_WEIGHTS not in exported and "64 x an image and a question: " in exported
-    assert (tmp_path / "kept.png").exists()
-
-
 def test_asks_a_model_that_keeps_all_patches(tmp_path, capsys):
     """About an image of another size and mode. There are no kept patches, and nothing to compare."""
     PIL.Image.new("RGBA", (150, 90), "teal").save(tmp_path / "picture.png")

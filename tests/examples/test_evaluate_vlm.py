@@ -1,4 +1,4 @@
-"""`examples/evaluate_vlm.py` on questions of a file, and its table. lmms/test_vlm.py runs tasks of lmms-eval."""
+"""`examples/evaluate_vlm.py` on questions of a file, and its table."""
 
 import json
 import math
@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from tiny_vlm_processors import conversation, noise, save_tiny_vlm
 from tiny_vlms import BY_NAME
+from transformers import AutoModelForImageTextToText
 
 from modeling_trips.hosts import TextGuide
 from trips_examples import evaluate_vlm
-from trips_examples.evaluate_vlm import EvaluationArguments, default_layer, model_arguments
+from trips_examples.evaluate_vlm import SELECTIONS, EvaluationArguments, default_layer, model_arguments
 from trips_examples.lmms.generation import VisionLanguageModel
 
 
@@ -32,33 +33,42 @@ def questions(checkpoint, tmp_path_factory) -> Path:
     return folder / "val.jsonl"
 
 
-def test_own_questions_are_evaluated_once(checkpoint, questions, tmp_path, capsys, monkeypatch):
-    """Without lmms-eval. A selection that the model does not support is named, and other settings are refused."""
+def test_questions_are_evaluated_once(checkpoint, questions, tmp_path, capsys, monkeypatch):
+    """A selection that the model does not support is named."""
     options = ["--model", checkpoint, "--validation_file", questions, "--instruction", "", "--device", "cpu"]
     options += ["--selections", "exit_prompt", "fewer_pixels", "--visual_tokens", "8"]
     options = [*map(str, options), "--batch_size=2", f"--output_json={tmp_path / 'rows.json'}"]
     unpruned, pruned, smaller = evaluate_vlm.main(options)
     assert unpruned["score"] == 0.75 and unpruned["num_samples"] == 4
     assert unpruned["score_error"] == pytest.approx(math.sqrt(4 * 0.75 * 0.25 / 3) / 2)
-    assert unpruned["different_predictions"] >= 1 and unpruned["task"].startswith("val.jsonl")
+    assert unpruned["different_predictions"] >= 1 and unpruned["questions"].startswith("val.jsonl")
     assert pruned["visual_tokens_per_image"] == 8 < unpruned["visual_tokens_per_image"] and 0 <= pruned["score"] <= 1
     assert "Idefics3" in smaller["not_supported"] and smaller["not_supported"] in capsys.readouterr().out
     with monkeypatch.context() as patch:
         patch.setattr(evaluate_vlm, "evaluate", None)  # it would be called for another row
         assert evaluate_vlm.main(options) == json.loads((tmp_path / "rows.json").read_text())
-        with pytest.raises(ValueError, match="limit"):
-            evaluate_vlm.main([*options, "--limit=2"])
+    assert [row["num_samples"] for row in evaluate_vlm.main([*options, "--limit=2"])[:2]] == [2, 2]
     questions.write_text(questions.read_text().replace('"x"', '"y"'))
     assert len(evaluate_vlm.main(options)) == 3
-    assert len(json.loads((tmp_path / "rows.json").read_text())) == 6  # the questions are others
+    assert len(json.loads((tmp_path / "rows.json").read_text())) == 9  # for other settings, and for other questions
+
+
+def test_every_selection_keeps_about_the_same_number(questions, tmp_path):
+    checkpoint = save_tiny_vlm("llava", tmp_path / "checkpoint")
+    TextGuide.for_model(AutoModelForImageTextToText.from_pretrained(checkpoint)).save_pretrained(tmp_path / "guide")
+    options = ["--model", checkpoint, "--validation_file", questions, "--guide", tmp_path / "guide", "--device", "cpu"]
+    options += ["--limit", 2, "--output_json", tmp_path / "rows.json", "--visual_tokens", 576, 8]
+    rows = evaluate_vlm.main([*map(str, options)])
+    assert [row["selection"] for row in rows] == ["unpruned", *SELECTIONS]
+    assert [row["visual_tokens_per_image"] for row in rows[1:]] == pytest.approx([8] * 6, abs=2)
 
 
 def make_args(**options) -> EvaluationArguments:
-    return EvaluationArguments(**{"model": "model", "tasks": ["gqa"], "layer": 2, **options})
+    return EvaluationArguments(**{"model": "model", "validation_file": "val.jsonl", "layer": 2, **options})
 
 
-def make_row(selection: str, visual_tokens: int | None, task: str, score=None, tokens: float = 64.0, **fields) -> dict:
-    row = {"selection": selection, "visual_tokens": visual_tokens, "task": task, **fields}
+def make_row(selection: str, visual_tokens: int | None = 16, score=None, tokens: float = 16.0, **fields) -> dict:
+    row = {"selection": selection, "visual_tokens": visual_tokens, **fields}
     return row if score is None else row | {"score": score, "score_error": 0.01, "visual_tokens_per_image": tokens}
 
 
@@ -77,28 +87,21 @@ def test_tower_selection_keeps_what_is_asked_for():
 
 
 def test_selections_and_numbers_are_checked():
-    for wrong in ({"selections": ["tower_text"]}, {"selections": ["exit"]}, {"visual_tokens": [0]}, {"tasks": []}):
+    for wrong in ({"selections": ["tower_text"]}, {"visual_tokens": [0]}):
         with pytest.raises(ValueError):
             make_args(**wrong)
 
 
-def test_score_of_a_task_is_its_first_finite_metric_that_should_rise():
-    results = {"loss,none": 9.0, "bleu,none": math.nan, "f1,none": 0.5, "f1_stderr,none": 0.01, "alias": "gqa"}
-    found = {"results": {"gqa": results}, "higher_is_better": {"gqa": {"loss": False, "bleu": True, "f1": True}}}
-    assert evaluate_vlm.score_of(found, "gqa") == {"score": 0.5, "score_error": 0.01}
-
-
 def test_table_is_relative_to_the_unpruned_model(capsys):
     rows = [
-        *(make_row("unpruned", None, "gqa", 0.5), make_row("unpruned", None, "pope", 0.8)),
-        *(make_row("exit_prompt", 16, "gqa", 0.4, 16.0), make_row("exit_prompt", 16, "pope", 0.8, 14.0)),
-        make_row("tower_image", 16, "gqa", 0.6, 16.0),
-        make_row("fewer_pixels", 16, "gqa", not_supported="Tiles."),
+        make_row("unpruned", None, 0.5, tokens=64.0),
+        make_row("exit_prompt", score=0.4),
+        make_row("tower_image", score=0.6, tokens=15.0),
+        make_row("fewer_pixels", not_supported="Tiles."),
     ]
-    evaluate_vlm.print_table(rows, ["gqa", "pope"])
+    evaluate_vlm.print_table(rows)
     _, _, *lines = capsys.readouterr().out.splitlines()
-    unpruned, prompt, image, *_ = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert unpruned[1:] == ["all", "64.0", "100.0 ± 2.0 (0.5)", "100.0 ± 1.2 (0.8)", "100.0"]
-    assert prompt[1:] == ["16", "15.0", "80.0 ± 2.0", "100.0 ± 1.2", "90.0"]
-    assert image[1:] == ["16", "16.0", "120.0 ± 2.0", "-", "-"]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")][1:] for line in lines[:3]]
+    assert cells[0] == ["all", "64.0", "50.0 ± 1.0", "100.0"]
+    assert cells[1:] == [["16", "16.0", "40.0 ± 1.0", "80.0"], ["16", "15.0", "60.0 ± 1.0", "120.0"]]
     assert "Tiles." in lines[-1]

@@ -21,8 +21,8 @@ def test_a_given_schedule_is_counted(capsys, tmp_path):
 
 
 def test_proposals_reach_from_a_few_patches_to_the_budget(capsys):
-    rows = main([*TINY, "--image_size=96", "--budget", "0.7", "--num_rows=5"])
-    assert len(rows) == 5 and capsys.readouterr().out.count("\n") == 1 + 5 + 2
+    rows = main([*TINY, "--image_size=96", "--budget", "0.7"])
+    assert len(rows) == 12 and capsys.readouterr().out.count("\n") == 1 + 12 + 2
     assert rows[0].cost.tokens[-1] <= 10  # of 145
     assert [row.ratio for row in rows] == sorted(row.ratio for row in rows) and rows[-1].ratio <= 0.7
 

@@ -144,7 +144,7 @@ def test_regions_outside_the_crop_are_counted(options, rows, tmp_path, caplog):
 
 
 def test_wrong_options_and_data_are_refused(options, rows, tmp_path):
-    for option in ("--teacher=none", "--selection_gate=0", "--layer=99"):
+    for option in ("--selection_gate=0", "--layer=99"):
         with pytest.raises(ValueError):
             train_guide.main(options(option, folder=option.partition("=")[0]))
     with pytest.raises(ValueError, match="--teacher attention"):

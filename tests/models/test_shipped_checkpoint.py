@@ -7,7 +7,7 @@ from places import EXAMPLES
 from modeling_trips import TripsForQuestionAnswering, TripsProcessor
 
 
-QUESTIONS = ["what color is the cross?", "what shape is the green one?"]
+QUESTIONS = ["what mark is on the red circle?", "what color is the cross?"]
 KEPT = [[[1, 13, 14], [16, 55, 67]]]  # by selection layer and question
 FIRST_TOKENS = [[210, 207, 152], [204, 214, 206]]
 LOGITS = [[10.970742, 3.651362, 3.158695], [10.144358, 4.66494, 3.26205]]
@@ -25,4 +25,4 @@ def test_kept_patches_answers_and_logits_are_as_ever():
     best = output.logits[:, 0].topk(3)
     assert best.indices.tolist() == FIRST_TOKENS
     torch.testing.assert_close(best.values, torch.tensor(LOGITS), rtol=0, atol=1e-4)
-    assert processor.post_process_answers(model.generate(**inputs)) == ["pink", "circle"]
+    assert processor.post_process_answers(model.generate(**inputs)) == ["dot", "purple"]

@@ -80,5 +80,5 @@ def test_the_lowest_release_trains_answers_and_patches(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     said = json.loads((tmp_path / "said.json").read_text())
-    assert said["release"] == f"{LOWEST}.0" and said["answers"] == ["pink"] and said["layers"]
+    assert said["release"] == f"{LOWEST}.0" and said["answers"] == ["purple"] and said["layers"]
     assert (tmp_path / "model/model.safetensors").is_file()

@@ -130,7 +130,7 @@ def test_documented_client(service, monkeypatch, capsys):
     (client,) = [block for block in document.blocks("python") if "httpx" in block]
     monkeypatch.chdir(ROOT)
     exec(client.replace("127.0.0.1:3000", f"127.0.0.1:{service.port}"), {})
-    assert [line.split()[-2] for line in capsys.readouterr().out.splitlines()] == ["pink", "yes"]
+    assert [line.split()[-2] for line in capsys.readouterr().out.splitlines()] == ["purple", "no"]
 
 
 def test_other_places_and_methods(service):
@@ -243,7 +243,9 @@ def test_requests_of_clients_that_left_are_not_computed(tmp_path):
         for connection in leaving:
             connection.close()
         assert service.post("answer", ask("blue")).status_code == 200
-        assert service.metric("trips_requests_in_progress") == 0  # nothing waits behind them
+        until = time.monotonic() + 5  # nothing waits behind them: their questions would take longer
+        while service.metric("trips_requests_in_progress") > 0:
+            assert time.monotonic() < until
 
 
 def test_random_requests_from_the_openapi_document(service, tmp_path):

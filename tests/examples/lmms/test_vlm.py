@@ -1,16 +1,12 @@
-"""lmms-eval with vision-language models of Transformers, and the script that evaluates their selection."""
+"""lmms-eval with vision-language models of Transformers."""
 
 import json
 from pathlib import Path
 
 import datasets
 import pytest
-from places import ROOT
 from tiny_vlm_processors import conversation, noise, save_tiny_vlm
-from transformers import AutoModelForImageTextToText
 
-from modeling_trips.hosts import TextGuide
-from trips_examples.evaluate_vlm import SELECTIONS
 from trips_examples.lmms.generation import VisionLanguageModel
 
 
@@ -86,22 +82,3 @@ def test_task_answers_match_the_model(checkpoint, run_python, tmp_path):
     (samples,) = (tmp_path / "results").rglob("*_samples_*.jsonl")
     lines = [json.loads(line) for line in samples.read_text().splitlines()]
     assert [line["filtered_resps"] for line in sorted(lines, key=lambda line: line["doc_id"])] == expected
-
-
-def test_script_compares_selections(checkpoint, run_python, tmp_path):
-    write_task(tmp_path, checkpoint)
-    guide = TextGuide.for_model(AutoModelForImageTextToText.from_pretrained(checkpoint))
-    guide.save_pretrained(tmp_path / "guide")
-    options = ["--model", checkpoint, "--tasks", "tiny_words", "--include_path", tmp_path]
-    options += ["--guide", tmp_path / "guide", "--device", "cpu", "--batch_size", "2"]
-    options += ["--output_json", tmp_path / "rows.json", "--visual_tokens"]
-
-    result = run_python(str(ROOT / "examples" / "evaluate_vlm.py"), *map(str, options), "576", "8")
-    assert result.returncode == 0, result.stderr[-4000:]
-    first = json.loads((tmp_path / "rows.json").read_text())
-    assert [row["selection"] for row in first] == ["unpruned", *SELECTIONS]
-    for row in first:
-        assert 0 <= row["score"] <= 1
-        assert row["num_samples"] == NUM_ROWS
-    assert first[0]["score"] == pytest.approx(1 - 1 / NUM_ROWS)
-    assert [row["visual_tokens_per_image"] for row in first[1:]] == pytest.approx([8] * 6, abs=2)

@@ -17,8 +17,9 @@ import trips_examples  # noqa: F401  # isort: skip
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from trips_examples.data.source import option
 from trips_examples.training.options import one_or_several
-from trips_examples.training.parser import make_parser, option, run_script
+from trips_examples.training.parser import make_parser, run_script
 
 
 PER_LAYER = ("keep_rate", "selection_guidance")  # one for all selection layers, or one per layer

@@ -12,7 +12,8 @@ import trips_examples  # noqa: F401  # isort: skip
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trips_examples.training.parser import make_parser, option, run_script
+from trips_examples.data.source import option
+from trips_examples.training.parser import make_parser, run_script
 
 
 FACTS = ("license", "language", "datasets", "eval_dataset", "command")  # for the model card

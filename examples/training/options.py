@@ -4,21 +4,16 @@ classes for some. They are read before a script imports what takes seconds, so t
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
 from trips_examples.data.busy_scenes import CELL_SIZE
-from trips_examples.data.source import DataSource
+from trips_examples.data.source import DataSource, option
 
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
-
-
-def option(default, text: str):
-    """Return the field of an option with its help."""
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass

@@ -12,11 +12,9 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 from transformers.hf_argparser import HfArgumentParser
 
-from trips_examples.training.options import RunOptions, option
+from trips_examples.training.options import RunOptions
 from trips_examples.training.recipe import recipe
 
-
-__all__ = ["Parser", "make_parser", "option", "run_script", "training_options"]
 
 TRAINING_FILES = ("training_args.py", "training_args_seq2seq.py")  # of Transformers
 

@@ -1,12 +1,12 @@
 r"""
-Teach a trained model, from answers alone and without regions, which 3 of 144 patches to keep, on 2 CPU cores.
+Teach a trained model, from answers alone and without regions, which one of 144 patches to keep, on 2 CPU cores.
 
     python examples/demo.py                                       # what `make demo` runs
     python examples/demo.py --seed 1 --folder demo1 --bf16
     python examples/demo.py --from_scratch --publish_to examples/trips-tiny-scenes    # makes both models that ship
 
-The unpruned model of `examples/trips-tiny-scenes-unpruned` goes on with a selection layer that keeps 3 of 144 patches
-and learns which from the answers to questions about busy scenes (the folder `model`). At the end: accuracy before and
+The unpruned model of `examples/trips-tiny-scenes-unpruned` goes on with a selection layer that keeps one of 144
+patches and learns which from the answers to questions about busy scenes (the folder `model`). At the end: accuracy before and
 after, answers, a drawing of the kept patches, and the speed.
 
 `--from_scratch` first trains the unpruned model: on questions about one shape, about up to four and about up to eight.
@@ -70,7 +70,7 @@ from trips_examples.training.runs import TripsTrainingArguments
 SHAPE = {"fusion_encoder_config": {"num_hidden_layers": 1, "skip_stride": 1}}
 START = ask.CHECKPOINT.with_name(f"{ask.CHECKPOINT.name}-unpruned")
 WEIGHTS = "model.safetensors"
-PRUNED = {"selection_layers": [2], "keep_rate": [0.02]}
+PRUNED = {"selection_layers": [2], "keep_rate": [0.005]}
 CONSTANT = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 50, "do_predict": False}
 STAGES: dict[str, tuple[dict, dict, dict]] = {  # folder: options of the model, of the data and of the training
     "one": (
@@ -93,7 +93,7 @@ STAGES: dict[str, tuple[dict, dict, dict]] = {  # folder: options of the model, 
     "model": (
         {**PRUNED, "selection_gate": 0.2},
         {"train_scenes": 3200},
-        {"max_steps": 400, "per_device_train_batch_size": 64, "learning_rate": 1e-3},
+        {"max_steps": 800, "per_device_train_batch_size": 64, "learning_rate": 1e-3},
     ),
 }
 TITLES = {"unpruned": "all patches", "pruned": "pruned, before training", "model": "pruned, trained from answers"}

@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None):
     processor = load_processor(args.model, model.config)
     schedule = model.config.vision_config.schedule.by_layer
 
-    print(f"Asked about {args.image if args.image != str(SCENE) else 'a scene of seven shapes'}:")
+    print(f"Asked about {args.image if args.image != str(SCENE) else 'a scene of eight shapes'}:")
     found = answers_of(model, processor, image, args.question)
     others = answers_of(model, processor, image, args.question, UNPRUNED) if schedule else [None] * len(found)
     for question, own, other in zip(args.question, found, others):
@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None):
     if schedule:
         print(SAME_WEIGHTS_NOTE)
         rates = (
-            f"{selection.keep_rate:.0%} of the tokens after layer {layer}" for layer, selection in schedule.items()
+            f"{selection.keep_rate:.2g} of the tokens after layer {layer}" for layer, selection in schedule.items()
         )
         draw_selection(model, processor, image, args.question, [best["answer"] for best in found], args.picture)
         print(f"It keeps {', '.join(rates)}. Which patches: {args.picture}")

@@ -6,8 +6,8 @@ Teach a trained model, from answers alone and without regions, which one of 144 
     python examples/demo.py --from_scratch --publish_to examples/trips-tiny-scenes    # makes both models that ship
 
 The unpruned model of `examples/trips-tiny-scenes-unpruned` goes on with a selection layer that keeps one of 144
-patches and learns which from the answers to questions about busy scenes (the folder `model`). At the end: accuracy before and
-after, answers, a drawing of the kept patches, and the speed.
+patches and learns which from the answers to questions about busy scenes (the folder `model`). At the end: accuracy
+before and after, answers, a drawing of the kept patches, and the speed.
 
 `--from_scratch` first trains the unpruned model: on questions about one shape, about up to four and about up to eight.
 """

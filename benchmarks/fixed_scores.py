@@ -15,8 +15,13 @@ import torch
 from measuring import OutputArguments, run_benchmark
 from tqdm.auto import tqdm
 
-from modeling_trips import UNPRUNED, SelectionSchedule, TripsForQuestionAnswering, TripsProcessor
-from modeling_trips.modeling_trips_vision import TripsVisionLayer
+from modeling_trips import (
+    UNPRUNED,
+    SelectionSchedule,
+    TripsForQuestionAnswering,
+    TripsProcessor,
+    modeling_trips_vision,
+)
 from trips_examples.data.busy_scenes import COLORS, KINDS, draw_scene
 
 
@@ -68,7 +73,7 @@ WAYS: dict[str, Callable | None] = {"own text": None, "color": by_color, "region
 def measure(args: FixedArguments) -> Iterator[dict]:
     model = TripsForQuestionAnswering.from_pretrained(args.model).eval()
     processor = TripsProcessor.from_pretrained(args.model)
-    grid, own_score = model.config.vision_config.grid_size, TripsVisionLayer.score
+    grid, own_scores = model.config.vision_config.grid_size, modeling_trips_vision.score_tokens
     scenes = [draw_scene("test", number, args.seed) for number in range(args.scenes)]
 
     def answer(schedule: SelectionSchedule, scores_of: Callable | None) -> dict:
@@ -79,10 +84,11 @@ def measure(args: FixedArguments) -> Iterator[dict]:
             if scores_of is not None:
                 scores = torch.stack([scores_of(scene.image, each, grid) for each in scene.questions])
                 scores = scores + 1e-6 * torch.rand_like(scores)  # equal ones in random order
-                TripsVisionLayer.score = lambda *_, scores=scores: scores
+                scores = scores / scores.sum(dim=1, keepdim=True)
+                modeling_trips_vision.score_tokens = lambda *_, scores=scores: scores
             with torch.no_grad():
                 answers = processor.post_process_answers(model.generate(**inputs, schedule=schedule))
-            TripsVisionLayer.score = own_score
+            modeling_trips_vision.score_tokens = own_scores
             for question, text in zip(scene.questions, answers):
                 right[question["kind"]].append(text == question["answer"])
         rates = {f"accuracy_{kind}": statistics.mean(values) for kind, values in right.items()}

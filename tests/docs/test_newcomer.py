@@ -1,6 +1,6 @@
 """
 The README's commands in a fresh environment: from a clone to an answer, to training on your own data, to a published
-model. The Hub is local, and the demo is shortened.
+model. The Hub is local, and the pretrained towers are small ones with random weights.
 """
 
 import json
@@ -9,12 +9,14 @@ import re
 import shutil
 import subprocess
 import sysconfig
+from pathlib import Path
 
 import PIL.Image
 import pytest
 from documents import README
 from loopback_hub import LoopbackHub
 from places import ROOT
+from transformers import BertConfig, BertModel, BertTokenizer, BitImageProcessor, Dinov2Config, Dinov2Model
 
 
 PUBLISH = "hf auth login && python examples/push_to_hub.py --model mine --repo_id ada/mine"
@@ -44,7 +46,20 @@ def clone(tmp_path):
     rows = [{**row, "image": f"images/{number}.png", "answer": color} for number, color in enumerate(colors, start=1)]
     for split in ("train", "val"):
         (clone / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_towers(clone / "towers")
     return clone
+
+
+def write_towers(folder: Path):
+    """Write small models with random weights where `make_towers.py` writes the pretrained ones."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 2}
+    vision = Dinov2Config(num_hidden_layers=12, patch_size=14, image_size=42, mlp_ratio=2, **sizes)
+    Dinov2Model(vision).save_pretrained(folder / "dinov2-small")
+    BitImageProcessor().save_pretrained(folder / "dinov2-small")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "what", "is", "it", "?", "red", "green", "blue"]
+    BertTokenizer(vocab={word: number for number, word in enumerate(words)}).save_pretrained(folder / "minilm")
+    text = BertConfig(vocab_size=len(words), num_hidden_layers=2, intermediate_size=64, **sizes)
+    BertModel(text).save_pretrained(folder / "minilm")
 
 
 @pytest.mark.slow

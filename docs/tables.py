@@ -19,7 +19,7 @@ from scipy.stats import t
 DOCS = Path(__file__).resolve().parent
 PAGE = DOCS / "evidence.md"
 TABLE = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
-KINDS = ("color", "shape", "presence")  # of questions, without places
+KINDS = ("color", "shape", "presence")  # of questions about older scenes, without places
 
 
 def read(name: str) -> list[dict]:
@@ -36,8 +36,9 @@ def groups(rows: list[dict], *fields: str) -> dict[tuple, list[dict]]:
 
 
 def percents(rows: list[dict], field: str) -> dict[int, float]:
-    """Return a result in percent by seed; `mean` is that of the three kinds of questions."""
-    fields = [f"accuracy_{kind}" for kind in KINDS] if field == "mean" else [field]
+    """Return a result in percent by seed; `mean` is that of the kinds of questions, `all` that with marks."""
+    kinds = {"mean": KINDS, "all": (*KINDS, "mark")}.get(field)
+    fields = [field] if kinds is None else [f"accuracy_{kind}" for kind in kinds]
     return {row["seed"]: 100 * mean(row[name] for name in fields) for row in rows if fields[0] in row}
 
 
@@ -99,6 +100,15 @@ def answers() -> str:
     return render(f"{header} | Precision | Gate - this", rows)
 
 
+def marks() -> str:
+    runs, rows = groups(read("marks"), "patches", "steps", "scored_by", "learns_from", "starts_from"), []
+    for (patches, steps, *words, starts_from), of in reversed(runs.items()):
+        scores = ("all", *(f"accuracy_{kind}" for kind in ("mark", *KINDS, "new_wording")), "patch_precision")
+        rows.append([patches, *words, steps, starts_from, len(of), *(spread(of, score) for score in scores)])
+    header = "Patches | Scored by | Scores learn from | Steps | Starts from | Trainings | Mean | Mark | Color | Form"
+    return render(f"{header} | Presence | New wordings | Precision", rows)
+
+
 def tasks() -> str:
     runs, rows = groups(read("tasks"), "task", "measure", "schedule", "learns_from"), []
     for (task, measure, *words), of in runs.items():
@@ -137,7 +147,7 @@ PIVOTS = {
     "first_token": (FIRST_TOKEN, ["shape", "batch_size"], "variant", "{ratio:.2f}"),
     "vllm": (VLLM, ["clients"], "variant", "{ratio:.2f}, {requests_per_second:.2f}"),
 }
-TABLES = {function.__name__: function for function in (answers, tasks, vlm_answers, speed, export, sources)}
+TABLES = {function.__name__: function for function in (marks, answers, tasks, vlm_answers, speed, export, sources)}
 TABLES |= {name: partial(pivot, name) for name in PIVOTS}
 
 

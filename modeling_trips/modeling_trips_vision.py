@@ -106,6 +106,10 @@ class TripsPreTrainedModel(PreTrainedModel):
     # The pipeline that runs it.
     pipeline_class: ClassVar[type[Pipeline] | None] = None
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # by `attend_as_configured`; the library searches only the module of a class
+
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs):
         """
         As in Transformers.

@@ -112,7 +112,7 @@ def test_the_first_click_in_a_browser_answers(app):
         opened = browser.new_page()
         opened.goto(app.url)
         opened.get_by_role("button", name="Look").click()
-        opened.wait_for_selector("text=/purple \\(/")
+        opened.wait_for_selector("text=/dot \\(/")
         opened.wait_for_selector(".matplotlib img")
         assert opened.get_by_text("Error", exact=True).count() == 0
         browser.close()

@@ -15,7 +15,7 @@ from trips_examples.data.images import read_image
 
 
 CHECKPOINT = EXAMPLES / "trips-tiny-scenes"
-KEEP_RATE = 0.5
+KEEP_RATE = 0.005
 WAYS = [("onnx", "fp32", False), ("openvino", "int8", True)]
 
 

@@ -7,12 +7,15 @@ of the region that a question is about, at random, or by the scores of the model
 
 import statistics
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from unittest.mock import patch
 
 import numpy as np
 import PIL.Image
 import torch
 from measuring import OutputArguments, run_benchmark
+from torch import nn
 from tqdm.auto import tqdm
 
 from modeling_trips import (
@@ -40,16 +43,14 @@ class FixedArguments(OutputArguments):
 
 def share_of_patches(pixels: np.ndarray, grid: tuple[int, int]) -> torch.Tensor:
     """Return the mean of pixels, `(height, width)`, in each patch, as `(num_patches,)`."""
-    height, width = (side // number for side, number in zip(pixels.shape, grid))
-    patches = pixels.reshape(grid[0], height, grid[1], width).mean(axis=(1, 3))
-    return torch.tensor(patches, dtype=torch.float32).flatten()
+    return nn.functional.adaptive_avg_pool2d(torch.tensor(pixels, dtype=torch.float32)[None], grid).flatten()
 
 
 def by_color(image: PIL.Image.Image, question: dict, grid: tuple[int, int]) -> torch.Tensor:
     """Return the share of pixels near the color that a question names. Where it names none, all patches are equal."""
-    pixels, near = np.asarray(image, dtype=float), np.zeros(image.size[::-1])
-    for color in (color for color in COLORS if color in question["question"].split()):
-        near = np.linalg.norm(pixels - COLORS[color], axis=-1) < NEAR
+    near = np.zeros(image.size[::-1])
+    for color in COLORS.keys() & question["question"].split():  # at most one
+        near = np.linalg.norm(np.asarray(image, dtype=float) - COLORS[color], axis=-1) < NEAR
     return share_of_patches(near, grid)
 
 
@@ -73,7 +74,7 @@ WAYS: dict[str, Callable | None] = {"own text": None, "color": by_color, "region
 def measure(args: FixedArguments) -> Iterator[dict]:
     model = TripsForQuestionAnswering.from_pretrained(args.model).eval()
     processor = TripsProcessor.from_pretrained(args.model)
-    grid, own_scores = model.config.vision_config.grid_size, modeling_trips_vision.score_tokens
+    grid = model.config.vision_config.grid_size
     scenes = [draw_scene("test", number, args.seed) for number in range(args.scenes)]
 
     def answer(schedule: SelectionSchedule, scores_of: Callable | None) -> dict:
@@ -81,14 +82,14 @@ def measure(args: FixedArguments) -> Iterator[dict]:
         for scene in tqdm(scenes, desc=f"{schedule}"):
             texts = [question["question"] for question in scene.questions]
             inputs = processor(images=scene.image, text=texts, image_index=[0] * len(texts), return_tensors="pt")
+            given: AbstractContextManager = nullcontext()
             if scores_of is not None:
                 scores = torch.stack([scores_of(scene.image, each, grid) for each in scene.questions])
                 scores = scores + 1e-6 * torch.rand_like(scores)  # equal ones in random order
                 scores = scores / scores.sum(dim=1, keepdim=True)
-                modeling_trips_vision.score_tokens = lambda *_, scores=scores: scores
-            with torch.no_grad():
+                given = patch.object(modeling_trips_vision, "score_tokens", return_value=scores)
+            with torch.no_grad(), given:
                 answers = processor.post_process_answers(model.generate(**inputs, schedule=schedule))
-            modeling_trips_vision.score_tokens = own_scores
             for question, text in zip(scene.questions, answers):
                 right[question["kind"]].append(text == question["answer"])
         rates = {f"accuracy_{kind}": statistics.mean(values) for kind, values in right.items()}

@@ -3,7 +3,7 @@ Teach a trained model, from answers alone and without regions, which one of 144 
 
     python examples/demo.py                                       # what `make demo` runs
     python examples/demo.py --seed 1 --folder demo1 --bf16
-    python examples/demo.py --from_scratch --publish_to examples/trips-tiny-scenes    # makes both models that ship
+    python examples/demo.py --from_scratch --publish_to outputs/tiny    # writes such a pair, from nothing
 
 The unpruned model of `examples/trips-tiny-scenes-unpruned` goes on with a selection layer that keeps one of 144
 patches and learns which from the answers to questions about busy scenes (the folder `model`). At the end: accuracy
@@ -202,10 +202,10 @@ def run_stage(name: str, start: Path, args: DemoArguments) -> dict[str, float]:
 
 def print_what_was_learnt(metrics: dict[str, dict[str, float]]):
     """Print accuracies by kind of question, and how many of the kept patches lie in the region of their question."""
-    groups = {**dict(zip(KINDS, KINDS)), "new wording": "new_wording"}
-    print(f"\n{'Questions about test scenes:':<40}" + "".join(f"{title:>13}" for title in groups))
+    groups = (*KINDS, "new_wording")
+    print(f"\n{'Questions about test scenes:':<40}" + "".join(f"{group.replace('_', ' '):>13}" for group in groups))
     for stage, title in TITLES.items():
-        rates = (metrics[stage][f"test_accuracy_{group}"] for group in groups.values())
+        rates = (metrics[stage][f"test_accuracy_{group}"] for group in groups)
         print(f"  {title:<38}" + "".join(f"{rate:>13.1%}" for rate in rates))
     (name,) = (name for name in metrics["model"] if name.endswith("_patch_precision"))
     before, after = metrics["pruned"][name], metrics["model"][name]
@@ -222,7 +222,7 @@ def main(argv: list[str] | None = None):
     if args.from_scratch:
         make_untrained(folder / "untrained", args.seed)
         start = folder / "untrained"
-        for stage in ("one", "few", "start"):
+        for stage in (stage for stage in STAGES if stage not in TITLES):
             run_stage(stage, start, args)
             start = folder / stage
     metrics = {stage: run_stage(stage, start, args) for stage in TITLES}

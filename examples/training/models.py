@@ -270,21 +270,18 @@ def log_costs(config: TripsConfig, texts_per_image: float, text_length: int):
     if not schedule.layers:
         return
     vision = config.vision_config
-    kept = forward_cost(config, text_length).tokens[-1] - 1 - vision.fuse_inattentive_tokens
-
-    def ratio(schedule: SelectionSchedule, texts: float) -> float:
-        pruned, unpruned = (forward_cost(config, text_length, each).macs(texts) for each in (schedule, UNPRUNED))
-        return pruned / unpruned
-
-    several = ratio(schedule, texts_per_image)
+    unpruned, pruned = (forward_cost(config, text_length, each) for each in (UNPRUNED, schedule))
+    kept = pruned.tokens[-1] - 1 - vision.fuse_inattentive_tokens
+    one, several = (pruned.macs(texts) / unpruned.macs(texts) for texts in (1, texts_per_image))
     logger.info(
         "%s keeps %d of %d patches, for %.2f times the operations of the unpruned model with one text per image, %.2f "
         "times with %.1f as in the data.",
-        *(schedule, kept, math.prod(vision.grid_size), ratio(schedule, 1), several, texts_per_image),
+        *(schedule, kept, math.prod(vision.grid_size), one, several, texts_per_image),
     )
     if several > 1.1:
         selections = [selection._replace(guidance="image") for selection in schedule.selections]
-        cheaper = ratio(SelectionSchedule(schedule.layers, tuple(selections)), texts_per_image)
+        by_image = forward_cost(config, text_length, SelectionSchedule(schedule.layers, tuple(selections)))
+        cheaper = by_image.macs(texts_per_image) / unpruned.macs(texts_per_image)
         logger.warning("That is more than without pruning. --selection_guidance image: %.2f times.", cheaper)
 
 

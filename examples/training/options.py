@@ -134,7 +134,7 @@ class RunOptions:
     lr_scheduler_type: str = option("cosine", "Learning rate schedule.")
     warmup_steps: float = option(0.1, "Warm-up steps; below 1, their share of all steps.")
     weight_decay: float = option(0.0, "Weight decay, except for biases and norms.")
-    bf16: bool = option(False, "Train in bf16 mixed precision. Default: float32.")
+    bf16: bool | None = option(False, "Train in bf16 mixed precision. On own data: if the device has it.")
     seed: int = option(42, "Seed of weights, order of the rows, and draws.")
     logging_steps: float = option(0.05, "Log every N steps; below 1, a share of all steps.")
     save_steps: float = option(500, "Save a checkpoint every N steps.")

@@ -51,7 +51,7 @@ class Parser(HfArgumentParser):
         self.set_defaults(**defaults)
         of_recipe = recipe(task, {"train_file": None})
         for action in self._actions:
-            if action.dest in of_recipe:
+            if of_recipe.get(action.dest) is not None:
                 action.help += f" On own data, without a start: {of_recipe[action.dest]}."
         if self.trains:
             self.add_argument("--help_all", action="help", help="Show the options of Transformers' Trainer, too.")

@@ -112,9 +112,11 @@ def marks() -> str:
 def tasks() -> str:
     runs, rows = groups(read("tasks"), "task", "measure", "schedule", "learns_from"), []
     for (task, measure, *words), of in runs.items():
+        cost = of[0]["patches"], *(f"{of[0][field]:.2f}" for field in ("macs_ratio", "macs_ratio_4_texts"))
         difference = gap(of, runs[task, measure, "unpruned", ""], "result")
-        rows.append([task, measure, *words, spread(of, "result"), difference, len(of)])
-    return render("Task | Measure | Schedule | Scores learn from | Result | This - unpruned | Seeds", rows)
+        rows.append([task, measure, *words, *cost, spread(of, "result"), difference, len(of)])
+    header = "Task | Measure | Schedule | Scores learn from | Patches | MACs, 1 text | 4 texts"
+    return render(f"{header} | Result | This - unpruned | Seeds", rows)
 
 
 def vlm_answers() -> str:

@@ -161,6 +161,7 @@ class TrainingOptions(RunOptions):
     per_device_train_batch_size: int = option(256, "Texts per device and training step.")
     per_device_eval_batch_size: int = option(128, "Rows per device in evaluation.")
     learning_rate: float = option(1e-3, "Peak learning rate of AdamW.")
+    lr_scheduler_type: str = option("warmup_stable_decay", "Learning rate schedule. This one falls while pruned.")
     tower_learning_rate: list[float] | None = option(None, "Peak rate of both towers, or of vision and text.")
     adam_beta2: float = option(0.98, "AdamW's decay of the second moment.")
     weight_decay: float = option(0.05, "Weight decay, except for biases and norms.")

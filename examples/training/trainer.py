@@ -191,6 +191,13 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
             teachers.append("the loss of the task, by the fused token (--selection_gate 0.2: of few patches, better)")
         return " and ".join(teachers)
 
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        if self.args.lr_scheduler_type == "warmup_stable_decay":  # it decays behind the unpruned steps
+            unpruned = round((self.args.unpruned_share or 0) * num_training_steps)
+            decay = num_training_steps - max(unpruned, self.args.get_warmup_steps(num_training_steps))
+            self.args.lr_scheduler_kwargs = {"num_decay_steps": decay, **(self.args.lr_scheduler_kwargs or {})}
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def _get_train_sampler(self, train_dataset=None) -> Sampler[int]:
         keys = image_keys(self.train_dataset if train_dataset is None else train_dataset)
         self.train_sampler = ImageGroupedSampler(keys, self.args.texts_per_image, self.args.seed)

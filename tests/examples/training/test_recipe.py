@@ -96,3 +96,17 @@ def test_no_checkpoint_of_the_unpruned_phase_is_the_best(tmp_path):
     train(tmp_path / "out", *PHASES, *every, *best, "--learning_rate=1e-2")
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert state["best_global_step"] == 3
+
+
+def test_the_learning_rate_falls_where_pruning_begins(tmp_path):
+    write_task("vqa", tmp_path)
+
+    def rates(name: str, *options: str) -> list[float]:
+        options = ("--max_steps=6", "--warmup_steps=1", "--learning_rate=1e-4", *options)
+        log = train(tmp_path / name, *PHASES, *options)
+        return [entry["learning_rate"] / 1e-4 for entry in log if "learning_rate" in entry]
+
+    falls = "--lr_scheduler_type=warmup_stable_decay"
+    assert rates("phases", falls) == pytest.approx([0, 1, 1, 1, 0.75, 0.25])  # the first three are unpruned
+    cosine = rates("cosine", "--lr_scheduler_type=cosine", "--unpruned_share=0")
+    assert rates("whole", falls, "--unpruned_share=0") == pytest.approx(cosine)

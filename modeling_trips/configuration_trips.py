@@ -269,12 +269,6 @@ class TripsVisionConfig(PreTrainedConfig):
         keep_rates = _one_per_layer("keep_rate", self.keep_rate, self.selection_layers)
         return SelectionSchedule(tuple(self.selection_layers), tuple(map(LayerSelection, guidances, keep_rates)))
 
-    def parse_schedule(self, text: str) -> SelectionSchedule:
-        """Read a schedule for this tower from its text form. A `ValueError` tells if a layer does not exist."""
-        schedule = SelectionSchedule.parse(text)
-        schedule.check_fits(self.num_hidden_layers)
-        return schedule
-
     @property
     def patch_shape(self) -> tuple[int, int]:
         """Height and width of a patch in pixels."""
@@ -550,11 +544,6 @@ class TripsConfig(PreTrainedConfig):
             nested = isinstance(value, dict) and isinstance(fields.get(key), dict)
             fields[key] = {**fields[key], **value} if nested else value
         return cls(**fields)
-
-    @classmethod
-    def presets(cls) -> list[str]:
-        """Return the names of the presets."""
-        return sorted(PRESETS)
 
     def __post_init__(self, **kwargs):
         for name in PART_FIELDS.keys() & kwargs.keys():

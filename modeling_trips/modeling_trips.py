@@ -39,7 +39,6 @@ from .modeling_trips_text import (
     TripsFusionModel,
     TripsLMHead,
     TripsTextModel,
-    accept_former_cache_name,
 )
 from .modeling_trips_vision import (
     SHARED_ARGS,
@@ -49,7 +48,6 @@ from .modeling_trips_vision import (
     TripsSingleStreamModel,
     TripsVisionModel,
     TripsVisionModelOutput,
-    check_image_index,
     select_rows,
     selection_rows,
     token_indices,
@@ -397,14 +395,6 @@ class TripsForConditionalGeneration(TripsWritingModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings):
         self.lm_head.decoder = new_embeddings
 
-    def _validate_model_kwargs(self, model_kwargs: dict):
-        super()._validate_model_kwargs(model_kwargs)
-        index, image_cache = model_kwargs.get("image_index"), model_kwargs.get("image_cache")
-        images = model_kwargs.get("pixel_values") if image_cache is None else image_cache.hidden_states
-        # Values on another device than the CPU would take a sync.
-        if index is not None and images is not None and index.device.type == "cpu":
-            check_image_index(index, num_images=len(images))
-
     def _expand_inputs_for_generation(self, *args, **model_kwargs):
         if model_kwargs.get("encoder_outputs") is not None:  # the library expands them in place: spare the caller's
             model_kwargs["encoder_outputs"] = copy.copy(model_kwargs["encoder_outputs"])
@@ -423,7 +413,6 @@ class TripsForConditionalGeneration(TripsWritingModel, GenerationMixin):
 
     @can_return_tuple
     @auto_docstring(custom_intro=SEQ2SEQ_EXAMPLE, custom_args=SHARED_ARGS + SEQ2SEQ_ARGS)
-    @accept_former_cache_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -613,7 +602,6 @@ class TripsForQuestionAnswering(TripsForConditionalGeneration):
     def rank_answers(
         self,
         answer_ids: torch.LongTensor,
-        answer_attention_mask: torch.Tensor | None = None,
         k: int = 128,
         answers_per_step: int = 16,
         attention_mask: torch.Tensor | None = None,
@@ -626,8 +614,6 @@ class TripsForQuestionAnswering(TripsForConditionalGeneration):
         Args:
             answer_ids (`torch.LongTensor` of shape `(num_answers, answer_length)`): The answers without a start token,
                 ending with the end token, padded with the padding token or -100.
-            answer_attention_mask (`torch.Tensor` of shape `(num_answers, answer_length)`, *optional*): 0 marks
-                padding. By default it follows from `answer_ids`.
             k (`int`, *optional*, defaults to 128): Number of answers that are scored in full.
             answers_per_step (`int`, *optional*, defaults to 16): Number of answers per question that the decoder
                 scores at once, which bounds the memory.
@@ -639,9 +625,7 @@ class TripsForQuestionAnswering(TripsForConditionalGeneration):
         Raises:
             ValueError: `k` is below 1, or an answer has no tokens.
         """
-        if answer_attention_mask is None:
-            answer_attention_mask = (answer_ids != self.config.pad_token_id) & (answer_ids != -100)
-        labels = answer_ids.masked_fill(answer_attention_mask == 0, -100)
+        labels = answer_ids.masked_fill(answer_ids == self.config.pad_token_id, -100)
         if k < 1 or (labels[:, 0] == -100).any():
             raise ValueError(
                 f"`k` must be at least 1 (got {k}), and every row of `answer_ids` must begin with a token."

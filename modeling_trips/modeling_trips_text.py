@@ -34,7 +34,6 @@ from transformers.modeling_outputs import (
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring
-from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -54,9 +53,6 @@ from .patch_selection import Keys, gather_tokens
 
 # Name of the keys and values in `generate` and in outputs: "cache" since Transformers 5.24.
 CACHE_NAME = "cache" if "cache" in Seq2SeqLMOutput.__dataclass_fields__ else "past_key_values"
-# Decorator of `forward` that warns of the former name, where `generate` uses the new one.
-warn_of_former_cache_name = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
-accept_former_cache_name = warn_of_former_cache_name if CACHE_NAME == "cache" else lambda forward: forward
 
 
 def class_states(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -154,35 +150,14 @@ class TripsTextSelfAttention(nn.Module):
         """`source_states` give keys and values."""
         query = split_heads(self.query(hidden_states), self.head_dim)
         key, value = (select_rows(states, keys.index) for states in self.key_value(source_states, cache))
-        keys, lengths = keys.rows(keys.index), {}
+        keys, implementation = keys.rows(keys.index), None
         # Flash attention would also drop queries by its mask, which is of shape (batch_size, key_length).
         if self.is_cross_attention and isinstance(keys.mask, torch.Tensor) and keys.mask.dim() == 2:
-            key, value, lengths = unpad_keys(key, value, keys.mask.bool(), query_length=query.shape[2])
-            keys = keys._replace(mask=None)
+            keys, implementation = keys._replace(mask=keys.mask[:, None, None].bool()), "sdpa"
         attn_output, attn_weights = attend_as_configured(
-            self, query, key, value, dropout=self.dropout.p, keys=keys, **lengths, **kwargs
+            self, query, key, value, dropout=self.dropout.p, keys=keys, implementation=implementation, **kwargs
         )
         return attn_output.reshape(hidden_states.shape).contiguous(), attn_weights
-
-
-def unpad_keys(
-    key: torch.Tensor, value: torch.Tensor, padding_mask: torch.Tensor, query_length: int
-) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """
-    Return the keys and values of all rows in one sequence without padding, and the arguments of flash attention that
-    say where rows begin: `(batch_size, num_heads, key_length, head_dim)` -> `(1, num_heads, num_keys, head_dim)`.
-    """
-    key, value = (states.transpose(1, 2)[padding_mask].transpose(0, 1).unsqueeze(0) for states in (key, value))
-    batch_size, key_length = padding_mask.shape
-    ends = padding_mask.sum(dim=-1).cumsum(dim=0, dtype=torch.int32)
-    starts_of_queries = query_length * torch.arange(batch_size + 1, dtype=torch.int32, device=key.device)
-    lengths = {
-        "cu_seq_lens_q": starts_of_queries,
-        "cu_seq_lens_k": nn.functional.pad(ends, (1, 0)),
-        "max_length_q": query_length,
-        "max_length_k": key_length,
-    }
-    return key, value, lengths
 
 
 class TripsTextCrossAttention(TripsTextSelfAttention):
@@ -557,7 +532,6 @@ class TripsDecoder(TripsPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs
     @auto_docstring
-    @accept_former_cache_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,

@@ -24,7 +24,7 @@ from modeling_trips import (
 
 from ..inspection.checkpoints import EXPORT_MANIFEST, check_head, is_exported
 from ..modeling_trips_text import check_text_length
-from ..modeling_trips_vision import check_counts, check_image_index, check_image_source
+from ..modeling_trips_vision import check_counts, check_image_source
 from .graphs import image_shape, tensors_of
 
 
@@ -193,7 +193,8 @@ class TripsGraphModel(TripsModel):
         check_counts(num_texts, num_images, image_index)
         if image_index is None:
             image_index = torch.arange(num_texts)
-        check_image_index(image_index, num_images)
+        if ((image_index < 0) | (image_index >= num_images)).any():
+            raise ValueError(f"`image_index` must be in [0, {num_images - 1}], got {image_index.tolist()}.")
         return run(
             self.runners["fusion"],
             {"regions": regions, "output_cls_attention": output_cls_attention, **kwargs},

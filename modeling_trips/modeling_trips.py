@@ -39,6 +39,7 @@ from .modeling_trips_text import (
     TripsFusionModel,
     TripsLMHead,
     TripsTextModel,
+    accept_former_cache_name,
 )
 from .modeling_trips_vision import (
     SHARED_ARGS,
@@ -413,6 +414,7 @@ class TripsForConditionalGeneration(TripsWritingModel, GenerationMixin):
 
     @can_return_tuple
     @auto_docstring(custom_intro=SEQ2SEQ_EXAMPLE, custom_args=SHARED_ARGS + SEQ2SEQ_ARGS)
+    @accept_former_cache_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,

@@ -34,6 +34,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -53,6 +54,9 @@ from .patch_selection import Keys, gather_tokens
 
 # Name of the keys and values in `generate` and in outputs: "cache" since Transformers 5.24.
 CACHE_NAME = "cache" if "cache" in Seq2SeqLMOutput.__dataclass_fields__ else "past_key_values"
+# Decorator of `forward` that warns of the former name, where `generate` uses the new one.
+warn_of_former_cache_name = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+accept_former_cache_name = warn_of_former_cache_name if CACHE_NAME == "cache" else lambda forward: forward
 
 
 def class_states(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -532,6 +536,7 @@ class TripsDecoder(TripsPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs
     @auto_docstring
+    @accept_former_cache_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,

@@ -466,8 +466,7 @@ class TripsConfig(PreTrainedConfig):
     num_images (`int`, *optional*, defaults to 2):
         Images per text of [`TripsForImagesAndTextClassification`].
     attention_loss_weight (`float`, *optional*, defaults to 0.0):
-        Weight of the attention supervision in training: of the box head of [`TripsForVisualGrounding`], or of the
-        text's [CLS] in the last cross-attention of the heads that write, if `regions` are given. 0 turns it off.
+        Weight of the attention supervision of the box head of [`TripsForVisualGrounding`] in training. 0 turns it off.
     kwargs:
         Fields of [`TripsVisionConfig`] about the selection, and its `image_size`, and `fusion_type` and `skip_stride`
         of [`TripsFusionConfig`]. They belong to the parts, and can be given, read and set here, too.

@@ -782,17 +782,6 @@ def next_candidates(selection: TripsSelection, num_candidates: int) -> torch.Lon
     return nn.functional.pad(selection.kept_indices, (0, num_candidates - num_kept), value=FUSED_TOKEN)
 
 
-def token_indices(selection: tuple[TripsSelection, ...], image_states: torch.Tensor) -> torch.LongTensor:
-    """
-    Return the patch of each image token after [CLS], `(num_texts or 1, num_tokens)`: its row-major index, negative for
-    a fused token.
-    """
-    num_tokens, device = image_states.shape[1], image_states.device
-    if selection:
-        return next_candidates(selection[-1], num_tokens).to(device)
-    return torch.arange(num_tokens, device=device)[None]
-
-
 def select_rows(tensor: torch.Tensor | None, index: torch.LongTensor | None) -> torch.Tensor | None:
     """Return the rows `index` of a tensor. Without an index, all rows."""
     return tensor if index is None or tensor is None else tensor.index_select(0, index.to(tensor.device))

@@ -182,7 +182,6 @@ class TripsGraphModel(TripsModel):
         image_index: torch.LongTensor | None = None,
         image_cache: TripsImageCache | None = None,
         regions: torch.FloatTensor | None = None,
-        output_cls_attention: bool = False,
         **kwargs,
     ) -> TripsModelOutput:
         """As in the parent."""
@@ -197,7 +196,7 @@ class TripsGraphModel(TripsModel):
             raise ValueError(f"`image_index` must be in [0, {num_images - 1}], got {image_index.tolist()}.")
         return run(
             self.runners["fusion"],
-            {"regions": regions, "output_cls_attention": output_cls_attention, **kwargs},
+            {"regions": regions, **kwargs},
             text_states=text_states,
             attention_mask=mask_of(text_states, attention_mask),
             image_index=image_index,

@@ -373,8 +373,8 @@ class TripsFusionModel(TripsPreTrainedModel):
         super().__init__(config)
         config.validate()  # fields may have been set since the configuration was made
         self.image_projection = None
-        # CODEPATH: ALBEF's layers read the image tokens as they are; some of mPLUG's also change them.
         layers = nn.ModuleList(
+            # CODEPATH: ALBEF's layers read the image tokens as they are; some of mPLUG's also change them.
             (TripsConnectedLayer if layer_idx + 1 in config.connected_layers else TripsCrossLayer)(config, layer_idx)
             for layer_idx in range(config.num_hidden_layers)
         )

@@ -275,9 +275,6 @@ Example:
 ```
 """
 
-# Default of `generate`, enough for a caption.
-MAX_NEW_TOKENS = 32
-
 
 @auto_docstring(custom_intro="Output of the heads that write text.")
 @dataclass
@@ -335,7 +332,8 @@ class TripsForConditionalGeneration(TripsWritingModel, GenerationMixin):
         config.check_start_token()
         self.model = TripsModel(config)
         self.add_decoder(config.decoder_config)
-        self.generation_config.max_new_tokens = min(MAX_NEW_TOKENS, config.decoder_config.max_position_embeddings)
+        # The default of `generate`: enough for a caption.
+        self.generation_config.max_new_tokens = min(32, config.decoder_config.max_position_embeddings)
         self.post_init()
 
     def adjust_generation_fn(self, *args, **kwargs):

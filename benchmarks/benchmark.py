@@ -21,12 +21,13 @@ from measuring import OutputArguments, check_choices, run_benchmark
 from tqdm.auto import tqdm
 
 from modeling_trips import SelectionSchedule, TripsConfig
+from modeling_trips.configuration_trips import PRESETS
 from modeling_trips.inspection.speed import MODES, Setting, measure
 
 
 @dataclass(kw_only=True)
 class BenchmarkArguments(OutputArguments):
-    preset: str = field(default="base", metadata={"help": f"Model size: {', '.join(TripsConfig.presets())}."})
+    preset: str = field(default="base", metadata={"help": f"Model size: {', '.join(PRESETS)}."})
     image_size: list[int] = field(default_factory=lambda: [224, 384], metadata={"help": "Pixels per side."})
     batch_size: list[int] = field(default_factory=lambda: [8], metadata={"help": "Images per step."})
     texts_per_image: list[int] = field(default_factory=lambda: [1], metadata={"help": "Texts per image."})

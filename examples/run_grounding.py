@@ -84,7 +84,8 @@ def draw_predicted_boxes(
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, task_args, data_args, training_args = parse_arguments(OPTIONS, argv)
-    model, processor, data = start_run(TripsForVisualGrounding, "grounding", model_args, data_args, training_args)
+    arguments, weights = (model_args, data_args, training_args), task_args.config_overrides()
+    model, processor, data = start_run(TripsForVisualGrounding, "grounding", *arguments, **weights)
     metric = evaluate.load(GROUNDING_ACCURACY)
 
     @cache

@@ -269,12 +269,6 @@ class TripsVisionConfig(PreTrainedConfig):
         keep_rates = _one_per_layer("keep_rate", self.keep_rate, self.selection_layers)
         return SelectionSchedule(tuple(self.selection_layers), tuple(map(LayerSelection, guidances, keep_rates)))
 
-    def parse_schedule(self, text: str) -> SelectionSchedule:
-        """Read a schedule for this tower from its text form. A `ValueError` tells if a layer does not exist."""
-        schedule = SelectionSchedule.parse(text)
-        schedule.check_fits(self.num_hidden_layers)
-        return schedule
-
     @property
     def patch_shape(self) -> tuple[int, int]:
         """Height and width of a patch in pixels."""
@@ -472,8 +466,7 @@ class TripsConfig(PreTrainedConfig):
     num_images (`int`, *optional*, defaults to 2):
         Images per text of [`TripsForImagesAndTextClassification`].
     attention_loss_weight (`float`, *optional*, defaults to 0.0):
-        Weight of the attention supervision in training: of the box head of [`TripsForVisualGrounding`], or of the
-        text's [CLS] in the last cross-attention of the heads that write, if `regions` are given. 0 turns it off.
+        Weight of the attention supervision of the box head of [`TripsForVisualGrounding`] in training. 0 turns it off.
     kwargs:
         Fields of [`TripsVisionConfig`] about the selection, and its `image_size`, and `fusion_type` and `skip_stride`
         of [`TripsFusionConfig`]. They belong to the parts, and can be given, read and set here, too.
@@ -550,11 +543,6 @@ class TripsConfig(PreTrainedConfig):
             nested = isinstance(value, dict) and isinstance(fields.get(key), dict)
             fields[key] = {**fields[key], **value} if nested else value
         return cls(**fields)
-
-    @classmethod
-    def presets(cls) -> list[str]:
-        """Return the names of the presets."""
-        return sorted(PRESETS)
 
     def __post_init__(self, **kwargs):
         for name in PART_FIELDS.keys() & kwargs.keys():

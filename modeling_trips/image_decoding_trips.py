@@ -15,9 +15,6 @@ from PIL import ExifTags, Image
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 50_000_000  # a 50-megapixel phone photo has 49,939,200
 
-# Pillow reads these formats by starting another program.
-FORMATS_OF_PROGRAMS = ("EPS",)
-
 TRANSPOSE_METHODS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -128,9 +125,9 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def check_format(image: Image.Image):
-    """Raise a `ValueError` if Pillow starts another program to decode the opened image."""
-    if image.format in FORMATS_OF_PROGRAMS:
-        raise ValueError(f"{image.format} images are not supported. Save the image as a PNG.")
+    """Raise a `ValueError` for an opened image that Pillow decodes by starting another program, Ghostscript."""
+    if image.format == "EPS":
+        raise ValueError("EPS images are not supported. Save the image as a PNG.")
 
 
 def orientation_of(image: Image.Image) -> int:

@@ -19,7 +19,6 @@ highest, and `TripsFusionModel` fuses both. A head reads the fused states.
 """
 
 import copy
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -49,22 +48,14 @@ from .modeling_trips_vision import (
     TripsSingleStreamModel,
     TripsVisionModel,
     TripsVisionModelOutput,
-    check_image_index,
     select_rows,
     selection_rows,
-    token_indices,
 )
-from .patch_selection import attention_losses, region_targets, selection_loss, union_of_targets
+from .patch_selection import region_targets, selection_loss, union_of_targets
 from .pipeline_trips import TripsImageToTextPipeline, TripsVisualQuestionAnsweringPipeline
 
 
 # The bare model
-
-
-MODEL_ARGS = r"""
-output_cls_attention (`bool`, *optional*, defaults to `False`):
-    Whether to return `cls_attention`. A single stream has none.
-"""
 
 
 @auto_docstring(custom_intro="Output of [`TripsModel`].")
@@ -77,9 +68,6 @@ class TripsModelOutput(ModelOutput):
         What each selection layer kept, in the order of the layers.
     hidden_states, attentions, cross_attentions (`tuple(torch.FloatTensor)`, *optional*):
         Of the fusion encoder; of the whole sequence in a single stream, which has no `cross_attentions`.
-    cls_attention (`torch.FloatTensor` of shape `(num_texts, num_heads, num_image_tokens)`, *optional*):
-        Attention of the text's [CLS] to each image token in the last layer with cross-attention, float32. With
-        `output_cls_attention=True`.
     selection_losses (`torch.FloatTensor` of shape `(num_texts,)`, *optional*):
         The `selection_loss` of each text; 0 without a region. In training, if regions or targets are given.
     text_model_output (`BaseModelOutputWithPooling`):
@@ -93,7 +81,6 @@ class TripsModelOutput(ModelOutput):
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
     cross_attentions: tuple[torch.FloatTensor, ...] | None = None
-    cls_attention: torch.FloatTensor | None = None
     selection_losses: torch.FloatTensor | None = None
     text_model_output: BaseModelOutputWithPooling | None = None
     vision_model_output: TripsVisionModelOutput | None = None
@@ -143,7 +130,6 @@ class TripsModel(TripsPreTrainedModel):
         image_index: torch.LongTensor | None = None,
         image_cache: TripsImageCache | None = None,
         regions: torch.FloatTensor | None = None,
-        output_cls_attention: bool = False,
         schedule: SelectionSchedule | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsModelOutput:
@@ -154,19 +140,11 @@ class TripsModel(TripsPreTrainedModel):
         Args:
             text_states (`torch.Tensor` of shape `(num_pairs, text_length, hidden_size)`): The `last_hidden_state` of
                 `text_model`. Repeat a text that has several images. The other arguments are those of `forward`.
-
-        Raises:
-            `ValueError`: `output_cls_attention` is set for a single stream.
         """
         schedule = self.vision_model.resolve_schedule(schedule)
         images = {"pixel_values": pixel_values, "image_index": image_index, "image_cache": image_cache}
         # CODEPATH: as in `__init__`.
         if self.fusion_model is None:
-            if output_cls_attention:
-                raise ValueError(
-                    "`output_cls_attention` is not supported with `fusion_type='single_stream'`. Set "
-                    "`attention_loss_weight` to 0."
-                )
             fused = vision = self.vision_model(
                 text_states, attention_mask=attention_mask, schedule=schedule, **images, **kwargs
             )
@@ -179,7 +157,6 @@ class TripsModel(TripsPreTrainedModel):
                 vision.last_hidden_state,
                 attention_mask=attention_mask,
                 image_index=vision.image_index,
-                output_cls_attention=output_cls_attention,
                 sampled=vision.sampled,
                 **kwargs,
             )
@@ -190,7 +167,6 @@ class TripsModel(TripsPreTrainedModel):
             hidden_states=fused.hidden_states,
             attentions=fused.attentions,
             cross_attentions=fused.get("cross_attentions"),
-            cls_attention=fused.get("cls_attention"),
             selection_losses=self.selection_losses(selection, regions, schedule=schedule, **images),
             vision_model_output=vision,
         )
@@ -227,7 +203,7 @@ class TripsModel(TripsPreTrainedModel):
         return torch.stack(losses).mean(dim=0)
 
     @can_return_tuple
-    @auto_docstring(custom_args=SHARED_ARGS + MODEL_ARGS)
+    @auto_docstring(custom_args=SHARED_ARGS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -238,7 +214,6 @@ class TripsModel(TripsPreTrainedModel):
         image_cache: TripsImageCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         regions: torch.FloatTensor | None = None,
-        output_cls_attention: bool = False,
         schedule: SelectionSchedule | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsModelOutput:
@@ -257,20 +232,14 @@ class TripsModel(TripsPreTrainedModel):
         """
         texts = {"input_ids": input_ids, "token_type_ids": token_type_ids, "inputs_embeds": inputs_embeds}
         images = {"pixel_values": pixel_values, "image_index": image_index, "image_cache": image_cache}
-        options = {"regions": regions, "output_cls_attention": output_cls_attention, "schedule": schedule}
         text_output = self.text_model(attention_mask=attention_mask, **texts, **kwargs)
-        outputs = self.fuse(text_output.last_hidden_state, attention_mask, **images, **options, **kwargs)
+        options = {"regions": regions, "schedule": schedule, **kwargs}
+        outputs = self.fuse(text_output.last_hidden_state, attention_mask, **images, **options)
         outputs.text_model_output = text_output
         return outputs
 
 
 TripsModel.register_for_auto_class("AutoModel")
-
-
-def weighted_sum(weighted_losses: Iterable[tuple[float, torch.Tensor | None]]) -> torch.Tensor | None:
-    """Return the sum of pairs of weight and loss, without losses that are `None`; `None` if all of them are."""
-    losses = [weight * loss for weight, loss in weighted_losses if loss is not None]
-    return sum(losses) if losses else None
 
 
 # Heads that write
@@ -306,9 +275,6 @@ Example:
 ```
 """
 
-# Default of `generate`, enough for a caption.
-MAX_NEW_TOKENS = 32
-
 
 @auto_docstring(custom_intro="Output of the heads that write text.")
 @dataclass
@@ -316,18 +282,14 @@ class TripsSeq2SeqLMOutput(Seq2SeqLMOutput):
     r"""
     loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
         Cross-entropy of the labels, weighted by `loss_weights`, per label token, and in training
-        `config.selection_loss_weight * selection_loss + config.attention_loss_weight * attention_loss`.
+        `config.selection_loss_weight * selection_loss`.
     selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
         Selection supervision. In training, if `regions` are given.
-    attention_loss (`torch.FloatTensor` of shape `()`, *optional*):
-        Attention supervision of the text's [CLS] in the last cross-attention. In training, if `regions` are given and
-        `encoder_outputs` are not, unless its weight is 0.
     selection (`tuple(TripsSelection)`, *optional*):
         What each selection layer kept. `None` if `encoder_outputs` were given without it.
     """
 
     selection_loss: torch.FloatTensor | None = None
-    attention_loss: torch.FloatTensor | None = None
     selection: tuple[TripsSelection, ...] | None = None
 
 
@@ -370,7 +332,8 @@ class TripsForConditionalGeneration(TripsWritingModel, GenerationMixin):
         config.check_start_token()
         self.model = TripsModel(config)
         self.add_decoder(config.decoder_config)
-        self.generation_config.max_new_tokens = min(MAX_NEW_TOKENS, config.decoder_config.max_position_embeddings)
+        # The default of `generate`: enough for a caption.
+        self.generation_config.max_new_tokens = min(32, config.decoder_config.max_position_embeddings)
         self.post_init()
 
     def adjust_generation_fn(self, *args, **kwargs):
@@ -397,14 +360,6 @@ class TripsForConditionalGeneration(TripsWritingModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings):
         self.lm_head.decoder = new_embeddings
 
-    def _validate_model_kwargs(self, model_kwargs: dict):
-        super()._validate_model_kwargs(model_kwargs)
-        index, image_cache = model_kwargs.get("image_index"), model_kwargs.get("image_cache")
-        images = model_kwargs.get("pixel_values") if image_cache is None else image_cache.hidden_states
-        # Values on another device than the CPU would take a sync.
-        if index is not None and images is not None and index.device.type == "cpu":
-            check_image_index(index, num_images=len(images))
-
     def _expand_inputs_for_generation(self, *args, **model_kwargs):
         if model_kwargs.get("encoder_outputs") is not None:  # the library expands them in place: spare the caller's
             model_kwargs["encoder_outputs"] = copy.copy(model_kwargs["encoder_outputs"])
@@ -412,14 +367,6 @@ class TripsForConditionalGeneration(TripsWritingModel, GenerationMixin):
 
     def get_encoder(self, modality: str | None = None):
         return self.model
-
-    def text_attention_losses(
-        self, encoder_outputs: TripsModelOutput, regions: torch.Tensor, grid_size: tuple[int, int]
-    ) -> torch.Tensor:
-        """Return the attention loss of each text, `(num_texts,)`."""
-        image_states = encoder_outputs.vision_model_output.last_hidden_state[:, 1:]
-        token_positions = token_indices(encoder_outputs.selection, image_states)
-        return attention_losses(encoder_outputs.cls_attention.mean(dim=1)[:, 1:], token_positions, regions, grid_size)
 
     @can_return_tuple
     @auto_docstring(custom_intro=SEQ2SEQ_EXAMPLE, custom_args=SHARED_ARGS + SEQ2SEQ_ARGS)
@@ -447,13 +394,10 @@ class TripsForConditionalGeneration(TripsWritingModel, GenerationMixin):
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsSeq2SeqLMOutput:
         cache = kwargs.pop("past_key_values", cache)  # the name before Transformers 5.24
-        is_supervised = self.training and labels is not None and regions is not None and encoder_outputs is None
-        # CODEPATH: a weight of 0, the default, leaves the loss out.
-        uses_attention_loss = is_supervised and self.config.attention_loss_weight > 0
         if encoder_outputs is None:
             texts = {"input_ids": input_ids, "token_type_ids": token_type_ids, "inputs_embeds": inputs_embeds}
             images = {"pixel_values": pixel_values, "image_index": image_index, "image_cache": image_cache}
-            options = {"regions": regions, "output_cls_attention": uses_attention_loss, "schedule": schedule}
+            options = {"regions": regions, "schedule": schedule}
             encoder_outputs = self.model(attention_mask=attention_mask, **texts, **images, **options, **kwargs)
         elif not isinstance(encoder_outputs, ModelOutput):
             encoder_outputs = TripsModelOutput(last_hidden_state=encoder_outputs[0])
@@ -475,15 +419,17 @@ class TripsForConditionalGeneration(TripsWritingModel, GenerationMixin):
             **kwargs,
         )
         logits = self.lm_head(decoded.last_hidden_state)
-        losses = {}
+        loss = selection_loss = None
         if labels is not None:
-            text_losses = {"selection_loss": encoder_outputs.get("selection_losses")}
-            if uses_attention_loss:
-                grid_size = self.model.grid_of(pixel_values, image_cache)
-                text_losses["attention_loss"] = self.text_attention_losses(encoder_outputs, regions, grid_size)
-            losses = self.losses(logits, labels, text_losses, loss_weights, text_index, **kwargs)
+            num_tokens, num_items = (labels != -100).sum(dim=-1), kwargs.get("num_items_in_batch")
+            num_items = num_tokens.sum() if num_items is None else num_items
+            loss = label_loss(logits, labels, num_items, loss_weights)
+            if (losses := encoder_outputs.get("selection_losses")) is not None:  # averaged as `label_loss` is
+                selection_loss = (select_rows(losses, text_index) * num_tokens).sum() / num_items
+                loss = loss + self.config.selection_loss_weight * selection_loss
         return TripsSeq2SeqLMOutput(
-            **losses,
+            loss=loss,
+            selection_loss=selection_loss,
             logits=logits,
             **{CACHE_NAME: decoded.get(CACHE_NAME)},
             decoder_hidden_states=decoded.hidden_states,
@@ -494,28 +440,6 @@ class TripsForConditionalGeneration(TripsWritingModel, GenerationMixin):
             encoder_attentions=encoder_outputs.get("attentions"),
             selection=encoder_outputs.get("selection"),
         )
-
-    def losses(
-        self,
-        logits: torch.Tensor,
-        labels: torch.LongTensor,
-        text_losses: dict[str, torch.Tensor | None],
-        loss_weights: torch.FloatTensor | None,
-        text_index: torch.LongTensor | None,
-        num_items_in_batch: int | torch.Tensor | None = None,
-        **kwargs,
-    ) -> dict[str, torch.Tensor | None]:
-        """Return the loss, and the means over label tokens of the losses of each text, `(num_texts,)`, by name."""
-        # Means count as `label_loss` does.
-        num_tokens = (labels != -100).sum(dim=-1)
-        num_items = num_tokens.sum() if num_items_in_batch is None else num_items_in_batch
-        means = {
-            name: None if own is None else (select_rows(own, text_index) * num_tokens).sum() / num_items
-            for name, own in text_losses.items()
-        }
-        loss = label_loss(logits, labels, num_items, loss_weights)
-        weights = [getattr(self.config, f"{name}_weight") for name in means]
-        return {"loss": weighted_sum([(1, loss), *zip(weights, means.values())]), **means}
 
     @torch.no_grad()
     def score_labels(
@@ -613,7 +537,6 @@ class TripsForQuestionAnswering(TripsForConditionalGeneration):
     def rank_answers(
         self,
         answer_ids: torch.LongTensor,
-        answer_attention_mask: torch.Tensor | None = None,
         k: int = 128,
         answers_per_step: int = 16,
         attention_mask: torch.Tensor | None = None,
@@ -626,8 +549,6 @@ class TripsForQuestionAnswering(TripsForConditionalGeneration):
         Args:
             answer_ids (`torch.LongTensor` of shape `(num_answers, answer_length)`): The answers without a start token,
                 ending with the end token, padded with the padding token or -100.
-            answer_attention_mask (`torch.Tensor` of shape `(num_answers, answer_length)`, *optional*): 0 marks
-                padding. By default it follows from `answer_ids`.
             k (`int`, *optional*, defaults to 128): Number of answers that are scored in full.
             answers_per_step (`int`, *optional*, defaults to 16): Number of answers per question that the decoder
                 scores at once, which bounds the memory.
@@ -639,9 +560,7 @@ class TripsForQuestionAnswering(TripsForConditionalGeneration):
         Raises:
             ValueError: `k` is below 1, or an answer has no tokens.
         """
-        if answer_attention_mask is None:
-            answer_attention_mask = (answer_ids != self.config.pad_token_id) & (answer_ids != -100)
-        labels = answer_ids.masked_fill(answer_attention_mask == 0, -100)
+        labels = answer_ids.masked_fill(answer_ids == self.config.pad_token_id, -100)
         if k < 1 or (labels[:, 0] == -100).any():
             raise ValueError(
                 f"`k` must be at least 1 (got {k}), and every row of `answer_ids` must begin with a token."

@@ -22,17 +22,17 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
 
 from .configuration_trips import SelectionSchedule, TripsConfig
-from .modeling_trips import TripsModel, weighted_sum
+from .modeling_trips import TripsModel
 from .modeling_trips_text import class_states
 from .modeling_trips_vision import (
     SHARED_ARGS,
     TripsImageCache,
     TripsPreTrainedModel,
     TripsSelection,
+    next_candidates,
     select_rows,
-    token_indices,
 )
-from .patch_selection import SMALLEST_AREA, attention_losses
+from .patch_selection import SMALLEST_AREA, SMALLEST_ATTENTION, divergence, region_targets
 
 
 # Losses
@@ -74,6 +74,31 @@ def generalized_box_iou_loss(boxes: torch.Tensor, target_boxes: torch.Tensor) ->
     enclosing = _areas(torch.cat((top_left, bottom_right), dim=-1))
     iou = intersections / unions.clamp(min=SMALLEST_AREA)
     return 1 - iou + (enclosing - unions) / enclosing.clamp(min=SMALLEST_AREA)
+
+
+def attention_losses(
+    weights: torch.Tensor, indices: torch.LongTensor, regions: torch.Tensor, grid_size: tuple[int, int]
+) -> torch.Tensor:
+    """
+    Return the attention supervision: the [`selection_loss`] of attention to the kept patches, `(num_texts,)`, float32.
+    It is 0 if no kept patch lies in the region.
+
+    Attention to a fused token is not counted. A penalty would make the fused token unlike the region, and through its
+    weights would raise the scores of patches outside of the region.
+
+    Args:
+        weights (`torch.Tensor` of shape `(num_texts, num_tokens)`): Attention to the image tokens after [CLS]. With
+            all other tokens, rows sum to 1.
+        indices (`torch.LongTensor` of shape `(num_texts or 1, num_tokens)`): Row-major index of
+            each token's patch, negative for a fused token.
+        regions, grid_size: See [`region_targets`].
+    """
+    indices = indices.to(weights.device).expand_as(weights)
+    is_patch = indices >= 0
+    to_fused = weights.masked_fill(is_patch, 0.0).sum(dim=-1, keepdim=True)
+    weights = weights / (1.0 - to_fused).clamp(min=SMALLEST_ATTENTION)
+    targets = region_targets(regions.to(weights.device), grid_size)
+    return divergence(weights, targets.gather(1, indices.clamp(min=0)) * is_patch)
 
 
 # Head
@@ -159,6 +184,17 @@ class TripsBoxHead(nn.Module):
             hidden_states = nn.functional.relu(layer(hidden_states))
         offset, size = self.layers[-1](hidden_states).float().split(2, dim=-1)
         return torch.cat((reference + offset, size), dim=-1).sigmoid(), weights
+
+
+def token_indices(selection: tuple[TripsSelection, ...], image_states: torch.Tensor) -> torch.LongTensor:
+    """
+    Return the patch of each image token after [CLS], `(num_texts or 1, num_tokens)`: its row-major index, negative for
+    a fused token.
+    """
+    num_tokens, device = image_states.shape[1], image_states.device
+    if selection:
+        return next_candidates(selection[-1], num_tokens).to(device)
+    return torch.arange(num_tokens, device=device)[None]
 
 
 def token_centers(indices: torch.LongTensor, grid_size: tuple[int, int]) -> torch.Tensor:
@@ -254,7 +290,8 @@ class TripsForVisualGrounding(TripsPreTrainedModel):
         means = {name: None if own is None else mean_over_boxes(own, num_items) for name, own in text_losses.items()}
         weights = [L1_WEIGHT, GIOU_WEIGHT, *(getattr(self.config, f"{name}_weight") for name in means)]
         losses = {"l1_loss": l1_loss, "giou_loss": giou_loss, **means}
-        return {"loss": weighted_sum(zip(weights, losses.values())), **losses}
+        loss = sum(weight * own for weight, own in zip(weights, losses.values()) if own is not None)
+        return {"loss": loss, **losses}
 
 
 def box_losses(

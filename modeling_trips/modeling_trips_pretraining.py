@@ -19,6 +19,7 @@ Images with equal ids are the same image. The captions of one image are never ne
 image is in the batch twice.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, 
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_trips import SelectionSchedule, TripsConfig
-from .modeling_trips import TripsModel, TripsWritingModel, label_loss, weighted_sum
+from .modeling_trips import TripsModel, TripsWritingModel, label_loss
 from .modeling_trips_text import TripsLMHead, class_states
 from .modeling_trips_vision import (
     SHARED_ARGS,
@@ -47,6 +48,12 @@ from .pipeline_trips_retrieval import TripsZeroShotImageClassificationPipeline
 
 
 # Losses
+
+
+def weighted_sum(weighted_losses: Iterable[tuple[float, torch.Tensor | None]]) -> torch.Tensor | None:
+    """Return the sum of pairs of weight and loss, without losses that are `None`; `None` if all of them are."""
+    losses = [weight * loss for weight, loss in weighted_losses if loss is not None]
+    return sum(losses) if losses else None
 
 
 def num_processes() -> int:

@@ -15,9 +15,6 @@
 The text side: text encoder, fusion encoder and decoder, with BERT's parameter names.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
@@ -154,35 +151,14 @@ class TripsTextSelfAttention(nn.Module):
         """`source_states` give keys and values."""
         query = split_heads(self.query(hidden_states), self.head_dim)
         key, value = (select_rows(states, keys.index) for states in self.key_value(source_states, cache))
-        keys, lengths = keys.rows(keys.index), {}
+        keys, implementation = keys.rows(keys.index), None
         # Flash attention would also drop queries by its mask, which is of shape (batch_size, key_length).
         if self.is_cross_attention and isinstance(keys.mask, torch.Tensor) and keys.mask.dim() == 2:
-            key, value, lengths = unpad_keys(key, value, keys.mask.bool(), query_length=query.shape[2])
-            keys = keys._replace(mask=None)
+            keys, implementation = keys._replace(mask=keys.mask[:, None, None].bool()), "sdpa"
         attn_output, attn_weights = attend_as_configured(
-            self, query, key, value, dropout=self.dropout.p, keys=keys, **lengths, **kwargs
+            self, query, key, value, dropout=self.dropout.p, keys=keys, implementation=implementation, **kwargs
         )
         return attn_output.reshape(hidden_states.shape).contiguous(), attn_weights
-
-
-def unpad_keys(
-    key: torch.Tensor, value: torch.Tensor, padding_mask: torch.Tensor, query_length: int
-) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """
-    Return the keys and values of all rows in one sequence without padding, and the arguments of flash attention that
-    say where rows begin: `(batch_size, num_heads, key_length, head_dim)` -> `(1, num_heads, num_keys, head_dim)`.
-    """
-    key, value = (states.transpose(1, 2)[padding_mask].transpose(0, 1).unsqueeze(0) for states in (key, value))
-    batch_size, key_length = padding_mask.shape
-    ends = padding_mask.sum(dim=-1).cumsum(dim=0, dtype=torch.int32)
-    starts_of_queries = query_length * torch.arange(batch_size + 1, dtype=torch.int32, device=key.device)
-    lengths = {
-        "cu_seq_lens_q": starts_of_queries,
-        "cu_seq_lens_k": nn.functional.pad(ends, (1, 0)),
-        "max_length_q": query_length,
-        "max_length_k": key_length,
-    }
-    return key, value, lengths
 
 
 class TripsTextCrossAttention(TripsTextSelfAttention):
@@ -202,19 +178,6 @@ class TripsTextCrossAttention(TripsTextSelfAttention):
             return layer.keys, layer.values
         cache.is_updated[self.layer_idx] = True
         return super().key_value(hidden_states, cache.cross_attention_cache)
-
-    def cls_attention(
-        self, hidden_states: torch.Tensor, source_states: torch.Tensor, keys: Keys, cls_position: torch.LongTensor
-    ) -> torch.Tensor:
-        """
-        Return the attention of [CLS] to each of the other states, `(num_texts, num_heads, num_tokens)`, float32. Fast
-        attention implementations do not return it.
-        """
-        source_states = source_states[:, : source_states.shape[1] - keys.sampled]
-        class_state = gather_tokens(hidden_states, cls_position[:, None])
-        query = split_heads(self.query(class_state), self.head_dim)
-        key = select_rows(split_heads(self.key(source_states), self.head_dim), keys.index)
-        return (query @ key.transpose(2, 3) * self.scaling).float().softmax(dim=-1)[:, :, 0]
 
 
 class TripsTextOutput(nn.Module):
@@ -290,17 +253,11 @@ class TripsCrossLayer(TripsTextLayer):
         keys: Keys,
         encoder_keys: Keys,
         cache: Cache | None = None,
-        cls_position: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the hidden states and, with the position of each text's [CLS], its attention, else `None`."""
+    ) -> torch.Tensor:
         hidden_states = self.attention(hidden_states, hidden_states, keys, cache=cache, **kwargs)
-        cls_attention = None
-        if cls_position is not None:
-            attention = self.crossattention.self
-            cls_attention = attention.cls_attention(hidden_states, encoder_hidden_states, encoder_keys, cls_position)
         hidden_states = self.crossattention(hidden_states, encoder_hidden_states, encoder_keys, cache=cache, **kwargs)
-        return self.output(self.intermediate(hidden_states), hidden_states), cls_attention
+        return self.output(self.intermediate(hidden_states), hidden_states)
 
 
 class TripsConnectedLayer(TripsTextLayer):
@@ -323,58 +280,6 @@ class TripsConnectedLayer(TripsTextLayer):
         joint_states = super().forward(joint_states, keys, **kwargs)
         text_states, image_states = joint_states.split((hidden_states.shape[1], encoder_hidden_states.shape[1]), dim=1)
         return text_states, encoder_hidden_states + image_states
-
-
-class TripsCrossStack(nn.Module):
-    """Layers with cross-attention, under the name `layer`. Those at `connected_layers` join their inputs (mPLUG)."""
-
-    def __init__(self, config: TripsFusionConfig | TripsDecoderConfig, connected_layers: Sequence[int] = ()):
-        super().__init__()
-        layers = range(1, config.num_hidden_layers + 1)
-        self.last_cross_layer = max({*layers} - {*connected_layers}, default=None)
-        self.layer = nn.ModuleList(
-            (TripsConnectedLayer if number in connected_layers else TripsCrossLayer)(config, number - 1)
-            for number in layers
-        )
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        keys: Keys,
-        encoder_keys: Keys,
-        cache: Cache | None = None,
-        joint_mask: torch.Tensor | None = None,
-        cls_position: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """
-        Return the hidden states and, with `cls_position`, where [CLS] looks in the last cross layer. `joint_mask`
-        hides padding in the connected layers.
-        """
-        cls_attention = None
-        for number, layer in enumerate(self.layer, start=1):
-            if isinstance(layer, TripsConnectedLayer):
-                # From here on, each text has image tokens of its own.
-                encoder_hidden_states = select_rows(encoder_hidden_states, encoder_keys.index)
-                encoder_keys = encoder_keys.rows(encoder_keys.index)
-                hidden_states, encoder_hidden_states = layer(
-                    hidden_states,
-                    encoder_hidden_states,
-                    encoder_keys=encoder_keys._replace(mask=joint_mask),
-                    **kwargs,
-                )
-                continue
-            hidden_states, cls_attention = layer(
-                hidden_states,
-                encoder_hidden_states,
-                keys=keys,
-                encoder_keys=encoder_keys,
-                cache=cache,
-                cls_position=cls_position if number == self.last_cross_layer else None,
-                **kwargs,
-            )
-        return hidden_states, cls_attention
 
 
 # Outputs that `output_hidden_states` and `output_attentions` ask for.
@@ -452,18 +357,6 @@ class TripsTextModel(TripsPreTrainedModel):
         return (hidden_states * counts).sum(dim=1) / counts.sum(dim=1).clamp(min=1)
 
 
-@auto_docstring(custom_intro="Output of [`TripsFusionModel`].")
-@dataclass
-class TripsFusionModelOutput(BaseModelOutputWithCrossAttentions):
-    r"""
-    cls_attention (`torch.FloatTensor` of shape `(num_texts, num_heads, num_image_tokens)`, *optional*):
-        Attention of the text's [CLS] to each image token in the last layer with cross-attention, float32. With
-        `output_cls_attention=True`.
-    """
-
-    cls_attention: torch.FloatTensor | None = None
-
-
 @auto_docstring(
     custom_intro="""
     The upper layers of BERT with cross-attention to the remaining image tokens (ALBEF's multimodal encoder), or
@@ -480,8 +373,12 @@ class TripsFusionModel(TripsPreTrainedModel):
         super().__init__(config)
         config.validate()  # fields may have been set since the configuration was made
         self.image_projection = None
-        # CODEPATH: ALBEF's layers read the image tokens as they are; some of mPLUG's also change them.
-        self.encoder = TripsCrossStack(config, config.connected_layers)
+        layers = nn.ModuleList(
+            # CODEPATH: ALBEF's layers read the image tokens as they are; some of mPLUG's also change them.
+            (TripsConnectedLayer if layer_idx + 1 in config.connected_layers else TripsCrossLayer)(config, layer_idx)
+            for layer_idx in range(config.num_hidden_layers)
+        )
+        self.encoder = nn.ModuleDict({"layer": layers})  # BERT's names
         # CODEPATH: tokens that are joined must be equally wide.
         if config.connected_layers and config.encoder_hidden_size not in (None, config.hidden_size):
             self.image_projection = nn.Linear(config.encoder_hidden_size, config.hidden_size)
@@ -496,16 +393,13 @@ class TripsFusionModel(TripsPreTrainedModel):
         encoder_hidden_states: torch.FloatTensor,
         attention_mask: torch.Tensor | None = None,
         image_index: torch.LongTensor | None = None,
-        output_cls_attention: bool = False,
         sampled: SampledTokens | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> TripsFusionModelOutput:
+    ) -> BaseModelOutputWithCrossAttentions:
         r"""
         image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
             Text i reads row `image_index[i]` of `encoder_hidden_states`, so that image tokens which several texts
             have in common are projected to keys and values once. By default row i.
-        output_cls_attention (`bool`, *optional*, defaults to `False`):
-            Whether to return `cls_attention`.
         sampled ([`SampledTokens`], *optional*):
             In training with `selection_gate`, the dropped image tokens that take part for the gate.
         """
@@ -513,8 +407,8 @@ class TripsFusionModel(TripsPreTrainedModel):
         if sampled is not None:
             encoder_hidden_states = torch.cat((encoder_hidden_states, sampled.states), dim=1)
             encoder_keys = Keys(index=image_index, gate=sampled.gate, sampled=sampled.states.shape[1])
-        text_mask = bidirectional_mask(self.config, attention_mask, inputs_embeds=inputs_embeds)
-        joint_mask = cls_position = None
+        text_keys = Keys(bidirectional_mask(self.config, attention_mask, inputs_embeds=inputs_embeds))
+        hidden_states, joint_mask = inputs_embeds, None
         if self.image_projection is not None:
             encoder_hidden_states = self.image_projection(encoder_hidden_states)
         # CODEPATH: only mPLUG's fusion joins text and image tokens.
@@ -525,19 +419,20 @@ class TripsFusionModel(TripsPreTrainedModel):
                 joint_padding_mask(attention_mask, num_image_tokens),
                 inputs_embeds=inputs_embeds[:, :1].expand(-1, text_length + num_image_tokens, -1),  # only its shape
             )
-        if output_cls_attention:
-            mask = inputs_embeds.new_ones(inputs_embeds.shape[:2]) if attention_mask is None else attention_mask
-            cls_position = first_positions(mask).to(inputs_embeds.device)
-        hidden_states, cls_attention = self.encoder(
-            inputs_embeds,
-            encoder_hidden_states,
-            keys=Keys(text_mask),
-            encoder_keys=encoder_keys,
-            joint_mask=joint_mask,
-            cls_position=cls_position,
-            **kwargs,
-        )
-        return TripsFusionModelOutput(last_hidden_state=hidden_states, cls_attention=cls_attention)
+        for layer in self.encoder["layer"]:
+            if isinstance(layer, TripsConnectedLayer):
+                # From here on, each text has image tokens of its own.
+                encoder_hidden_states = select_rows(encoder_hidden_states, encoder_keys.index)
+                encoder_keys = encoder_keys.rows(encoder_keys.index)
+                joint_keys = encoder_keys._replace(mask=joint_mask)
+                hidden_states, encoder_hidden_states = layer(
+                    hidden_states, encoder_hidden_states, encoder_keys=joint_keys, **kwargs
+                )
+            else:
+                hidden_states = layer(
+                    hidden_states, encoder_hidden_states, keys=text_keys, encoder_keys=encoder_keys, **kwargs
+                )
+        return BaseModelOutputWithCrossAttentions(last_hidden_state=hidden_states)
 
 
 @auto_docstring(
@@ -551,7 +446,8 @@ class TripsDecoder(TripsPreTrainedModel):
     def __init__(self, config: TripsDecoderConfig):
         super().__init__(config)
         self.embeddings = TripsTextEmbeddings(config)
-        self.encoder = TripsCrossStack(config)
+        layers = nn.ModuleList(TripsCrossLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
+        self.encoder = nn.ModuleDict({"layer": layers})
         self.post_init()
 
     @merge_with_config_defaults
@@ -588,14 +484,9 @@ class TripsDecoder(TripsPreTrainedModel):
                 inputs_embeds=hidden_states,
                 encoder_hidden_states=encoder_hidden_states,
             )
-        hidden_states, _ = self.encoder(
-            hidden_states,
-            encoder_hidden_states,
-            keys=Keys(attention_mask),
-            encoder_keys=Keys(encoder_attention_mask),
-            cache=cache,
-            **kwargs,
-        )
+        all_keys = {"keys": Keys(attention_mask), "encoder_keys": Keys(encoder_attention_mask)}
+        for layer in self.encoder["layer"]:
+            hidden_states = layer(hidden_states, encoder_hidden_states, **all_keys, cache=cache, **kwargs)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
 
 

@@ -65,14 +65,8 @@ regions (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
     the selection, see `selection_loss_weight`.
 schedule (`SelectionSchedule`, *optional*):
     How the vision layers select in this pass, in place of the configuration's.
-"""
-
-VISION_ARGS = r"""
 text_embeds (`torch.FloatTensor` of shape `(num_texts, guidance_hidden_size)`, *optional*):
     The text guidance t: the [CLS] output of the text encoder. Without it the image guides itself.
-"""
-
-SINGLE_STREAM_ARGS = r"""
 text_states (`torch.FloatTensor` of shape `(num_texts, text_length, hidden_size)`):
     Embeddings of the texts. The first token that is not padding, [CLS], guides.
 """
@@ -165,12 +159,17 @@ def eager_attention_forward(
 
 
 def attend_as_configured(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float, **kwargs
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    dropout: float,
+    implementation: str | None = None,
+    **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Call [`attend`] with the attention function and the scaling of an attention module."""
-    attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-        module.config._attn_implementation, eager_attention_forward
-    )
+    """Call [`attend`] with the scaling of an attention module and an implementation, by default the configured one."""
+    implementation = implementation or module.config._attn_implementation
+    attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
     dropout = dropout if module.training else 0.0
     return attend(attention, module, query, key, value, dropout=dropout, scaling=module.scaling, **kwargs)
 
@@ -212,16 +211,6 @@ def check_counts(num_texts: int, num_images: int, image_index: torch.LongTensor 
     if image_index is not None and tuple(image_index.shape) != (num_texts,):
         raise ValueError(
             f"`image_index` must have shape ({num_texts},), one entry per text, got {tuple(image_index.shape)}."
-        )
-
-
-def check_image_index(image_index: torch.LongTensor, num_images: int):
-    """Check the values, outside of forward passes, where branches must not depend on them."""
-    outside = ((image_index < 0) | (image_index >= num_images)).nonzero()
-    if len(outside):
-        position = outside[0, 0].item()
-        raise ValueError(
-            f"`image_index[{position}]` is {image_index[position].item()}, but must be in [0, {num_images - 1}]."
         )
 
 
@@ -565,9 +554,7 @@ class TripsVisionEmbeddings(nn.Module):
 
     def grid_of(self, pixel_values: torch.Tensor) -> tuple[int, int]:
         patch_height, patch_width = self.config.patch_shape
-        num_channels, height, width = pixel_values.shape[1:]
-        if num_channels != self.config.num_channels:
-            raise ValueError(f"`pixel_values` must have {self.config.num_channels} channels, got {num_channels}.")
+        height, width = pixel_values.shape[-2:]
         if height % patch_height or width % patch_width or min(height, width) == 0:
             raise ValueError(
                 f"The height and width of `pixel_values` must be multiples of the patch size "
@@ -664,8 +651,7 @@ class TripsVisionModel(TripsPreTrainedModel):
             [`TripsImageCache`], for `forward` at the same selection schedule.
 
         Raises:
-            ValueError: The number of channels, the height or the width does not fit the model, or a layer of the
-                schedule does not exist.
+            ValueError: The height or the width does not fit the model, or a layer of the schedule does not exist.
         """
         schedule = self.resolve_schedule(schedule)
         stop = schedule.first_text_layer
@@ -749,7 +735,7 @@ class TripsVisionModel(TripsPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    @auto_docstring(custom_args=SHARED_ARGS + VISION_ARGS)
+    @auto_docstring(custom_args=SHARED_ARGS)
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -794,17 +780,6 @@ def next_candidates(selection: TripsSelection, num_candidates: int) -> torch.Lon
     """Return the original indices of the candidates after a selection layer, with -1 for a fused token."""
     num_kept = selection.kept_indices.shape[1]
     return nn.functional.pad(selection.kept_indices, (0, num_candidates - num_kept), value=FUSED_TOKEN)
-
-
-def token_indices(selection: tuple[TripsSelection, ...], image_states: torch.Tensor) -> torch.LongTensor:
-    """
-    Return the patch of each image token after [CLS], `(num_texts or 1, num_tokens)`: its row-major index, negative for
-    a fused token.
-    """
-    num_tokens, device = image_states.shape[1], image_states.device
-    if selection:
-        return next_candidates(selection[-1], num_tokens).to(device)
-    return torch.arange(num_tokens, device=device)[None]
 
 
 def select_rows(tensor: torch.Tensor | None, index: torch.LongTensor | None) -> torch.Tensor | None:
@@ -877,7 +852,7 @@ class TripsSingleStreamModel(TripsVisionModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    @auto_docstring(custom_args=SHARED_ARGS + SINGLE_STREAM_ARGS)
+    @auto_docstring(custom_args=SHARED_ARGS)
     def forward(
         self,
         text_states: torch.FloatTensor,

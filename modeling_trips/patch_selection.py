@@ -390,28 +390,3 @@ def divergence(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     targets = targets * scores.detach().sqrt()
     targets = targets / targets.sum(dim=-1, keepdim=True).clamp(min=SMALLEST_AREA)
     return (torch.xlogy(targets, targets) - targets * scores.log()).sum(dim=-1)
-
-
-def attention_losses(
-    weights: torch.Tensor, indices: torch.LongTensor, regions: torch.Tensor, grid_size: tuple[int, int]
-) -> torch.Tensor:
-    """
-    Return the attention supervision: the [`selection_loss`] of attention to the kept patches, `(num_texts,)`, float32.
-    It is 0 if no kept patch lies in the region.
-
-    Attention to a fused token is not counted. A penalty would make the fused token unlike the region, and through its
-    weights would raise the scores of patches outside of the region.
-
-    Args:
-        weights (`torch.Tensor` of shape `(num_texts, num_tokens)`): Attention to the image tokens after [CLS]. With
-            all other tokens, rows sum to 1.
-        indices (`torch.LongTensor` of shape `(num_texts or 1, num_tokens)`): Row-major index of
-            each token's patch, negative for a fused token.
-        regions, grid_size: See `region_targets`.
-    """
-    indices = indices.to(weights.device).expand_as(weights)
-    is_patch = indices >= 0
-    to_fused = weights.masked_fill(is_patch, 0.0).sum(dim=-1, keepdim=True)
-    weights = weights / (1.0 - to_fused).clamp(min=SMALLEST_ATTENTION)
-    targets = region_targets(regions.to(weights.device), grid_size)
-    return divergence(weights, targets.gather(1, indices.clamp(min=0)) * is_patch)

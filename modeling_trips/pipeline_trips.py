@@ -18,9 +18,6 @@ from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 from .processing_trips import read_image
 
 
-NUM_RANKED_ANSWERS = 128  # candidates that are scored in full, as in ALBEF
-
-
 def _torch_dataset(inputs):
     """Return a dataset or column of the library `datasets` as a PyTorch dataset, and other inputs unchanged."""
     # `datasets` is an extra and may be missing.
@@ -214,7 +211,7 @@ class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
     def _rank_answers(self, answers: list[str], inputs, top_k: int) -> list[list[dict]]:
         """Return for each question the `top_k` best of the given answers."""
         answer_ids = self.processor.encode_answers(answers).to(self.device)
-        ranking = self.model.rank_answers(answer_ids, k=max(top_k, NUM_RANKED_ANSWERS), **inputs)
+        ranking = self.model.rank_answers(answer_ids, k=max(top_k, 128), **inputs)  # at least as many as by default
         rows = zip(ranking.answer_indices[:, :top_k].tolist(), ranking.scores[:, :top_k].exp().tolist())
         return [[{"score": score, "answer": answers[index]} for index, score in zip(*row)] for row in rows]
 

@@ -38,10 +38,10 @@ from .image_decoding_trips import convert_to_rgb, decode_image
 # Inputs before they become tensors
 
 
-def prepare_images(images: ImageInput, patch_size: int) -> list[Image.Image | np.ndarray | torch.Tensor]:
+def prepare_images(images: ImageInput) -> list[Image.Image | np.ndarray | torch.Tensor]:
     """
     Prepare the images of a call. PIL images, paths and URLs become RGB images. Arrays and tensors are unchanged,
-    except that grey ones of shape `(H, W)` become `(3, H, W)`. `patch_size` is the smallest height and width.
+    except that grey ones of shape `(H, W)` become `(3, H, W)`.
 
     Raises:
         `ValueError`: An image cannot be used; the message names its position and path. Or there is none.
@@ -49,7 +49,7 @@ def prepare_images(images: ImageInput, patch_size: int) -> list[Image.Image | np
     prepared = []
     for position, image in enumerate(_flatten_images(images)):
         try:
-            prepared.append(_prepare_image(image, patch_size))
+            prepared.append(_prepare_image(image))
         except Exception as error:  # Pillow and the network raise many kinds: OSError, SyntaxError, struct.error, ...
             path = os.fspath(image) if isinstance(image, (str, os.PathLike)) else getattr(image, "filename", "")
             name = f"`images[{position}]` {path!s:.200}".rstrip()
@@ -66,24 +66,13 @@ def _flatten_images(images: ImageInput) -> list:
     return list(images) if getattr(images, "ndim", None) == 4 else [images]
 
 
-def _prepare_image(image, patch_size: int) -> Image.Image | np.ndarray | torch.Tensor:
+def _prepare_image(image) -> Image.Image | np.ndarray | torch.Tensor:
     """Read, convert and check one image, see `prepare_images`."""
-    if isinstance(image, (str, os.PathLike, Image.Image)):
-        image = read_image(image)
-        width, height = image.size
-    elif not isinstance(image, (np.ndarray, torch.Tensor)):
-        raise TypeError(f"expected a PIL image, an array, a tensor, a path or a URL, got {type(image).__name__}")
-    elif image.ndim not in (2, 3) or 0 in image.shape:
+    if not isinstance(image, (np.ndarray, torch.Tensor)):
+        return read_image(image)
+    if image.ndim not in (2, 3) or 0 in image.shape:
         raise ValueError(f"expected a shape (H, W), (H, W, C) or (C, H, W) without zeros, got {tuple(image.shape)}")
-    else:
-        if image.ndim == 2:
-            image = (torch if isinstance(image, torch.Tensor) else np).stack([image] * 3)
-        height, width = image.shape[1:] if image.shape[0] in (1, 3, 4) else image.shape[:2]
-    if min(height, width) < patch_size:
-        raise ValueError(
-            f"it has {height} x {width} pixels (height x width), fewer than one patch of {patch_size} x {patch_size}"
-        )
-    return image
+    return (torch if isinstance(image, torch.Tensor) else np).stack([image] * 3) if image.ndim == 2 else image
 
 
 def read_image(image: str | os.PathLike | Image.Image, timeout: float | None = None) -> Image.Image:
@@ -182,13 +171,6 @@ TEXT_KWARGS = {"padding": True, "truncation": False}
 
 # Tolerance of boxes beyond the image, in pixels, as annotations are rounded.
 BOX_TOLERANCE = 1.0
-
-
-def _text_lengths(inputs: BatchFeature, pad_token_id: int | None, is_single: bool) -> list[int]:
-    """Return the number of tokens of each text without padding. A single text may come without a batch axis."""
-    name, padding = ("attention_mask", 0) if "attention_mask" in inputs else ("input_ids", pad_token_id)
-    rows = np.asarray(inputs[name]).reshape(1, -1) if is_single else inputs[name]
-    return [int((np.asarray(row) != padding).sum()) for row in rows]
 
 
 def _resized_size(image_size: tuple[int, int], size: dict[str, int]) -> tuple[int, int]:
@@ -301,29 +283,22 @@ class TripsProcessor(ProcessorMixin):
             - **image_index**, int64, of the shape of `image_index`, if that is given.
 
         Raises:
-            `ValueError`: An image that cannot be read, or is lower or narrower than a patch; a text with more tokens
-            than `max_length` or the tokenizer's `model_max_length`; as many images as texts are
-            needed but not there; an `image_index` that is out of range; an argument of another type. Each message
-            names the position of the item.
+            `ValueError`: An image that cannot be read; a text with more tokens than the tokenizer's
+            `model_max_length`; as many images as texts are needed but not there; an `image_index` that is out of
+            range; an argument of another type. Each message names the position of the item.
         """
         if isinstance(image_index, (np.ndarray, torch.Tensor)):
             image_index = image_index.tolist()
-        images = None if images is None else prepare_images(images, self.patch_size)
+        images = None if images is None else prepare_images(images)
         check_images_of_texts(images, text, image_index)
         cleaned = self.clean_texts([text])[0] if isinstance(text, str) else text and self.clean_texts(list(text))
         inputs = super().__call__(images=images, text=cleaned, **kwargs)
-        text_kwargs = self._merge_kwargs(
-            self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
-        )["text_kwargs"]
         if text is not None:
-            self._check_lengths(
-                _text_lengths(inputs, self.tokenizer.pad_token_id, is_single=isinstance(text, str)),
-                text_kwargs.get("max_length"),
-                name="text",
-                remedy="Shorten it, or pass `truncation=True` to cut it",
-            )
+            rows = [inputs["input_ids"]] if isinstance(text, str) else inputs["input_ids"]
+            self._check_lengths(rows, name="text", remedy="Shorten it, or pass `truncation=True` to cut it")
         if image_index is not None:
-            inputs.update(BatchFeature({"image_index": image_index}, tensor_type=text_kwargs.get("return_tensors")))
+            tensor_type = {torch.Tensor: "pt", np.ndarray: "np"}.get(type(inputs["input_ids"]))
+            inputs.update(BatchFeature({"image_index": image_index}, tensor_type=tensor_type))
         return inputs
 
     def clean_texts(self, texts: list[str]) -> list[str]:
@@ -340,11 +315,11 @@ class TripsProcessor(ProcessorMixin):
         self.__dict__.pop("auto_map", None)
         return files
 
-    def _check_lengths(self, lengths: list[int], max_length: int | None, name: str, remedy: str):
-        """Raise a `ValueError` if a text is longer than the model's position table."""
-        limit = min(self.tokenizer.model_max_length, max_length or self.tokenizer.model_max_length)
-        for position, length in enumerate(lengths):
-            if length > limit:
+    def _check_lengths(self, rows, name: str, remedy: str):
+        """Raise a `ValueError` if the token ids of a text are more than the tokenizer allows, without padding."""
+        limit = self.tokenizer.model_max_length
+        for position, row in enumerate(rows):
+            if (length := int((np.asarray(row) != self.tokenizer.pad_token_id).sum())) > limit:
                 raise ValueError(
                     f"`{name}[{position}]` has {length} tokens with the special ones, but only {limit} are allowed. "
                     f"{remedy}."
@@ -376,7 +351,7 @@ class TripsProcessor(ProcessorMixin):
             if self.tokenizer.unk_token_id in row:
                 logger.warning_once(f"The answer {answer!r} holds words that the tokenizer does not know.")
         rows = [torch.tensor([*row, self.tokenizer.sep_token_id]) for row in rows]
-        self._check_lengths([len(row) for row in rows], None, name="answers", remedy="Shorten it")
+        self._check_lengths(rows, name="answers", remedy="Shorten it")
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
 
     def post_process_answers(self, sequences: torch.LongTensor | list[list[int]]) -> list[str]:

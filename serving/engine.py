@@ -13,7 +13,7 @@ import torch
 from prometheus_client import Counter
 from starlette.exceptions import HTTPException
 
-from modeling_trips import UNPRUNED, TripsImageCache
+from modeling_trips import SelectionSchedule, TripsImageCache
 from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint, load_processor
 from modeling_trips.untrusted_images import IsolatedDecoder
 
@@ -68,8 +68,10 @@ class Engine:
         self.cache = ImageCaches(settings.cache_bytes)
         self.decoder = IsolatedDecoder(DECODERS)
         self.model = self._load()
-        parse = self.model.config.vision_config.parse_schedule
-        self.schedules = {name: parse(text) if text else UNPRUNED for name, text in settings.schedules.items()}
+        schedules = settings.schedules.items()
+        self.schedules = {name: SelectionSchedule.parse(text or "unpruned") for name, text in schedules}
+        for schedule in self.schedules.values():
+            schedule.check_fits(self.model.config.vision_config.num_hidden_layers)
         self.schedules[DEFAULT] = None
         self.processor = load_processor(settings.model, self.model.config, settings.revision)
         self.endpoints = ["match", "features"] if hasattr(self.model, "match") else []

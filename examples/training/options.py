@@ -36,7 +36,6 @@ class ModelArguments:
     selection_guidance: list[str] | None = option(None, "Scorer, also one per layer: text, image or random.")
     selection_gate: float | None = option(None, "Share of dropped tokens that run in training, to learn from answers.")
     selection_loss_weight: float | None = option(None, "Weight of selection supervision, for data with regions.")
-    attention_loss_weight: float | None = option(None, "Weight of attention supervision, for data with regions.")
     fusion_type: str | None = option(None, "cross_attention, skip_connected (mPLUG) or single_stream (ViLT).")
 
     def __post_init__(self):
@@ -64,7 +63,7 @@ class ModelArguments:
 
     def config_overrides(self) -> dict:
         """Return the fields of `TripsConfig` that were given."""
-        names = ("selection_layers", "selection_gate", "selection_loss_weight", "attention_loss_weight", "fusion_type")
+        names = ("selection_layers", "selection_gate", "selection_loss_weight", "fusion_type")
         fields = {name: getattr(self, name) for name in names}
         fields |= {name: one_or_several(getattr(self, name)) for name in ("keep_rate", "selection_guidance")}
         return given(fields)
@@ -189,7 +188,12 @@ class CaptioningArguments:
 class GroundingArguments:
     """Options of run_grounding.py."""
 
+    attention_loss_weight: float | None = option(None, "Weight of attention supervision by the boxes. Default: 0.")
     num_pictures: int = option(0, "Number of predictions to draw beside the true boxes.")
+
+    def config_overrides(self) -> dict:
+        """Return the fields of `TripsConfig` that were given."""
+        return given({"attention_loss_weight": self.attention_loss_weight})
 
 
 @dataclass

@@ -174,7 +174,7 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
         has_regions = any(region is not None for column in columns for region in column_of(rows, column))
         uses = {
             "selection loss": config.selection_loss_weight > 0 and config.vision_config.schedule.layers,
-            "attention loss": config.attention_loss_weight > 0,
+            "attention loss": config.attention_loss_weight > 0 and hasattr(self.model, "box_head"),
         }
         return ", ".join(loss for loss, is_used in uses.items() if is_used and has_regions) or "none"
 

@@ -24,7 +24,7 @@ from modeling_trips import (
 
 from ..inspection.checkpoints import EXPORT_MANIFEST, check_head, is_exported
 from ..modeling_trips_text import check_text_length
-from ..modeling_trips_vision import check_counts, check_image_index, check_image_source
+from ..modeling_trips_vision import check_counts, check_image_source
 from .graphs import image_shape, tensors_of
 
 
@@ -182,7 +182,6 @@ class TripsGraphModel(TripsModel):
         image_index: torch.LongTensor | None = None,
         image_cache: TripsImageCache | None = None,
         regions: torch.FloatTensor | None = None,
-        output_cls_attention: bool = False,
         **kwargs,
     ) -> TripsModelOutput:
         """As in the parent."""
@@ -193,10 +192,11 @@ class TripsGraphModel(TripsModel):
         check_counts(num_texts, num_images, image_index)
         if image_index is None:
             image_index = torch.arange(num_texts)
-        check_image_index(image_index, num_images)
+        if ((image_index < 0) | (image_index >= num_images)).any():
+            raise ValueError(f"`image_index` must be in [0, {num_images - 1}], got {image_index.tolist()}.")
         return run(
             self.runners["fusion"],
-            {"regions": regions, "output_cls_attention": output_cls_attention, **kwargs},
+            {"regions": regions, **kwargs},
             text_states=text_states,
             attention_mask=mask_of(text_states, attention_mask),
             image_index=image_index,

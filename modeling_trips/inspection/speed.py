@@ -31,7 +31,7 @@ class Setting:
     encoder, vision tower and fusion encoder; in mode `"training"` with its backward pass.
     """
 
-    preset: str  # see [`TripsConfig.presets`]
+    preset: str  # see [`TripsConfig.from_preset`]
     image_size: int  # pixels per side
     batch_size: int  # images
     texts_per_image: int  # which share its cached image states

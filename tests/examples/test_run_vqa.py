@@ -80,9 +80,7 @@ def test_signs_that_a_given_tokenizer_loses_are_counted(data, tmp_path, caplog):
     ("options", "used_for"),
     [
         ([], "selection loss"),
-        (["--attention_loss_weight=2"], "selection loss, attention loss"),
         (["--keep_rate=1.0"], "none"),
-        (["--attention_loss_weight=2", "--keep_rate=1.0"], "attention loss"),
         (["--selection_loss_weight=0", "--selection_gate=0.2"], "none"),
         (["--selection_gate=0.2"], "selection loss"),
     ],

@@ -4,9 +4,9 @@ from inspect import signature
 
 import pytest
 import torch
-from tiny_models import CASES, Case, each_model, gradients_of, kept_by, loss_of, main_output
+from tiny_models import CASES, each_model, gradients_of, kept_by, loss_of, main_output
 
-from modeling_trips import TripsForImagesAndTextClassification, TripsModel
+from modeling_trips import TripsForImagesAndTextClassification
 
 
 BY_TOKEN = ("input_ids", "attention_mask", "mlm_input_ids", "mlm_labels")
@@ -48,15 +48,6 @@ def test_the_side_of_padding_changes_nothing(case, training):
     assert kept_left == kept
     torch.testing.assert_close(left, right, rtol=0, atol=1e-5)
     torch.testing.assert_close(loss_left, loss, rtol=0, atol=1e-5)
-
-
-@torch.no_grad()
-def test_the_attention_of_the_class_token_is_that_of_each_text():
-    model, looks = Case(TripsModel).make_model(), []
-    for pad in (lambda inputs: inputs, padded_on_the_left):
-        inputs = pad(Case(TripsModel).make_inputs())
-        looks.append(model(**inputs, output_cls_attention=True).cls_attention)
-    torch.testing.assert_close(looks[1], looks[0], rtol=0, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

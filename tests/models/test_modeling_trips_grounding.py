@@ -9,6 +9,7 @@ from tiny_models import BOXES, TEXTS, Case, kept_by
 
 from modeling_trips.modeling_trips_grounding import (
     TripsForVisualGrounding,
+    attention_losses,
     box_losses,
     generalized_box_iou_loss,
     paired_box_iou,
@@ -115,3 +116,17 @@ def test_a_box_without_area_gives_finite_values_and_gradients(target):
     loss.sum().backward()
     assert 1 <= loss.item() <= 2
     assert box.grad.isfinite().all()
+
+
+def test_the_attention_loss_by_hand():
+    """The remaining tokens of a grid of 2 x 2 are patch 3, a fused token and patch 0."""
+    right, top_right = [0.75, 0.5, 0.5, 1.0], [0.75, 0.25, 0.5, 0.5]
+    looks, indices = torch.tensor([[0.2, 0.3, 0.5]]), torch.tensor([[3, -1, 0]])
+    losses = attention_losses(looks.expand(2, 3), indices, torch.tensor([right, top_right]), (2, 2))
+    # Patch 3 lies in the right half. No remaining patch lies in the top right, which was fused; the attention to the
+    # fused token is ignored.
+    assert losses.tolist() == pytest.approx([-math.log(0.2 / 0.7), 0.0])
+    # Unpruned, all texts share a row of indices; attention 0.4 and 0.1 to the right half is pulled to 2 to 1.
+    looks = torch.tensor([[0.3, 0.4, 0.2, 0.1]])
+    loss = attention_losses(looks, torch.arange(4)[None], torch.tensor([right]), (2, 2))
+    assert loss.item() == pytest.approx(2 / 3 * math.log(2 / 3 / 0.4) + 1 / 3 * math.log(1 / 3 / 0.1))

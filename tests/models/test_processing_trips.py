@@ -33,13 +33,11 @@ def test_texts_are_padded_to_the_longest(processor):
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "limit"),
-    [({}, 12), ({"padding": False}, 12), ({"return_attention_mask": False}, 12), ({"max_length": 5}, 5)],
-    ids=str,
+    "kwargs", [{}, {"padding": False}, {"return_attention_mask": False}, {"return_tensors": "pt"}], ids=str
 )
-def test_long_text_is_never_cut_silently(processor, kwargs, limit):
-    fits, too_long = "cat " * (limit - 2), "cat " * (limit - 1)  # and [CLS], [SEP]; model_max_length is 12
-    assert len(processor(text=["a", fits], **kwargs)["input_ids"][1]) == limit
+def test_long_text_is_never_cut_silently(processor, kwargs):
+    fits, too_long = "cat " * 10, "cat " * 11  # and [CLS], [SEP]; model_max_length is 12
+    assert len(processor(text=["a", fits], **kwargs)["input_ids"][1]) == 12
     with pytest.raises(ValueError, match=r"text\[1\]"):
         processor(text=["a", too_long], **kwargs)
     assert len(processor(text="cat", padding="max_length", max_length=20)["input_ids"]) == 20  # padding is no text
@@ -136,8 +134,6 @@ def half_a_jpeg(image):
         lambda image: Image.new("I", (16, 16)),  # a mode without a range
         lambda image: Image.new("RGB", (0, 5)),
         lambda image: np.zeros((3, 0, 5), dtype=np.uint8),
-        lambda image: Image.new("RGB", (300, 15)),  # smaller than a patch
-        lambda image: torch.zeros(3, 1, 3),
         half_a_jpeg,
         lambda image: "/nowhere/cat.png",
         lambda image: {"image": 1},

@@ -8,11 +8,11 @@ from statistics import median
 
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
+from transformers import AutoImageProcessor, PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from modeling_trips import UNPRUNED, SelectionSchedule, TripsConfig, TripsPreTrainedModel, TripsProcessor
-from modeling_trips.conversion.processors import make_processor
+from modeling_trips.conversion.processors import load_tokenizer, make_processor
 from modeling_trips.conversion.vision_text import make_vision_text_model, vision_text_config
 from modeling_trips.inspection.cost import forward_cost
 from trips_examples.data.checking import with_fitting_texts
@@ -234,7 +234,7 @@ def make_model(
 
 
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = load_tokenizer(name)
     for token in ("pad_token", "cls_token", "sep_token"):
         if getattr(tokenizer, token) is None:
             raise ValueError(f"--tokenizer {name} has no `{token}`. Use a BERT-like tokenizer.")

@@ -7,13 +7,11 @@ Ask a trained model about an image, draw the patches that it keeps, and compare 
     python examples/ask.py --model demo/model                   # after `make demo`
 """
 
-import trips_examples  # noqa: F401  # isort: skip
-
 from dataclasses import dataclass
 from pathlib import Path
 
 from trips_examples.data.source import option
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.options import make_parser, run_script
 
 
 CHECKPOINT = Path(__file__).parent / "trips-tiny-scenes"
@@ -38,9 +36,7 @@ class AskArguments:
             raise FileNotFoundError(f"--image {self.image}: there is no such file.")
 
 
-OPTIONS = make_parser(AskArguments, description=__doc__)
-if __name__ == "__main__":
-    OPTIONS.check()  # before the imports that take seconds
+OPTIONS = make_parser(AskArguments, description=__doc__, script=__name__)
 
 import statistics
 

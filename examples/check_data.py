@@ -9,14 +9,11 @@ Give the options of the data and of the model that the training script gets. Fau
 are the rows that training stops at, or leaves out with --skip_bad_rows. The exit code is 1 if there are faults.
 """
 
-import trips_examples  # noqa: F401  # isort: skip
-
 import sys
 from dataclasses import asdict, dataclass, field
 
 from trips_examples.data.source import option
-from trips_examples.training.options import DataArguments, ModelArguments
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.options import DataArguments, ModelArguments, make_parser, run_script
 
 
 MAX_SHOWN = 20  # faults to print
@@ -28,9 +25,7 @@ class CheckArguments:
     output_json: str | None = option(None, "JSON file for the report.")
 
 
-OPTIONS = make_parser(CheckArguments, ModelArguments, DataArguments, description=__doc__)
-if __name__ == "__main__":
-    OPTIONS.check()  # before the imports that take seconds
+OPTIONS = make_parser(CheckArguments, ModelArguments, DataArguments, description=__doc__, script=__name__)
 
 from collections import Counter
 from itertools import chain

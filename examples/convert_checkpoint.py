@@ -12,14 +12,11 @@ single stream, from which every head starts but those of retrieval and pre-train
 by name; anything else is an error.
 """
 
-import trips_examples  # noqa: F401  # isort: skip
-
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from trips_examples.data.source import option
-from trips_examples.training.options import one_or_several
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.options import make_parser, one_or_several, run_script
 
 
 PER_LAYER = ("keep_rate", "selection_guidance")  # one for all selection layers, or one per layer
@@ -65,9 +62,7 @@ class ConvertArguments:
         return fields | {name: one_or_several(fields[name]) for name in PER_LAYER if name in fields}
 
 
-OPTIONS = make_parser(ConvertArguments, description=__doc__)
-if __name__ == "__main__":
-    OPTIONS.check()  # before the imports that take seconds
+OPTIONS = make_parser(ConvertArguments, description=__doc__, script=__name__)
 
 import json
 

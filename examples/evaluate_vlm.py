@@ -16,13 +16,11 @@ is written to --output_json as soon as it is there; rows of these settings are n
 Public benchmarks run in lmms-eval, which knows these models as `trips_vlm`.
 """
 
-import trips_examples  # noqa: F401  # isort: skip
-
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from trips_examples.data.source import option
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.options import make_parser, run_script
 
 
 UNPRUNED = "unpruned"
@@ -58,9 +56,7 @@ class EvaluationArguments:
             raise ValueError(f"--visual_tokens, --batch_size and --limit must be at least 1, got {min(numbers)}.")
 
 
-OPTIONS = make_parser(EvaluationArguments, description=__doc__)
-if __name__ == "__main__":
-    OPTIONS.check()  # before the imports that take seconds
+OPTIONS = make_parser(EvaluationArguments, description=__doc__, script=__name__)
 
 import json
 import math

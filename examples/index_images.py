@@ -12,15 +12,11 @@ one actor on one CPU (`--num_actors`, `--gpus_per_actor`), on this machine or on
 paths must be the same on all machines.
 """
 
-import trips_examples  # noqa: F401  # isort: skip
-
 from trips_examples.indexing.options import IndexArguments
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.options import make_parser, run_script
 
 
-OPTIONS = make_parser(IndexArguments, description=__doc__)
-if __name__ == "__main__":
-    OPTIONS.check()  # before the imports that take seconds
+OPTIONS = make_parser(IndexArguments, description=__doc__, script=__name__)
 
 from collections import Counter
 

@@ -12,17 +12,25 @@ The training loop is Transformers' `Seq2SeqTrainer`, whose options are options h
 `captioning`, METEOR needs Java.
 """
 
-import trips_examples  # noqa: F401  # isort: skip
-
-from trips_examples.training.options import CaptioningArguments, DataArguments, ModelArguments, TrainingOptions
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.options import (
+    CaptioningArguments,
+    DataArguments,
+    ModelArguments,
+    TrainingOptions,
+    make_parser,
+    run_script,
+)
 
 
 OPTIONS = make_parser(
-    ModelArguments, CaptioningArguments, DataArguments, TrainingOptions, description=__doc__, task="captioning"
+    ModelArguments,
+    CaptioningArguments,
+    DataArguments,
+    TrainingOptions,
+    description=__doc__,
+    script=__name__,
+    task="captioning",
 )
-if __name__ == "__main__":
-    OPTIONS.check()  # before the imports that take seconds
 
 
 import evaluate

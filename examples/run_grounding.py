@@ -10,10 +10,14 @@ Train and evaluate TRIPS on visual grounding: the box of what an expression refe
 The training loop is Transformers' `Trainer`, whose options are options here.
 """
 
-import trips_examples  # noqa: F401  # isort: skip
-
-from trips_examples.training.options import DataArguments, GroundingArguments, ModelArguments, TrainingOptions
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.options import (
+    DataArguments,
+    GroundingArguments,
+    ModelArguments,
+    TrainingOptions,
+    make_parser,
+    run_script,
+)
 
 
 OPTIONS = make_parser(
@@ -22,13 +26,12 @@ OPTIONS = make_parser(
     DataArguments,
     TrainingOptions,
     description=__doc__,
+    script=__name__,
     task="grounding",
     num_train_epochs=5.0,
     per_device_train_batch_size=64,
     learning_rate=5e-4,
 )
-if __name__ == "__main__":
-    OPTIONS.check()  # before the imports that take seconds
 
 import io
 from collections.abc import Callable

@@ -10,10 +10,7 @@ Train and evaluate TRIPS on statements about two images: true or false (NLVR2).
 The training loop is Transformers' `Trainer`, whose options are options here.
 """
 
-import trips_examples  # noqa: F401  # isort: skip
-
-from trips_examples.training.options import DataArguments, ModelArguments, TrainingOptions
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.options import DataArguments, ModelArguments, TrainingOptions, make_parser, run_script
 
 
 OPTIONS = make_parser(
@@ -21,13 +18,12 @@ OPTIONS = make_parser(
     DataArguments,
     TrainingOptions,
     description=__doc__,
+    script=__name__,
     task="nlvr2",
     num_train_epochs=10.0,
     per_device_train_batch_size=64,
     learning_rate=5e-4,
 )
-if __name__ == "__main__":
-    OPTIONS.check()  # before the imports that take seconds
 
 import numpy as np
 import torch

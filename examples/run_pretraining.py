@@ -15,10 +15,14 @@ Pairs come from files, the Hub or the bundled scenes, as for the other tasks, or
 starts from (`--model`).
 """
 
-import trips_examples  # noqa: F401  # isort: skip
-
-from trips_examples.training.options import ModelArguments, PairArguments, PretrainingArguments, TrainingOptions
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.options import (
+    ModelArguments,
+    PairArguments,
+    PretrainingArguments,
+    TrainingOptions,
+    make_parser,
+    run_script,
+)
 
 
 OPTIONS = make_parser(
@@ -27,12 +31,11 @@ OPTIONS = make_parser(
     PairArguments,
     TrainingOptions,
     description=__doc__,
+    script=__name__,
     num_train_epochs=3.0,
     per_device_train_batch_size=48,
     texts_per_image=1,
 )
-if __name__ == "__main__":
-    OPTIONS.check()  # before the imports that take seconds
 
 from modeling_trips import TripsForPreTraining
 from trips_examples.data.collators import PretrainingCollator

@@ -12,10 +12,14 @@ neither: the loss is then the mean of the losses of smaller batches. The trainin
 whose options are options here.
 """
 
-import trips_examples  # noqa: F401  # isort: skip
-
-from trips_examples.training.options import DataArguments, ModelArguments, RetrievalArguments, TrainingOptions
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.options import (
+    DataArguments,
+    ModelArguments,
+    RetrievalArguments,
+    TrainingOptions,
+    make_parser,
+    run_script,
+)
 
 
 OPTIONS = make_parser(
@@ -24,13 +28,12 @@ OPTIONS = make_parser(
     DataArguments,
     TrainingOptions,
     description=__doc__,
+    script=__name__,
     task="retrieval",
     num_train_epochs=5.0,
     per_device_train_batch_size=48,
     texts_per_image=1,
 )
-if __name__ == "__main__":
-    OPTIONS.check()  # before the imports that take seconds
 
 from modeling_trips import TripsForRetrieval
 from trips_examples.data.collators import RetrievalCollator

@@ -8,15 +8,10 @@ Train and evaluate TRIPS on visual question answering.
 The training loop is Transformers' `Seq2SeqTrainer`, whose options are options here.
 """
 
-import trips_examples  # noqa: F401  # isort: skip
-
-from trips_examples.training.options import DataArguments, ModelArguments, TrainingOptions
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.options import DataArguments, ModelArguments, TrainingOptions, make_parser, run_script
 
 
-OPTIONS = make_parser(ModelArguments, DataArguments, TrainingOptions, description=__doc__, task="vqa")
-if __name__ == "__main__":
-    OPTIONS.check()  # before the imports that take seconds
+OPTIONS = make_parser(ModelArguments, DataArguments, TrainingOptions, description=__doc__, script=__name__, task="vqa")
 
 from pathlib import Path
 

@@ -8,12 +8,10 @@ matching, with patches that are scored by the text. Needs the extra `index`.
 Several texts share the computation of their images.
 """
 
-import trips_examples  # noqa: F401  # isort: skip
-
 from dataclasses import dataclass, field
 
 from trips_examples.data.source import option
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.options import make_parser, run_script
 
 
 @dataclass
@@ -37,9 +35,7 @@ class SearchArguments:
             raise ValueError("--k and --probes must be at least 1, and --rerank_k at least 0.")
 
 
-OPTIONS = make_parser(SearchArguments, description=__doc__)
-if __name__ == "__main__":
-    OPTIONS.check()  # before the imports that take seconds
+OPTIONS = make_parser(SearchArguments, description=__doc__, script=__name__)
 
 import transformers
 

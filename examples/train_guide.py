@@ -12,13 +12,10 @@ outside the processor's crop, are counted.
 The training loop is Transformers' `Trainer`, whose options are options here. The output folder gets the guide alone.
 """
 
-import trips_examples  # noqa: F401  # isort: skip
-
 from dataclasses import dataclass, field
 
 from trips_examples.data.source import option
-from trips_examples.training.options import DataArguments, RunOptions
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.options import DataArguments, RunOptions, make_parser, run_script
 
 
 TEACHERS = ("regions", "attention", "answers")
@@ -43,6 +40,7 @@ OPTIONS = make_parser(
     DataArguments,
     RunOptions,
     description=__doc__,
+    script=__name__,
     output_dir="outputs/guide",
     max_steps=300,
     per_device_train_batch_size=16,
@@ -52,8 +50,6 @@ OPTIONS = make_parser(
     save_steps=100,
     max_eval_samples=512,
 )
-if __name__ == "__main__":
-    OPTIONS.check()  # before the imports that take seconds
 
 import logging
 from pathlib import Path

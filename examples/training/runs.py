@@ -22,8 +22,7 @@ from transformers.trainer_utils import sort_checkpoints
 from modeling_trips.inspection import provenance
 from trips_examples.data.source import option
 from trips_examples.training.files import plot_training
-from trips_examples.training.options import RunOptions, TrainingOptions
-from trips_examples.training.parser import Parser, make_parser
+from trips_examples.training.options import Parser, RunOptions, TrainingOptions, make_parser
 from trips_examples.training.trainer import ImageGroupedTrainer, check_metrics
 
 

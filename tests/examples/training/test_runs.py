@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from modeling_trips.inspection import provenance
-from trips_examples.training.options import TrainingOptions
-from trips_examples.training.parser import make_parser
+from trips_examples.training.options import TrainingOptions, make_parser
 from trips_examples.training.runs import TripsTrainingArguments, checkpoint_to_resume, parse_arguments
 
 
@@ -114,8 +113,7 @@ def test_output_dir_with_checkpoints_raises(tmp_path):
 
 HOLD = """
 import sys
-from trips_examples.training.options import TrainingOptions
-from trips_examples.training.parser import make_parser
+from trips_examples.training.options import TrainingOptions, make_parser
 from trips_examples.training.runs import parse_arguments
 
 PARSER = make_parser(TrainingOptions, description="")

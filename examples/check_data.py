@@ -32,9 +32,8 @@ from itertools import chain
 
 from datasets import Dataset, DatasetDict
 
-from trips_examples.data.checking import check_fit
 from trips_examples.data.images import column_of
-from trips_examples.data.loading import load_task_dataset
+from trips_examples.data.loading import check_fit, load_task_dataset
 from trips_examples.data.tasks import TASKS, Fault
 from trips_examples.training.files import write_json
 from trips_examples.training.models import load_start, train_processor

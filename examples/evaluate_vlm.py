@@ -71,9 +71,9 @@ from transformers import AutoConfig, set_seed
 from modeling_trips.hosts import TextGuide
 from modeling_trips.inspection.provenance import provenance
 from trips_examples.data.images import column_of, read_image
-from trips_examples.data.loading import DataSource, load_task_dataset
+from trips_examples.data.loading import DataArguments, load_task_dataset
 from trips_examples.lmms.generation import VisionLanguageModel, question_about
-from trips_examples.metrics.texts import variety
+from trips_examples.metrics.diagnostics import variety
 from trips_examples.metrics.vqa_accuracy import answer_score, most_common_answer, normalize_answer
 from trips_examples.training.files import write_json
 
@@ -104,7 +104,7 @@ def model_arguments(selection: str, visual_tokens: int | None, keep_rate: float,
 
 def load_questions(args: EvaluationArguments) -> tuple[str, Dataset]:
     """Return the questions of `--validation_file`, at most `--limit`, and their name, which changes with them."""
-    source = DataSource(validation_file=args.validation_file, image_root=args.image_root)
+    source = DataArguments(validation_file=args.validation_file, image_root=args.image_root)
     data = load_task_dataset("vqa", source)["validation"]
     data = data if args.limit is None else data.take(min(args.limit, len(data)))
     columns = [column_of(data, name) for name in ("source", "image_id", "question", "answers")]

@@ -41,7 +41,7 @@ from trips_examples.data.collators import CaptionCollator
 from trips_examples.data.images import one_row_per_image
 from trips_examples.metrics import CAPTION_METRICS
 from trips_examples.metrics.caption_metrics import split_words
-from trips_examples.metrics.texts import lost_signs, variety
+from trips_examples.metrics.diagnostics import lost_signs, variety
 from trips_examples.training.files import texts_of, write_predictions
 from trips_examples.training.models import start_run
 from trips_examples.training.runs import parse_arguments, train_and_evaluate
@@ -64,40 +64,33 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     longest = training_args.generation_max_length or model.config.decoder_config.max_position_embeddings
     model.generation_config.update(max_new_tokens=longest, max_length=None, **writing)
     model.generation_config.validate(strict=True)  # with the checkpoint's, and not when it is saved
-    evaluated = {split: one_row_per_image(data[split]) for split in ("validation", "test") if split in data}
-    images = {split: rows for split, (rows, _) in evaluated.items()}
+    references = {}
+    for split in data.keys() & {"validation", "test"}:
+        data[split], references[split] = one_row_per_image(data[split])
 
-    def references() -> list[list[str]]:
-        split = "test" if trainer.eval_dataset is images.get("test") else "validation"
-        return evaluated[split][1]
-
-    def scores(prediction: EvalPrediction) -> dict[str, float]:
-        return metric.compute(predictions=texts_of(prediction.predictions, processor), references=references())
+    def metrics_of(prediction: EvalPrediction) -> dict[str, float]:
+        rows, truths = trainer.eval_dataset, references[trainer.split]
+        captions = texts_of(prediction.predictions, processor)
+        scores = metric.compute(predictions=captions, references=truths)
+        if trainer.is_in_train:
+            return scores
+        if trainer.is_world_process_zero():
+            pairs = zip(truths, captions, strict=True)
+            predictions = ({"captions": own_truths, "prediction": caption} for own_truths, caption in pairs)
+            write_predictions(training_args.output_dir, rows, ["source", "image_id"], predictions)
+        varied = variety(captions, [own_truths[0] for own_truths in truths], "caption")
+        return {**scores, **varied, "captions_with_lost_signs": lost[trainer.split], "samples": len(rows)}
 
     trainer = ImageGroupedTrainer(
         model=model,
         args=training_args,
-        train_dataset=data.get("train"),
-        eval_dataset=images.get("validation"),
+        data=data,
         data_collator=CaptionCollator(processor, prompt=task_args.prompt),
         train_collator=CaptionCollator(processor, training=True, prompt=task_args.prompt),
         processing_class=processor,
-        compute_metrics=scores,
+        compute_metrics=metrics_of,
     )
-
-    def evaluate_captions() -> dict[str, float]:
-        output = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
-        captions = texts_of(output.predictions, processor)
-        if trainer.is_world_process_zero():
-            pairs = zip(references(), captions, strict=True)
-            rows = ({"captions": truths, "prediction": caption} for truths, caption in pairs)
-            write_predictions(training_args.output_dir, trainer.eval_dataset, ["source", "image_id"], rows)
-        varied = variety(captions, [truths[0] for truths in references()], "caption")
-        split = "test" if trainer.eval_dataset is images.get("test") else "validation"
-        counts = {"eval_captions_with_lost_signs": lost[split], "eval_samples": len(trainer.eval_dataset)}
-        return {**output.metrics, **varied, **counts}
-
-    return train_and_evaluate(trainer, evaluate_captions, images.get("test"))
+    return train_and_evaluate(trainer)
 
 
 if __name__ == "__main__":

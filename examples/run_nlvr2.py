@@ -25,6 +25,9 @@ OPTIONS = make_parser(
     learning_rate=5e-4,
 )
 
+from operator import eq
+from statistics import fmean
+
 import numpy as np
 import torch
 from transformers import EvalPrediction
@@ -32,16 +35,11 @@ from transformers import EvalPrediction
 from modeling_trips import TripsForImagesAndTextClassification
 from trips_examples.data.collators import Nlvr2Collator
 from trips_examples.data.images import column_of
-from trips_examples.metrics.selection import diagnose_selection
-from trips_examples.metrics.texts import variety
+from trips_examples.metrics.diagnostics import diagnose_selection, variety
 from trips_examples.training.files import write_predictions
 from trips_examples.training.models import start_run
 from trips_examples.training.runs import parse_arguments, train_and_evaluate
 from trips_examples.training.trainer import ImageGroupedTrainer
-
-
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    return {"accuracy": float((prediction.predictions.argmax(axis=-1) == prediction.label_ids).mean())}
 
 
 def judgements_of(logits: np.ndarray) -> list[dict]:
@@ -56,28 +54,28 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model, processor, data = start_run(
         TripsForImagesAndTextClassification, "nlvr2", *arguments, num_images=2, num_labels=2
     )
+
+    def metrics_of(prediction: EvalPrediction) -> dict[str, float]:
+        rows, judgements = trainer.eval_dataset, judgements_of(prediction.predictions)
+        labels, chosen = column_of(rows, "label"), [each["prediction"] for each in judgements]
+        accuracy = {"accuracy": fmean(map(eq, chosen, labels))}
+        if trainer.is_in_train:
+            return accuracy
+        if trainer.is_world_process_zero():
+            columns = ["source", "question_id", "statement", "label"]
+            write_predictions(training_args.output_dir, rows, columns, judgements)
+        varied = variety(chosen, labels, "label", lambda label: labels.count(label[0]) / len(labels))
+        return {**accuracy, **varied, **diagnose_selection(trainer), "samples": len(rows)}
+
     trainer = ImageGroupedTrainer(
         model=model,
         args=training_args,
-        train_dataset=data.get("train"),
-        eval_dataset=data.get("validation"),
+        data=data,
         data_collator=Nlvr2Collator(processor),
         processing_class=processor,
-        compute_metrics=accuracy,
+        compute_metrics=metrics_of,
     )
-
-    def evaluate() -> dict[str, float]:
-        output = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
-        predictions = judgements_of(output.predictions)
-        if trainer.is_world_process_zero():
-            columns = ["source", "question_id", "statement", "label"]
-            write_predictions(training_args.output_dir, trainer.eval_dataset, columns, predictions)
-        labels = column_of(trainer.eval_dataset, "label")
-        chosen = [each["prediction"] for each in predictions]
-        varied = variety(chosen, labels, "label", lambda label: labels.count(label[0]) / len(labels))
-        return {**output.metrics, **varied, **diagnose_selection(trainer), "eval_samples": len(labels)}
-
-    return train_and_evaluate(trainer, evaluate, data.get("test"))
+    return train_and_evaluate(trainer)
 
 
 if __name__ == "__main__":

@@ -60,12 +60,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         model=model,
         args=training_args,
         task_args=task_args,
-        train_dataset=data.get("train"),
-        eval_dataset=data.get("validation"),
+        data=data,
         data_collator=collator,
         processing_class=processor,
     )
-    return train_and_evaluate(trainer, trainer.evaluate, data.get("test"))
+    return train_and_evaluate(trainer)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ OPTIONS = make_parser(
 from modeling_trips import TripsForRetrieval
 from trips_examples.data.collators import RetrievalCollator
 from trips_examples.training.models import start_run
-from trips_examples.training.retrieval import RetrievalTrainer, write_rankings
+from trips_examples.training.retrieval import RetrievalTrainer
 from trips_examples.training.runs import parse_arguments, train_and_evaluate
 
 
@@ -50,20 +50,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         model=model,
         args=training_args,
         task_args=task_args,
-        train_dataset=data.get("train"),
-        eval_dataset=data.get("validation"),
+        data=data,
         data_collator=RetrievalCollator(processor),
         processing_class=processor,
     )
-
-    def evaluate_search() -> dict[str, float]:
-        metrics, rankings = trainer.search(trainer.eval_dataset)
-        if trainer.is_world_process_zero():
-            write_rankings(training_args.output_dir, trainer.eval_dataset, rankings)
-        samples = {"samples": len(trainer.eval_dataset), "images": len(rankings["i2t"].candidates)}
-        return {f"eval_{name}": value for name, value in {**metrics, **samples}.items()}
-
-    return train_and_evaluate(trainer, evaluate_search, data.get("test"))
+    return train_and_evaluate(trainer)
 
 
 if __name__ == "__main__":

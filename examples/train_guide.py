@@ -257,11 +257,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     trainer = GuideTrainer(
         model=GuidedModel(guide, model, args),
         args=training_args,
-        train_dataset=data.get("train"),
-        eval_dataset=data.get("validation"),
+        data=data,
         data_collator=GuideCollator(vlm.processor, args.teacher),
     )
-    return train_and_evaluate(trainer, trainer.evaluate, data.get("test"))
+    return train_and_evaluate(trainer)
 
 
 if __name__ == "__main__":

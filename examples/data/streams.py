@@ -15,8 +15,8 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 from torch.utils.data import get_worker_info
 
 from modeling_trips import TripsProcessor
-from trips_examples.data.checking import check_length
 from trips_examples.data.images import decode_image, path_or_bytes
+from trips_examples.data.loading import check_length
 from trips_examples.data.shards import IMAGE_SUFFIXES, FileShard, HubShard, TarShard
 from trips_examples.data.tasks import BadRowError, Fault, caption_texts, filled_text, is_missing, list_of, text_of
 

@@ -1,6 +1,5 @@
 """Files of a run: results, predictions and figures. A file is whole or absent."""
 
-import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -78,6 +77,5 @@ def plot_training(history: list[dict], path: Path, unpruned_steps: int = 0):
         if unpruned_steps:
             axes.axvline(unpruned_steps, color="black", linestyle="--", label="pruned from here on")
             axes.legend()
-    content = io.BytesIO()
-    figure.savefig(content, format=path.suffix.removeprefix("."))
-    write_whole(path, content.getvalue())
+    with whole_file(path) as partial:
+        figure.savefig(partial)

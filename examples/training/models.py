@@ -15,9 +15,8 @@ from modeling_trips import UNPRUNED, SelectionSchedule, TripsConfig, TripsPreTra
 from modeling_trips.conversion.processors import load_tokenizer, make_processor
 from modeling_trips.conversion.vision_text import make_vision_text_model, vision_text_config
 from modeling_trips.inspection.cost import forward_cost
-from trips_examples.data.checking import with_fitting_texts
 from trips_examples.data.images import column_of, image_size, without_decoding
-from trips_examples.data.loading import load_task_dataset
+from trips_examples.data.loading import load_task_dataset, with_fitting_texts
 from trips_examples.data.tasks import TASKS
 from trips_examples.data.vocabulary import train_tokenizer
 from trips_examples.training.options import DataArguments, ModelArguments
@@ -42,7 +41,7 @@ def load_data(
         _check_splits(args.files, wanted)
     patch_size = 1 if config is None else config.vision_config.patch_shape[0]
     with training_args.main_process_first(desc="checking the data"):  # the others load its result
-        data = load_task_dataset(task, args, args.skip_bad_rows, patch_size, training_args.seed)
+        data = load_task_dataset(task, args, patch_size, training_args.seed)
     _check_splits(data, wanted)
     limits = {"train": args.max_train_samples, "validation": args.max_eval_samples, "test": args.max_eval_samples}
     for split, limit in limits.items():

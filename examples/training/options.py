@@ -4,29 +4,22 @@ trainings, and further classes for some. They are read before a script imports w
 imports nothing of it.
 """
 
-import ast
 import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass
-from importlib.util import find_spec
-from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers.hf_argparser import HfArgumentParser
 
-from trips_examples.data.busy_scenes import CELL_SIZE
-from trips_examples.data.source import DataSource, option
+from trips_examples.data.source import DataArguments, option
 from trips_examples.training.recipe import recipe
 
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
-
-TRAINING_FILES = ("training_args.py", "training_args_seq2seq.py")  # of Transformers
+    pass
 
 
 @dataclass
@@ -91,40 +84,6 @@ def given(fields: dict) -> dict:
 def one_or_several(values: list | None):
     """Return the value of an option that takes one value, or one per selection layer."""
     return values[0] if values is not None and len(values) == 1 else values
-
-
-@dataclass
-class DataArguments(DataSource):
-    """Options of the data: [`DataSource`], and the use of its rows."""
-
-    skip_bad_rows: bool = option(False, "Skip and count unusable rows instead of stopping.")
-    lowercase: bool = option(False, "Train a tokenizer from scratch that lower-cases all texts.")
-    max_train_samples: int | None = option(None, "Truncate the training split.")
-    max_eval_samples: int | None = option(None, "Truncate the validation and test splits.")
-
-    def check(self, task: str):
-        super().check(task)
-        for name in ("max_train_samples", "max_eval_samples"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be positive, got {getattr(self, name)}.")
-
-    @property
-    def scene_size(self) -> int | None:
-        """The side of the bundled scenes in pixels, or None for other data."""
-        return CELL_SIZE * self.grid if self.is_bundled else None
-
-    def vocabulary(self, data: "DatasetDict", *columns: str) -> Iterator[str]:
-        """Yield the texts to train a tokenizer on: these columns, or for bundled scenes the words of all tasks."""
-        from trips_examples.data.images import column_of
-        from trips_examples.data.vocabulary import BUNDLED_WORDS
-
-        if self.is_bundled:
-            yield from BUNDLED_WORDS
-            return
-        dataset = data["train"] if "train" in data else data["validation"]
-        for texts in chain.from_iterable(column_of(dataset, column) for column in columns):
-            for text in [texts] if isinstance(texts, str) else texts:
-                yield text.lower() if self.lowercase else text
 
 
 @dataclass
@@ -270,8 +229,7 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
 class Parser(HfArgumentParser):
     """
     Parser of the options in dataclasses, which guesses no abbreviated ones. With [`RunOptions`] among them, the script
-    also takes the options of Transformers' `TrainingArguments`: [`check`] accepts them by name, and `parse_arguments`
-    reads them.
+    also takes the options of Transformers' `TrainingArguments`, which `parse_arguments` reads.
 
     Args:
         classes (`type`): Dataclasses, one object of each is returned.
@@ -295,18 +253,13 @@ class Parser(HfArgumentParser):
 
     def check(self):
         """
-        End the process at `--help`, or with a message if the command line has unknown or wrong options or names files
-        that do not exist. Scripts call it before the imports that take seconds.
+        End the process at `--help`, or with a message if options have wrong values or name files that do not exist.
+        Scripts call it before the imports that take seconds; of a training, only `parse_arguments` knows all options.
         """
         if self.trains and "--help_all" in sys.argv:
-            return  # `parse_arguments` knows them
+            return
         try:
-            *options, rest = self.parse_args_into_dataclasses(return_remaining_strings=True)
-            known = training_options() if self.trains else set()
-            names = [word[2:].partition("=")[0].replace("-", "_") for word in rest if word.startswith("--")]
-            if unknown := [f"--{name}" for name in names if name not in known] or (rest if not names else []):
-                raise ValueError(f"There is no option {', '.join(unknown)}. --help lists the options.")
-            for each in options:
+            for each in self.parse_args_into_dataclasses(return_remaining_strings=self.trains):
                 if hasattr(each, "check_files"):
                     each.check_files()
         except (ValueError, OSError) as error:
@@ -327,15 +280,6 @@ class Parser(HfArgumentParser):
             if args is None:  # a command line, not a call from Python
                 self.error(str(error))
             raise
-
-
-def training_options() -> set[str]:
-    """Return the names of the options of Transformers' trainings, which its import would take seconds to tell."""
-    folder = Path(find_spec("transformers").origin).parent
-    trees = [ast.parse((folder / name).read_text(encoding="utf-8")) for name in TRAINING_FILES]
-    fields = [node.target for tree in trees for node in ast.walk(tree) if isinstance(node, ast.AnnAssign)]
-    names = {target.id for target in fields if isinstance(target, ast.Name)}
-    return names | {f"no_{name}" for name in names}
 
 
 def make_parser(*classes: type, description: str, script: str = "", task: str | None = None, **defaults) -> Parser:

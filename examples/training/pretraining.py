@@ -253,5 +253,5 @@ class PretrainingTrainer(RetrievalTrainer):
         """Return the metrics of retrieval and of [`word_and_matching_metrics`]."""
         metrics = {}
         if self.model.config.itc_weight > 0:
-            metrics = {**super().metrics_of(dataset), "chance_r1": 1 / len(set(column_of(dataset, "image_id")))}
+            metrics = {**self.search(dataset)[0], "chance_r1": 1 / len(set(column_of(dataset, "image_id")))}
         return {**metrics, **word_and_matching_metrics(self, dataset), "samples": len(dataset)}

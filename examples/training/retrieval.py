@@ -87,8 +87,11 @@ class RetrievalTrainer(ImageGroupedTrainer):
             )
 
     def metrics_of(self, dataset: Dataset) -> dict[str, float]:
-        metrics, _ = self.search(dataset)
-        return metrics
+        """Return the metrics, and write the rankings unless the training goes on."""
+        metrics, rankings = self.search(dataset)
+        if not self.is_in_train and self.is_world_process_zero():
+            write_rankings(self.args.output_dir, dataset, rankings)
+        return {**metrics, "samples": len(dataset), "images": len(rankings["i2t"].candidates)}
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         metrics = self.metrics_of(self.eval_dataset if eval_dataset is None else eval_dataset)

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from modeling_trips import TripsConfig
 from trips_examples import check_data
-from trips_examples.data.checking import with_fitting_texts
 from trips_examples.data.collators import (
     CaptionCollator,
     GroundingCollator,
@@ -20,7 +19,7 @@ from trips_examples.data.collators import (
     VqaCollator,
 )
 from trips_examples.data.images import without_decoding
-from trips_examples.data.loading import DataSource, load_task_dataset
+from trips_examples.data.loading import DataArguments, load_task_dataset, with_fitting_texts
 from trips_examples.data.shards import find_shards
 from trips_examples.data.streams import PairStream
 from trips_examples.data.tasks import TASKS
@@ -73,7 +72,7 @@ def collate(processor, task, dataset):
 @each_task
 def test_a_run_names_them_before_training(task, folder, processor):
     rows = bad_rows(task)
-    source, faults = DataSource(train_file=write(folder, task, rows)), []
+    source, faults = DataArguments(train_file=write(folder, task, rows)), []
     data = load_task_dataset(task, source, patch_size=PATCH_SIZE, faults=faults)
     assert {fault.source: fault.reason for fault in faults} == expected(rows, "reading")
     with pytest.raises(ValueError, match=f"{len(faults)} of the {len(rows) + 1} rows of rows.jsonl") as raised:
@@ -91,7 +90,7 @@ def test_a_run_names_them_before_training(task, folder, processor):
 
 def test_a_repaired_or_damaged_image_is_checked_again(folder):
     """The rows are the same, and their result is cached."""
-    source = DataSource(train_file=write(folder, "vqa", [BadRow({**GOOD["vqa"], "image": "text.png"}, "")]))
+    source = DataArguments(train_file=write(folder, "vqa", [BadRow({**GOOD["vqa"], "image": "text.png"}, "")]))
     damaged, whole = (folder / "text.png").read_bytes(), (folder / "good.png").read_bytes()
     for content, num_faults in ((damaged, 1), (whole, 0), (damaged, 1)):
         (folder / "text.png").write_bytes(content)
@@ -148,7 +147,7 @@ def test_random_rows_are_named_or_make_batches(task, folder, processor):
     def check(rows):
         file = folder / "random.jsonl"
         file.write_text("\n".join(map(json.dumps, [GOOD[task], *rows])))
-        data = load_task_dataset(task, DataSource(train_file=str(file)), patch_size=PATCH_SIZE, faults=[])
+        data = load_task_dataset(task, DataArguments(train_file=str(file)), patch_size=PATCH_SIZE, faults=[])
         assert len(data["train"]) >= 1
         data = with_fitting_texts(data, task, processor, skip=True)
         assert collate(processor, task, data["train"]) == {}

@@ -11,9 +11,8 @@ from tiny_collection import TEXTS, encoded, write_images, write_parquet
 
 from trips_examples import search
 from trips_examples.data.images import decode_image
-from trips_examples.indexing.embedding import Embedder
+from trips_examples.index_images import Embedder, IndexArguments
 from trips_examples.indexing.finding import Finder
-from trips_examples.indexing.options import IndexArguments
 from trips_examples.indexing.sources import blocks_of, find_images
 from trips_examples.indexing.table import commit, fingerprint_of, load_model, open_table
 

@@ -4,7 +4,7 @@ import evaluate
 from datasets import Dataset
 
 from trips_examples.metrics import GROUNDING_ACCURACY, VQA_ACCURACY
-from trips_examples.metrics.selection import accuracy_by_group, groups_of
+from trips_examples.metrics.diagnostics import accuracy_by_group, groups_of
 
 
 BOXES = [[0, 0, 9, 9], [0, 0, 12, 1], [5, 5, 10, 10], [0, 0, 2, 1]]  # areas and widths differ in order

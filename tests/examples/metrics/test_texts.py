@@ -10,7 +10,7 @@ from tiny_processors import make_bert_tokenizer
 from modeling_trips import TripsProcessor
 from trips_examples.data.vocabulary import train_tokenizer
 from trips_examples.metrics import VQA_ACCURACY
-from trips_examples.metrics.texts import as_written, lost_signs, measurable_answers, most_tokens, variety
+from trips_examples.metrics.diagnostics import as_written, lost_signs, measurable_answers, most_tokens, variety
 from trips_examples.metrics.vqa_accuracy import normalize_answer
 
 

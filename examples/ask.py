@@ -31,10 +31,6 @@ class AskArguments:
     question: list[str] = option(QUESTIONS, "One or more questions.")
     picture: str = option("outputs/kept_patches.png", "Drawing of the kept patches.")
 
-    def check_files(self):
-        if not Path(self.image).is_file():
-            raise FileNotFoundError(f"--image {self.image}: there is no such file.")
-
 
 OPTIONS = make_parser(AskArguments, description=__doc__, script=__name__)
 
@@ -98,12 +94,12 @@ def draw_selection(
 
 
 @torch.no_grad()
-def print_times(model: TripsForQuestionAnswering, inputs: dict, is_compared: bool):
-    """Print the median time of a forward pass of 1 and 64 images and, if it is compared, at keep rate 1.0."""
+def print_times(model: TripsForQuestionAnswering, inputs: dict):
+    """Print the median time of a forward pass of 1 and 64 images and, of a pruned model, at keep rate 1.0."""
     for num_images in (1, 64):
         batch = {name: tensor.repeat_interleave(num_images, dim=0) for name, tensor in inputs.items()}
         steps = {"own": lambda batch=batch: model.model(**batch)}
-        if is_compared:
+        if model.config.vision_config.schedule.layers:
             steps["unpruned"] = lambda batch=batch: model.model(**batch, schedule=UNPRUNED)
         times = seconds_in_turns(steps, warmup=2, repeats=9)
         seconds, *others = (statistics.median(all_times) for all_times in times.values())
@@ -137,7 +133,7 @@ def main(argv: list[str] | None = None):
         )
         draw_selection(model, processor, image, args.question, [best["answer"] for best in found], args.picture)
         print(f"It keeps {', '.join(rates)}. Which patches: {args.picture}")
-    print_times(model, processor(images=image, text=args.question[0], return_tensors="pt"), bool(schedule))
+    print_times(model, processor(images=image, text=args.question[0], return_tensors="pt"))
 
 
 if __name__ == "__main__":

@@ -30,9 +30,9 @@ OPTIONS = make_parser(CheckArguments, ModelArguments, DataArguments, description
 from collections import Counter
 from itertools import chain
 
-from datasets import Dataset, DatasetDict
+from datasets import DatasetDict
 
-from trips_examples.data.images import column_of
+from trips_examples.data.images import column_of, texts_of_column
 from trips_examples.data.loading import check_fit, load_task_dataset
 from trips_examples.data.tasks import TASKS, Fault
 from trips_examples.training.files import write_json
@@ -53,7 +53,8 @@ def check(name: str, model_args: ModelArguments, data_args: DataArguments) -> di
         processor = processor or train_processor(config, data_args.vocabulary(usable, *task.texts))
     for rows in usable.values() if processor is not None else ():
         faults += check_fit(rows, name, processor).values()
-    images = {split: image_ids(rows) for split, rows in data.items()}
+    column = "image_ids" if task.has_two_images else "image_id"
+    images = {split: set(texts_of_column(rows, column)) for split, rows in data.items()}
     shared = sum(count > 1 for count in Counter(chain.from_iterable(images.values())).values())
     texts = {split: set(column_of(rows, task.text)) for split, rows in data.items()}
     return {
@@ -66,12 +67,6 @@ def check(name: str, model_args: ModelArguments, data_args: DataArguments) -> di
         "reasons": dict(Counter(fault.reason for fault in faults).most_common()),
         "faults": [asdict(fault) for fault in faults],
     }
-
-
-def image_ids(rows: Dataset) -> set[str]:
-    if "image_id" in rows.column_names:
-        return set(column_of(rows, "image_id"))
-    return set(chain.from_iterable(column_of(rows, "image_ids")))
 
 
 def print_report(report: dict):

@@ -16,10 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from trips_examples.data.source import option
-from trips_examples.training.options import make_parser, one_or_several, run_script
-
-
-PER_LAYER = ("keep_rate", "selection_guidance")  # one for all selection layers, or one per layer
+from trips_examples.training.options import config_fields, make_parser, run_script
 
 
 @dataclass
@@ -57,9 +54,8 @@ class ConvertArguments:
 
     def options(self) -> dict:
         """Return the given options of `convert_published`."""
-        fields = {name: value for name, value in vars(self).items() if value is not None}
-        del fields["checkpoint"], fields["output_dir"]
-        return fields | {name: one_or_several(fields[name]) for name in PER_LAYER if name in fields}
+        others = ("task", "tokenizer", "image_size", "num_attention_heads")
+        return config_fields(self) | {name: value for name in others if (value := getattr(self, name)) is not None}
 
 
 OPTIONS = make_parser(ConvertArguments, description=__doc__, script=__name__)

@@ -140,7 +140,7 @@ def embed_images(table: lance.LanceDataset, shards: list[Shard], args: IndexArgu
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = BLOCK_BYTES
     context.enable_progress_bars = False
-    done = tables.ids_of(table)
+    done = np.sort(table.to_table(columns=["id"])["id"].to_numpy().astype("S32"))
     stored = ray.put(done)
 
     def read(batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:

@@ -34,7 +34,7 @@ OPTIONS = make_parser(
 
 
 import evaluate
-from transformers import EvalPrediction, GenerationConfig
+from transformers import EvalPrediction
 
 from modeling_trips import TripsForConditionalGeneration
 from trips_examples.data.collators import CaptionCollator
@@ -56,14 +56,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         "length_penalty": task_args.length_penalty,
         "no_repeat_ngram_size": task_args.no_repeat_ngram_size,
     }
-    GenerationConfig(**writing).validate(strict=True)  # before data are read
     # The captions of an image share its prompt, so that each image has one text.
     arguments = model_args, data_args, training_args
     model, processor, data = start_run(TripsForConditionalGeneration, "captions", *arguments, group_size=1)
     lost = lost_signs(data, "caption", processor, split_words)
     longest = training_args.generation_max_length or model.config.decoder_config.max_position_embeddings
     model.generation_config.update(max_new_tokens=longest, max_length=None, **writing)
-    model.generation_config.validate(strict=True)  # with the checkpoint's, and not when it is saved
+    model.generation_config.validate(strict=True)  # not when it is saved
     references = {}
     for split in data.keys() & {"validation", "test"}:
         data[split], references[split] = one_row_per_image(data[split])

@@ -20,6 +20,7 @@ from trips_examples.training.options import (
     PairArguments,
     PretrainingArguments,
     TrainingOptions,
+    config_fields,
     make_parser,
     run_script,
 )
@@ -46,7 +47,7 @@ from trips_examples.training.runs import parse_arguments, train_and_evaluate
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, task_args, data_args, training_args = parse_arguments(OPTIONS, argv)
-    arguments, weights = (model_args, data_args, training_args), task_args.config_overrides()
+    arguments, weights = (model_args, data_args, training_args), config_fields(task_args)
     model, processor, data = start_run(TripsForPreTraining, "captions", *arguments, load=load_pairs, **weights)
     collator = PretrainingCollator(
         processor,

@@ -17,6 +17,7 @@ from trips_examples.training.options import (
     ModelArguments,
     RetrievalArguments,
     TrainingOptions,
+    config_fields,
     make_parser,
     run_script,
 )
@@ -45,7 +46,7 @@ from trips_examples.training.runs import parse_arguments, train_and_evaluate
 def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, task_args, data_args, training_args = parse_arguments(OPTIONS, argv)
     arguments = model_args, data_args, training_args
-    model, processor, data = start_run(TripsForRetrieval, "captions", *arguments, **task_args.config_overrides())
+    model, processor, data = start_run(TripsForRetrieval, "captions", *arguments, **config_fields(task_args))
     trainer = RetrievalTrainer(
         model=model,
         args=training_args,

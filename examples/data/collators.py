@@ -113,20 +113,14 @@ class VqaCollator(ImageBatchCollator):
             return {**inputs, "labels": self.processor.encode_answers(answers)}
         regions = [row.get("region") for row in rows]
         boxes = {"regions": self.boxes(images, image_index, regions)} if any(regions) else {}
-        return {**inputs, **self.weighted_labels(rows), **boxes}
-
-    def weighted_labels(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         triples = [
             (question, answer, row["answers"].count(answer) / len(row["answers"]))
             for question, row in enumerate(rows)
             for answer in dict.fromkeys(row["answers"])
         ]
         text_index, answers, weights = zip(*triples)
-        return {
-            "labels": self.processor.encode_answers(list(answers)),
-            "text_index": torch.tensor(text_index),
-            "loss_weights": torch.tensor(weights),
-        }
+        labels = {"labels": self.processor.encode_answers(list(answers)), "text_index": torch.tensor(text_index)}
+        return {**inputs, **labels, "loss_weights": torch.tensor(weights), **boxes}
 
 
 @dataclass

@@ -19,7 +19,7 @@ from trips_examples.data.images import column_of, image_size, without_decoding
 from trips_examples.data.loading import load_task_dataset, with_fitting_texts
 from trips_examples.data.tasks import TASKS
 from trips_examples.data.vocabulary import train_tokenizer
-from trips_examples.training.options import DataArguments, ModelArguments
+from trips_examples.training.options import DataArguments, ModelArguments, config_fields
 from trips_examples.training.recipe import TOWERS, UNPRUNED_SHARE
 
 
@@ -63,7 +63,7 @@ def start_run(
     training_args: TrainingArguments,
     load: Callable[..., dict] | None = None,
     group_size: int | None = None,
-    **config_fields,
+    **task_fields,
 ) -> tuple[TripsPreTrainedModel, TripsProcessor, dict]:
     """
     Return the initial model, the processor and the splits of a task, after checking the options, the data and the
@@ -74,9 +74,9 @@ def start_run(
         load (`Callable`, *optional*): Function of data and training arguments, configuration and processor that
             returns the splits. Those that are no `Dataset` are not checked. Default: `load_data`.
         group_size (`int`, *optional*): Texts of an image that share a computation. Default: `texts_per_image`.
-        config_fields: Fields of `TripsConfig` that the task sets.
+        task_fields: Fields of `TripsConfig` that the task sets.
     """
-    config, processor = load_start(model_args, data_args.scene_size, **config_fields)
+    config, processor = load_start(model_args, data_args.scene_size, **task_fields)
     if load is None:
         data = load_data(task, data_args, training_args, config)
     else:
@@ -116,7 +116,7 @@ def _check_splits(splits: Container[str], wanted: dict[str, bool]):
 
 
 def load_start(
-    args: ModelArguments, scene_size: int | None = None, **config_fields
+    args: ModelArguments, scene_size: int | None = None, **task_fields
 ) -> tuple[TripsConfig, TripsProcessor | None]:
     """
     Check the options of the initial model before data are read.
@@ -124,7 +124,7 @@ def load_start(
     Args:
         args (`ModelArguments`): Options.
         scene_size (`int`, *optional*): Side of the images of a model from scratch in pixels if `args` has none.
-        config_fields: Fields of `TripsConfig` that the task sets.
+        task_fields: Fields of `TripsConfig` that the task sets.
 
     Returns:
         The configuration, and the processor; None for a model from scratch without `--tokenizer`, whose tokenizer
@@ -133,7 +133,7 @@ def load_start(
     Raises:
         `ValueError`, `OSError`: The options do not fit, or the checkpoint or tokenizer does not exist.
     """
-    fields, processor = {**args.config_overrides(), **config_fields}, None
+    fields, processor = {**config_fields(args), **task_fields}, None
     side = args.image_size or args.max_image_size
     if args.model is not None:
         config = TripsConfig.from_pretrained(args.model, **fields)

@@ -6,7 +6,6 @@ the contrastive loss, and its outputs soften the targets. Checkpoints of the mod
 """
 
 import copy
-import inspect
 from pathlib import Path
 
 import torch
@@ -95,6 +94,7 @@ class MomentumTeacher(nn.Module):
         image_ids: torch.LongTensor | None = None,
         mlm_input_ids: torch.LongTensor | None = None,
         schedule: SelectionSchedule | None = None,
+        **others,
     ) -> TeacherOutput:
         """Compute the teacher's output for a batch. Arguments are those of [`TripsForPreTraining`]."""
         teacher, config = self.model.eval(), self.model.config
@@ -143,8 +143,7 @@ class MomentumTeacher(nn.Module):
 
     def teach(self, inputs: dict, weight: float) -> dict:
         """Add the teacher's output and its weight to the inputs of [`TripsForPreTraining`]."""
-        names = [name for name in inspect.signature(MomentumTeacher.forward).parameters if name in inputs]
-        return {**inputs, "teacher": self(**{name: inputs[name] for name in names}), "teacher_weight": weight}
+        return {**inputs, "teacher": self(**inputs), "teacher_weight": weight}
 
     def save(self, folder: str | Path):
         """Write `momentum.safetensors` atomically."""

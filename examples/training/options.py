@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     pass
 
 
+# Options that are fields of `TripsConfig`.
+PER_LAYER = {"keep_rate", "selection_guidance"}
+CONFIG_FIELDS = PER_LAYER | {"selection_layers", "selection_gate", "selection_loss_weight", "attention_loss_weight"}
+CONFIG_FIELDS |= {"fusion_type", "itc_weight", "itm_weight", "mlm_weight", "prefix_lm_weight"}
+
+
 @dataclass
 class ModelArguments:
     """Options of the initial weights and of the patch selection."""
@@ -68,22 +74,11 @@ class ModelArguments:
             return f"{self.vision_model_name_or_path} and {self.text_model_name_or_path}"
         return self.model or f"{self.preset or 'tiny'} from scratch"
 
-    def config_overrides(self) -> dict:
-        """Return the fields of `TripsConfig` that were given."""
-        names = ("selection_layers", "selection_gate", "selection_loss_weight", "attention_loss_weight", "fusion_type")
-        fields = {name: getattr(self, name) for name in names}
-        fields |= {name: one_or_several(getattr(self, name)) for name in ("keep_rate", "selection_guidance")}
-        return given(fields)
 
-
-def given(fields: dict) -> dict:
-    """Return the fields that are not None."""
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-def one_or_several(values: list | None):
-    """Return the value of an option that takes one value, or one per selection layer."""
-    return values[0] if values is not None and len(values) == 1 else values
+def config_fields(arguments) -> dict:
+    """Return the given options that are fields of `TripsConfig`. One value of `PER_LAYER` holds for all layers."""
+    fields = {name: value for name, value in vars(arguments).items() if name in CONFIG_FIELDS and value is not None}
+    return fields | {name: fields[name][0] for name in PER_LAYER & fields.keys() if len(fields[name]) == 1}
 
 
 @dataclass
@@ -172,9 +167,6 @@ class RetrievalArguments:
     rerank_k: int = option(16, "Candidates of a query that are ranked again. 0: none.")
     rerank_by: str = option("both", "Rank by matching, or by both matching and similarity.")
 
-    def config_overrides(self) -> dict:
-        return given({"itc_weight": self.itc_weight, "itm_weight": self.itm_weight})
-
 
 @dataclass
 class PretrainingArguments(RetrievalArguments):
@@ -186,10 +178,6 @@ class PretrainingArguments(RetrievalArguments):
     momentum_teacher: bool = option(True, "Train with a momentum teacher and its queues.")
     queue_size: int | None = option(None, "Queued features. Default: a tenth of the captions, at most 65536.")
     teacher_start_steps: int | None = option(None, "Steps without it. Default: 0 from a checkpoint, else an epoch.")
-
-    def config_overrides(self) -> dict:
-        fields = {"mlm_weight": self.mlm_weight, "prefix_lm_weight": self.prefix_lm_weight}
-        return {**super().config_overrides(), **given(fields)}
 
 
 @dataclass

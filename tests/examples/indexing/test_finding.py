@@ -69,7 +69,7 @@ def test_the_nearest_are_those_of_numpy(finder):
         assert [each.similarity for each in row] == pytest.approx(similarities[order].tolist(), abs=1e-5)
     for number in (3, 33):
         image = decode_image(encoded(number))
-        ((best, *_),) = finder.nearest(finder.describe_image(image), 3)
+        ((best, *_),) = finder.nearest(finder.evaluator.index_images([image]), 3)
         assert image_of(best.source).tobytes() == image.tobytes()
         assert best.similarity == pytest.approx(1, abs=1e-5) and best.score is None
 

@@ -8,8 +8,7 @@ selects patches by the image in early layers, and by the prompt in the last one.
         --image_root images --model pretrained --image_size 384 --learning_rate 1e-5 \
         --per_device_train_batch_size 32 --generation_num_beams 5
 
-The training loop is Transformers' `Seq2SeqTrainer`, whose options are options here. The scores need the extra
-`captioning`, METEOR needs Java.
+The scores need the extra `captioning`, METEOR needs Java.
 """
 
 from trips_examples.training.options import (

@@ -6,8 +6,6 @@ Train and evaluate TRIPS on visual grounding: the box of what an expression refe
     accelerate launch examples/run_grounding.py --train_file train.jsonl --validation_file val.jsonl \
         --image_root images --model pretrained --image_size 384 --learning_rate 2e-5 \
         --per_device_train_batch_size 32
-
-The training loop is Transformers' `Trainer`, whose options are options here.
 """
 
 from trips_examples.training.options import (

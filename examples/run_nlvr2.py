@@ -6,8 +6,6 @@ Train and evaluate TRIPS on statements about two images: true or false (NLVR2).
     accelerate launch examples/run_nlvr2.py --train_file train.json --validation_file dev.json --image_root images \
         --model pretrained --learning_rate 2e-5 --per_device_train_batch_size 32 \
         --num_train_epochs 10
-
-The training loop is Transformers' `Trainer`, whose options are options here.
 """
 
 from trips_examples.training.options import DataArguments, ModelArguments, TrainingOptions, make_parser, run_script

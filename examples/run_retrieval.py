@@ -8,8 +8,7 @@ Train and evaluate TRIPS on image-text retrieval: texts find images, images find
 
 Two losses are added: contrast (ITC) of each image and text with all of the batch, of all processes, and matching
 (ITM) on hard negatives, which each process draws from its own part of the batch. Accumulating gradients enlarges
-neither: the loss is then the mean of the losses of smaller batches. The training loop is Transformers' `Trainer`,
-whose options are options here.
+neither: the loss is then the mean of the losses of smaller batches.
 """
 
 from trips_examples.training.options import (

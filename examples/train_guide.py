@@ -8,8 +8,7 @@ Train a TextGuide: the prompt scores the patches inside the vision tower of a fr
 Rows have the columns image, question, answer and region, as for run_vqa.py. With `--teacher regions`, the guide learns
 from the region that a question is about; with `--teacher attention`, from the attention of the unpruned model's
 answer; with `--teacher answers`, from the loss of the pruned model's answer. Rows without a region, and regions
-outside the processor's crop, are counted.
-The training loop is Transformers' `Trainer`, whose options are options here. The output folder gets the guide alone.
+outside the processor's crop, are counted. The output folder gets the guide alone.
 """
 
 from dataclasses import dataclass, field

@@ -34,6 +34,7 @@ from trips_examples.training.models import make_processor
 
 @pytest.fixture
 def folder(tmp_path):
+    write_images(tmp_path)
     PIL.Image.new("L", (4, 3), 200).save(tmp_path / "a.png")
     PIL.Image.effect_noise((32, 32), 50).convert("RGB").save(tmp_path / "b.png")
     return tmp_path
@@ -283,12 +284,6 @@ COLLATORS = {
 each_task = pytest.mark.parametrize("task", TASKS)
 
 
-@pytest.fixture
-def bad_folder(tmp_path):
-    write_images(tmp_path)
-    return tmp_path
-
-
 @pytest.fixture(scope="module")
 def processor():
     return make_processor(tokenizer(), TripsConfig.from_preset("tiny"))
@@ -318,9 +313,9 @@ def collate(processor, task, dataset):
 
 
 @each_task
-def test_a_run_names_them_before_training(task, bad_folder, processor):
+def test_a_run_names_them_before_training(task, folder, processor):
     rows = bad_rows(task)
-    source, faults = DataArguments(train_file=write_bad(bad_folder, task, rows)), []
+    source, faults = DataArguments(train_file=write_bad(folder, task, rows)), []
     data = load_task_dataset(task, source, patch_size=PATCH_SIZE, faults=faults)
     assert {fault.source: fault.reason for fault in faults} == expected(rows, "reading")
     with pytest.raises(ValueError, match=f"{len(faults)} of the {len(rows) + 1} rows of rows.jsonl") as raised:
@@ -336,44 +331,44 @@ def test_a_run_names_them_before_training(task, bad_folder, processor):
     assert collate(processor, task, data["train"]) == {}
 
 
-def test_a_repaired_or_damaged_image_is_checked_again(bad_folder):
+def test_a_repaired_or_damaged_image_is_checked_again(folder):
     """The rows are the same, and their result is cached."""
     source = DataArguments(
-        train_file=write_bad(bad_folder, "vqa", [BadRow({**GOOD_ROWS["vqa"], "image": "text.png"}, "")])
+        train_file=write_bad(folder, "vqa", [BadRow({**GOOD_ROWS["vqa"], "image": "text.png"}, "")])
     )
-    damaged, whole = (bad_folder / "text.png").read_bytes(), (bad_folder / "good.png").read_bytes()
+    damaged, whole = (folder / "text.png").read_bytes(), (folder / "good.png").read_bytes()
     for content, num_faults in ((damaged, 1), (whole, 0), (damaged, 1)):
-        (bad_folder / "text.png").write_bytes(content)
+        (folder / "text.png").write_bytes(content)
         faults = []
         load_task_dataset("vqa", source, faults=faults)
         assert len(faults) == num_faults
 
 
 @each_task
-def test_check_data_names_them_all_in_the_same_words(task, bad_folder, processor):
+def test_check_data_names_them_all_in_the_same_words(task, folder, processor):
     rows = bad_rows(task)
-    processor.save_pretrained(bad_folder / "checkpoint")
+    processor.save_pretrained(folder / "checkpoint")
     given = [
         "--task",
         task,
         "--train_file",
-        write_bad(bad_folder, task, rows),
+        write_bad(folder, task, rows),
         "--tokenizer",
-        str(bad_folder / "checkpoint"),
+        str(folder / "checkpoint"),
     ]
-    report = bad_folder / "report.json"
+    report = folder / "report.json"
     assert check_data.main([*given, "--output_json", str(report)]) == 1
     faults = {fault["source"]: fault["reason"] for fault in json.loads(report.read_text())["faults"]}
     assert faults == expected(rows, "reading", "tokenizer")
 
 
-def test_a_stream_names_them_all_in_the_same_words(bad_folder, processor):
+def test_a_stream_names_them_all_in_the_same_words(folder, processor):
     rows = bad_rows("captions")
-    shards = find_shards([write_bad(bad_folder, "captions", rows)])
-    stream = PairStream(shards, processor=processor, max_bad_share=1.0, log_folder=bad_folder)
+    shards = find_shards([write_bad(folder, "captions", rows)])
+    stream = PairStream(shards, processor=processor, max_bad_share=1.0, log_folder=folder)
     pairs = list(islice(stream, 2))  # the second pass begins after all rows
     assert [pair["source"] for pair in pairs] == ["rows.jsonl row 1"] * 2
-    lines = (bad_folder / "bad_pairs-00000.jsonl").read_text().splitlines()
+    lines = (folder / "bad_pairs-00000.jsonl").read_text().splitlines()
     named = {pair["source"]: pair["error"].partition(" (")[0] for pair in map(json.loads, lines)}
     assert named == expected(rows, "reading", "tokenizer")
 
@@ -395,14 +390,14 @@ values = st.recursive(
 
 
 @each_task
-def test_random_rows_are_named_or_make_batches(task, bad_folder, processor):
+def test_random_rows_are_named_or_make_batches(task, folder, processor):
     columns = st.one_of(st.sampled_from([*TASKS[task].features, "left_image", "right_image", "answer"]), texts)
     record = st.dictionaries(columns, values, max_size=4).map(lambda changed: {**GOOD_ROWS[task], **changed})
 
     @settings(max_examples=15, deadline=None, derandomize=True, database=None)
     @given(st.lists(record, max_size=6))
     def check(rows):
-        file = bad_folder / "random.jsonl"
+        file = folder / "random.jsonl"
         file.write_text("\n".join(map(json.dumps, [GOOD_ROWS[task], *rows])))
         data = load_task_dataset(task, DataArguments(train_file=str(file)), patch_size=PATCH_SIZE, faults=[])
         assert len(data["train"]) >= 1

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from itertools import product
 
 import pytest
-import torch
 from places import ROOT
 
 from modeling_trips import TripsConfig
@@ -63,11 +62,6 @@ def test_errors_of_the_user_end_a_script_in_words(main, monkeypatch):
         run_script(main)
 
 
-def test_other_errors_keep_their_traceback():
-    with pytest.raises(RuntimeError):
-        run_script(lambda: torch.zeros(2).view(3))
-
-
 WRONG = {
     "--help": 0,
     "--keep_rate=a_half": 2,
@@ -115,10 +109,3 @@ def test_bundled_tasks_share_a_vocabulary():
     assert len(texts) > 500
     tokens = tokenizer.tokenize(" ".join(texts))
     assert not [token for token in tokens if token.startswith("##") or token == "[UNK]"]
-
-
-def test_bundled_scenes_keep_their_size():
-    for options, size in (({}, 96), ({"grid": 2}, 48), ({"dataset_name": "busy_scenes"}, 96)):
-        assert DataArguments(**options).scene_size == size
-    for options in ({"dataset_name": "someone/captions"}, {"train_file": "rows.jsonl"}):
-        assert DataArguments(**options).scene_size is None

@@ -118,8 +118,8 @@ class VqaCollator(ImageBatchCollator):
             for question, row in enumerate(rows)
             for answer in dict.fromkeys(row["answers"])
         ]
-        text_index, answers, weights = zip(*triples)
-        labels = {"labels": self.processor.encode_answers(list(answers)), "text_index": torch.tensor(text_index)}
+        text_index, texts, weights = zip(*triples)
+        labels = {"labels": self.processor.encode_answers(list(texts)), "text_index": torch.tensor(text_index)}
         return {**inputs, **labels, "loss_weights": torch.tensor(weights), **boxes}
 
 

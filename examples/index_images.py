@@ -61,7 +61,7 @@ import transformers
 from tqdm.auto import tqdm
 
 from trips_examples.data.images import decode_untrusted_image, path_or_bytes
-from trips_examples.data.shards import hub_shards
+from trips_examples.data.streams import hub_shards
 from trips_examples.data.tasks import BadRowError
 from trips_examples.indexing import table as tables
 from trips_examples.indexing.sources import Shard, blocks_of, find_images

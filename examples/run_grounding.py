@@ -44,12 +44,11 @@ from transformers import EvalPrediction
 from modeling_trips import TripsForVisualGrounding, TripsPreTrainedModel, TripsProcessor
 from modeling_trips.inspection import draw_kept_patches
 from modeling_trips.inspection.files import whole_file
-from trips_examples.data.boxes import draw_boxes, sheet
 from trips_examples.data.collators import GroundingCollator
 from trips_examples.data.images import column_of, image_size, read_image
 from trips_examples.metrics import GROUNDING_ACCURACY
 from trips_examples.metrics.diagnostics import accuracy_by_group, diagnose_selection
-from trips_examples.training.files import write_predictions
+from trips_examples.training.files import draw_boxes, sheet, write_predictions
 from trips_examples.training.models import start_run
 from trips_examples.training.runs import parse_arguments, train_and_evaluate
 from trips_examples.training.trainer import ImageGroupedTrainer

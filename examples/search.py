@@ -40,10 +40,9 @@ OPTIONS = make_parser(SearchArguments, description=__doc__, script=__name__)
 import transformers
 
 from modeling_trips.inspection.files import whole_file
-from trips_examples.data.boxes import SIDE, sheet
 from trips_examples.data.images import decode_image
 from trips_examples.indexing.finding import Finder
-from trips_examples.training.files import write_json
+from trips_examples.training.files import SIDE, sheet, write_json
 
 
 def main(argv: list[str] | None = None):

@@ -8,11 +8,11 @@ from datasets import Dataset
 from strange_pictures import encoded
 
 from modeling_trips import TripsConfig
-from trips_examples.data.boxes import draw_boxes
 from trips_examples.data.collators import GroundingCollator
 from trips_examples.data.vocabulary import train_tokenizer
 from trips_examples.metrics import GROUNDING_ACCURACY
 from trips_examples.run_grounding import draw_predicted_boxes
+from trips_examples.training.files import draw_boxes
 from trips_examples.training.models import make_processor
 
 

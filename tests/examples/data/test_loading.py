@@ -26,8 +26,7 @@ from trips_examples.data.collators import (
 )
 from trips_examples.data.images import without_decoding
 from trips_examples.data.loading import DataArguments, load_task_dataset, with_fitting_texts
-from trips_examples.data.shards import find_shards
-from trips_examples.data.streams import PairStream
+from trips_examples.data.streams import PairStream, find_shards
 from trips_examples.data.tasks import TASKS
 from trips_examples.training.models import make_processor
 

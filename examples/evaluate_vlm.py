@@ -128,8 +128,7 @@ def scores_of(vlm: VisionLanguageModel, questions: Dataset, args: EvaluationArgu
     truths = [most_common_answer(each) for each in references]
     varied = variety([*map(normalize_answer, answers)], truths, "answer", lambda texts: mean(scores(texts)))
     error = {"score_error": stdev(found) / math.sqrt(count)} if count > 1 else {}
-    named = {name.removeprefix("eval_"): value for name, value in varied.items()}
-    return {"score": mean(found), **error, "num_samples": count, **named}
+    return {"score": mean(found), **error, "num_samples": count, **varied}
 
 
 def evaluate(selection: dict, questions: Dataset, args: EvaluationArguments) -> dict:

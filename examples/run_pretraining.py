@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         cuts_captions=model.config.prefix_lm_weight > 0,
         seed=training_args.seed,
     )
-    if task_args.teacher_start_steps is None and model_args.starts_from_weights:
+    if task_args.teacher_start_steps is None and (model_args.model or model_args.starts_from_parts):
         task_args.teacher_start_steps = 0
     trainer = PretrainingTrainer(
         model=model,

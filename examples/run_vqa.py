@@ -44,8 +44,8 @@ def write_answers(
     write_predictions(folder, dataset, columns, ({"prediction": answer} for answer in answers))
     result = metric.compute(predictions=answers, references=references, by_answer=True)
     write_json(folder / "accuracy_by_answer.json", result["by_answer"])
-    for answer, row in list(result["by_answer"].items())[:20]:
-        print(f"  {answer:<20} {row['accuracy']:7.2%} of {row['count']}")
+    frequent = list(result["by_answer"].items())[:20]
+    print("".join(f"\n  {answer:<20} {row['accuracy']:7.2%} of {row['count']}" for answer, row in frequent))
 
 
 def train_question_answering(

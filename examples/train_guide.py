@@ -180,14 +180,15 @@ class GuideTrainer(FiniteTrainer):
         return output
 
     @torch.no_grad()
-    def evaluate(self, **kwargs) -> dict[str, float]:
+    def evaluate(self, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
         own = self.eval_dataset.shard(self.args.world_size, self.args.process_index)
         sums = torch.zeros_like(self.sums)
         for batch in DataLoader(own, self.args.per_device_eval_batch_size, collate_fn=self.data_collator):
             del batch["sources"]
             sums += self.model(**self._prepare_inputs(batch))["sums"]
-        metrics = self.results("eval", sums)
+        metrics = self.results(metric_key_prefix, sums)
         self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def results(self, stage: str, sums: torch.Tensor) -> dict[str, float]:

@@ -97,23 +97,23 @@ def variety(
     Log how often the most frequent truth is right and how much the predictions vary, in one line. A collapsed model,
     which gives nearly all rows one prediction although their truths vary more, is named in a warning.
 
-    Return `eval_different_predictions`; `eval_most_frequent_share`, of the most frequent prediction; `eval_collapsed`,
-    1 or 0; and with a function of the `accuracy` of predictions also `eval_accuracy_majority`, of the most frequent
-    truth. `name` is what they are, in the singular: `"answer"`.
+    Return `different_predictions`; `most_frequent_share`, of the most frequent prediction; `collapsed`, 1 or 0; and
+    with a function of the `accuracy` of predictions also `accuracy_majority`, of the most frequent truth. `name` is
+    what they are, in the singular: `"answer"`.
     """
     counts, total = Counter(predictions), len(predictions)
     (favorite, count), (majority, true_count) = counts.most_common(1)[0], Counter(truths).most_common(1)[0]
     collapsed = count / total >= COLLAPSED and count > true_count
-    metrics = {"eval_different_predictions": len(counts), "eval_most_frequent_share": count / total}
+    metrics = {"different_predictions": len(counts), "most_frequent_share": count / total}
     line = f"The model gives {len(counts)} different {name}s for {total} rows."
     if accuracy is not None:
-        metrics["eval_accuracy_majority"] = accuracy([majority] * total)
-        line = f"The most frequent {name}, {majority!r}, is right for {metrics['eval_accuracy_majority']:.1%}. {line}"
+        metrics["accuracy_majority"] = accuracy([majority] * total)
+        line = f"The most frequent {name}, {majority!r}, is right for {metrics['accuracy_majority']:.1%}. {line}"
     if PartialState().is_main_process:
         logger.info(line)
         if collapsed:
             logger.warning("The model has collapsed: %r is its %s for %d of %d rows.", favorite, name, count, total)
-    return {**metrics, "eval_collapsed": int(collapsed)}
+    return {**metrics, "collapsed": int(collapsed)}
 
 
 # Selection
@@ -125,10 +125,10 @@ def diagnose_selection(trainer: Trainer) -> dict[str, float]:
     Measure the kept patches of each selection layer on the first rows of the evaluation data.
 
     Returns:
-        `dict[str, float]`: for selection layer L `eval_layer{L}_kept` (number of kept candidates), `_entropy`,
-        `_coverage`, `_text_sensitivity` (1 minus the overlap of texts that share an image) and `_image_sensitivity`
-        (of several images). With target regions also `_patch_precision`, `_region_recall`, and, once,
-        `eval_patch_precision_at_random`, that of random selection. Empty without selection.
+        `dict[str, float]`: for selection layer L `layer{L}_kept` (number of kept candidates), `_entropy`, `_coverage`,
+        `_text_sensitivity` (1 minus the overlap of texts that share an image) and `_image_sensitivity` (of several
+        images). With target regions also `_patch_precision`, `_region_recall`, and, once, `patch_precision_at_random`,
+        that of random selection. Empty without selection.
     """
     model, processor = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processing_class
     rows = [trainer.eval_dataset[row] for row in range(min(NUM_ROWS, len(trainer.eval_dataset)))]
@@ -141,7 +141,7 @@ def diagnose_selection(trainer: Trainer) -> dict[str, float]:
     num_images = len(image_index.unique())
     metrics = {}
     for layer, selection in zip(model.config.vision_config.schedule.layers, model(**inputs).selection):
-        name = f"eval_layer{layer}"
+        name = f"layer{layer}"
         metrics[f"{name}_kept"] = float(selection.kept_indices.shape[1])
         metrics[f"{name}_entropy"] = score_entropy(selection).mean().item()
         metrics[f"{name}_coverage"] = kept_coverage(selection, num_patches)
@@ -167,7 +167,7 @@ def _region_metrics(selection: TripsSelection, rows: list[dict], processor, name
     return {
         f"{name}_patch_precision": mean(patch_precision(*pair) for pair in pairs),
         f"{name}_region_recall": mean(region_recall(*pair) for pair in pairs),
-        "eval_patch_precision_at_random": mean(shares),
+        "patch_precision_at_random": mean(shares),
     }
 
 
@@ -190,9 +190,9 @@ def groups_of(rows: Dataset) -> dict[str, list[int]]:
 
 
 def accuracy_by_group(metric: evaluate.Metric, predictions: list, references: list, rows: Dataset) -> dict[str, float]:
-    """Return the accuracy on each of `groups_of(rows)`, as `eval_accuracy_{group}`."""
+    """Return the accuracy on each of `groups_of(rows)`, as `accuracy_{group}`."""
     results = {}
     for name, places in groups_of(rows).items():
         own, truths = ([values[place] for place in places] for values in (predictions, references))
-        results[f"eval_accuracy_{name}"] = metric.compute(predictions=own, references=truths)["accuracy"]
+        results[f"accuracy_{name}"] = metric.compute(predictions=own, references=truths)["accuracy"]
     return results

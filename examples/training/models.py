@@ -26,23 +26,18 @@ from trips_examples.training.recipe import TOWERS, UNPRUNED_SHARE
 logger = logging.getLogger(__name__)
 
 
-def load_data(
-    task: str, args: DataArguments, training_args: TrainingArguments, config: TripsConfig | None = None
-) -> DatasetDict:
+def load_data(task: str, args: DataArguments, training_args: TrainingArguments, patch_size: int = 1) -> DatasetDict:
     """
     Load the splits of a task (see `load_task_dataset`), truncated as requested, with encoded images for the collators.
-    Images smaller than a patch of `config` cannot be used.
 
     Raises:
         ValueError: There are bad rows, or a requested split does not exist.
     """
-    wanted = {"train": training_args.do_train, "validation": training_args.do_eval}
     if args.files:  # before they are read
-        _check_splits(args.files, wanted)
-    patch_size = 1 if config is None else config.vision_config.patch_shape[0]
+        _check_splits(args.files, training_args)
     with training_args.main_process_first(desc="checking the data"):  # the others load its result
         data = load_task_dataset(task, args, patch_size, training_args.seed)
-    _check_splits(data, wanted)
+    _check_splits(data, training_args)
     limits = {"train": args.max_train_samples, "validation": args.max_eval_samples, "test": args.max_eval_samples}
     for split, limit in limits.items():
         if limit is not None and split in data:
@@ -78,7 +73,7 @@ def start_run(
     """
     config, processor = load_start(model_args, data_args.scene_size, **task_fields)
     if load is None:
-        data = load_data(task, data_args, training_args, config)
+        data = load_data(task, data_args, training_args, config.vision_config.patch_shape[0])
     else:
         data = load(data_args, training_args, config, processor)
     loaded = DatasetDict({split: rows for split, rows in data.items() if isinstance(rows, Dataset)})
@@ -108,11 +103,10 @@ def start_run(
     return model, processor, data
 
 
-def _check_splits(splits: Container[str], wanted: dict[str, bool]):
-    actions = {"train": "--do_train", "validation": "--do_eval"}
-    for split, action in actions.items():
-        if wanted[split] and split not in splits:
-            raise ValueError(f"There is no {split} split. Give --{split}_file or {action} False.")
+def _check_splits(splits: Container[str], args: TrainingArguments):
+    for split, option in (("train", "do_train"), ("validation", "do_eval")):
+        if getattr(args, option) and split not in splits:
+            raise ValueError(f"There is no {split} split. Give --{split}_file or --{option} False.")
 
 
 def load_start(

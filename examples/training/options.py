@@ -64,10 +64,6 @@ class ModelArguments:
         return self.vision_model_name_or_path is not None
 
     @property
-    def starts_from_weights(self) -> bool:
-        return self.starts_from_parts or self.model is not None
-
-    @property
     def start(self) -> str:
         """The initial weights in words."""
         if self.starts_from_parts:

@@ -45,8 +45,9 @@ def load_pairs(
     """
     if all(getattr(config, name) == 0 for name in OBJECTIVES):
         raise ValueError(f"All objectives have weight 0. Give one of {', '.join(OBJECTIVES)} a weight.")
+    patch_size = config.vision_config.patch_shape[0]
     if not args.is_stream:
-        return load_data("captions", args, training_args, config)
+        return load_data("captions", args, training_args, patch_size)
     if args.train_shards is not None and (args.train_file is not None or args.streaming):
         raise ValueError("--train_shards excludes --train_file and --streaming. Give one of them.")
     if args.streaming and args.dataset_name is None:
@@ -79,7 +80,7 @@ def load_pairs(
     files = replace(args, dataset_name=None, dataset_config_name=None, train_shards=None, streaming=False)
     without_training = copy.copy(training_args)
     without_training.do_train = False
-    return {**load_data("captions", files, without_training, config), "train": stream}
+    return {**load_data("captions", files, without_training, patch_size), "train": stream}
 
 
 def stream_positions(state: dict) -> list[dict[str, int]]:

@@ -22,7 +22,7 @@ from modeling_trips.inspection import provenance
 from trips_examples.data.source import option
 from trips_examples.training.files import plot_training
 from trips_examples.training.options import Parser, RunOptions, TrainingOptions, make_parser
-from trips_examples.training.trainer import FiniteTrainer, ImageGroupedTrainer, check_metrics
+from trips_examples.training.trainer import FiniteTrainer, ImageGroupedTrainer
 
 
 logger = logging.getLogger(__name__)
@@ -222,8 +222,7 @@ def train_and_evaluate(trainer: FiniteTrainer) -> dict[str, float]:
             plot_training(trainer.state.log_history, Path(args.output_dir, "training.png"), unpruned_steps)
         if args.do_predict and trainer.test_dataset is not None:
             with _on_test_split(trainer):
-                evaluation = trainer.evaluate()
-            evaluation = {name.replace("eval_", "test_", 1): value for name, value in evaluation.items()}
+                evaluation = trainer.evaluate(metric_key_prefix="test")
             metrics |= _report(trainer, "test", evaluation, given)
         if args.do_train and args.should_log:
             print(f"Model, results, predictions and training.png: {args.output_dir}\nNext: {next_command(trainer)}")
@@ -255,7 +254,6 @@ def _on_test_split(trainer: FiniteTrainer) -> Iterator[None]:
 
 def _report(trainer: FiniteTrainer, split: str, metrics: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     args = trainer.args
-    check_metrics(metrics, trainer.state.global_step)
     shown = {name: value for name, value in {**metrics, **given}.items() if not TECHNICAL.search(name)}
     trainer.log_metrics(split, shown)
     origin = {"precision": args.precision, **provenance(args.device.type, args.seed)}

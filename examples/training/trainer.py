@@ -95,14 +95,10 @@ class FiniteCallback(TrainerCallback):
             raise FloatingPointError(f"The gradient norm of step {state.global_step + 1} is {norm:g}. {REMEDY}")
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        check_metrics(metrics or {}, state.global_step)
-
-
-def check_metrics(metrics: dict[str, float], step: int):
-    """Raise a `FloatingPointError` that names the metrics that are not finite."""
-    broken = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
-    if broken:
-        raise FloatingPointError(f"The evaluation after step {step} is not finite in {', '.join(broken)}.")
+        broken = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
+        if broken:
+            step = state.global_step
+            raise FloatingPointError(f"The evaluation after step {step} is not finite in {', '.join(broken)}.")
 
 
 class FiniteTrainer(Trainer):

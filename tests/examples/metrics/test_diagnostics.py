@@ -78,14 +78,14 @@ def test_a_collapsed_model_is_named(predictions, truths, collapsed, caplog):
         metrics = variety(predictions, truths, "answer", lambda answers: truths.count(answers[0]) / len(truths))
     favorite = max(predictions, key=predictions.count)
     assert metrics == {
-        "eval_different_predictions": len({*predictions}),
-        "eval_most_frequent_share": predictions.count(favorite) / len(predictions),
-        "eval_accuracy_majority": max(map(truths.count, truths)) / len(truths),
-        "eval_collapsed": collapsed,
+        "different_predictions": len({*predictions}),
+        "most_frequent_share": predictions.count(favorite) / len(predictions),
+        "accuracy_majority": max(map(truths.count, truths)) / len(truths),
+        "collapsed": collapsed,
     }
     levels = [record.levelno for record in caplog.records]
     assert levels == [logging.INFO, *[logging.WARNING] * collapsed]
-    assert "eval_accuracy_majority" not in variety(predictions, truths, "caption")
+    assert "accuracy_majority" not in variety(predictions, truths, "caption")
 
 
 BOXES = [[0, 0, 9, 9], [0, 0, 12, 1], [5, 5, 10, 10], [0, 0, 2, 1]]  # areas and widths differ in order
@@ -98,12 +98,12 @@ def test_boxes_by_kind_and_size():
     found = [BOXES[0], BOXES[1], wrong, wrong]
     metrics = accuracy_by_group(evaluate.load(GROUNDING_ACCURACY), found, rows["box"], rows)
     assert metrics == {
-        "eval_accuracy_name": 0.5,
-        "eval_accuracy_place": 0.0,
-        "eval_accuracy_size": 1.0,
-        "eval_accuracy_smallest": 0.5,  # thirds of the four boxes by area: 3, 1; 2; 0
-        "eval_accuracy_medium": 0.0,
-        "eval_accuracy_largest": 1.0,
+        "accuracy_name": 0.5,
+        "accuracy_place": 0.0,
+        "accuracy_size": 1.0,
+        "accuracy_smallest": 0.5,  # thirds of the four boxes by area: 3, 1; 2; 0
+        "accuracy_medium": 0.0,
+        "accuracy_largest": 1.0,
     }
 
 
@@ -115,5 +115,5 @@ def test_answers_by_kind_and_by_the_size_of_what_is_there():
         evaluate.load(VQA_ACCURACY), ["owl", "no", "bat", "2"], [["owl"], ["yes"], ["cat"], ["2"]], rows
     )
     scores = {"name": 0.5, "size": 0.0, "smallest": 0.0, "medium": 1.0}
-    assert metrics == {f"eval_accuracy_{name}": score for name, score in scores.items()}
+    assert metrics == {f"accuracy_{name}": score for name, score in scores.items()}
     assert groups_of(Dataset.from_dict({"kind": [None] * 4, "region": [None] * 4})) == {}

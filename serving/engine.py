@@ -234,12 +234,9 @@ class Engine:
 
 class Batcher:
     """
-    Queue of items. A batch is what arrived while the previous one was computed, so an idle model does not wait.
-
-    Args:
-        compute: Function of items of one `kind` that returns a result or an exception for each. It runs in another
-            thread, one batch at a time.
-        max_size (`int`): Maximum number of items in a batch.
+    Queue of items. A batch, of at most `max_size` items, is what arrived while the previous one was computed, so an
+    idle model does not wait. `compute` runs in another thread, one batch at a time, and returns a result or an
+    exception for each item of one `kind`.
     """
 
     def __init__(self, compute: Callable[[list], list], max_size: int):

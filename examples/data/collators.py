@@ -185,13 +185,9 @@ class PretrainingCollator(RetrievalCollator):
     """
     Collator from rows with `image`, `image_id` and `caption` to inputs of [`TripsForPreTraining`].
 
+    It adds inputs of masked language modeling (`masks_words`) and of prefix language modeling (`cuts_captions`).
     `seed` and the batch's rows determine masked words and cuts, independently of resuming and of the number of
     workers. Of the words, 15% are masked: 80% of them become [MASK], 10% another word, and 10% stay.
-
-    Args:
-        masks_words, cuts_captions (`bool`, *optional*, defaults to `True`): whether to add inputs of masked language
-            modeling, and of prefix language modeling.
-        seed (`int`, *optional*, defaults to 0)
     """
 
     masks_words: bool = True

@@ -131,18 +131,10 @@ def find_shards(
     patterns: Sequence[str], image_root: str | None = None, option: str = "--train_shards"
 ) -> list[TarShard | FileShard]:
     """
-    Return the shards that match patterns, in order.
-
-    Args:
-        patterns (`Sequence[str]`): paths or URLs of tar files (`.tar`, `.tar.gz`), or paths of files with rows
-            (`.jsonl`, `.json`, `.csv`, `.parquet`), with braces as in `cc3m-{000..331}.tar`, or with `*`. The
-            webdataset library opens remote files: `https://...`, `s3://...`, or `pipe:command`.
-        image_root (`str`, *optional*): folder that image paths in rows are relative to. Default: the folder of the
-            file.
-        option (`str`, *optional*, defaults to `"--train_shards"`): name of the option in error messages.
-
-    Raises:
-        FileNotFoundError: A path does not exist.
+    Return the shards that match patterns, in order: paths or URLs of tar files (`.tar`, `.tar.gz`), or paths of files
+    with rows, with braces as in `cc3m-{000..331}.tar`, or with `*`. The webdataset library opens remote files:
+    `https://...`, `s3://...`, or `pipe:command`. Image paths in rows are relative to `image_root`, or else to the
+    folder of the file. A `FileNotFoundError` for a path that does not exist names the `option`.
     """
     from webdataset.shardlists import expand_urls
 

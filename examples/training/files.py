@@ -62,12 +62,8 @@ def _image_names(row: dict) -> dict:
 
 def plot_training(history: list[dict], path: Path, unpruned_steps: int = 0):
     """
-    Draw the training loss and the first metric of the evaluations over steps, and where pruning begins.
-
-    Args:
-        history (`list[dict]`): Entries as in `TrainerState.log_history`, with `step` and `loss` or `eval_...`.
-        path (`Path`): File to write; its suffix sets the format.
-        unpruned_steps (`int`, *optional*, defaults to 0): First steps that ran unpruned.
+    Draw the training loss and the first metric of the evaluations over steps, from `TrainerState.log_history`, and
+    where pruning begins, after `unpruned_steps`.
     """
     from matplotlib.figure import Figure  # slow to import
 

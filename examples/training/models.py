@@ -113,16 +113,9 @@ def load_start(
     args: ModelArguments, scene_size: int | None = None, **task_fields
 ) -> tuple[TripsConfig, TripsProcessor | None]:
     """
-    Check the options of the initial model before data are read.
-
-    Args:
-        args (`ModelArguments`): Options.
-        scene_size (`int`, *optional*): Side of the images of a model from scratch in pixels if `args` has none.
-        task_fields: Fields of `TripsConfig` that the task sets.
-
-    Returns:
-        The configuration, and the processor; None for a model from scratch without `--tokenizer`, whose tokenizer
-        [`train_processor`] trains.
+    Return the configuration and the processor of the initial model, before data are read. There is no processor for a
+    model from scratch without `--tokenizer`, whose tokenizer [`train_processor`] trains. `scene_size` is the side of
+    its images in pixels if `args` has none.
 
     Raises:
         `ValueError`, `OSError`: The options do not fit, or the checkpoint or tokenizer does not exist.
@@ -252,12 +245,9 @@ def _set_ends(config: TripsConfig, tokenizer: PreTrainedTokenizerBase):
 
 def log_costs(config: TripsConfig, texts_per_image: float, text_length: int):
     """
-    Log what the schedule costs. Warn if it takes clearly more operations than the unpruned model, and name a cheaper
-    one: scores of the text in an early layer make the layers behind it compute each image once per text.
-
-    Args:
-        config (`TripsConfig`): Configuration of the initial model.
-        texts_per_image (`float`), text_length (`int`): Texts that share an image in a batch, and their tokens.
+    Log what the schedule costs with texts of `text_length` tokens, of which `texts_per_image` share an image in a
+    batch. Warn if it takes clearly more operations than the unpruned model, and name a cheaper one: scores of the text
+    in an early layer make the layers behind it compute each image once per text.
     """
     schedule = config.vision_config.schedule
     if not schedule.layers:

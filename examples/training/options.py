@@ -213,13 +213,8 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
 class Parser(HfArgumentParser):
     """
     Parser of the options in dataclasses, which guesses no abbreviated ones. With [`RunOptions`] among them, the script
-    also takes the options of Transformers' `TrainingArguments`, which `parse_arguments` reads.
-
-    Args:
-        classes (`type`): Dataclasses, one object of each is returned.
-        description (`str`): Text above the options.
-        task (`str`, *optional*): Task of the [`recipe`] that sets the defaults of runs on own data.
-        defaults: Defaults that override those of the classes.
+    also takes the options of Transformers' `TrainingArguments`, which `parse_arguments` reads. `task` names the
+    [`recipe`] that sets the defaults of runs on own data; `defaults` override those of the classes.
     """
 
     def __init__(self, *classes: type, description: str, task: str | None = None, **defaults):

@@ -89,12 +89,7 @@ def parse_arguments(parser: Parser, argv: list[str] | None = None) -> tuple[Any,
     Parse the options of a training script, with Transformers' own: one object per class of the parser, in the place of
     [`RunOptions`] or [`TrainingOptions`] a [`RunArguments`] or [`TripsTrainingArguments`], which must be the last. Set
     up logging and the seed. A training run locks its output folder until `train_and_evaluate` or the process ends, and
-    finds the checkpoint to resume from.
-
-    Raises:
-        BlockingIOError: Another process trains in the output folder.
-        OSError: The output folder is not writable.
-        ValueError: As in `checkpoint_to_resume`.
+    finds the checkpoint to resume from. A `BlockingIOError` is raised if another process trains in the folder.
     """
     full: dict[type, type] = {RunOptions: RunArguments, TrainingOptions: TripsTrainingArguments}
     classes = [full.get(each, each) for each in parser.classes]
@@ -132,11 +127,8 @@ def _unlock_output(output_dir: str):
 def checkpoint_to_resume(args: RunArguments) -> str | None:
     """
     Return the folder of `--resume_from_checkpoint`: a path, or `last` for the latest complete checkpoint in
-    `output_dir`. A killed run or a full disk can leave an incomplete checkpoint.
-
-    Raises:
-        ValueError: The named checkpoint is incomplete; there is none for `last`; or `output_dir` has checkpoints but
-            `--resume_from_checkpoint` is not given.
+    `output_dir`. A killed run or a full disk can leave an incomplete one, which a path must not name. Without the
+    option, a `ValueError` is raised if `output_dir` has checkpoints.
     """
     wanted = args.resume_from_checkpoint
     folders = [Path(folder) for folder in reversed(sort_checkpoints(args.output_dir))]  # latest first

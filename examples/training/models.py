@@ -65,7 +65,6 @@ def start_run(
     texts, in this order. The log says what the model starts from, and what its schedule costs.
 
     Args:
-        model_class (`type[TripsPreTrainedModel]`): Class of the task's model.
         load (`Callable`, *optional*): Function of data and training arguments, configuration and processor that
             returns the splits. Those that are no `Dataset` are not checked. Default: `load_data`.
         group_size (`int`, *optional*): Texts of an image that share a computation. Default: `texts_per_image`.

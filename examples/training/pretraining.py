@@ -105,10 +105,6 @@ class PretrainingTrainer(RetrievalTrainer):
     [`RetrievalTrainer`] for [`TripsForPreTraining`]. Checkpoints include the teacher with its queues
     (`momentum.safetensors`) and, for streams, the state of each process's loader (`stream_0.json`, ...). A resumed run
     ends with the same weights as an uninterrupted one.
-
-    Args:
-        task_args ([`PretrainingArguments`]): Options of pre-training.
-        train_dataset (`datasets.Dataset` or [`PairStream`]): Training data.
     """
 
     task_args: PretrainingArguments

@@ -35,13 +35,7 @@ def write_rankings(folder: str | Path, dataset: Dataset, rankings: dict[str, Ran
 
 
 class RetrievalTrainer(ImageGroupedTrainer):
-    """
-    Trainer that evaluates retrieval, also during training.
-
-    Args:
-        task_args ([`RetrievalArguments`]): Options of reranking.
-        args, kwargs: As in [`ImageGroupedTrainer`].
-    """
+    """Trainer that evaluates retrieval, also during training. `task_args` has the options of reranking."""
 
     logged_losses: tuple[str, ...] = ("itc_loss", "itm_loss", "selection_loss")
 

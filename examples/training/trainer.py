@@ -104,11 +104,8 @@ class FiniteCallback(TrainerCallback):
 class FiniteTrainer(Trainer):
     """
     `Trainer` whose processes all stop at the first loss, gradient or metric that is not finite, and that trains no
-    step more when it resumes from the last one. Batches may name their rows as `sources`.
-
-    Args:
-        data (`Mapping[str, Dataset]`): The splits `"train"`, `"validation"` and `"test"`, or some of them.
-        args, kwargs: As in `Trainer`.
+    step more when it resumes from the last one. `data` has the splits `"train"`, `"validation"` and `"test"`, or some
+    of them. Batches may name their rows as `sources`.
     """
 
     def __init__(self, *args, data: Mapping[str, Any], **kwargs):
@@ -141,13 +138,9 @@ class FiniteTrainer(Trainer):
 
 class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
     """
-    `Seq2SeqTrainer` that samples the texts of an image together, may have a collator of its own for training, logs the
-    parts of the loss (`logged_losses`), and evaluates each row once. Parameters without a gradient are frozen, for
-    data parallelism.
-
-    Args:
-        train_collator ([`ImageBatchCollator`], *optional*): Collator of training. Default: `data_collator`.
-        args, kwargs: As in [`FiniteTrainer`].
+    `Seq2SeqTrainer` that samples the texts of an image together, may have a collator of its own for training
+    (`train_collator`), logs the parts of the loss (`logged_losses`), and evaluates each row once. Parameters without a
+    gradient are frozen, for data parallelism.
     """
 
     logged_losses: tuple[str, ...] = ("selection_loss", "attention_loss")

@@ -21,29 +21,15 @@ from trips_examples.training.options import config_fields, make_parser, run_scri
 
 @dataclass
 class ConvertArguments:
-    checkpoint: str = field(
-        metadata={
-            "help": "ALBEF's file (.pth, or its weights as .safetensors); name on the Hub or folder of a BLIP or ViLT."
-        }
-    )
+    checkpoint: str = field(metadata={"help": "ALBEF's file (.pth, .safetensors); name or folder of a BLIP or ViLT."})
     output_dir: str = field(metadata={"help": "Folder to write. It must not exist yet."})
-    task: str | None = option(
-        None, "ALBEF: pretraining, retrieval or question-answering. Default: what it was trained for."
-    )
+    task: str | None = option(None, "ALBEF: pretraining, retrieval or question-answering. Default: its own.")
     tokenizer: str | None = option(None, "Default: bert-base-uncased for ALBEF, the checkpoint's own for the others.")
     image_size: int | None = option(None, "Height and width in pixels. Default: the checkpoint's.")
-    num_attention_heads: int | None = option(
-        None, "Of ALBEF, whose file does not tell. Default: as many as are 64 wide."
-    )
-    selection_layers: list[int] | None = option(
-        None, "ViT layers that select patches, numbered from 1: --selection_layers 5 10"
-    )
-    keep_rate: list[float] | None = option(
-        None, "Share of the tokens kept: one rate, or one per layer. 1.0: no selection."
-    )
-    selection_guidance: list[str] | None = option(
-        None, "What selects: text, image or random; one, or one per selection layer, as in image text."
-    )
+    num_attention_heads: int | None = option(None, "Of ALBEF, whose file does not tell. Default: of 64 features each.")
+    selection_layers: list[int] | None = option(None, "Vision layers that select patches, numbered from 1: 5 10.")
+    keep_rate: list[float] | None = option(None, "Share of tokens kept, also one per layer. 1.0: unpruned.")
+    selection_guidance: list[str] | None = option(None, "Scorer, also one per layer: text, image or random.")
 
     def __post_init__(self):
         if Path(self.output_dir).exists():

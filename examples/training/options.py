@@ -32,9 +32,7 @@ CONFIG_FIELDS |= {"fusion_type", "itc_weight", "itm_weight", "mlm_weight", "pref
 class ModelArguments:
     """Options of the initial weights and of the patch selection."""
 
-    model: str | None = option(
-        None, "TRIPS checkpoint of any task. Default: pretrained towers for own data, else from scratch."
-    )
+    model: str | None = option(None, "TRIPS checkpoint. Default: pretrained towers for own data, else from scratch.")
     vision_model_name_or_path: str | None = option(None, "ViT, DeiT, CLIP or DINOv2; also needs a text model.")
     text_model_name_or_path: str | None = option(None, "BERT, MiniLM or RoBERTa for text, fusion and decoder.")
     num_fusion_layers: int | None = option(None, "Fusion layers. Default: half of the text encoder, or 6 new.")

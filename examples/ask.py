@@ -27,7 +27,7 @@ QUESTIONS = [
 @dataclass
 class AskArguments:
     model: str = option(str(CHECKPOINT), "Checkpoint that answers questions: a folder, or a name on the Hub.")
-    image: str = option(str(SCENE), "An image. Default: a busy scene of the test split.")
+    image: str = option(str(SCENE), "An image: a path or URL. Default: a busy scene of the test split.")
     question: list[str] = option(QUESTIONS, "One or more questions.")
     picture: str = option("outputs/kept_patches.png", "Drawing of the kept patches.")
 

@@ -38,8 +38,8 @@ SUFFIXES = {".jpeg", ".jpg", ".png", ".webp"}
 MAX_WORDS = 4
 HELD_OUT = {"validation": 0.2, "test": 0.1}  # share of the names
 
-NUM_THINGS = (2, 9)  # in a scene
-SMALLEST, LARGEST = 0.14, 0.5  # longer side of an image, as a share of the scene's side
+NUM_THINGS = (2, 4)  # in a scene
+SMALLEST, LARGEST = 0.2, 0.5  # longer side of an image, as a share of the scene's side
 NUM_TRIES = 60  # attempts to find a free place before the image is made smaller
 CLEARLY_LARGER = 1.7  # smallest ratio of areas
 # The axis of each relation, and the direction from the reference to the object on that axis.
@@ -57,7 +57,7 @@ class SceneArguments:
     validation_scenes: int = field(default=300, metadata={"help": "Number of validation scenes."})
     test_scenes: int = field(default=800, metadata={"help": "Number of test scenes."})
     names: int = field(
-        default=60, metadata={"help": "Names that occur, in all splits. 0: all, each in one split alone."}
+        default=20, metadata={"help": "Names that occur, in all splits. 0: all, each in one split alone."}
     )
     side: int = field(default=112, metadata={"help": "Height and width of the scenes in pixels."})
     seed: int = field(default=0, metadata={"help": "Seed of the scenes."})

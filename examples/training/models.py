@@ -85,12 +85,13 @@ def start_run(
     model = make_model(model_class, model_args, config, processor)
     logger.info(
         "Start: %s, %.1f million parameters; images %s to %s; %d texts per step and process, up to %d of an image; "
-        "learning rate %g (towers: %s)",
+        "learning rate %g (towers: %s); %s",
         *(model_args.start, model.num_parameters() / 1e6),
         "x".join(f"{median(sides):g}" for sides in reversed([*zip(*sizes)])),
         "x".join(map(str, reversed(dict(processor.image_processor.size).values()))),
         *(training_args.per_device_train_batch_size, training_args.texts_per_image, training_args.learning_rate),
         training_args.tower_learning_rate or "the same",
+        training_args.precision,
     )
     if rows is not None:
         texts = group_size or training_args.texts_per_image

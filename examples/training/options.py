@@ -95,7 +95,7 @@ class RunOptions:
     lr_scheduler_type: str = option("cosine", "Learning rate schedule.")
     warmup_steps: float = option(0.1, "Warm-up steps; below 1, their share of all steps.")
     weight_decay: float = option(0.0, "Weight decay, except for biases and norms.")
-    bf16: bool = option(False, "Train in bf16 mixed precision. Default: float32.")
+    bf16: bool | None = option(False, "Train in bf16 mixed precision. On own data: if the device has it.")
     seed: int = option(42, "Seed of weights, order of the rows, and draws.")
     logging_steps: float = option(0.05, "Log every N steps; below 1, a share of all steps.")
     save_steps: float = option(500, "Save a checkpoint every N steps.")
@@ -223,7 +223,7 @@ class Parser(HfArgumentParser):
         self.set_defaults(**defaults)
         of_recipe = recipe(task, {"train_file": None})
         for action in self._actions:
-            if action.dest in of_recipe:
+            if of_recipe.get(action.dest) is not None:
                 action.help += f" On own data, without a start: {of_recipe[action.dest]}."
         if self.trains:
             self.add_argument("--help_all", action="help", help="Show the options of Transformers' Trainer, too.")

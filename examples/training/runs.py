@@ -42,6 +42,8 @@ class RunArguments(RunOptions, TrainingArguments):
 
     def __post_init__(self):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and computes_in_bf16(self.use_cpu)
         super().__post_init__()
         TrainingArguments.__post_init__(self)
 
@@ -72,6 +74,13 @@ class TripsTrainingArguments(TrainingOptions, RunArguments, Seq2SeqTrainingArgum
         if self.eval_steps is None and self.logging_steps < 1:
             self.eval_steps = self.save_steps  # evaluations are slower than logging
         super().__post_init__()
+
+
+def computes_in_bf16(on_cpu: bool) -> bool:
+    """Return whether the processor, or else the accelerator, has instructions for products in bfloat16."""
+    if on_cpu:
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

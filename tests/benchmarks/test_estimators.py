@@ -1,0 +1,44 @@
+"""`benchmarks/estimators.py`: other estimators in the place of the gate."""
+
+import math
+from itertools import permutations
+
+import pytest
+import torch
+from estimators import Gumbel, Perturbed, Reinforce
+
+
+SCORES = torch.tensor([[0.5, 0.3, 0.2]])
+
+
+def test_a_drawn_patch_is_weighted_by_one_with_the_gradient_of_its_share():
+    scores = SCORES.clone().requires_grad_()
+    estimator, tokens = Gumbel(1.0), torch.ones(1, 4, 2)
+    choice = estimator.choose(scores, 1 / 3)
+    states = estimator.shorten(tokens, scores, choice, fuse=False)
+    assert torch.equal(states, torch.ones(1, 2, 2))
+    states[:, 1].sum().backward()  # two values of the kept patch, whose share falls with the other scores
+    (kept,) = choice.kept[0].tolist()
+    assert [value > 0 for value in scores.grad[0].tolist()] == [place == kept for place in range(3)]
+
+
+def test_the_log_probability_of_a_draw_is_that_of_drawing_without_repetition():
+    for order in permutations(range(3), 2):
+        estimator = Reinforce(1.0)
+        estimator.noisy = torch.zeros(1, 3).scatter(1, torch.tensor([order]), torch.tensor([[2.0, 1.0]]))
+        estimator.kept = torch.tensor([sorted(order)])
+        first, second = (SCORES[0, place].item() for place in order)
+        expected = math.log(first * second / (1 - first))
+        assert estimator.log_probability(SCORES).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_patches_of_a_perturbed_choice_have_the_gradient_of_their_mean():
+    torch.manual_seed(0)
+    scores = torch.full((400, 2), 0.5, requires_grad=True)
+    estimator, tokens = Perturbed(1.0), torch.tensor([[[0.0], [1.0], [0.0]]]).expand(400, -1, -1)
+    states = estimator.shorten(tokens, scores, estimator.choose(scores, 0.5), fuse=False)
+    assert states[:, 1].mean().item() == pytest.approx(0.5, abs=0.02)
+    states[:, 1].sum().backward()
+    # The first patch wins where log(a / b) exceeds a normal variable of variance 2; a is 0.5.
+    slope = 1 / math.sqrt(4 * math.pi) / 0.5
+    assert scores.grad.mean(dim=0).tolist() == pytest.approx([slope, -slope], rel=0.1)

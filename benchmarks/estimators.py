@@ -27,7 +27,7 @@ from torch import nn
 from modeling_trips import TripsForQuestionAnswering, modeling_trips_vision
 from modeling_trips.patch_selection import Choice, keep_topk, log_scores, num_kept_tokens
 from trips_examples import run_vqa
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.options import make_parser, run_script
 from trips_examples.training.trainer import ImageGroupedTrainer
 
 

@@ -7,7 +7,7 @@ import torch
 
 from modeling_trips.inspection.provenance import provenance
 from trips_examples.training.files import write_json
-from trips_examples.training.parser import make_parser
+from trips_examples.training.options import make_parser
 
 
 @dataclass(kw_only=True)

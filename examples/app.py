@@ -6,8 +6,6 @@ beside the same weights at keep rate 1.0. Needs the extra `app`.
     python examples/app.py --model demo/model     # any checkpoint that answers questions, or its name on the Hub
 """
 
-import trips_examples  # noqa: F401  # isort: skip
-
 import os
 
 
@@ -19,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trips_examples.data.source import option
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.options import make_parser, run_script
 
 
 @dataclass
@@ -33,9 +31,7 @@ class AppArguments:
     port: int | None = option(None, "Default: the first free one from 7860.")
 
 
-OPTIONS = make_parser(AppArguments, description=__doc__)
-if __name__ == "__main__":
-    OPTIONS.check()  # before the imports that take seconds
+OPTIONS = make_parser(AppArguments, description=__doc__, script=__name__)
 
 import math
 from collections.abc import Sequence

@@ -7,13 +7,11 @@ Ask a trained model about an image, draw the patches that it keeps, and compare 
     python examples/ask.py --model demo/model                   # after `make demo`
 """
 
-import trips_examples  # noqa: F401  # isort: skip
-
 from dataclasses import dataclass
 from pathlib import Path
 
 from trips_examples.data.source import option
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.options import make_parser, run_script
 
 
 CHECKPOINT = Path(__file__).parent / "trips-tiny-scenes"
@@ -29,18 +27,12 @@ QUESTIONS = [
 @dataclass
 class AskArguments:
     model: str = option(str(CHECKPOINT), "Checkpoint that answers questions: a folder, or a name on the Hub.")
-    image: str = option(str(SCENE), "An image. Default: a busy scene of the test split.")
+    image: str = option(str(SCENE), "An image: a path or URL. Default: a busy scene of the test split.")
     question: list[str] = option(QUESTIONS, "One or more questions.")
     picture: str = option("outputs/kept_patches.png", "Drawing of the kept patches.")
 
-    def check_files(self):
-        if not Path(self.image).is_file():
-            raise FileNotFoundError(f"--image {self.image}: there is no such file.")
 
-
-OPTIONS = make_parser(AskArguments, description=__doc__)
-if __name__ == "__main__":
-    OPTIONS.check()  # before the imports that take seconds
+OPTIONS = make_parser(AskArguments, description=__doc__, script=__name__)
 
 import statistics
 
@@ -102,12 +94,12 @@ def draw_selection(
 
 
 @torch.no_grad()
-def print_times(model: TripsForQuestionAnswering, inputs: dict, is_compared: bool):
-    """Print the median time of a forward pass of 1 and 64 images and, if it is compared, at keep rate 1.0."""
+def print_times(model: TripsForQuestionAnswering, inputs: dict):
+    """Print the median time of a forward pass of 1 and 64 images and, of a pruned model, at keep rate 1.0."""
     for num_images in (1, 64):
         batch = {name: tensor.repeat_interleave(num_images, dim=0) for name, tensor in inputs.items()}
         steps = {"own": lambda batch=batch: model.model(**batch)}
-        if is_compared:
+        if model.config.vision_config.schedule.layers:
             steps["unpruned"] = lambda batch=batch: model.model(**batch, schedule=UNPRUNED)
         times = seconds_in_turns(steps, warmup=2, repeats=9)
         seconds, *others = (statistics.median(all_times) for all_times in times.values())
@@ -141,7 +133,7 @@ def main(argv: list[str] | None = None):
         )
         draw_selection(model, processor, image, args.question, [best["answer"] for best in found], args.picture)
         print(f"It keeps {', '.join(rates)}. Which patches: {args.picture}")
-    print_times(model, processor(images=image, text=args.question[0], return_tensors="pt"), bool(schedule))
+    print_times(model, processor(images=image, text=args.question[0], return_tensors="pt"))
 
 
 if __name__ == "__main__":

@@ -9,14 +9,11 @@ Give the options of the data and of the model that the training script gets. Fau
 are the rows that training stops at, or leaves out with --skip_bad_rows. The exit code is 1 if there are faults.
 """
 
-import trips_examples  # noqa: F401  # isort: skip
-
 import sys
 from dataclasses import asdict, dataclass, field
 
 from trips_examples.data.source import option
-from trips_examples.training.options import DataArguments, ModelArguments
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.options import DataArguments, ModelArguments, make_parser, run_script
 
 
 MAX_SHOWN = 20  # faults to print
@@ -28,18 +25,15 @@ class CheckArguments:
     output_json: str | None = option(None, "JSON file for the report.")
 
 
-OPTIONS = make_parser(CheckArguments, ModelArguments, DataArguments, description=__doc__)
-if __name__ == "__main__":
-    OPTIONS.check()  # before the imports that take seconds
+OPTIONS = make_parser(CheckArguments, ModelArguments, DataArguments, description=__doc__, script=__name__)
 
 from collections import Counter
 from itertools import chain
 
-from datasets import Dataset, DatasetDict
+from datasets import DatasetDict
 
-from trips_examples.data.checking import check_fit
-from trips_examples.data.images import column_of
-from trips_examples.data.loading import load_task_dataset
+from trips_examples.data.images import column_of, texts_of_column
+from trips_examples.data.loading import check_fit, load_task_dataset
 from trips_examples.data.tasks import TASKS, Fault
 from trips_examples.training.files import write_json
 from trips_examples.training.models import load_start, train_processor
@@ -59,7 +53,8 @@ def check(name: str, model_args: ModelArguments, data_args: DataArguments) -> di
         processor = processor or train_processor(config, data_args.vocabulary(usable, *task.texts))
     for rows in usable.values() if processor is not None else ():
         faults += check_fit(rows, name, processor).values()
-    images = {split: image_ids(rows) for split, rows in data.items()}
+    column = "image_ids" if task.has_two_images else "image_id"
+    images = {split: set(texts_of_column(rows, column)) for split, rows in data.items()}
     shared = sum(count > 1 for count in Counter(chain.from_iterable(images.values())).values())
     texts = {split: set(column_of(rows, task.text)) for split, rows in data.items()}
     return {
@@ -72,12 +67,6 @@ def check(name: str, model_args: ModelArguments, data_args: DataArguments) -> di
         "reasons": dict(Counter(fault.reason for fault in faults).most_common()),
         "faults": [asdict(fault) for fault in faults],
     }
-
-
-def image_ids(rows: Dataset) -> set[str]:
-    if "image_id" in rows.column_names:
-        return set(column_of(rows, "image_id"))
-    return set(chain.from_iterable(column_of(rows, "image_ids")))
 
 
 def print_report(report: dict):

@@ -12,44 +12,24 @@ single stream, from which every head starts but those of retrieval and pre-train
 by name; anything else is an error.
 """
 
-import trips_examples  # noqa: F401  # isort: skip
-
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from trips_examples.data.source import option
-from trips_examples.training.options import one_or_several
-from trips_examples.training.parser import make_parser, run_script
-
-
-PER_LAYER = ("keep_rate", "selection_guidance")  # one for all selection layers, or one per layer
+from trips_examples.training.options import config_fields, make_parser, run_script
 
 
 @dataclass
 class ConvertArguments:
-    checkpoint: str = field(
-        metadata={
-            "help": "ALBEF's file (.pth, or its weights as .safetensors); name on the Hub or folder of a BLIP or ViLT."
-        }
-    )
+    checkpoint: str = field(metadata={"help": "ALBEF's file (.pth, .safetensors); name or folder of a BLIP or ViLT."})
     output_dir: str = field(metadata={"help": "Folder to write. It must not exist yet."})
-    task: str | None = option(
-        None, "ALBEF: pretraining, retrieval or question-answering. Default: what it was trained for."
-    )
+    task: str | None = option(None, "ALBEF: pretraining, retrieval or question-answering. Default: its own.")
     tokenizer: str | None = option(None, "Default: bert-base-uncased for ALBEF, the checkpoint's own for the others.")
     image_size: int | None = option(None, "Height and width in pixels. Default: the checkpoint's.")
-    num_attention_heads: int | None = option(
-        None, "Of ALBEF, whose file does not tell. Default: as many as are 64 wide."
-    )
-    selection_layers: list[int] | None = option(
-        None, "ViT layers that select patches, numbered from 1: --selection_layers 5 10"
-    )
-    keep_rate: list[float] | None = option(
-        None, "Share of the tokens kept: one rate, or one per layer. 1.0: no selection."
-    )
-    selection_guidance: list[str] | None = option(
-        None, "What selects: text, image or random; one, or one per selection layer, as in image text."
-    )
+    num_attention_heads: int | None = option(None, "Of ALBEF, whose file does not tell. Default: of 64 features each.")
+    selection_layers: list[int] | None = option(None, "Vision layers that select patches, numbered from 1: 5 10.")
+    keep_rate: list[float] | None = option(None, "Share of tokens kept, also one per layer. 1.0: unpruned.")
+    selection_guidance: list[str] | None = option(None, "Scorer, also one per layer: text, image or random.")
 
     def __post_init__(self):
         if Path(self.output_dir).exists():
@@ -60,14 +40,11 @@ class ConvertArguments:
 
     def options(self) -> dict:
         """Return the given options of `convert_published`."""
-        fields = {name: value for name, value in vars(self).items() if value is not None}
-        del fields["checkpoint"], fields["output_dir"]
-        return fields | {name: one_or_several(fields[name]) for name in PER_LAYER if name in fields}
+        others = ("task", "tokenizer", "image_size", "num_attention_heads")
+        return config_fields(self) | {name: value for name in others if (value := getattr(self, name)) is not None}
 
 
-OPTIONS = make_parser(ConvertArguments, description=__doc__)
-if __name__ == "__main__":
-    OPTIONS.check()  # before the imports that take seconds
+OPTIONS = make_parser(ConvertArguments, description=__doc__, script=__name__)
 
 import json
 

@@ -16,13 +16,11 @@ is written to --output_json as soon as it is there; rows of these settings are n
 Public benchmarks run in lmms-eval, which knows these models as `trips_vlm`.
 """
 
-import trips_examples  # noqa: F401  # isort: skip
-
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from trips_examples.data.source import option
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.options import make_parser, run_script
 
 
 UNPRUNED = "unpruned"
@@ -58,9 +56,7 @@ class EvaluationArguments:
             raise ValueError(f"--visual_tokens, --batch_size and --limit must be at least 1, got {min(numbers)}.")
 
 
-OPTIONS = make_parser(EvaluationArguments, description=__doc__)
-if __name__ == "__main__":
-    OPTIONS.check()  # before the imports that take seconds
+OPTIONS = make_parser(EvaluationArguments, description=__doc__, script=__name__)
 
 import json
 import math
@@ -75,9 +71,9 @@ from transformers import AutoConfig, set_seed
 from modeling_trips.hosts import TextGuide
 from modeling_trips.inspection.provenance import provenance
 from trips_examples.data.images import column_of, read_image
-from trips_examples.data.loading import DataSource, load_task_dataset
+from trips_examples.data.loading import DataArguments, load_task_dataset
 from trips_examples.lmms.generation import VisionLanguageModel, question_about
-from trips_examples.metrics.texts import variety
+from trips_examples.metrics.diagnostics import variety
 from trips_examples.metrics.vqa_accuracy import answer_score, most_common_answer, normalize_answer
 from trips_examples.training.files import write_json
 
@@ -108,7 +104,7 @@ def model_arguments(selection: str, visual_tokens: int | None, keep_rate: float,
 
 def load_questions(args: EvaluationArguments) -> tuple[str, Dataset]:
     """Return the questions of `--validation_file`, at most `--limit`, and their name, which changes with them."""
-    source = DataSource(validation_file=args.validation_file, image_root=args.image_root)
+    source = DataArguments(validation_file=args.validation_file, image_root=args.image_root)
     data = load_task_dataset("vqa", source)["validation"]
     data = data if args.limit is None else data.take(min(args.limit, len(data)))
     columns = [column_of(data, name) for name in ("source", "image_id", "question", "answers")]
@@ -132,8 +128,7 @@ def scores_of(vlm: VisionLanguageModel, questions: Dataset, args: EvaluationArgu
     truths = [most_common_answer(each) for each in references]
     varied = variety([*map(normalize_answer, answers)], truths, "answer", lambda texts: mean(scores(texts)))
     error = {"score_error": stdev(found) / math.sqrt(count)} if count > 1 else {}
-    named = {name.removeprefix("eval_"): value for name, value in varied.items()}
-    return {"score": mean(found), **error, "num_samples": count, **named}
+    return {"score": mean(found), **error, "num_samples": count, **varied}
 
 
 def evaluate(selection: dict, questions: Dataset, args: EvaluationArguments) -> dict:

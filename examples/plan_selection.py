@@ -8,12 +8,10 @@ Costs are MACs of text encoder, vision tower and fusion encoder relative to the 
 vision tower among the texts of an image. They are counted, not measured.
 """
 
-import trips_examples  # noqa: F401  # isort: skip
-
 from dataclasses import dataclass
 
 from trips_examples.data.source import option
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.options import make_parser, run_script
 
 
 @dataclass
@@ -31,9 +29,7 @@ class PlanArguments:
             raise ValueError("Give either a --model or a --preset.")
 
 
-OPTIONS = make_parser(PlanArguments, description=__doc__)
-if __name__ == "__main__":
-    OPTIONS.check()  # before the imports that take seconds
+OPTIONS = make_parser(PlanArguments, description=__doc__, script=__name__)
 
 import torch
 

@@ -7,13 +7,11 @@ Publish a trained model on the Hub: weights, processor, code and a model card, i
     python examples/push_to_hub.py --model demo/model --repo_id ada/trips-scenes --license mit --language en
 """
 
-import trips_examples  # noqa: F401  # isort: skip
-
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from trips_examples.data.source import option
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.options import make_parser, run_script
 
 
 FACTS = ("license", "language", "datasets", "eval_dataset", "command")  # for the model card
@@ -38,9 +36,7 @@ class PublishArguments:
             raise ValueError(f"--repo_id {self.repo_id}: give the owner and the name, as in ada/trips-scenes.")
 
 
-OPTIONS = make_parser(PublishArguments, description=__doc__)
-if __name__ == "__main__":
-    OPTIONS.check()  # before the imports that take seconds
+OPTIONS = make_parser(PublishArguments, description=__doc__, script=__name__)
 
 import tempfile
 

@@ -8,32 +8,39 @@ selects patches by the image in early layers, and by the prompt in the last one.
         --image_root images --model pretrained --image_size 384 --learning_rate 1e-5 \
         --per_device_train_batch_size 32 --generation_num_beams 5
 
-The training loop is Transformers' `Seq2SeqTrainer`, whose options are options here. The scores need the extra
-`captioning`, METEOR needs Java.
+The scores need the extra `captioning`, METEOR needs Java.
 """
 
-import trips_examples  # noqa: F401  # isort: skip
-
-from trips_examples.training.options import CaptioningArguments, DataArguments, ModelArguments, TrainingOptions
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.options import (
+    CaptioningArguments,
+    DataArguments,
+    ModelArguments,
+    TrainingOptions,
+    make_parser,
+    run_script,
+)
 
 
 OPTIONS = make_parser(
-    ModelArguments, CaptioningArguments, DataArguments, TrainingOptions, description=__doc__, task="captioning"
+    ModelArguments,
+    CaptioningArguments,
+    DataArguments,
+    TrainingOptions,
+    description=__doc__,
+    script=__name__,
+    task="captioning",
 )
-if __name__ == "__main__":
-    OPTIONS.check()  # before the imports that take seconds
 
 
 import evaluate
-from transformers import EvalPrediction, GenerationConfig
+from transformers import EvalPrediction
 
 from modeling_trips import TripsForConditionalGeneration
 from trips_examples.data.collators import CaptionCollator
 from trips_examples.data.images import one_row_per_image
 from trips_examples.metrics import CAPTION_METRICS
 from trips_examples.metrics.caption_metrics import split_words
-from trips_examples.metrics.texts import lost_signs, variety
+from trips_examples.metrics.diagnostics import lost_signs, variety
 from trips_examples.training.files import texts_of, write_predictions
 from trips_examples.training.models import start_run
 from trips_examples.training.runs import parse_arguments, train_and_evaluate
@@ -48,48 +55,40 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         "length_penalty": task_args.length_penalty,
         "no_repeat_ngram_size": task_args.no_repeat_ngram_size,
     }
-    GenerationConfig(**writing).validate(strict=True)  # before data are read
     # The captions of an image share its prompt, so that each image has one text.
     arguments = model_args, data_args, training_args
     model, processor, data = start_run(TripsForConditionalGeneration, "captions", *arguments, group_size=1)
     lost = lost_signs(data, "caption", processor, split_words)
     longest = training_args.generation_max_length or model.config.decoder_config.max_position_embeddings
     model.generation_config.update(max_new_tokens=longest, max_length=None, **writing)
-    model.generation_config.validate(strict=True)  # with the checkpoint's, and not when it is saved
-    evaluated = {split: one_row_per_image(data[split]) for split in ("validation", "test") if split in data}
-    images = {split: rows for split, (rows, _) in evaluated.items()}
+    model.generation_config.validate(strict=True)  # not when it is saved
+    references = {}
+    for split in data.keys() & {"validation", "test"}:
+        data[split], references[split] = one_row_per_image(data[split])
 
-    def references() -> list[list[str]]:
-        split = "test" if trainer.eval_dataset is images.get("test") else "validation"
-        return evaluated[split][1]
-
-    def scores(prediction: EvalPrediction) -> dict[str, float]:
-        return metric.compute(predictions=texts_of(prediction.predictions, processor), references=references())
+    def metrics_of(prediction: EvalPrediction) -> dict[str, float]:
+        rows, truths = trainer.eval_dataset, references[trainer.split]
+        captions = texts_of(prediction.predictions, processor)
+        scores = metric.compute(predictions=captions, references=truths)
+        if trainer.is_in_train:
+            return scores
+        if trainer.is_world_process_zero():
+            pairs = zip(truths, captions, strict=True)
+            predictions = ({"captions": own_truths, "prediction": caption} for own_truths, caption in pairs)
+            write_predictions(training_args.output_dir, rows, ["source", "image_id"], predictions)
+        varied = variety(captions, [own_truths[0] for own_truths in truths], "caption")
+        return {**scores, **varied, "captions_with_lost_signs": lost[trainer.split], "samples": len(rows)}
 
     trainer = ImageGroupedTrainer(
         model=model,
         args=training_args,
-        train_dataset=data.get("train"),
-        eval_dataset=images.get("validation"),
+        data=data,
         data_collator=CaptionCollator(processor, prompt=task_args.prompt),
         train_collator=CaptionCollator(processor, training=True, prompt=task_args.prompt),
         processing_class=processor,
-        compute_metrics=scores,
+        compute_metrics=metrics_of,
     )
-
-    def evaluate_captions() -> dict[str, float]:
-        output = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
-        captions = texts_of(output.predictions, processor)
-        if trainer.is_world_process_zero():
-            pairs = zip(references(), captions, strict=True)
-            rows = ({"captions": truths, "prediction": caption} for truths, caption in pairs)
-            write_predictions(training_args.output_dir, trainer.eval_dataset, ["source", "image_id"], rows)
-        varied = variety(captions, [truths[0] for truths in references()], "caption")
-        split = "test" if trainer.eval_dataset is images.get("test") else "validation"
-        counts = {"eval_captions_with_lost_signs": lost[split], "eval_samples": len(trainer.eval_dataset)}
-        return {**output.metrics, **varied, **counts}
-
-    return train_and_evaluate(trainer, evaluate_captions, images.get("test"))
+    return train_and_evaluate(trainer)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,17 @@ Train and evaluate TRIPS on visual grounding: the box of what an expression refe
     accelerate launch examples/run_grounding.py --train_file train.jsonl --validation_file val.jsonl \
         --image_root images --model pretrained --image_size 384 --learning_rate 2e-5 \
         --per_device_train_batch_size 32
-
-The training loop is Transformers' `Trainer`, whose options are options here.
 """
 
-import trips_examples  # noqa: F401  # isort: skip
-
-from trips_examples.training.options import DataArguments, GroundingArguments, ModelArguments, TrainingOptions
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.options import (
+    DataArguments,
+    GroundingArguments,
+    ModelArguments,
+    TrainingOptions,
+    config_fields,
+    make_parser,
+    run_script,
+)
 
 
 OPTIONS = make_parser(
@@ -22,17 +25,15 @@ OPTIONS = make_parser(
     DataArguments,
     TrainingOptions,
     description=__doc__,
+    script=__name__,
     task="grounding",
     num_train_epochs=5.0,
     per_device_train_batch_size=64,
     learning_rate=5e-4,
 )
-if __name__ == "__main__":
-    OPTIONS.check()  # before the imports that take seconds
 
-import io
 from collections.abc import Callable
-from functools import cache
+from functools import partial
 from pathlib import Path
 
 import evaluate
@@ -43,22 +44,22 @@ from transformers import EvalPrediction
 
 from modeling_trips import TripsForVisualGrounding, TripsPreTrainedModel, TripsProcessor
 from modeling_trips.inspection import draw_kept_patches
-from trips_examples.data.boxes import draw_boxes, sheet
+from modeling_trips.inspection.files import whole_file
 from trips_examples.data.collators import GroundingCollator
-from trips_examples.data.images import column_of, image_sizes, read_image
+from trips_examples.data.images import column_of, image_size, read_image
 from trips_examples.metrics import GROUNDING_ACCURACY
-from trips_examples.metrics.selection import accuracy_by_group, diagnose_selection
-from trips_examples.training.files import write_predictions, write_whole
+from trips_examples.metrics.diagnostics import accuracy_by_group, diagnose_selection
+from trips_examples.training.files import draw_boxes, sheet, write_predictions
 from trips_examples.training.models import start_run
 from trips_examples.training.runs import parse_arguments, train_and_evaluate
 from trips_examples.training.trainer import ImageGroupedTrainer
 
 
 @torch.inference_mode()
-def image_with_kept_patches(row: dict, text: str, model: TripsPreTrainedModel, processor: TripsProcessor):
+def image_with_kept_patches(row: dict, model: TripsPreTrainedModel, processor: TripsProcessor) -> PIL.Image.Image:
     """Draw the image of a row with faded patches that the last selection layer drops."""
     image = read_image(row)
-    inputs = processor(images=image, text=text, return_tensors="pt").to(model.device)
+    inputs = processor(images=image, text=row["expression"], return_tensors="pt").to(model.device)
     selection = model.base_model(**inputs).selection
     if not selection:
         return image
@@ -77,57 +78,42 @@ def draw_predicted_boxes(
     step = max(1, len(dataset) // num_pictures)
     rows = dataset.select(range(0, len(dataset), step)[:num_pictures])
     pictures = [draw_boxes(image_of(row), row["box"], box) for row, box in zip(rows, boxes[::step])]
-    png = io.BytesIO()
-    sheet(pictures, column_of(rows, "expression")).save(png, "PNG")
-    write_whole(path, png.getvalue())
+    with whole_file(path) as whole:
+        sheet(pictures, column_of(rows, "expression")).save(whole)
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, task_args, data_args, training_args = parse_arguments(OPTIONS, argv)
-    arguments, weights = (model_args, data_args, training_args), task_args.config_overrides()
-    model, processor, data = start_run(TripsForVisualGrounding, "grounding", *arguments, **weights)
+    arguments = model_args, data_args, training_args
+    model, processor, data = start_run(TripsForVisualGrounding, "grounding", *arguments, **config_fields(task_args))
     metric = evaluate.load(GROUNDING_ACCURACY)
 
-    @cache
-    def sizes(split: str) -> list[tuple[int, int]]:
-        of_images = image_sizes(data[split])
-        return [of_images[image_id] for image_id in column_of(data[split], "image_id")]
-
-    def boxes_of(prediction: EvalPrediction) -> list[list[float]]:
-        split = "test" if trainer.eval_dataset is data.get("test") else "validation"
-        return processor.post_process_grounding(torch.from_numpy(prediction.predictions), sizes(split)).tolist()
-
-    def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-        return metric.compute(predictions=boxes_of(prediction), references=column_of(trainer.eval_dataset, "box"))
-
-    trainer = ImageGroupedTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=data.get("train"),
-        eval_dataset=data.get("validation"),
-        data_collator=GroundingCollator(processor),
-        processing_class=processor,
-        compute_metrics=accuracy,
-    )
-
-    def evaluate_boxes() -> dict[str, float]:
-        rows = trainer.eval_dataset
-        output = trainer.predict(rows, metric_key_prefix="eval")
-        boxes = boxes_of(output)
+    def metrics_of(prediction: EvalPrediction) -> dict[str, float]:
+        rows, truths = trainer.eval_dataset, column_of(trainer.eval_dataset, "box")
+        sizes = [image_size(row) for row in rows]
+        boxes = processor.post_process_grounding(torch.from_numpy(prediction.predictions), sizes).tolist()
+        scores = metric.compute(predictions=boxes, references=truths)
+        if trainer.is_in_train:
+            return scores
         if trainer.is_world_process_zero():
             folder = training_args.output_dir
             predictions = ({"prediction": [round(number, 2) for number in box]} for box in boxes)
             write_predictions(folder, rows, ["source", "question_id", "expression", "box"], predictions)
             if task_args.num_pictures:
-
-                def image_of(row: dict) -> PIL.Image.Image:
-                    return image_with_kept_patches(row, row["expression"], model.eval(), processor)
-
+                image_of = partial(image_with_kept_patches, model=model.eval(), processor=processor)
                 draw_predicted_boxes(Path(folder, "predictions.png"), rows, boxes, task_args.num_pictures, image_of)
-        groups = accuracy_by_group(metric, boxes, column_of(rows, "box"), rows)
-        return {**output.metrics, **groups, **diagnose_selection(trainer), "eval_samples": len(rows)}
+        groups = accuracy_by_group(metric, boxes, truths, rows)
+        return {**scores, **groups, **diagnose_selection(trainer), "samples": len(rows)}
 
-    return train_and_evaluate(trainer, evaluate_boxes, data.get("test"))
+    trainer = ImageGroupedTrainer(
+        model=model,
+        args=training_args,
+        data=data,
+        data_collator=GroundingCollator(processor),
+        processing_class=processor,
+        compute_metrics=metrics_of,
+    )
+    return train_and_evaluate(trainer)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,9 @@ Train and evaluate TRIPS on statements about two images: true or false (NLVR2).
     accelerate launch examples/run_nlvr2.py --train_file train.json --validation_file dev.json --image_root images \
         --model pretrained --learning_rate 2e-5 --per_device_train_batch_size 32 \
         --num_train_epochs 10
-
-The training loop is Transformers' `Trainer`, whose options are options here.
 """
 
-import trips_examples  # noqa: F401  # isort: skip
-
-from trips_examples.training.options import DataArguments, ModelArguments, TrainingOptions
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.options import DataArguments, ModelArguments, TrainingOptions, make_parser, run_script
 
 
 OPTIONS = make_parser(
@@ -21,13 +16,15 @@ OPTIONS = make_parser(
     DataArguments,
     TrainingOptions,
     description=__doc__,
+    script=__name__,
     task="nlvr2",
     num_train_epochs=10.0,
     per_device_train_batch_size=64,
     learning_rate=5e-4,
 )
-if __name__ == "__main__":
-    OPTIONS.check()  # before the imports that take seconds
+
+from operator import eq
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -36,16 +33,11 @@ from transformers import EvalPrediction
 from modeling_trips import TripsForImagesAndTextClassification
 from trips_examples.data.collators import Nlvr2Collator
 from trips_examples.data.images import column_of
-from trips_examples.metrics.selection import diagnose_selection
-from trips_examples.metrics.texts import variety
+from trips_examples.metrics.diagnostics import diagnose_selection, variety
 from trips_examples.training.files import write_predictions
 from trips_examples.training.models import start_run
 from trips_examples.training.runs import parse_arguments, train_and_evaluate
 from trips_examples.training.trainer import ImageGroupedTrainer
-
-
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    return {"accuracy": float((prediction.predictions.argmax(axis=-1) == prediction.label_ids).mean())}
 
 
 def judgements_of(logits: np.ndarray) -> list[dict]:
@@ -60,28 +52,28 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model, processor, data = start_run(
         TripsForImagesAndTextClassification, "nlvr2", *arguments, num_images=2, num_labels=2
     )
+
+    def metrics_of(prediction: EvalPrediction) -> dict[str, float]:
+        rows, judgements = trainer.eval_dataset, judgements_of(prediction.predictions)
+        labels, chosen = column_of(rows, "label"), [each["prediction"] for each in judgements]
+        accuracy = {"accuracy": fmean(map(eq, chosen, labels))}
+        if trainer.is_in_train:
+            return accuracy
+        if trainer.is_world_process_zero():
+            columns = ["source", "question_id", "statement", "label"]
+            write_predictions(training_args.output_dir, rows, columns, judgements)
+        varied = variety(chosen, labels, "label", lambda label: labels.count(label[0]) / len(labels))
+        return {**accuracy, **varied, **diagnose_selection(trainer), "samples": len(rows)}
+
     trainer = ImageGroupedTrainer(
         model=model,
         args=training_args,
-        train_dataset=data.get("train"),
-        eval_dataset=data.get("validation"),
+        data=data,
         data_collator=Nlvr2Collator(processor),
         processing_class=processor,
-        compute_metrics=accuracy,
+        compute_metrics=metrics_of,
     )
-
-    def evaluate() -> dict[str, float]:
-        output = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
-        predictions = judgements_of(output.predictions)
-        if trainer.is_world_process_zero():
-            columns = ["source", "question_id", "statement", "label"]
-            write_predictions(training_args.output_dir, trainer.eval_dataset, columns, predictions)
-        labels = column_of(trainer.eval_dataset, "label")
-        chosen = [each["prediction"] for each in predictions]
-        varied = variety(chosen, labels, "label", lambda label: labels.count(label[0]) / len(labels))
-        return {**output.metrics, **varied, **diagnose_selection(trainer), "eval_samples": len(labels)}
-
-    return train_and_evaluate(trainer, evaluate, data.get("test"))
+    return train_and_evaluate(trainer)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,15 @@ Pairs come from files, the Hub or the bundled scenes, as for the other tasks, or
 starts from (`--model`).
 """
 
-import trips_examples  # noqa: F401  # isort: skip
-
-from trips_examples.training.options import ModelArguments, PairArguments, PretrainingArguments, TrainingOptions
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.options import (
+    ModelArguments,
+    PairArguments,
+    PretrainingArguments,
+    TrainingOptions,
+    config_fields,
+    make_parser,
+    run_script,
+)
 
 
 OPTIONS = make_parser(
@@ -27,12 +32,11 @@ OPTIONS = make_parser(
     PairArguments,
     TrainingOptions,
     description=__doc__,
+    script=__name__,
     num_train_epochs=3.0,
     per_device_train_batch_size=48,
     texts_per_image=1,
 )
-if __name__ == "__main__":
-    OPTIONS.check()  # before the imports that take seconds
 
 from modeling_trips import TripsForPreTraining
 from trips_examples.data.collators import PretrainingCollator
@@ -43,7 +47,7 @@ from trips_examples.training.runs import parse_arguments, train_and_evaluate
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, task_args, data_args, training_args = parse_arguments(OPTIONS, argv)
-    arguments, weights = (model_args, data_args, training_args), task_args.config_overrides()
+    arguments, weights = (model_args, data_args, training_args), config_fields(task_args)
     model, processor, data = start_run(TripsForPreTraining, "captions", *arguments, load=load_pairs, **weights)
     collator = PretrainingCollator(
         processor,
@@ -51,18 +55,17 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         cuts_captions=model.config.prefix_lm_weight > 0,
         seed=training_args.seed,
     )
-    if task_args.teacher_start_steps is None and model_args.starts_from_weights:
+    if task_args.teacher_start_steps is None and (model_args.model or model_args.starts_from_parts):
         task_args.teacher_start_steps = 0
     trainer = PretrainingTrainer(
         model=model,
         args=training_args,
         task_args=task_args,
-        train_dataset=data.get("train"),
-        eval_dataset=data.get("validation"),
+        data=data,
         data_collator=collator,
         processing_class=processor,
     )
-    return train_and_evaluate(trainer, trainer.evaluate, data.get("test"))
+    return train_and_evaluate(trainer)
 
 
 if __name__ == "__main__":

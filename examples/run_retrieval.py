@@ -8,14 +8,18 @@ Train and evaluate TRIPS on image-text retrieval: texts find images, images find
 
 Two losses are added: contrast (ITC) of each image and text with all of the batch, of all processes, and matching
 (ITM) on hard negatives, which each process draws from its own part of the batch. Accumulating gradients enlarges
-neither: the loss is then the mean of the losses of smaller batches. The training loop is Transformers' `Trainer`,
-whose options are options here.
+neither: the loss is then the mean of the losses of smaller batches.
 """
 
-import trips_examples  # noqa: F401  # isort: skip
-
-from trips_examples.training.options import DataArguments, ModelArguments, RetrievalArguments, TrainingOptions
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.options import (
+    DataArguments,
+    ModelArguments,
+    RetrievalArguments,
+    TrainingOptions,
+    config_fields,
+    make_parser,
+    run_script,
+)
 
 
 OPTIONS = make_parser(
@@ -24,43 +28,33 @@ OPTIONS = make_parser(
     DataArguments,
     TrainingOptions,
     description=__doc__,
+    script=__name__,
     task="retrieval",
     num_train_epochs=5.0,
     per_device_train_batch_size=48,
     texts_per_image=1,
 )
-if __name__ == "__main__":
-    OPTIONS.check()  # before the imports that take seconds
 
 from modeling_trips import TripsForRetrieval
 from trips_examples.data.collators import RetrievalCollator
 from trips_examples.training.models import start_run
-from trips_examples.training.retrieval import RetrievalTrainer, write_rankings
+from trips_examples.training.retrieval import RetrievalTrainer
 from trips_examples.training.runs import parse_arguments, train_and_evaluate
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, task_args, data_args, training_args = parse_arguments(OPTIONS, argv)
     arguments = model_args, data_args, training_args
-    model, processor, data = start_run(TripsForRetrieval, "captions", *arguments, **task_args.config_overrides())
+    model, processor, data = start_run(TripsForRetrieval, "captions", *arguments, **config_fields(task_args))
     trainer = RetrievalTrainer(
         model=model,
         args=training_args,
         task_args=task_args,
-        train_dataset=data.get("train"),
-        eval_dataset=data.get("validation"),
+        data=data,
         data_collator=RetrievalCollator(processor),
         processing_class=processor,
     )
-
-    def evaluate_search() -> dict[str, float]:
-        metrics, rankings = trainer.search(trainer.eval_dataset)
-        if trainer.is_world_process_zero():
-            write_rankings(training_args.output_dir, trainer.eval_dataset, rankings)
-        samples = {"samples": len(trainer.eval_dataset), "images": len(rankings["i2t"].candidates)}
-        return {f"eval_{name}": value for name, value in {**metrics, **samples}.items()}
-
-    return train_and_evaluate(trainer, evaluate_search, data.get("test"))
+    return train_and_evaluate(trainer)
 
 
 if __name__ == "__main__":

@@ -4,19 +4,12 @@ Train and evaluate TRIPS on visual question answering.
     python examples/run_vqa.py --model examples/trips-tiny-scenes-unpruned --selection_layers 2 \
         --keep_rate 0.1 --selection_gate 0.2 --selection_loss_weight 0          # bundled scenes, from answers alone
     python examples/run_vqa.py --train_file train.jsonl --validation_file val.jsonl  # your own: docs/pictures.md
-
-The training loop is Transformers' `Seq2SeqTrainer`, whose options are options here.
 """
 
-import trips_examples  # noqa: F401  # isort: skip
-
-from trips_examples.training.options import DataArguments, ModelArguments, TrainingOptions
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.options import DataArguments, ModelArguments, TrainingOptions, make_parser, run_script
 
 
-OPTIONS = make_parser(ModelArguments, DataArguments, TrainingOptions, description=__doc__, task="vqa")
-if __name__ == "__main__":
-    OPTIONS.check()  # before the imports that take seconds
+OPTIONS = make_parser(ModelArguments, DataArguments, TrainingOptions, description=__doc__, script=__name__, task="vqa")
 
 from pathlib import Path
 
@@ -28,8 +21,14 @@ from modeling_trips import TripsForQuestionAnswering
 from trips_examples.data.collators import VqaCollator
 from trips_examples.data.images import column_of
 from trips_examples.metrics import VQA_ACCURACY
-from trips_examples.metrics.selection import accuracy_by_group, diagnose_selection
-from trips_examples.metrics.texts import lost_signs, measurable_answers, most_tokens, variety
+from trips_examples.metrics.diagnostics import (
+    accuracy_by_group,
+    diagnose_selection,
+    lost_signs,
+    measurable_answers,
+    most_tokens,
+    variety,
+)
 from trips_examples.metrics.vqa_accuracy import most_common_answer, normalize_answer
 from trips_examples.training.files import texts_of, write_json, write_predictions
 from trips_examples.training.models import start_run
@@ -45,8 +44,8 @@ def write_answers(
     write_predictions(folder, dataset, columns, ({"prediction": answer} for answer in answers))
     result = metric.compute(predictions=answers, references=references, by_answer=True)
     write_json(folder / "accuracy_by_answer.json", result["by_answer"])
-    for answer, row in list(result["by_answer"].items())[:20]:
-        print(f"  {answer:<20} {row['accuracy']:7.2%} of {row['count']}")
+    frequent = list(result["by_answer"].items())[:20]
+    print("".join(f"\n  {answer:<20} {row['accuracy']:7.2%} of {row['count']}" for answer, row in frequent))
 
 
 def train_question_answering(
@@ -59,40 +58,33 @@ def train_question_answering(
     model.generation_config.update(max_new_tokens=longest, max_length=None)
     metric = evaluate.load(VQA_ACCURACY)
 
-    def scores(answers: list[str]) -> dict[str, float]:
-        return metric.compute(predictions=answers, references=references())
+    def metrics_of(prediction: EvalPrediction) -> dict[str, float]:
+        rows, answers = trainer.eval_dataset, texts_of(prediction.predictions, processor)
+        references = measurable_answers(column_of(rows, "answers"), processor)
 
-    def references() -> list[list[str]]:
-        return measurable_answers(column_of(trainer.eval_dataset, "answers"), processor)
+        def scores(answers: list[str]) -> dict[str, float]:
+            return metric.compute(predictions=answers, references=references)
 
-    def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-        return scores(texts_of(prediction.predictions, processor))
+        if trainer.is_in_train:
+            return scores(answers)
+        if trainer.is_world_process_zero():
+            write_answers(Path(training_args.output_dir), rows, answers, references, metric)
+        truths = [most_common_answer(each) for each in references]
+        varied = variety(answers, truths, "answer", lambda answers: scores(answers)["accuracy"])
+        groups = accuracy_by_group(metric, answers, references, rows)
+        counts = {"answers_with_lost_signs": lost[trainer.split], "samples": len(rows)}
+        return {**scores(answers), **varied, **groups, **diagnose_selection(trainer), **counts}
 
     trainer = ImageGroupedTrainer(
         model=model,
         args=training_args,
-        train_dataset=data.get("train"),
-        eval_dataset=data.get("validation"),
+        data=data,
         data_collator=VqaCollator(processor),
         train_collator=VqaCollator(processor, training=True),
         processing_class=processor,
-        compute_metrics=accuracy,
+        compute_metrics=metrics_of,
     )
-
-    def evaluate_answers() -> dict[str, float]:
-        rows = trainer.eval_dataset
-        output = trainer.predict(rows, metric_key_prefix="eval")
-        answers = texts_of(output.predictions, processor)
-        if trainer.is_world_process_zero():
-            write_answers(Path(training_args.output_dir), rows, answers, references(), metric)
-        groups = accuracy_by_group(metric, answers, references(), rows)
-        truths = [most_common_answer(each) for each in references()]
-        varied = variety(answers, truths, "answer", lambda answers: scores(answers)["accuracy"])
-        split = "test" if rows is data.get("test") else "validation"
-        counts = {"eval_answers_with_lost_signs": lost[split], "eval_samples": len(rows)}
-        return {**output.metrics, **varied, **groups, **diagnose_selection(trainer), **counts}
-
-    return train_and_evaluate(trainer, evaluate_answers, data.get("test"))
+    return train_and_evaluate(trainer)
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:

@@ -8,12 +8,10 @@ matching, with patches that are scored by the text. Needs the extra `index`.
 Several texts share the computation of their images.
 """
 
-import trips_examples  # noqa: F401  # isort: skip
-
 from dataclasses import dataclass, field
 
 from trips_examples.data.source import option
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.options import make_parser, run_script
 
 
 @dataclass
@@ -37,17 +35,14 @@ class SearchArguments:
             raise ValueError("--k and --probes must be at least 1, and --rerank_k at least 0.")
 
 
-OPTIONS = make_parser(SearchArguments, description=__doc__)
-if __name__ == "__main__":
-    OPTIONS.check()  # before the imports that take seconds
+OPTIONS = make_parser(SearchArguments, description=__doc__, script=__name__)
 
 import transformers
 
 from modeling_trips.inspection.files import whole_file
-from trips_examples.data.boxes import SIDE, sheet
 from trips_examples.data.images import decode_image
 from trips_examples.indexing.finding import Finder
-from trips_examples.training.files import write_json
+from trips_examples.training.files import SIDE, sheet, write_json
 
 
 def main(argv: list[str] | None = None):
@@ -57,7 +52,7 @@ def main(argv: list[str] | None = None):
     if finder.table.count_rows("error IS NULL") == 0:
         raise ValueError(f"{args.table} has no image yet. Wait for index_images.py, or look at the faults it names.")
     if args.image:
-        found = finder.nearest(finder.describe_image(decode_image(args.image)), args.k, args.probes)
+        found = finder.nearest(finder.evaluator.index_images([decode_image(args.image)]), args.k, args.probes)
     else:
         texts = finder.describe_texts(args.text)
         found = finder.nearest(texts.embeds, max(args.k, args.rerank_k), args.probes)

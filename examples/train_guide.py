@@ -8,17 +8,13 @@ Train a TextGuide: the prompt scores the patches inside the vision tower of a fr
 Rows have the columns image, question, answer and region, as for run_vqa.py. With `--teacher regions`, the guide learns
 from the region that a question is about; with `--teacher attention`, from the attention of the unpruned model's
 answer; with `--teacher answers`, from the loss of the pruned model's answer. Rows without a region, and regions
-outside the processor's crop, are counted.
-The training loop is Transformers' `Trainer`, whose options are options here. The output folder gets the guide alone.
+outside the processor's crop, are counted. The output folder gets the guide alone.
 """
-
-import trips_examples  # noqa: F401  # isort: skip
 
 from dataclasses import dataclass, field
 
 from trips_examples.data.source import option
-from trips_examples.training.options import DataArguments, RunOptions
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.options import DataArguments, RunOptions, make_parser, run_script
 
 
 TEACHERS = ("regions", "attention", "answers")
@@ -43,6 +39,7 @@ OPTIONS = make_parser(
     DataArguments,
     RunOptions,
     description=__doc__,
+    script=__name__,
     output_dir="outputs/guide",
     max_steps=300,
     per_device_train_batch_size=16,
@@ -52,8 +49,6 @@ OPTIONS = make_parser(
     save_steps=100,
     max_eval_samples=512,
 )
-if __name__ == "__main__":
-    OPTIONS.check()  # before the imports that take seconds
 
 import logging
 from pathlib import Path
@@ -185,14 +180,15 @@ class GuideTrainer(FiniteTrainer):
         return output
 
     @torch.no_grad()
-    def evaluate(self, **kwargs) -> dict[str, float]:
+    def evaluate(self, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
         own = self.eval_dataset.shard(self.args.world_size, self.args.process_index)
         sums = torch.zeros_like(self.sums)
         for batch in DataLoader(own, self.args.per_device_eval_batch_size, collate_fn=self.data_collator):
             del batch["sources"]
             sums += self.model(**self._prepare_inputs(batch))["sums"]
-        metrics = self.results("eval", sums)
+        metrics = self.results(metric_key_prefix, sums)
         self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def results(self, stage: str, sums: torch.Tensor) -> dict[str, float]:
@@ -261,11 +257,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     trainer = GuideTrainer(
         model=GuidedModel(guide, model, args),
         args=training_args,
-        train_dataset=data.get("train"),
-        eval_dataset=data.get("validation"),
+        data=data,
         data_collator=GuideCollator(vlm.processor, args.teacher),
     )
-    return train_and_evaluate(trainer, trainer.evaluate, data.get("test"))
+    return train_and_evaluate(trainer)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
 """Model of the service, which computes batches of items from many requests."""
 
+import asyncio
 import hashlib
 import io
 import json
 import logging
-from collections.abc import Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+from threading import Lock
 from typing import Any
 
 import PIL.Image
 import torch
+from anyio import to_thread
 from prometheus_client import Counter
 from starlette.exceptions import HTTPException
 
@@ -17,7 +20,6 @@ from modeling_trips import SelectionSchedule, TripsImageCache
 from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint, load_processor
 from modeling_trips.untrusted_images import IsolatedDecoder
 
-from .cache import ImageCaches, join, split
 from .settings import DEFAULT, Settings
 
 
@@ -58,6 +60,34 @@ class Item:
     def kind(self) -> Hashable:
         """Key that is equal for items that can share a batch."""
         return self.endpoint, self.schedule, self.top_k, self.kept_patches, self.image is None
+
+
+def num_bytes(image_cache: TripsImageCache) -> int:
+    return sum(value.nbytes for value in image_cache.tensors.values())
+
+
+class ImageCaches:
+    """Thread-safe LRU cache of single images' caches of at most `max_bytes`."""
+
+    def __init__(self, max_bytes: int):
+        self.max_bytes = max_bytes
+        self.bytes = 0
+        self._image_caches: dict[Hashable, TripsImageCache] = {}  # the least recently used first
+        self._lock = Lock()
+
+    def get(self, key: Hashable) -> TripsImageCache | None:
+        with self._lock:
+            if (found := self._image_caches.pop(key, None)) is not None:
+                self._image_caches[key] = found
+            return found
+
+    def put(self, key: Hashable, image_cache: TripsImageCache):
+        with self._lock:
+            if key not in self._image_caches:
+                self._image_caches[key] = image_cache
+                self.bytes += num_bytes(image_cache)
+            while self.bytes > self.max_bytes:
+                self.bytes -= num_bytes(self._image_caches.pop(next(iter(self._image_caches))))
 
 
 class Engine:
@@ -193,9 +223,48 @@ class Engine:
         if missing:
             pixel_values = torch.cat([images[key].pixel_values for key in missing]).to(self.model.device)
             computed = self.model.base_model.encode_images(pixel_values, schedule=self.schedules[name])
-            for key, row in zip(missing, split(computed)):
-                states[key] = row
-                self.cache.put((key, name), row)
+            computed = replace(computed, selection=())
+            for row, key in enumerate(missing):
+                states[key] = computed[row : row + 1].map(torch.clone)  # memory of its own
+                self.cache.put((key, name), states[key])
         index = {key: row for row, key in enumerate(images)}
         rows = torch.tensor([index[item.image.key] for item in items], device=self.model.device)
-        return {"image_cache": join(list(states.values())), "image_index": rows, "schedule": self.schedules[name]}
+        found = list(states.values())  # of one size
+        joined = {field: torch.cat([each.tensors[field] for each in found]) for field in found[0].tensors}
+        return {"image_cache": replace(found[0], **joined), "image_index": rows, "schedule": self.schedules[name]}
+
+
+class Batcher:
+    """
+    Queue of items. A batch, of at most `max_size` items, is what arrived while the previous one was computed, so an
+    idle model does not wait. `compute` runs in another thread, one batch at a time, and returns a result or an
+    exception for each item of one `kind`.
+    """
+
+    def __init__(self, compute: Callable[[list], list], max_size: int):
+        self.compute = compute
+        self.max_size = max_size
+        self._waiting: dict[asyncio.Future, Any] = {}  # items by their results
+        self._arrived = asyncio.Event()
+
+    async def submit(self, items: list) -> list:
+        """Return the results of items, or raise the exception of one. Cancelled items leave the queue."""
+        results: list[asyncio.Future] = [asyncio.get_running_loop().create_future() for _ in items]
+        self._waiting.update(zip(results, items))
+        self._arrived.set()
+        return await asyncio.gather(*results)
+
+    async def run(self):
+        """Compute batches until the task is cancelled."""
+        while True:
+            await self._arrived.wait()
+            self._waiting = {result: item for result, item in self._waiting.items() if not result.done()}
+            if not self._waiting:
+                self._arrived.clear()
+                continue
+            kind = next(iter(self._waiting.values())).kind
+            batch = [result for result, item in self._waiting.items() if item.kind == kind][: self.max_size]
+            items = [self._waiting.pop(result) for result in batch]
+            for result, value in zip(batch, await to_thread.run_sync(self.compute, items)):
+                if not result.done():
+                    (result.set_exception if isinstance(value, Exception) else result.set_result)(value)

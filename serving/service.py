@@ -23,8 +23,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from .batching import Batcher
-from .engine import DECODERS, Engine, Item, ItemImage
+from .engine import DECODERS, Batcher, Engine, Item, ItemImage
 from .schemas import JSON, REPLIES, describe, request_models
 from .settings import FAILURE, PREFIX, Settings
 

@@ -29,7 +29,7 @@ import PIL.ImageDraw
 from tqdm.auto import tqdm
 
 from modeling_trips.inspection.files import whole_folder
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.options import make_parser, run_script
 
 
 FONT = "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"

@@ -23,7 +23,7 @@ import torch
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from modeling_trips.inspection.files import whole_folder
-from trips_examples.training.parser import make_parser, run_script
+from trips_examples.training.options import make_parser, run_script
 
 
 PACKAGES = {

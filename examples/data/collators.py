@@ -113,20 +113,14 @@ class VqaCollator(ImageBatchCollator):
             return {**inputs, "labels": self.processor.encode_answers(answers)}
         regions = [row.get("region") for row in rows]
         boxes = {"regions": self.boxes(images, image_index, regions)} if any(regions) else {}
-        return {**inputs, **self.weighted_labels(rows), **boxes}
-
-    def weighted_labels(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         triples = [
             (question, answer, row["answers"].count(answer) / len(row["answers"]))
             for question, row in enumerate(rows)
             for answer in dict.fromkeys(row["answers"])
         ]
-        text_index, answers, weights = zip(*triples)
-        return {
-            "labels": self.processor.encode_answers(list(answers)),
-            "text_index": torch.tensor(text_index),
-            "loss_weights": torch.tensor(weights),
-        }
+        text_index, texts, weights = zip(*triples)
+        labels = {"labels": self.processor.encode_answers(list(texts)), "text_index": torch.tensor(text_index)}
+        return {**inputs, **labels, "loss_weights": torch.tensor(weights), **boxes}
 
 
 @dataclass
@@ -191,13 +185,9 @@ class PretrainingCollator(RetrievalCollator):
     """
     Collator from rows with `image`, `image_id` and `caption` to inputs of [`TripsForPreTraining`].
 
+    It adds inputs of masked language modeling (`masks_words`) and of prefix language modeling (`cuts_captions`).
     `seed` and the batch's rows determine masked words and cuts, independently of resuming and of the number of
     workers. Of the words, 15% are masked: 80% of them become [MASK], 10% another word, and 10% stay.
-
-    Args:
-        masks_words, cuts_captions (`bool`, *optional*, defaults to `True`): whether to add inputs of masked language
-            modeling, and of prefix language modeling.
-        seed (`int`, *optional*, defaults to 0)
     """
 
     masks_words: bool = True

@@ -95,6 +95,11 @@ def column_of(dataset: Dataset, name: str) -> list:
     return dataset.with_format(None)[name][:]
 
 
+def texts_of_column(rows: Dataset, column: str) -> list[str]:
+    """Return the texts of a column of texts or of lists of texts."""
+    return [text for cell in column_of(rows, column) for text in ([cell] if isinstance(cell, str) else cell)]
+
+
 def without_decoding(dataset: Dataset) -> Dataset:
     """Return a data set whose images are read as encoded, for a collator that decodes each once."""
     encoded = Image(decode=False)
@@ -148,11 +153,6 @@ def images_of(dataset: Dataset) -> tuple[list[int], torch.LongTensor]:
     """Return the `first_rows` of a data set."""
     rows, image_of_row = first_rows(column_of(dataset, "image_id"))
     return rows, torch.tensor(image_of_row)
-
-
-def image_sizes(dataset: Dataset) -> dict[str, tuple[int, int]]:
-    """Return the upright (height, width) in pixels of each image by `image_id`."""
-    return {row["image_id"]: image_size(row) for row in dataset.select(images_of(dataset)[0])}
 
 
 def one_row_per_image(dataset: Dataset) -> tuple[Dataset, list[list[str]]]:

@@ -1,10 +1,16 @@
 """The source of a task's data, in options that scripts read before they import what takes seconds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from trips_examples.data.busy_scenes import NUM_ITEMS
+from trips_examples.data.busy_scenes import CELL_SIZE, NUM_ITEMS
+
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
 
 
 BUNDLED = "busy_scenes"
@@ -56,7 +62,7 @@ class AnnotationFile:
 
 
 @dataclass
-class DataSource:
+class DataArguments:
     """
     The source of a task's data: files, a data set on the Hub or on disk, or bundled scenes.
 
@@ -82,6 +88,10 @@ class DataSource:
     train_scenes: int = option(4000, "Number of training scenes.")
     validation_scenes: int = option(1000, "Number of validation scenes.")
     test_scenes: int | None = option(None, "Default: as many as --validation_scenes.")
+    skip_bad_rows: bool = option(False, "Skip and count unusable rows instead of stopping.")
+    lowercase: bool = option(False, "Train a tokenizer from scratch that lower-cases all texts.")
+    max_train_samples: int | None = option(None, "Truncate the training split.")
+    max_eval_samples: int | None = option(None, "Truncate the validation and test splits.")
 
     @property
     def splits(self) -> dict[str, str | None]:
@@ -110,6 +120,11 @@ class DataSource:
         """True for the bundled scenes."""
         return not self.files and self.dataset_name in (None, BUNDLED)
 
+    @property
+    def scene_size(self) -> int | None:
+        """The side of the bundled scenes in pixels, or None for other data."""
+        return CELL_SIZE * self.grid if self.is_bundled else None
+
     def check_files(self):
         """Raise a `ValueError` if options contradict each other, or a `FileNotFoundError` for a missing file."""
         if self.files and self.dataset_name is not None:
@@ -125,6 +140,9 @@ class DataSource:
     def check(self, task: str):
         """Check the options before any data is read: `check_files`, and whether a task's scenes can be drawn."""
         self.check_files()
+        for name in ("max_train_samples", "max_eval_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be positive, got {getattr(self, name)}.")
         if not self.is_bundled:
             return
         if chosen := [f"{split}_split" for split, part in self.splits.items() if part is not None]:
@@ -134,3 +152,15 @@ class DataSource:
             raise ValueError(f"grid is {self.grid}: choose {fewest} to {max(NUM_ITEMS)} cells per side of a scene.")
         if min(self.num_scenes.values()) < 1:
             raise ValueError("train_scenes, validation_scenes and test_scenes must be at least 1.")
+
+    def vocabulary(self, data: "DatasetDict", *columns: str) -> Iterator[str]:
+        """Yield the texts to train a tokenizer on: these columns, or for bundled scenes the words of all tasks."""
+        from trips_examples.data.images import texts_of_column
+        from trips_examples.data.vocabulary import BUNDLED_WORDS
+
+        if self.is_bundled:
+            yield from BUNDLED_WORDS
+            return
+        dataset = data["train"] if "train" in data else data["validation"]
+        for text in chain.from_iterable(texts_of_column(dataset, column) for column in columns):
+            yield text.lower() if self.lowercase else text

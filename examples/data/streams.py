@@ -1,24 +1,39 @@
 """
 Image-text pairs as a stream, for data that is too large to load or to check before training: tar shards, files of
-rows, data sets on the Hub.
+rows, data sets on the Hub. A shard yields records, or faults in their place, in a fixed order.
 """
 
+import glob
 import json
 import random
+import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
-from datasets import IterableDataset
+from datasets import IterableDataset, load_dataset
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from torch.utils.data import get_worker_info
 
 from modeling_trips import TripsProcessor
-from trips_examples.data.checking import check_length
-from trips_examples.data.images import decode_image, path_or_bytes
-from trips_examples.data.shards import IMAGE_SUFFIXES, FileShard, HubShard, TarShard
-from trips_examples.data.tasks import BadRowError, Fault, caption_texts, filled_text, is_missing, list_of, text_of
+from trips_examples.data.annotations import IMAGE_SUFFIXES, parsed_record, read_records
+from trips_examples.data.images import decode_image, path_or_bytes, without_decoding
+from trips_examples.data.loading import check_length
+from trips_examples.data.tasks import (
+    BadRowError,
+    Fault,
+    caption_texts,
+    filled_text,
+    is_missing,
+    list_of,
+    printable,
+    text_of,
+)
 
 
 IMAGE_COLUMNS = ("image", *IMAGE_SUFFIXES, "image_path", "file_name")
@@ -26,7 +41,122 @@ CAPTION_COLUMNS = ("captions", "caption", "text", "txt")
 ID_COLUMNS = ("image_id", "sha256", "md5", "url")
 FEWEST_TO_JUDGE = 100  # pairs before the share of bad pairs is checked
 
+
+# Shards
+
+
+@dataclass(frozen=True)
+class TarShard:
+    """
+    A tar file of WebDataset (https://github.com/webdataset/webdataset). The files of one name are a pair. A file that
+    is cut, or that goes on after its end, has a fault.
+    """
+
+    name: str
+
+    def __iter__(self) -> Iterator[dict | Fault]:
+        from webdataset.gopen import gopen
+
+        try:
+            with gopen(self.name) as file, tarfile.open(fileobj=file, mode="r|*") as tar:
+                yield from self._pairs(tar)
+                end: Any = tar.fileobj  # after the first of two blocks of zeros, or a broken header
+                if end.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError("its last file is not followed by two blocks of zeros")
+                if any(block.strip(b"\0") for block in iter(partial(end.read, 1 << 20), b"")):
+                    raise tarfile.ReadError("its end is followed by other data, as in joined files")
+        except Exception as error:  # broken files and connections raise any type of error
+            yield Fault(self.name, "broken tar file", printable(str(error)))
+
+    def _pairs(self, tar: tarfile.TarFile) -> Iterator[dict | Fault]:
+        from webdataset.tariterators import base_plus_ext
+
+        named = ((*base_plus_ext(member.name), member) for member in tar if member.isfile())
+        for key, members in groupby(named, key=itemgetter(0)):
+            contents = [(suffix.lower(), tar.extractfile(member).read()) for _, suffix, member in members if suffix]
+            source, sample = printable(f"{self.name}/{key}"), dict(contents)
+            if key is None:
+                continue
+            if len(sample) < len(contents):
+                yield Fault(source, "a file twice", ", ".join(suffix for suffix, _ in contents))
+                continue
+            try:
+                record = parsed_record(sample["json"].decode("utf-8")) if "json" in sample else {}
+                if "txt" in sample:
+                    record["caption"] = sample["txt"].decode("utf-8")
+            except (BadRowError, UnicodeDecodeError) as error:
+                yield Fault(source, "broken .json or .txt", str(error))
+                continue
+            image = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
+            yield {**record, "source": source, "image": image}
+
+
+@dataclass(frozen=True)
+class FileShard:
+    """A JSON, JSONL, CSV or Parquet file, one pair per row. Paths of images are relative to `image_root`."""
+
+    name: str
+    image_root: str
+
+    def __iter__(self) -> Iterator[dict | Fault]:
+        try:
+            for number, record in read_records(Path(self.name)):
+                source = f"{Path(self.name).name} row {number}"
+                try:
+                    yield {**parsed_record(record), "source": source, "image_root": self.image_root}
+                except BadRowError as error:
+                    yield Fault(source, error.reason, error.detail)
+        except (ValueError, OSError) as error:  # an error of the whole file, as for a broken tar file
+            yield Fault(self.name, printable(str(error)))
+
+
+@dataclass(frozen=True)
+class HubShard:
+    """A shard of a streamed data set on the Hub."""
+
+    name: str
+    dataset: IterableDataset
+    index: int
+
+    def __iter__(self) -> Iterator[dict | Fault]:
+        rows = self.dataset.shard(num_shards=self.dataset.num_shards, index=self.index)
+        for number, record in enumerate(rows, start=1):
+            yield {**record, "source": f"{self.name} row {number}"}
+
+
 Shard = TarShard | FileShard | HubShard
+
+
+def find_shards(
+    patterns: Sequence[str], image_root: str | None = None, option: str = "--train_shards"
+) -> list[TarShard | FileShard]:
+    """
+    Return the shards that match patterns, in order: paths or URLs of tar files (`.tar`, `.tar.gz`), or paths of files
+    with rows, with braces as in `cc3m-{000..331}.tar`, or with `*`. The webdataset library opens remote files:
+    `https://...`, `s3://...`, or `pipe:command`. Image paths in rows are relative to `image_root`, or else to the
+    folder of the file. A `FileNotFoundError` for a path that does not exist names the `option`.
+    """
+    from webdataset.shardlists import expand_urls
+
+    shards: list[TarShard | FileShard] = []
+    for name in (name for pattern in patterns for name in (expand_urls(pattern) if "{" in pattern else [pattern])):
+        is_remote = "://" in name or name.startswith("pipe:")
+        found = [name] if is_remote or Path(name).is_file() else sorted(glob.glob(name))
+        if not found:
+            raise FileNotFoundError(f"The file {name} does not exist. Correct {option}.")
+        for path in found:
+            is_tar = path.endswith((".tar", ".tar.gz", ".tgz"))
+            shards.append(TarShard(path) if is_tar else FileShard(path, image_root or str(Path(path).parent)))
+    return shards
+
+
+def hub_shards(name: str, config_name: str | None = None, split: str = "train", **load_options) -> list[HubShard]:
+    """Return the shards of a streamed data set on the Hub."""
+    dataset = without_decoding(load_dataset(name, config_name, split=split, streaming=True, **load_options))
+    return [HubShard(f"{name} {split} shard {index}", dataset, index) for index in range(dataset.num_shards)]
+
+
+# Streams
 
 
 @dataclass(eq=False)

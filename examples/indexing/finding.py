@@ -50,10 +50,6 @@ class Finder:
         """Return the features of texts and the states for matching."""
         return self.evaluator.index_texts(texts)
 
-    def describe_image(self, image: PIL.Image.Image) -> torch.Tensor:
-        """Return the features of an image, `(1, projection_dim)`."""
-        return self.evaluator.index_images([image])
-
     def nearest(self, features: torch.Tensor, k: int, probes: int = 20) -> list[list[Found]]:
         """
         Return for each query, `(num_queries, projection_dim)`, the `k` images of the highest cosine similarity, best

@@ -11,8 +11,7 @@ import numpy as np
 import pyarrow as pa
 from huggingface_hub.utils import chunk_iterable
 
-from trips_examples.data.shards import IMAGE_SUFFIXES, FileShard, HubShard, TarShard, find_shards
-from trips_examples.data.streams import encoded_image
+from trips_examples.data.streams import IMAGE_SUFFIXES, FileShard, HubShard, TarShard, encoded_image, find_shards
 from trips_examples.data.tasks import BadRowError, Fault, printable
 
 

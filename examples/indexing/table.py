@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import lance
-import numpy as np
 import pyarrow as pa
 import torch
 from filelock import FileLock, Timeout
@@ -133,11 +132,6 @@ def commit(table: lance.LanceDataset, fragments: Sequence[str]) -> lance.LanceDa
     """Add fragments to the table and return its new version."""
     append = lance.LanceOperation.Append([lance.FragmentMetadata.from_json(fragment) for fragment in fragments])
     return lance.LanceDataset.commit(table.uri, append, read_version=table.version)
-
-
-def ids_of(table: lance.LanceDataset) -> np.ndarray:
-    """Return the sorted ids of a table, `(num_rows,)`, of type `S32`."""
-    return np.sort(table.to_table(columns=["id"])["id"].to_numpy().astype("S32"))
 
 
 def build_index(table: lance.LanceDataset, fewest: int) -> str:

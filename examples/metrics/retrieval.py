@@ -172,7 +172,7 @@ class RetrievalEvaluator:
         image_embeds, text_index = self.index_images(images), self.index_texts(texts)
         ids = {"i2t": (image_ids, image_of_text), "t2i": (image_of_text, image_ids)}
         embeds = {"i2t": (image_embeds, text_index.embeds), "t2i": (text_index.embeds, image_embeds)}
-        found = {name: rank(*embeds[name], *ids[name], rerank_k) for name in ids}
+        found = {name: rank(*embeds[name], *ids[name], rerank_k or max(RECALL_AT)) for name in ids}
         metrics = {f"features_{name}": value for name, value in recalls(found).items()}
         if rerank_k == 0:
             return metrics, found

@@ -1,11 +1,13 @@
 """Files of a run: results, predictions and figures. A file is whole or absent."""
 
-import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageOps
 from datasets import Dataset
 
 from modeling_trips import TripsProcessor
@@ -14,6 +16,8 @@ from trips_examples.data.images import without_decoding
 
 
 KIND_COLUMNS = ("kind", "answer_type")
+TRUE_COLOR, PREDICTED_COLOR = "#2b8a3e", "#1864ab"  # kept patches have orange outlines
+SIDE = 240  # pixels of a drawn image
 
 
 def write_whole(path: str | Path, content: str | bytes):
@@ -58,12 +62,8 @@ def _image_names(row: dict) -> dict:
 
 def plot_training(history: list[dict], path: Path, unpruned_steps: int = 0):
     """
-    Draw the training loss and the first metric of the evaluations over steps, and where pruning begins.
-
-    Args:
-        history (`list[dict]`): Entries as in `TrainerState.log_history`, with `step` and `loss` or `eval_...`.
-        path (`Path`): File to write; its suffix sets the format.
-        unpruned_steps (`int`, *optional*, defaults to 0): First steps that ran unpruned.
+    Draw the training loss and the first metric of the evaluations over steps, from `TrainerState.log_history`, and
+    where pruning begins, after `unpruned_steps`.
     """
     from matplotlib.figure import Figure  # slow to import
 
@@ -78,6 +78,27 @@ def plot_training(history: list[dict], path: Path, unpruned_steps: int = 0):
         if unpruned_steps:
             axes.axvline(unpruned_steps, color="black", linestyle="--", label="pruned from here on")
             axes.legend()
-    content = io.BytesIO()
-    figure.savefig(content, format=path.suffix.removeprefix("."))
-    write_whole(path, content.getvalue())
+    with whole_file(path) as partial:
+        figure.savefig(partial)
+
+
+def draw_boxes(image: PIL.Image.Image, true_box: Sequence[float], predicted_box: Sequence[float]) -> PIL.Image.Image:
+    """Draw the true box in green and the predicted box in blue. The image's longer side becomes `SIDE` pixels."""
+    picture = PIL.ImageOps.contain(image, (SIDE, SIDE))
+    draw = PIL.ImageDraw.Draw(picture)
+    for box, color in ((true_box, TRUE_COLOR), (predicted_box, PREDICTED_COLOR)):
+        draw.rectangle([number * SIDE / max(image.size) for number in box], outline=color, width=3)
+    return picture
+
+
+def sheet(pictures: list[PIL.Image.Image], titles: list[str]) -> PIL.Image.Image:
+    """Arrange images of at most `SIDE` pixels in rows of four, with a title below each."""
+    columns, cell_width, cell_height = 4, SIDE + 10, SIDE + 30
+    rows = -(-len(pictures) // columns)
+    whole = PIL.Image.new("RGB", (columns * cell_width, rows * cell_height), "white")
+    draw = PIL.ImageDraw.Draw(whole)
+    for number, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
+        x, y = number % columns * cell_width + 5, number // columns * cell_height + 5
+        whole.paste(picture, (x, y))
+        draw.text((x, y + SIDE + 4), title, fill="black", font_size=13)
+    return whole

@@ -8,42 +8,36 @@ from statistics import median
 
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
+from transformers import AutoImageProcessor, PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from modeling_trips import UNPRUNED, SelectionSchedule, TripsConfig, TripsPreTrainedModel, TripsProcessor
-from modeling_trips.conversion.processors import make_processor
+from modeling_trips.conversion.processors import load_tokenizer, make_processor
 from modeling_trips.conversion.vision_text import make_vision_text_model, vision_text_config
 from modeling_trips.inspection.cost import forward_cost
-from trips_examples.data.checking import with_fitting_texts
 from trips_examples.data.images import column_of, image_size, without_decoding
-from trips_examples.data.loading import load_task_dataset
+from trips_examples.data.loading import load_task_dataset, with_fitting_texts
 from trips_examples.data.tasks import TASKS
 from trips_examples.data.vocabulary import train_tokenizer
-from trips_examples.training.options import DataArguments, ModelArguments
+from trips_examples.training.options import DataArguments, ModelArguments, config_fields
 from trips_examples.training.recipe import TOWERS, UNPRUNED_SHARE
 
 
 logger = logging.getLogger(__name__)
 
 
-def load_data(
-    task: str, args: DataArguments, training_args: TrainingArguments, config: TripsConfig | None = None
-) -> DatasetDict:
+def load_data(task: str, args: DataArguments, training_args: TrainingArguments, patch_size: int = 1) -> DatasetDict:
     """
     Load the splits of a task (see `load_task_dataset`), truncated as requested, with encoded images for the collators.
-    Images smaller than a patch of `config` cannot be used.
 
     Raises:
         ValueError: There are bad rows, or a requested split does not exist.
     """
-    wanted = {"train": training_args.do_train, "validation": training_args.do_eval}
     if args.files:  # before they are read
-        _check_splits(args.files, wanted)
-    patch_size = 1 if config is None else config.vision_config.patch_shape[0]
+        _check_splits(args.files, training_args)
     with training_args.main_process_first(desc="checking the data"):  # the others load its result
-        data = load_task_dataset(task, args, args.skip_bad_rows, patch_size, training_args.seed)
-    _check_splits(data, wanted)
+        data = load_task_dataset(task, args, patch_size, training_args.seed)
+    _check_splits(data, training_args)
     limits = {"train": args.max_train_samples, "validation": args.max_eval_samples, "test": args.max_eval_samples}
     for split, limit in limits.items():
         if limit is not None and split in data:
@@ -64,22 +58,21 @@ def start_run(
     training_args: TrainingArguments,
     load: Callable[..., dict] | None = None,
     group_size: int | None = None,
-    **config_fields,
+    **task_fields,
 ) -> tuple[TripsPreTrainedModel, TripsProcessor, dict]:
     """
     Return the initial model, the processor and the splits of a task, after checking the options, the data and the
     texts, in this order. The log says what the model starts from, and what its schedule costs.
 
     Args:
-        model_class (`type[TripsPreTrainedModel]`): Class of the task's model.
         load (`Callable`, *optional*): Function of data and training arguments, configuration and processor that
             returns the splits. Those that are no `Dataset` are not checked. Default: `load_data`.
         group_size (`int`, *optional*): Texts of an image that share a computation. Default: `texts_per_image`.
-        config_fields: Fields of `TripsConfig` that the task sets.
+        task_fields: Fields of `TripsConfig` that the task sets.
     """
-    config, processor = load_start(model_args, data_args.scene_size, **config_fields)
+    config, processor = load_start(model_args, data_args.scene_size, **task_fields)
     if load is None:
-        data = load_data(task, data_args, training_args, config)
+        data = load_data(task, data_args, training_args, config.vision_config.patch_shape[0])
     else:
         data = load(data_args, training_args, config, processor)
     loaded = DatasetDict({split: rows for split, rows in data.items() if isinstance(rows, Dataset)})
@@ -110,32 +103,24 @@ def start_run(
     return model, processor, data
 
 
-def _check_splits(splits: Container[str], wanted: dict[str, bool]):
-    actions = {"train": "--do_train", "validation": "--do_eval"}
-    for split, action in actions.items():
-        if wanted[split] and split not in splits:
-            raise ValueError(f"There is no {split} split. Give --{split}_file or {action} False.")
+def _check_splits(splits: Container[str], args: TrainingArguments):
+    for split, option in (("train", "do_train"), ("validation", "do_eval")):
+        if getattr(args, option) and split not in splits:
+            raise ValueError(f"There is no {split} split. Give --{split}_file or --{option} False.")
 
 
 def load_start(
-    args: ModelArguments, scene_size: int | None = None, **config_fields
+    args: ModelArguments, scene_size: int | None = None, **task_fields
 ) -> tuple[TripsConfig, TripsProcessor | None]:
     """
-    Check the options of the initial model before data are read.
-
-    Args:
-        args (`ModelArguments`): Options.
-        scene_size (`int`, *optional*): Side of the images of a model from scratch in pixels if `args` has none.
-        config_fields: Fields of `TripsConfig` that the task sets.
-
-    Returns:
-        The configuration, and the processor; None for a model from scratch without `--tokenizer`, whose tokenizer
-        [`train_processor`] trains.
+    Return the configuration and the processor of the initial model, before data are read. There is no processor for a
+    model from scratch without `--tokenizer`, whose tokenizer [`train_processor`] trains. `scene_size` is the side of
+    its images in pixels if `args` has none.
 
     Raises:
         `ValueError`, `OSError`: The options do not fit, or the checkpoint or tokenizer does not exist.
     """
-    fields, processor = {**args.config_overrides(), **config_fields}, None
+    fields, processor = {**config_fields(args), **task_fields}, None
     side = args.image_size or args.max_image_size
     if args.model is not None:
         config = TripsConfig.from_pretrained(args.model, **fields)
@@ -235,7 +220,7 @@ def make_model(
 
 
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = load_tokenizer(name)
     for token in ("pad_token", "cls_token", "sep_token"):
         if getattr(tokenizer, token) is None:
             raise ValueError(f"--tokenizer {name} has no `{token}`. Use a BERT-like tokenizer.")
@@ -260,12 +245,9 @@ def _set_ends(config: TripsConfig, tokenizer: PreTrainedTokenizerBase):
 
 def log_costs(config: TripsConfig, texts_per_image: float, text_length: int):
     """
-    Log what the schedule costs. Warn if it takes clearly more operations than the unpruned model, and name a cheaper
-    one: scores of the text in an early layer make the layers behind it compute each image once per text.
-
-    Args:
-        config (`TripsConfig`): Configuration of the initial model.
-        texts_per_image (`float`), text_length (`int`): Texts that share an image in a batch, and their tokens.
+    Log what the schedule costs with texts of `text_length` tokens, of which `texts_per_image` share an image in a
+    batch. Warn if it takes clearly more operations than the unpruned model, and name a cheaper one: scores of the text
+    in an early layer make the layers behind it compute each image once per text.
     """
     schedule = config.vision_config.schedule
     if not schedule.layers:

@@ -6,7 +6,6 @@ the contrastive loss, and its outputs soften the targets. Checkpoints of the mod
 """
 
 import copy
-import inspect
 from pathlib import Path
 
 import torch
@@ -95,12 +94,13 @@ class MomentumTeacher(nn.Module):
         image_ids: torch.LongTensor | None = None,
         mlm_input_ids: torch.LongTensor | None = None,
         schedule: SelectionSchedule | None = None,
+        **others,
     ) -> TeacherOutput:
         """Compute the teacher's output for a batch. Arguments are those of [`TripsForPreTraining`]."""
         teacher, config = self.model.eval(), self.model.config
         output: dict = {}
         image_cache = teacher.model.encode_images(pixel_values, schedule=schedule)
-        # CODEPATH: an objective of weight 0 does not need the teacher.
+        # An objective of weight 0 does not need the teacher.
         if config.itc_weight > 0:
             if image_ids is None:
                 raise ValueError("`image_ids` is missing. The teacher's queues need the id of each image.")
@@ -108,7 +108,6 @@ class MomentumTeacher(nn.Module):
             images = teacher.get_image_features(image_cache=image_cache, schedule=schedule).pooler_output
             output |= {"image_embeds": images, "text_embeds": texts}
             output |= self._candidates(images, texts, image_index, image_ids)
-        # CODEPATH: as above.
         if config.mlm_weight > 0 and mlm_input_ids is not None:
             output["mlm_logits"] = teacher.masked_token_logits(
                 mlm_input_ids, attention_mask, token_type_ids, image_index, image_cache, schedule=schedule
@@ -143,8 +142,7 @@ class MomentumTeacher(nn.Module):
 
     def teach(self, inputs: dict, weight: float) -> dict:
         """Add the teacher's output and its weight to the inputs of [`TripsForPreTraining`]."""
-        names = [name for name in inspect.signature(MomentumTeacher.forward).parameters if name in inputs]
-        return {**inputs, "teacher": self(**{name: inputs[name] for name in names}), "teacher_weight": weight}
+        return {**inputs, "teacher": self(**inputs), "teacher_weight": weight}
 
     def save(self, folder: str | Path):
         """Write `momentum.safetensors` atomically."""

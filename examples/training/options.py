@@ -1,28 +1,38 @@
 """
-Options of the scripts: [`ModelArguments`], [`DataArguments`] and [`TrainingOptions`] for all trainings, and further
-classes for some. They are read before a script imports what takes seconds, so this module imports nothing of it.
+Options of the scripts, and their command lines: [`ModelArguments`], [`DataArguments`] and [`TrainingOptions`] for all
+trainings, and further classes for some. They are read before a script imports what takes seconds, so this module
+imports nothing of it.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import chain
+import os
+import sys
+from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass
 from typing import TYPE_CHECKING
 
-from trips_examples.data.busy_scenes import CELL_SIZE
-from trips_examples.data.source import DataSource, option
+from huggingface_hub.errors import StrictDataclassError
+from transformers.hf_argparser import HfArgumentParser
+
+from trips_examples.data.source import DataArguments, option
+from trips_examples.training.recipe import recipe
 
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
+    pass
+
+
+# Options that are fields of `TripsConfig`.
+PER_LAYER = {"keep_rate", "selection_guidance"}
+CONFIG_FIELDS = PER_LAYER | {"selection_layers", "selection_gate", "selection_loss_weight", "attention_loss_weight"}
+CONFIG_FIELDS |= {"fusion_type", "itc_weight", "itm_weight", "mlm_weight", "prefix_lm_weight"}
 
 
 @dataclass
 class ModelArguments:
     """Options of the initial weights and of the patch selection."""
 
-    model: str | None = option(
-        None, "TRIPS checkpoint of any task. Default: pretrained towers for own data, else from scratch."
-    )
+    model: str | None = option(None, "TRIPS checkpoint. Default: pretrained towers for own data, else from scratch.")
     vision_model_name_or_path: str | None = option(None, "ViT, DeiT, CLIP or DINOv2; also needs a text model.")
     text_model_name_or_path: str | None = option(None, "BERT, MiniLM or RoBERTa for text, fusion and decoder.")
     num_fusion_layers: int | None = option(None, "Fusion layers. Default: half of the text encoder, or 6 new.")
@@ -51,66 +61,17 @@ class ModelArguments:
         return self.vision_model_name_or_path is not None
 
     @property
-    def starts_from_weights(self) -> bool:
-        return self.starts_from_parts or self.model is not None
-
-    @property
     def start(self) -> str:
         """The initial weights in words."""
         if self.starts_from_parts:
             return f"{self.vision_model_name_or_path} and {self.text_model_name_or_path}"
         return self.model or f"{self.preset or 'tiny'} from scratch"
 
-    def config_overrides(self) -> dict:
-        """Return the fields of `TripsConfig` that were given."""
-        names = ("selection_layers", "selection_gate", "selection_loss_weight", "fusion_type")
-        fields = {name: getattr(self, name) for name in names}
-        fields |= {name: one_or_several(getattr(self, name)) for name in ("keep_rate", "selection_guidance")}
-        return given(fields)
 
-
-def given(fields: dict) -> dict:
-    """Return the fields that are not None."""
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-def one_or_several(values: list | None):
-    """Return the value of an option that takes one value, or one per selection layer."""
-    return values[0] if values is not None and len(values) == 1 else values
-
-
-@dataclass
-class DataArguments(DataSource):
-    """Options of the data: [`DataSource`], and the use of its rows."""
-
-    skip_bad_rows: bool = option(False, "Skip and count unusable rows instead of stopping.")
-    lowercase: bool = option(False, "Train a tokenizer from scratch that lower-cases all texts.")
-    max_train_samples: int | None = option(None, "Truncate the training split.")
-    max_eval_samples: int | None = option(None, "Truncate the validation and test splits.")
-
-    def check(self, task: str):
-        super().check(task)
-        for name in ("max_train_samples", "max_eval_samples"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be positive, got {getattr(self, name)}.")
-
-    @property
-    def scene_size(self) -> int | None:
-        """The side of the bundled scenes in pixels, or None for other data."""
-        return CELL_SIZE * self.grid if self.is_bundled else None
-
-    def vocabulary(self, data: "DatasetDict", *columns: str) -> Iterator[str]:
-        """Yield the texts to train a tokenizer on: these columns, or for bundled scenes the words of all tasks."""
-        from trips_examples.data.images import column_of
-        from trips_examples.data.vocabulary import BUNDLED_WORDS
-
-        if self.is_bundled:
-            yield from BUNDLED_WORDS
-            return
-        dataset = data["train"] if "train" in data else data["validation"]
-        for texts in chain.from_iterable(column_of(dataset, column) for column in columns):
-            for text in [texts] if isinstance(texts, str) else texts:
-                yield text.lower() if self.lowercase else text
+def config_fields(arguments) -> dict:
+    """Return the given options that are fields of `TripsConfig`. One value of `PER_LAYER` holds for all layers."""
+    fields = {name: value for name, value in vars(arguments).items() if name in CONFIG_FIELDS and value is not None}
+    return fields | {name: fields[name][0] for name in PER_LAYER & fields.keys() if len(fields[name]) == 1}
 
 
 @dataclass
@@ -191,10 +152,6 @@ class GroundingArguments:
     attention_loss_weight: float | None = option(None, "Weight of attention supervision by the boxes. Default: 0.")
     num_pictures: int = option(0, "Number of predictions to draw beside the true boxes.")
 
-    def config_overrides(self) -> dict:
-        """Return the fields of `TripsConfig` that were given."""
-        return given({"attention_loss_weight": self.attention_loss_weight})
-
 
 @dataclass
 class RetrievalArguments:
@@ -204,9 +161,6 @@ class RetrievalArguments:
     itm_weight: float | None = option(None, "Weight of the matching loss. Default: 1.")
     rerank_k: int = option(16, "Candidates of a query that are ranked again. 0: none.")
     rerank_by: str = option("both", "Rank by matching, or by both matching and similarity.")
-
-    def config_overrides(self) -> dict:
-        return given({"itc_weight": self.itc_weight, "itm_weight": self.itm_weight})
 
 
 @dataclass
@@ -219,10 +173,6 @@ class PretrainingArguments(RetrievalArguments):
     momentum_teacher: bool = option(True, "Train with a momentum teacher and its queues.")
     queue_size: int | None = option(None, "Queued features. Default: a tenth of the captions, at most 65536.")
     teacher_start_steps: int | None = option(None, "Steps without it. Default: 0 from a checkpoint, else an epoch.")
-
-    def config_overrides(self) -> dict:
-        fields = {"mlm_weight": self.mlm_weight, "prefix_lm_weight": self.prefix_lm_weight}
-        return {**super().config_overrides(), **given(fields)}
 
 
 @dataclass
@@ -243,3 +193,97 @@ class PairArguments(DataArguments):
     @property
     def is_bundled(self) -> bool:
         return not self.is_stream and super().is_bundled
+
+
+# Command lines
+
+
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Formatter that keeps the line breaks of the docstring and lists an option once, with `_`."""
+
+    def _format_action_invocation(self, action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        names = [name for name in action.option_strings if "-" not in name.lstrip("-")]
+        values = "" if action.nargs == 0 else f" {self._format_args(action, action.dest.upper())}"
+        return ", ".join(names) + values
+
+
+class Parser(HfArgumentParser):
+    """
+    Parser of the options in dataclasses, which guesses no abbreviated ones. With [`RunOptions`] among them, the script
+    also takes the options of Transformers' `TrainingArguments`, which `parse_arguments` reads. `task` names the
+    [`recipe`] that sets the defaults of runs on own data; `defaults` override those of the classes.
+    """
+
+    def __init__(self, *classes: type, description: str, task: str | None = None, **defaults):
+        layout = {"usage": "%(prog)s [options]", "formatter_class": HelpFormatter, "allow_abbrev": False}
+        super().__init__(classes, description=description.strip(), **layout)
+        self.classes, self.task, self.defaults = classes, task, defaults
+        self.trains = any(issubclass(each, RunOptions) for each in classes)
+        self.set_defaults(**defaults)
+        of_recipe = recipe(task, {"train_file": None})
+        for action in self._actions:
+            if of_recipe.get(action.dest) is not None:
+                action.help += f" On own data, without a start: {of_recipe[action.dest]}."
+        if self.trains:
+            self.add_argument("--help_all", action="help", help="Show the options of Transformers' Trainer, too.")
+
+    def check(self):
+        """
+        End the process at `--help`, or with a message if options have wrong values or name files that do not exist.
+        Scripts call it before the imports that take seconds; of a training, only `parse_arguments` knows all options.
+        """
+        if self.trains and "--help_all" in sys.argv:
+            return
+        try:
+            for each in self.parse_args_into_dataclasses(return_remaining_strings=self.trains):
+                if hasattr(each, "check_files"):
+                    each.check_files()
+        except (ValueError, OSError) as error:
+            self.error(str(error))
+
+    def parse_known_args(self, args=None, namespace=None) -> tuple[Namespace, list[str]]:
+        if namespace is None:  # options of the recipe that are not typed
+            blank = Namespace(**{action.dest: MISSING for action in self._actions})
+            typed = vars(super().parse_known_args(args, blank)[0])
+            typed = {name: value for name, value in typed.items() if value is not MISSING}
+            namespace = Namespace(**recipe(self.task, typed))
+        return super().parse_known_args(args, namespace)
+
+    def parse_args_into_dataclasses(self, args: list[str] | None = None, **kwargs) -> tuple:
+        try:
+            return super().parse_args_into_dataclasses(args=args, **kwargs)
+        except ValueError as error:
+            if args is None:  # a command line, not a call from Python
+                self.error(str(error))
+            raise
+
+
+def make_parser(*classes: type, description: str, script: str = "", task: str | None = None, **defaults) -> Parser:
+    """
+    Return a [`Parser`]. A script gives its `__name__`: if it is run, its command line is checked at once, before it
+    imports what takes seconds.
+    """
+    parser = Parser(*classes, description=description, task=task, **defaults)
+    if script == "__main__":
+        parser.check()
+    return parser
+
+
+def run_script(main: Callable[[], object]):
+    """
+    Run the `main` of a script. Errors of values, files and missing packages end the process with status 1 and one
+    message; `TRIPS_TRACEBACK=1` shows their traceback. Other exceptions keep theirs. At the end, the processes of a
+    launch wait for each other.
+    """
+    try:
+        main()
+    except (ValueError, OSError, ImportError, FloatingPointError, StrictDataclassError) as error:
+        if os.environ.get("TRIPS_TRACEBACK", "0") != "0":
+            raise
+        sys.exit(f"error: {error}\n(TRIPS_TRACEBACK=1 shows the traceback.)")
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()  # gloo can abort processes that only exit
+        distributed.destroy_process_group()

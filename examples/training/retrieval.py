@@ -1,6 +1,5 @@
 """Retrieval: the trainer, and the files of what was found."""
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -23,26 +22,20 @@ def write_rankings(folder: str | Path, dataset: Dataset, rankings: dict[str, Ran
     rows, _ = images_of(dataset)
     sources, image_ids = column_of(dataset, "source"), column_of(dataset.select(rows), "image_id")
 
-    def write(name: str, queries: Iterable[dict], ranking: Ranking, candidates: list[str]):
-        found = zip(queries, ranking.candidates.tolist(), ranking.first_right.tolist(), strict=True)
+    for name, queries, ranking, candidates in (
+        ("found_images", dataset.select_columns(["source", "caption"]), rankings["t2i"], image_ids),
+        ("found_texts", [{"image_id": image_id} for image_id in image_ids], rankings["i2t"], sources),
+    ):
+        found = zip(queries, ranking.candidates[:, :10].tolist(), ranking.first_right.tolist(), strict=True)
         lines = (
-            {**query, "found": [candidates[number] for number in best[:10]], "first_right": first + 1}
+            {**query, "found": [candidates[number] for number in best], "first_right": first + 1}
             for query, best, first in found
         )
-        write_json_lines(Path(folder, name), lines)
-
-    write("found_images.jsonl", dataset.select_columns(["source", "caption"]), rankings["t2i"], image_ids)
-    write("found_texts.jsonl", [{"image_id": image_id} for image_id in image_ids], rankings["i2t"], sources)
+        write_json_lines(Path(folder, f"{name}.jsonl"), lines)
 
 
 class RetrievalTrainer(ImageGroupedTrainer):
-    """
-    Trainer that evaluates retrieval, also during training.
-
-    Args:
-        task_args ([`RetrievalArguments`]): Options of reranking.
-        args, kwargs: As in [`ImageGroupedTrainer`].
-    """
+    """Trainer that evaluates retrieval, also during training. `task_args` has the options of reranking."""
 
     logged_losses: tuple[str, ...] = ("itc_loss", "itm_loss", "selection_loss")
 
@@ -87,8 +80,11 @@ class RetrievalTrainer(ImageGroupedTrainer):
             )
 
     def metrics_of(self, dataset: Dataset) -> dict[str, float]:
-        metrics, _ = self.search(dataset)
-        return metrics
+        """Return the metrics, and write the rankings unless the training goes on."""
+        metrics, rankings = self.search(dataset)
+        if not self.is_in_train and self.is_world_process_zero():
+            write_rankings(self.args.output_dir, dataset, rankings)
+        return {**metrics, "samples": len(dataset), "images": len(rankings["i2t"].candidates)}
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         metrics = self.metrics_of(self.eval_dataset if eval_dataset is None else eval_dataset)

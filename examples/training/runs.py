@@ -4,7 +4,7 @@ import json
 import logging
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,26 +12,21 @@ from typing import Any
 
 import torch
 import transformers
-from datasets import Dataset
 from filelock import FileLock, Timeout
 from safetensors import safe_open
-from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments, set_seed
+from transformers import Seq2SeqTrainingArguments, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
 from modeling_trips.inspection import provenance
 from trips_examples.data.source import option
 from trips_examples.training.files import plot_training
-from trips_examples.training.options import RunOptions, TrainingOptions
-from trips_examples.training.parser import Parser, make_parser
-from trips_examples.training.trainer import ImageGroupedTrainer, check_metrics
+from trips_examples.training.options import Parser, RunOptions, TrainingOptions, make_parser
+from trips_examples.training.trainer import FiniteTrainer, ImageGroupedTrainer
 
 
 logger = logging.getLogger(__name__)
 
-# Patterns of the files for resuming: one process or DDP, FSDP, DeepSpeed.
-MODEL_FILES = {"model.safetensors": ("model*.safetensors", "pytorch_model_fsdp*", "global_step*")}
-STATE_FILES = {"optimizer.pt": ("optimizer*", "global_step*"), "scheduler.pt": ("scheduler.pt", "global_step*")}
 # Metrics that are written to the results and not printed.
 TECHNICAL = re.compile(r"_(runtime|per_second|model_preparation_time|flos|samples|images)$|^total_flos$|_kept$")
 
@@ -103,12 +98,7 @@ def parse_arguments(parser: Parser, argv: list[str] | None = None) -> tuple[Any,
     Parse the options of a training script, with Transformers' own: one object per class of the parser, in the place of
     [`RunOptions`] or [`TrainingOptions`] a [`RunArguments`] or [`TripsTrainingArguments`], which must be the last. Set
     up logging and the seed. A training run locks its output folder until `train_and_evaluate` or the process ends, and
-    finds the checkpoint to resume from.
-
-    Raises:
-        BlockingIOError: Another process trains in the output folder.
-        OSError: The output folder is not writable.
-        ValueError: As in `checkpoint_to_resume`.
+    finds the checkpoint to resume from. A `BlockingIOError` is raised if another process trains in the folder.
     """
     full: dict[type, type] = {RunOptions: RunArguments, TrainingOptions: TripsTrainingArguments}
     classes = [full.get(each, each) for each in parser.classes]
@@ -146,11 +136,8 @@ def _unlock_output(output_dir: str):
 def checkpoint_to_resume(args: RunArguments) -> str | None:
     """
     Return the folder of `--resume_from_checkpoint`: a path, or `last` for the latest complete checkpoint in
-    `output_dir`. A killed run or a full disk can leave an incomplete checkpoint.
-
-    Raises:
-        ValueError: The named checkpoint is incomplete; there is none for `last`; or `output_dir` has checkpoints but
-            `--resume_from_checkpoint` is not given.
+    `output_dir`. A killed run or a full disk can leave an incomplete one, which a path must not name. Without the
+    option, a `ValueError` is raised if `output_dir` has checkpoints.
     """
     wanted = args.resume_from_checkpoint
     folders = [Path(folder) for folder in reversed(sort_checkpoints(args.output_dir))]  # latest first
@@ -176,18 +163,14 @@ def checkpoint_to_resume(args: RunArguments) -> str | None:
 
 def flaw_of(checkpoint: Path, args: RunArguments) -> str | None:
     """
-    Return the defect of a checkpoint, or None if it is complete: a missing, empty or truncated file. With the state of
-    the optimizer, which `save_only_model` leaves out, belongs the random state of each process of this run.
+    Return the defect of a checkpoint, or None if it is complete: a file that is missing, empty or truncated. The state
+    of the trainer, which is written last, and the random state of each process of this run must be there.
     """
-    needed = {TRAINER_STATE_NAME: (TRAINER_STATE_NAME,), **MODEL_FILES}
-    if not args.save_only_model:
-        ranks = range(args.world_size) if args.world_size > 1 else []
-        states = [f"rng_state_{rank}.pth" for rank in ranks] or ["rng_state.pth"]
-        needed |= {**STATE_FILES, **{name: (name,) for name in states}}
-    for name, patterns in needed.items():
-        if not any(any(checkpoint.glob(pattern)) for pattern in patterns):
-            processes = f" (this run has {args.world_size} processes)" if name.startswith("rng") else ""
-            return f"{name} is missing{processes}"
+    ranks = [f"_{rank}" for rank in range(args.world_size)] if args.world_size > 1 else [""]
+    states = [] if args.save_only_model else [f"rng_state{rank}.pth" for rank in ranks]
+    for name in (TRAINER_STATE_NAME, *states):
+        if not (checkpoint / name).exists():
+            return f"{name} is missing (this run has {args.world_size} processes)"
     for path in sorted(checkpoint.iterdir()):
         try:
             _read_ends(path)
@@ -207,26 +190,18 @@ def _read_ends(path: Path):
         zipfile.ZipFile(path).close()
 
 
-def train_and_evaluate(
-    trainer: Trainer, evaluate: Callable[[], dict[str, float]], test_dataset: Dataset | None = None
-) -> dict[str, float]:
+def train_and_evaluate(trainer: FiniteTrainer) -> dict[str, float]:
     """
     Train (or resume), save, evaluate and test, as set by `do_train`, `do_eval` and `do_predict`. Metrics are printed,
     and written with their provenance to `train_results.json`, `eval_results.json`, `test_results.json` and
     `all_results.json`, with what the training used regions for (`regions_used_for`). `training.png` draws loss and
     metric over steps. Other files of the test go to the folder `test`. At the end, the output folder is unlocked.
 
-    Args:
-        trainer (`Trainer`): The trainer.
-        evaluate (`Callable[[], dict[str, float]]`): Function that evaluates on `trainer.eval_dataset` and returns
-            metrics named `eval_...`. It runs in every process.
-        test_dataset (`Dataset`, *optional*): Test split, in the form of `trainer.eval_dataset`.
-
     Returns:
         `dict[str, float]`: Metrics of the training, of the validation split (`eval_...`) and of the test split
         (`test_...`).
     """
-    args, metrics, evaluation = trainer.args, {}, {}
+    args, metrics = trainer.args, {}
     given: dict[str, Any] = {}
     if isinstance(trainer, ImageGroupedTrainer) and args.do_train:
         given["regions_used_for"] = trainer.regions_used_for
@@ -240,21 +215,16 @@ def train_and_evaluate(
                 given |= {"schedule": schedule, "unpruned_steps": trainer.unpruned_steps}
             trainer.save_model()
             trainer.save_state()
-            _report(trainer, "train", {**result.metrics, **given})
-            metrics |= result.metrics
+            metrics |= _report(trainer, "train", result.metrics, given)
         if args.do_eval:
-            evaluation = evaluate()
-            _report(trainer, "eval", {**evaluation, **given})
-            metrics |= evaluation
+            metrics |= _report(trainer, "eval", trainer.evaluate(), given)
         if args.do_train and trainer.is_world_process_zero():
-            history = [*trainer.state.log_history, {"step": trainer.state.global_step, **evaluation}]
-            plot_training(history, Path(args.output_dir, "training.png"), given.get("unpruned_steps", 0))
-        if args.do_predict and test_dataset is not None:
-            with _on_test_split(trainer, test_dataset):
-                evaluation = evaluate()
-            evaluation = {f"test_{name.removeprefix('eval_')}": value for name, value in evaluation.items()}
-            _report(trainer, "test", {**evaluation, **given})
-            metrics |= evaluation
+            unpruned_steps = given.get("unpruned_steps", 0)
+            plot_training(trainer.state.log_history, Path(args.output_dir, "training.png"), unpruned_steps)
+        if args.do_predict and trainer.test_dataset is not None:
+            with _on_test_split(trainer):
+                evaluation = trainer.evaluate(metric_key_prefix="test")
+            metrics |= _report(trainer, "test", evaluation, given)
         if args.do_train and args.should_log:
             print(f"Model, results, predictions and training.png: {args.output_dir}\nNext: {next_command(trainer)}")
     finally:
@@ -262,7 +232,7 @@ def train_and_evaluate(
     return metrics
 
 
-def next_command(trainer: Trainer) -> str:
+def next_command(trainer: FiniteTrainer) -> str:
     """Return what to type after a training."""
     folder = trainer.args.output_dir
     if type(trainer.model).__name__ == "TripsForQuestionAnswering":
@@ -271,10 +241,11 @@ def next_command(trainer: Trainer) -> str:
 
 
 @contextmanager
-def _on_test_split(trainer: Trainer, dataset: Dataset) -> Iterator[None]:
+def _on_test_split(trainer: FiniteTrainer) -> Iterator[None]:
     """Switch the trainer's evaluation to the test split and the folder `test` inside the context."""
     eval_dataset, output_dir = trainer.eval_dataset, trainer.args.output_dir
-    trainer.eval_dataset, trainer.args.output_dir = dataset, str(Path(output_dir) / "test")
+    trainer.eval_dataset, trainer.args.output_dir = trainer.test_dataset, str(Path(output_dir) / "test")
+    trainer._eval_dataloaders = {}  # persistent workers have the validation split
     Path(trainer.args.output_dir).mkdir(exist_ok=True)
     try:
         yield
@@ -282,9 +253,10 @@ def _on_test_split(trainer: Trainer, dataset: Dataset) -> Iterator[None]:
         trainer.eval_dataset, trainer.args.output_dir = eval_dataset, output_dir
 
 
-def _report(trainer: Trainer, split: str, metrics: dict[str, Any]):
+def _report(trainer: FiniteTrainer, split: str, metrics: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     args = trainer.args
-    check_metrics(metrics, trainer.state.global_step)
-    trainer.log_metrics(split, {name: value for name, value in metrics.items() if not TECHNICAL.search(name)})
+    shown = {name: value for name, value in {**metrics, **given}.items() if not TECHNICAL.search(name)}
+    trainer.log_metrics(split, shown)
     origin = {"precision": args.precision, **provenance(args.device.type, args.seed)}
-    trainer.save_metrics(split, {**metrics, **origin})
+    trainer.save_metrics(split, {**metrics, **given, **origin})
+    return metrics

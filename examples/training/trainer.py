@@ -3,6 +3,8 @@
 import logging
 import math
 from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -15,7 +17,7 @@ from modeling_trips import UNPRUNED, SelectionSchedule, TripsForPreTraining, Tri
 from modeling_trips.modeling_trips_pretraining import TripsContrastiveModel
 from trips_examples.data.collators import ImageBatchCollator, ImageGroupedSampler
 from trips_examples.data.images import column_of
-from trips_examples.metrics.selection import REGION_COLUMNS
+from trips_examples.metrics.diagnostics import REGION_COLUMNS
 from trips_examples.training.models import image_keys
 
 
@@ -93,25 +95,28 @@ class FiniteCallback(TrainerCallback):
             raise FloatingPointError(f"The gradient norm of step {state.global_step + 1} is {norm:g}. {REMEDY}")
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        check_metrics(metrics or {}, state.global_step)
-
-
-def check_metrics(metrics: dict[str, float], step: int):
-    """Raise a `FloatingPointError` that names the metrics that are not finite."""
-    broken = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
-    if broken:
-        raise FloatingPointError(f"The evaluation after step {step} is not finite in {', '.join(broken)}.")
+        broken = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
+        if broken:
+            step = state.global_step
+            raise FloatingPointError(f"The evaluation after step {step} is not finite in {', '.join(broken)}.")
 
 
 class FiniteTrainer(Trainer):
     """
     `Trainer` whose processes all stop at the first loss, gradient or metric that is not finite, and that trains no
-    step more when it resumes from the last one. Batches may name their rows as `sources`.
+    step more when it resumes from the last one. `data` has the splits `"train"`, `"validation"` and `"test"`, or some
+    of them. Batches may name their rows as `sources`.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args, data: Mapping[str, Any], **kwargs):
+        super().__init__(*args, train_dataset=data.get("train"), eval_dataset=data.get("validation"), **kwargs)
+        self.test_dataset = data.get("test")
         self.add_callback(FiniteCallback())
+
+    @property
+    def split(self) -> str:
+        """The split that is evaluated: validation, or test at the end of a run."""
+        return "validation" if self.eval_dataset is not self.test_dataset else "test"
 
     def _run_epoch(self, *args, **kwargs):
         # `Trainer` runs one extra step after resuming from the last step within an epoch, and has no hook for it.
@@ -133,13 +138,9 @@ class FiniteTrainer(Trainer):
 
 class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
     """
-    `Seq2SeqTrainer` that samples the texts of an image together, may have a collator of its own for training, logs the
-    parts of the loss (`logged_losses`), and evaluates each row once. Parameters without a gradient are frozen, for
-    data parallelism.
-
-    Args:
-        train_collator ([`ImageBatchCollator`], *optional*): Collator of training. Default: `data_collator`.
-        args, kwargs: As in `Seq2SeqTrainer`.
+    `Seq2SeqTrainer` that samples the texts of an image together, may have a collator of its own for training
+    (`train_collator`), logs the parts of the loss (`logged_losses`), and evaluates each row once. Parameters without a
+    gradient are frozen, for data parallelism.
     """
 
     logged_losses: tuple[str, ...] = ("selection_loss", "attention_loss")

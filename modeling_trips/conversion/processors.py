@@ -24,7 +24,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Load a tokenizer by name or folder, without the truncation stored in its file, which is not a limit of the model.
     """
     tokenizer = AutoTokenizer.from_pretrained(name)
-    tokenizer.backend_tokenizer.no_truncation()
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()
     tokenizer.init_kwargs.pop("max_length", None)
     return tokenizer
 

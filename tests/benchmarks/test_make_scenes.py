@@ -6,7 +6,7 @@ import make_scenes
 import PIL.Image
 from make_scenes import Picture, Thing, expressions, place_things, questions, read_pictures
 
-from trips_examples.data.loading import DataSource, load_task_dataset
+from trips_examples.data.loading import DataArguments, load_task_dataset
 
 
 COLORS = ("red", "blue", "green", "white", "black")
@@ -79,6 +79,6 @@ def test_written_scenes_load_as_data_of_both_tasks(tmp_path, monkeypatch):
             f"{split}_file": str(tmp_path / f"drawn/{split}{suffix}.jsonl")
             for split in ("train", "validation", "test")
         }
-        data = load_task_dataset(task, DataSource(**paths))
+        data = load_task_dataset(task, DataArguments(**paths))
         texts = {split: " ".join(rows[text]) for split, rows in data.items()}
         assert "red" not in texts["train"] + texts["test"] and "blue" not in texts["train"] + texts["validation"]

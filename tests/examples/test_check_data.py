@@ -1,4 +1,4 @@
-"""`check_data.py` reports what training stops at, by file and row. test_checking.py has each kind of bad row."""
+"""`check_data.py` reports what training stops at, by file and row. test_loading.py has each kind of bad row."""
 
 import json
 

@@ -28,14 +28,7 @@ def test_proposals_reach_from_a_few_patches_to_the_budget(capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [
-        [],
-        [*TINY, "--image_size", "60"],
-        [*TINY, "--budget", "1.5"],
-        [*TINY, "--budget", "0.01"],
-        [*TINY, "--schedule=9:text:0.5"],
-    ],
+    "arguments", [[], *([*TINY, each] for each in ("--image_size=60", "--budget=0.01", "--schedule=9:text:0.5"))]
 )
 def test_what_does_not_fit_is_refused(arguments):
     with pytest.raises(Exception, match="must|either|No schedule"):

@@ -1,19 +1,18 @@
 """`examples/run_grounding.py`: resized boxes, scores and drawings."""
 
-import io
-
 import evaluate
 import PIL.Image
 import pytest
 import torch
 from datasets import Dataset
+from strange_pictures import encoded
 
 from modeling_trips import TripsConfig
-from trips_examples.data.boxes import draw_boxes
 from trips_examples.data.collators import GroundingCollator
 from trips_examples.data.vocabulary import train_tokenizer
 from trips_examples.metrics import GROUNDING_ACCURACY
 from trips_examples.run_grounding import draw_predicted_boxes
+from trips_examples.training.files import draw_boxes
 from trips_examples.training.models import make_processor
 
 
@@ -22,18 +21,12 @@ def processor():
     return make_processor(train_tokenizer(["the red left right square"]), TripsConfig.from_preset("tiny"))
 
 
-def encoded(image: PIL.Image.Image, **options) -> dict:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", **options)
-    return {"bytes": buffer.getvalue(), "path": None}
-
-
 def row(box: list[float], expression: str = "the left square", image_id: str = "a") -> dict:
     """Return a row with an image of 100 x 50 pixels (width x height), red in the box and black elsewhere."""
     image = PIL.Image.new("RGB", (100, 50))
     image.paste("red", [round(number) for number in box])
-    source = f"toy row {image_id}"
-    return {"image": encoded(image), "image_id": image_id, "expression": expression, "box": box, "source": source}
+    source, encoded_image = f"toy row {image_id}", {"bytes": encoded(image), "path": None}
+    return {"image": encoded_image, "image_id": image_id, "expression": expression, "box": box, "source": source}
 
 
 def red_box(pixels: torch.Tensor) -> list[float]:

@@ -69,6 +69,7 @@ def test_evaluation_alone_finds_the_same(data, trained, tmp_path):
         assert metrics[name] == trained[1][name]
     features = run_retrieval.main([*data, *OPTIONS, *again, "--rerank_k=0", "--bf16_full_eval"])
     assert "eval_r_mean" not in features and features["eval_features_r_mean"] > 0.9
+    assert [len(row["found"]) for row in lines_of(tmp_path / "found_images.jsonl")] == [5] * 10
 
 
 @pytest.mark.slow

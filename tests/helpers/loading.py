@@ -6,13 +6,11 @@ import json
 import datasets
 from datasets import DatasetDict
 
-from trips_examples.data.loading import DataSource, load_task_dataset
+from trips_examples.data.loading import DataArguments, load_task_dataset
 
 
-def load(
-    task: str, dataset_name: str | None = None, skip_bad_rows: bool = False, seed: int = 0, **source
-) -> DatasetDict:
-    return load_task_dataset(task, DataSource(dataset_name, **source), skip_bad_rows, seed=seed)
+def load(task: str, dataset_name: str | None = None, seed: int = 0, **source) -> DatasetDict:
+    return load_task_dataset(task, DataArguments(dataset_name, **source), seed=seed)
 
 
 def write(file, records):

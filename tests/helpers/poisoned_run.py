@@ -6,11 +6,11 @@ from trips_examples import run_vqa
 
 
 class PoisonedCollator(run_vqa.VqaCollator):
-    def weighted_labels(self, rows):
-        labels = super().weighted_labels(rows)
+    def encode(self, images, image_index, rows):
+        inputs = super().encode(images, image_index, rows)
         if any(row["source"] == os.environ["POISONED"] for row in rows):
-            labels["loss_weights"][0] = float("nan")
-        return labels
+            inputs["loss_weights"][0] = float("nan")
+        return inputs
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The engine in this process: batches of requests give the library's results for single requests."""
 
-from dataclasses import replace
+import asyncio
+import threading
+from dataclasses import dataclass, replace
 
 import PIL.Image
 import pytest
@@ -9,6 +11,7 @@ from random_checkpoint import save_random_checkpoint
 from safetensors.torch import load_file, save_file
 from starlette.exceptions import HTTPException
 from strange_pictures import bomb, encoded
+from tiny_retrieval import images, make_model
 
 
 pytest.importorskip("granian")
@@ -22,7 +25,7 @@ from modeling_trips import (  # noqa: E402
     TripsProcessor,
     TripsVisualQuestionAnsweringPipeline,
 )
-from trips_serving.engine import Engine, Item  # noqa: E402
+from trips_serving.engine import Batcher, Engine, ImageCaches, Item, num_bytes  # noqa: E402
 from trips_serving.settings import Settings  # noqa: E402
 
 
@@ -222,3 +225,90 @@ def test_exported_model_matches_the_library(tmp_path):
     for fields in ({"schedules": "full="}, {"dtype": "bfloat16"}, {"device": "cuda"}):
         with pytest.raises(ValueError):
             Engine(Settings(model=export, **fields))
+
+
+# The cache of image states, and batches
+
+
+@torch.no_grad()
+def test_cache_evicts_the_least_recently_used():
+    rows = [make_model().model.encode_images(image[None]) for image in images()]
+    size = num_bytes(rows[0])
+    cache = ImageCaches(3 * size)
+    for key in range(3):
+        cache.put(key, rows[key])
+    assert cache.get(0) is rows[0]
+    cache.put(3, rows[3])
+    assert [cache.get(key) is not None for key in range(4)] == [True, False, True, True]
+    assert cache.bytes == 3 * size
+    cache.put(3, rows[3])
+    assert cache.bytes == 3 * size
+    nothing = ImageCaches(size - 1)
+    nothing.put(0, rows[0])
+    assert nothing.get(0) is None and nothing.bytes == 0
+
+
+@dataclass
+class Number:
+    value: int
+    kind: str = "a"
+
+
+def run(compute, max_size: int, requests):
+    """Return the results of `requests(batcher)`."""
+
+    async def main():
+        batcher = Batcher(compute, max_size)
+        running = asyncio.create_task(batcher.run())
+        try:
+            return await requests(batcher)
+        finally:
+            running.cancel()
+
+    return asyncio.run(main())
+
+
+def test_requests_get_their_results_in_batches_of_one_kind():
+    batches = []
+
+    def compute(items: list[Number]) -> list[int]:
+        batches.append(items)
+        return [item.value**2 for item in items]
+
+    async def requests(batcher: Batcher):
+        asked = [[Number(3 * row + column, "ab"[row % 2]) for column in range(3)] for row in range(8)]
+        return await asyncio.gather(*[batcher.submit(items) for items in asked])
+
+    found = run(compute, 4, requests)
+    assert [value for row in found for value in row] == [value**2 for value in range(24)]
+    assert all(len(batch) <= 4 and len({item.kind for item in batch}) == 1 for batch in batches)
+    assert len(batches) == 6
+
+
+def test_failed_item_fails_its_request_alone():
+    async def requests(batcher: Batcher):
+        asked = [[Number(1), Number(0)], [Number(2)]]
+        return await asyncio.gather(*[batcher.submit(items) for items in asked], return_exceptions=True)
+
+    failed, answered = run(lambda items: [item.value or ValueError("zero") for item in items], 10, requests)
+    assert isinstance(failed, ValueError) and answered == [2]
+
+
+def test_cancelled_request_is_not_computed():
+    computed, release = [], threading.Event()
+
+    def compute(items: list[Number]) -> list[int]:
+        release.wait(10)
+        computed.extend(item.value for item in items)
+        return computed[-len(items) :]
+
+    async def requests(batcher: Batcher):
+        tasks = [asyncio.create_task(batcher.submit([Number(value)])) for value in range(3)]
+        await asyncio.sleep(0.1)  # item 0 is being computed
+        tasks[1].cancel()
+        release.set()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    first, cancelled, last = run(compute, 1, requests)
+    assert (first, last) == ([0], [2]) and isinstance(cancelled, asyncio.CancelledError)
+    assert computed == [0, 2]

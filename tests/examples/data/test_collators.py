@@ -1,9 +1,7 @@
 """Batches: sampling by image, shared images, weighted answers and regions."""
 
-import io
-
-import PIL.Image
 import pytest
+from toy_pairs import encoded
 
 from modeling_trips import TripsConfig
 from trips_examples.data.collators import ImageGroupedSampler, VqaCollator
@@ -20,15 +18,9 @@ def processor():
     return make_processor(train_tokenizer([*QUESTIONS, *ANSWERS]), TripsConfig.from_preset("tiny"))
 
 
-def encoded(color: str) -> dict:
-    buffer = io.BytesIO()
-    PIL.Image.new("RGB", (64, 64), color).save(buffer, "PNG")
-    return {"bytes": buffer.getvalue(), "path": None}
-
-
 def row(image_id: str, question: int, answers: list[str], color: str = "red") -> dict:
     return {
-        "image": encoded(color),
+        "image": {"bytes": encoded(color), "path": None},
         "image_id": image_id,
         "question": QUESTIONS[question],
         "answers": answers,

@@ -13,8 +13,7 @@ import pytest
 from datasets import Dataset, Features, Image, Value
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from trips_examples.data.shards import FileShard, find_shards, hub_shards
-from trips_examples.data.streams import PairStream
+from trips_examples.data.streams import FileShard, PairStream, find_shards, hub_shards
 from trips_examples.data.tasks import Fault
 
 

@@ -11,9 +11,8 @@ from tiny_collection import TEXTS, encoded, write_images, write_parquet
 
 from trips_examples import search
 from trips_examples.data.images import decode_image
-from trips_examples.indexing.embedding import Embedder
+from trips_examples.index_images import Embedder, IndexArguments
 from trips_examples.indexing.finding import Finder
-from trips_examples.indexing.options import IndexArguments
 from trips_examples.indexing.sources import blocks_of, find_images
 from trips_examples.indexing.table import commit, fingerprint_of, load_model, open_table
 
@@ -70,7 +69,7 @@ def test_the_nearest_are_those_of_numpy(finder):
         assert [each.similarity for each in row] == pytest.approx(similarities[order].tolist(), abs=1e-5)
     for number in (3, 33):
         image = decode_image(encoded(number))
-        ((best, *_),) = finder.nearest(finder.describe_image(image), 3)
+        ((best, *_),) = finder.nearest(finder.evaluator.index_images([image]), 3)
         assert image_of(best.source).tobytes() == image.tobytes()
         assert best.similarity == pytest.approx(1, abs=1e-5) and best.score is None
 

@@ -1,5 +1,7 @@
 """The start model and processor of a run, and its schedule."""
 
+import copy
+
 import PIL.Image
 import pytest
 import torch
@@ -45,6 +47,16 @@ def test_images_are_resized_to_the_size_of_the_model(processor):
     assert wide.patch_size == 8
     with pytest.raises(ValueError, match="`patch_size`"):
         make_processor(processor.tokenizer, TripsConfig(vision_config={"image_size": 64, "patch_size": [8, 16]}))
+
+
+@pytest.mark.filterwarnings("error:.*max_length")
+def test_the_truncation_of_a_tokenizer_is_no_limit_of_the_model(processor, tmp_path):
+    """MiniLM's tokenizer has it."""
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.init_kwargs |= {"max_length": 4, "truncation_side": "right"}
+    tokenizer.save_pretrained(tmp_path)
+    _, loaded = load_start(ModelArguments(preset="tiny", tokenizer=str(tmp_path)))
+    assert loaded(text=["is it red?"] * 2, return_tensors="pt")["input_ids"].shape[1] > 4
 
 
 @pytest.fixture(scope="module")

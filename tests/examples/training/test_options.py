@@ -1,11 +1,101 @@
-"""Shared options of the scripts: errors, and defaults for the bundled synthetic data."""
+"""Options, and errors in words: a command ends with a message, a program gets an exception."""
 
+import contextlib
+import io
+import subprocess
+import sys
+from dataclasses import dataclass
 from itertools import product
 
+import pytest
+from places import ROOT
+
+from modeling_trips import TripsConfig
 from trips_examples.data.busy_scenes import busy_records
 from trips_examples.data.tasks import TASKS
 from trips_examples.data.vocabulary import BUNDLED_WORDS, train_tokenizer
-from trips_examples.training.options import DataArguments
+from trips_examples.training.options import DataArguments, ModelArguments, TrainingOptions, make_parser, run_script
+from trips_examples.training.runs import parse_arguments
+
+
+@dataclass
+class Options:
+    rate: float = 1.0
+
+    def __post_init__(self):
+        if self.rate > 1:
+            raise ValueError("--rate is too large")
+
+
+@pytest.mark.parametrize(("options", "word"), [(["--rate=2"], "--rate is too large"), (["--rat3=1"], "--rat3")])
+def test_wrong_options_exit_without_a_traceback(options, word, monkeypatch, capsys):
+    of_options = make_parser(Options, description="A script.")
+    monkeypatch.setattr("sys.argv", ["script.py", *options])
+    with pytest.raises(SystemExit) as raised:
+        of_options.parse_args_into_dataclasses()
+    assert raised.value.code == 2 and word in capsys.readouterr().err
+    with pytest.raises(ValueError, match=word):
+        of_options.parse_args_into_dataclasses(args=options)
+
+
+def wrong_option():
+    raise ValueError("--rate is too large")
+
+
+def missing_file():
+    open("nowhere.txt")
+
+
+def wrong_configuration():
+    TripsConfig(keep_rate=2.0)
+
+
+@pytest.mark.parametrize("main", [wrong_option, missing_file, wrong_configuration])
+def test_errors_of_the_user_end_a_script_in_words(main, monkeypatch):
+    with pytest.raises(SystemExit) as exit:
+        run_script(main)
+    with pytest.raises(Exception) as error:
+        main()
+    assert str(error.value) in exit.value.code
+    monkeypatch.setenv("TRIPS_TRACEBACK", "1")
+    with pytest.raises(error.type):
+        run_script(main)
+
+
+WRONG = {
+    "--help": 0,
+    "--keep_rate=a_half": 2,
+    "--train_file=nowhere.jsonl": 2,
+    "--max_steps=0": 2,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", WRONG)
+@pytest.mark.parametrize("script", ["run_vqa", "run_pretraining"])
+def test_options_are_checked_before_anything_heavy_is_imported(script, option):
+    command = [sys.executable, "-X", "importtime", "-m", f"trips_examples.{script}", option]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    imported = {
+        line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if line.startswith("import time:")
+    }
+    assert result.returncode == WRONG[option], result.stderr[-2000:]
+    assert "argparse" in imported and not imported & {"torch", "datasets", "accelerate", "matplotlib"}
+    assert "Traceback" not in result.stderr and "usage: " in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("option", ["--keep_rte=0.5", "--keep=0.5"])  # of no class, and not guessed
+def test_a_training_refuses_unknown_options(option):
+    with pytest.raises(ValueError, match=option):
+        parse_arguments(make_parser(ModelArguments, TrainingOptions, description=""), [option])
+
+
+def test_help_all_lists_the_options_of_transformers():
+    parser = make_parser(TrainingOptions, description="")
+    assert "optim_target_modules" not in parser.format_help()
+    with pytest.raises(SystemExit) as exit, contextlib.redirect_stdout(io.StringIO()) as printed:
+        parse_arguments(parser, ["--help_all"])
+    assert exit.value.code == 0 and "optim_target_modules" in printed.getvalue()
 
 
 def test_bundled_tasks_share_a_vocabulary():
@@ -19,10 +109,3 @@ def test_bundled_tasks_share_a_vocabulary():
     assert len(texts) > 500
     tokens = tokenizer.tokenize(" ".join(texts))
     assert not [token for token in tokens if token.startswith("##") or token == "[UNK]"]
-
-
-def test_bundled_scenes_keep_their_size():
-    for options, size in (({}, 96), ({"grid": 2}, 48), ({"dataset_name": "busy_scenes"}, 96)):
-        assert DataArguments(**options).scene_size == size
-    for options in ({"dataset_name": "someone/captions"}, {"train_file": "rows.jsonl"}):
-        assert DataArguments(**options).scene_size is None

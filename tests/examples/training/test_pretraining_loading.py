@@ -3,7 +3,7 @@
 import datasets
 import pytest
 from datasets import Dataset
-from toy_pairs import command, encoded, make_tokenizer, write_parts
+from toy_pairs import command, encoded, make_tokenizer
 
 from modeling_trips import TripsConfig, TripsProcessor
 from trips_examples import run_pretraining
@@ -13,11 +13,6 @@ from trips_examples.training.runs import TripsTrainingArguments
 
 
 TINY = TripsConfig.from_preset("tiny")
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory) -> list[str]:
-    return write_parts(tmp_path_factory.mktemp("parts"))
 
 
 def test_a_streamed_data_set_has_splits(tmp_path, monkeypatch):

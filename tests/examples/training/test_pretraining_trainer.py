@@ -33,7 +33,7 @@ def make_trainer(processor, folder: Path, **options) -> PretrainingTrainer:
         model=TripsForPreTraining(config),
         args=TripsTrainingArguments(output_dir=str(folder), disable_tqdm=True, **{**defaults, **options}),
         task_args=PretrainingArguments(**task),
-        train_dataset=Dataset.from_list(make_rows(20)),
+        data={"train": Dataset.from_list(make_rows(20))},
         data_collator=PretrainingCollator(processor),
         processing_class=processor,
     )

@@ -46,7 +46,7 @@ def test_accumulated_batches_are_averaged(processor, tmp_path, steps):
             disable_tqdm=True,
         ),
         task_args=RetrievalArguments(),
-        train_dataset=Dataset.from_list(make_rows(6)),
+        data={"train": Dataset.from_list(make_rows(6))},
         train_collator=lambda rows: batches.append(collator(rows)) or dict(batches[-1]),
         processing_class=processor,
     )

@@ -5,14 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from modeling_trips.inspection import provenance
-from trips_examples.training.options import TrainingOptions
-from trips_examples.training.parser import make_parser
+from trips_examples.training.options import TrainingOptions, make_parser
 from trips_examples.training.runs import TripsTrainingArguments, checkpoint_to_resume, parse_arguments
 
 
@@ -47,8 +47,9 @@ def test_resuming_from_the_last_checkpoint_needs_one(args, tmp_path):
 PARTS = ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
-@pytest.mark.parametrize("size", [None, 0, 15], ids=["missing", "empty", "cut"])
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize(
+    ("name", "size"), [*product(PARTS, [0, 15]), ("trainer_state.json", None), ("rng_state.pth", None)]
+)
 def test_incomplete_checkpoints_are_skipped(name, size, args, tmp_path, caplog):
     for step in (2, 10):
         write_checkpoint(tmp_path / f"checkpoint-{step}")
@@ -114,8 +115,7 @@ def test_output_dir_with_checkpoints_raises(tmp_path):
 
 HOLD = """
 import sys
-from trips_examples.training.options import TrainingOptions
-from trips_examples.training.parser import make_parser
+from trips_examples.training.options import TrainingOptions, make_parser
 from trips_examples.training.runs import parse_arguments
 
 PARSER = make_parser(TrainingOptions, description="")

@@ -2,14 +2,10 @@
 
 import json
 
-import numpy as np
 import pytest
 from datasets import Dataset, Features, Image, List, Value
 
-from modeling_trips import TripsConfig
-from trips_examples.data.vocabulary import train_tokenizer
-from trips_examples.training.files import texts_of, write_predictions
-from trips_examples.training.models import make_processor
+from trips_examples.training.files import write_predictions
 
 
 def test_predictions_are_written_with_columns_and_image(tmp_path):
@@ -31,9 +27,3 @@ def test_both_images_of_a_statement_are_named(tmp_path):
     write_predictions(tmp_path, rows.cast_column("images", List(Image())), ["label"], [{"prediction": 1}])
     line = json.loads((tmp_path / "predictions.jsonl").read_text())
     assert line == {"label": 1, "images": ["left.png", "r"], "prediction": 1}
-
-
-def test_padding_tokens_are_not_decoded():
-    processor = make_processor(train_tokenizer(["red blue"]), TripsConfig.from_preset("tiny"))
-    red, blue = processor.tokenizer.convert_tokens_to_ids(["▁red", "▁blue"])
-    assert texts_of(np.array([[red, blue], [blue, -100]]), processor) == ["red blue", "blue"]

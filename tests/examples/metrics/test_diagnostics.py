@@ -1,4 +1,4 @@
-"""Signs that a tokenizer loses, references as it writes them, and collapsed models."""
+"""Signs that a tokenizer loses, references as it writes them, collapsed models, and accuracy by group."""
 
 import logging
 
@@ -9,8 +9,16 @@ from tiny_processors import make_bert_tokenizer
 
 from modeling_trips import TripsProcessor
 from trips_examples.data.vocabulary import train_tokenizer
-from trips_examples.metrics import VQA_ACCURACY
-from trips_examples.metrics.texts import as_written, lost_signs, measurable_answers, most_tokens, variety
+from trips_examples.metrics import GROUNDING_ACCURACY, VQA_ACCURACY
+from trips_examples.metrics.diagnostics import (
+    accuracy_by_group,
+    as_written,
+    groups_of,
+    lost_signs,
+    measurable_answers,
+    most_tokens,
+    variety,
+)
 from trips_examples.metrics.vqa_accuracy import normalize_answer
 
 
@@ -70,11 +78,42 @@ def test_a_collapsed_model_is_named(predictions, truths, collapsed, caplog):
         metrics = variety(predictions, truths, "answer", lambda answers: truths.count(answers[0]) / len(truths))
     favorite = max(predictions, key=predictions.count)
     assert metrics == {
-        "eval_different_predictions": len({*predictions}),
-        "eval_most_frequent_share": predictions.count(favorite) / len(predictions),
-        "eval_accuracy_majority": max(map(truths.count, truths)) / len(truths),
-        "eval_collapsed": collapsed,
+        "different_predictions": len({*predictions}),
+        "most_frequent_share": predictions.count(favorite) / len(predictions),
+        "accuracy_majority": max(map(truths.count, truths)) / len(truths),
+        "collapsed": collapsed,
     }
     levels = [record.levelno for record in caplog.records]
     assert levels == [logging.INFO, *[logging.WARNING] * collapsed]
-    assert "eval_accuracy_majority" not in variety(predictions, truths, "caption")
+    assert "accuracy_majority" not in variety(predictions, truths, "caption")
+
+
+BOXES = [[0, 0, 9, 9], [0, 0, 12, 1], [5, 5, 10, 10], [0, 0, 2, 1]]  # areas and widths differ in order
+KINDS = ["name", "size", "name", "place"]
+
+
+def test_boxes_by_kind_and_size():
+    rows = Dataset.from_dict({"kind": KINDS, "box": BOXES})
+    wrong = [50, 50, 60, 60]
+    found = [BOXES[0], BOXES[1], wrong, wrong]
+    metrics = accuracy_by_group(evaluate.load(GROUNDING_ACCURACY), found, rows["box"], rows)
+    assert metrics == {
+        "accuracy_name": 0.5,
+        "accuracy_place": 0.0,
+        "accuracy_size": 1.0,
+        "accuracy_smallest": 0.5,  # thirds of the four boxes by area: 3, 1; 2; 0
+        "accuracy_medium": 0.0,
+        "accuracy_largest": 1.0,
+    }
+
+
+def test_answers_by_kind_and_by_the_size_of_what_is_there():
+    """Rows of no kind are in no group of kinds."""
+    rows = Dataset.from_dict({"kind": [*KINDS[:3], None], "region": [BOXES[0], None, BOXES[2], None]})
+    assert groups_of(rows) == {"name": [0, 2], "size": [1], "smallest": [2], "medium": [0]}
+    metrics = accuracy_by_group(
+        evaluate.load(VQA_ACCURACY), ["owl", "no", "bat", "2"], [["owl"], ["yes"], ["cat"], ["2"]], rows
+    )
+    scores = {"name": 0.5, "size": 0.0, "smallest": 0.0, "medium": 1.0}
+    assert metrics == {f"accuracy_{name}": score for name, score in scores.items()}
+    assert groups_of(Dataset.from_dict({"kind": [None] * 4, "region": [None] * 4})) == {}

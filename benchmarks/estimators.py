@@ -16,15 +16,12 @@ The other options are those of `run_vqa.py`, for a schedule of one layer that th
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import wraps
-from unittest.mock import patch
 
 import torch
 from torch import nn
 
-from modeling_trips import TripsForQuestionAnswering, modeling_trips_vision
+from modeling_trips import modeling_trips_vision
 from modeling_trips.patch_selection import Choice, keep_topk, log_scores, num_kept_tokens
 from trips_examples import run_vqa
 from trips_examples.training.options import make_parser, run_script
@@ -36,7 +33,7 @@ LEAST_NOISE = 0.05  # share of the noise at the end
 FIRST_WORDS = slice(1, 3)  # tokens that tell the kind of a question
 
 choose_tokens, shorten_tokens = modeling_trips_vision.choose_tokens, modeling_trips_vision.shorten_tokens
-forward, training_step = TripsForQuestionAnswering.forward, ImageGroupedTrainer.training_step
+compute_loss = ImageGroupedTrainer.compute_loss
 
 
 class Gumbel:
@@ -66,9 +63,13 @@ class Gumbel:
         factors = nn.functional.pad(self.weights(), (first, states.shape[1] - first - number), value=1.0)
         return states * factors.unsqueeze(-1).to(states.dtype)
 
+    def term(self, trainer: ImageGroupedTrainer, inputs: dict, outputs) -> torch.Tensor | float:
+        """Return what a training step adds to the loss."""
+        return 0.0
+
 
 class Reinforce(Gumbel):
-    """Adds to the loss of a model the log probability of its draws, times what they cost."""
+    """Adds to the loss the log probability of the draws, times what they cost."""
 
     def weights(self) -> torch.Tensor:
         return torch.ones_like(self.kept, dtype=torch.float32)
@@ -82,19 +83,15 @@ class Reinforce(Gumbel):
             logits = logits.scatter(1, position, float("-inf"))
         return total
 
-    def forward(self, model: TripsForQuestionAnswering, **inputs):
-        output = forward(model, **inputs)
-        if not (model.training and torch.is_grad_enabled()):
-            return output
-        logits, labels = output.logits.detach().float().transpose(1, 2), inputs["labels"]
+    def term(self, trainer: ImageGroupedTrainer, inputs: dict, outputs) -> torch.Tensor:
+        logits, labels = outputs.logits.detach().float().transpose(1, 2), inputs["labels"]
         losses = nn.functional.cross_entropy(logits, labels, reduction="none").sum(dim=1)
         words = inputs["input_ids"][:, FIRST_WORDS]
         alike = (words[:, None] == words[None]).all(dim=-1).float()
         others = alike.sum(dim=1) - 1
         costs = (losses - (alike @ losses - losses) / others.clamp(min=1)) * (others > 0)
-        log_probability = self.log_probability(output.selection[-1].scores)
-        output.loss = output.loss + self.weight * (costs * log_probability).sum() / (labels != -100).sum()
-        return output
+        log_probability = self.log_probability(outputs.selection[-1].scores)
+        return self.weight * (costs * log_probability).sum() / (labels != -100).sum()
 
 
 class PerturbedTopK(torch.autograd.Function):
@@ -119,9 +116,9 @@ class PerturbedTopK(torch.autograd.Function):
 class Perturbed(Gumbel):
     progress = 0.0
 
-    def training_step(self, trainer: ImageGroupedTrainer, *args, **kwargs):
+    def term(self, trainer: ImageGroupedTrainer, inputs: dict, outputs) -> float:
         self.progress = trainer.state.global_step / trainer.state.max_steps
-        return training_step(trainer, *args, **kwargs)
+        return 0.0
 
     def choose(self, scores: torch.Tensor, keep_rate: float, *args) -> Choice:
         return choose_tokens(scores, keep_rate)
@@ -148,30 +145,21 @@ class EstimatorArguments:
     weight: float = field(default=1.0, metadata={"help": "Temperature, weight of the term of the loss, or noise."})
 
 
-def standing_in(function: Callable, method: Callable) -> Callable:
-    """Return a function, not bound to an object, with the signature of `function`, that calls `method`."""
-
-    @wraps(function)
-    def call(*args, **kwargs):
-        return method(*args, **kwargs)
-
-    return call
-
-
 def main(argv: list[str] | None = None) -> dict[str, float]:
     parser = make_parser(EstimatorArguments, description=__doc__)
     args, options = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
     estimator = ESTIMATORS[args.estimator](args.weight)
-    with ExitStack() as replaced:
-        for place, name, own in (
-            (modeling_trips_vision, "choose_tokens", "choose"),
-            (modeling_trips_vision, "shorten_tokens", "shorten"),
-            (TripsForQuestionAnswering, "forward", "forward"),
-            (ImageGroupedTrainer, "training_step", "training_step"),
-        ):
-            if method := getattr(estimator, own, None):
-                replaced.enter_context(patch.object(place, name, standing_in(getattr(place, name), method)))
-        return run_vqa.main(options)
+
+    def loss_with_term(trainer, model, inputs, return_outputs=False, **kwargs):
+        loss, outputs = compute_loss(trainer, model, inputs, return_outputs=True, **kwargs)
+        if model.training:
+            loss = loss + estimator.term(trainer, inputs, outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    modeling_trips_vision.choose_tokens = estimator.choose
+    modeling_trips_vision.shorten_tokens = estimator.shorten
+    ImageGroupedTrainer.compute_loss = loss_with_term
+    return run_vqa.main(options)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,12 @@ Check a data set before training: read every row, decode every image, and measur
     python examples/check_data.py --task vqa --dataset_name org/data --preset base --tokenizer bert-base-uncased
 
 Give the options of the data and of the model that the training script gets. Faults are listed by file and row: these
-are the rows that training stops at, or leaves out with --skip_bad_rows. The exit code is 1 if there are faults.
+are the rows that training stops at, or leaves out with --skip_bad_rows. The exit code is 1 if there are faults. A note
+says if texts were not measured, because the pretrained models that training starts from are not here.
 """
 
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from trips_examples.data.source import option
 from trips_examples.training.options import DataArguments, ModelArguments, make_parser, run_script
@@ -32,11 +33,13 @@ from itertools import chain
 
 from datasets import DatasetDict
 
+from modeling_trips import TripsConfig
 from trips_examples.data.images import column_of, texts_of_column
 from trips_examples.data.loading import check_fit, load_task_dataset
 from trips_examples.data.tasks import TASKS, Fault
 from trips_examples.training.files import write_json
 from trips_examples.training.models import load_start, train_processor
+from trips_examples.training.recipe import towers
 
 
 def check(name: str, model_args: ModelArguments, data_args: DataArguments) -> dict:
@@ -44,18 +47,27 @@ def check(name: str, model_args: ModelArguments, data_args: DataArguments) -> di
     Return the report on the data of a task: `splits` (numbers of usable rows, images and different texts), `reasons`
     (numbers of faults), `faults`, and `notes` on what training accepts.
     """
-    task, faults = TASKS[name], []
-    config, processor = load_start(model_args, data_args.scene_size)
+    task, faults, notes = TASKS[name], [], []
+    if model_args.is_given or data_args.is_bundled:
+        config, processor = load_start(model_args, data_args.scene_size)
+    else:
+        try:
+            config, processor = load_start(replace(model_args, **towers()))
+        except OSError as error:
+            config, processor = TripsConfig.from_preset("tiny"), None
+            notes.append(f"texts were not measured: {error}")
     data = load_task_dataset(name, data_args, patch_size=config.vision_config.patch_shape[0], faults=faults)
     usable = DatasetDict({split: rows for split, rows in data.items() if len(rows)})
     faults += [Fault(split, "no row that can be used", f"needed: {task.needs}") for split in data.keys() - usable]
-    if usable.keys() & {"train", "validation"}:
+    if not notes and usable.keys() & {"train", "validation"}:
         processor = processor or train_processor(config, data_args.vocabulary(usable, *task.texts))
     for rows in usable.values() if processor is not None else ():
         faults += check_fit(rows, name, processor).values()
     column = "image_ids" if task.has_two_images else "image_id"
     images = {split: set(texts_of_column(rows, column)) for split, rows in data.items()}
     shared = sum(count > 1 for count in Counter(chain.from_iterable(images.values())).values())
+    if shared:
+        notes.append(f"{shared} images are in several splits: evaluation on them is biased")
     texts = {split: set(column_of(rows, task.text)) for split, rows in data.items()}
     return {
         "task": name,
@@ -63,7 +75,7 @@ def check(name: str, model_args: ModelArguments, data_args: DataArguments) -> di
             split: {"rows": len(rows), "images": len(images[split]), f"different {task.text}s": len(texts[split])}
             for split, rows in data.items()
         },
-        "notes": [f"{shared} images are in several splits: evaluation on them is biased"] if shared else [],
+        "notes": notes,
         "reasons": dict(Counter(fault.reason for fault in faults).most_common()),
         "faults": [asdict(fault) for fault in faults],
     }

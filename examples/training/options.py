@@ -61,6 +61,11 @@ class ModelArguments:
         return self.vision_model_name_or_path is not None
 
     @property
+    def is_given(self) -> bool:
+        """Whether the options say what the model starts from."""
+        return self.starts_from_parts or any((self.model, self.preset, self.tokenizer))
+
+    @property
     def start(self) -> str:
         """The initial weights in words."""
         if self.starts_from_parts:

@@ -40,6 +40,11 @@ TRAINING = {  # of a model from towers, of a TRIPS checkpoint
 UNPRUNED_SHARE = 0.75  # of the steps of a new model that is to be pruned
 
 
+def towers() -> dict[str, str]:
+    """Return the options of the models that a run on own data starts from: their copies, or those of the Hub."""
+    return COPIES if all(Path(folder).is_dir() for folder in COPIES.values()) else TOWERS
+
+
 def recipe(task: str | None, typed: dict) -> dict:
     """
     Return the defaults of options for a run.
@@ -56,10 +61,11 @@ def recipe(task: str | None, typed: dict) -> dict:
     is_new, has_towers = "model" not in typed, not typed.keys().isdisjoint(TOWERS)
     defaults = {name: values[0 if is_new else 1] for name, values in TRAINING.items()}
     if is_new and not has_towers:
-        has_copies = all(Path(folder).is_dir() for folder in COPIES.values())
-        defaults |= {**(COPIES if has_copies else TOWERS), **NEW}
+        defaults |= {**towers(), **NEW}
         if "selection_layers" not in typed:
             defaults |= SCHEDULES[task]
+    if task == "grounding":
+        defaults["attention_loss_weight"] = 2.0
     if "num_train_epochs" in typed:
         del defaults["max_steps"]
     return defaults

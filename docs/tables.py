@@ -112,10 +112,11 @@ def marks() -> str:
 def tasks() -> str:
     runs, rows = groups(read("tasks"), "task", "measure", "schedule", "learns_from"), []
     for (task, measure, *words), of in runs.items():
-        cost = of[0]["patches"], *(f"{of[0][field]:.2f}" for field in ("macs_ratio", "macs_ratio_4_texts"))
+        macs = (of[0].get(field) for field in ("macs_ratio", "macs_ratio_4_texts"))
+        cost = of[0]["patches"], *("" if ratio is None else f"{ratio:.2f}" for ratio in macs)
         difference = gap(of, runs[task, measure, "unpruned", ""], "result")
         rows.append([task, measure, *words, *cost, spread(of, "result"), difference, len(of)])
-    header = "Task | Measure | Schedule | Scores learn from | Patches | MACs, 1 text | 4 texts"
+    header = "Task | Measure | Schedule | Scores learn from | Patches | MACs, 1 text | MACs, 4 texts"
     return render(f"{header} | Result | This - unpruned | Seeds", rows)
 
 
@@ -131,10 +132,11 @@ def vlm_answers() -> str:
 
 def speed() -> str:
     rows = []
-    for key, of in groups(read("speed"), "mode", "gate", "image_size", "batch_size", "schedule").items():
+    fields = ("mode", "gate", "image_size", "batch_size", "texts_per_image", "schedule")
+    for key, of in groups(read("speed"), *fields).items():
         times = [f"{found(row['time_ratio'] for row in of):.2f}" for found in (min, max)]
         rows.append([*key, f"{of[0]['macs_ratio']:.2f}", " to ".join(dict.fromkeys(times)), len(of)])
-    return render("Step | Gate | Pixels | Batch | Schedule | MAC ratio | Time ratio | Settings", rows)
+    return render("Step | Gate | Pixels | Batch | Texts per image | Schedule | MACs | Time | Settings", rows)
 
 
 def export() -> str:

@@ -34,7 +34,7 @@ def test_what_is_typed_decides_which_defaults_a_run_has(task):
 def test_the_command_line_wins():
     typed = ["--train_file=train.jsonl", "--keep_rate=0.3", "--learning_rate=1e-4", "--max_steps=7"]
     model, _, training = run_vqa.OPTIONS.parse_args_into_dataclasses(typed)
-    assert (model.selection_layers, model.keep_rate, model.freeze_vision_layers) == ([6, 9], [0.3], 6)
+    assert (model.selection_layers, model.keep_rate, model.freeze_vision_layers) == ([9], [0.3], 6)
     assert (training.learning_rate, training.max_steps, training.per_device_train_batch_size) == (1e-4, 7, 60)
 
 

@@ -9,17 +9,12 @@ import sys
 from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass
-from typing import TYPE_CHECKING
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers.hf_argparser import HfArgumentParser
 
 from trips_examples.data.source import DataArguments, option
 from trips_examples.training.recipe import recipe
-
-
-if TYPE_CHECKING:
-    pass
 
 
 # Options that are fields of `TripsConfig`.

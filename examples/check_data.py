@@ -11,7 +11,7 @@ says if texts were not measured, because the pretrained models that training sta
 """
 
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 
 from trips_examples.data.source import option
 from trips_examples.training.options import DataArguments, ModelArguments, make_parser, run_script
@@ -26,7 +26,8 @@ class CheckArguments:
     output_json: str | None = option(None, "JSON file for the report.")
 
 
-OPTIONS = make_parser(CheckArguments, ModelArguments, DataArguments, description=__doc__, script=__name__)
+# Of the recipe only the start counts here, which is that of all tasks.
+OPTIONS = make_parser(CheckArguments, ModelArguments, DataArguments, description=__doc__, task="vqa", script=__name__)
 
 from collections import Counter
 from itertools import chain
@@ -39,7 +40,7 @@ from trips_examples.data.loading import check_fit, load_task_dataset
 from trips_examples.data.tasks import TASKS, Fault
 from trips_examples.training.files import write_json
 from trips_examples.training.models import load_start, train_processor
-from trips_examples.training.recipe import towers
+from trips_examples.training.recipe import TOWERS
 
 
 def check(name: str, model_args: ModelArguments, data_args: DataArguments) -> dict:
@@ -48,14 +49,13 @@ def check(name: str, model_args: ModelArguments, data_args: DataArguments) -> di
     (numbers of faults), `faults`, and `notes` on what training accepts.
     """
     task, faults, notes = TASKS[name], [], []
-    if model_args.is_given or data_args.is_bundled:
+    try:
         config, processor = load_start(model_args, data_args.scene_size)
-    else:
-        try:
-            config, processor = load_start(replace(model_args, **towers()))
-        except OSError as error:
-            config, processor = TripsConfig.from_preset("tiny"), None
-            notes.append(f"texts were not measured: {error}")
+    except OSError as error:
+        if model_args.vision_model_name_or_path not in TOWERS.values():
+            raise
+        config, processor = TripsConfig.from_preset("tiny"), None
+        notes.append(f"texts were not measured: {error}")
     data = load_task_dataset(name, data_args, patch_size=config.vision_config.patch_shape[0], faults=faults)
     usable = DatasetDict({split: rows for split, rows in data.items() if len(rows)})
     faults += [Fault(split, "no row that can be used", f"needed: {task.needs}") for split in data.keys() - usable]

@@ -56,11 +56,6 @@ class ModelArguments:
         return self.vision_model_name_or_path is not None
 
     @property
-    def is_given(self) -> bool:
-        """Whether the options say what the model starts from."""
-        return self.starts_from_parts or any((self.model, self.preset, self.tokenizer))
-
-    @property
     def start(self) -> str:
         """The initial weights in words."""
         if self.starts_from_parts:
@@ -248,7 +243,8 @@ class Parser(HfArgumentParser):
             blank = Namespace(**{action.dest: MISSING for action in self._actions})
             typed = vars(super().parse_known_args(args, blank)[0])
             typed = {name: value for name, value in typed.items() if value is not MISSING}
-            namespace = Namespace(**recipe(self.task, typed))
+            own = {action.dest for action in self._actions}
+            namespace = Namespace(**{name: value for name, value in recipe(self.task, typed).items() if name in own})
         return super().parse_known_args(args, namespace)
 
     def parse_args_into_dataclasses(self, args: list[str] | None = None, **kwargs) -> tuple:

@@ -4,7 +4,6 @@ defaults, so that every option on the command line wins.
 """
 
 from pathlib import Path
-from typing import Any
 
 from trips_examples.data.source import BUNDLED
 
@@ -37,11 +36,6 @@ TRAINING = {  # of a model from towers, of a TRIPS checkpoint
 UNPRUNED_SHARE = 0.75  # of the steps of a new model that is to be pruned
 
 
-def towers() -> dict[str, Any]:
-    """Return the options of the models that a run on own data starts from: their copies, or those of the Hub."""
-    return COPIES if all(Path(folder).is_dir() for folder in COPIES.values()) else TOWERS
-
-
 def recipe(task: str | None, typed: dict) -> dict:
     """
     Return the defaults of options for a run.
@@ -58,7 +52,8 @@ def recipe(task: str | None, typed: dict) -> dict:
     is_new, has_towers = "model" not in typed, not typed.keys().isdisjoint(TOWERS)
     defaults = {name: values[0 if is_new else 1] for name, values in TRAINING.items()}
     if is_new and not has_towers:
-        defaults |= {**towers(), **NEW}
+        has_copies = all(Path(folder).is_dir() for folder in COPIES.values())
+        defaults |= {**(COPIES if has_copies else TOWERS), **NEW}
         if "selection_layers" not in typed:
             defaults |= SCHEDULES[task]
     if task == "grounding":

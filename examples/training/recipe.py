@@ -30,7 +30,7 @@ TRAINING = {  # of a model from towers, of a TRIPS checkpoint
     "learning_rate": (3e-4, 2e-4),
     "tower_learning_rate": ([1e-4], [7e-5]),
     "max_steps": (1_000, 150),
-    "bf16": (None, None),  # where the device computes in it: a third of the time, equal losses
+    "bf16": (None, None),  # where the device computes in it: less than half the time, equal losses
 }
 
 UNPRUNED_SHARE = 0.75  # of the steps of a new model that is to be pruned

@@ -1,11 +1,14 @@
-"""`benchmarks/estimators.py`: other estimators in the place of the gate."""
+"""`benchmarks/choices.py`: other choices of patches."""
 
 import math
 from itertools import permutations
 
+import PIL.Image
 import pytest
 import torch
-from estimators import Gumbel, Perturbed, Reinforce
+from choices import Given, Gumbel, Perturbed, Reinforce, by_color, by_region
+
+from trips_examples.data.busy_scenes import COLORS
 
 
 SCORES = torch.tensor([[0.5, 0.3, 0.2]])
@@ -42,3 +45,15 @@ def test_patches_of_a_perturbed_choice_have_the_gradient_of_their_mean():
     # The first patch wins where log(a / b) exceeds a normal variable of variance 2; a is 0.5.
     slope = 1 / math.sqrt(4 * math.pi) / 0.5
     assert scores.grad.mean(dim=0).tolist() == pytest.approx([slope, -slope], rel=0.1)
+
+
+@pytest.mark.parametrize("scores_of", [by_color, by_region])
+def test_given_scores_find_the_patch_of_a_question(scores_of):
+    image = PIL.Image.new("RGB", (16, 16), (235, 235, 235))
+    image.paste(COLORS["red"], (8, 0, 16, 8))
+    row = {"question": "what shape is red?", "region": [8, 0, 16, 8]}
+    assert scores_of(image, row, (2, 2)).argmax() == 1
+    way = Given(scores_of)
+    way.scores = torch.tensor([[0.1, 0.7, 0.1, 0.1]])
+    assert way.choose(torch.ones(1, 4), 0.25).kept.tolist() == [[1]]
+    assert not scores_of(image, {"question": "what?", "region": None}, (2, 2)).any()

@@ -1,11 +1,13 @@
 """
-Train on questions with another estimator in the place of the gate: patches are drawn by their scores, and the scores
-learn from the answers through the drawn patches alone.
+Train on questions, or answer them, with patches that are chosen in another way than by a trained model's scores.
 
-    python benchmarks/estimators.py --estimator reinforce --weight 0.25 --model START --selection_layers 2 \
-        --keep_rate 0.005 --texts_per_image 8 --max_steps 800 --output_dir outputs/reinforce
+    python benchmarks/choices.py --choice reinforce --weight 0.25 --model START --selection_layers 2 \
+        --keep_rate 0.005 --texts_per_image 8 --max_steps 400 --output_dir outputs/reinforce
+    python benchmarks/choices.py --choice color --do_train False --model examples/trips-tiny-scenes-unpruned \
+        --selection_layers 2 --keep_rate 0.005 --output_dir outputs/color
 
-The other options are those of `run_vqa.py`, for a schedule of one layer that the text scores. The estimators:
+The other options are those of `run_vqa.py`, for a schedule of one layer that the text scores. In the place of the
+gate, where patches are drawn in training and the scores learn from the answers through the drawn patches alone:
 
 - `gumbel`: straight-through Gumbel top-k (https://arxiv.org/abs/1903.06059). A kept patch is multiplied by 1, with the
   gradient of its share in the softmax of the perturbed log scores, of temperature `--weight`.
@@ -13,17 +15,26 @@ The other options are those of `run_vqa.py`, for a schedule of one layer that th
   other questions with the same first words, times `--weight`.
 - `perturbed`: perturbed top-k (https://arxiv.org/abs/2104.03059). Kept patches are means over draws of log scores with
   Gaussian noise of `--weight`, which falls linearly to a twentieth.
+
+In the place of the scores, so that only what comes after the selection learns: `color`, the patches with most pixels
+of the color that a question names (without one, or equal: in random order); `region`, those of the shape that it is
+about; `random`.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+import PIL.Image
 import torch
 from torch import nn
 
-from modeling_trips import modeling_trips_vision
+from modeling_trips import TripsForQuestionAnswering, modeling_trips_vision
 from modeling_trips.patch_selection import Choice, keep_topk, log_scores, num_kept_tokens
 from trips_examples import run_vqa
+from trips_examples.data.busy_scenes import COLORS
+from trips_examples.data.collators import VqaCollator
 from trips_examples.training.options import make_parser, run_script
 from trips_examples.training.trainer import ImageGroupedTrainer
 
@@ -31,12 +42,75 @@ from trips_examples.training.trainer import ImageGroupedTrainer
 NUM_DRAWS = 64  # of a perturbed top-k
 LEAST_NOISE = 0.05  # share of the noise at the end
 FIRST_WORDS = slice(1, 3)  # tokens that tell the kind of a question
+NEAR = 60  # largest distance of a pixel from a named color, in RGB
 
 choose_tokens, shorten_tokens = modeling_trips_vision.choose_tokens, modeling_trips_vision.shorten_tokens
-compute_loss = ImageGroupedTrainer.compute_loss
+compute_loss, prediction_step = ImageGroupedTrainer.compute_loss, ImageGroupedTrainer.prediction_step
+encode, forward = VqaCollator.encode, TripsForQuestionAnswering.forward
 
 
-class Gumbel:
+def share_of_patches(pixels: np.ndarray, grid: tuple[int, int]) -> torch.Tensor:
+    """Return the mean of pixels, `(height, width)`, in each patch, as `(num_patches,)`."""
+    return nn.functional.adaptive_avg_pool2d(torch.tensor(pixels, dtype=torch.float32)[None], grid).flatten()
+
+
+def by_color(image: PIL.Image.Image, row: dict, grid: tuple[int, int]) -> torch.Tensor:
+    """Return the share of pixels near the color that a question names. Where it names none, all patches are equal."""
+    near = np.zeros(image.size[::-1])
+    for color in COLORS.keys() & row["question"].strip("?").split():  # at most one
+        near = np.linalg.norm(np.asarray(image, dtype=float) - COLORS[color], axis=-1) < NEAR
+    return share_of_patches(near, grid)
+
+
+def by_region(image: PIL.Image.Image, row: dict, grid: tuple[int, int]) -> torch.Tensor:
+    """Return the share of pixels in the region of a question, more near its center; all are equal if there is none."""
+    inside = np.zeros(image.size[::-1])
+    if row["region"]:
+        x0, y0, x1, y1 = (round(value) for value in row["region"])
+        rows, columns = np.mgrid[y0:y1, x0:x1] + 0.5
+        inside[y0:y1, x0:x1] = 1.1 - 0.1 * np.hypot(rows - (y0 + y1) / 2, columns - (x0 + x1) / 2) / (x1 - x0)
+    return share_of_patches(inside, grid)
+
+
+class Way:
+    """A way to choose patches. This one is that of the model."""
+
+    def encode(self, collator: VqaCollator, images: list, image_index: list[int], rows: list[dict]) -> dict:
+        return encode(collator, images, image_index, rows)
+
+    def choose(self, scores: torch.Tensor, keep_rate: float, *args) -> Choice:
+        return choose_tokens(scores, keep_rate)
+
+    def shorten(self, tokens: torch.Tensor, scores: torch.Tensor, choice: Choice, fuse: bool) -> torch.Tensor:
+        return shorten_tokens(tokens, scores, choice, fuse)
+
+    def term(self, trainer: ImageGroupedTrainer, inputs: dict, outputs) -> torch.Tensor | float:
+        """Return what a training step adds to the loss."""
+        return 0.0
+
+
+class Given(Way):
+    """Patches that are chosen by given scores, which learn nothing."""
+
+    def __init__(self, scores_of: Callable[[PIL.Image.Image, dict, tuple[int, int]], torch.Tensor]):
+        self.scores_of = scores_of
+
+    def encode(self, collator: VqaCollator, images: list, image_index: list[int], rows: list[dict]) -> dict:
+        """Return a batch with the scores of its questions, `(batch_size, num_patches)`, which add up to 1."""
+        batch = encode(collator, images, image_index, rows)
+        grid = tuple(length // collator.processor.patch_size for length in batch["pixel_values"].shape[-2:])
+        scores = torch.stack([self.scores_of(images[image], row, grid) for image, row in zip(image_index, rows)])
+        scores = scores + 1e-6 * torch.rand_like(scores)  # equal ones in random order
+        return {**batch, "given_scores": scores / scores.sum(dim=1, keepdim=True)}
+
+    def choose(self, scores: torch.Tensor, keep_rate: float, *args) -> Choice:
+        return choose_tokens(self.scores, keep_rate)
+
+    def shorten(self, tokens: torch.Tensor, scores: torch.Tensor, choice: Choice, fuse: bool) -> torch.Tensor:
+        return shorten_tokens(tokens, self.scores, choice, fuse)
+
+
+class Gumbel(Way):
     """Patches that are drawn by their scores; kept ones are weighted, see [`weights`]."""
 
     def __init__(self, weight: float):
@@ -62,10 +136,6 @@ class Gumbel:
         first, number = tokens.shape[1] - scores.shape[1], choice.kept.shape[1]
         factors = nn.functional.pad(self.weights(), (first, states.shape[1] - first - number), value=1.0)
         return states * factors.unsqueeze(-1).to(states.dtype)
-
-    def term(self, trainer: ImageGroupedTrainer, inputs: dict, outputs) -> torch.Tensor | float:
-        """Return what a training step adds to the loss."""
-        return 0.0
 
 
 class Reinforce(Gumbel):
@@ -113,15 +183,15 @@ class PerturbedTopK(torch.autograd.Function):
         return torch.einsum("bn,bnd->bd", weights, normal) / (NUM_DRAWS * ctx.noise), None, None
 
 
-class Perturbed(Gumbel):
+class Perturbed(Way):
     progress = 0.0
+
+    def __init__(self, weight: float):
+        self.weight = weight
 
     def term(self, trainer: ImageGroupedTrainer, inputs: dict, outputs) -> float:
         self.progress = trainer.state.global_step / trainer.state.max_steps
         return 0.0
-
-    def choose(self, scores: torch.Tensor, keep_rate: float, *args) -> Choice:
-        return choose_tokens(scores, keep_rate)
 
     def shorten(self, tokens: torch.Tensor, scores: torch.Tensor, choice: Choice, fuse: bool) -> torch.Tensor:
         states = shorten_tokens(tokens, scores, choice, fuse)
@@ -136,29 +206,48 @@ class Perturbed(Gumbel):
         return torch.cat(parts, dim=1)
 
 
-ESTIMATORS: dict[str, Callable[[float], Gumbel]] = {"gumbel": Gumbel, "reinforce": Reinforce, "perturbed": Perturbed}
+WAYS: dict[str, Callable[[float], Way]] = {
+    "gumbel": Gumbel,
+    "reinforce": Reinforce,
+    "perturbed": Perturbed,
+    "color": lambda weight: Given(by_color),
+    "region": lambda weight: Given(by_region),
+    "random": lambda weight: Given(lambda image, row, grid: torch.zeros(grid).flatten()),
+}
 
 
 @dataclass
-class EstimatorArguments:
-    estimator: str = field(metadata={"help": "Estimator to train with.", "choices": list(ESTIMATORS)})
+class ChoiceArguments:
+    choice: str = field(metadata={"help": "How patches are chosen.", "choices": list(WAYS)})
     weight: float = field(default=1.0, metadata={"help": "Temperature, weight of the term of the loss, or noise."})
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    parser = make_parser(EstimatorArguments, description=__doc__)
+    parser = make_parser(ChoiceArguments, description=__doc__)
     args, options = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
-    estimator = ESTIMATORS[args.estimator](args.weight)
+    way = WAYS[args.choice](args.weight)
+
+    def forward_with_scores(model, *args, given_scores=None, **kwargs):
+        if given_scores is not None:
+            way.scores = given_scores
+        return forward(model, *args, **kwargs)
 
     def loss_with_term(trainer, model, inputs, return_outputs=False, **kwargs):
         loss, outputs = compute_loss(trainer, model, inputs, return_outputs=True, **kwargs)
         if model.training:
-            loss = loss + estimator.term(trainer, inputs, outputs)
+            loss = loss + way.term(trainer, inputs, outputs)
         return (loss, outputs) if return_outputs else loss
 
-    modeling_trips_vision.choose_tokens = estimator.choose
-    modeling_trips_vision.shorten_tokens = estimator.shorten
+    def step_of_evaluation(trainer, model, inputs, *args, **kwargs):
+        way.scores = inputs.pop("given_scores", None)  # `generate` takes none
+        return prediction_step(trainer, model, inputs, *args, **kwargs)
+
+    modeling_trips_vision.choose_tokens = way.choose
+    modeling_trips_vision.shorten_tokens = way.shorten
+    TripsForQuestionAnswering.forward = functools.wraps(forward)(forward_with_scores)
     ImageGroupedTrainer.compute_loss = loss_with_term
+    ImageGroupedTrainer.prediction_step = step_of_evaluation
+    VqaCollator.encode = lambda *args: way.encode(*args)
     return run_vqa.main(options)
 
 

@@ -11,8 +11,6 @@ The options after `--` go to each run, together with those of its variant (`--se
 for the unpruned baseline, or those of `--variants_file`), its `--seed` and its folder. `{seed}` in any option is the
 seed: `--model outputs/starts/unpruned-seed{seed}` gives each seed a start of its own. Finished runs are
 not repeated, so that an interrupted ablation continues. Each run has its log in its folder.
-
-The paper's claim is that `text` beats `image` (its row "w/o text"); `random` is the floor.
 """
 
 import json
@@ -27,19 +25,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 
-from measuring import OutputArguments, check_choices, run_benchmark
+from measuring import OutputArguments, run_benchmark
 from tqdm.auto import tqdm
 
 from trips_examples.training.files import write_json
 
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-VARIANTS = {
-    "text": ["--selection_guidance", "text"],
-    "image": ["--selection_guidance", "image"],
-    "random": ["--selection_guidance", "random"],
-    "unpruned": ["--keep_rate", "1.0"],
-}
+VARIANTS = {name: ["--selection_guidance", name] for name in ("text", "image", "random")}
+VARIANTS["unpruned"] = ["--keep_rate", "1.0"]
 
 
 @dataclass(kw_only=True)
@@ -84,7 +78,8 @@ def make_runs(args: AblationArguments, options: list[str]) -> list[Run]:
     """Return the runs, seed by seed, so that early results can be compared."""
     variants = read_variants(args.variants_file)
     chosen = list(variants) if args.variants is None else args.variants
-    check_choices("--variants", chosen, variants)
+    if unknown := set(chosen) - variants.keys():
+        raise ValueError(f"--variants must be of {', '.join(variants)}, got {', '.join(unknown)}.")
     runs = []
     for seed in args.seeds:
         for variant in chosen:

@@ -17,7 +17,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from measuring import OutputArguments, check_choices, run_benchmark
+from measuring import OutputArguments, run_benchmark
 from tqdm.auto import tqdm
 
 from modeling_trips import SelectionSchedule, TripsConfig
@@ -40,7 +40,9 @@ class BenchmarkArguments(OutputArguments):
         default_factory=lambda: [0.7], metadata={"help": "Keep rates of layers without one."}
     )
     config_fields: str = field(default="{}", metadata={"help": "Further fields of TripsConfig, as JSON."})
-    mode: list[str] = field(default_factory=lambda: ["forward"], metadata={"help": f"Of {', '.join(MODES)}."})
+    mode: list[str] = field(
+        default_factory=lambda: ["forward"], metadata={"help": "What is measured.", "choices": [*MODES]}
+    )
     dtype: list[str] = field(default_factory=lambda: ["float32"], metadata={"help": "float32, bfloat16, float16."})
     attn_implementation: str = field(default="sdpa", metadata={"help": "eager, sdpa or flash_attention_2."})
     compile: bool = field(default=False, metadata={"help": "Measure under torch.compile."})
@@ -51,9 +53,6 @@ class BenchmarkArguments(OutputArguments):
     warmup: int = field(default=2, metadata={"help": "Untimed rounds."})
     repeats: int = field(default=9, metadata={"help": "Timed rounds."})
     seed: int = field(default=0, metadata={"help": "Seed of weights and inputs."})
-
-    def __post_init__(self):
-        check_choices("--mode", self.mode, MODES)
 
 
 def settings_of(args: BenchmarkArguments) -> list[Setting]:
@@ -93,12 +92,11 @@ def print_table(rows: list[dict], args: BenchmarkArguments):
         )
 
 
-def measure_all(args: BenchmarkArguments) -> Iterator[dict]:
-    for setting in tqdm(settings_of(args), desc="settings"):
-        yield measure(setting, args.warmup, args.repeats)
-
-
 def main(argv: list[str] | None = None) -> list[dict]:
+    def measure_all(args: BenchmarkArguments) -> Iterator[dict]:
+        for setting in tqdm(settings_of(args), desc="settings"):
+            yield measure(setting, args.warmup, args.repeats)
+
     return run_benchmark(BenchmarkArguments, __doc__, measure_all, print_table, argv)
 
 

@@ -16,9 +16,8 @@ gate, where patches are drawn in training and the scores learn from the answers 
 - `perturbed`: perturbed top-k (https://arxiv.org/abs/2104.03059). Kept patches are means over draws of log scores with
   Gaussian noise of `--weight`, which falls linearly to a twentieth.
 
-In the place of the scores, so that only what comes after the selection learns: `color`, the patches with most pixels
-of the color that a question names (without one, or equal: in random order); `region`, those of the shape that it is
-about; `random`.
+In the place of the scores, so that only what follows learns: `color`, patches with most of the color that a question
+names (without one, or equal: in random order); `region`, those of the shape that it is about; `random`.
 """
 
 import functools

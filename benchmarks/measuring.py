@@ -1,6 +1,6 @@
 """Core of the benchmarks: options, and rows with the fields of [`modeling_trips.inspection.provenance`]."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -16,12 +16,6 @@ class OutputArguments:
 
     num_threads: int | None = field(default=None, metadata={"help": "CPU threads. Default: PyTorch's choice."})
     output_json: str | None = field(default=None, metadata={"help": "Output file of the rows."})
-
-
-def check_choices(option: str, given: Iterable[str], known: Collection[str]):
-    """Raise a `ValueError` if an option has unknown values."""
-    if wrong := [value for value in given if value not in known]:
-        raise ValueError(f"{option} must be one of {', '.join(known)}, got {', '.join(wrong)}.")
 
 
 def run_benchmark(

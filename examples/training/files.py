@@ -15,7 +15,6 @@ from modeling_trips.inspection.files import whole_file
 from trips_examples.data.images import without_decoding
 
 
-KIND_COLUMNS = ("kind", "answer_type")
 TRUE_COLOR, PREDICTED_COLOR = "#2b8a3e", "#1864ab"  # kept patches have orange outlines
 SIDE = 240  # pixels of a drawn image
 
@@ -43,10 +42,10 @@ def texts_of(sequences: np.ndarray, processor: TripsProcessor) -> list[str]:
 
 def write_predictions(folder: str | Path, dataset: Dataset, columns: list[str], predictions: Iterable[dict]):
     """
-    Write `predictions.jsonl` with an object per row: these columns, `image` (or `images`), the prediction, and
-    `KIND_COLUMNS` if present. An image is its path, or its `image_id` if the data hold it encoded.
+    Write `predictions.jsonl` with an object per row: these columns, `image` (or `images`), the prediction, and `kind`
+    if present. An image is its path, or its `image_id` if the data hold it encoded.
     """
-    columns = [*columns, *(column for column in KIND_COLUMNS if column in dataset.column_names)]
+    columns = [*columns, "kind"] if "kind" in dataset.column_names else columns
     images = ["images", "image_ids"] if "images" in dataset.column_names else ["image", "image_id"]
     texts, images = dataset.select_columns(columns), without_decoding(dataset.select_columns(images))
     rows = zip(texts, map(_image_names, images), predictions, strict=True)

@@ -77,7 +77,7 @@ def load_pairs(
     )
     if args.validation_file is None:
         return {"train": stream}
-    files = replace(args, dataset_name=None, dataset_config_name=None, train_shards=None, streaming=False)
+    files = replace(args, dataset_name=None, train_split=None, train_shards=None, streaming=False)
     without_training = copy.copy(training_args)
     without_training.do_train = False
     return {**load_data("captions", files, without_training, patch_size), "train": stream}

@@ -100,6 +100,15 @@ def test_file_of_each_format(folder, suffix, task):
     assert last.tobytes() == PIL.Image.open(folder / "b.png").tobytes()
 
 
+def test_the_lists_of_albef(folder):
+    questions = [{"question_id": 5, "question": "what?", "answer": ["2", "two"], "image": "a.png", "dataset": "vqa"}]
+    (row,) = load("vqa", train_file=write(folder / "vqa_train.json", questions))["train"]
+    assert (row["question_id"], row["answers"]) == ("5", ["2", "two"])
+    statements = [{"sentence": "left", "label": label, "images": ["a.png", "b.png"]} for label in ("False", "True")]
+    rows = load("nlvr2", train_file=write(folder / "nlvr_train.json", statements))["train"]
+    assert rows["label"][:] == [0, 1] and rows["statement"][:] == ["left", "left"]
+
+
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
 def test_bad_rows_are_skipped_and_counted(folder, suffix, caplog):
     bad = [{**GOOD[0], "image": "none.png"}, {**GOOD[0], "question": " "}, {**GOOD[0], "image_id": 8}]
@@ -192,6 +201,7 @@ def test_files_that_cannot_be_read(folder):
         ("vqa", {"image_root": "."}, "image_root"),
         ("nlvr2", {"grid": 1}, "grid"),
         ("vqa", {"validation_split": "test"}, "validation_split"),
+        ("vqa", {"train_file": __file__, "train_split": "val"}, "train_split"),
     ],
 )
 def test_contradicting_arguments(task, given, option):

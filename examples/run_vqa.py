@@ -11,10 +11,7 @@ from trips_examples.training.options import DataArguments, ModelArguments, Train
 
 OPTIONS = make_parser(ModelArguments, DataArguments, TrainingOptions, description=__doc__, script=__name__, task="vqa")
 
-from pathlib import Path
-
 import evaluate
-from datasets import Dataset
 from transformers import EvalPrediction
 
 from modeling_trips import TripsForQuestionAnswering
@@ -30,22 +27,10 @@ from trips_examples.metrics.diagnostics import (
     variety,
 )
 from trips_examples.metrics.vqa_accuracy import most_common_answer, normalize_answer
-from trips_examples.training.files import texts_of, write_json, write_predictions
+from trips_examples.training.files import texts_of, write_predictions
 from trips_examples.training.models import start_run
 from trips_examples.training.runs import TripsTrainingArguments, parse_arguments, train_and_evaluate
 from trips_examples.training.trainer import ImageGroupedTrainer
-
-
-def write_answers(
-    folder: Path, dataset: Dataset, answers: list[str], references: list[list[str]], metric: evaluate.Metric
-):
-    """Write `predictions.jsonl` and `accuracy_by_answer.json`, and print the 20 most frequent answers."""
-    columns = ["source", "question_id", "question", "answers"]
-    write_predictions(folder, dataset, columns, ({"prediction": answer} for answer in answers))
-    result = metric.compute(predictions=answers, references=references, by_answer=True)
-    write_json(folder / "accuracy_by_answer.json", result["by_answer"])
-    frequent = list(result["by_answer"].items())[:20]
-    print("".join(f"\n  {answer:<20} {row['accuracy']:7.2%} of {row['count']}" for answer, row in frequent))
 
 
 def train_question_answering(
@@ -68,7 +53,8 @@ def train_question_answering(
         if trainer.is_in_train:
             return scores(answers)
         if trainer.is_world_process_zero():
-            write_answers(Path(training_args.output_dir), rows, answers, references, metric)
+            columns = ["source", "question_id", "question", "answers"]
+            write_predictions(training_args.output_dir, rows, columns, ({"prediction": answer} for answer in answers))
         truths = [most_common_answer(each) for each in references]
         varied = variety(answers, truths, "answer", lambda answers: scores(answers)["accuracy"])
         groups = accuracy_by_group(metric, answers, references, rows)

@@ -55,8 +55,6 @@ def test_learns_the_toy_data_and_leaves_a_model_that_answers(data, tmp_path):
     assert {row["source"] for row in rows} == {f"validation.jsonl row {number}" for number in range(1, 9)}
     with PIL.Image.open(tmp_path / "training.png") as figure:
         assert figure.width > figure.height
-    by_answer = json.loads((tmp_path / "accuracy_by_answer.json").read_text())
-    assert by_answer["no"] == {"accuracy": 1.0, "count": 3}
 
     model, processor = TripsForQuestionAnswering.from_pretrained(tmp_path), TripsProcessor.from_pretrained(tmp_path)
     image = PIL.Image.new("RGB", (64, 64), "green")

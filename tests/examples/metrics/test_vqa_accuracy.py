@@ -101,19 +101,3 @@ def test_metric(load):
         "vqa_accuracy": pytest.approx(0.6),
         "exact_match": pytest.approx(2 / 3),
     }
-
-
-def test_accuracy_by_most_common_answer_most_frequent_first():
-    result = VqaAccuracy().compute(
-        predictions=["red", "no", "Yes"], references=[["blue", "blue", "red"], ["yes"], ["yes."]], by_answer=True
-    )
-    assert result == {
-        "accuracy": pytest.approx((2 / 9 + 0 + 1) / 3),
-        "vqa_accuracy": pytest.approx(2 / 9),
-        "exact_match": 0.5,
-        "by_answer": {
-            "yes": {"accuracy": 0.5, "count": 2},
-            "blue": {"accuracy": pytest.approx(2 / 9), "count": 1},
-        },
-    }
-    assert list(result["by_answer"]) == ["yes", "blue"]

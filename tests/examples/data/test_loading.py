@@ -29,6 +29,7 @@ from trips_examples.data.loading import DataArguments, load_task_dataset, with_f
 from trips_examples.data.streams import PairStream, find_shards
 from trips_examples.data.tasks import TASKS
 from trips_examples.training.models import make_processor
+from trips_examples.training.options import ModelArguments
 
 
 @pytest.fixture
@@ -357,18 +358,9 @@ def test_a_repaired_or_damaged_image_is_checked_again(folder):
 def test_check_data_names_them_all_in_the_same_words(task, folder, processor):
     rows = bad_rows(task)
     processor.save_pretrained(folder / "checkpoint")
-    given = [
-        "--task",
-        task,
-        "--train_file",
-        write_bad(folder, task, rows),
-        "--tokenizer",
-        str(folder / "checkpoint"),
-    ]
-    report = folder / "report.json"
-    assert check_data.main([*given, "--output_json", str(report)]) == 1
-    faults = {fault["source"]: fault["reason"] for fault in json.loads(report.read_text())["faults"]}
-    assert faults == expected(rows, "reading", "tokenizer")
+    source = DataArguments(train_file=write_bad(folder, task, rows))
+    faults, _ = check_data.check(task, ModelArguments(tokenizer=str(folder / "checkpoint")), source)
+    assert {fault.source: fault.reason for fault in faults} == expected(rows, "reading", "tokenizer")
 
 
 def test_a_stream_names_them_all_in_the_same_words(folder, processor):

@@ -155,7 +155,6 @@ class RetrievalArguments:
     itc_weight: float | None = option(None, "Weight of the contrastive loss. Default: 1.")
     itm_weight: float | None = option(None, "Weight of the matching loss. Default: 1.")
     rerank_k: int = option(16, "Candidates of a query that are ranked again. 0: none.")
-    rerank_by: str = option("both", "Rank by matching, or by both matching and similarity.")
 
 
 @dataclass

@@ -76,7 +76,6 @@ class RetrievalTrainer(ImageGroupedTrainer):
                 column_of(dataset, "caption"),
                 image_of_text,
                 self.task_args.rerank_k if model.config.itm_weight > 0 else 0,  # without loss, the head is untrained
-                self.task_args.rerank_by,
             )
 
     def metrics_of(self, dataset: Dataset) -> dict[str, float]:

@@ -235,10 +235,14 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs):
         if "loss" in logs:
-            means = {name: torch.stack(values).mean() for name, values in self.losses.items()}
-            logs = {**logs, **{name: self.accelerator.gather(mean).mean().item() for name, mean in means.items()}}
+            logs = {**logs, **self.means_of(self.losses)}
             self.losses.clear()
         super().log(logs, *args, **kwargs)
+
+    def means_of(self, losses: dict[str, list[torch.Tensor]]) -> dict[str, float]:
+        """Return the mean of each loss over steps and processes."""
+        means = {name: torch.stack(values).mean() for name, values in losses.items()}
+        return {name: self.accelerator.gather(mean).mean().item() for name, mean in means.items()}
 
     def evaluation_loop(self, *args, **kwargs):
         # `Seq2SeqTrainer` keeps the rows that pad the last batch of several processes.

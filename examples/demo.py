@@ -7,7 +7,7 @@ Teach a trained model, from answers alone and without regions, which one of 144 
 
 The unpruned model of `examples/trips-tiny-scenes-unpruned` goes on with a selection layer that keeps one of 144
 patches and learns which from the answers to questions about busy scenes (the folder `model`). At the end: accuracy
-before and after, answers, a drawing of the kept patches, and the speed.
+before and after, answers, and a drawing of the kept patches.
 
 `--from_scratch` first trains the unpruned model: on questions about one shape, about up to four and about up to eight.
 """

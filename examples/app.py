@@ -33,7 +33,7 @@ class AppArguments:
 
 OPTIONS = make_parser(AppArguments, description=__doc__, script=__name__)
 
-from modeling_trips import UNPRUNED, SelectionSchedule, TripsForQuestionAnswering, TripsProcessor
+from modeling_trips import UNPRUNED, SelectionSchedule, TripsForQuestionAnswering
 from modeling_trips.inspection.checkpoints import load_checkpoint, load_processor
 from modeling_trips.untrusted_images import IsolatedDecoder
 from trips_examples.ask import (
@@ -51,14 +51,11 @@ MAX_QUESTIONS, MAX_LENGTH = 6, 300
 DELETION = (60, 600)  # every minute, files that are older than ten minutes
 
 
-def questions_of(lines: str, processor: TripsProcessor, max_tokens: int) -> list[str]:
+def questions_of(lines: str) -> list[str]:
     """Return the questions, one per line. Raise a `ValueError` with a message for visitors if there is a mistake."""
     questions = [line.strip() for line in lines[: MAX_QUESTIONS * MAX_LENGTH].splitlines() if line.strip()]
     if not 1 <= len(questions) <= MAX_QUESTIONS:
         raise ValueError(f"Write 1 to {MAX_QUESTIONS} lines, got {len(questions)}.")
-    for question, tokens in zip(questions, processor.tokenizer(processor.clean_texts(questions))["input_ids"]):
-        if len(tokens) > max_tokens:
-            raise ValueError(f"A line must have at most {max_tokens} tokens, got {len(tokens)}: {question[:40]} ...")
     return questions
 
 
@@ -68,13 +65,13 @@ def build(args: AppArguments):
 
     model = load_checkpoint(args.model, [TripsForQuestionAnswering])
     processor, decoder = load_processor(args.model, model.config), IsolatedDecoder()
-    trained, max_tokens = model.config.vision_config.schedule, processor.max_text_length(model.config)
+    trained = model.config.vision_config.schedule
 
     def look(path: str | None, lines: str, *keep_rates: float):
         try:
             if path is None or not Path(path).is_file():
                 raise ValueError("There is no image. Upload one; it is deleted after ten minutes.")
-            questions = questions_of(lines, processor, max_tokens)
+            questions = questions_of(lines)
             changed = [each._replace(keep_rate=rate) for each, rate in zip(trained.selections, keep_rates)]
             schedule = SelectionSchedule(trained.layers, tuple(changed))
             image = decoder.decode(Path(path).read_bytes())

@@ -121,7 +121,7 @@ def test_mistakes_of_visitors_are_named(app, tmp_path):
     PIL.Image.new("1", (8000, 8000)).save(tmp_path / "wide.png")
     assert "8000 x 8000" in error_of(app, tmp_path / "wide.png")
     too_long = error_of(app, lines="is it red?\n" + 120 * "a ")
-    assert "122" in too_long and "a a a" in too_long and "red" not in too_long
+    assert "text[1]" in too_long and "122" in too_long
     assert "got 0" in error_of(app, lines=" ") and "got 7" in error_of(app, lines=7 * "a\n")
     assert "Traceback" not in app.log.read_text()
 

@@ -205,8 +205,6 @@ def train_and_evaluate(trainer: FiniteTrainer) -> dict[str, float]:
     given: dict[str, Any] = {}
     if isinstance(trainer, ImageGroupedTrainer) and args.do_train:
         given["regions_used_for"] = trainer.regions_used_for
-        if trainer.selection_teachers:
-            logger.info("The selection learns from %s.", trainer.selection_teachers)
     try:
         if args.do_train:
             result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)

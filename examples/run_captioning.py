@@ -11,26 +11,10 @@ selects patches by the image in early layers, and by the prompt in the last one.
 The scores need the extra `captioning`, METEOR needs Java.
 """
 
-from trips_examples.training.options import (
-    CaptioningArguments,
-    DataArguments,
-    ModelArguments,
-    TrainingOptions,
-    make_parser,
-    run_script,
-)
+from trips_examples.training.options import run_script, task_parser
 
 
-OPTIONS = make_parser(
-    ModelArguments,
-    CaptioningArguments,
-    DataArguments,
-    TrainingOptions,
-    description=__doc__,
-    script=__name__,
-    task="captioning",
-)
-
+OPTIONS = task_parser("captioning", __doc__, __name__)
 
 import evaluate
 from transformers import EvalPrediction

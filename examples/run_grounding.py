@@ -8,29 +8,10 @@ Train and evaluate TRIPS on visual grounding: the box of what an expression refe
         --per_device_train_batch_size 32
 """
 
-from trips_examples.training.options import (
-    DataArguments,
-    GroundingArguments,
-    ModelArguments,
-    TrainingOptions,
-    config_fields,
-    make_parser,
-    run_script,
-)
+from trips_examples.training.options import config_fields, run_script, task_parser
 
 
-OPTIONS = make_parser(
-    ModelArguments,
-    GroundingArguments,
-    DataArguments,
-    TrainingOptions,
-    description=__doc__,
-    script=__name__,
-    task="grounding",
-    num_train_epochs=5.0,
-    per_device_train_batch_size=64,
-    learning_rate=5e-4,
-)
+OPTIONS = task_parser("grounding", __doc__, __name__)
 
 from collections.abc import Callable
 from functools import partial

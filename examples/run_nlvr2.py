@@ -8,20 +8,10 @@ Train and evaluate TRIPS on statements about two images: true or false (NLVR2).
         --num_train_epochs 10
 """
 
-from trips_examples.training.options import DataArguments, ModelArguments, TrainingOptions, make_parser, run_script
+from trips_examples.training.options import run_script, task_parser
 
 
-OPTIONS = make_parser(
-    ModelArguments,
-    DataArguments,
-    TrainingOptions,
-    description=__doc__,
-    script=__name__,
-    task="nlvr2",
-    num_train_epochs=10.0,
-    per_device_train_batch_size=64,
-    learning_rate=5e-4,
-)
+OPTIONS = task_parser("nlvr2", __doc__, __name__)
 
 from operator import eq
 from statistics import fmean

@@ -6,10 +6,10 @@ Train and evaluate TRIPS on visual question answering.
     python examples/run_vqa.py --train_file train.jsonl --validation_file val.jsonl  # your own: docs/pictures.md
 """
 
-from trips_examples.training.options import DataArguments, ModelArguments, TrainingOptions, make_parser, run_script
+from trips_examples.training.options import DataArguments, ModelArguments, run_script, task_parser
 
 
-OPTIONS = make_parser(ModelArguments, DataArguments, TrainingOptions, description=__doc__, script=__name__, task="vqa")
+OPTIONS = task_parser("vqa", __doc__, __name__)
 
 import evaluate
 from transformers import EvalPrediction

@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.hf_argparser import HfArgumentParser
 
 from trips_examples.data.source import DataArguments, option
-from trips_examples.training.recipe import recipe
+from trips_examples.training.recipe import SCHEDULES, recipe
 
 
 # Options that are fields of `TripsConfig`.
@@ -187,6 +187,26 @@ class PairArguments(DataArguments):
         return not self.is_stream and super().is_bundled
 
 
+# Options of a task, and defaults of its runs on bundled scenes and from scratch in place of [`TrainingOptions`]'.
+TASK_OPTIONS: dict[str, tuple[list[type], dict]] = {
+    "vqa": ([], {}),
+    "captioning": ([CaptioningArguments], {}),
+    "grounding": (
+        [GroundingArguments],
+        {"num_train_epochs": 5.0, "per_device_train_batch_size": 64, "learning_rate": 5e-4},
+    ),
+    "nlvr2": ([], {"num_train_epochs": 10.0, "per_device_train_batch_size": 64, "learning_rate": 5e-4}),
+    "retrieval": (
+        [RetrievalArguments],
+        {"num_train_epochs": 5.0, "per_device_train_batch_size": 48, "texts_per_image": 1},
+    ),
+    "pretraining": (
+        [PretrainingArguments],
+        {"num_train_epochs": 3.0, "per_device_train_batch_size": 48, "texts_per_image": 1},
+    ),
+}
+
+
 # Command lines
 
 
@@ -244,14 +264,6 @@ class Parser(HfArgumentParser):
             namespace = Namespace(**{name: value for name, value in recipe(self.task, typed).items() if name in own})
         return super().parse_known_args(args, namespace)
 
-    def parse_args_into_dataclasses(self, args: list[str] | None = None, **kwargs) -> tuple:
-        try:
-            return super().parse_args_into_dataclasses(args=args, **kwargs)
-        except ValueError as error:
-            if args is None:  # a command line, not a call from Python
-                self.error(str(error))
-            raise
-
 
 def make_parser(*classes: type, description: str, script: str = "", task: str | None = None, **defaults) -> Parser:
     """
@@ -262,6 +274,15 @@ def make_parser(*classes: type, description: str, script: str = "", task: str | 
     if script == "__main__":
         parser.check()
     return parser
+
+
+def task_parser(task: str, description: str, script: str) -> Parser:
+    """Return the parser of `run_{task}.py`: options of the model, of the task, of the data and of the training."""
+    own, defaults = TASK_OPTIONS[task]
+    data = PairArguments if task == "pretraining" else DataArguments
+    with_recipe = task if task in SCHEDULES else None
+    classes = [ModelArguments, *own, data, TrainingOptions]
+    return make_parser(*classes, description=description, script=script, task=with_recipe, **defaults)
 
 
 def run_script(main: Callable[[], object]):

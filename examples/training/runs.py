@@ -200,14 +200,14 @@ def train_and_evaluate(trainer: FiniteTrainer) -> dict[str, float]:
         `dict[str, float]`: Metrics of the training, of the validation split (`eval_...`) and of the test split
         (`test_...`).
     """
-    args, metrics, given = trainer.args, {}, {}
+    args, metrics = trainer.args, {}
+    given: dict[str, Any] = {}
     try:
         if args.do_train:
             result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
             if isinstance(trainer, ImageGroupedTrainer):
-                schedule = str(trainer.model.config.vision_config.schedule)
-                given = {"regions_used_for": trainer.regions_used_for, "schedule": schedule}
-                given["unpruned_steps"] = trainer.unpruned_steps
+                given = {"regions_used_for": trainer.regions_used_for, "unpruned_steps": trainer.unpruned_steps}
+                given["schedule"] = str(trainer.model.config.vision_config.schedule)
             trainer.save_model()
             trainer.save_state()
             metrics |= _report(trainer, "train", result.metrics, given)

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import evaluate
 import PIL.Image
 import torch
 from datasets import Dataset
@@ -28,8 +27,8 @@ from modeling_trips.inspection import draw_kept_patches
 from modeling_trips.inspection.files import whole_file
 from trips_examples.data.collators import GroundingCollator
 from trips_examples.data.images import column_of, image_size, read_image
-from trips_examples.metrics import GROUNDING_ACCURACY
 from trips_examples.metrics.diagnostics import accuracy_by_group, diagnose_selection
+from trips_examples.metrics.grounding_accuracy import GroundingAccuracy
 from trips_examples.training.files import draw_boxes, sheet, write_predictions
 from trips_examples.training.models import start_run
 from trips_examples.training.runs import parse_arguments, train_and_evaluate
@@ -67,7 +66,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, task_args, data_args, training_args = parse_arguments(OPTIONS, argv)
     arguments = model_args, data_args, training_args
     model, processor, data = start_run(TripsForVisualGrounding, "grounding", *arguments, **config_fields(task_args))
-    metric = evaluate.load(GROUNDING_ACCURACY)
+    metric = GroundingAccuracy()
 
     def metrics_of(prediction: EvalPrediction) -> dict[str, float]:
         rows, truths = trainer.eval_dataset, column_of(trainer.eval_dataset, "box")

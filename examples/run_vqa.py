@@ -11,13 +11,11 @@ from trips_examples.training.options import DataArguments, ModelArguments, run_s
 
 OPTIONS = task_parser("vqa", __doc__, __name__)
 
-import evaluate
 from transformers import EvalPrediction
 
 from modeling_trips import TripsForQuestionAnswering
 from trips_examples.data.collators import VqaCollator
 from trips_examples.data.images import column_of
-from trips_examples.metrics import VQA_ACCURACY
 from trips_examples.metrics.diagnostics import (
     accuracy_by_group,
     diagnose_selection,
@@ -26,7 +24,7 @@ from trips_examples.metrics.diagnostics import (
     most_tokens,
     variety,
 )
-from trips_examples.metrics.vqa_accuracy import most_common_answer, normalize_answer
+from trips_examples.metrics.vqa_accuracy import VqaAccuracy, most_common_answer, normalize_answer
 from trips_examples.training.files import texts_of, write_predictions
 from trips_examples.training.models import start_run
 from trips_examples.training.runs import TripsTrainingArguments, parse_arguments, train_and_evaluate
@@ -41,7 +39,7 @@ def train_question_answering(
     lost = lost_signs(data, "answers", processor, normalize_answer)
     longest = training_args.generation_max_length or max(10, most_tokens(data, "answers", processor))
     model.generation_config.update(max_new_tokens=longest, max_length=None)
-    metric = evaluate.load(VQA_ACCURACY)
+    metric = VqaAccuracy()
 
     def metrics_of(prediction: EvalPrediction) -> dict[str, float]:
         rows, answers = trainer.eval_dataset, texts_of(prediction.predictions, processor)

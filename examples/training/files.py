@@ -30,11 +30,6 @@ def write_json(path: str | Path, value):
     write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_json_lines(path: str | Path, rows: Iterable[dict]):
-    """Write JSON lines atomically."""
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
 def texts_of(sequences: np.ndarray, processor: TripsProcessor) -> list[str]:
     """Decode generated tokens of shape `(num_texts, text_length)`, which `Trainer` pads with -100."""
     return processor.post_process_answers(np.where(sequences < 0, processor.tokenizer.pad_token_id, sequences))
@@ -49,8 +44,8 @@ def write_predictions(folder: str | Path, dataset: Dataset, columns: list[str], 
     images = ["images", "image_ids"] if "images" in dataset.column_names else ["image", "image_id"]
     texts, images = dataset.select_columns(columns), without_decoding(dataset.select_columns(images))
     rows = zip(texts, map(_image_names, images), predictions, strict=True)
-    lines = ({**row, **names, **prediction} for row, names, prediction in rows)
-    write_json_lines(Path(folder, "predictions.jsonl"), lines)
+    lines = (json.dumps({**row, **names, **own}, ensure_ascii=False) + "\n" for row, names, own in rows)
+    write_whole(Path(folder, "predictions.jsonl"), "".join(lines))
 
 
 def _image_names(row: dict) -> dict:

@@ -140,10 +140,8 @@ class PretrainingTrainer(RetrievalTrainer):
     def get_train_dataloader(self) -> DataLoader:
         if not self.is_stream:
             return super().get_train_dataloader()
-        try:
-            from torchdata.stateful_dataloader import StatefulDataLoader
-        except ImportError as error:
-            raise ImportError("A stream needs torchdata. Run `pip install torchdata`.") from error
+        from torchdata.stateful_dataloader import StatefulDataLoader  # an extra
+
         self.stream_loader = StatefulDataLoader(
             self.train_dataset,  # each process has its own
             batch_size=self.args.per_device_train_batch_size,
@@ -213,12 +211,9 @@ class PretrainingTrainer(RetrievalTrainer):
                 self.teacher.save(folder)
             if self.is_stream:
                 state = {**self._stream_readers, "loader": self.stream_loader.state_dict()}
-                write_json(self._stream_file(folder), state)
+                write_json(folder / f"stream_{self.args.process_index}.json", state)
             self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
-
-    def _stream_file(self, folder: Path) -> Path:
-        return folder / f"stream_{self.args.process_index}.json"
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         if resume_from_checkpoint is not None:
@@ -226,20 +221,17 @@ class PretrainingTrainer(RetrievalTrainer):
             if self.teacher is not None:
                 self.teacher.load(folder)
             if self.is_stream:
-                self._resume_stream(folder)
+                path = folder / f"stream_{self.args.process_index}.json"
+                state = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+                readers = {name: state.get(name) for name in self._stream_readers}
+                if readers != self._stream_readers:
+                    raise ValueError(f"{folder} has a stream with {readers}, but this run has {self._stream_readers}.")
+                self.stream_state = state["loader"]
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     @property
     def _stream_readers(self) -> dict[str, int]:
         return {"num_processes": self.args.world_size, "num_workers": self.args.dataloader_num_workers}
-
-    def _resume_stream(self, folder: Path):
-        path = self._stream_file(folder)
-        state: dict = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        readers = {name: state.get(name) for name in self._stream_readers}
-        if readers != self._stream_readers:
-            raise ValueError(f"{folder} has a stream with {readers}, but this run has {self._stream_readers}.")
-        self.stream_state = state["loader"]
 
     # Evaluation
 

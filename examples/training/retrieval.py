@@ -5,7 +5,7 @@ from datasets import Dataset
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from modeling_trips import TripsPreTrainedModel
-from trips_examples.data.images import DecodedImages, column_of, images_of
+from trips_examples.data.images import DecodedImages, column_of, first_rows
 from trips_examples.metrics.retrieval import Ranking, RetrievalEvaluator
 from trips_examples.training.files import write_predictions
 from trips_examples.training.options import RetrievalArguments
@@ -47,12 +47,12 @@ class RetrievalTrainer(ImageGroupedTrainer):
             progress=not args.disable_tqdm,
             schedule=self.schedule,
         )
-        image_rows, image_of_text = images_of(dataset)
+        image_rows, image_of_text = first_rows(column_of(dataset, "image_id"))
         with self.accelerator.autocast():
             return evaluator.evaluate(
                 DecodedImages(dataset.select(image_rows)),
                 column_of(dataset, "caption"),
-                image_of_text,
+                torch.tensor(image_of_text),
                 self.task_args.rerank_k if model.config.itm_weight > 0 else 0,  # without loss, the head is untrained
             )
 

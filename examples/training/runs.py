@@ -127,11 +127,6 @@ def _lock_output(output_dir: str):
         raise BlockingIOError(f"Another process trains in {output_dir}. Choose another --output_dir.") from error
 
 
-def _unlock_output(output_dir: str):
-    if lock := _locks.pop(Path(output_dir).resolve(), None):
-        lock.release(force=True)
-
-
 def checkpoint_to_resume(args: RunArguments) -> str | None:
     """
     Return the folder of `--resume_from_checkpoint`: a path, or `last` for the latest complete checkpoint in
@@ -220,7 +215,8 @@ def train_and_evaluate(trainer: FiniteTrainer) -> dict[str, float]:
         if args.do_train and args.should_log:
             print(f"Model, results and predictions: {args.output_dir}\nNext: {next_command(trainer)}")
     finally:
-        _unlock_output(args.output_dir)
+        if lock := _locks.pop(Path(args.output_dir).resolve(), None):
+            lock.release(force=True)
     return metrics
 
 

@@ -1,9 +1,11 @@
 """VQA accuracy: values of the official rule by hand."""
 
+from functools import partial
+
 import evaluate
 import pytest
+from places import EXAMPLES
 
-from trips_examples.metrics import VQA_ACCURACY
 from trips_examples.metrics.vqa_accuracy import VqaAccuracy, answer_score, exact_match, normalize_answer, vqa_accuracy
 
 
@@ -89,11 +91,12 @@ def test_no_answers_or_predictions_are_an_error():
         VqaAccuracy().compute(predictions=[], references=[])
 
 
+MODULE = str(EXAMPLES / "metrics/vqa_accuracy.py")
 PREDICTIONS = ["red", "yes", "Two", "yes"]
 REFERENCES = [["red"] * 2 + ["blue"] * 8, ["yes"], ["2"], ["no"]]
 
 
-@pytest.mark.parametrize("load", [VqaAccuracy, lambda: evaluate.load(VQA_ACCURACY)], ids=["import", "load"])
+@pytest.mark.parametrize("load", [VqaAccuracy, partial(evaluate.load, MODULE)], ids=["import", "load"])
 def test_metric(load):
     metric = load()
     assert metric.compute(predictions=PREDICTIONS, references=REFERENCES) == {

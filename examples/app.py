@@ -33,12 +33,8 @@ class AppArguments:
 
 OPTIONS = make_parser(AppArguments, description=__doc__, script=__name__)
 
-import math
-from collections.abc import Sequence
-
-from modeling_trips import UNPRUNED, SelectionSchedule, TripsForQuestionAnswering, TripsProcessor
+from modeling_trips import UNPRUNED, SelectionSchedule, TripsForQuestionAnswering
 from modeling_trips.inspection.checkpoints import load_checkpoint, load_processor
-from modeling_trips.patch_selection import num_kept_tokens
 from modeling_trips.untrusted_images import IsolatedDecoder
 from trips_examples.ask import (
     CHECKPOINT,
@@ -55,36 +51,12 @@ MAX_QUESTIONS, MAX_LENGTH = 6, 300
 DELETION = (60, 600)  # every minute, files that are older than ten minutes
 
 
-def questions_of(lines: str, processor: TripsProcessor, max_tokens: int) -> list[str]:
+def questions_of(lines: str) -> list[str]:
     """Return the questions, one per line. Raise a `ValueError` with a message for visitors if there is a mistake."""
     questions = [line.strip() for line in lines[: MAX_QUESTIONS * MAX_LENGTH].splitlines() if line.strip()]
     if not 1 <= len(questions) <= MAX_QUESTIONS:
         raise ValueError(f"Write 1 to {MAX_QUESTIONS} lines, got {len(questions)}.")
-    for question, tokens in zip(questions, processor.tokenizer(processor.clean_texts(questions))["input_ids"]):
-        if len(tokens) > max_tokens:
-            raise ValueError(f"A line must have at most {max_tokens} tokens, got {len(tokens)}: {question[:40]} ...")
     return questions
-
-
-def kept_patches(trained: SelectionSchedule, num_patches: int, fuse: bool) -> list[int]:
-    """Return how many of an image's patches each layer keeps."""
-    counts, candidates = [], num_patches
-    for selection in trained.selections:
-        counts.append(num_kept_tokens(candidates, selection.keep_rate))
-        candidates = counts[-1] + (fuse and counts[-1] < candidates)
-    return counts
-
-
-def schedule_that_keeps(
-    counts: Sequence[float], trained: SelectionSchedule, num_patches: int, fuse: bool
-) -> SelectionSchedule:
-    """Return the trained schedule with these numbers of kept patches, or with all that are left if these are fewer."""
-    selections, candidates = [], num_patches
-    for selection, count in zip(trained.selections, counts):
-        kept = min(int(count), candidates)
-        selections.append(selection._replace(keep_rate=kept / candidates))
-        candidates = kept + (fuse and kept < candidates)
-    return SelectionSchedule(trained.layers, tuple(selections))
 
 
 def build(args: AppArguments):
@@ -93,16 +65,15 @@ def build(args: AppArguments):
 
     model = load_checkpoint(args.model, [TripsForQuestionAnswering])
     processor, decoder = load_processor(args.model, model.config), IsolatedDecoder()
-    vision = model.config.vision_config
-    trained, num_patches, fuse = vision.schedule, math.prod(vision.grid_size), vision.fuse_inattentive_tokens
-    max_tokens = processor.max_text_length(model.config)
+    trained = model.config.vision_config.schedule
 
-    def look(path: str | None, lines: str, *counts: float):
+    def look(path: str | None, lines: str, *keep_rates: float):
         try:
             if path is None or not Path(path).is_file():
                 raise ValueError("There is no image. Upload one; it is deleted after ten minutes.")
-            questions = questions_of(lines, processor, max_tokens)
-            schedule = schedule_that_keeps(counts, trained, num_patches, fuse)
+            questions = questions_of(lines)
+            changed = [each._replace(keep_rate=rate) for each, rate in zip(trained.selections, keep_rates)]
+            schedule = SelectionSchedule(trained.layers, tuple(changed))
             image = decoder.decode(Path(path).read_bytes())
             found = answers_of(model, processor, image, questions, schedule)
             others = answers_of(model, processor, image, questions, UNPRUNED)
@@ -127,8 +98,8 @@ def build(args: AppArguments):
                 image.preprocess = lambda payload: None if payload is None else payload.path  # Gradio does not open it
                 lines = gr.Textbox("\n".join(QUESTIONS), label="Questions, one per line", max_lines=MAX_QUESTIONS)
                 sliders = [
-                    gr.Slider(1, num_patches, count, step=1, label=f"Patches that layer {layer} keeps")
-                    for layer, count in zip(trained.layers, kept_patches(trained, num_patches, fuse))
+                    gr.Slider(0.005, 1, selection.keep_rate, step=0.005, label=f"Keep rate of layer {layer}")
+                    for layer, selection in trained.by_layer.items()
                 ]
                 button = gr.Button("Look", variant="primary")
             with gr.Column(scale=3, min_width=280):

@@ -2,7 +2,7 @@
 Check a data set before training: read every row, decode every image, and measure every text as training does.
 
     python examples/check_data.py --task captions --train_file train.jsonl --validation_file val.jsonl
-    python examples/check_data.py --task grounding --train_file "refs(unc).p" --image_root coco --output_json all.json
+    python examples/check_data.py --task grounding --train_file train.jsonl --image_root coco
     python examples/check_data.py --task vqa --dataset_name org/data --preset base --tokenizer bert-base-uncased
 
 Give the options of the data and of the model that the training script gets. Faults are listed by file and row: these
@@ -11,19 +11,14 @@ says if texts were not measured, because the pretrained models that training sta
 """
 
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
-from trips_examples.data.source import option
 from trips_examples.training.options import DataArguments, ModelArguments, make_parser, run_script
-
-
-MAX_SHOWN = 20  # faults to print
 
 
 @dataclass
 class CheckArguments:
     task: str = field(metadata={"help": "Task of the data.", "choices": ["vqa", "captions", "nlvr2", "grounding"]})
-    output_json: str | None = option(None, "JSON file for the report.")
 
 
 # Of the recipe only the start counts here, which is that of all tasks.
@@ -38,17 +33,14 @@ from modeling_trips import TripsConfig
 from trips_examples.data.images import column_of, texts_of_column
 from trips_examples.data.loading import check_fit, load_task_dataset
 from trips_examples.data.tasks import TASKS, Fault
-from trips_examples.training.files import write_json
 from trips_examples.training.models import load_start, train_processor
 from trips_examples.training.recipe import TOWERS
 
 
-def check(name: str, model_args: ModelArguments, data_args: DataArguments) -> dict:
-    """
-    Return the report on the data of a task: `splits` (numbers of usable rows, images and different texts), `reasons`
-    (numbers of faults), `faults`, and `notes` on what training accepts.
-    """
-    task, faults, notes = TASKS[name], [], []
+def check(name: str, model_args: ModelArguments, data_args: DataArguments) -> tuple[list[Fault], list[str]]:
+    """Return the faults of the data of a task, and notes on what its splits have and what training accepts."""
+    task, notes = TASKS[name], []
+    faults: list[Fault] = []
     try:
         config, processor = load_start(model_args, data_args.scene_size)
     except OSError as error:
@@ -65,45 +57,21 @@ def check(name: str, model_args: ModelArguments, data_args: DataArguments) -> di
         faults += check_fit(rows, name, processor).values()
     column = "image_ids" if task.has_two_images else "image_id"
     images = {split: set(texts_of_column(rows, column)) for split, rows in data.items()}
-    shared = sum(count > 1 for count in Counter(chain.from_iterable(images.values())).values())
-    if shared:
+    for split, rows in data.items():
+        texts = set(column_of(rows, task.text))
+        notes.append(f"{split}: {len(rows)} rows, {len(images[split])} images, {len(texts)} different {task.text}s")
+    if shared := sum(count > 1 for count in Counter(chain.from_iterable(images.values())).values()):
         notes.append(f"{shared} images are in several splits: evaluation on them is biased")
-    texts = {split: set(column_of(rows, task.text)) for split, rows in data.items()}
-    return {
-        "task": name,
-        "splits": {
-            split: {"rows": len(rows), "images": len(images[split]), f"different {task.text}s": len(texts[split])}
-            for split, rows in data.items()
-        },
-        "notes": notes,
-        "reasons": dict(Counter(fault.reason for fault in faults).most_common()),
-        "faults": [asdict(fault) for fault in faults],
-    }
-
-
-def print_report(report: dict):
-    for fault in report["faults"][:MAX_SHOWN]:
-        print(Fault(**fault))
-    if len(report["faults"]) > MAX_SHOWN:
-        print(f"and {len(report['faults']) - MAX_SHOWN} more: --output_json writes all of them")
-    print()
-    for split, counts in report["splits"].items():
-        print(f"{split:<12}" + "".join(f"{count:>10,} {name}" for name, count in counts.items()))
-    for note in report["notes"]:
-        print(f"{'note':<12}{note}")
-    for reason, count in report["reasons"].items():
-        print(f"{'wrong':<12}{count:>10,} {reason}")
-    if not report["faults"]:
-        print("No faults found.")
+    return faults, notes
 
 
 def main(argv: list[str] | None = None) -> int:
     args, model_args, data_args = OPTIONS.parse_args_into_dataclasses(args=argv)
-    report = check(args.task, model_args, data_args)
-    print_report(report)
-    if args.output_json is not None:
-        write_json(args.output_json, report)
-    return 1 if report["faults"] else 0
+    faults, notes = check(args.task, model_args, data_args)
+    counts = Counter(fault.reason for fault in faults).most_common()
+    counted = [f"{count} x {reason}" for reason, count in counts] or ["No faults found."]
+    print(*faults, *notes, *counted, sep="\n")
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":

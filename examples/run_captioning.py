@@ -11,35 +11,17 @@ selects patches by the image in early layers, and by the prompt in the last one.
 The scores need the extra `captioning`, METEOR needs Java.
 """
 
-from trips_examples.training.options import (
-    CaptioningArguments,
-    DataArguments,
-    ModelArguments,
-    TrainingOptions,
-    make_parser,
-    run_script,
-)
+from trips_examples.training.options import run_script, task_parser
 
 
-OPTIONS = make_parser(
-    ModelArguments,
-    CaptioningArguments,
-    DataArguments,
-    TrainingOptions,
-    description=__doc__,
-    script=__name__,
-    task="captioning",
-)
+OPTIONS = task_parser("captioning", __doc__, __name__)
 
-
-import evaluate
 from transformers import EvalPrediction
 
 from modeling_trips import TripsForConditionalGeneration
 from trips_examples.data.collators import CaptionCollator
 from trips_examples.data.images import one_row_per_image
-from trips_examples.metrics import CAPTION_METRICS
-from trips_examples.metrics.caption_metrics import split_words
+from trips_examples.metrics.caption_metrics import CaptionMetrics, split_words
 from trips_examples.metrics.diagnostics import lost_signs, variety
 from trips_examples.training.files import texts_of, write_predictions
 from trips_examples.training.models import start_run
@@ -49,7 +31,7 @@ from trips_examples.training.trainer import ImageGroupedTrainer
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, task_args, data_args, training_args = parse_arguments(OPTIONS, argv)
-    metric = evaluate.load(CAPTION_METRICS)
+    metric = CaptionMetrics()
     writing = {
         "num_beams": training_args.generation_num_beams or 1,
         "length_penalty": task_args.length_penalty,

@@ -8,35 +8,15 @@ Train and evaluate TRIPS on visual grounding: the box of what an expression refe
         --per_device_train_batch_size 32
 """
 
-from trips_examples.training.options import (
-    DataArguments,
-    GroundingArguments,
-    ModelArguments,
-    TrainingOptions,
-    config_fields,
-    make_parser,
-    run_script,
-)
+from trips_examples.training.options import config_fields, run_script, task_parser
 
 
-OPTIONS = make_parser(
-    ModelArguments,
-    GroundingArguments,
-    DataArguments,
-    TrainingOptions,
-    description=__doc__,
-    script=__name__,
-    task="grounding",
-    num_train_epochs=5.0,
-    per_device_train_batch_size=64,
-    learning_rate=5e-4,
-)
+OPTIONS = task_parser("grounding", __doc__, __name__)
 
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import evaluate
 import PIL.Image
 import torch
 from datasets import Dataset
@@ -47,8 +27,8 @@ from modeling_trips.inspection import draw_kept_patches
 from modeling_trips.inspection.files import whole_file
 from trips_examples.data.collators import GroundingCollator
 from trips_examples.data.images import column_of, image_size, read_image
-from trips_examples.metrics import GROUNDING_ACCURACY
 from trips_examples.metrics.diagnostics import accuracy_by_group, diagnose_selection
+from trips_examples.metrics.grounding_accuracy import GroundingAccuracy
 from trips_examples.training.files import draw_boxes, sheet, write_predictions
 from trips_examples.training.models import start_run
 from trips_examples.training.runs import parse_arguments, train_and_evaluate
@@ -86,7 +66,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, task_args, data_args, training_args = parse_arguments(OPTIONS, argv)
     arguments = model_args, data_args, training_args
     model, processor, data = start_run(TripsForVisualGrounding, "grounding", *arguments, **config_fields(task_args))
-    metric = evaluate.load(GROUNDING_ACCURACY)
+    metric = GroundingAccuracy()
 
     def metrics_of(prediction: EvalPrediction) -> dict[str, float]:
         rows, truths = trainer.eval_dataset, column_of(trainer.eval_dataset, "box")

@@ -8,25 +8,14 @@ Train and evaluate TRIPS on statements about two images: true or false (NLVR2).
         --num_train_epochs 10
 """
 
-from trips_examples.training.options import DataArguments, ModelArguments, TrainingOptions, make_parser, run_script
+from trips_examples.training.options import run_script, task_parser
 
 
-OPTIONS = make_parser(
-    ModelArguments,
-    DataArguments,
-    TrainingOptions,
-    description=__doc__,
-    script=__name__,
-    task="nlvr2",
-    num_train_epochs=10.0,
-    per_device_train_batch_size=64,
-    learning_rate=5e-4,
-)
+OPTIONS = task_parser("nlvr2", __doc__, __name__)
 
 from operator import eq
 from statistics import fmean
 
-import numpy as np
 import torch
 from transformers import EvalPrediction
 
@@ -40,12 +29,6 @@ from trips_examples.training.runs import parse_arguments, train_and_evaluate
 from trips_examples.training.trainer import ImageGroupedTrainer
 
 
-def judgements_of(logits: np.ndarray) -> list[dict]:
-    """Of logits of shape `(num_statements, 2)`, for each statement whether it is true, and the probability of that."""
-    probabilities = torch.from_numpy(logits).float().softmax(dim=-1)[:, 1].tolist()
-    return [{"prediction": int(probability > 0.5), "probability": probability} for probability in probabilities]
-
-
 def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args = parse_arguments(OPTIONS, argv)
     arguments = model_args, data_args, training_args
@@ -54,8 +37,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
 
     def metrics_of(prediction: EvalPrediction) -> dict[str, float]:
-        rows, judgements = trainer.eval_dataset, judgements_of(prediction.predictions)
-        labels, chosen = column_of(rows, "label"), [each["prediction"] for each in judgements]
+        probabilities = torch.from_numpy(prediction.predictions).float().softmax(dim=-1)[:, 1].tolist()
+        judgements = [{"prediction": int(each > 0.5), "probability": each} for each in probabilities]
+        rows, chosen = trainer.eval_dataset, [each["prediction"] for each in judgements]
+        labels = column_of(rows, "label")
         accuracy = {"accuracy": fmean(map(eq, chosen, labels))}
         if trainer.is_in_train:
             return accuracy

@@ -15,28 +15,10 @@ Pairs come from files, the Hub or the bundled scenes, as for the other tasks, or
 starts from (`--model`).
 """
 
-from trips_examples.training.options import (
-    ModelArguments,
-    PairArguments,
-    PretrainingArguments,
-    TrainingOptions,
-    config_fields,
-    make_parser,
-    run_script,
-)
+from trips_examples.training.options import config_fields, run_script, task_parser
 
 
-OPTIONS = make_parser(
-    ModelArguments,
-    PretrainingArguments,
-    PairArguments,
-    TrainingOptions,
-    description=__doc__,
-    script=__name__,
-    num_train_epochs=3.0,
-    per_device_train_batch_size=48,
-    texts_per_image=1,
-)
+OPTIONS = task_parser("pretraining", __doc__, __name__)
 
 from modeling_trips import TripsForPreTraining
 from trips_examples.data.collators import PretrainingCollator

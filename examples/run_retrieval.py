@@ -11,29 +11,10 @@ Two losses are added: contrast (ITC) of each image and text with all of the batc
 neither: the loss is then the mean of the losses of smaller batches.
 """
 
-from trips_examples.training.options import (
-    DataArguments,
-    ModelArguments,
-    RetrievalArguments,
-    TrainingOptions,
-    config_fields,
-    make_parser,
-    run_script,
-)
+from trips_examples.training.options import config_fields, run_script, task_parser
 
 
-OPTIONS = make_parser(
-    ModelArguments,
-    RetrievalArguments,
-    DataArguments,
-    TrainingOptions,
-    description=__doc__,
-    script=__name__,
-    task="retrieval",
-    num_train_epochs=5.0,
-    per_device_train_batch_size=48,
-    texts_per_image=1,
-)
+OPTIONS = task_parser("retrieval", __doc__, __name__)
 
 from modeling_trips import TripsForRetrieval
 from trips_examples.data.collators import RetrievalCollator

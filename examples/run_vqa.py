@@ -6,21 +6,16 @@ Train and evaluate TRIPS on visual question answering.
     python examples/run_vqa.py --train_file train.jsonl --validation_file val.jsonl  # your own: docs/pictures.md
 """
 
-from trips_examples.training.options import DataArguments, ModelArguments, TrainingOptions, make_parser, run_script
+from trips_examples.training.options import DataArguments, ModelArguments, run_script, task_parser
 
 
-OPTIONS = make_parser(ModelArguments, DataArguments, TrainingOptions, description=__doc__, script=__name__, task="vqa")
+OPTIONS = task_parser("vqa", __doc__, __name__)
 
-from pathlib import Path
-
-import evaluate
-from datasets import Dataset
 from transformers import EvalPrediction
 
 from modeling_trips import TripsForQuestionAnswering
 from trips_examples.data.collators import VqaCollator
 from trips_examples.data.images import column_of
-from trips_examples.metrics import VQA_ACCURACY
 from trips_examples.metrics.diagnostics import (
     accuracy_by_group,
     diagnose_selection,
@@ -29,23 +24,11 @@ from trips_examples.metrics.diagnostics import (
     most_tokens,
     variety,
 )
-from trips_examples.metrics.vqa_accuracy import most_common_answer, normalize_answer
-from trips_examples.training.files import texts_of, write_json, write_predictions
+from trips_examples.metrics.vqa_accuracy import VqaAccuracy, most_common_answer, normalize_answer
+from trips_examples.training.files import texts_of, write_predictions
 from trips_examples.training.models import start_run
 from trips_examples.training.runs import TripsTrainingArguments, parse_arguments, train_and_evaluate
 from trips_examples.training.trainer import ImageGroupedTrainer
-
-
-def write_answers(
-    folder: Path, dataset: Dataset, answers: list[str], references: list[list[str]], metric: evaluate.Metric
-):
-    """Write `predictions.jsonl` and `accuracy_by_answer.json`, and print the 20 most frequent answers."""
-    columns = ["source", "question_id", "question", "answers"]
-    write_predictions(folder, dataset, columns, ({"prediction": answer} for answer in answers))
-    result = metric.compute(predictions=answers, references=references, by_answer=True)
-    write_json(folder / "accuracy_by_answer.json", result["by_answer"])
-    frequent = list(result["by_answer"].items())[:20]
-    print("".join(f"\n  {answer:<20} {row['accuracy']:7.2%} of {row['count']}" for answer, row in frequent))
 
 
 def train_question_answering(
@@ -56,7 +39,7 @@ def train_question_answering(
     lost = lost_signs(data, "answers", processor, normalize_answer)
     longest = training_args.generation_max_length or max(10, most_tokens(data, "answers", processor))
     model.generation_config.update(max_new_tokens=longest, max_length=None)
-    metric = evaluate.load(VQA_ACCURACY)
+    metric = VqaAccuracy()
 
     def metrics_of(prediction: EvalPrediction) -> dict[str, float]:
         rows, answers = trainer.eval_dataset, texts_of(prediction.predictions, processor)
@@ -68,7 +51,8 @@ def train_question_answering(
         if trainer.is_in_train:
             return scores(answers)
         if trainer.is_world_process_zero():
-            write_answers(Path(training_args.output_dir), rows, answers, references, metric)
+            columns = ["source", "question_id", "question", "answers"]
+            write_predictions(training_args.output_dir, rows, columns, ({"prediction": answer} for answer in answers))
         truths = [most_common_answer(each) for each in references]
         varied = variety(answers, truths, "answer", lambda answers: scores(answers)["accuracy"])
         groups = accuracy_by_group(metric, answers, references, rows)

@@ -20,7 +20,7 @@ from modeling_trips import SelectionSchedule, TripsImageCache
 from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint, load_processor
 from modeling_trips.untrusted_images import IsolatedDecoder
 
-from .settings import DEFAULT, Settings
+from .settings import Settings
 
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,6 @@ class Item:
     image: ItemImage | None
     text: str | None
     tokens: dict[str, list[int]] | None  # outputs of the tokenizer for the text
-    schedule: str
     top_k: int
     place: dict[str, int]  # indices of the image and the text in the request
     kept_patches: bool = False  # returned with the answer; needs a decoded image
@@ -59,7 +58,7 @@ class Item:
     @property
     def kind(self) -> Hashable:
         """Key that is equal for items that can share a batch."""
-        return self.endpoint, self.schedule, self.top_k, self.kept_patches, self.image is None
+        return self.endpoint, self.top_k, self.kept_patches, self.image is None
 
 
 def num_bytes(image_cache: TripsImageCache) -> int:
@@ -98,11 +97,6 @@ class Engine:
         self.cache = ImageCaches(settings.cache_bytes)
         self.decoder = IsolatedDecoder(DECODERS)
         self.model = self._load()
-        schedules = settings.schedules.items()
-        self.schedules = {name: SelectionSchedule.parse(text or "unpruned") for name, text in schedules}
-        for schedule in self.schedules.values():
-            schedule.check_fits(self.model.config.vision_config.num_hidden_layers)
-        self.schedules[DEFAULT] = None
         self.processor = load_processor(settings.model, self.model.config, settings.revision)
         self.endpoints = ["match", "features"] if hasattr(self.model, "match") else []
         if self.model.can_generate():
@@ -116,11 +110,12 @@ class Engine:
     def _load(self) -> Any:
         settings = self.settings
         if not is_exported(settings.model):
-            model = load_checkpoint(settings.model, revision=settings.revision, dtype=settings.dtype)
+            fields = SelectionSchedule.parse(settings.schedule).config_fields if settings.schedule else {}
+            model = load_checkpoint(settings.model, revision=settings.revision, dtype=settings.dtype, **fields)
             best = "cuda" if torch.cuda.is_available() else "cpu"
             return model.to(best if settings.device == "auto" else settings.device)
-        if settings.schedules or settings.dtype != "auto" or settings.device not in ("auto", "cpu"):
-            raise ValueError("An exported model is fixed. Unset TRIPS_SCHEDULES, TRIPS_DTYPE and TRIPS_DEVICE.")
+        if settings.schedule or settings.dtype != "auto" or settings.device not in ("auto", "cpu"):
+            raise ValueError("An exported model is fixed. Unset TRIPS_SCHEDULE, TRIPS_DTYPE and TRIPS_DEVICE.")
         from modeling_trips.export import load_exported  # an extra
 
         return load_exported(settings.model)
@@ -138,12 +133,12 @@ class Engine:
         for name in self.endpoints:
             parts = [(image, None, None), (None, text, tokens)] if name == "features" else [(image, text, tokens)]
             for part in parts:
-                json.dumps(self._compute([Item(name, *part, DEFAULT, 1, {})]), allow_nan=False)
+                json.dumps(self._compute([Item(name, *part, 1, {})]), allow_nan=False)
 
-    def find_image(self, data: bytes, schedule: str, decodes: bool = False) -> ItemImage:
+    def find_image(self, data: bytes, decodes: bool = False) -> ItemImage:
         """Return an image with its cached states, if any, or else (or if it must be decoded) with its file."""
         key = hashlib.sha256(data).hexdigest()
-        states = None if decodes else self.cache.get((key, schedule))
+        states = None if decodes else self.cache.get(key)
         return ItemImage(key, data if states is None else None, states=states)
 
     def decode(self, field: str, image: ItemImage):
@@ -214,24 +209,22 @@ class Engine:
 
     def _image_inputs(self, items: list[Item]) -> dict:
         """Return the states of the images of items, and the row of each item in them. Each image is encoded once."""
-        name = items[0].schedule
         images = {item.image.key: item.image for item in items}
-        states = {key: image.states or self.cache.get((key, name)) for key, image in images.items()}
+        states = {key: image.states or self.cache.get(key) for key, image in images.items()}
         missing = [key for key in images if states[key] is None]
         IMAGE_CACHES.labels("cache").inc(len(images) - len(missing))
         IMAGE_CACHES.labels("computed").inc(len(missing))
         if missing:
             pixel_values = torch.cat([images[key].pixel_values for key in missing]).to(self.model.device)
-            computed = self.model.base_model.encode_images(pixel_values, schedule=self.schedules[name])
-            computed = replace(computed, selection=())
+            computed = replace(self.model.base_model.encode_images(pixel_values), selection=())
             for row, key in enumerate(missing):
                 states[key] = computed[row : row + 1].map(torch.clone)  # memory of its own
-                self.cache.put((key, name), states[key])
+                self.cache.put(key, states[key])
         index = {key: row for row, key in enumerate(images)}
         rows = torch.tensor([index[item.image.key] for item in items], device=self.model.device)
         found = list(states.values())  # of one size
         joined = {field: torch.cat([each.tensors[field] for each in found]) for field in found[0].tensors}
-        return {"image_cache": replace(found[0], **joined), "image_index": rows, "schedule": self.schedules[name]}
+        return {"image_cache": replace(found[0], **joined), "image_index": rows}
 
 
 class Batcher:

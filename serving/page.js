@@ -32,13 +32,8 @@ function addField(form, name, schema) {
     const box = make(label, "input", { name, type: "checkbox", checked: true });
     return () => box.checked;
   }
-  if (schema.type === "integer") {
-    const number = make(label, "input", { name, type: "number", min: schema.minimum, max: schema.maximum, value: schema.default });
-    return () => number.valueAsNumber;
-  }
-  const select = make(label, "select", { name });
-  for (const text of schema.enum ?? [schema.const]) make(select, "option", { textContent: text });
-  return () => select.value;
+  const number = make(label, "input", { name, type: "number", min: schema.minimum, max: schema.maximum, value: schema.default });
+  return () => number.valueAsNumber;
 }
 
 // Draw an image with all but the kept patches faded.

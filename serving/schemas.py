@@ -1,14 +1,14 @@
 """Requests and replies of the service, and their OpenAPI description."""
 
 import base64
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
 from pydantic.json_schema import models_json_schema
 
 import modeling_trips
 
-from .settings import DEFAULT, Settings
+from .settings import Settings
 
 
 JSON = "application/json"
@@ -34,7 +34,6 @@ def request_models(settings: Settings) -> dict[str, type[BaseModel]]:
     """Return the schema of the request body for each endpoint."""
     text = Annotated[str, StringConstraints(max_length=settings.max_text_length)]
     non_empty = Annotated[text, StringConstraints(strip_whitespace=True, min_length=1)]
-    schedule_name = Literal[(DEFAULT, *settings.schedules)]  # type: ignore[valid-type]
 
     def text_list(kind: Any, least: int, description: str, example: str) -> Any:
         limits = {"min_length": least, "max_length": settings.max_texts}
@@ -46,7 +45,6 @@ def request_models(settings: Settings) -> dict[str, type[BaseModel]]:
 
     class Request(BaseModel):
         model_config = ConfigDict(extra="forbid")
-        schedule: schedule_name = Field(DEFAULT, description="Name of the selection schedule.")
 
     class AnswerRequest(Request):
         image: ImageFile
@@ -69,50 +67,20 @@ def request_models(settings: Settings) -> dict[str, type[BaseModel]]:
     return {"answer": AnswerRequest, "caption": CaptionRequest, "match": MatchRequest, "features": FeaturesRequest}
 
 
-Index = Annotated[int, Field(description="Position in the request, from 0.")]
-
-
-class Answer(BaseModel):
-    answer: str
-    score: float = Field(description="Probability.")
-    kept_patches: list[tuple[float, float, float, float]] | None = Field(
-        None, description="Of the best answer, if asked for: boxes (x0, y0, x1, y1) in pixels of the image."
-    )
-
-
-class Score(BaseModel):
-    image: Index
-    text: Index
-    score: float = Field(description="Probability.")
-
-
-class Features(BaseModel):
-    image: Index | None = None
-    text: Index | None = None
-    features: list[float] = Field(description="Vector of length 1. Dot products are similarities.")
-
-
-# Summary of each endpoint, and its reply: one field with a list.
+# Summary of each endpoint, and the field of its reply.
 REPLIES = {
-    "answer": ("Answer questions about an image", "answers", list[list[Answer]]),
-    "caption": ("Describe an image", "captions", list[str]),
-    "match": ("Match images with texts, to rerank candidates found by features", "scores", list[Score]),
-    "features": ("Features of images and texts for comparison and indexing", "features", list[Features]),
+    "answer": ("Answer questions about an image", "answers"),
+    "caption": ("Describe an image", "captions"),
+    "match": ("Match images with texts, to rerank candidates found by features", "scores"),
+    "features": ("Features of images and texts for comparison and indexing", "features"),
 }
 
 
 def describe(title: str, requests: dict[str, type[BaseModel]]) -> dict:
     """Return the OpenAPI document of a service with these endpoints."""
-    replies = {
-        name: create_model(f"{name.capitalize()}Reply", **{REPLIES[name][1]: REPLIES[name][2]}) for name in requests
-    }
-    error = create_model("ErrorReply", error=str)
-    models = [(model, "validation") for model in (error, *requests.values(), *replies.values())]
+    models = [(model, "validation") for model in requests.values()]
     references, schemas = models_json_schema(models, ref_template="#/components/schemas/{model}")
-
-    def body(model: type[BaseModel], description: str) -> dict:
-        return {"description": description, "content": {JSON: {"schema": references[model, "validation"]}}}
-
+    content = {name: {JSON: {"schema": references[model, "validation"]}} for name, model in requests.items()}
     return {
         "openapi": "3.1.0",
         "info": {"title": title, "version": modeling_trips.__version__},
@@ -121,11 +89,16 @@ def describe(title: str, requests: dict[str, type[BaseModel]]) -> dict:
             f"/{name}": {
                 "post": {
                     "operationId": name,
-                    "summary": REPLIES[name][0],
-                    "requestBody": {"required": True, **body(request, "One request")},
-                    "responses": {"200": body(replies[name], "OK"), "default": body(error, "Refused or failed")},
+                    "summary": summary,
+                    "requestBody": {"required": True, "content": content[name]},
+                    "responses": {"200": reply(f"Results: {field}"), "default": reply("Refused or failed: error")},
                 }
             }
-            for name, request in requests.items()
+            for name, (summary, field) in REPLIES.items()
+            if name in requests
         },
     }
+
+
+def reply(description: str) -> dict:
+    return {"description": description, "content": {JSON: {}}}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from anyio import CancelScope, CapacityLimiter, create_task_group, fail_after, to_thread
+from huggingface_hub.errors import StrictDataclassError
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 from pydantic import BaseModel, ValidationError
@@ -45,7 +46,7 @@ def create_app() -> Starlette:
         settings = Settings.from_environment()
         return Service(Engine(settings), settings).app
     except Exception as error:
-        if not isinstance(error, (HTTPException, OSError, RuntimeError, ValueError)):
+        if not isinstance(error, (HTTPException, OSError, RuntimeError, StrictDataclassError, ValueError)):
             traceback.print_exc()
         given = ", ".join(f"{name}={value}" for name, value in os.environ.items() if name.startswith(PREFIX))
         failure = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"], FAILURE)
@@ -175,8 +176,8 @@ class Service:
         inputs = validate(self.models[endpoint], content)
         files = {"image": inputs["image"]} if "image" in inputs else {}
         files |= {f"images.{row}": file for row, file in enumerate(inputs.get("images", []))}
-        schedule, kept = inputs["schedule"], inputs.get("kept_patches", False)
-        images = {field: self.engine.find_image(file, schedule, decodes=kept) for field, file in files.items()}
+        kept = inputs.get("kept_patches", False)
+        images = {field: self.engine.find_image(file, decodes=kept) for field, file in files.items()}
         (field,) = {"questions", "prompts", "texts"} & inputs.keys()
         texts = list(zip(inputs[field], self.engine.prepare_texts(field, inputs[field])))
         if endpoint == "features":
@@ -189,7 +190,7 @@ class Service:
         for place in places:
             image = rows[place["image"]] if "image" in place else None
             text, tokens = texts[place["text"]] if "text" in place else (None, None)
-            items.append(Item(endpoint, image, text, tokens, schedule, top_k, place, kept))
+            items.append(Item(endpoint, image, text, tokens, top_k, place, kept))
         return items, images
 
 

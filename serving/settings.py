@@ -9,18 +9,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 PREFIX = "TRIPS_"
 FAILURE = "failure"  # file in the folder of metrics: why the model could not be loaded
-DEFAULT = "default"  # name of the checkpoint's schedule
-
-
-def read_schedules(text: str) -> dict[str, str]:
-    """Parse `"fast=5:text:0.3,10:text:0.3;full="` to schedules by name. An empty schedule keeps all patches."""
-    schedules: dict[str, str] = {}
-    for entry in filter(None, map(str.strip, text.split(";"))):
-        name, equals, schedule = map(str.strip, entry.partition("="))
-        if not equals or not name or name in (DEFAULT, *schedules):
-            raise ValueError(f"a schedule needs a new name, as in fast=5:text:0.3, got {entry!r}")
-        schedules[name] = schedule
-    return schedules
 
 
 def read_hosts(text: str) -> list[str]:
@@ -40,7 +28,7 @@ class Settings(BaseModel):
     revision: str = "main"
     device: str = "auto"
     dtype: str = "auto"
-    schedules: Annotated[dict[str, str], BeforeValidator(read_schedules)] = {}
+    schedule: str | None = None  # in place of the checkpoint's
     allowed_hosts: Annotated[list[str], BeforeValidator(read_hosts)] = ["127.0.0.1", "localhost"]  # "*": any
     workers: Count = 1
     max_batch_size: Count = 32  # pairs of image and text

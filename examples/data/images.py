@@ -149,16 +149,10 @@ def first_rows(image_ids: list[str]) -> tuple[list[int], list[int]]:
     return list(rows.values()), [position[image_id] for image_id in image_ids]
 
 
-def images_of(dataset: Dataset) -> tuple[list[int], torch.LongTensor]:
-    """Return the `first_rows` of a data set."""
-    rows, image_of_row = first_rows(column_of(dataset, "image_id"))
-    return rows, torch.tensor(image_of_row)
-
-
 def one_row_per_image(dataset: Dataset) -> tuple[Dataset, list[list[str]]]:
     """Return the first row of each image, and all captions of each image."""
-    rows, image_of_row = images_of(dataset)
+    rows, image_of_row = first_rows(column_of(dataset, "image_id"))
     captions = [[] for _ in rows]
-    for image, caption in zip(image_of_row.tolist(), column_of(dataset, "caption")):
+    for image, caption in zip(image_of_row, column_of(dataset, "caption")):
         captions[image].append(caption)
     return dataset.select(rows), captions

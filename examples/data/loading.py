@@ -20,10 +20,10 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
 from modeling_trips import TripsProcessor, __version__
-from trips_examples.data.annotations import parsed_record, read_annotations
 from trips_examples.data.busy_scenes import busy_records
 from trips_examples.data.images import check_image, column_of, path_or_bytes, without_decoding
-from trips_examples.data.source import BUNDLED, SPLIT_OPTIONS, AnnotationFile, DataArguments
+from trips_examples.data.records import parsed_record, read_records
+from trips_examples.data.source import BUNDLED, SPLIT_OPTIONS, DataArguments
 from trips_examples.data.tasks import (
     TASKS,
     BadRowError,
@@ -107,7 +107,7 @@ def _tables(task: str, source: DataArguments) -> Iterator[tuple[str, str, str, D
     """
     if source.files:
         for split, file in source.files.items():
-            yield split, file.path.name, str(file.folder), _records(file, task)
+            yield split, file.name, source.image_root or str(file.parent), _records(file, task, split)
         return
     name = source.dataset_name
     if any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json")):  # by save_to_disk
@@ -123,28 +123,26 @@ def _tables(task: str, source: DataArguments) -> Iterator[tuple[str, str, str, D
         yield split, f"{name} {part}", "", table[part]
 
 
-def _records(file: AnnotationFile, task: str) -> Dataset:
+def _records(file: Path, task: str, split: str) -> Dataset:
     """Return the records of a file: its columns if it is Parquet, else `RECORD`."""
-    split = NamedSplit(file.default_split)
     try:
-        if file.path.suffix.lower() == ".parquet":
-            return load_dataset("parquet", data_files={split: str(file.path)}, split=split)
-        stamps = [stamp_of(path.absolute()) for path in (file.path, file.second_path)]
-        given = {"file": file, "task": task, "stamps": str(stamps)}
-        return Dataset.from_generator(_numbered_json, features=RECORD, gen_kwargs=given, split=split)
+        if file.suffix.lower() == ".parquet":
+            return load_dataset("parquet", data_files={split: str(file)}, split=split)
+        given = {"file": file, "task": task, "stamp": stamp_of(file.absolute())}
+        return Dataset.from_generator(_numbered_json, features=RECORD, gen_kwargs=given, split=NamedSplit(split))
     except (DatasetGenerationError, pyarrow.ArrowInvalid) as error:
-        if type(error.__cause__) in (FileNotFoundError, ValueError):  # of `read_annotations`
+        if type(error.__cause__) is ValueError:  # of `read_records`
             raise error.__cause__ from None
-        raise ValueError(f"{file.path} cannot be read: {error.__cause__ or error}. Repair or convert it.") from error
+        raise ValueError(f"{file} cannot be read: {error.__cause__ or error}. Repair or convert it.") from error
 
 
-def _numbered_json(file: AnnotationFile, task: str, stamps: str) -> Iterator[dict]:
-    """Yield the records of a file. `stamps` distinguish its versions in the cache."""
+def _numbered_json(file: Path, task: str, stamp: str) -> Iterator[dict]:
+    """Yield the records of a file. `stamp` distinguishes its versions in the cache."""
     row = None
-    for row, record in read_annotations(file, task):
+    for row, record in read_records(file):
         yield {"row": row, "json": record if isinstance(record, str) else json.dumps(record)}
     if row is None:
-        raise ValueError(f"{file.path} has no rows. It needs the columns {TASKS[task].needs}.")
+        raise ValueError(f"{file} has no rows. It needs the columns {TASKS[task].needs}.")
 
 
 # Rows of records
@@ -237,7 +235,7 @@ class RowReader:
         else:
             shared = {"image": images[0], "image_id": ids[0]}
         if "question_id" in self.task.features:
-            question_id = text_of(record.get("question_id", record.get("identifier")), "question_id")
+            question_id = text_of(record.get("question_id"), "question_id")
             shared["question_id"] = question_id or source.rpartition(" ")[2]
         for row in rows:
             for column in {"box", "region"} & row.keys():
@@ -264,8 +262,6 @@ class RowReader:
             values = [record.get("image")]
         elif not is_missing(record.get("images")):
             values = list_of(record["images"], "images")
-        elif "identifier" in record:
-            return self.nlvr2_images(record)
         else:
             values = [record.get("left_image"), record.get("right_image")]
         if self.task.has_two_images and len(values) != 2:
@@ -273,15 +269,6 @@ class RowReader:
         if any(is_missing(path_or_bytes(value)) for value in values):
             raise missing("image", record)
         return values
-
-    def nlvr2_images(self, record: dict) -> list[str]:
-        """Return the paths of both images: those of train-10171-0-1 are train-10171-0-img0.png and -img1.png."""
-        identifier = filled_text(record, "identifier")
-        split, stem = identifier.split("-")[0], identifier.rpartition("-")[0]
-        numbered = f"{record['directory']}/" if "directory" in record else ""
-        paths = [f"{folder}{stem}-img{{}}.png" for folder in (f"{split}/{numbered}", numbered, f"{split}/", "")]
-        found = next((path for path in paths if os.path.isfile(self.path(path.format(0)))), paths[0])
-        return [found.format(0), found.format(1)]
 
 
 def _parsed(record: dict) -> dict:

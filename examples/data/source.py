@@ -1,6 +1,6 @@
 """The source of a task's data, in options that scripts read before they import what takes seconds."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -24,52 +24,15 @@ def option(default, text: str):
     return field(default=default, metadata={"help": text})
 
 
-@dataclass(frozen=True)
-class AnnotationFile:
-    """
-    A file of annotations. `split`, or else `default_split` (`"train"`, `"val"` or `"test"`), is read from a file with
-    several splits. Paths of images are relative to `image_root`, or else to the folder of the file.
-    """
-
-    path: Path
-    default_split: str
-    split: str | None = None
-    image_root: Path | None = None
-
-    @property
-    def folder(self) -> Path:
-        return self.image_root or self.path.parent
-
-    @property
-    def second_path(self) -> Path:
-        """The file that VQAv2's questions and RefCOCO's refs need, with its official name."""
-        is_json = self.path.suffix.lower() == ".json"
-        name = self.path.name.replace("OpenEnded_", "").replace("questions", "annotations")
-        return self.path.with_name(name if is_json else "instances.json")
-
-    def of_split(self, items: list[dict], split_of: Callable[[dict], str]) -> list[tuple[int, dict]]:
-        """Return the items of the requested split and their numbers in the file."""
-        wanted = self.split or self.default_split
-        numbered = [(number, item) for number, item in enumerate(items, start=1) if split_of(item) == wanted]
-        if not numbered:
-            only = ", ".join(sorted(set(map(split_of, items))))
-            raise ValueError(f"{self.path} has no split {wanted!r}, only {only}. Choose one with {SPLIT_OPTIONS}.")
-        return numbered
-
-    def first_path(self, *paths: str) -> str:
-        """Return the first of several possible paths of an image that exists, or the first one."""
-        return str(next((path for path in map(Path, paths) if (self.folder / path).is_file()), Path(paths[0])))
-
-
 @dataclass
 class DataArguments:
     """
     The source of a task's data: files, a data set on the Hub or on disk, or bundled scenes.
 
-    - Files are JSON (a list of objects, or one object per line), JSONL, CSV or Parquet, in UTF-8, or public annotation
-      files, see `annotations`. In CSV, lists are JSON lists or texts separated by `|`. Rows count from 1, without the
-      header of CSV. An image is a path, or in Parquet also bytes or a struct of `bytes` and `path`. By default, rows
-      of one path or of equal bytes have one `image_id`. docs/data.md has the columns of each task.
+    - Files are JSON (a list of objects, or one object per line), JSONL, CSV or Parquet, in UTF-8. In CSV, lists are
+      JSON lists or texts separated by `|`. Rows count from 1, without the header of CSV. An image is a path, or in
+      Parquet also bytes or a struct of `bytes` and `path`. By default, rows of one path or of equal bytes have one
+      `image_id`. docs/data.md has the columns of each task.
     - `dataset_name` is a data set with the same columns: on the Hub, a folder that `load_dataset` reads (as of
       `imagefolder`), or one that `save_to_disk` has written.
     - Bundled scenes, `dataset_name="busy_scenes"`, are the default, see `busy_records`.
@@ -77,12 +40,12 @@ class DataArguments:
 
     dataset_name: str | None = option(None, "Data set on the Hub, folder, or busy_scenes (default without files).")
     dataset_config_name: str | None = option(None, "Configuration of the Hub data set.")
-    train_file: str | None = option(None, "JSON, JSONL, CSV, Parquet, or a public annotation file: see docs/data.md.")
+    train_file: str | None = option(None, "JSON, JSONL, CSV or Parquet: see docs/data.md.")
     validation_file: str | None = option(None, "Like --train_file.")
     test_file: str | None = option(None, "Like --train_file, for the reported metrics.")
-    train_split: str | None = option(None, "Split of a file or Hub data set with several splits. Default: train.")
-    validation_split: str | None = option(None, "Like --train_split. Default: val in files, validation on the Hub.")
-    test_split: str | None = option(None, "Like --train_split. Default: test in files, none on the Hub.")
+    train_split: str | None = option(None, "Split of --dataset_name. Default: train.")
+    validation_split: str | None = option(None, "Like --train_split. Default: validation.")
+    test_split: str | None = option(None, "Like --train_split. Default: none.")
     image_root: str | None = option(None, "Folder that image paths are relative to. Default: that of their file.")
     grid: int = option(4, "Cells per side of a bundled scene, 1 to 4.")
     train_scenes: int = option(4000, "Number of training scenes.")
@@ -99,15 +62,10 @@ class DataArguments:
         return {"train": self.train_split, "validation": self.validation_split, "test": self.test_split}
 
     @property
-    def files(self) -> dict[str, AnnotationFile]:
+    def files(self) -> dict[str, Path]:
         """The file of each split that has one."""
-        root = None if self.image_root is None else Path(self.image_root)
         names = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
-        return {
-            split: AnnotationFile(Path(name), "val" if split == "validation" else split, self.splits[split], root)
-            for split, name in names.items()
-            if name is not None
-        }
+        return {split: Path(name) for split, name in names.items() if name is not None}
 
     @property
     def num_scenes(self) -> dict[str, int]:
@@ -132,8 +90,8 @@ class DataArguments:
         if self.image_root is not None and not self.files:
             raise ValueError("image_root needs train_file, validation_file or test_file. Give one of them.")
         for file in self.files.values():
-            if not file.path.is_file():
-                raise FileNotFoundError(f"There is no file {file.path}.")
+            if not file.is_file():
+                raise FileNotFoundError(f"There is no file {file}.")
         if self.image_root is not None and not Path(self.image_root).is_dir():
             raise FileNotFoundError(f"The folder {self.image_root} does not exist. Correct image_root.")
 
@@ -143,10 +101,11 @@ class DataArguments:
         for name in ("max_train_samples", "max_eval_samples"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be positive, got {getattr(self, name)}.")
+        chosen = [f"{split}_split" for split, part in self.splits.items() if part is not None]
+        if chosen and (self.files or self.is_bundled):
+            raise ValueError(f"Files and {BUNDLED} have their own splits. Leave out {' and '.join(chosen)}.")
         if not self.is_bundled:
             return
-        if chosen := [f"{split}_split" for split, part in self.splits.items() if part is not None]:
-            raise ValueError(f"{BUNDLED} has its own splits. Leave out {' and '.join(chosen)}.")
         fewest = 2 if task == "nlvr2" else 1  # statements name what both images have, and what one of them has
         if not fewest <= self.grid <= max(NUM_ITEMS):
             raise ValueError(f"grid is {self.grid}: choose {fewest} to {max(NUM_ITEMS)} cells per side of a scene.")

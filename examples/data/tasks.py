@@ -136,10 +136,8 @@ def _question(record: dict) -> list[dict]:
     row = {"question": filled_text(record, "question"), "answers": [text for text in texts if text]}
     if not row["answers"]:
         raise missing("answer", record)
-    kind = text_of(record.get("kind"), "kind") or text_of(record.get("question_type"), "question_type")
-    wording, answer_type = (text_of(record.get(column), column) for column in ("wording", "answer_type"))
     region = None if is_missing(record.get("region")) else _box(record, "region")
-    groups = {"kind": kind or None, "wording": wording or None, "answer_type": answer_type or None}
+    groups = {column: text_of(record.get(column), column) or None for column in _GROUPS}
     return [{**row, "region": region, **groups}]
 
 
@@ -162,7 +160,7 @@ LABELS = {"true": 1, "false": 0, "1": 1, "0": 0, "1.0": 1, "0.0": 0}
 
 
 def _statement(record: dict) -> list[dict]:
-    column = "sentence" if "statement" not in record and "sentence" in record else "statement"  # as NLVR2 names it
+    column = "sentence" if "statement" not in record and "sentence" in record else "statement"  # as in ALBEF's lists
     label = record.get("label")
     label = filled_text({**record, "label": str(label) if isinstance(label, bool) else label}, "label").lower()
     if label not in LABELS:
@@ -214,7 +212,7 @@ _IMAGE = {"image": Image(), "image_id": _TEXT, "source": _TEXT, "question_id": _
 _IMAGES = {"images": Sequence(Image()), "image_ids": Sequence(_TEXT), "source": _TEXT, "question_id": _TEXT}
 _CAPTIONS = {"image": Image(), "image_id": _TEXT, "source": _TEXT, "caption": _TEXT}
 _GROUPS = {"kind": _TEXT, "wording": _TEXT}
-_QUESTION = {"question": _TEXT, "answers": Sequence(_TEXT), "region": _BOX, "answer_type": _TEXT, **_GROUPS}
+_QUESTION = {"question": _TEXT, "answers": Sequence(_TEXT), "region": _BOX, **_GROUPS}
 _STATEMENT = {"statement": _TEXT, "label": Value("int64")}
 _EXPRESSION = {"expression": _TEXT, "box": _BOX, "kind": _TEXT}
 

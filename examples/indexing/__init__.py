@@ -1,1 +1,1 @@
-"""Lance tables of image vectors: reading images, embedding with Ray, indexing and search."""
+"""Lance tables of image vectors: reading images, their vectors, an index and search."""

@@ -16,7 +16,6 @@ from trips_examples.data.tasks import BadRowError, Fault, printable
 
 
 FILES_PER_SHARD = 256
-ROWS_PER_BLOCK = 32
 
 # `image` as the datasets library encodes it.
 ROW_SCHEMA = pa.schema(
@@ -111,12 +110,9 @@ def id_of(source: str) -> str:
     return hashlib.blake2b(source.encode(), digest_size=16).hexdigest()
 
 
-def blocks_of(shard: Shard, done: np.ndarray, image_column: str | None = None) -> Iterator[pa.Table]:
-    """Yield blocks of the rows of a shard whose ids are not among `done`, sorted ids of type `S32`."""
-
-    def is_new(row: dict) -> bool:
+def new_rows_of(shard: Shard, done: np.ndarray, image_column: str | None = None) -> Iterator[dict]:
+    """Yield the rows of a shard whose ids are not among `done`, sorted ids of type `S32`."""
+    for row in rows_of(shard, image_column):
         place = np.searchsorted(done, row["id"].encode())
-        return place == len(done) or done[place] != row["id"].encode()
-
-    for block in chunk_iterable(filter(is_new, rows_of(shard, image_column)), ROWS_PER_BLOCK):
-        yield pa.Table.from_pylist(list(block), schema=ROW_SCHEMA)
+        if place == len(done) or done[place] != row["id"].encode():
+            yield row

@@ -8,7 +8,7 @@ image that cannot be used also has a row, with an `error` and no vector.
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -122,16 +122,10 @@ def only_writer(uri: str) -> Iterator[None]:
         raise BlockingIOError(f"Another process is writing {uri}. Wait until it ends, or stop it.") from error
 
 
-def write_rows(uri: str, rows: pa.Table) -> list[str]:
-    """Write rows as fragments next to the table. `commit` adds them to the table."""
-    fragments = lance.fragment.write_fragments(rows, uri, schema=rows.schema, mode="append")
-    return [json.dumps(fragment.to_json()) for fragment in fragments]
-
-
-def commit(table: lance.LanceDataset, fragments: Sequence[str]) -> lance.LanceDataset:
-    """Add fragments to the table and return its new version."""
-    append = lance.LanceOperation.Append([lance.FragmentMetadata.from_json(fragment) for fragment in fragments])
-    return lance.LanceDataset.commit(table.uri, append, read_version=table.version)
+def add_rows(table: lance.LanceDataset, rows: pa.Table) -> lance.LanceDataset:
+    """Add rows to the table, also while other processes do, and return its new version."""
+    fragments = lance.fragment.write_fragments(rows, table.uri, schema=rows.schema, mode="append")
+    return lance.LanceDataset.commit(table.uri, lance.LanceOperation.Append(fragments), read_version=table.version)
 
 
 def build_index(table: lance.LanceDataset, fewest: int) -> str:

@@ -7,8 +7,7 @@ candidates is among its k best (as in the evaluations of ALBEF and BLIP).
 2. The `rerank_k` best candidates of each query are reranked by the log-odds of the matching head plus similarity over
    temperature. The head is trained to separate true pairs from negatives that are drawn by the softmax of
    similarities, so its log-odds correct that softmax. (BLIP adds the similarity without the temperature to the logit
-   of "match"; ALBEF uses that logit alone, similar to `rerank_by="matching"`.) Ties keep their order, and the other
-   candidates follow.
+   of "match"; ALBEF uses that logit alone.) Ties keep their order, and the other candidates follow.
 
 The pairs of both directions are matched together, each once and sorted by image. The cached image states of an image
 are computed once for all of its pairs. Each process computes a share of the images; batches do not depend on the
@@ -149,7 +148,6 @@ class RetrievalEvaluator:
         texts: Sequence[str],
         image_of_text: torch.LongTensor,
         rerank_k: int = 16,
-        rerank_by: str = "both",
     ) -> tuple[dict[str, float], dict[str, Ranking]]:
         """
         Compute recalls in both directions, before and after reranking.
@@ -158,16 +156,12 @@ class RetrievalEvaluator:
             images (`Sequence[PIL.Image.Image]`): distinct images.
             image_of_text (`torch.LongTensor` of shape `(num_texts,)`): image of each text. Each image needs a text.
             rerank_k (`int`, *optional*, defaults to 16): number of candidates of each query to rerank; 0 for none.
-            rerank_by (`str`, *optional*, defaults to `"both"`): `"both"` is the log-odds of a match plus similarity
-                over temperature; `"matching"` is the log-odds alone.
 
         Returns:
             Recalls of the features, `features_i2t_r1` (image to text) to `features_t2i_r10`, and their mean
             `features_r_mean`; with reranking also `i2t_r1` to `t2i_r10`, `r_mean` and `reranked_pairs`. The final
             rankings: texts of each image, `i2t`, and images of each text, `t2i`.
         """
-        if rerank_by not in ("both", "matching"):
-            raise ValueError(f'`rerank_by` must be "both" or "matching", got {rerank_by!r}.')
         image_ids = torch.arange(len(images))
         image_embeds, text_index = self.index_images(images), self.index_texts(texts)
         ids = {"i2t": (image_ids, image_of_text), "t2i": (image_of_text, image_ids)}
@@ -183,9 +177,7 @@ class RetrievalEvaluator:
         pairs = torch.stack((keys // len(texts), keys % len(texts)), dim=1)
         scores = self.match(images, text_index, pairs)[places].split((of_texts.numel(), of_images.numel()))
         for name, own in zip(ids, scores):
-            own = own.view_as(found[name].candidates)
-            if rerank_by == "both":
-                own = own + found[name].similarities / self.model.temp().item()
+            own = own.view_as(found[name].candidates) + found[name].similarities / self.model.temp().item()
             found[name] = rerank(found[name], own, *ids[name])
         metrics |= {**recalls(found), "reranked_pairs": len(pairs)}
         return metrics, found

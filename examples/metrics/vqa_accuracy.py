@@ -110,14 +110,6 @@ def most_common_answer(answers: list[str]) -> str:
     return Counter(map(normalize_answer, answers)).most_common(1)[0][0]
 
 
-def _accuracy_by_answer(scores: list[float], references: list[list[str]]) -> dict[str, dict]:
-    groups = defaultdict(list)
-    for score, answers in zip(scores, references, strict=True):
-        groups[most_common_answer(answers)].append(score)
-    by_count = sorted(groups.items(), key=lambda group: -len(group[1]))
-    return {answer: {"accuracy": fmean(group), "count": len(group)} for answer, group in by_count}
-
-
 class VqaAccuracy(evaluate.Metric):
     """
     Accuracy of open-ended visual question answering with the answers of one or more annotators.
@@ -125,13 +117,10 @@ class VqaAccuracy(evaluate.Metric):
     Args:
         predictions (`list[str]`): The model's answer to each question.
         references (`list[list[str]]`): The annotators' answers to each question, at least one.
-        by_answer (`bool`, *optional*, defaults to `False`): Whether to add the accuracy by most common answer.
 
     Returns:
         `dict`: `accuracy`, the mean score in [0, 1]; `vqa_accuracy`, the mean over the questions with several answers;
-        and `exact_match`, the mean over those with one. With `by_answer` also `by_answer`, a `dict` from the
-        normalized most common answer of a question (the first one of a tie) to `accuracy` and `count`, most frequent
-        first.
+        and `exact_match`, the mean over those with one.
 
     Raises:
         `ValueError`: There are no predictions, or a question has no answers.
@@ -151,12 +140,9 @@ class VqaAccuracy(evaluate.Metric):
             features=datasets.Features({"predictions": text, "references": datasets.Sequence(text)}),
         )
 
-    def _compute(self, predictions: list[str], references: list[list[str]], by_answer: bool = False) -> dict:
+    def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
         scores = [answer_score(*pair) for pair in zip(predictions, references, strict=True)]
         by_rule = defaultdict(list)
         for score, answers in zip(scores, references):
             by_rule["exact_match" if len(answers) == 1 else "vqa_accuracy"].append(score)
-        result: dict = {"accuracy": fmean(scores), **{rule: fmean(of_rule) for rule, of_rule in by_rule.items()}}
-        if by_answer:
-            result["by_answer"] = _accuracy_by_answer(scores, references)
-        return result
+        return {"accuracy": fmean(scores), **{rule: fmean(of_rule) for rule, of_rule in by_rule.items()}}

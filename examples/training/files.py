@@ -15,7 +15,6 @@ from modeling_trips.inspection.files import whole_file
 from trips_examples.data.images import without_decoding
 
 
-KIND_COLUMNS = ("kind", "answer_type")
 TRUE_COLOR, PREDICTED_COLOR = "#2b8a3e", "#1864ab"  # kept patches have orange outlines
 SIDE = 240  # pixels of a drawn image
 
@@ -31,11 +30,6 @@ def write_json(path: str | Path, value):
     write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_json_lines(path: str | Path, rows: Iterable[dict]):
-    """Write JSON lines atomically."""
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
 def texts_of(sequences: np.ndarray, processor: TripsProcessor) -> list[str]:
     """Decode generated tokens of shape `(num_texts, text_length)`, which `Trainer` pads with -100."""
     return processor.post_process_answers(np.where(sequences < 0, processor.tokenizer.pad_token_id, sequences))
@@ -43,43 +37,21 @@ def texts_of(sequences: np.ndarray, processor: TripsProcessor) -> list[str]:
 
 def write_predictions(folder: str | Path, dataset: Dataset, columns: list[str], predictions: Iterable[dict]):
     """
-    Write `predictions.jsonl` with an object per row: these columns, `image` (or `images`), the prediction, and
-    `KIND_COLUMNS` if present. An image is its path, or its `image_id` if the data hold it encoded.
+    Write `predictions.jsonl` with an object per row: these columns, `image` (or `images`), the prediction, and `kind`
+    if present. An image is its path, or its `image_id` if the data hold it encoded.
     """
-    columns = [*columns, *(column for column in KIND_COLUMNS if column in dataset.column_names)]
+    columns = [*columns, "kind"] if "kind" in dataset.column_names else columns
     images = ["images", "image_ids"] if "images" in dataset.column_names else ["image", "image_id"]
     texts, images = dataset.select_columns(columns), without_decoding(dataset.select_columns(images))
     rows = zip(texts, map(_image_names, images), predictions, strict=True)
-    lines = ({**row, **names, **prediction} for row, names, prediction in rows)
-    write_json_lines(Path(folder, "predictions.jsonl"), lines)
+    lines = (json.dumps({**row, **names, **own}, ensure_ascii=False) + "\n" for row, names, own in rows)
+    write_whole(Path(folder, "predictions.jsonl"), "".join(lines))
 
 
 def _image_names(row: dict) -> dict:
     if "images" in row:
         return {"images": [image["path"] or name for image, name in zip(row["images"], row["image_ids"])]}
     return {"image": row["image"]["path"] or row["image_id"]}
-
-
-def plot_training(history: list[dict], path: Path, unpruned_steps: int = 0):
-    """
-    Draw the training loss and the first metric of the evaluations over steps, from `TrainerState.log_history`, and
-    where pruning begins, after `unpruned_steps`.
-    """
-    from matplotlib.figure import Figure  # slow to import
-
-    technical = ("_loss", "_runtime", "_per_second", "_samples", "_images")
-    names = [name for entry in history for name in entry if name.startswith("eval_") and not name.endswith(technical)]
-    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
-    for axes, name in zip(figure.subplots(1, 2), ["loss", *names[:1]]):
-        points = [(entry["step"], entry[name]) for entry in history if name in entry]
-        axes.plot(*zip(*points), marker="." if len(points) < 30 else "")
-        axes.set(xlabel="step", ylabel=name.replace("_", " "))
-        axes.grid(alpha=0.3)
-        if unpruned_steps:
-            axes.axvline(unpruned_steps, color="black", linestyle="--", label="pruned from here on")
-            axes.legend()
-    with whole_file(path) as partial:
-        figure.savefig(partial)
 
 
 def draw_boxes(image: PIL.Image.Image, true_box: Sequence[float], predicted_box: Sequence[float]) -> PIL.Image.Image:

@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.hf_argparser import HfArgumentParser
 
 from trips_examples.data.source import DataArguments, option
-from trips_examples.training.recipe import recipe
+from trips_examples.training.recipe import SCHEDULES, recipe
 
 
 # Options that are fields of `TripsConfig`.
@@ -155,7 +155,6 @@ class RetrievalArguments:
     itc_weight: float | None = option(None, "Weight of the contrastive loss. Default: 1.")
     itm_weight: float | None = option(None, "Weight of the matching loss. Default: 1.")
     rerank_k: int = option(16, "Candidates of a query that are ranked again. 0: none.")
-    rerank_by: str = option("both", "Rank by matching, or by both matching and similarity.")
 
 
 @dataclass
@@ -176,8 +175,6 @@ class PairArguments(DataArguments):
 
     train_shards: list[str] | None = option(None, "Streamed tar, JSONL, JSON, CSV or Parquet: cc3m-{000..331}.tar.")
     streaming: bool = option(False, "Stream --dataset_name from the Hub.")
-    image_column: str | None = option(None, "Column of a stream's images.")
-    caption_column: str | None = option(None, "Column of a stream's captions.")
     shuffle_buffer: int = option(1000, "Pairs of a stream to shuffle at a time per worker.")
     max_bad_share: float | None = option(None, "Bad pairs to skip. Default: 0.05 with --skip_bad_rows, else 0.")
 
@@ -188,6 +185,26 @@ class PairArguments(DataArguments):
     @property
     def is_bundled(self) -> bool:
         return not self.is_stream and super().is_bundled
+
+
+# Options of a task, and defaults of its runs on bundled scenes and from scratch in place of [`TrainingOptions`]'.
+TASK_OPTIONS: dict[str, tuple[list[type], dict]] = {
+    "vqa": ([], {}),
+    "captioning": ([CaptioningArguments], {}),
+    "grounding": (
+        [GroundingArguments],
+        {"num_train_epochs": 5.0, "per_device_train_batch_size": 64, "learning_rate": 5e-4},
+    ),
+    "nlvr2": ([], {"num_train_epochs": 10.0, "per_device_train_batch_size": 64, "learning_rate": 5e-4}),
+    "retrieval": (
+        [RetrievalArguments],
+        {"num_train_epochs": 5.0, "per_device_train_batch_size": 48, "texts_per_image": 1},
+    ),
+    "pretraining": (
+        [PretrainingArguments],
+        {"num_train_epochs": 3.0, "per_device_train_batch_size": 48, "texts_per_image": 1},
+    ),
+}
 
 
 # Command lines
@@ -247,14 +264,6 @@ class Parser(HfArgumentParser):
             namespace = Namespace(**{name: value for name, value in recipe(self.task, typed).items() if name in own})
         return super().parse_known_args(args, namespace)
 
-    def parse_args_into_dataclasses(self, args: list[str] | None = None, **kwargs) -> tuple:
-        try:
-            return super().parse_args_into_dataclasses(args=args, **kwargs)
-        except ValueError as error:
-            if args is None:  # a command line, not a call from Python
-                self.error(str(error))
-            raise
-
 
 def make_parser(*classes: type, description: str, script: str = "", task: str | None = None, **defaults) -> Parser:
     """
@@ -265,6 +274,15 @@ def make_parser(*classes: type, description: str, script: str = "", task: str | 
     if script == "__main__":
         parser.check()
     return parser
+
+
+def task_parser(task: str, description: str, script: str) -> Parser:
+    """Return the parser of `run_{task}.py`: options of the model, of the task, of the data and of the training."""
+    own, defaults = TASK_OPTIONS[task]
+    data = PairArguments if task == "pretraining" else DataArguments
+    with_recipe = task if task in SCHEDULES else None
+    classes = [ModelArguments, *own, data, TrainingOptions]
+    return make_parser(*classes, description=description, script=script, task=with_recipe, **defaults)
 
 
 def run_script(main: Callable[[], object]):

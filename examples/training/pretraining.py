@@ -1,9 +1,9 @@
-"""Pre-training: splits and streams of pairs, the trainer with its momentum teacher, and its metrics."""
+"""Pre-training: splits and streams of pairs, and the trainer with its momentum teacher."""
 
 import copy
 import json
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +11,11 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from modeling_trips import SelectionSchedule, TripsConfig, TripsForPreTraining, TripsProcessor
-from modeling_trips.modeling_trips_pretraining import hard_negative_indices, similarity
+from modeling_trips import TripsConfig, TripsProcessor
 from trips_examples.data.images import column_of
 from trips_examples.data.streams import PairStream, Shard, find_shards, hub_shards
 from trips_examples.training.files import write_json
@@ -69,15 +67,13 @@ def load_pairs(
         buffer_size=args.shuffle_buffer,
         process_index=training_args.process_index,
         num_processes=training_args.world_size,
-        image_column=args.image_column,
-        caption_column=args.caption_column,
         processor=processor,
         max_bad_share=skipped_share if args.max_bad_share is None else args.max_bad_share,
         log_folder=training_args.output_dir,
     )
     if args.validation_file is None:
         return {"train": stream}
-    files = replace(args, dataset_name=None, dataset_config_name=None, train_shards=None, streaming=False)
+    files = replace(args, dataset_name=None, train_split=None, train_shards=None, streaming=False)
     without_training = copy.copy(training_args)
     without_training.do_train = False
     return {**load_data("captions", files, without_training, patch_size), "train": stream}
@@ -144,10 +140,8 @@ class PretrainingTrainer(RetrievalTrainer):
     def get_train_dataloader(self) -> DataLoader:
         if not self.is_stream:
             return super().get_train_dataloader()
-        try:
-            from torchdata.stateful_dataloader import StatefulDataLoader
-        except ImportError as error:
-            raise ImportError("A stream needs torchdata. Run `pip install torchdata`.") from error
+        from torchdata.stateful_dataloader import StatefulDataLoader  # an extra
+
         self.stream_loader = StatefulDataLoader(
             self.train_dataset,  # each process has its own
             batch_size=self.args.per_device_train_batch_size,
@@ -217,12 +211,9 @@ class PretrainingTrainer(RetrievalTrainer):
                 self.teacher.save(folder)
             if self.is_stream:
                 state = {**self._stream_readers, "loader": self.stream_loader.state_dict()}
-                write_json(self._stream_file(folder), state)
+                write_json(folder / f"stream_{self.args.process_index}.json", state)
             self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
-
-    def _stream_file(self, folder: Path) -> Path:
-        return folder / f"stream_{self.args.process_index}.json"
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         if resume_from_checkpoint is not None:
@@ -230,113 +221,33 @@ class PretrainingTrainer(RetrievalTrainer):
             if self.teacher is not None:
                 self.teacher.load(folder)
             if self.is_stream:
-                self._resume_stream(folder)
+                path = folder / f"stream_{self.args.process_index}.json"
+                state = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+                readers = {name: state.get(name) for name in self._stream_readers}
+                if readers != self._stream_readers:
+                    raise ValueError(f"{folder} has a stream with {readers}, but this run has {self._stream_readers}.")
+                self.stream_state = state["loader"]
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     @property
     def _stream_readers(self) -> dict[str, int]:
         return {"num_processes": self.args.world_size, "num_workers": self.args.dataloader_num_workers}
 
-    def _resume_stream(self, folder: Path):
-        path = self._stream_file(folder)
-        state: dict = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        readers = {name: state.get(name) for name in self._stream_readers}
-        if readers != self._stream_readers:
-            raise ValueError(f"{folder} has a stream with {readers}, but this run has {self._stream_readers}.")
-        self.stream_state = state["loader"]
-
     # Evaluation
 
     def metrics_of(self, dataset: Dataset) -> dict[str, float]:
-        """Return the metrics of retrieval and of [`word_and_matching_metrics`]."""
+        """Return the metrics of retrieval by features and matching, and the means of the losses over batches."""
         metrics = {}
         if self.model.config.itc_weight > 0:
             metrics = {**self.search(dataset)[0], "chance_r1": 1 / len(set(column_of(dataset, "image_id")))}
-        return {**metrics, **word_and_matching_metrics(self, dataset), "samples": len(dataset)}
-
-
-# Metrics
-
-
-@torch.no_grad()
-def word_and_matching_metrics(trainer, dataset: Dataset) -> dict[str, float]:
-    """
-    Compute metrics of the objectives with a weight, besides retrieval, in all processes. Rows are ordered by image.
-
-    Returns:
-        `dict[str, float]`: `itm_accuracy` on each text with its image, and with a hard negative image of its batch,
-        drawn as in training; chance is 0.5. `mlm_accuracy` and `prefix_lm_accuracy`, the share of masked words that
-        are predicted correctly, and of next words of a caption given the words before; `..._majority` is the accuracy
-        of always predicting the most frequent word.
-    """
-    model = trainer.model_to_evaluate()
-    accelerator, loader = trainer.accelerator, trainer.get_eval_dataloader(dataset)
-    rows, is_quiet = [], trainer.args.disable_tqdm or not trainer.args.should_log
-    for batch in tqdm(loader, desc="Words and matching", disable=is_quiet):
-        batch.pop("sources")
-        with accelerator.autocast():
-            rows.append(accelerator.gather_for_metrics(results_by_text(model, batch, trainer.schedule)))
-    columns = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-    metrics = {}
-    if "itm_right" in columns:
-        metrics["itm_accuracy"] = columns["itm_right"].sum().item() / max(1, columns["itm_pairs"].sum().item())
-    for name in ("mlm", "prefix_lm"):
-        if f"{name}_right" in columns:
-            labels = columns[f"{name}_labels"]
-            counts = Counter(labels[labels != -100].tolist())
-            total = max(1, counts.total())
-            metrics[f"{name}_accuracy"] = columns[f"{name}_right"].sum().item() / total
-            metrics[f"{name}_majority"] = max(counts.values(), default=0) / total
-    return metrics
-
-
-def results_by_text(
-    model: TripsForPreTraining, batch: dict[str, torch.Tensor], schedule: SelectionSchedule | None = None
-) -> dict[str, torch.Tensor]:
-    """
-    Return correct predictions and totals for each text of a batch, as tensors with a row per text, at a schedule or at
-    the model's.
-    """
-    image_cache = model.model.encode_images(batch["pixel_values"], schedule=schedule)
-    images, results = {"image_index": batch["image_index"], "image_cache": image_cache, "schedule": schedule}, {}
-    if model.config.itm_weight > 0:
-        results |= _matched(model, batch, image_cache, schedule)
-    if model.config.mlm_weight > 0:
-        token_type_ids = batch.get("token_type_ids")
-        logits = model.masked_token_logits(batch["mlm_input_ids"], batch["attention_mask"], token_type_ids, **images)
-        results |= _guessed("mlm", logits, batch["mlm_labels"], model)
-    if model.config.prefix_lm_weight > 0:
-        logits = model.continuation_logits(
-            batch["prompt_input_ids"], batch["prompt_attention_mask"], labels=batch["labels"], **images
-        )
-        results |= _guessed("prefix_lm", logits, batch["labels"], model)
-    return results
-
-
-def _matched(model, batch: dict[str, torch.Tensor], image_cache, schedule) -> dict[str, torch.Tensor]:
-    texts = model.get_text_features(batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids"))
-    images = model.get_image_features(image_cache=image_cache, schedule=schedule)
-    logits = similarity(texts.pooler_output, images.pooler_output, model.temp())
-    image_index, image_ids = batch["image_index"], batch["image_ids"]
-    same_image = image_ids[image_index][:, None] == image_ids
-    generator = torch.Generator(model.device).manual_seed(0)  # the pairs do not depend on the number of processes
-    negatives, found = hard_negative_indices(logits, same_image, generator)
-    text_index = torch.arange(len(image_index), device=image_index.device).repeat(2)
-    says_match = model.match(
-        attention_mask=batch["attention_mask"],
-        image_index=torch.cat((image_index, negatives)),
-        image_cache=image_cache,
-        text_states=texts.last_hidden_state,
-        text_index=text_index,
-        schedule=schedule,
-    ).itm_logits.argmax(dim=-1)
-    of_true, of_negative = says_match.chunk(2)
-    return {"itm_right": (of_true + (1 - of_negative)) * found, "itm_pairs": 2 * found}
-
-
-def _guessed(name: str, logits: torch.Tensor, labels: torch.LongTensor, model) -> dict[str, torch.Tensor]:
-    """Return correct predictions and labels, padded to one length for all batches and processes."""
-    right = (logits.argmax(dim=-1) == labels).sum(dim=-1)
-    length = 1 + model.config.text_config.max_position_embeddings
-    labels = torch.nn.functional.pad(labels, (0, length - labels.shape[1]), value=-100)
-    return {f"{name}_right": right, f"{name}_labels": labels}
+        model, losses = self.model_to_evaluate(), defaultdict(list)
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)  # of the negatives, so that they do not depend on the training
+            for batch in self.get_eval_dataloader(dataset):
+                batch.pop("sources")
+                with self.accelerator.autocast():
+                    outputs = model(**batch, schedule=self.schedule)
+                for name in self.logged_losses:
+                    if outputs.get(name) is not None:
+                        losses[name].append(outputs[name])
+        return {**metrics, **self.means_of(losses), "samples": len(dataset)}

@@ -1,37 +1,15 @@
-"""Retrieval: the trainer, and the files of what was found."""
-
-from pathlib import Path
+"""Training of retrieval."""
 
 import torch
 from datasets import Dataset
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from modeling_trips import TripsPreTrainedModel
-from trips_examples.data.images import DecodedImages, column_of, images_of
+from trips_examples.data.images import DecodedImages, column_of, first_rows
 from trips_examples.metrics.retrieval import Ranking, RetrievalEvaluator
-from trips_examples.training.files import write_json_lines
+from trips_examples.training.files import write_predictions
 from trips_examples.training.options import RetrievalArguments
 from trips_examples.training.trainer import ImageGroupedTrainer
-
-
-def write_rankings(folder: str | Path, dataset: Dataset, rankings: dict[str, Ranking]):
-    """
-    Write `found_images.jsonl`, an object per caption, and `found_texts.jsonl`, one per image, with the ten best
-    candidates and the rank of the first correct one.
-    """
-    rows, _ = images_of(dataset)
-    sources, image_ids = column_of(dataset, "source"), column_of(dataset.select(rows), "image_id")
-
-    for name, queries, ranking, candidates in (
-        ("found_images", dataset.select_columns(["source", "caption"]), rankings["t2i"], image_ids),
-        ("found_texts", [{"image_id": image_id} for image_id in image_ids], rankings["i2t"], sources),
-    ):
-        found = zip(queries, ranking.candidates[:, :10].tolist(), ranking.first_right.tolist(), strict=True)
-        lines = (
-            {**query, "found": [candidates[number] for number in best], "first_right": first + 1}
-            for query, best, first in found
-        )
-        write_json_lines(Path(folder, f"{name}.jsonl"), lines)
 
 
 class RetrievalTrainer(ImageGroupedTrainer):
@@ -69,21 +47,26 @@ class RetrievalTrainer(ImageGroupedTrainer):
             progress=not args.disable_tqdm,
             schedule=self.schedule,
         )
-        image_rows, image_of_text = images_of(dataset)
+        image_rows, image_of_text = first_rows(column_of(dataset, "image_id"))
         with self.accelerator.autocast():
             return evaluator.evaluate(
                 DecodedImages(dataset.select(image_rows)),
                 column_of(dataset, "caption"),
-                image_of_text,
+                torch.tensor(image_of_text),
                 self.task_args.rerank_k if model.config.itm_weight > 0 else 0,  # without loss, the head is untrained
-                self.task_args.rerank_by,
             )
 
     def metrics_of(self, dataset: Dataset) -> dict[str, float]:
-        """Return the metrics, and write the rankings unless the training goes on."""
+        """
+        Return the metrics. Unless the training goes on, write the ten best images of each caption, and the rank of the
+        first correct one, to `predictions.jsonl`.
+        """
         metrics, rankings = self.search(dataset)
         if not self.is_in_train and self.is_world_process_zero():
-            write_rankings(self.args.output_dir, dataset, rankings)
+            image_ids, ranking = list(dict.fromkeys(column_of(dataset, "image_id"))), rankings["t2i"]
+            found = zip(ranking.candidates[:, :10].tolist(), ranking.first_right.tolist())
+            predictions = ({"found": [image_ids[n] for n in best], "first_right": first + 1} for best, first in found)
+            write_predictions(self.args.output_dir, dataset, ["source", "caption"], predictions)
         return {**metrics, "samples": len(dataset), "images": len(rankings["i2t"].candidates)}
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:

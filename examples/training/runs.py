@@ -20,7 +20,6 @@ from transformers.trainer_utils import sort_checkpoints
 
 from modeling_trips.inspection import provenance
 from trips_examples.data.source import option
-from trips_examples.training.files import plot_training
 from trips_examples.training.options import Parser, RunOptions, TrainingOptions, make_parser
 from trips_examples.training.trainer import FiniteTrainer, ImageGroupedTrainer
 
@@ -128,11 +127,6 @@ def _lock_output(output_dir: str):
         raise BlockingIOError(f"Another process trains in {output_dir}. Choose another --output_dir.") from error
 
 
-def _unlock_output(output_dir: str):
-    if lock := _locks.pop(Path(output_dir).resolve(), None):
-        lock.release(force=True)
-
-
 def checkpoint_to_resume(args: RunArguments) -> str | None:
     """
     Return the folder of `--resume_from_checkpoint`: a path, or `last` for the latest complete checkpoint in
@@ -194,8 +188,8 @@ def train_and_evaluate(trainer: FiniteTrainer) -> dict[str, float]:
     """
     Train (or resume), save, evaluate and test, as set by `do_train`, `do_eval` and `do_predict`. Metrics are printed,
     and written with their provenance to `train_results.json`, `eval_results.json`, `test_results.json` and
-    `all_results.json`, with what the training used regions for (`regions_used_for`). `training.png` draws loss and
-    metric over steps. Other files of the test go to the folder `test`. At the end, the output folder is unlocked.
+    `all_results.json`, with what the training used regions for (`regions_used_for`). Other files of the test go
+    to the folder `test`. At the end, the output folder is unlocked.
 
     Returns:
         `dict[str, float]`: Metrics of the training, of the validation split (`eval_...`) and of the test split
@@ -203,32 +197,26 @@ def train_and_evaluate(trainer: FiniteTrainer) -> dict[str, float]:
     """
     args, metrics = trainer.args, {}
     given: dict[str, Any] = {}
-    if isinstance(trainer, ImageGroupedTrainer) and args.do_train:
-        given["regions_used_for"] = trainer.regions_used_for
-        if trainer.selection_teachers:
-            logger.info("The selection learns from %s.", trainer.selection_teachers)
     try:
         if args.do_train:
             result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
             if isinstance(trainer, ImageGroupedTrainer):
-                schedule = str(trainer.model.config.vision_config.schedule)
-                given |= {"schedule": schedule, "unpruned_steps": trainer.unpruned_steps}
+                given = {"regions_used_for": trainer.regions_used_for, "unpruned_steps": trainer.unpruned_steps}
+                given["schedule"] = str(trainer.model.config.vision_config.schedule)
             trainer.save_model()
             trainer.save_state()
             metrics |= _report(trainer, "train", result.metrics, given)
         if args.do_eval:
             metrics |= _report(trainer, "eval", trainer.evaluate(), given)
-        if args.do_train and trainer.is_world_process_zero():
-            unpruned_steps = given.get("unpruned_steps", 0)
-            plot_training(trainer.state.log_history, Path(args.output_dir, "training.png"), unpruned_steps)
         if args.do_predict and trainer.test_dataset is not None:
             with _on_test_split(trainer):
                 evaluation = trainer.evaluate(metric_key_prefix="test")
             metrics |= _report(trainer, "test", evaluation, given)
         if args.do_train and args.should_log:
-            print(f"Model, results, predictions and training.png: {args.output_dir}\nNext: {next_command(trainer)}")
+            print(f"Model, results and predictions: {args.output_dir}\nNext: {next_command(trainer)}")
     finally:
-        _unlock_output(args.output_dir)
+        if lock := _locks.pop(Path(args.output_dir).resolve(), None):
+            lock.release(force=True)
     return metrics
 
 

@@ -179,19 +179,6 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
         }
         return ", ".join(loss for loss, is_used in uses.items() if is_used and has_regions) or "none"
 
-    @property
-    def selection_teachers(self) -> str:
-        """What teaches the selection which patches to keep, in words, or nothing."""
-        config, vision, teachers = self.model.config, self.model.config.vision_config, []
-        if "selection loss" in self.regions_used_for:
-            weight = config.selection_loss_weight
-            teachers.append(f"the regions of the data (--selection_loss_weight {weight}; 0: not)")
-        if vision.selection_gate > 0 and vision.schedule.layers:
-            teachers.append(f"the loss of the task, by the gate (--selection_gate {vision.selection_gate})")
-        elif vision.fuse_inattentive_tokens and vision.schedule.layers:
-            teachers.append("the loss of the task, by the fused token (--selection_gate 0.2: of few patches, better)")
-        return " and ".join(teachers)
-
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.args.lr_scheduler_type == "warmup_stable_decay":  # it decays behind the unpruned steps
             unpruned = round((self.args.unpruned_share or 0) * num_training_steps)
@@ -235,10 +222,14 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs):
         if "loss" in logs:
-            means = {name: torch.stack(values).mean() for name, values in self.losses.items()}
-            logs = {**logs, **{name: self.accelerator.gather(mean).mean().item() for name, mean in means.items()}}
+            logs = {**logs, **self.means_of(self.losses)}
             self.losses.clear()
         super().log(logs, *args, **kwargs)
+
+    def means_of(self, losses: dict[str, list[torch.Tensor]]) -> dict[str, float]:
+        """Return the mean of each loss over steps and processes."""
+        means = {name: torch.stack(values).mean() for name, values in losses.items()}
+        return {name: self.accelerator.gather(mean).mean().item() for name, mean in means.items()}
 
     def evaluation_loop(self, *args, **kwargs):
         # `Seq2SeqTrainer` keeps the rows that pad the last batch of several processes.

@@ -5,12 +5,12 @@ import PIL.Image
 import pytest
 import torch
 from datasets import Dataset
+from places import EXAMPLES
 from strange_pictures import encoded
 
 from modeling_trips import TripsConfig
 from trips_examples.data.collators import GroundingCollator
 from trips_examples.data.vocabulary import train_tokenizer
-from trips_examples.metrics import GROUNDING_ACCURACY
 from trips_examples.run_grounding import draw_predicted_boxes
 from trips_examples.training.files import draw_boxes
 from trips_examples.training.models import make_processor
@@ -45,7 +45,7 @@ def test_labels_are_where_the_pixels_are_after_resizing(processor):
 
 
 def test_accuracy_counts_boxes_from_half_overlap_on():
-    metric = evaluate.load(GROUNDING_ACCURACY)
+    metric = evaluate.load(str(EXAMPLES / "metrics/grounding_accuracy.py"))
     true_box = [0.0, 0.0, 10.0, 10.0]
     # IoU of 1, 50 / 100, 25 / 175 and 0
     boxes = [true_box, [0.0, 0.0, 10.0, 5.0], [5.0, 5.0, 15.0, 15.0], [20.0, 20.0, 30.0, 30.0]]

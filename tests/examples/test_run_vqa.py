@@ -53,10 +53,6 @@ def test_learns_the_toy_data_and_leaves_a_model_that_answers(data, tmp_path):
     rows = predictions(tmp_path)
     assert len(rows) == 8 and all(row["prediction"] == row["answers"][0] for row in rows)
     assert {row["source"] for row in rows} == {f"validation.jsonl row {number}" for number in range(1, 9)}
-    with PIL.Image.open(tmp_path / "training.png") as figure:
-        assert figure.width > figure.height
-    by_answer = json.loads((tmp_path / "accuracy_by_answer.json").read_text())
-    assert by_answer["no"] == {"accuracy": 1.0, "count": 3}
 
     model, processor = TripsForQuestionAnswering.from_pretrained(tmp_path), TripsProcessor.from_pretrained(tmp_path)
     image = PIL.Image.new("RGB", (64, 64), "green")
@@ -86,8 +82,7 @@ def test_signs_that_a_given_tokenizer_loses_are_counted(data, tmp_path, caplog):
     ],
     ids=str,
 )
-def test_a_run_says_what_regions_and_answers_teach(options, used_for, data, tmp_path, caplog, capsys):
-    caplog.set_level("INFO")
+def test_a_run_says_what_regions_teach(options, used_for, data, tmp_path, capsys):
     files = [Path(option.partition("=")[2]) for option in data]
     rows = [{**json.loads(line), "region": [8, 8, 24, 24]} for line in files[0].read_text().splitlines()]
     (tmp_path / "regions.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -97,9 +92,6 @@ def test_a_run_says_what_regions_and_answers_teach(options, used_for, data, tmp_
         results = json.loads((tmp_path / "out" / f"{name}_results.json").read_text())
         assert results["regions_used_for"] == used_for
         assert results["precision"] == "float32" and results["cpu_capability"]
-    (line,) = [line for line in caplog.messages if "learns from" in line] or [""]
-    assert ("--selection_loss_weight" in line) == ("selection loss" in used_for)
-    assert ("by the gate" in line) == ("--selection_gate=0.2" in options)
     assert f"examples/ask.py --model {tmp_path / 'out'} " in capsys.readouterr().out
 
 

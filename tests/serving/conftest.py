@@ -17,7 +17,7 @@ def service(tmp_path_factory):
         "max_pixels": 1_000_000,
         "max_texts": 4,
         "read_timeout": 2,
-        "schedules": "full=; fast=2:text:0.25",
+        "schedule": "2:text:0.25",
     }
     with RunningService(log, **settings) as running:
         yield running

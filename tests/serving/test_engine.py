@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import PIL.Image
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from random_checkpoint import save_random_checkpoint
 from safetensors.torch import load_file, save_file
 from starlette.exceptions import HTTPException
@@ -17,6 +18,7 @@ from tiny_retrieval import images, make_model
 pytest.importorskip("granian")
 
 from modeling_trips import (  # noqa: E402
+    SelectionSchedule,
     TripsForConditionalGeneration,
     TripsForQuestionAnswering,
     TripsForRetrieval,
@@ -38,9 +40,9 @@ def save(folder, model_class, **fields):
     return str(save_random_checkpoint(folder, model_class, TEXTS, **fields))
 
 
-def make_items(engine: Engine, name: str, pairs, schedule="default", top_k=1) -> list[Item]:
+def make_items(engine: Engine, name: str, pairs, top_k=1) -> list[Item]:
     tokens = engine.prepare_texts("texts", TEXTS)
-    images = [engine.find_image(encoded(image), schedule) for image in IMAGES]
+    images = [engine.find_image(encoded(image)) for image in IMAGES]
     for image in images:
         if image.states is None:
             engine.decode("image", image)
@@ -48,7 +50,7 @@ def make_items(engine: Engine, name: str, pairs, schedule="default", top_k=1) ->
     for image, text in pairs:
         place = {name: row for name, row in (("image", image), ("text", text)) if row is not None}
         parts = (None, None) if text is None else (TEXTS[text], tokens[text])
-        items.append(Item(name, None if image is None else images[image], *parts, schedule, top_k, place))
+        items.append(Item(name, None if image is None else images[image], *parts, top_k, place))
     return items
 
 
@@ -95,36 +97,22 @@ def test_captions(tmp_path):
     assert engine.compute(make_items(engine, "caption", PAIRS)) == expected and len(set(expected)) > 1
 
 
-def test_answers_of_several_schedules(tmp_path):
-    """Schedules share one copy of the weights; an image is computed once per schedule."""
+@pytest.mark.parametrize("schedule", [None, "unpruned", "1:image:0.5,3:text:0.2"])
+def test_answers_of_a_schedule(tmp_path, schedule):
     folder = save(tmp_path, TripsForQuestionAnswering, selection_layers=[2], keep_rate=0.5)
-    engine = Engine(Settings(model=folder, schedules="full=;few=1:image:0.5,3:text:0.2"))
-    fields = {
-        "default": {},
-        "full": {"keep_rate": 1.0},
-        "few": {"selection_layers": [1, 3], "selection_guidance": ["image", "text"], "keep_rate": [0.5, 0.2]},
-    }
-    for name, changes in fields.items():
-        model = TripsForQuestionAnswering.from_pretrained(folder, **changes)
-        pipeline = TripsVisualQuestionAnsweringPipeline(model=model, processor=TripsProcessor.from_pretrained(folder))
-        for top_k in (1, 2):
-            found = engine.compute(make_items(engine, "answer", PAIRS, name, top_k))
-            for (image, text), answers in zip(PAIRS, found):
-                expected = pipeline(IMAGES[image], TEXTS[text], top_k=top_k)
-                assert [one["answer"] for one in answers] == [one["answer"] for one in expected]
-                scores = [one["score"] for one in expected]
-                assert [one["score"] for one in answers] == pytest.approx(scores, abs=1e-4)
-
-
-def test_states_are_cached_under_their_schedule(tmp_path):
-    folder = save(tmp_path, TripsForQuestionAnswering, selection_layers=[2], keep_rate=0.5)
-    engine, other = (Engine(Settings(model=folder, schedules="few=1:image:0.5,3:text:0.2")) for _ in range(2))
-    few = engine.compute(make_items(engine, "answer", PAIRS, "few"))
-    again = make_items(engine, "answer", PAIRS, "few")
-    assert all(item.image.states is not None for item in again) and engine.compute(again) == few
-    own = make_items(engine, "answer", PAIRS)
-    assert all(item.image.states is None for item in own)
-    assert engine.compute(own) == other.compute(make_items(other, "answer", PAIRS))
+    engine = Engine(Settings(model=folder, schedule=schedule))
+    changes = {} if schedule is None else SelectionSchedule.parse(schedule).config_fields
+    model = TripsForQuestionAnswering.from_pretrained(folder, **changes)
+    pipeline = TripsVisualQuestionAnsweringPipeline(model=model, processor=TripsProcessor.from_pretrained(folder))
+    for top_k in (1, 2):
+        items = make_items(engine, "answer", PAIRS, top_k)
+        found = engine.compute(items)
+        assert all((item.image.states is not None) == (top_k == 2) for item in items)  # cached by the first round
+        for (image, text), answers in zip(PAIRS, found):
+            expected = pipeline(IMAGES[image], TEXTS[text], top_k=top_k)
+            assert [one["answer"] for one in answers] == [one["answer"] for one in expected]
+            scores = [one["score"] for one in expected]
+            assert [one["score"] for one in answers] == pytest.approx(scores, abs=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +145,7 @@ def test_long_texts_raise(engine):
 )
 def test_bad_images_raise(engine, data, status):
     with pytest.raises(HTTPException) as refused:
-        engine.decode("images.1", engine.find_image(data, "default"))
+        engine.decode("images.1", engine.find_image(data))
     assert refused.value.status_code == status and refused.value.detail.startswith("images.1: ")
 
 
@@ -203,8 +191,10 @@ def test_broken_checkpoints_raise(tmp_path, name):
 
 
 def test_schedule_of_other_layers_raises(folder):
-    with pytest.raises(ValueError):
-        Engine(Settings(model=folder, schedules="deep=99:text:0.5"))
+    with pytest.raises(StrictDataclassError, match="selection_layers"):
+        Engine(Settings(model=folder, schedule="99:text:0.5"))
+    with pytest.raises(ValueError, match="fast"):
+        Engine(Settings(model=folder, schedule="fast=5:text:0.3"))
 
 
 @pytest.mark.slow
@@ -222,7 +212,7 @@ def test_exported_model_matches_the_library(tmp_path):
     for _ in range(2):  # from pixels, then from the cache
         found = [one["score"] for one in engine.compute(make_items(engine, "match", PAIRS))]
         assert found == pytest.approx(expected, abs=1e-4)
-    for fields in ({"schedules": "full="}, {"dtype": "bfloat16"}, {"device": "cuda"}):
+    for fields in ({"schedule": "unpruned"}, {"dtype": "bfloat16"}, {"device": "cuda"}):
         with pytest.raises(ValueError):
             Engine(Settings(model=export, **fields))
 

@@ -13,7 +13,7 @@ def test_settings_come_from_the_environment():
         {
             "TRIPS_MODEL": " org/model ",
             "TRIPS_QUEUE": " 7 ",
-            "TRIPS_SCHEDULES": "fast=1:image:0.5,2:text:0.3; full=",
+            "TRIPS_SCHEDULE": "1:image:0.5,2:text:0.3",
             "TRIPS_ALLOWED_HOSTS": "a.org, *.b.org",
             "HOME": "/",
         }
@@ -21,7 +21,7 @@ def test_settings_come_from_the_environment():
     assert settings.model == "org/model"
     assert settings.queue == 7 and settings.max_texts == Settings(model="m").max_texts
     assert settings.allowed_hosts == ["a.org", "*.b.org"]
-    assert settings.schedules == {"fast": "1:image:0.5,2:text:0.3", "full": ""}
+    assert settings.schedule == "1:image:0.5,2:text:0.3"
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,6 @@ def test_settings_come_from_the_environment():
         ("TRIPS_QUEUE", "0"),
         ("TRIPS_READ_TIMEOUT", "nan"),
         ("TRIPS_CACHE_BYTES", "-1"),
-        ("TRIPS_SCHEDULES", "default=2"),
         ("TRIPS_QUEUES", "7"),
         ("TRIPS_ALLOW_URLS", "yes"),  # of releases that fetched URLs
     ],

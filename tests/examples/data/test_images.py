@@ -8,12 +8,11 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from datasets import Dataset
 from strange_pictures import bomb
 from tiny_processors import make_processor
 
 from modeling_trips.image_decoding_trips import convert_to_rgb
-from trips_examples.data.images import check_image, decode_image, decode_untrusted_image, images_of
+from trips_examples.data.images import check_image, decode_image, decode_untrusted_image, first_rows
 from trips_examples.data.tasks import BadRowError
 
 
@@ -98,5 +97,5 @@ def test_untrusted_images_have_limits(tmp_path):
 
 
 def test_images_of_captions_come_once():
-    rows, image_of_text = images_of(Dataset.from_dict({"image_id": ["b", "a", "b", "c", "a"]}))
-    assert rows == [0, 1, 3] and image_of_text.tolist() == [0, 1, 0, 2, 1]
+    rows, image_of_text = first_rows(["b", "a", "b", "c", "a"])
+    assert rows == [0, 1, 3] and image_of_text == [0, 1, 0, 2, 1]

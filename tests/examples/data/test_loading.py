@@ -29,6 +29,7 @@ from trips_examples.data.loading import DataArguments, load_task_dataset, with_f
 from trips_examples.data.streams import PairStream, find_shards
 from trips_examples.data.tasks import TASKS
 from trips_examples.training.models import make_processor
+from trips_examples.training.options import ModelArguments
 
 
 @pytest.fixture
@@ -98,6 +99,15 @@ def test_file_of_each_format(folder, suffix, task):
     first, last = rows[0]["images"] if task == "nlvr2" else (rows[0]["image"], rows[-1]["image"])
     assert first.size == A and first.mode == "L"  # as it is stored
     assert last.tobytes() == PIL.Image.open(folder / "b.png").tobytes()
+
+
+def test_the_lists_of_albef(folder):
+    questions = [{"question_id": 5, "question": "what?", "answer": ["2", "two"], "image": "a.png", "dataset": "vqa"}]
+    (row,) = load("vqa", train_file=write(folder / "vqa_train.json", questions))["train"]
+    assert (row["question_id"], row["answers"]) == ("5", ["2", "two"])
+    statements = [{"sentence": "left", "label": label, "images": ["a.png", "b.png"]} for label in ("False", "True")]
+    rows = load("nlvr2", train_file=write(folder / "nlvr_train.json", statements))["train"]
+    assert rows["label"][:] == [0, 1] and rows["statement"][:] == ["left", "left"]
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
@@ -192,6 +202,7 @@ def test_files_that_cannot_be_read(folder):
         ("vqa", {"image_root": "."}, "image_root"),
         ("nlvr2", {"grid": 1}, "grid"),
         ("vqa", {"validation_split": "test"}, "validation_split"),
+        ("vqa", {"train_file": __file__, "train_split": "val"}, "train_split"),
     ],
 )
 def test_contradicting_arguments(task, given, option):
@@ -347,18 +358,9 @@ def test_a_repaired_or_damaged_image_is_checked_again(folder):
 def test_check_data_names_them_all_in_the_same_words(task, folder, processor):
     rows = bad_rows(task)
     processor.save_pretrained(folder / "checkpoint")
-    given = [
-        "--task",
-        task,
-        "--train_file",
-        write_bad(folder, task, rows),
-        "--tokenizer",
-        str(folder / "checkpoint"),
-    ]
-    report = folder / "report.json"
-    assert check_data.main([*given, "--output_json", str(report)]) == 1
-    faults = {fault["source"]: fault["reason"] for fault in json.loads(report.read_text())["faults"]}
-    assert faults == expected(rows, "reading", "tokenizer")
+    source = DataArguments(train_file=write_bad(folder, task, rows))
+    faults, _ = check_data.check(task, ModelArguments(tokenizer=str(folder / "checkpoint")), source)
+    assert {fault.source: fault.reason for fault in faults} == expected(rows, "reading", "tokenizer")
 
 
 def test_a_stream_names_them_all_in_the_same_words(folder, processor):

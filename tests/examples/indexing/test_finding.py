@@ -1,4 +1,4 @@
-"""Embedding without Ray, and search, against numpy and the model on single pairs."""
+"""Embedding and search, against numpy and the model on single pairs."""
 
 import logging
 
@@ -11,20 +11,18 @@ from tiny_collection import TEXTS, encoded, write_images, write_parquet
 
 from trips_examples import search
 from trips_examples.data.images import decode_image
-from trips_examples.index_images import Embedder, IndexArguments
+from trips_examples.index_images import IndexArguments, embed_images
 from trips_examples.indexing.finding import Finder
-from trips_examples.indexing.sources import blocks_of, find_images
-from trips_examples.indexing.table import commit, fingerprint_of, load_model, open_table
+from trips_examples.indexing.sources import find_images
+from trips_examples.indexing.table import fingerprint_of, load_model, open_table
 
 
 def embed(checkpoint: str, uri: str, *places):
-    """Add images to a table, as an actor does."""
+    """Add images to a table, as `index_images.py` does."""
     model, processor = load_model(checkpoint)
     table = open_table(uri, fingerprint_of(model, processor), model.config.projection_dim)
-    embedder = Embedder(IndexArguments(checkpoint, uri, ["images"], batch_size=7), uri)
-    for shard in find_images([str(place) for place in places]):
-        for block in blocks_of(shard, np.array([], "S32")):
-            table = commit(table, embedder(block)["fragments"][0])
+    args = IndexArguments(checkpoint, uri, ["images"], batch_size=7, rows_per_commit=16)
+    embed_images(table, find_images([str(place) for place in places]), model, processor, args)
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,7 @@ import numpy as np
 import pytest
 from tiny_collection import encoded, write_images, write_tar
 
-from trips_examples.indexing.sources import blocks_of, find_images, rows_of
-
-
-NOTHING = np.array([], "S32")
+from trips_examples.indexing.sources import find_images, new_rows_of, rows_of
 
 
 def rows(*places) -> list[dict]:
@@ -61,6 +58,5 @@ def test_shards_may_be_torn_and_use_a_name_twice(tmp_path):
 def test_what_is_done_is_not_read_again(tmp_path):
     (shard,) = find_images([str(write_images(tmp_path, range(40)))])
     ids = [row["id"] for row in rows_of(shard)]
-    assert [len(block) for block in blocks_of(shard, NOTHING)] == [32, 8]
-    (left,) = blocks_of(shard, np.sort(np.array(ids[3:], "S32")))
-    assert left["id"].to_pylist() == ids[:3]
+    assert [row["id"] for row in new_rows_of(shard, np.array([], "S32"))] == ids
+    assert [row["id"] for row in new_rows_of(shard, np.sort(np.array(ids[3:], "S32")))] == ids[:3]

@@ -10,14 +10,13 @@ from tiny_collection import save_model
 from trips_examples.indexing.sources import id_of
 from trips_examples.indexing.table import (
     Fingerprint,
+    add_rows,
     build_index,
-    commit,
     fingerprint_of,
     load_model,
     only_writer,
     open_table,
     table_schema,
-    write_rows,
 )
 
 
@@ -36,7 +35,7 @@ def make_rows(numbers: range, broken: int | None = None) -> pa.Table:
 
 
 def add(table: lance.LanceDataset, numbers: range, **options) -> lance.LanceDataset:
-    return commit(table, write_rows(table.uri, make_rows(numbers, **options)))
+    return add_rows(table, make_rows(numbers, **options))
 
 
 @pytest.fixture

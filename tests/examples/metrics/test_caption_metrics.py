@@ -4,13 +4,12 @@ import math
 
 import evaluate
 import pytest
-
-from trips_examples.metrics import CAPTION_METRICS
+from places import EXAMPLES
 
 
 @pytest.fixture(scope="module")
 def metric():
-    return evaluate.load(CAPTION_METRICS)
+    return evaluate.load(str(EXAMPLES / "metrics/caption_metrics.py"))
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,12 @@
 
 import logging
 
-import evaluate
 import pytest
 from datasets import Dataset, DatasetDict
 from tiny_processors import make_bert_tokenizer
 
 from modeling_trips import TripsProcessor
 from trips_examples.data.vocabulary import train_tokenizer
-from trips_examples.metrics import GROUNDING_ACCURACY, VQA_ACCURACY
 from trips_examples.metrics.diagnostics import (
     accuracy_by_group,
     as_written,
@@ -19,7 +17,8 @@ from trips_examples.metrics.diagnostics import (
     most_tokens,
     variety,
 )
-from trips_examples.metrics.vqa_accuracy import normalize_answer
+from trips_examples.metrics.grounding_accuracy import GroundingAccuracy
+from trips_examples.metrics.vqa_accuracy import VqaAccuracy, normalize_answer
 
 
 ANSWERS = ["café", "50%", "$5", "c#", "红色", "u.s.a.", "tea", "10:30", "zebra"]
@@ -32,7 +31,7 @@ def bert() -> TripsProcessor:
 
 
 def test_right_tokens_are_right_answers_with_every_tokenizer(bert):
-    metric = evaluate.load(VQA_ACCURACY)
+    metric = VqaAccuracy()
     references = [[answer] for answer in ANSWERS]
     for processor in (bert, TripsProcessor(tokenizer=train_tokenizer(ANSWERS))):
         written = processor.post_process_answers(processor.tokenizer(ANSWERS, add_special_tokens=False)["input_ids"])
@@ -96,7 +95,7 @@ def test_boxes_by_kind_and_size():
     rows = Dataset.from_dict({"kind": KINDS, "box": BOXES})
     wrong = [50, 50, 60, 60]
     found = [BOXES[0], BOXES[1], wrong, wrong]
-    metrics = accuracy_by_group(evaluate.load(GROUNDING_ACCURACY), found, rows["box"], rows)
+    metrics = accuracy_by_group(GroundingAccuracy(), found, rows["box"], rows)
     assert metrics == {
         "accuracy_name": 0.5,
         "accuracy_place": 0.0,
@@ -111,9 +110,7 @@ def test_answers_by_kind_and_by_the_size_of_what_is_there():
     """Rows of no kind are in no group of kinds."""
     rows = Dataset.from_dict({"kind": [*KINDS[:3], None], "region": [BOXES[0], None, BOXES[2], None]})
     assert groups_of(rows) == {"name": [0, 2], "size": [1], "smallest": [2], "medium": [0]}
-    metrics = accuracy_by_group(
-        evaluate.load(VQA_ACCURACY), ["owl", "no", "bat", "2"], [["owl"], ["yes"], ["cat"], ["2"]], rows
-    )
+    metrics = accuracy_by_group(VqaAccuracy(), ["owl", "no", "bat", "2"], [["owl"], ["yes"], ["cat"], ["2"]], rows)
     scores = {"name": 0.5, "size": 0.0, "smallest": 0.0, "medium": 1.0}
     assert metrics == {f"accuracy_{name}": score for name, score in scores.items()}
     assert groups_of(Dataset.from_dict({"kind": [None] * 4, "region": [None] * 4})) == {}

@@ -35,7 +35,7 @@ def make_evaluator(batch_size: int = 3, selection_guidance: str = "text"):
 
 
 @torch.no_grad()
-def naive_recalls(evaluator: RetrievalEvaluator, rerank_k: int, rerank_by: str = "both") -> dict[str, float]:
+def naive_recalls(evaluator: RetrievalEvaluator, rerank_k: int) -> dict[str, float]:
     """Compute recalls from single pairs, with lists that Python sorts."""
     model, processor, images = evaluator.model, evaluator.processor, make_images()
 
@@ -44,7 +44,7 @@ def naive_recalls(evaluator: RetrievalEvaluator, rerank_k: int, rerank_by: str =
 
     def score(text: int, image: int) -> float:
         probability = model.match(**inputs(text, image)).itm_logits[0].softmax(0)[1]
-        return probability.logit().item() + (similarity[text, image].item() if rerank_by == "both" else 0)
+        return probability.logit().item() + similarity[text, image].item()
 
     similarity = torch.tensor(
         [[model(**inputs(text, image)).logits_per_text.item() for image in range(5)] for text in range(8)]
@@ -80,14 +80,13 @@ def test_recall_counts_queries_by_the_place_of_their_first_right_candidate():
 
 
 @pytest.mark.parametrize(
-    ("guidance", "rerank_k", "rerank_by", "batch_size"),
-    [("text", 1, "both", 1), ("text", 3, "matching", 2), ("image", 3, "both", 3), ("text", 99, "both", 100)],
+    ("guidance", "rerank_k", "batch_size"), [("text", 1, 1), ("text", 3, 2), ("image", 3, 3), ("text", 99, 100)]
 )
-def test_evaluation_equals_a_loop_over_single_pairs(guidance, rerank_k, rerank_by, batch_size):
+def test_evaluation_equals_a_loop_over_single_pairs(guidance, rerank_k, batch_size):
     evaluator = make_evaluator(batch_size, guidance)
-    results, _ = evaluator.evaluate(make_images(), TEXTS, IMAGE_OF_TEXT, rerank_k, rerank_by)
+    results, _ = evaluator.evaluate(make_images(), TEXTS, IMAGE_OF_TEXT, rerank_k)
     expected = {f"features_{name}": value for name, value in naive_recalls(evaluator, 0).items()}
-    expected |= naive_recalls(evaluator, rerank_k, rerank_by)
+    expected |= naive_recalls(evaluator, rerank_k)
     assert results.pop("reranked_pairs") <= min(40, (5 + 8) * rerank_k)
     assert results == pytest.approx(expected)
 

@@ -32,7 +32,7 @@ def test_wrong_options_exit_without_a_traceback(options, word, monkeypatch, caps
     of_options = make_parser(Options, description="A script.")
     monkeypatch.setattr("sys.argv", ["script.py", *options])
     with pytest.raises(SystemExit) as raised:
-        of_options.parse_args_into_dataclasses()
+        of_options.check()
     assert raised.value.code == 2 and word in capsys.readouterr().err
     with pytest.raises(ValueError, match=word):
         of_options.parse_args_into_dataclasses(args=options)

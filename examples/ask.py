@@ -34,6 +34,8 @@ class AskArguments:
 
 OPTIONS = make_parser(AskArguments, description=__doc__, script=__name__)
 
+import statistics
+
 import PIL.Image
 import torch
 import transformers
@@ -48,6 +50,7 @@ from modeling_trips import (
 )
 from modeling_trips.inspection import plot_selection
 from modeling_trips.inspection.checkpoints import load_checkpoint, load_processor
+from modeling_trips.inspection.speed import seconds_in_turns
 from modeling_trips.processing_trips import read_image
 
 
@@ -90,6 +93,22 @@ def draw_selection(
     return plot_selection(image, questions, answers, boxes, num_patches=num_patches, path=path)
 
 
+@torch.no_grad()
+def print_times(model: TripsForQuestionAnswering, inputs: dict):
+    """Print the median time of a forward pass of 1 and 64 images and, of a pruned model, at keep rate 1.0."""
+    for num_images in (1, 64):
+        batch = {name: tensor.repeat_interleave(num_images, dim=0) for name, tensor in inputs.items()}
+        steps = {"own": lambda batch=batch: model.model(**batch)}
+        if model.config.vision_config.schedule.layers:
+            steps["unpruned"] = lambda batch=batch: model.model(**batch, schedule=UNPRUNED)
+        times = seconds_in_turns(steps, warmup=2, repeats=9)
+        seconds, *others = (statistics.median(all_times) for all_times in times.values())
+        line = f"{num_images:>2} x an image and a question: {1000 * seconds:.0f} ms"
+        for other in others:
+            line += f", at keep rate 1.0 {1000 * other:.0f} ms: {other / seconds:.2f} times as fast"
+        print(line)
+
+
 def main(argv: list[str] | None = None):
     (args,) = OPTIONS.parse_args_into_dataclasses(args=argv)
     transformers.utils.logging.disable_progress_bar()
@@ -114,6 +133,7 @@ def main(argv: list[str] | None = None):
         )
         draw_selection(model, processor, image, args.question, [best["answer"] for best in found], args.picture)
         print(f"It keeps {', '.join(rates)}. Which patches: {args.picture}")
+    print_times(model, processor(images=image, text=args.question[0], return_tensors="pt"))
 
 
 if __name__ == "__main__":

@@ -54,6 +54,28 @@ def _image_names(row: dict) -> dict:
     return {"image": row["image"]["path"] or row["image_id"]}
 
 
+def plot_training(history: list[dict], path: Path, unpruned_steps: int = 0):
+    """
+    Draw the training loss and the first metric of the evaluations over steps, from `TrainerState.log_history`, and
+    where pruning begins, after `unpruned_steps`.
+    """
+    from matplotlib.figure import Figure  # slow to import
+
+    technical = ("_loss", "_runtime", "_per_second", "_samples", "_images")
+    names = [name for entry in history for name in entry if name.startswith("eval_") and not name.endswith(technical)]
+    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
+    for axes, name in zip(figure.subplots(1, 2), ["loss", *names[:1]]):
+        points = [(entry["step"], entry[name]) for entry in history if name in entry]
+        axes.plot(*zip(*points), marker="." if len(points) < 30 else "")
+        axes.set(xlabel="step", ylabel=name.replace("_", " "))
+        axes.grid(alpha=0.3)
+        if unpruned_steps:
+            axes.axvline(unpruned_steps, color="black", linestyle="--", label="pruned from here on")
+            axes.legend()
+    with whole_file(path) as partial:
+        figure.savefig(partial)
+
+
 def draw_boxes(image: PIL.Image.Image, true_box: Sequence[float], predicted_box: Sequence[float]) -> PIL.Image.Image:
     """Draw the true box in green and the predicted box in blue. The image's longer side becomes `SIDE` pixels."""
     picture = PIL.ImageOps.contain(image, (SIDE, SIDE))

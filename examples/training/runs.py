@@ -20,6 +20,7 @@ from transformers.trainer_utils import sort_checkpoints
 
 from modeling_trips.inspection import provenance
 from trips_examples.data.source import option
+from trips_examples.training.files import plot_training
 from trips_examples.training.options import Parser, RunOptions, TrainingOptions, make_parser
 from trips_examples.training.trainer import FiniteTrainer, ImageGroupedTrainer
 
@@ -188,8 +189,8 @@ def train_and_evaluate(trainer: FiniteTrainer) -> dict[str, float]:
     """
     Train (or resume), save, evaluate and test, as set by `do_train`, `do_eval` and `do_predict`. Metrics are printed,
     and written with their provenance to `train_results.json`, `eval_results.json`, `test_results.json` and
-    `all_results.json`, with what the training used regions for (`regions_used_for`). Other files of the test go
-    to the folder `test`. At the end, the output folder is unlocked.
+    `all_results.json`, with what the training used regions for (`regions_used_for`). `training.png` draws loss and
+    metric over steps. Other files of the test go to the folder `test`. At the end, the output folder is unlocked.
 
     Returns:
         `dict[str, float]`: Metrics of the training, of the validation split (`eval_...`) and of the test split
@@ -208,12 +209,15 @@ def train_and_evaluate(trainer: FiniteTrainer) -> dict[str, float]:
             metrics |= _report(trainer, "train", result.metrics, given)
         if args.do_eval:
             metrics |= _report(trainer, "eval", trainer.evaluate(), given)
+        if args.do_train and trainer.is_world_process_zero():
+            unpruned_steps = given.get("unpruned_steps", 0)
+            plot_training(trainer.state.log_history, Path(args.output_dir, "training.png"), unpruned_steps)
         if args.do_predict and trainer.test_dataset is not None:
             with _on_test_split(trainer):
                 evaluation = trainer.evaluate(metric_key_prefix="test")
             metrics |= _report(trainer, "test", evaluation, given)
         if args.do_train and args.should_log:
-            print(f"Model, results and predictions: {args.output_dir}\nNext: {next_command(trainer)}")
+            print(f"Model, results, predictions and training.png: {args.output_dir}\nNext: {next_command(trainer)}")
     finally:
         if lock := _locks.pop(Path(args.output_dir).resolve(), None):
             lock.release(force=True)

@@ -53,6 +53,8 @@ def test_learns_the_toy_data_and_leaves_a_model_that_answers(data, tmp_path):
     rows = predictions(tmp_path)
     assert len(rows) == 8 and all(row["prediction"] == row["answers"][0] for row in rows)
     assert {row["source"] for row in rows} == {f"validation.jsonl row {number}" for number in range(1, 9)}
+    with PIL.Image.open(tmp_path / "training.png") as figure:
+        assert figure.width > figure.height
 
     model, processor = TripsForQuestionAnswering.from_pretrained(tmp_path), TripsProcessor.from_pretrained(tmp_path)
     image = PIL.Image.new("RGB", (64, 64), "green")

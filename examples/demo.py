@@ -33,6 +33,7 @@ if __name__ == "__main__":
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 from modeling_trips.inspection.provenance import provenance
 from trips_examples import ask
@@ -44,7 +45,7 @@ from trips_examples.training.runs import TripsTrainingArguments
 
 
 START = ask.CHECKPOINT.with_name(f"{ask.CHECKPOINT.name}-unpruned")
-PRUNED = {"selection_layers": [2], "keep_rate": [0.005]}
+PRUNED: dict[str, Any] = {"selection_layers": [2], "keep_rate": [0.005]}
 STAGES = {"unpruned": {}, "pruned": PRUNED, "model": {**PRUNED, "selection_gate": 0.2}}  # options of the models
 TITLES = {"unpruned": "all patches", "pruned": "pruned, before training", "model": "pruned, trained from answers"}
 

@@ -168,9 +168,9 @@ class PairStream(TorchIterableDataset):
     and restores positions, from which torchdata's `StatefulDataLoader` resumes with the next pair. Records are
     shuffled block by block, because `datasets` does not save the contents of its shuffle buffer.
 
-    A record has an image (a path, encoded bytes, or both as in Parquet files of the `datasets` library) in the first
-    of `IMAGE_COLUMNS`, and in the first of `CAPTION_COLUMNS` one or more captions, of which each pass draws one. The
-    first of `ID_COLUMNS`, or else the path, identifies the image. Images without any of these are distinct.
+    A record has an image (a path, encoded bytes, or both as in Parquet files of the `datasets` library) and one or
+    more captions, of which each pass draws one. The first of `ID_COLUMNS`, or else the path, identifies the image.
+    Images without any of these are distinct.
 
     Args:
         shards (`Sequence[Shard]`): with fewer shards than processes, each process reads all of them and takes its
@@ -178,6 +178,8 @@ class PairStream(TorchIterableDataset):
         seed (`int`, *optional*, defaults to 0): seed of the order of shards and records, and of the captions.
         buffer_size (`int`, *optional*, defaults to 1000): number of records in a shuffled block, at least 1.
         process_index, num_processes (`int`, *optional*): rank and number of training processes.
+        image_column, caption_column (`str`, *optional*): by default the first of `IMAGE_COLUMNS` and of
+            `CAPTION_COLUMNS` that a record has.
         processor (`TripsProcessor`, *optional*): captions that it makes no tokens or too many of are bad, and so are
             images smaller than its patches.
         max_bad_share (`float`, *optional*, defaults to 0.0): largest share of bad pairs, which are skipped.
@@ -193,6 +195,8 @@ class PairStream(TorchIterableDataset):
     buffer_size: int = 1000
     process_index: int = 0
     num_processes: int = 1
+    image_column: str | None = None
+    caption_column: str | None = None
     processor: TripsProcessor | None = None
     max_bad_share: float = 0.0
     log_folder: str | Path | None = None
@@ -255,7 +259,7 @@ class PairStream(TorchIterableDataset):
         source, image_root = columns.pop("source"), columns.pop("image_root", "")
         try:
             caption = self._caption(columns, f"{self.seed}-{self.pass_number}-{source}")
-            encoded = encoded_image(columns)
+            encoded = encoded_image(columns, self.image_column)
             place = encoded if isinstance(encoded, bytes) else str(Path(image_root) / encoded)
             image = decode_image(place, 1 if self.processor is None else self.processor.patch_size)
             image_id = text_of(columns.get(_first_filled(columns, ID_COLUMNS)), "image_id")
@@ -265,7 +269,7 @@ class PairStream(TorchIterableDataset):
         return {"image": image, "image_id": image_id or default_id, "caption": caption, "source": source}
 
     def _caption(self, columns: dict, seed: str) -> str:
-        name = _first_filled(columns, CAPTION_COLUMNS)
+        name = self.caption_column or _first_filled(columns, CAPTION_COLUMNS)
         value = columns.get(name)
         captions = list_of(value, name) if name == "captions" else value if isinstance(value, list) else [value]
         text = random.Random(seed).choice(caption_texts(captions, columns))

@@ -67,6 +67,8 @@ def load_pairs(
         buffer_size=args.shuffle_buffer,
         process_index=training_args.process_index,
         num_processes=training_args.world_size,
+        image_column=args.image_column,
+        caption_column=args.caption_column,
         processor=processor,
         max_bad_share=skipped_share if args.max_bad_share is None else args.max_bad_share,
         log_folder=training_args.output_dir,

@@ -22,17 +22,12 @@ def test_a_streamed_data_set_has_splits(tmp_path, monkeypatch):
         features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
         pairs = {"image": [{"bytes": encoded("red"), "path": None}], "caption": [split]}
         Dataset.from_dict(pairs, features=features).to_parquet(tmp_path / "pairs" / f"{split}-0.parquet")
-    (tmp_path / "red.png").write_bytes(encoded("red"))
-    file = tmp_path / "own.jsonl"
-    file.write_text('{"image": "red.png", "caption": "own"}')
-    args = TripsTrainingArguments(output_dir=str(tmp_path / "out"), max_steps=1, use_cpu=True)
+    args = TripsTrainingArguments(output_dir=str(tmp_path / "out"), max_steps=1, do_eval=False, use_cpu=True)
     for split in (None, "validation"):
-        stream = {"dataset_name": str(tmp_path / "pairs"), "train_split": split, "streaming": True}
-        source = PairArguments(validation_file=str(file), **stream)
+        source = PairArguments(dataset_name=str(tmp_path / "pairs"), train_split=split, streaming=True)
         processor = TripsProcessor(tokenizer=make_tokenizer(), patch_size=8)
         data = load_pairs(source, args, TINY, processor)
         assert next(iter(data["train"]))["caption"] == (split or "train")
-        assert data["validation"]["caption"][:] == ["own"]
 
 
 def test_missing_objectives_and_tokenizer_raise(files, stream, tmp_path):

@@ -23,7 +23,9 @@ KINDS = ("color", "shape", "presence")  # of questions about older scenes, witho
 
 
 def read(name: str) -> list[dict]:
-    return json.loads((DOCS / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    """Return the rows of a file, which has the fields that are equal in all of them once."""
+    content = json.loads((DOCS / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    return [{**content["shared"], **row} for row in content["rows"]]
 
 
 def groups(rows: list[dict], *fields: str) -> dict[tuple, list[dict]]:

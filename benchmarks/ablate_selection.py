@@ -29,6 +29,7 @@ from measuring import OutputArguments, run_benchmark
 from tqdm.auto import tqdm
 
 from trips_examples.training.files import write_json
+from trips_examples.training.options import run_script
 
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -65,7 +66,6 @@ class Run:
 
 
 def read_variants(path: str | None) -> dict[str, list[str]]:
-    """The options of each variant by its name."""
     if path is None:
         return VARIANTS
     variants = json.loads(Path(path).read_text())
@@ -149,4 +149,4 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from modeling_trips import SelectionSchedule, TripsConfig
 from modeling_trips.configuration_trips import PRESETS
 from modeling_trips.inspection.speed import MODES, Setting, measure
+from trips_examples.training.options import run_script
 
 
 @dataclass(kw_only=True)
@@ -101,4 +102,4 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -217,7 +217,7 @@ WAYS: dict[str, Callable[[float], Way]] = {
 
 @dataclass
 class ChoiceArguments:
-    choice: str = field(metadata={"help": "How patches are chosen.", "choices": list(WAYS)})
+    choice: str = field(metadata={"help": "How patches are chosen.", "choices": [*WAYS]})
     weight: float = field(default=1.0, metadata={"help": "Temperature, weight of the term of the loss, or noise."})
 
 

@@ -116,7 +116,7 @@ def tasks() -> str:
     for (task, measure, *words), of in runs.items():
         macs = (of[0].get(field) for field in ("macs_ratio", "macs_ratio_4_texts"))
         cost = of[0]["patches"], *("" if ratio is None else f"{ratio:.2f}" for ratio in macs)
-        difference = gap(of, runs[task, measure, "unpruned", ""], "result")
+        difference = gap(of, runs.get((task, measure, "unpruned", ""), of), "result")
         rows.append([task, measure, *words, *cost, spread(of, "result"), difference, len(of)])
     header = "Task | Measure | Schedule | Scores learn from | Patches | MACs, 1 text | MACs, 4 texts"
     return render(f"{header} | Result | This - unpruned | Seeds", rows)

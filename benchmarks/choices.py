@@ -72,7 +72,10 @@ def by_region(image: PIL.Image.Image, row: dict, grid: tuple[int, int]) -> torch
 
 
 class Way:
-    """A way to choose patches. This one is that of the model."""
+    """A way to choose patches. This one is that of the model. `weight` is the option of that name."""
+
+    def __init__(self, weight: float):
+        self.weight = weight
 
     def encode(self, collator: VqaCollator, images: list, image_index: list[int], rows: list[dict]) -> dict:
         return encode(collator, images, image_index, rows)
@@ -111,9 +114,6 @@ class Given(Way):
 
 class Gumbel(Way):
     """Patches that are drawn by their scores; kept ones are weighted, see [`weights`]."""
-
-    def __init__(self, weight: float):
-        self.weight = weight
 
     def choose(self, scores: torch.Tensor, keep_rate: float, *args) -> Choice:
         if not scores.requires_grad:  # in evaluation
@@ -184,9 +184,6 @@ class PerturbedTopK(torch.autograd.Function):
 
 class Perturbed(Way):
     progress = 0.0
-
-    def __init__(self, weight: float):
-        self.weight = weight
 
     def term(self, trainer: ImageGroupedTrainer, inputs: dict, outputs) -> float:
         self.progress = trainer.state.global_step / trainer.state.max_steps

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -245,7 +246,8 @@ class PretrainingTrainer(RetrievalTrainer):
         model, losses = self.model_to_evaluate(), defaultdict(list)
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(0)  # of the negatives, so that they do not depend on the training
-            for batch in self.get_eval_dataloader(dataset):
+            is_quiet = self.args.disable_tqdm or not self.args.should_log
+            for batch in tqdm(self.get_eval_dataloader(dataset), desc="Losses", disable=is_quiet):
                 batch.pop("sources")
                 with self.accelerator.autocast():
                     outputs = model(**batch, schedule=self.schedule)

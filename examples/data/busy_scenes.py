@@ -94,13 +94,13 @@ NUM_ITEMS = {1: (1, 1), 2: (2, 4), 3: (6, 7), 4: (6, 8)}  # fewest and most shap
 QUESTIONS_PER_KIND = 2
 STATEMENTS_PER_PAIR = 8
 
-# Whether the left and the right image have what a statement names, if it is true and if it is false.
+# Where a statement is true: whether the left and the right image have what it names.
 STATEMENTS = {
-    "both images have {}": ([(True, True)], [(True, False), (False, True)]),
-    "only the left image has {}": ([(True, False)], [(True, True), (False, False)]),
-    "only the right image has {}": ([(False, True)], [(True, True), (False, False)]),
-    "only one image has {}": ([(True, False), (False, True)], [(True, True), (False, False)]),
-    "both images have {} or neither has": ([(True, True), (False, False)], [(True, False), (False, True)]),
+    "both images have {}": [(True, True)],
+    "only the left image has {}": [(True, False)],
+    "only the right image has {}": [(False, True)],
+    "only one image has {}": [(True, False), (False, True)],
+    "both images have {} or neither has": [(True, True), (False, False)],
 }
 
 
@@ -205,9 +205,9 @@ def _statement_records(split: str, num_pairs: int, grid: int, seed: int) -> Iter
             "image_ids": [f"{split} scene {number + 1}" for number in drawn],
         }
         for number in range(STATEMENTS_PER_PAIR):
-            statement, (if_true, if_false) = rng.choice(list(STATEMENTS.items()))
+            statement, if_true = rng.choice(list(STATEMENTS.items()))
             label = number % 2 == 0
-            name = rng.choice(named[rng.choice(if_true if label else if_false)])
+            name = rng.choice(named[rng.choice([where for where in named if (where in if_true) == label])])
             yield {**shared, "statement": statement.format(f"a {name}"), "label": label}
 
 

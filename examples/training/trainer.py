@@ -42,7 +42,8 @@ class PhaseCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         schedule, unpruned = self.trainer.model.config.vision_config.schedule, self.trainer.unpruned_steps
         phases = f"steps 1 to {unpruned} unpruned, then {schedule}" if unpruned else schedule
-        logger.info("Training of %d steps: %s", state.max_steps, phases)
+        regions = self.trainer.regions_used_for
+        logger.info("Training of %d steps: %s; regions used for: %s", state.max_steps, phases, regions)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self.trainer.train_sampler is not None:

@@ -98,8 +98,8 @@ STATEMENTS_PER_PAIR = 8
 # Where a statement is true: whether the left and the right image have what it names.
 STATEMENTS = {
     "both images have {}": [(True, True)],
-    "only the left image has {}": [(True, False)],
-    "only the right image has {}": [(False, True)],
+    "the left image has {}": [(True, True), (True, False)],
+    "the right image has {}": [(True, True), (False, True)],
     "only one image has {}": [(True, False), (False, True)],
     "both images have {} or neither has": [(True, True), (False, False)],
 }

@@ -3,13 +3,13 @@ Teach a trained model, from answers alone and without regions, which one of 144 
 
     python examples/demo.py                                       # what `make demo` runs
     python examples/demo.py --seed 1 --folder demo1 --bf16
-    python examples/demo.py --from_scratch --bf16                 # trains the unpruned model, too: about 20 minutes
+    python examples/demo.py --from_scratch --bf16                 # trains the unpruned model, too: about 15 minutes
 
 The unpruned model of `examples/trips-tiny-scenes-unpruned` goes on with a selection layer that keeps one of 144
 patches and learns which from the answers to questions about busy scenes (the folder `model`). At the end: accuracy
 before and after, answers, a drawing of the kept patches, and the speed.
 
-`--from_scratch` first trains an unpruned model: on questions about one shape, about up to four and about up to eight.
+`--from_scratch` first trains an unpruned model, on scenes of one shape, of up to four and of up to eight.
 """
 
 import trips_examples  # noqa: F401  # isort: skip
@@ -56,12 +56,15 @@ from trips_examples.training.runs import TripsTrainingArguments
 START = ask.CHECKPOINT.with_name(f"{ask.CHECKPOINT.name}-unpruned")
 PRUNED: dict[str, Any] = {"selection_layers": [2], "keep_rate": [0.005]}
 STAGES = {"unpruned": {}, "pruned": PRUNED, "model": {**PRUNED, "selection_gate": 0.2}}  # options of the models
-# Trainings by folder, the last one with a selection: cells along each side, scenes, texts per step, steps.
+# Trainings by folder, the last one with a selection: cells along each side, kinds of questions, scenes, questions per
+# step, steps. A new model learns marks of single shapes, how to find a color or a form, then both together.
 TRAININGS = {
-    "one": (1, 12_000, 320, 600),
-    "few": (2, 12_000, 240, 2_400),
-    "start": (4, 8_000, 128, 1_200),
-    "model": (4, 3_200, 64, 800),
+    "one": (1, KINDS, 12_000, 320, 600),
+    "found": (2, KINDS[:2], 12_000, 240, 1_200),
+    "again": (1, KINDS, 12_000, 320, 200),
+    "few": (2, KINDS, 12_000, 240, 1_200),
+    "start": (4, KINDS, 8_000, 128, 1_200),
+    "model": (4, KINDS, 3_200, 64, 800),
 }
 TITLES = {"unpruned": "all patches", "pruned": "pruned, before training", "model": "pruned, trained from answers"}
 
@@ -93,12 +96,12 @@ def run_stage(name: str, start: Path, args: DemoArguments, **options) -> dict[st
     """Train a model if its folder `name` is one of `TRAININGS`, evaluate it, and return the metrics."""
     folder = Path(args.folder) / name
     print(f"\n{name}: {folder}")
-    grid, scenes, batch_size, steps = TRAININGS.get(name, TRAININGS["model"])
+    grid, kinds, scenes, batch_size, steps = TRAININGS.get(name, TRAININGS["model"])
     return train_question_answering(
         ModelArguments(str(start), image_size=grid * CELL_SIZE, selection_loss_weight=0.0, **STAGES.get(name, {})),
         DataArguments(
-            "busy_scenes",
             grid=grid,
+            kinds=[*kinds],
             train_scenes=args.train_scenes or scenes,
             validation_scenes=8,
             test_scenes=args.test_scenes,
@@ -127,8 +130,8 @@ def train_from_scratch(args: DemoArguments) -> Path:
     start = Path(args.folder) / "untrained"
     make_untrained(start, args.seed)
     constant = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 30}
-    for name, options in {"one": constant, "few": constant, "start": {}}.items():
-        run_stage(name, start, args, do_predict=False, **options)
+    for name in [*TRAININGS][:-1]:
+        run_stage(name, start, args, do_predict=False, **({} if name == "start" else constant))
         start = Path(args.folder) / name
     return start
 

@@ -9,7 +9,7 @@ import io
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import count
 from typing import NamedTuple
 
@@ -147,7 +147,9 @@ def draw_scene(split: str, number: int, seed: int = 0, grid: int = 4) -> Scene:
     return Scene(image, items, questions)
 
 
-def busy_records(task: str, split: str, num_scenes: int, grid: int = 4, seed: int = 0) -> Iterator[dict]:
+def busy_records(
+    task: str, split: str, num_scenes: int, grid: int = 4, seed: int = 0, kinds: Collection[str] = KINDS
+) -> Iterator[dict]:
     """
     Draw scenes with their texts, as records in the columns that `load_task_dataset` reads.
 
@@ -166,6 +168,7 @@ def busy_records(task: str, split: str, num_scenes: int, grid: int = 4, seed: in
         grid (`int`, *optional*, defaults to 4): Cells per side, 1 to 4. Scenes of up to 2 x 2 cells may lack
             questions of a kind. Statements need 2.
         seed (`int`, *optional*, defaults to 0)
+        kinds (`Collection[str]`, *optional*, defaults to `KINDS`): Kinds of the questions.
     """
     if task == "nlvr2":
         yield from _statement_records(split, num_scenes, grid, seed)
@@ -177,8 +180,8 @@ def busy_records(task: str, split: str, num_scenes: int, grid: int = 4, seed: in
         if task == "captions":
             yield {**shared, "captions": [_caption(scene, rng) for _ in range(2)]}
         elif task == "vqa":
-            marks = _more_marks(scene.items, split, rng) if grid <= 2 else []
-            yield from ({**shared, **question} for question in (*scene.questions, *marks))
+            questions = [*scene.questions, *(_more_marks(scene.items, rng) if grid <= 2 else [])]
+            yield from ({**shared, **question} for question in questions if question["kind"] in kinds)
         else:
             yield from ({**shared, **expression} for expression in _expressions(scene, rng))
 
@@ -279,14 +282,12 @@ def _question(kind: str, name: str, answer: str, region: list[int] | None, is_ne
     return {**row, "wording": "new" if is_new else "known"}
 
 
-def _more_marks(items: list[Item], split: str, rng: random.Random) -> list[dict]:
+def _more_marks(items: list[Item], rng: random.Random) -> list[dict]:
     """Return `MORE_MARKS` questions about the marks of shapes that no other equals, none where there are none."""
     times = Counter(item.name for item in items)
     unique = [item for item in items if times[item.name] == 1]
-    return [
-        _question("mark", item.name, item.mark, list(item.box), split == "test" and number % 2 == 0, rng)
-        for number, item in enumerate(rng.choices(unique, k=MORE_MARKS) if unique else ())
-    ]
+    chosen = rng.choices(unique, k=MORE_MARKS) if unique else []
+    return [_question("mark", item.name, item.mark, list(item.box), False, rng) for item in chosen]
 
 
 def _draw_ground(side: int, rng: random.Random) -> PIL.Image.Image:

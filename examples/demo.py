@@ -113,9 +113,8 @@ def run_stage(name: str, start: Path, args: DemoArguments, **options) -> dict[st
             do_train=name in TRAININGS,
             do_eval=False,
             max_steps=args.max_steps or steps,
-            # All questions of an image stand in one batch and share its computation.
             per_device_train_batch_size=batch_size,
-            texts_per_image=8,
+            texts_per_image=8,  # all of an image stand in one batch and share its computation
             learning_rate=1e-3,
             adam_beta2=0.999,
             save_strategy="no",

@@ -9,7 +9,7 @@ import io
 import math
 import random
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from itertools import count
 from typing import NamedTuple
 
@@ -92,7 +92,6 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 CELL_SIZE = 24  # pixels; a cell holds at most one shape
 NUM_ITEMS = {1: (1, 1), 2: (2, 4), 3: (6, 7), 4: (6, 8)}  # fewest and most shapes by the number of cells per side
 QUESTIONS_PER_KIND = 2
-MORE_MARKS = 4  # further questions about marks in scenes of up to 2 x 2 cells
 STATEMENTS_PER_PAIR = 8
 
 # Where a statement is true: whether the left and the right image have what it names.
@@ -147,15 +146,12 @@ def draw_scene(split: str, number: int, seed: int = 0, grid: int = 4) -> Scene:
     return Scene(image, items, questions)
 
 
-def busy_records(
-    task: str, split: str, num_scenes: int, grid: int = 4, seed: int = 0, kinds: Collection[str] = KINDS
-) -> Iterator[dict]:
+def busy_records(task: str, split: str, num_scenes: int, grid: int = 4, seed: int = 0) -> Iterator[dict]:
     """
     Draw scenes with their texts, as records in the columns that `load_task_dataset` reads.
 
     - `"vqa"`: `QUESTIONS_PER_KIND` questions of each kind; the presence of a color and a form once with "yes" and once
-      with "no". `region`: the box of the shape; None if it is absent. Small scenes ask for marks more often, without
-      which a model that starts from nothing does not learn them.
+      with "no". `region`: the box of the shape; None if it is absent.
     - `"captions"`: two captions of each scene, each with color, form and mark of all shapes in random order.
     - `"grounding"`: an expression for each shape that is unique by color, form or both.
     - `"nlvr2"`: `STATEMENTS_PER_PAIR` statements about two scenes ("only one image has a red circle"), as often true
@@ -168,7 +164,6 @@ def busy_records(
         grid (`int`, *optional*, defaults to 4): Cells per side, 1 to 4. Scenes of up to 2 x 2 cells may lack
             questions of a kind. Statements need 2.
         seed (`int`, *optional*, defaults to 0)
-        kinds (`Collection[str]`, *optional*, defaults to `KINDS`): Kinds of the questions.
     """
     if task == "nlvr2":
         yield from _statement_records(split, num_scenes, grid, seed)
@@ -180,8 +175,7 @@ def busy_records(
         if task == "captions":
             yield {**shared, "captions": [_caption(scene, rng) for _ in range(2)]}
         elif task == "vqa":
-            questions = [*scene.questions, *(_more_marks(scene.items, rng) if grid <= 2 else [])]
-            yield from ({**shared, **question} for question in questions if question["kind"] in kinds)
+            yield from ({**shared, **question} for question in scene.questions)
         else:
             yield from ({**shared, **expression} for expression in _expressions(scene, rng))
 
@@ -272,22 +266,10 @@ def _questions(items: list[Item], split: str, grid: int, rng: random.Random) -> 
         kind, number = ("presence", 1) if pool in ("presence", "absence") else (pool, QUESTIONS_PER_KIND)
         for name, answer, region in rng.sample(texts, min(number, len(texts))):
             is_new = split == "test" and len(questions) % 2 == first
-            questions.append(_question(kind, name, answer, region, is_new, rng))
+            question = rng.choice(WORDINGS[kind][is_new]).format(name)
+            row = {"kind": kind, "question": question, "answer": answer, "region": region}
+            questions.append({**row, "wording": "new" if is_new else "known"})
     return questions
-
-
-def _question(kind: str, name: str, answer: str, region: list[int] | None, is_new: bool, rng: random.Random) -> dict:
-    question = rng.choice(WORDINGS[kind][is_new]).format(name)
-    row = {"kind": kind, "question": question, "answer": answer, "region": region}
-    return {**row, "wording": "new" if is_new else "known"}
-
-
-def _more_marks(items: list[Item], rng: random.Random) -> list[dict]:
-    """Return `MORE_MARKS` questions about the marks of shapes that no other equals, none where there are none."""
-    times = Counter(item.name for item in items)
-    unique = [item for item in items if times[item.name] == 1]
-    chosen = rng.choices(unique, k=MORE_MARKS) if unique else []
-    return [_question("mark", item.name, item.mark, list(item.box), False, rng) for item in chosen]
 
 
 def _draw_ground(side: int, rng: random.Random) -> PIL.Image.Image:

@@ -89,7 +89,7 @@ def load_task_dataset(
 def _bundled(task: str, source: DataArguments, seed: int) -> DatasetDict:
     data = {}
     for split, number in source.num_scenes.items():
-        records = busy_records(task, split, number, source.grid, seed, source.kinds)
+        records = busy_records(task, split, number, source.grid, seed)
         records = tqdm(records, desc=f"Drawing scenes ({split})", unit=" rows", delay=2)
         reader = RowReader(TASKS[task], f"{BUNDLED} {split}", "")
         numbered = enumerate(records, start=1)

@@ -6,7 +6,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trips_examples.data.busy_scenes import CELL_SIZE, KINDS, NUM_ITEMS
+from trips_examples.data.busy_scenes import CELL_SIZE, NUM_ITEMS
 
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ class DataArguments:
     test_split: str | None = option(None, "Like --train_split. Default: none.")
     image_root: str | None = option(None, "Folder that image paths are relative to. Default: that of their file.")
     grid: int = option(4, "Cells per side of a bundled scene, 1 to 4.")
-    kinds: list[str] = option(list(KINDS), "Kinds of questions about bundled scenes.")
     train_scenes: int = option(4000, "Number of training scenes.")
     validation_scenes: int = option(1000, "Number of validation scenes.")
     test_scenes: int | None = option(None, "Default: as many as --validation_scenes.")
@@ -110,8 +109,6 @@ class DataArguments:
         fewest = 2 if task == "nlvr2" else 1  # statements name what both images have, and what one of them has
         if not fewest <= self.grid <= max(NUM_ITEMS):
             raise ValueError(f"grid is {self.grid}: choose {fewest} to {max(NUM_ITEMS)} cells per side of a scene.")
-        if not set(self.kinds) <= set(KINDS):
-            raise ValueError(f"kinds are {', '.join(self.kinds)}: choose from {', '.join(KINDS)}.")
         if min(self.num_scenes.values()) < 1:
             raise ValueError("train_scenes, validation_scenes and test_scenes must be at least 1.")
 

@@ -106,9 +106,11 @@ def marks() -> str:
     runs, rows = groups(read("marks"), "patches", "steps", "scored_by", "learns_from", "starts_from"), []
     for (patches, steps, *words, starts_from), of in reversed(runs.items()):
         scores = ("all", *(f"accuracy_{kind}" for kind in ("mark", *KINDS, "new_wording")), "patch_precision")
-        rows.append([patches, *words, steps, starts_from, len(of), *(spread(of, score) for score in scores)])
+        difference = gap(of, runs.get((1, steps, "text", "gate", starts_from), of), "all")
+        accuracies = (spread(of, score) for score in scores)
+        rows.append([patches, *words, steps, starts_from, len(of), *accuracies, difference])
     header = "Patches | Scored by | Scores learn from | Steps | Starts from | Trainings | Mean | Mark | Color | Form"
-    return render(f"{header} | Presence | New wordings | Precision", rows)
+    return render(f"{header} | Presence | New wordings | Precision | This - gate", rows)
 
 
 def tasks() -> str:

@@ -7,8 +7,10 @@ Embed a collection of images and write a Lance table of vectors for `search.py`.
     python examples/index_images.py --model outputs/retrieval --dataset_name org/photos --table photos.lance
 
 A second run continues and skips images that are in the table. An image that cannot be used is counted, named, and gets
-a row without a vector; the exit code is 1 if the table has no other images. `accelerate launch` starts several
-processes, each of which embeds a part of the shards; paths must be the same on all machines.
+a row without a vector; the exit code is 1 if the table has no other images. Several processes embed a part of the shards
+each; paths must be the same on all machines:
+
+    torchrun --nproc_per_node 8 examples/index_images.py --model outputs/retrieval --images photos --table photos.lance
 """
 
 from dataclasses import dataclass, field
@@ -100,8 +102,13 @@ def embed_images(
     state = PartialState()
     done = np.sort(table.to_table(columns=["id"])["id"].to_numpy().astype("S32"))
     schema = tables.table_schema(model.config.projection_dim)
-    own = shards[state.process_index :: state.num_processes]
-    rows = (row for shard in own for row in new_rows_of(shard, done, args.image_column))
+    own_shards = shards[state.process_index :: state.num_processes]
+    if state.num_processes > 1:
+        print(
+            f"Process {state.process_index + 1} of {state.num_processes}: {len(own_shards)} of {len(shards)} shards",
+            flush=True,
+        )
+    rows = (row for shard in own_shards for row in new_rows_of(shard, done, args.image_column))
     with tqdm(desc="Images", unit=" images", disable=not state.is_main_process) as bar:
         for block in map(list, chunk_iterable(rows, args.rows_per_commit)):
             for batch in chunk_iterable(block, args.batch_size):
@@ -117,7 +124,9 @@ def main(argv: list[str] | None = None):
         shards: list[Shard] = [*hub_shards(args.dataset_name, split=args.dataset_split)]
     else:
         shards = find_images(args.images, args.image_root)
-    state = PartialState(timeout=timedelta(days=7))  # processes wait for the slowest
+    # Without `cpu`, Accelerate takes each process of a launch on a CPU for the only one.
+    is_on_cpu = torch.device(args.device).type == "cpu"
+    state = PartialState(cpu=is_on_cpu, timeout=timedelta(days=7))  # processes wait for the slowest
     fingerprint = tables.fingerprint_of(*tables.load_model(args.model, args.schedule))
     model, processor = tables.load_model(args.model, args.schedule, args.dtype, args.device)
     with tables.only_writer(args.table) if state.is_main_process else nullcontext():

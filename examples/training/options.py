@@ -251,6 +251,7 @@ class Parser(HfArgumentParser):
         if self.trains and "--help_all" in sys.argv:
             return
         try:
+            check_launch()
             for each in self.parse_args_into_dataclasses(return_remaining_strings=self.trains):
                 if hasattr(each, "check_files"):
                     each.check_files()
@@ -285,6 +286,20 @@ def task_parser(task: str, description: str, script: str) -> Parser:
     with_recipe = task if task in SCHEDULES else None
     classes = [ModelArguments, *own, data, TrainingOptions]
     return make_parser(*classes, description=description, script=script, task=with_recipe, **defaults)
+
+
+def check_launch():
+    """
+    Raise a `ValueError` in the single process that `accelerate launch --num_processes 2` starts on a machine without
+    GPUs. Only the address of the processes that do not exist tells it from a launch of one.
+    """
+    was_launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
+    sizes = {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"}
+    if was_launched and not sizes & os.environ.keys():
+        raise ValueError(
+            "`accelerate launch` started one process of several, as it does without GPUs. "
+            f"Type torchrun --nproc_per_node 2 {sys.argv[0]} and the options of the script."
+        )
 
 
 def run_script(main: Callable[[], object]):

@@ -75,8 +75,7 @@ def check_rows(folder, table):
 def test_a_killed_run_of_two_processes_loses_and_doubles_nothing(folder):
     table = folder / "killed.lance"
     words = ["--images", folder / "images", "--table", table, "--rows_per_commit", "8", "--batch_size", "8"]
-    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1")
-    launcher += ("--mixed_precision=no", "--dynamo_backend=no")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
     def start() -> subprocess.Popen:
         line = command("index_images.py", folder, *words, launcher=launcher)
@@ -92,7 +91,19 @@ def test_a_killed_run_of_two_processes_loses_and_doubles_nothing(folder):
     assert rows <= rows_in(table) < NUM_IMAGES
     printed, _ = (process := start()).communicate(timeout=600)
     assert process.returncode == 0 and "599 images, 1 that cannot be used" in printed, printed[-4000:]
+    # 600 files are 3 shards.
+    assert "Process 1 of 2: 2 of 3 shards" in printed and "Process 2 of 2: 1 of 3 shards" in printed
     check_rows(folder, table)
+
+
+@pytest.mark.slow
+def test_accelerate_without_gpus_says_what_to_type(folder):
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes=2")
+    words = ["--images", folder / "images", "--table", folder / "none.lance"]
+    line = command("index_images.py", folder, *words, launcher=launcher)
+    result = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True)
+    assert result.returncode != 0 and "torchrun --nproc_per_node" in result.stderr
+    assert not (folder / "none.lance").exists()
 
 
 @pytest.mark.slow

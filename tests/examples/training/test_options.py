@@ -38,6 +38,20 @@ def test_wrong_options_exit_without_a_traceback(options, word, monkeypatch, caps
         of_options.parse_args_into_dataclasses(args=options)
 
 
+@pytest.mark.parametrize(("launched", "code"), [({}, 2), ({"WORLD_SIZE": "2", "RANK": "0"}, None)])
+def test_one_process_of_several_ends(launched, code, monkeypatch, capsys):
+    of_options = make_parser(Options, description="A script.")
+    monkeypatch.setattr("sys.argv", ["script.py"])
+    for name, value in {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500", **launched}.items():
+        monkeypatch.setenv(name, value)
+    if code is None:
+        of_options.check()
+        return
+    with pytest.raises(SystemExit) as exit:
+        of_options.check()
+    assert exit.value.code == code and "torchrun --nproc_per_node 2 script.py" in capsys.readouterr().err
+
+
 def wrong_option():
     raise ValueError("--rate is too large")
 

@@ -2,13 +2,14 @@ r"""
 Train a task with several ways to select patches, and unpruned, over several seeds, and compare the results.
 
     python benchmarks/ablate_selection.py --output_json scenes.json -- \
-        --dataset_name busy_scenes --model examples/trips-tiny-scenes-unpruned --keep_rate 0.1
+        --dataset_name busy_scenes --model examples/trips-tiny-scenes-unpruned
     python benchmarks/ablate_selection.py --script run_grounding.py --metric eval_accuracy --output_json boxes.json
     python benchmarks/ablate_selection.py --variants_file benchmarks/variants/answers.json --output_json rows.json -- \
         --dataset_name busy_scenes --model outputs/starts/seed{seed}
 
-The options after `--` go to each run, together with those of its variant (`--selection_guidance`, or `--keep_rate 1.0`
-for the unpruned baseline, or those of `--variants_file`), its `--seed` and its folder. `{seed}` in any option is the
+The options after `--` go to each run, together with those of its variant, its `--seed` and its folder. Without
+`--variants_file`, they keep a tenth of the patches after layer 2 (`--schedule 2:text:0.1`), scored by the text, by the
+image or at random, or all of them (`--schedule unpruned`). `{seed}` in any option is the
 seed: `--model outputs/starts/unpruned-seed{seed}` gives each seed a start of its own. Finished runs are
 not repeated, so that an interrupted ablation continues. Each run has its log in its folder.
 """
@@ -33,8 +34,8 @@ from trips_examples.training.options import run_script
 
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-VARIANTS = {name: ["--selection_guidance", name] for name in ("text", "image", "random")}
-VARIANTS["unpruned"] = ["--keep_rate", "1.0"]
+VARIANTS = {name: ["--schedule", f"2:{name}:0.1"] for name in ("text", "image", "random")}
+VARIANTS["unpruned"] = ["--schedule", "unpruned"]
 
 
 @dataclass(kw_only=True)
@@ -70,7 +71,7 @@ def read_variants(path: str | None) -> dict[str, list[str]]:
         return VARIANTS
     variants = json.loads(Path(path).read_text())
     if not isinstance(variants, dict) or not all(isinstance(options, str) for options in variants.values()):
-        raise ValueError(f'{path} must hold an object of strings, as in {{"text": "--selection_guidance text"}}.')
+        raise ValueError(f'{path} must hold an object of strings, as in {{"text": "--schedule 2:text:0.1"}}.')
     return {name: shlex.split(options) for name, options in variants.items()}
 
 

@@ -1,10 +1,10 @@
 """
 Train on questions, or answer them, with patches that are chosen in another way than by a trained model's scores.
 
-    python benchmarks/choices.py --choice reinforce --model START --selection_layers 2 --keep_rate 0.005 \
+    python benchmarks/choices.py --choice reinforce --model START --schedule 2:text:0.005 \
         --texts_per_image 8 --max_steps 400 --output_dir outputs/reinforce
     python benchmarks/choices.py --choice color --do_train False --model examples/trips-tiny-scenes-unpruned \
-        --selection_layers 2 --keep_rate 0.005 --output_dir outputs/color
+        --schedule 2:text:0.005 --output_dir outputs/color
 
 The other options are those of `run_vqa.py`, for a schedule of one layer that the text scores. In the place of the
 gate, where patches are drawn in training and the scores learn from the answers through the drawn patches alone:

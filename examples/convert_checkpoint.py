@@ -1,8 +1,9 @@
-"""
+r"""
 Turn a published checkpoint of an unpruned model into a TRIPS model with its processor. Nothing is trained: TRIPS adds
 no weights.
 
-    python examples/convert_checkpoint.py --checkpoint vqa.pth --output_dir albef-vqa --keep_rate 0.7
+    python examples/convert_checkpoint.py --checkpoint vqa.pth --output_dir albef-vqa \
+        --schedule 5:text:0.7,10:text:0.7
     python examples/convert_checkpoint.py --checkpoint Salesforce/blip-vqa-base --output_dir blip-vqa
     python examples/convert_checkpoint.py --checkpoint dandelin/vilt-b32-mlm --output_dir vilt
 
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from trips_examples.data.source import option
-from trips_examples.training.options import config_fields, make_parser, run_script
+from trips_examples.training.options import SCHEDULE_HELP, check_schedule, config_fields, make_parser, run_script
 
 
 @dataclass
@@ -27,11 +28,11 @@ class ConvertArguments:
     tokenizer: str | None = option(None, "Default: bert-base-uncased for ALBEF, the checkpoint's own for the others.")
     image_size: int | None = option(None, "Height and width in pixels. Default: the checkpoint's.")
     num_attention_heads: int | None = option(None, "Of ALBEF, whose file does not tell. Default: of 64 features each.")
-    selection_layers: list[int] | None = option(None, "Vision layers that select patches, numbered from 1: 5 10.")
-    keep_rate: list[float] | None = option(None, "Share of tokens kept, also one per layer. 1.0: unpruned.")
-    selection_guidance: list[str] | None = option(None, "Scorer, also one per layer: text, image or random.")
+    schedule: str | None = option(None, SCHEDULE_HELP)
 
     def __post_init__(self):
+        if self.schedule is not None:
+            check_schedule(self.schedule)
         if Path(self.output_dir).exists():
             raise ValueError(f"--output_dir {self.output_dir} exists. Choose another one, or remove it first.")
         is_file_name = Path(self.checkpoint).suffix in (".pth", ".pt", ".bin", ".safetensors")

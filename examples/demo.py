@@ -45,7 +45,7 @@ from trips_examples.training.runs import TripsTrainingArguments
 
 
 START = ask.CHECKPOINT.with_name(f"{ask.CHECKPOINT.name}-unpruned")
-PRUNED: dict[str, Any] = {"selection_layers": [2], "keep_rate": [0.005]}
+PRUNED: dict[str, Any] = {"schedule": "2:text:0.005"}
 STAGES = {"unpruned": {}, "pruned": PRUNED, "model": {**PRUNED, "selection_gate": 0.2}}  # options of the models
 TITLES = {"unpruned": "all patches", "pruned": "pruned, before training", "model": "pruned, trained from answers"}
 

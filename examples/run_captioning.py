@@ -3,7 +3,7 @@ Train and evaluate TRIPS on image captioning. The text is a prompt, the same for
 selects patches by the image in early layers, and by the prompt in the last one.
 
     python examples/run_captioning.py --model examples/trips-tiny-scenes-unpruned --grid 2 \
-        --image_size 48 --selection_layers 3 4 --selection_guidance image text --keep_rate 0.7 0.3  # bundled scenes
+        --image_size 48 --schedule 3:image:0.7,4:text:0.3  # bundled scenes
     accelerate launch examples/run_captioning.py --train_file train.json --validation_file val.json \
         --image_root images --model pretrained --image_size 384 --learning_rate 1e-5 \
         --per_device_train_batch_size 32 --generation_num_beams 5

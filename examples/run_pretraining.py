@@ -3,7 +3,7 @@ Pre-train TRIPS on pairs of image and caption: contrast (ITC), matching (ITM), m
 (PrefixLM), with a momentum teacher.
 
     python examples/run_pretraining.py --model examples/trips-tiny-scenes-unpruned --grid 2 \
-        --image_size 48 --selection_layers 3 4 --selection_guidance image text --keep_rate 0.7 0.3  # bundled scenes
+        --image_size 48 --schedule 3:image:0.7,4:text:0.3  # bundled scenes
     accelerate launch examples/run_pretraining.py --train_shards "cc3m-{000..331}.tar" "sbu-{00..82}.tar" \
         --validation_file coco_val.json --image_root coco --max_steps 234000 \
         --vision_model_name_or_path openai/clip-vit-base-patch16 --text_model_name_or_path bert-base-uncased \

@@ -2,7 +2,7 @@ r"""
 Train and evaluate TRIPS on image-text retrieval: texts find images, images find texts.
 
     python examples/run_retrieval.py --model examples/trips-tiny-scenes-unpruned --grid 2 \
-        --image_size 48 --selection_layers 3 4 --selection_guidance image text --keep_rate 0.7 0.3  # bundled scenes
+        --image_size 48 --schedule 3:image:0.7,4:text:0.3  # bundled scenes
     accelerate launch examples/run_retrieval.py --train_file train.jsonl --validation_file val.jsonl \
         --image_root images --model albef_trips --rerank_k 128 --learning_rate 1e-5
 

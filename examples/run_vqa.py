@@ -1,8 +1,8 @@
 r"""
 Train and evaluate TRIPS on visual question answering.
 
-    python examples/run_vqa.py --model examples/trips-tiny-scenes-unpruned --selection_layers 2 \
-        --keep_rate 0.1 --selection_gate 0.2 --selection_loss_weight 0          # bundled scenes, from answers alone
+    python examples/run_vqa.py --model examples/trips-tiny-scenes-unpruned --schedule 2:text:0.1 \
+        --selection_gate 0.2 --selection_loss_weight 0                           # bundled scenes, from answers alone
     python examples/run_vqa.py --train_file train.jsonl --validation_file val.jsonl  # your own: docs/pictures.md
 """
 

@@ -46,7 +46,7 @@ srun bash -c 'accelerate launch \
     --train_shards "$DATA/coco-{00..59}.tar" "$DATA/vg-{00..99}.tar" "$DATA/cc3m-{000..331}.tar" "$DATA/sbu-{00..82}.tar" \
     --do_eval False \
     --vision_model_name_or_path openai/clip-vit-base-patch16 --text_model_name_or_path bert-base-uncased \
-    --image_size 256 --selection_layers 5 10 --keep_rate 0.7 \
+    --image_size 256 --schedule 5:text:0.7,10:text:0.7 \
     --per_device_train_batch_size 16 --max_steps 234000 --warmup_steps 1000 \
     --learning_rate 1e-4 --tower_learning_rate 1e-5 1e-4 --weight_decay 0.02 \
     --ddp_find_unused_parameters False --dataloader_num_workers 8 \

@@ -263,9 +263,9 @@ def log_costs(config: TripsConfig, texts_per_image: float, text_length: int):
     )
     if several > 1.1:
         selections = [selection._replace(guidance="image") for selection in schedule.selections]
-        by_image = forward_cost(config, text_length, SelectionSchedule(schedule.layers, tuple(selections)))
-        cheaper = by_image.macs(texts_per_image) / unpruned.macs(texts_per_image)
-        logger.warning("That is more than without pruning. --selection_guidance image: %.2f times.", cheaper)
+        by_image = SelectionSchedule(schedule.layers, tuple(selections))
+        cheaper = forward_cost(config, text_length, by_image).macs(texts_per_image) / unpruned.macs(texts_per_image)
+        logger.warning("That is more than without pruning. --schedule %s: %.2f times.", by_image, cheaper)
 
 
 def image_keys(rows: Dataset) -> list[Hashable]:

@@ -5,6 +5,7 @@ imports nothing of it.
 """
 
 import os
+import re
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
@@ -18,9 +19,42 @@ from trips_examples.training.recipe import SCHEDULES, recipe
 
 
 # Options that are fields of `TripsConfig`.
-PER_LAYER = {"keep_rate", "selection_guidance"}
-CONFIG_FIELDS = PER_LAYER | {"selection_layers", "selection_gate", "selection_loss_weight", "attention_loss_weight"}
-CONFIG_FIELDS |= {"fusion_type", "itc_weight", "itm_weight", "mlm_weight", "prefix_lm_weight"}
+CONFIG_FIELDS = {
+    "selection_gate",
+    "selection_loss_weight",
+    "attention_loss_weight",
+    "fusion_type",
+    "itc_weight",
+    "itm_weight",
+    "mlm_weight",
+    "prefix_lm_weight",
+}
+SCHEDULE_HELP = "Layers that select patches, scorer, share kept: 6:image:0.5,9:text:0.5. Or: unpruned."
+SCHEDULE_ENTRY = re.compile(r"([1-9]\d*)(?::(text|image|random)?(?::([\d.]+(?:e-?\d+)?)?)?)?")
+OPTIONS_IN_SCHEDULE = {"selection_layers", "selection_guidance", "keep_rate"}  # of earlier versions
+
+
+def check_schedule(text: str):
+    """
+    Raise a `ValueError` for a `--schedule` that `SelectionSchedule.parse` does not read: here, because that one is in
+    a module that takes seconds to import.
+    """
+    if text == "unpruned":
+        return
+    last_layer = 0
+    for entry in text.split(","):
+        found = SCHEDULE_ENTRY.fullmatch(entry.strip())
+        if found is None:
+            raise ValueError(
+                "--schedule has entries layer:guidance:keep_rate with the guidance text, image or random, as in "
+                f"6:image:0.5,9:text:0.5, or is unpruned. Got {entry!r}."
+            )
+        layer, _, keep_rate = found.groups()
+        if int(layer) <= last_layer:
+            raise ValueError(f"--schedule must name its layers in ascending order, got {text}.")
+        if keep_rate is not None and not 0 < float(keep_rate) <= 1:
+            raise ValueError(f"--schedule must have keep rates in (0, 1], got {keep_rate}.")
+        last_layer = int(layer)
 
 
 @dataclass
@@ -36,9 +70,7 @@ class ModelArguments:
     tokenizer: str | None = option(None, "Tokenizer of a model from scratch. Default: trained on the training texts.")
     image_size: int | None = option(None, "Height and width in pixels. Default: the checkpoint's, or the scenes'.")
     max_image_size: int | None = option(None, "In place of --image_size: that of the images, or this if it is less.")
-    selection_layers: list[int] | None = option(None, "Vision layers that select patches, numbered from 1: 5 10.")
-    keep_rate: list[float] | None = option(None, "Share of tokens kept, also one per layer. 1.0: unpruned.")
-    selection_guidance: list[str] | None = option(None, "Scorer, also one per layer: text, image or random.")
+    schedule: str | None = option(None, SCHEDULE_HELP)
     selection_gate: float | None = option(None, "Share of dropped tokens that run in training, to learn from answers.")
     selection_loss_weight: float | None = option(None, "Weight of selection supervision, for data with regions.")
     fusion_type: str | None = option(None, "cross_attention, skip_connected (mPLUG) or single_stream (ViLT).")
@@ -50,6 +82,8 @@ class ModelArguments:
             raise ValueError("--model and --vision_model_name_or_path exclude each other. Give one.")
         if self.num_fusion_layers is not None and not self.starts_from_parts:
             raise ValueError("--num_fusion_layers needs --vision_model_name_or_path.")
+        if self.schedule is not None:
+            check_schedule(self.schedule)
 
     @property
     def starts_from_parts(self) -> bool:
@@ -64,9 +98,14 @@ class ModelArguments:
 
 
 def config_fields(arguments) -> dict:
-    """Return the given options that are fields of `TripsConfig`. One value of `PER_LAYER` holds for all layers."""
+    """Return the fields of `TripsConfig` that the given options set. `--schedule` sets those of the selection."""
     fields = {name: value for name, value in vars(arguments).items() if name in CONFIG_FIELDS and value is not None}
-    return fields | {name: fields[name][0] for name in PER_LAYER & fields.keys() if len(fields[name]) == 1}
+    schedule = getattr(arguments, "schedule", None)
+    if schedule is not None:
+        from modeling_trips import SelectionSchedule  # slow to import
+
+        fields |= SelectionSchedule.parse(schedule).config_fields
+    return fields
 
 
 @dataclass
@@ -258,6 +297,13 @@ class Parser(HfArgumentParser):
         except (ValueError, OSError) as error:
             self.error(str(error))
 
+    def _check_unknown(self, arguments: list[str]):
+        """Raise a `ValueError` for an option of earlier versions."""
+        for argument in arguments:
+            name = argument.partition("=")[0].removeprefix("--")
+            if name in OPTIONS_IN_SCHEDULE and any(action.dest == "schedule" for action in self._actions):
+                raise ValueError(f"--{name} is a part of --schedule now: 6:image:0.5,9:text:0.5, or unpruned.")
+
     def parse_known_args(self, args=None, namespace=None) -> tuple[Namespace, list[str]]:
         if namespace is None:  # options of the recipe that are not typed
             blank = Namespace(**{action.dest: MISSING for action in self._actions})
@@ -265,7 +311,9 @@ class Parser(HfArgumentParser):
             typed = {name: value for name, value in typed.items() if value is not MISSING}
             own = {action.dest for action in self._actions}
             namespace = Namespace(**{name: value for name, value in recipe(self.task, typed).items() if name in own})
-        return super().parse_known_args(args, namespace)
+        namespace, unknown = super().parse_known_args(args, namespace)
+        self._check_unknown(unknown)
+        return namespace, unknown
 
 
 def make_parser(*classes: type, description: str, script: str = "", task: str | None = None, **defaults) -> Parser:

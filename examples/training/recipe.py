@@ -20,8 +20,8 @@ NEW = {"num_fusion_layers": 2, "freeze_vision_layers": 6, "max_image_size": 224}
 
 # Of 12 layers. A quarter of the patches is kept: late by the text, which makes the layers behind it run once per text;
 # in two steps by the image for a prompt or a search, which have no text that says where to look.
-BY_TEXT = {"selection_layers": [9], "selection_guidance": ["text"], "keep_rate": [0.25]}
-BY_IMAGE = {"selection_layers": [6, 9], "selection_guidance": ["image"], "keep_rate": [0.5]}
+BY_TEXT = "9:text:0.25"
+BY_IMAGE = "6:image:0.5,9:image:0.5"
 SCHEDULES = {"vqa": BY_TEXT, "nlvr2": BY_TEXT, "grounding": BY_TEXT, "captioning": BY_IMAGE, "retrieval": BY_IMAGE}
 
 TRAINING = {  # of a model from towers, of a TRIPS checkpoint
@@ -53,9 +53,7 @@ def recipe(task: str | None, typed: dict) -> dict:
     defaults = {name: values[0 if is_new else 1] for name, values in TRAINING.items()}
     if is_new and not has_towers:
         has_copies = all(Path(folder).is_dir() for folder in COPIES.values())
-        defaults |= {**(COPIES if has_copies else TOWERS), **NEW}
-        if "selection_layers" not in typed:
-            defaults |= SCHEDULES[task]
+        defaults |= {**(COPIES if has_copies else TOWERS), **NEW, "schedule": SCHEDULES[task]}
     if task == "grounding":
         defaults["attention_loss_weight"] = 2.0
     if "num_train_epochs" in typed:

@@ -73,10 +73,9 @@ def test_the_folder_loads_and_computes_what_albef_does(arguments, sizes, capsys)
 
 
 def test_the_options_set_schedule_and_resolution(arguments):
-    convert(arguments, selection_layers=[3, 8], keep_rate=[0.5, 0.6], selection_guidance="image", image_size=20)
+    convert(arguments, schedule="3:image:0.5,8:image:0.6", image_size=20)
     model = TripsForQuestionAnswering.from_pretrained(arguments["output_dir"])
-    assert (model.config.vision_config.selection_layers, model.config.vision_config.keep_rate) == ([3, 8], [0.5, 0.6])
-    assert model.config.vision_config.selection_guidance == "image"
+    assert str(model.config.vision_config.schedule) == "3:image:0.5,8:image:0.6"
     assert model.model.vision_model.embeddings.position_embeddings.shape == (1, 26, 16)
     processor = TripsProcessor.from_pretrained(arguments["output_dir"])
     assert processor.image_processor.size == {"height": 20, "width": 20} and processor.patch_size == 4

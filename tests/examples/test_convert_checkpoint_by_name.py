@@ -38,7 +38,7 @@ def blip_folder(tmp_path, tokenizer):
 
 @torch.no_grad()
 def test_a_folder_of_blip_converts_with_its_own_tokenizer(blip_folder, tmp_path):
-    convert({"checkpoint": blip_folder, "output_dir": tmp_path / "out", "selection_layers": [2], "keep_rate": 1.0})
+    convert({"checkpoint": blip_folder, "output_dir": tmp_path / "out", "schedule": "unpruned"})
     model = TripsForQuestionAnswering.from_pretrained(tmp_path / "out")
     processor = TripsProcessor.from_pretrained(tmp_path / "out")
     inputs = processor(images=Image.new("RGB", (16, 16), "teal"), text="is it red?", return_tensors="pt")
@@ -54,7 +54,7 @@ def test_a_folder_of_blip_converts_with_its_own_tokenizer(blip_folder, tmp_path)
 @pytest.fixture
 def vilt_arguments(tmp_path, tokenizer):
     save_vilt(tmp_path / "vilt", tokenizer)
-    return {"checkpoint": tmp_path / "vilt", "output_dir": tmp_path / "out", "selection_layers": [2]}
+    return {"checkpoint": tmp_path / "vilt", "output_dir": tmp_path / "out", "schedule": "2:text:0.7"}
 
 
 def save_vilt(folder, tokenizer, name="ViltForMaskedLM"):
@@ -93,7 +93,7 @@ def add_weights(folder, *names):
 def test_a_folder_of_any_vilt_converts_and_computes_the_same(vilt_arguments, tokenizer, name):
     folder = vilt_arguments["checkpoint"]
     save_vilt(folder, tokenizer, name)
-    report = convert(vilt_arguments, keep_rate=1.0)
+    report = convert(vilt_arguments, schedule="unpruned")
     assert report.new == [] and set(load_file(folder / "model.safetensors")) <= {*report.used, *report.left_out}
     model, loading = TripsModel.from_pretrained(vilt_arguments["output_dir"], output_loading_info=True)
     assert not any(loading.values()) and model.config.fusion_encoder_config.fusion_type == "single_stream"

@@ -78,7 +78,7 @@ def test_gradient_accumulation_equals_the_larger_batch(task, backbone, tmp_path)
 
 @each_task
 def test_every_task_starts_from_a_vision_tower_and_a_text_encoder(task, tmp_path):
-    parts = [*write_parts(tmp_path), "--selection_layers=2", "--image_size=32", "--freeze_vision_layers=1"]
+    parts = [*write_parts(tmp_path), "--schedule=2:text:0.7", "--image_size=32", "--freeze_vision_layers=1"]
     options = [*write_task(task, tmp_path), *OPTIONS, *parts, "--max_steps=1", f"--output_dir={tmp_path / 'out'}"]
     assert f"eval_{METRICS[task]}" in main_of(task)(options)
     weights, tower = load_file(tmp_path / "out" / "model.safetensors"), ViTModel.from_pretrained(tmp_path / "vit")

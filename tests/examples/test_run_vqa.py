@@ -78,7 +78,7 @@ def test_signs_that_a_given_tokenizer_loses_are_counted(data, tmp_path, caplog):
     ("options", "used_for"),
     [
         ([], "selection loss"),
-        (["--keep_rate=1.0"], "none"),
+        (["--schedule=unpruned"], "none"),
         (["--selection_loss_weight=0", "--selection_gate=0.2"], "none"),
         (["--selection_gate=0.2"], "selection loss"),
     ],

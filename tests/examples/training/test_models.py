@@ -66,7 +66,7 @@ def parts(tmp_path_factory) -> dict[str, str]:
 
 
 def start_from(parts: dict[str, str], **options) -> TripsForQuestionAnswering:
-    fields = {"selection_layers": [3], "keep_rate": [0.5], "num_fusion_layers": 1, "image_size": 48, **options}
+    fields = {"schedule": "3:text:0.5", "num_fusion_layers": 1, "image_size": 48, **options}
     args = ModelArguments(**parts, **fields)
     torch.manual_seed(0)
     return make_model(TripsForQuestionAnswering, args, *load_start(args))

@@ -10,11 +10,19 @@ from itertools import product
 import pytest
 from places import ROOT
 
-from modeling_trips import TripsConfig
+from modeling_trips import SelectionSchedule, TripsConfig
 from trips_examples.data.busy_scenes import busy_records
 from trips_examples.data.tasks import TASKS
 from trips_examples.data.vocabulary import BUNDLED_WORDS, train_tokenizer
-from trips_examples.training.options import DataArguments, ModelArguments, TrainingOptions, make_parser, run_script
+from trips_examples.training.options import (
+    DataArguments,
+    ModelArguments,
+    TrainingOptions,
+    check_schedule,
+    config_fields,
+    make_parser,
+    run_script,
+)
 from trips_examples.training.runs import parse_arguments
 
 
@@ -78,7 +86,7 @@ def test_errors_of_the_user_end_a_script_in_words(main, monkeypatch):
 
 WRONG = {
     "--help": 0,
-    "--keep_rate=a_half": 2,
+    "--schedule=2:text:a_half": 2,
     "--train_file=nowhere.jsonl": 2,
     "--max_steps=0": 2,
 }
@@ -98,10 +106,48 @@ def test_options_are_checked_before_anything_heavy_is_imported(script, option):
     assert "Traceback" not in result.stderr and "usage: " in result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("option", ["--keep_rte=0.5", "--keep=0.5"])  # of no class, and not guessed
+@pytest.mark.parametrize("option", ["--schedul=2", "--keep_rte=0.5"])  # of no class, and not guessed
 def test_a_training_refuses_unknown_options(option):
     with pytest.raises(ValueError, match=option):
         parse_arguments(make_parser(ModelArguments, TrainingOptions, description=""), [option])
+
+
+SCHEDULE_TEXTS = ["unpruned", "2:text:0.3", "6:image:0.5,9:text:0.5", "5,10", "3:image", "3::0.5", "12:random:1e-2"]
+WRONG_SCHEDULES = [
+    "",
+    "2:text:2",
+    "2:text:0",
+    "2:txet:0.5",
+    "0:text:0.5",
+    "9:text:0.5,6:image:0.5",
+    "2:text:0.5:1",
+    "a",
+    "2:text:nan",
+]
+
+
+@pytest.mark.parametrize("text", [*SCHEDULE_TEXTS, *WRONG_SCHEDULES])
+def test_a_schedule_is_checked_at_once_as_the_models_read_it(text):
+    try:
+        SelectionSchedule.parse(text)
+        is_right = True
+    except ValueError:
+        is_right = False
+    assert is_right == (text in SCHEDULE_TEXTS)
+    with contextlib.nullcontext() if is_right else pytest.raises(ValueError, match="--schedule"):
+        check_schedule(text)
+
+
+def test_a_schedule_sets_the_fields_of_the_configuration():
+    for text in ("unpruned", "2:image:0.5,3:text:0.25"):
+        config = TripsConfig.from_preset("tiny", **config_fields(ModelArguments(schedule=text)))
+        assert str(config.vision_config.schedule) == text
+
+
+@pytest.mark.parametrize("option", ["--keep_rate=1.0", "--selection_layers=2", "--selection_guidance=image"])
+def test_an_option_of_earlier_versions_names_the_new_form(option):
+    with pytest.raises(ValueError, match="--schedule.*unpruned"):
+        make_parser(ModelArguments, description="").parse_args_into_dataclasses([option])
 
 
 def test_help_all_lists_the_options_of_transformers():

@@ -86,7 +86,7 @@ def test_the_slurm_script_trains_on_two_nodes(folder, parts, tmp_path):
     slurm |= {"SLURM_CPUS_PER_TASK": "1", "DATA": str(folder)}
     path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     options = [f"--train_shards={folder}/pairs-{{0..2}}.tar", "--shuffle_buffer=4", *parts, "--image_size=32"]
-    options += ["--selection_layers", "2", "--max_steps=2", "--warmup_steps=0", "--per_device_train_batch_size=3"]
+    options += ["--schedule=2:text:0.7", "--max_steps=2", "--warmup_steps=0", "--per_device_train_batch_size=3"]
     options += ["--dataloader_num_workers=0", "--use_cpu=True", "--logging_steps=1"]
     script = ROOT / "examples/configs/slurm_multi_node.sh"
     for step in (2, 4):  # the second run resumes

@@ -23,18 +23,17 @@ def test_what_is_typed_decides_which_defaults_a_run_has(task):
     assert recipe(task, {}) == recipe(task, {"dataset_name": "busy_scenes"}) == recipe(None, OWN) == {}
     assert recipe(task, {**OWN, "preset": "tiny"}) == recipe(task, {**OWN, "tokenizer": "bert"}) == {}
     new = recipe(task, OWN)
-    assert recipe(task, {"dataset_name": "ada/photos"}) == new and new.items() >= SCHEDULES[task].items()
+    assert recipe(task, {"dataset_name": "ada/photos"}) == new and new["schedule"] == SCHEDULES[task]
     assert new["learning_rate"] > recipe(task, {**OWN, "model": "mine"})["learning_rate"]
-    assert new.keys() - recipe(task, {**OWN, "selection_layers": [4]}) == SCHEDULES[task].keys()
     assert new.keys() - recipe(task, {**OWN, "num_train_epochs": 3.0}) == {"max_steps"}
-    assert recipe(task, {**OWN, "keep_rate": [1.0]}) == new
-    assert not recipe(task, {**OWN, "vision_model_name_or_path": "clip"}).keys() & SCHEDULES[task].keys()
+    assert recipe(task, {**OWN, "schedule": "unpruned"}) == new
+    assert "schedule" not in recipe(task, {**OWN, "vision_model_name_or_path": "clip"})
 
 
 def test_the_command_line_wins():
-    typed = ["--train_file=train.jsonl", "--keep_rate=0.3", "--learning_rate=1e-4", "--max_steps=7"]
+    typed = ["--train_file=train.jsonl", "--schedule=9:text:0.3", "--learning_rate=1e-4", "--max_steps=7"]
     model, _, training = run_vqa.OPTIONS.parse_args_into_dataclasses(typed)
-    assert (model.selection_layers, model.keep_rate, model.freeze_vision_layers) == ([9], [0.3], 6)
+    assert (model.schedule, model.freeze_vision_layers) == ("9:text:0.3", 6)
     assert (training.learning_rate, training.max_steps, training.per_device_train_batch_size) == (1e-4, 7, 60)
 
 
@@ -53,7 +52,7 @@ def test_images_keep_their_size_up_to_a_limit(sizes, side):
     assert dict(processor.image_processor.size) == {"height": side, "width": side}
 
 
-PRUNED = ["--selection_layers", "2", "3", "--keep_rate=0.3"]
+PRUNED = ["--schedule=2:text:0.3,3:text:0.3"]
 PHASES = [*PRUNED, "--unpruned_share=0.5", "--max_steps=4", "--logging_steps=1"]
 
 
@@ -68,7 +67,7 @@ def test_the_first_steps_are_those_of_an_unpruned_training(tmp_path):
     write_task("vqa", tmp_path)
     evaluated = ["--eval_strategy=steps", "--eval_steps=1"]
     log = train(tmp_path / "phases", *PHASES, *evaluated)
-    unpruned = train(tmp_path / "unpruned", *PHASES, *evaluated, "--keep_rate=1.0")
+    unpruned = train(tmp_path / "unpruned", *PHASES, *evaluated, "--schedule=unpruned")
     for name in ("loss", "eval_loss"):
         values, expected = ([entry[name] for entry in each if name in entry] for each in (log, unpruned))
         assert values[:2] == expected[:2] and values[2] != expected[2] and len(values) == 4

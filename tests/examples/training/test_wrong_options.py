@@ -33,13 +33,13 @@ def error_of(script: str, options: list[str]) -> str:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_check_the_model_before_the_data(script, options):
     assert "rows.jsonl" in error_of(script, options)
-    assert "keep_rate" in error_of(script, [*options, "--keep_rate=2"])
+    assert "keep rates" in error_of(script, [*options, "--schedule=2:text:2"])
 
 
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--selection_layers=9", "selection_layers"),
+        ("--schedule=9:text:0.5", "selection_layers"),
         ("--image_size=50", "`image_size` .50. must be a multiple of `patch_size`"),
         ("--preset=huge", "huge"),
         ("--max_steps=0", "--max_steps"),

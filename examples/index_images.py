@@ -7,8 +7,8 @@ Embed a collection of images and write a Lance table of vectors for `search.py`.
     python examples/index_images.py --model outputs/retrieval --dataset_name org/photos --table photos.lance
 
 A second run continues and skips images that are in the table. An image that cannot be used is counted, named, and gets
-a row without a vector; the exit code is 1 if the table has no other images. Several processes embed a part of the shards
-each; paths must be the same on all machines:
+a row without a vector; the exit code is 1 if the table has no other images. Each of several processes embeds a part of
+the shards; paths must be the same on all machines:
 
     torchrun --nproc_per_node 8 examples/index_images.py --model outputs/retrieval --images photos --table photos.lance
 """

@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 
 PREFIX = "TRIPS_"
+OF_SCRIPTS = {"TRIPS_TRACEBACK"}  # variables with the prefix that are not settings of the service
 FAILURE = "failure"  # file in the folder of metrics: why the model could not be loaded
 
 
@@ -46,7 +47,8 @@ class Settings(BaseModel):
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
         """Raise a `ValueError` if `TRIPS_MODEL` is missing, or a variable is unknown or has an invalid value."""
-        given = {name: text.strip() for name, text in environment.items() if name.startswith(PREFIX)}
+        names = [name for name in environment if name.startswith(PREFIX) and name not in OF_SCRIPTS]
+        given = {name: environment[name].strip() for name in names}
         try:
             return cls.model_validate(given)
         except ValidationError as error:

@@ -13,7 +13,7 @@ def service(tmp_path_factory):
     log = tmp_path_factory.mktemp("service") / "log.txt"
     settings = {
         "max_batch_size": 3,
-        "max_body_bytes": 200_000,
+        "max_body_bytes": 300_000,
         "max_pixels": 1_000_000,
         "max_texts": 4,
         "read_timeout": 2,

@@ -103,7 +103,7 @@ BAD = {
     "a path": ({"json": {**ask("red"), "image": "/etc/passwd"}}, "image"),
     "a URL": ({"json": {**ask("red"), "image": "http://127.0.0.1/x.png"}}, "image"),
     "a bomb": ({"json": {**ask("red"), "image": as_text(bomb(30_000, 30_000))}}, 413),
-    "a large body": ({"content": b"x" * 200_001, **AS_JSON}, 413),
+    "a large body": ({"content": b"x" * 300_001, **AS_JSON}, 413),
     "an enormous body": ({"content": (b"x" * 65_536 for _ in range(200)), **AS_JSON}, 413),
     "a pickle": ({"content": b"\x80\x04N.", "headers": {"content-type": "application/vnd.bentoml+pickle"}}, 415),
 }
@@ -124,12 +124,35 @@ def test_bad_requests_are_rejected(service, name):
     assert service.post("answer", ask("red")).status_code == 200
 
 
+DEPLOY = next(page for page in PAGES if str(page) == "docs/deploy.md")
+
+
 def test_documented_client(service, monkeypatch, capsys):
-    document = next(page for page in PAGES if str(page) == "docs/deploy.md")
-    (client,) = [block for block in document.blocks("python") if "httpx" in block]
+    (client,) = [block for block in DEPLOY.blocks("python") if "urlopen" in block]
+    modules = re.findall(r"^(?:import|from) (\w+)", client, re.MULTILINE)
+    assert set(modules) <= sys.stdlib_module_names
     monkeypatch.chdir(ROOT)
     exec(client.replace("127.0.0.1:3000", f"127.0.0.1:{service.port}"), {})
     assert [line.split()[-2] for line in capsys.readouterr().out.splitlines()] == ["purple", "no"]
+
+
+def test_documented_command_sends_a_photo(service, tmp_path):
+    """A photo of 200 KB is more than one argument of a command may hold."""
+    (command,) = [block for block in DEPLOY.blocks("bash") if "curl" in block]
+    command = command.replace("127.0.0.1:3000", f"127.0.0.1:{service.port}")
+
+    def answers(folder) -> list[str]:
+        result = subprocess.run(["sh", "-c", command], cwd=folder, capture_output=True, text=True)
+        (found,) = json.loads(result.stdout)["answers"]
+        return [one["answer"] for one in found]
+
+    assert answers(ROOT)[0] == "purple"
+    noise = PIL.Image.merge("RGB", [PIL.Image.effect_noise((280, 280), 100) for _ in range(3)])
+    photo = tmp_path / "examples/scene.png"
+    photo.parent.mkdir()
+    noise.save(photo)
+    assert photo.stat().st_size > 200_000
+    assert len(answers(tmp_path)) == 2
 
 
 def test_other_places_and_methods(service):

@@ -24,6 +24,11 @@ def test_settings_come_from_the_environment():
     assert settings.schedule == "1:image:0.5,2:text:0.3"
 
 
+def test_the_traceback_of_scripts_is_not_a_setting():
+    settings = Settings.from_environment({"TRIPS_MODEL": "org/model", "TRIPS_TRACEBACK": "1"})
+    assert settings == Settings(model="org/model")
+
+
 @pytest.mark.parametrize(
     "name, value",
     [

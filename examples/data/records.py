@@ -23,6 +23,8 @@ from trips_examples.data.tasks import BadRowError
 NumberedRecords = Iterator[tuple[int, dict | str]]
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+# A line of a CSV file with a cell that names an image.
+_LINE_WITH_IMAGE = re.compile(rf".*\.({'|'.join(IMAGE_SUFFIXES)}) *\"?(,|$)", re.IGNORECASE)
 
 
 def parsed_record(record: dict | str) -> dict:
@@ -44,14 +46,16 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict:
 
 
 def _refuse_repeated(names: Sequence[str]):
-    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
         raise ValueError(f"the key or column {repeated[0]!r} occurs twice")
 
 
 def read_records(file: Path) -> NumberedRecords:
     """Yield the records of a JSON, JSONL, CSV or Parquet file. Raise a `ValueError` if it cannot be read."""
     readers = {".json": _read_json, ".jsonl": _read_json_lines, ".csv": _read_csv, ".parquet": _read_parquet}
-    if (suffix := file.suffix.lower()) not in readers:
+    suffix = file.suffix.lower()
+    if suffix not in readers:
         raise ValueError(f"{file} ends with {suffix!r}. Convert it to one of {', '.join(readers)}.")
     try:
         yield from readers[suffix](file)
@@ -62,14 +66,18 @@ def read_records(file: Path) -> NumberedRecords:
 
 def _read_json(file: Path) -> NumberedRecords:
     content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
-    if content.lstrip().startswith(b"["):
-        return enumerate(map(json.dumps, json.loads(content, object_pairs_hook=_unique_keys)), start=1)
-    return _read_json_lines(file)
+    if not content.lstrip().startswith(b"["):
+        yield from _read_json_lines(file)
+        return
+    for number, value in enumerate(json.loads(content, object_pairs_hook=_unique_keys), start=1):
+        yield number, json.dumps(value)
 
 
 def _read_json_lines(file: Path) -> NumberedRecords:
     with file.open(encoding="utf-8-sig") as lines:
-        yield from ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield number, line
 
 
 def _read_csv(file: Path) -> NumberedRecords:
@@ -77,24 +85,60 @@ def _read_csv(file: Path) -> NumberedRecords:
     with file.open(encoding="utf-8-sig", newline="") as lines:
         table = csv.DictReader(lines, strict=True)
         try:
-            _refuse_repeated(table.fieldnames or ())
+            header = table.fieldnames or ()
+            _refuse_repeated(header)
+            _refuse_other_separators(header)
             for number, record in enumerate(table, start=1):
                 if None in record:
                     raise ValueError(f"row {number} has more cells than the header; quote cells that have commas")
-                if row := next(filter(None, map(_row_within, record.values())), None):
-                    raise ValueError(f"a cell of row {number} holds a whole row, {row!r}; correct its quotes")
+                swallowed = _swallowed_line(record)
+                if swallowed is not None:
+                    raise ValueError(f"a cell of row {number} holds a whole row, {swallowed!r}; correct its quotes")
                 yield number, record
         except csv.Error as error:
             raise ValueError(f"row {number + 1}: {error}; correct its quotes") from error
 
 
-def _row_within(cell: str | None) -> str | None:
-    """Return a line of a cell of CSV that has an image file among its cells: a row that stray quotes swallowed."""
-    image = re.compile(rf".*\.({'|'.join(IMAGE_SUFFIXES)}) *\"?(,|$)", re.IGNORECASE)
-    return next((line for line in (cell or "").splitlines()[1:] if "," in line and image.match(line)), None)
+def _refuse_other_separators(header: Sequence[str]):
+    for separator in (";", "\t"):
+        if len(header) == 1 and separator in header[0]:
+            raise ValueError(f"the cells are separated by {separator!r}; separate them by commas")
+
+
+def _swallowed_line(record: dict[str, str | None]) -> str | None:
+    """Return a line of a record of CSV that is a row of its own, which stray quotes made part of a cell, or None."""
+    cells = [cell for cell in record.values() if cell is not None]
+    for cell in cells:
+        for line in cell.splitlines()[1:]:
+            if "," in line and _LINE_WITH_IMAGE.match(line):
+                return line
+    # Images may lack a known suffix: then, without its quotes, the record reads as several whole rows.
+    lines = _without_quotes(cells)
+    rows = [line.split(",") for line in lines]
+    if len(rows) < 2 or any(len(row) != len(record) for row in rows):
+        return None
+    # Two lines of one caption read as two rows, too, if their commas happen to fit. Names of images are alike.
+    place = next((place for place, column in enumerate(record) if "image" in column or "file" in column), None)
+    if place is not None:
+        kinds = {(Path(row[place]).suffix.lower(), " " in row[place].strip()) for row in rows}
+        if len(kinds) > 1:
+            return None
+    return lines[1]
+
+
+def _without_quotes(cells: list[str]) -> list[str]:
+    """Return the lines of a record of CSV as they would be without quotes, but for commas in cells of one line."""
+    written = []
+    for cell in cells:
+        has_one_line = len(cell.splitlines()) < 2
+        written.append(cell.replace(",", "") if has_one_line else cell)
+    return ",".join(written).splitlines()
 
 
 def _read_parquet(file: Path) -> NumberedRecords:
+    number = 0
     with pyarrow.parquet.ParquetFile(file) as table:
-        batches = table.iter_batches(256)  # rows may hold images
-        yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+        for batch in table.iter_batches(256):  # rows may hold images
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row

@@ -9,7 +9,6 @@ import random
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -40,6 +39,7 @@ IMAGE_COLUMNS = ("image", *IMAGE_SUFFIXES, "image_path", "file_name")
 CAPTION_COLUMNS = ("captions", "caption", "text", "txt")
 ID_COLUMNS = ("image_id", "sha256", "md5", "url")
 FEWEST_TO_JUDGE = 100  # pairs before the share of bad pairs is checked
+MAX_MEMBER_BYTES = 1 << 28  # of a file in a tar file: 50 million pixels of 4 bytes have 200 MB
 
 
 # Shards
@@ -49,7 +49,7 @@ FEWEST_TO_JUDGE = 100  # pairs before the share of bad pairs is checked
 class TarShard:
     """
     A tar file of WebDataset (https://github.com/webdataset/webdataset). The files of one name are a pair. A file that
-    is cut, or that goes on after its end, has a fault.
+    is cut, or that goes on after its end, has a fault. Images are files of the tar file: its JSON names none outside.
     """
 
     name: str
@@ -63,32 +63,54 @@ class TarShard:
                 end: Any = tar.fileobj  # after the first of two blocks of zeros, or a broken header
                 if end.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.ReadError("its last file is not followed by two blocks of zeros")
-                if any(block.strip(b"\0") for block in iter(partial(end.read, 1 << 20), b"")):
-                    raise tarfile.ReadError("its end is followed by other data, as in joined files")
+                while block := end.read(1 << 20):
+                    if block.strip(b"\0"):
+                        raise tarfile.ReadError("its end is followed by other data, as in joined files")
         except Exception as error:  # broken files and connections raise any type of error
             yield Fault(self.name, "broken tar file", printable(str(error)))
 
     def _pairs(self, tar: tarfile.TarFile) -> Iterator[dict | Fault]:
         from webdataset.tariterators import base_plus_ext
 
-        named = ((*base_plus_ext(member.name), member) for member in tar if member.isfile())
-        for key, members in groupby(named, key=itemgetter(0)):
-            contents = [(suffix.lower(), tar.extractfile(member).read()) for _, suffix, member in members if suffix]
-            source, sample = printable(f"{self.name}/{key}"), dict(contents)
-            if key is None:
+        files = ((*base_plus_ext(member.name), member) for member in tar if member.isfile())
+        for key, files_of_pair in groupby(files, key=itemgetter(0)):
+            if key is None:  # a file without a suffix
                 continue
-            if len(sample) < len(contents):
-                yield Fault(source, "a file twice", ", ".join(suffix for suffix, _ in contents))
-                continue
+            source = printable(f"{self.name}/{key}")
             try:
-                record = parsed_record(sample["json"].decode("utf-8")) if "json" in sample else {}
-                if "txt" in sample:
-                    record["caption"] = sample["txt"].decode("utf-8")
-            except (BadRowError, UnicodeDecodeError) as error:
-                yield Fault(source, "broken .json or .txt", str(error))
-                continue
-            image = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
-            yield {**record, "source": source, "image": image}
+                contents = _contents(tar, files_of_pair)
+                yield {**_record_of_pair(contents), "source": source}
+            except BadRowError as error:
+                yield Fault(source, error.reason, error.detail)
+
+
+def _contents(tar: tarfile.TarFile, files: Iterable[tuple[str, str, tarfile.TarInfo]]) -> dict[str, bytes]:
+    """Return the contents of a pair's files, (name, suffix, member), by suffix. Files of no use are not read."""
+    contents = {}
+    for _, suffix, member in files:
+        suffix = suffix.lower()
+        if suffix in contents:
+            raise BadRowError("a file twice", member.name)
+        is_used = suffix in ("json", "txt", *IMAGE_SUFFIXES)
+        if is_used and member.size > MAX_MEMBER_BYTES:  # a small compressed file may hold a huge one
+            raise BadRowError(
+                "a file too large", f"{member.name}: {member.size:,} bytes, more than {MAX_MEMBER_BYTES:,}"
+            )
+        file: Any = tar.extractfile(member)
+        contents[suffix] = file.read() if is_used else b""
+    return contents
+
+
+def _record_of_pair(contents: dict[str, bytes]) -> dict:
+    try:
+        record = parsed_record(contents["json"].decode("utf-8")) if "json" in contents else {}
+        if "txt" in contents:
+            record["caption"] = contents["txt"].decode("utf-8")
+    except (BadRowError, UnicodeDecodeError) as error:
+        raise BadRowError("broken .json or .txt", str(error)) from error
+    suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in contents), None)
+    image = None if suffix is None else contents[suffix]
+    return {**record, "image": image, "image_root": None}
 
 
 @dataclass(frozen=True)
@@ -138,15 +160,20 @@ def find_shards(
     """
     from webdataset.shardlists import expand_urls
 
+    names: list[str] = []
+    for pattern in patterns:
+        names += expand_urls(pattern) if "{" in pattern else [pattern]
     shards: list[TarShard | FileShard] = []
-    for name in (name for pattern in patterns for name in (expand_urls(pattern) if "{" in pattern else [pattern])):
+    for name in names:
         is_remote = "://" in name or name.startswith("pipe:")
         found = [name] if is_remote or Path(name).is_file() else sorted(glob.glob(name))
         if not found:
             raise FileNotFoundError(f"The file {name} does not exist. Correct {option}.")
         for path in found:
-            is_tar = path.endswith((".tar", ".tar.gz", ".tgz"))
-            shards.append(TarShard(path) if is_tar else FileShard(path, image_root or str(Path(path).parent)))
+            if path.endswith((".tar", ".tar.gz", ".tgz")):
+                shards.append(TarShard(path))
+            else:
+                shards.append(FileShard(path, image_root or str(Path(path).parent)))
     return shards
 
 
@@ -205,30 +232,44 @@ class PairStream(TorchIterableDataset):
         if self.buffer_size < 1:
             raise ValueError(f"`buffer_size` must be at least 1, got {self.buffer_size}.")
         self.log: Path | None = None
-        self.pass_number, self.seen, self.bad = 0, 0, 0
+        self.pass_number = 0
+        self.seen = 0  # records of all passes
+        self.bad = 0
         self.last_fault: Fault | None = None
         self.records: IterableDataset | None = None  # of the current pass
         self.start: dict | None = None  # state of a saved position
 
     def state_dict(self) -> dict:
         """Return the position: the pass, the numbers of records seen and of bad ones, and the state of `datasets`."""
-        counts = {"pass_number": self.pass_number, "seen": self.seen, "bad": self.bad}
-        return {**counts, "records": self.start if self.records is None else self.records.state_dict()}
+        return {
+            "pass_number": self.pass_number,
+            "seen": self.seen,
+            "bad": self.bad,
+            "records": self.start if self.records is None else self.records.state_dict(),
+        }
 
     def load_state_dict(self, state: dict):
-        self.pass_number, self.seen, self.bad = state["pass_number"], state["seen"], state["bad"]
-        self.records, self.start = None, state["records"]
+        self.pass_number = state["pass_number"]
+        self.seen = state["seen"]
+        self.bad = state["bad"]
+        self.records = None
+        self.start = state["records"]
 
     def __iter__(self) -> Iterator[dict]:
         worker = get_worker_info()
-        num_workers, worker_id = (1, 0) if worker is None else (worker.num_workers, worker.id)
+        num_workers = 1 if worker is None else worker.num_workers
+        worker_id = 0 if worker is None else worker.id
         if self.log_folder is not None:
             reader = self.process_index * num_workers + worker_id
             self.log = Path(self.log_folder) / f"bad_pairs-{reader:05d}.jsonl"
-        while worker_id < (records := self.records_of_pass()).num_shards:  # else other workers read all shards
+        while True:
+            records = self.records_of_pass()
+            if worker_id >= records.num_shards:  # other workers read all shards
+                return
             if self.start is not None:
                 records.load_state_dict(self.start)
-            self.records, self.start = records, None
+            self.records = records
+            self.start = None
             for record in records:
                 row = self._row(record["record"])
                 self.seen += 1
@@ -249,19 +290,21 @@ class PairStream(TorchIterableDataset):
             records = split_dataset_by_node(records, self.process_index, self.num_processes)
         else:
             records = records.shard(self.num_processes, self.process_index)
-        seed = {"seed": f"{self.seed}-{self.pass_number}"}
-        return records.map(shuffled, batched=True, batch_size=self.buffer_size, fn_kwargs=seed)
+        seed = f"{self.seed}-{self.pass_number}"
+        return records.map(shuffled, batched=True, batch_size=self.buffer_size, fn_kwargs={"seed": seed})
 
     def _row(self, record: dict | Fault) -> dict | Fault:
         if isinstance(record, Fault):
             return record
         columns = dict(record)
-        source, image_root = columns.pop("source"), columns.pop("image_root", "")
+        source = columns.pop("source")
+        patch_size = 1 if self.processor is None else self.processor.patch_size
         try:
-            caption = self._caption(columns, f"{self.seed}-{self.pass_number}-{source}")
+            caption = self._caption(columns, seed=f"{self.seed}-{self.pass_number}-{source}")
             encoded = encoded_image(columns, self.image_column)
+            image_root = columns.get("image_root") or ""
             place = encoded if isinstance(encoded, bytes) else str(Path(image_root) / encoded)
-            image = decode_image(place, 1 if self.processor is None else self.processor.patch_size)
+            image = decode_image(place, patch_size)
             image_id = text_of(columns.get(_first_filled(columns, ID_COLUMNS)), "image_id")
         except BadRowError as error:
             return Fault(source, error.reason, error.detail)
@@ -271,27 +314,36 @@ class PairStream(TorchIterableDataset):
     def _caption(self, columns: dict, seed: str) -> str:
         name = self.caption_column or _first_filled(columns, CAPTION_COLUMNS)
         value = columns.get(name)
-        captions = list_of(value, name) if name == "captions" else value if isinstance(value, list) else [value]
-        text = random.Random(seed).choice(caption_texts(captions, columns))
-        if (processor := self.processor) is not None:
-            tokenizer = processor.tokenizer
-            (tokens,) = tokenizer(processor.clean_texts([text]), add_special_tokens=False, verbose=False)["input_ids"]
-            check_length(len(tokens), processor, "caption", tokenizer.num_special_tokens_to_add())
+        if name == "captions":
+            captions = list_of(value, name)
+        else:
+            captions = value if isinstance(value, list) else [value]
+        texts = caption_texts(captions, columns)
+        text = random.Random(seed).choice(texts)
+        if self.processor is not None:
+            tokenizer = self.processor.tokenizer
+            cleaned = self.processor.clean_texts([text])
+            (tokens,) = tokenizer(cleaned, add_special_tokens=False, verbose=False)["input_ids"]
+            check_length(len(tokens), self.processor, "caption", tokenizer.num_special_tokens_to_add())
         return text
 
     def _note(self, fault: Fault):
         """Log a bad pair, and stop if there are too many."""
         if self.log is not None and self.pass_number == 0:
             self.log.parent.mkdir(parents=True, exist_ok=True)
+            line = json.dumps({"source": fault.source, "error": fault.error}, ensure_ascii=False)
             with self.log.open("a", encoding="utf-8") as log:
-                log.write(json.dumps({"source": fault.source, "error": fault.error}, ensure_ascii=False) + "\n")
+                log.write(f"{line}\n")
         self.last_fault = fault
         if self.max_bad_share == 0:
             raise ValueError(f"{fault}. Repair it, or skip such pairs with --skip_bad_rows.")
         self._judge(fewest=FEWEST_TO_JUDGE)
 
     def _judge(self, fewest: int):
-        if self.seen < fewest or self.bad <= self.max_bad_share * self.seen and (fewest or self.bad < self.seen):
+        is_end_of_pass = fewest == 0
+        has_no_good_pair = is_end_of_pass and self.bad == self.seen
+        has_too_many = self.bad > self.max_bad_share * self.seen
+        if self.seen < fewest or not (has_too_many or has_no_good_pair):
             return
         named = "" if self.log is None else f" {self.log} names bad ones."
         raise ValueError(
@@ -320,7 +372,13 @@ def _first_filled(columns: dict, names: Iterable[str]) -> str | None:
 def encoded_image(columns: dict, column: str | None = None) -> str | bytes:
     """
     Return the path or the encoded bytes of a record's image, which may be a dictionary with either. The default column
-    is the first of `IMAGE_COLUMNS` that is filled.
+    is the first of `IMAGE_COLUMNS` that is filled. Records of tar files hold their images: a path there is refused.
     """
-    image = path_or_bytes(columns.get(column or _first_filled(columns, IMAGE_COLUMNS)))
-    return image if isinstance(image, bytes) else filled_text({**columns, "image": image}, "image")
+    name = column or _first_filled(columns, IMAGE_COLUMNS)
+    image = path_or_bytes(columns.get(name))
+    if isinstance(image, bytes):
+        return image
+    path = filled_text({**columns, "image": image}, "image")
+    if columns.get("image_root", "") is None:
+        raise BadRowError("no image in the tar file", f"{name} names another file, {path}")
+    return path

@@ -26,6 +26,7 @@ from trips_examples.data.collators import (
 )
 from trips_examples.data.images import without_decoding
 from trips_examples.data.loading import DataArguments, load_task_dataset, with_fitting_texts
+from trips_examples.data.records import read_records
 from trips_examples.data.streams import PairStream, find_shards
 from trips_examples.data.tasks import TASKS
 from trips_examples.training.models import make_processor
@@ -138,6 +139,33 @@ def test_rows_of_csv_that_quotes_or_commas_swallow_are_named(folder, content, nu
     (folder / "train.csv").write_text(content)
     with pytest.raises(ValueError, match=f"train.csv .*row {number}"):
         load("vqa", train_file=folder / "train.csv", skip_bad_rows=True)
+
+
+@pytest.mark.parametrize("image", ["{}", "{}.jpe", "{}.heic"])
+@pytest.mark.parametrize(("first", "last"), [('{},what?,"red', '{},what?,red"'), ('{},"what?,red', '{},what?",red')])
+def test_swallowed_rows_are_named_whatever_the_images_are_called(tmp_path, image, first, last):
+    lines = ["image,question,answer", *(f"{image.format(number)},what?,red" for number in range(10))]
+    lines[4] = first.format(image.format(3))
+    lines[7] = last.format(image.format(6))
+    file = tmp_path / "train.csv"
+    file.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="row 4"):
+        list(read_records(file))
+
+
+@pytest.mark.parametrize("caption", ["a dog\na cat, brown", "a dog,\na cat", "a dog\n"])
+def test_a_cell_of_csv_may_have_several_lines(tmp_path, caption):
+    file = tmp_path / "train.csv"
+    file.write_text(f'image,caption\n1.jpg,"{caption}"\n')
+    assert list(read_records(file)) == [(1, {"image": "1.jpg", "caption": caption})]
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_another_separator_than_a_comma_is_named(tmp_path, separator):
+    file = tmp_path / "train.csv"
+    file.write_text(f"image{separator}question{separator}answer\na.png{separator}what?{separator}red\n")
+    with pytest.raises(ValueError, match=f"separated by {separator!r}".replace("\\", "\\\\")):
+        list(read_records(file))
 
 
 def test_names_that_occur_twice_are_refused(folder):

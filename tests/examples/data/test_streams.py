@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import tarfile
+import tracemalloc
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -15,6 +16,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from trips_examples.data.streams import FileShard, PairStream, find_shards, hub_shards
 from trips_examples.data.tasks import Fault
+from trips_examples.indexing.sources import rows_of
 
 
 pytest.importorskip("webdataset")
@@ -264,6 +266,37 @@ def test_damaged_tar_files_are_named(tmp_path):
             take(PairStream(find_shards([str(path)])), 9)
     (tmp_path / "good.tar.gz").write_bytes(gzip.compress((tmp_path / "good.tar").read_bytes()))
     assert all(len(list(shard)) == 8 for shard in find_shards([f"{tmp_path}/good.tar*"]))
+
+
+@pytest.mark.parametrize("column", ["image", "image_path", "file_name", "picture"])
+def test_the_json_of_a_tar_file_names_no_local_file(tmp_path, column):
+    """Neither a stream nor an index reads a file that a stranger's tar file names."""
+    (tmp_path / "private.png").write_bytes(encoded("blue"))
+    described = {"caption": "a", column: str(tmp_path / "private.png"), "image_root": str(tmp_path)}
+    (shard,) = find_shards([str(write_tar(tmp_path / "a.tar", [{"json": described}]))])
+    image_column = "picture" if column == "picture" else None
+    stream = PairStream([shard], max_bad_share=1.0, image_column=image_column, log_folder=tmp_path)
+    with pytest.raises(ValueError, match="1 of the first 1 pairs are bad"):
+        take(stream, 1)
+    (row,) = rows_of(shard, image_column)
+    assert row["image"] is None and row["error"] is not None
+
+
+def test_a_huge_file_in_a_small_tar_file_is_not_read(tmp_path):
+    member = tarfile.TarInfo("bomb.png")
+    member.size = 300 << 20
+    zeros = bytes(1 << 20)
+    with gzip.open(tmp_path / "a.tar.gz", "wb", compresslevel=1) as file:
+        file.write(member.tobuf())
+        for _ in range(300):
+            file.write(zeros)
+        file.write(write_tar(tmp_path / "good.tar", [{"png": encoded(), "txt": "good"}]).read_bytes())
+    tracemalloc.start()
+    fault, record = find_shards([str(tmp_path / "a.tar.gz")])[0]
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert isinstance(fault, Fault) and fault.source.endswith("/bomb") and record["caption"] == "good"
+    assert most < 16 << 20
 
 
 def test_too_many_bad_pairs_stop_the_stream(tmp_path):

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from modeling_trips import TripsForQuestionAnswering, modeling_trips_vision
-from modeling_trips.patch_selection import Choice, keep_topk, log_scores, num_kept_tokens
+from modeling_trips.patch_selection import TokenChoice, keep_topk, log_scores, num_kept_tokens
 from trips_examples import run_vqa
 from trips_examples.data.busy_scenes import COLORS
 from trips_examples.data.collators import VqaCollator
@@ -80,10 +80,10 @@ class Way:
     def encode(self, collator: VqaCollator, images: list, image_index: list[int], rows: list[dict]) -> dict:
         return encode(collator, images, image_index, rows)
 
-    def choose(self, scores: torch.Tensor, keep_rate: float, *args) -> Choice:
+    def choose(self, scores: torch.Tensor, keep_rate: float, *args) -> TokenChoice:
         return choose_tokens(scores, keep_rate)
 
-    def shorten(self, tokens: torch.Tensor, scores: torch.Tensor, choice: Choice, fuse: bool) -> torch.Tensor:
+    def shorten(self, tokens: torch.Tensor, scores: torch.Tensor, choice: TokenChoice, fuse: bool) -> torch.Tensor:
         return shorten_tokens(tokens, scores, choice, fuse)
 
     def term(self, trainer: ImageGroupedTrainer, inputs: dict, outputs) -> torch.Tensor | float:
@@ -105,30 +105,30 @@ class Given(Way):
         scores = scores + 1e-6 * torch.rand_like(scores)  # equal ones in random order
         return {**batch, "given_scores": scores / scores.sum(dim=1, keepdim=True)}
 
-    def choose(self, scores: torch.Tensor, keep_rate: float, *args) -> Choice:
+    def choose(self, scores: torch.Tensor, keep_rate: float, *args) -> TokenChoice:
         return choose_tokens(self.scores, keep_rate)
 
-    def shorten(self, tokens: torch.Tensor, scores: torch.Tensor, choice: Choice, fuse: bool) -> torch.Tensor:
+    def shorten(self, tokens: torch.Tensor, scores: torch.Tensor, choice: TokenChoice, fuse: bool) -> torch.Tensor:
         return shorten_tokens(tokens, self.scores, choice, fuse)
 
 
 class Gumbel(Way):
     """Patches that are drawn by their scores; kept ones are weighted, see [`weights`]."""
 
-    def choose(self, scores: torch.Tensor, keep_rate: float, *args) -> Choice:
+    def choose(self, scores: torch.Tensor, keep_rate: float, *args) -> TokenChoice:
         if not scores.requires_grad:  # in evaluation
             return choose_tokens(scores, keep_rate)
         logits = log_scores(scores)
         self.noisy = logits - torch.empty_like(logits).exponential_().log()
         self.kept = keep_topk(self.noisy.detach(), num_kept_tokens(scores.shape[1], keep_rate))
-        return Choice(self.kept)
+        return TokenChoice(self.kept)
 
     def weights(self) -> torch.Tensor:
         """Return ones, `(batch_size, num_kept)`, with the gradient of the estimator."""
         share = (self.noisy / self.weight).softmax(dim=-1).gather(1, self.kept)
         return 1 + share - share.detach()
 
-    def shorten(self, tokens: torch.Tensor, scores: torch.Tensor, choice: Choice, fuse: bool) -> torch.Tensor:
+    def shorten(self, tokens: torch.Tensor, scores: torch.Tensor, choice: TokenChoice, fuse: bool) -> torch.Tensor:
         states = shorten_tokens(tokens, scores, choice, fuse)
         if not scores.requires_grad:
             return states
@@ -189,7 +189,7 @@ class Perturbed(Way):
         self.progress = trainer.state.global_step / trainer.state.max_steps
         return 0.0
 
-    def shorten(self, tokens: torch.Tensor, scores: torch.Tensor, choice: Choice, fuse: bool) -> torch.Tensor:
+    def shorten(self, tokens: torch.Tensor, scores: torch.Tensor, choice: TokenChoice, fuse: bool) -> torch.Tensor:
         states = shorten_tokens(tokens, scores, choice, fuse)
         if not scores.requires_grad:
             return states

@@ -145,8 +145,8 @@ class GuidedModel(nn.Module):
             targets = targets_of_attention(model, answered, num_answer_tokens)
         apply_patch_selection(model, f"{self.args.layer}:text:{self.args.keep_rate}", guide=self.guide)
         if self.args.teacher == "answers":
-            sampled_share = self.args.selection_gate if torch.is_grad_enabled() else 0.0
-            losses, selection = answer_losses(model, answered, num_answer_tokens, sampled_share)
+            probe_share = self.args.selection_gate if torch.is_grad_enabled() else 0.0
+            losses, selection = answer_losses(model, answered, num_answer_tokens, probe_share)
             targets = torch.zeros_like(selection.scores) if targets is None else targets
             is_counted = is_used = torch.ones_like(losses, dtype=torch.bool)
         else:

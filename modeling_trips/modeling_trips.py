@@ -157,7 +157,7 @@ class TripsModel(TripsPreTrainedModel):
                 vision.last_hidden_state,
                 attention_mask=attention_mask,
                 image_index=vision.image_index,
-                sampled=vision.sampled,
+                probed=vision.probed,
                 **kwargs,
             )
             fused_states, selection = fused.last_hidden_state, selection_rows(vision.selection, vision.image_index)

@@ -37,7 +37,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_trips import TripsDecoderConfig, TripsFusionConfig, TripsTextConfig
 from .modeling_trips_vision import (
-    SampledTokens,
+    ProbedTokens,
     TripsPreTrainedModel,
     attend_as_configured,
     bidirectional_mask,
@@ -46,7 +46,7 @@ from .modeling_trips_vision import (
     select_rows,
     split_heads,
 )
-from .patch_selection import Keys, gather_tokens
+from .patch_selection import KeyInfo, gather_tokens
 
 
 # Name of the keys and values in `generate` and in outputs: "cache" since Transformers 5.24.
@@ -144,19 +144,19 @@ class TripsTextSelfAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         source_states: torch.Tensor,
-        keys: Keys,
+        key_info: KeyInfo,
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`source_states` give keys and values."""
         query = split_heads(self.query(hidden_states), self.head_dim)
-        key, value = (select_rows(states, keys.index) for states in self.key_value(source_states, cache))
-        keys, implementation = keys.rows(keys.index), None
+        key, value = (select_rows(states, key_info.index) for states in self.key_value(source_states, cache))
+        key_info, implementation = key_info.rows(key_info.index), None
         # Flash attention would also drop queries by its mask, which is of shape (batch_size, key_length).
-        if self.is_cross_attention and isinstance(keys.mask, torch.Tensor) and keys.mask.dim() == 2:
-            keys, implementation = keys._replace(mask=keys.mask[:, None, None].bool()), "sdpa"
+        if self.is_cross_attention and isinstance(key_info.mask, torch.Tensor) and key_info.mask.dim() == 2:
+            key_info, implementation = key_info._replace(mask=key_info.mask[:, None, None].bool()), "sdpa"
         attn_output, attn_weights = attend_as_configured(
-            self, query, key, value, dropout=self.dropout.p, keys=keys, implementation=implementation, **kwargs
+            self, query, key, value, dropout=self.dropout.p, key_info=key_info, implementation=implementation, **kwargs
         )
         return attn_output.reshape(hidden_states.shape).contiguous(), attn_weights
 
@@ -203,10 +203,10 @@ class TripsTextAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         source_states: torch.Tensor,
-        keys: Keys,
+        key_info: KeyInfo,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        attn_output, _ = self.self(hidden_states, source_states, keys, **kwargs)
+        attn_output, _ = self.self(hidden_states, source_states, key_info, **kwargs)
         return self.output(attn_output, hidden_states)
 
 
@@ -232,10 +232,10 @@ class TripsTextLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        keys: Keys,
+        key_info: KeyInfo,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        hidden_states = self.attention(hidden_states, hidden_states, keys, **kwargs)
+        hidden_states = self.attention(hidden_states, hidden_states, key_info, **kwargs)
         return self.output(self.intermediate(hidden_states), hidden_states)
 
 
@@ -250,13 +250,15 @@ class TripsCrossLayer(TripsTextLayer):
         self,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
-        keys: Keys,
-        encoder_keys: Keys,
+        key_info: KeyInfo,
+        encoder_key_info: KeyInfo,
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        hidden_states = self.attention(hidden_states, hidden_states, keys, cache=cache, **kwargs)
-        hidden_states = self.crossattention(hidden_states, encoder_hidden_states, encoder_keys, cache=cache, **kwargs)
+        hidden_states = self.attention(hidden_states, hidden_states, key_info, cache=cache, **kwargs)
+        hidden_states = self.crossattention(
+            hidden_states, encoder_hidden_states, encoder_key_info, cache=cache, **kwargs
+        )
         return self.output(self.intermediate(hidden_states), hidden_states)
 
 
@@ -270,14 +272,14 @@ class TripsConnectedLayer(TripsTextLayer):
         self,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
-        encoder_keys: Keys,
+        encoder_key_info: KeyInfo,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mask of `encoder_keys` is that of all tokens."""
-        joint_states, keys = torch.cat((hidden_states, encoder_hidden_states), dim=1), encoder_keys
-        if keys.gate is not None:
-            keys = keys._replace(gate=nn.functional.pad(keys.gate, (hidden_states.shape[1], 0), value=1.0))
-        joint_states = super().forward(joint_states, keys, **kwargs)
+        """The mask of `encoder_key_info` is that of all tokens."""
+        joint_states, key_info = torch.cat((hidden_states, encoder_hidden_states), dim=1), encoder_key_info
+        if key_info.gate is not None:
+            key_info = key_info._replace(gate=nn.functional.pad(key_info.gate, (hidden_states.shape[1], 0), value=1.0))
+        joint_states = super().forward(joint_states, key_info, **kwargs)
         text_states, image_states = joint_states.split((hidden_states.shape[1], encoder_hidden_states.shape[1]), dim=1)
         return text_states, encoder_hidden_states + image_states
 
@@ -338,7 +340,7 @@ class TripsTextModel(TripsPreTrainedModel):
         hidden_states = self.embeddings(input_ids, token_type_ids, inputs_embeds, attention_mask=attention_mask)
         extended_mask = bidirectional_mask(self.config, attention_mask, inputs_embeds=hidden_states)
         for layer in self.encoder["layer"]:
-            hidden_states = layer(hidden_states, keys=Keys(extended_mask), **kwargs)
+            hidden_states = layer(hidden_states, key_info=KeyInfo(extended_mask), **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states, pooler_output=self.pooled(hidden_states, attention_mask)
         )
@@ -393,21 +395,21 @@ class TripsFusionModel(TripsPreTrainedModel):
         encoder_hidden_states: torch.FloatTensor,
         attention_mask: torch.Tensor | None = None,
         image_index: torch.LongTensor | None = None,
-        sampled: SampledTokens | None = None,
+        probed: ProbedTokens | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithCrossAttentions:
         r"""
         image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
             Text i reads row `image_index[i]` of `encoder_hidden_states`, so that image tokens which several texts
             have in common are projected to keys and values once. By default row i.
-        sampled ([`SampledTokens`], *optional*):
+        probed ([`ProbedTokens`], *optional*):
             In training with `selection_gate`, the dropped image tokens that take part for the gate.
         """
-        encoder_keys = Keys(index=image_index)
-        if sampled is not None:
-            encoder_hidden_states = torch.cat((encoder_hidden_states, sampled.states), dim=1)
-            encoder_keys = Keys(index=image_index, gate=sampled.gate, sampled=sampled.states.shape[1])
-        text_keys = Keys(bidirectional_mask(self.config, attention_mask, inputs_embeds=inputs_embeds))
+        encoder_key_info = KeyInfo(index=image_index)
+        if probed is not None:
+            encoder_hidden_states = torch.cat((encoder_hidden_states, probed.states), dim=1)
+            encoder_key_info = KeyInfo(index=image_index, gate=probed.gate, num_probed=probed.states.shape[1])
+        text_key_info = KeyInfo(bidirectional_mask(self.config, attention_mask, inputs_embeds=inputs_embeds))
         hidden_states, joint_mask = inputs_embeds, None
         if self.image_projection is not None:
             encoder_hidden_states = self.image_projection(encoder_hidden_states)
@@ -422,15 +424,19 @@ class TripsFusionModel(TripsPreTrainedModel):
         for layer in self.encoder["layer"]:
             if isinstance(layer, TripsConnectedLayer):
                 # From here on, each text has image tokens of its own.
-                encoder_hidden_states = select_rows(encoder_hidden_states, encoder_keys.index)
-                encoder_keys = encoder_keys.rows(encoder_keys.index)
-                joint_keys = encoder_keys._replace(mask=joint_mask)
+                encoder_hidden_states = select_rows(encoder_hidden_states, encoder_key_info.index)
+                encoder_key_info = encoder_key_info.rows(encoder_key_info.index)
+                joint_key_info = encoder_key_info._replace(mask=joint_mask)
                 hidden_states, encoder_hidden_states = layer(
-                    hidden_states, encoder_hidden_states, encoder_keys=joint_keys, **kwargs
+                    hidden_states, encoder_hidden_states, encoder_key_info=joint_key_info, **kwargs
                 )
             else:
                 hidden_states = layer(
-                    hidden_states, encoder_hidden_states, keys=text_keys, encoder_keys=encoder_keys, **kwargs
+                    hidden_states,
+                    encoder_hidden_states,
+                    key_info=text_key_info,
+                    encoder_key_info=encoder_key_info,
+                    **kwargs,
                 )
         return BaseModelOutputWithCrossAttentions(last_hidden_state=hidden_states)
 
@@ -484,9 +490,17 @@ class TripsDecoder(TripsPreTrainedModel):
                 inputs_embeds=hidden_states,
                 encoder_hidden_states=encoder_hidden_states,
             )
-        all_keys = {"keys": Keys(attention_mask), "encoder_keys": Keys(encoder_attention_mask)}
+        key_info = KeyInfo(attention_mask)
+        encoder_key_info = KeyInfo(encoder_attention_mask)
         for layer in self.encoder["layer"]:
-            hidden_states = layer(hidden_states, encoder_hidden_states, **all_keys, cache=cache, **kwargs)
+            hidden_states = layer(
+                hidden_states,
+                encoder_hidden_states,
+                key_info=key_info,
+                encoder_key_info=encoder_key_info,
+                cache=cache,
+                **kwargs,
+            )
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
 
 

@@ -42,8 +42,8 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_trips import LayerSelection, SelectionSchedule, TripsConfig, TripsVisionConfig
 from .patch_selection import (
     FUSED_TOKEN,
-    Choice,
-    Keys,
+    KeyInfo,
+    TokenChoice,
     attend,
     choose_tokens,
     num_kept_tokens,
@@ -292,14 +292,14 @@ class TripsVisionAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        keys: Keys,
+        key_info: KeyInfo,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
         query = split_heads(self.q_proj(hidden_states), self.head_dim)
         key = split_heads(self.k_proj(hidden_states), self.head_dim)
         value = split_heads(self.v_proj(hidden_states), self.head_dim)
         attn_output, attn_weights = attend_as_configured(
-            self, query, key, value, dropout=self.attention_dropout, keys=keys, **kwargs
+            self, query, key, value, dropout=self.attention_dropout, key_info=key_info, **kwargs
         )
         attn_output = self.o_proj(attn_output.reshape(hidden_states.shape).contiguous())
         return attn_output, attn_weights, query, key
@@ -316,7 +316,7 @@ class TripsVisionMLP(nn.Module):
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))
 
 
-class Texts(NamedTuple):
+class GuidingTexts(NamedTuple):
     """
     The texts of a pass through a vision tower.
 
@@ -353,27 +353,27 @@ class TripsVisionLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        keys: Keys,
-        texts: Texts,
+        key_info: KeyInfo,
+        texts: GuidingTexts,
         selection: LayerSelection | None = None,
-        sampled_share: float = 0.0,
+        probe_share: float = 0.0,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None, Choice | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, TokenChoice | None]:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(num_rows, texts.length + 1 + num_candidates, hidden_size)`)
-            keys ([`Keys`]): Padding, and the gate of an earlier layer, whose dropped tokens come last.
-            texts ([`Texts`]): With `image_index`, attention runs once per row, selection and MLP once per text.
+            key_info ([`KeyInfo`]): Padding, and the gate of an earlier layer, whose dropped tokens come last.
+            texts ([`GuidingTexts`]): With `image_index`, attention runs once per row, selection and MLP once per text.
             selection ([`LayerSelection`], *optional*): How the layer selects; by default it does not.
-            sampled_share (`float`, *optional*, defaults to 0.0): See [`choose_tokens`].
+            probe_share (`float`, *optional*, defaults to 0.0): See [`choose_tokens`].
 
         Returns:
             `(hidden_states, scores, choice)`; the last two are `None` without `selection`.
         """
-        attn_output, _, query, key = self.attention(self.layernorm_before(hidden_states), keys, **kwargs)
+        attn_output, _, query, key = self.attention(self.layernorm_before(hidden_states), key_info, **kwargs)
         hidden_states, scores, choice = hidden_states + self.dropout(attn_output), None, None
         if selection is not None:
-            start, end = texts.length + 1, hidden_states.shape[1] - keys.sampled
+            start, end = texts.length + 1, hidden_states.shape[1] - key_info.num_probed
             key = select_rows(key[:, :, start:end], texts.image_index)
             if selection.guidance == "random":
                 scores = random_scores(key.shape[0], key.shape[2], key.device)
@@ -381,13 +381,13 @@ class TripsVisionLayer(GradientCheckpointingLayer):
                 scores = score_tokens(self.guiding_query(query, selection, texts), key, self.attention.scaling)
             # Patches that an image draws made its models worse.
             draw = selection.guidance == "text" and (texts.embeds is not None or texts.length > 0)
-            choice = choose_tokens(scores, selection.keep_rate, sampled_share, draw)
+            choice = choose_tokens(scores, selection.keep_rate, probe_share, draw)
             hidden_states = select_rows(hidden_states, texts.image_index)
             hidden_states = shorten_tokens(hidden_states, scores, choice, self.config.fuse_inattentive_tokens)
         hidden_states = hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
         return hidden_states, scores, choice
 
-    def guiding_query(self, query: torch.Tensor, selection: LayerSelection, texts: Texts) -> torch.Tensor:
+    def guiding_query(self, query: torch.Tensor, selection: LayerSelection, texts: GuidingTexts) -> torch.Tensor:
         """Return the query of the token that scores the candidates, `(num_texts, num_heads, head_dim)`."""
         if selection.guidance != "text":
             return query[:, :, texts.length]  # the image's [CLS]
@@ -476,43 +476,43 @@ class ImageTokens(NamedTuple):
     The tokens between two layers of a vision tower.
 
     Args:
-        states (`torch.Tensor` of shape `(num_rows, text_length + 1 + num_candidates + num_sampled, hidden_size)`)
+        states (`torch.Tensor` of shape `(num_rows, text_length + 1 + num_candidates + num_probed, hidden_size)`)
         indices (`torch.LongTensor` of shape `(num_rows, num_candidates)`): The original index of each candidate, -1
             for a fused token.
-        keys ([`Keys`]): What attention needs to know about them.
+        key_info ([`KeyInfo`]): What attention needs to know about them.
         selection (`tuple(TripsSelection)`): What the layers before kept.
     """
 
     states: torch.Tensor
     indices: torch.Tensor
-    keys: Keys
+    key_info: KeyInfo
     selection: tuple[TripsSelection, ...] = ()
 
     def after(
-        self, states: torch.Tensor, scores: torch.Tensor, choice: Choice, image_index: torch.LongTensor | None
+        self, states: torch.Tensor, scores: torch.Tensor, choice: TokenChoice, image_index: torch.LongTensor | None
     ) -> "ImageTokens":
         """Return the tokens after a layer with this result, which gave each text a row of its own by `image_index`."""
-        keys, selection = self.keys.rows(image_index), selection_rows(self.selection, image_index)
+        key_info, selection = self.key_info.rows(image_index), selection_rows(self.selection, image_index)
         indices = select_rows(self.indices, image_index).to(choice.kept.device)  # layers may be on several devices
         selection = (*selection, TripsSelection(indices.gather(1, choice.kept), scores, indices))
-        start = self.states.shape[1] - self.indices.shape[1] - self.keys.sampled
-        num_sampled = self.keys.sampled if choice.sampled is None else choice.sampled.shape[1]
-        num_candidates, num_kept = states.shape[1] - start - num_sampled, choice.kept.shape[1]
+        start = self.states.shape[1] - self.indices.shape[1] - self.key_info.num_probed
+        num_probed = self.key_info.num_probed if choice.probed is None else choice.probed.shape[1]
+        num_candidates, num_kept = states.shape[1] - start - num_probed, choice.kept.shape[1]
         if choice.gate is not None:
             # Nothing scores the tokens before the kept ones and the fused token behind them: their gate is 1.
-            kept, sampled = choice.gate.split((num_kept, num_sampled), dim=1)
+            kept, probed = choice.gate.split((num_kept, num_probed), dim=1)
             kept = nn.functional.pad(kept, (start, num_candidates - num_kept), value=1.0)
-            keys = Keys(gate=torch.cat((kept, sampled), dim=1), sampled=num_sampled)
-        return ImageTokens(states, next_candidates(selection[-1], num_candidates), keys, selection)
+            key_info = KeyInfo(gate=torch.cat((kept, probed), dim=1), num_probed=num_probed)
+        return ImageTokens(states, next_candidates(selection[-1], num_candidates), key_info, selection)
 
 
-class SampledTokens(NamedTuple):
+class ProbedTokens(NamedTuple):
     """
     Dropped tokens that took part in training with `selection_gate`.
 
     Args:
-        states (`torch.Tensor` of shape `(num_rows, num_sampled, hidden_size)`): Their final states.
-        gate (`torch.Tensor` of shape `(num_rows, num_tokens + num_sampled)`): The gate of the other tokens and theirs.
+        states (`torch.Tensor` of shape `(num_rows, num_probed, hidden_size)`): Their final states.
+        gate (`torch.Tensor` of shape `(num_rows, num_tokens + num_probed)`): The gate of the other tokens and theirs.
     """
 
     states: torch.Tensor
@@ -531,13 +531,13 @@ class TripsVisionModelOutput(BaseModelOutputWithPooling):
     image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
         The row of each text in the other fields. `None` where text i has row i: without `image_index`, and where a
         text guides a layer.
-    sampled ([`SampledTokens`], *optional*):
+    probed ([`ProbedTokens`], *optional*):
         In training with `selection_gate`, the dropped tokens that took part for the gate.
     """
 
     selection: tuple[TripsSelection, ...] | None = None
     image_index: torch.LongTensor | None = None
-    sampled: SampledTokens | None = None
+    probed: ProbedTokens | None = None
 
 
 class TripsVisionEmbeddings(nn.Module):
@@ -656,7 +656,7 @@ class TripsVisionModel(TripsPreTrainedModel):
         schedule = self.resolve_schedule(schedule)
         stop = schedule.first_text_layer
         image_cache = self.embed_images(pixel_values)
-        tokens = self.run_layers(image_cache, schedule, Texts(), stop=stop, **kwargs)
+        tokens = self.run_layers(image_cache, schedule, GuidingTexts(), stop=stop, **kwargs)
         return replace(
             image_cache,
             hidden_states=tokens.states,
@@ -664,14 +664,14 @@ class TripsVisionModel(TripsPreTrainedModel):
             selection=tokens.selection,
             next_layer=stop,
             schedule=schedule.before(stop),
-            gate=tokens.keys.gate,
+            gate=tokens.key_info.gate,
         )
 
     def run_layers(
         self,
         image_cache: TripsImageCache,
         schedule: SelectionSchedule,
-        texts: Texts,
+        texts: GuidingTexts,
         stop: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ImageTokens:
@@ -680,8 +680,8 @@ class TripsVisionModel(TripsPreTrainedModel):
         that `texts` score gives each text a row of its own.
         """
         states, indices = image_cache.hidden_states, image_cache.candidate_indices
-        keys = Keys(gate=image_cache.gate, sampled=states.shape[1] - texts.length - 1 - indices.shape[1])
-        tokens = self.mask_padding(ImageTokens(states, indices, keys, image_cache.selection), texts)
+        key_info = KeyInfo(gate=image_cache.gate, num_probed=states.shape[1] - texts.length - 1 - indices.shape[1])
+        tokens = self.mask_padding(ImageTokens(states, indices, key_info, image_cache.selection), texts)
         gated_layer = self.gated_layer(schedule, math.prod(image_cache.grid_size))
         end = len(self.layers) + 1
         for number in range(image_cache.next_layer or end, stop or end):
@@ -689,10 +689,10 @@ class TripsVisionModel(TripsPreTrainedModel):
             index = texts.image_index if selection is not None and selection.guidance == "text" else None
             states, scores, choice = self.layers[number - 1](
                 tokens.states,
-                keys=tokens.keys,
+                key_info=tokens.key_info,
                 texts=texts._replace(image_index=index),
                 selection=selection,
-                sampled_share=self.config.selection_gate if number == gated_layer else 0.0,
+                probe_share=self.config.selection_gate if number == gated_layer else 0.0,
                 **kwargs,
             )
             if choice is None:
@@ -725,13 +725,13 @@ class TripsVisionModel(TripsPreTrainedModel):
             )
         return last
 
-    def mask_padding(self, tokens: ImageTokens, texts: Texts) -> ImageTokens:
+    def mask_padding(self, tokens: ImageTokens, texts: GuidingTexts) -> ImageTokens:
         """Mask the padding of the texts in a single stream, in the form of the attention in use."""
         if texts.attention_mask is None:
             return tokens
         mask = joint_padding_mask(texts.attention_mask, tokens.states.shape[1] - texts.length)
         mask = bidirectional_mask(self.config, mask, inputs_embeds=tokens.states)
-        return tokens._replace(keys=tokens.keys._replace(mask=mask))
+        return tokens._replace(key_info=tokens.key_info._replace(mask=mask))
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -760,19 +760,19 @@ class TripsVisionModel(TripsPreTrainedModel):
         is_guided = text_embeds is not None and schedule.first_text_layer is not None
         if is_guided and self.selection_projection is not None:
             text_embeds = self.selection_projection(text_embeds)
-        texts = Texts(text_embeds, image_index) if is_guided else Texts()
+        texts = GuidingTexts(text_embeds, image_index) if is_guided else GuidingTexts()
         tokens = self.run_layers(image_cache, schedule, texts, **kwargs)
-        hidden_states, sampled = self.layernorm(tokens.states), None
-        if tokens.keys.gate is not None:
-            num_tokens = hidden_states.shape[1] - tokens.keys.sampled
-            hidden_states, sampled_states = hidden_states[:, :num_tokens], hidden_states[:, num_tokens:]
-            sampled = SampledTokens(sampled_states, tokens.keys.gate)
+        hidden_states, probed = self.layernorm(tokens.states), None
+        if tokens.key_info.gate is not None:
+            num_tokens = hidden_states.shape[1] - tokens.key_info.num_probed
+            hidden_states, probed_states = hidden_states[:, :num_tokens], hidden_states[:, num_tokens:]
+            probed = ProbedTokens(probed_states, tokens.key_info.gate)
         return TripsVisionModelOutput(
             last_hidden_state=hidden_states,
             pooler_output=hidden_states[:, 0],
             selection=tokens.selection,
             image_index=None if is_guided else image_index,
-            sampled=sampled,
+            probed=probed,
         )
 
 
@@ -871,10 +871,10 @@ class TripsSingleStreamModel(TripsVisionModel):
         tokens = self.run_layers(
             replace(image_cache, hidden_states=self.join(text_states, image_cache.hidden_states)),
             self.resolve_schedule(schedule),
-            texts=Texts(length=text_length, attention_mask=attention_mask),
+            texts=GuidingTexts(length=text_length, attention_mask=attention_mask),
             **kwargs,
         )
-        hidden_states = self.layernorm(tokens.states[:, : tokens.states.shape[1] - tokens.keys.sampled])
+        hidden_states = self.layernorm(tokens.states[:, : tokens.states.shape[1] - tokens.key_info.num_probed])
         return TripsSingleStreamModelOutput(
             last_hidden_state=hidden_states[:, text_length:],
             pooler_output=hidden_states[:, text_length],

@@ -103,31 +103,31 @@ def fuse_tokens(tokens: torch.Tensor, scores: torch.Tensor, kept_positions: torc
     return torch.bmm(weights.to(tokens.dtype).unsqueeze(1), tokens).to(tokens.dtype)
 
 
-class Choice(NamedTuple):
+class TokenChoice(NamedTuple):
     """
     What one layer keeps of its candidates.
 
     Args:
         kept (`torch.LongTensor` of shape `(batch_size, num_kept)`): Positions of the kept candidates, ascending.
-        sampled (`torch.LongTensor` of shape `(batch_size, num_sampled)`, *optional*): Positions of dropped candidates
+        probed (`torch.LongTensor` of shape `(batch_size, num_probed)`, *optional*): Positions of dropped candidates
             that run beside the kept ones for the gate.
-        gate (`torch.Tensor` of shape `(batch_size, num_kept + num_sampled)`, *optional*): Their gate, see
+        gate (`torch.Tensor` of shape `(batch_size, num_kept + num_probed)`, *optional*): Their gate, see
             [`gate_of_best`] and [`gate_of_drawn`].
     """
 
     kept: torch.Tensor
-    sampled: torch.Tensor | None = None
+    probed: torch.Tensor | None = None
     gate: torch.Tensor | None = None
 
 
-def choose_tokens(scores: torch.Tensor, keep_rate: float, sampled_share: float = 0.0, draw: bool = False) -> Choice:
+def choose_tokens(scores: torch.Tensor, keep_rate: float, probe_share: float = 0.0, draw: bool = False) -> TokenChoice:
     """
     Decide which candidates are kept and, for the gate, which of the others also run.
 
     Args:
         scores (`torch.Tensor` of shape `(batch_size, num_candidates)`)
         keep_rate (`float`): Share of the candidates to keep, in (0, 1].
-        sampled_share (`float`, *optional*, defaults to 0.0): Share of the dropped candidates that also run, in [0, 1].
+        probe_share (`float`, *optional*, defaults to 0.0): Share of the dropped candidates that also run, in [0, 1].
             0: there is no gate.
         draw (`bool`, *optional*, defaults to `False`): Whether, with a gate, the kept candidates are drawn by their
             scores, as in [`draw_kept`], or are the best.
@@ -135,17 +135,17 @@ def choose_tokens(scores: torch.Tensor, keep_rate: float, sampled_share: float =
     num_candidates = scores.shape[1]
     num_kept = num_kept_tokens(num_candidates, keep_rate)
     if num_kept == num_candidates:
-        return Choice(torch.arange(num_candidates, device=scores.device).expand(scores.shape))
-    if sampled_share == 0:
-        return Choice(keep_topk(scores, num_kept))
+        return TokenChoice(torch.arange(num_candidates, device=scores.device).expand(scores.shape))
+    if probe_share == 0:
+        return TokenChoice(keep_topk(scores, num_kept))
     kept = (draw_kept if draw else keep_topk)(scores, num_kept)
-    sampled = draw_dropped(scores, kept, sampled_share)
-    positions = torch.cat((kept, sampled), dim=1)
+    probed = draw_probed(scores, kept, probe_share)
+    positions = torch.cat((kept, probed), dim=1)
     gate = gate_of_drawn(scores, positions) if draw else gate_of_best(scores, kept, positions)
-    return Choice(kept, sampled, gate)
+    return TokenChoice(kept, probed, gate)
 
 
-def shorten_tokens(tokens: torch.Tensor, scores: torch.Tensor, choice: Choice, fuse: bool = True) -> torch.Tensor:
+def shorten_tokens(tokens: torch.Tensor, scores: torch.Tensor, choice: TokenChoice, fuse: bool = True) -> torch.Tensor:
     """
     Shorten a sequence of p other tokens (here [CLS]) and n candidates to these p, the k kept candidates in their
     original order, with `fuse` one token for the rest, and the candidates that run for the gate.
@@ -153,12 +153,12 @@ def shorten_tokens(tokens: torch.Tensor, scores: torch.Tensor, choice: Choice, f
     Args:
         tokens (`torch.Tensor` of shape `(batch_size, p + n, hidden_size)`)
         scores (`torch.Tensor` of shape `(batch_size, n)`)
-        choice ([`Choice`]): Result of [`choose_tokens`]. If all are kept, `tokens` are returned unchanged, without a
-            fused token.
+        choice ([`TokenChoice`]): Result of [`choose_tokens`]. If all are kept, `tokens` are returned unchanged,
+            without a fused token.
         fuse (`bool`, *optional*, defaults to `True`): Whether the others become one token, or are dropped.
 
     Returns:
-        `torch.Tensor` of shape `(batch_size, p + k + 1 + num_sampled, hidden_size)` (`p + k + num_sampled` without
+        `torch.Tensor` of shape `(batch_size, p + k + 1 + num_probed, hidden_size)` (`p + k + num_probed` without
         `fuse`).
     """
     num_candidates = scores.shape[1]
@@ -168,15 +168,15 @@ def shorten_tokens(tokens: torch.Tensor, scores: torch.Tensor, choice: Choice, f
     parts = [others, gather_tokens(candidates, choice.kept)]
     if fuse:
         parts.append(fuse_tokens(candidates, scores, choice.kept))
-    if choice.sampled is not None:
-        parts.append(gather_tokens(candidates, choice.sampled))
+    if choice.probed is not None:
+        parts.append(gather_tokens(candidates, choice.probed))
     return torch.cat(parts, dim=1)
 
 
 # Attention, and the gate: scores that learn from the loss
 
 
-class Keys(NamedTuple):
+class KeyInfo(NamedTuple):
     """
     What attention needs to know about its keys. It travels where a mask alone would.
 
@@ -187,30 +187,33 @@ class Keys(NamedTuple):
             the keys, by default to row i.
         gate (`torch.Tensor` of shape `(num_rows, num_keys)`, *optional*): See [`gate_of_best`], [`gate_of_drawn`]. A
             key that nothing scores has a constant.
-        sampled (`int` or `torch.BoolTensor` of shape `(num_rows, num_keys)`, *optional*, defaults to 0): The dropped
-            tokens among the keys: the number of those at the end, or a mask.
+        num_probed (`int`, *optional*, defaults to 0): Number of dropped tokens at the end of the keys, which only
+            teach the gate.
+        is_probed (`torch.BoolTensor` of shape `(num_rows, num_keys)`, *optional*): The same as a mask, where they
+            stand between other keys.
     """
 
     mask: Any = None
     index: torch.Tensor | None = None
     gate: torch.Tensor | None = None
-    sampled: int | torch.Tensor = 0
+    num_probed: int = 0
+    is_probed: torch.Tensor | None = None
 
-    def rows(self, index: torch.Tensor | None) -> "Keys":
+    def rows(self, index: torch.Tensor | None) -> "KeyInfo":
         """Return these rows of the keys, by default all."""
         if index is None or self.gate is None:
             return self._replace(index=None)
         return self._replace(index=None, gate=self.gate.index_select(0, index.to(self.gate.device)))
 
 
-def draw_dropped(scores: torch.Tensor, kept_positions: torch.Tensor, share: float) -> torch.Tensor:
+def draw_probed(scores: torch.Tensor, kept_positions: torch.Tensor, share: float) -> torch.Tensor:
     """
     Return the positions of a random sample of the candidates that are not kept, without repetition: `(batch_size,
-    num_sampled)` with `num_sampled = ceil(share * num_dropped)` and a share in (0, 1].
+    num_probed)` with `num_probed = ceil(share * num_dropped)` and a share in (0, 1].
     """
-    num_sampled = num_kept_tokens(scores.shape[1] - kept_positions.shape[1], share)
+    num_probed = num_kept_tokens(scores.shape[1] - kept_positions.shape[1], share)
     # Numbers of [0, 1) are drawn for all, and the kept ones rank behind.
-    return torch.rand_like(scores).scatter(1, kept_positions, -1.0).topk(num_sampled, dim=-1).indices
+    return torch.rand_like(scores).scatter(1, kept_positions, -1.0).topk(num_probed, dim=-1).indices
 
 
 def gate_of_best(scores: torch.Tensor, kept_positions: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -279,7 +282,7 @@ def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    keys: Keys,
+    key_info: KeyInfo,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
@@ -292,25 +295,25 @@ def attend(
     Args:
         attention (`Callable`): Attention function, as of `ALL_ATTENTION_FUNCTIONS`.
         query, key, value (`torch.Tensor` of shape `(batch_size, num_heads, num_tokens, head_dim)`)
-        keys ([`Keys`]): With one row per query.
+        key_info ([`KeyInfo`]): With one row per query.
 
     Raises:
         ValueError: With a gate, the mask has another form, as FlashAttention and FlexAttention need it.
     """
-    if keys.gate is None:
-        return attention(module, query, key, value, keys.mask, **kwargs)
-    if keys.mask is not None and getattr(keys.mask, "ndim", 0) != 4:
+    if key_info.gate is None:
+        return attention(module, query, key, value, key_info.mask, **kwargs)
+    if key_info.mask is not None and getattr(key_info.mask, "ndim", 0) != 4:
         raise ValueError("With padding, `selection_gate` needs the attention implementation 'sdpa' or 'eager'.")
     states = tuple(tensor.detach() for tensor in (query, key, value))
-    mask = keys.mask
-    if isinstance(keys.sampled, int):
-        num_kept = key.shape[2] - keys.sampled
+    mask = key_info.mask
+    if key_info.is_probed is None:
+        num_kept = key.shape[2] - key_info.num_probed
         key, value, mask = key[:, :, :num_kept], value[:, :, :num_kept], None if mask is None else mask[..., :num_kept]
     else:
-        is_kept = ~keys.sampled[:, None, None]
+        is_kept = ~key_info.is_probed[:, None, None]
         mask = is_kept if mask is None else is_kept & mask
     attn_output, attn_weights = attention(module, query, key, value, mask, **kwargs)
-    gated = GateGradient.apply(attn_output, keys.gate, *states, keys.mask, kwargs["scaling"])
+    gated = GateGradient.apply(attn_output, key_info.gate, *states, key_info.mask, kwargs["scaling"])
     return gated, attn_weights
 
 

@@ -11,8 +11,8 @@ from ..configuration_trips import LayerSelection
 from ..modeling_trips_vision import TripsSelection
 from ..patch_selection import (
     FUSED_TOKEN,
-    Choice,
-    Keys,
+    KeyInfo,
+    TokenChoice,
     choose_tokens,
     random_scores,
     score_tokens,
@@ -170,8 +170,8 @@ class SelectionPass:
         self.shortened: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         # In training with a gate: share of the dropped units that also run; then what attention needs to know about
         # the tokens after the selection.
-        self.sampled_share = 0.0
-        self.keys = Keys()
+        self.probe_share = 0.0
+        self.key_info = KeyInfo()
 
     def record(self, layer: int, kept: torch.Tensor, candidates: torch.Tensor, scores: torch.Tensor):
         self.kept[layer], self.candidates[layer], self.scores[layer] = kept, candidates, scores
@@ -269,10 +269,10 @@ class SelectionLayer(ModuleWrapper):
         before = current.kept_before(self.number)
         is_image = shorten_mask(current.is_image, before, self.unit)
         scores = self.score_units(normed, query, is_image, is_whole=before is None)
-        choice = choose_tokens(scores, self.selection.keep_rate, current.sampled_share)
+        choice = choose_tokens(scores, self.selection.keep_rate, current.probe_share)
         num_candidates = scores.shape[1]
-        if choice.sampled is not None:
-            choice, current.keys = self.in_order(choice)
+        if choice.probed is not None:
+            choice, current.key_info = self.in_order(choice)
         if before is None:
             candidates = torch.arange(num_candidates, device=scores.device).expand(scores.shape)
         else:
@@ -285,16 +285,18 @@ class SelectionLayer(ModuleWrapper):
         units = shorten_tokens(units, scores, choice, self.fuse)
         return torch.cat([prefix, units.unflatten(2, (self.unit**2, -1)).flatten(1, 2)], dim=1)
 
-    def in_order(self, choice: Choice) -> tuple[Choice, Keys]:
-        """Return kept and sampled units as kept ones in order, as a grid needs them, and the gate of their tokens."""
-        kept, order = torch.cat([choice.kept, choice.sampled], dim=1).sort(dim=1)
+    def in_order(self, choice: TokenChoice) -> tuple[TokenChoice, KeyInfo]:
+        """Return kept and probed units as kept ones in order, as a grid needs them, and the gate of their tokens."""
+        kept, order = torch.cat([choice.kept, choice.probed], dim=1).sort(dim=1)
 
         def token_values(units: torch.Tensor, value: float) -> torch.Tensor:
             units = units.gather(1, order).repeat_interleave(self.unit**2, dim=1)
             return nn.functional.pad(units, (self.num_prefix_tokens, 0), value=value)
 
-        is_sampled = (torch.arange(order.shape[1], device=order.device) >= choice.kept.shape[1]).expand(order.shape)
-        return Choice(kept), Keys(gate=token_values(choice.gate, 1.0), sampled=token_values(is_sampled, False))
+        is_probed = (torch.arange(order.shape[1], device=order.device) >= choice.kept.shape[1]).expand(order.shape)
+        return TokenChoice(kept), KeyInfo(
+            gate=token_values(choice.gate, 1.0), is_probed=token_values(is_probed, False)
+        )
 
     def score_units(
         self, normed: torch.Tensor, query: torch.Tensor | None, is_image: torch.Tensor | None, is_whole: bool

@@ -6,7 +6,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..configuration_trips import SelectionSchedule
-from ..patch_selection import Choice, choose_tokens, gather_tokens, score_tokens, shorten_tokens
+from ..patch_selection import TokenChoice, choose_tokens, gather_tokens, score_tokens, shorten_tokens
 from .host import Host
 from .layers import ModuleWrapper, Projections, SelectionLayer, SelectionPass
 
@@ -111,7 +111,7 @@ class ViltSelectionLayer(SelectionLayer):
         query = torch.cat([query, torch.ones_like(query[..., :1])], dim=-1)
         return score_tokens(query, torch.cat([key, mask], dim=-1), scaling)
 
-    def choose(self, scores: torch.Tensor, numbers: torch.Tensor) -> tuple[Choice, torch.Tensor]:
+    def choose(self, scores: torch.Tensor, numbers: torch.Tensor) -> tuple[TokenChoice, torch.Tensor]:
         """
         Return the kept candidates, as many as in the longest row, and a mask of the rows that drop some, `(batch_size,
         1)`. Padding, not dropped patches, fills rows that keep fewer.

@@ -21,7 +21,7 @@ from modeling_trips.hosts.vlm.supervision import (
     targets_of_masks,
 )
 from modeling_trips.hosts.vlm.tower import CURRENT_PASS
-from modeling_trips.patch_selection import Keys, selection_loss
+from modeling_trips.patch_selection import KeyInfo, selection_loss
 
 
 PACKED_ANEW = ("llava_next", "llava_onevision")
@@ -106,7 +106,7 @@ def test_supervision_needs_the_unpruned_model_or_the_guide_alone():
         tokens, own = (4, None) if "text" not in schedule else (None, guide)
         apply_patch_selection(model, schedule, tokens, guide=own)
         with pytest.raises(ValueError):
-            answer_losses(model, inputs, [1, 1], sampled_share=0.2)
+            answer_losses(model, inputs, [1, 1], probe_share=0.2)
     apply_patch_selection(model, "1:image:0.5")
     with pytest.raises(ValueError):
         guided_selection(model, inputs)
@@ -145,7 +145,7 @@ def test_the_loss_of_answers_is_that_of_the_pruned_model(vlm, counts):
     inputs = make_inputs(vlm, counts)
     if vlm.name not in GATED:
         with pytest.raises(TypeError, match=type(model).__name__):
-            answer_losses(model, inputs, [2, 3], sampled_share=0.5)
+            answer_losses(model, inputs, [2, 3], probe_share=0.5)
         return
     expected = []
     labels = inputs["input_ids"].clone()
@@ -159,7 +159,7 @@ def test_the_loss_of_answers_is_that_of_the_pruned_model(vlm, counts):
     lengths = []
     handle = model.get_decoder().register_forward_hook(lambda *args: lengths.append(args[-1][0].shape[1]))
     own = [part.config._attn_implementation for part in (find_family(model).tower, model.get_decoder())]
-    losses, same = answer_losses(model, inputs, [2, 3], sampled_share=0.5)
+    losses, same = answer_losses(model, inputs, [2, 3], probe_share=0.5)
     answer_losses(model, inputs, [2, 3])
     handle.remove()
     assert lengths[0] > lengths[1]
@@ -175,7 +175,7 @@ def test_the_language_model_alone_teaches_the_last_layer():
     model, inputs = BY_NAME["llava"].make().requires_grad_(False), make_inputs(BY_NAME["llava"])
     guide = TextGuide.for_model(model)
     apply_patch_selection(model, "2:text:0.5", guide=guide)  # no layer of the tower follows
-    answer_losses(model, inputs, [2, 3], sampled_share=0.5)[0].sum().backward()
+    answer_losses(model, inputs, [2, 3], probe_share=0.5)[0].sum().backward()
     assert guide.query.weight.grad.abs().sum() > 0
 
 
@@ -184,7 +184,7 @@ def test_a_class_token_in_the_prompt_is_always_kept():
     vlm = replace(vlm, config={**vlm.config, "vision_feature_select_strategy": "full"}, tokens=65)
     model, guide = guided(vlm)
     inputs = make_inputs(vlm, [2, 1])
-    losses, _ = answer_losses(model, inputs, [2, 3], sampled_share=0.5)
+    losses, _ = answer_losses(model, inputs, [2, 3], probe_share=0.5)
     torch.testing.assert_close(losses, answer_losses(model, inputs, [2, 3])[0], rtol=1e-5, atol=1e-5)
 
 
@@ -195,8 +195,8 @@ def test_the_gate_in_a_causal_attention_is_that_of_a_loop():
     key, value = torch.randn(2, 2, 2, 5, 3, dtype=torch.float64).unbind()
     current = SelectionPass()
     gate = torch.rand(2, 5, dtype=torch.float64).requires_grad_()
-    is_sampled = torch.tensor([[False, True, False, True, False], [False, False, True, False, True]])
-    current.keys = Keys(gate=gate, sampled=is_sampled)
+    is_probed = torch.tensor([[False, True, False, True, False], [False, False, True, False, True]])
+    current.key_info = KeyInfo(gate=gate, is_probed=is_probed)
     mask = torch.ones(5, 5, dtype=torch.bool).tril().repeat(2, 1, 1, 1)
     mask[1, ..., 0] = False  # the first token of the second row is padding
     module = torch.nn.Module()
@@ -213,7 +213,7 @@ def test_the_gate_in_a_causal_attention_is_that_of_a_loop():
         seen = [j for j in range(i + 1) if mask[row, 0, i, j]]
         keys, values = key[row, head // 2], value[row, head // 2]
         powers = {j: (0.7 * query[row, head, i] @ keys[j]).exp() for j in seen}
-        kept = [j for j in seen if not is_sampled[row, j]]
+        kept = [j for j in seen if not is_probed[row, j]]
         out = sum(powers[j] * values[j] for j in kept) / max(1e-9, sum(powers[j] for j in kept))
         for j in seen:
             torch.testing.assert_close(output[row, i, head], out)

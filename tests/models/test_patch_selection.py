@@ -51,14 +51,14 @@ def test_candidates_are_drawn_by_their_scores():
 def test_drawn_candidates_are_kept_and_the_others_fused():
     torch.manual_seed(0)
     scores = SCORES.expand(20, -1)
-    choice = choose_tokens(scores, keep_rate=0.6, sampled_share=1.0, draw=True)
+    choice = choose_tokens(scores, keep_rate=0.6, probe_share=1.0, draw=True)
     selected = shorten_tokens(TOKENS.expand(20, -1, -1), scores, choice)
     assert len({tuple(row) for row in choice.kept.tolist()}) > 1
-    for row, own, sampled in zip(selected, choice.kept.tolist(), choice.sampled.tolist()):
-        assert own == sorted(set(own)) and sorted(own + sampled) == [*range(5)]
+    for row, own, probed in zip(selected, choice.kept.tolist(), choice.probed.tolist()):
+        assert own == sorted(set(own)) and sorted(own + probed) == [*range(5)]
         assert torch.equal(row[1:4], TOKENS[0, 1:][own])
-        torch.testing.assert_close(row[4], sum(SCORES[0, i] * TOKENS[0, 1 + i] for i in sampled))
-        assert torch.equal(row[5:], TOKENS[0, 1:][sampled])
+        torch.testing.assert_close(row[4], sum(SCORES[0, i] * TOKENS[0, 1 + i] for i in probed))
+        assert torch.equal(row[5:], TOKENS[0, 1:][probed])
     assert choice.gate.shape == (20, 5)
 
 

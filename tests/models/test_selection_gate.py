@@ -7,9 +7,9 @@ from tiny_models import CASES, Case, enable_checkpointing, gradients_of, kept_by
 from modeling_trips import TripsModel, patch_selection
 from modeling_trips.modeling_trips_vision import TripsVisionModel
 from modeling_trips.patch_selection import (
-    Keys,
+    KeyInfo,
     attend,
-    draw_dropped,
+    draw_probed,
     gate_of_best,
     gate_of_drawn,
     keep_topk,
@@ -68,8 +68,8 @@ def test_the_gradient_of_the_gate_is_that_of_a_loop(additive):
     mask[1, :, :, 0] = False
     module, scaling, num_kept = torch.nn.Module(), 0.7, 3
     given = torch.zeros(mask.shape).double().masked_fill(~mask, torch.finfo().min) if additive else mask
-    keys = Keys(given, gate=gate, sampled=4 - num_kept)
-    output, _ = attend(sdpa, module, query, key, value, keys, scaling=scaling)
+    key_info = KeyInfo(given, gate=gate, num_probed=4 - num_kept)
+    output, _ = attend(sdpa, module, query, key, value, key_info, scaling=scaling)
     weights = torch.randn_like(output)
     (output * weights).sum().backward()
 
@@ -125,7 +125,7 @@ def test_dropped_candidates_are_sampled_at_random():
     torch.manual_seed(0)
     scores = torch.tensor([[0.3, 0.02, 0.2, 0.05, 0.4, 0.03]])  # kept: 0, 2, 4
     kept, num_rows = torch.tensor([[0, 2, 4]]), 6000
-    calls = [draw_dropped(scores.expand(num_rows, -1), kept.expand(num_rows, -1), share=0.3) for _ in range(2)]
+    calls = [draw_probed(scores.expand(num_rows, -1), kept.expand(num_rows, -1), share=0.3) for _ in range(2)]
     assert calls[0].shape == (num_rows, 1) and not torch.equal(*calls)
     for sample in calls:  # each about equally often, whatever its score: a share of 1 / 3, +- 5 standard deviations
         shares = torch.bincount(sample[:, 0], minlength=6) / num_rows
@@ -150,10 +150,10 @@ def test_only_training_with_gradients_has_a_gate():
     tower: TripsVisionModel = model.model.vision_model
     inputs = QUESTIONS.make_inputs(training=True)
     expected = kept_by(model(**inputs))
-    assert tower(inputs["pixel_values"]).sampled is None
-    assert tower.train()(inputs["pixel_values"]).sampled is not None
+    assert tower(inputs["pixel_values"]).probed is None
+    assert tower.train()(inputs["pixel_values"]).probed is not None
     with torch.no_grad():  # a model that was left in training mode keeps the best
-        assert tower(inputs["pixel_values"]).sampled is None
+        assert tower(inputs["pixel_values"]).probed is None
         assert kept_by(model.train()(**inputs)) == expected
 
 
@@ -168,10 +168,10 @@ def test_the_last_layer_that_drops_patches_learns(guidance):
         last, vision = outputs.selection[-1], outputs.vision_model_output
         assert last.scores.shape[1] == last.kept_indices.shape[1] == 40
         assert torch.equal(last.kept_indices[:, -1], torch.full((4,), -1))
-        assert (vision.last_hidden_state.shape[1], vision.sampled.states.shape[1]) == (41, 8)  # ceil(0.3 * 25)
-        vision.sampled.gate.retain_grad()
+        assert (vision.last_hidden_state.shape[1], vision.probed.states.shape[1]) == (41, 8)  # ceil(0.3 * 25)
+        vision.probed.gate.retain_grad()
         loss_of(outputs).backward()
-        assert (vision.sampled.gate.grad[:, 1:] != 0).all()
+        assert (vision.probed.gate.grad[:, 1:] != 0).all()
 
 
 @pytest.mark.parametrize("fields", [{"keep_rate": 0.99}, {"selection_guidance": "random"}], ids=str)

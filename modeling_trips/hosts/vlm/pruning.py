@@ -123,11 +123,11 @@ def prune(
     at_exit: ExitSelection,
     in_tower: bool = False,
     guide: TextGuide | None = None,
-    sampled_share: float = 0.0,
+    probe_share: float = 0.0,
 ) -> tuple[dict, list[torch.Tensor], SelectionPass | None]:
     """
     Apply the selections inside and after the tower. Return the inputs, the kept visual tokens per image, and the
-    selections of the tower's layers. `sampled_share` of the dropped units are kept, too, see `SelectionPass`.
+    selections of the tower's layers. `probe_share` of the dropped units are kept, too, see `SelectionPass`.
     """
     if inputs.get("pixel_values_videos") is not None:
         raise ValueError("Patch selection does not support videos, got `pixel_values_videos`.")
@@ -142,7 +142,7 @@ def prune(
     current = family.begin_pass(inputs) if in_tower else None
     if current is not None and guide is not None:
         current.query = guide(*prompts.text)[prompts.row_of_images()]
-        current.sampled_share = sampled_share
+        current.probe_share = probe_share
     output = family.encode(inputs, current)
     groups = list(output.pooler_output)
     sizes = [len(group) for group in groups]

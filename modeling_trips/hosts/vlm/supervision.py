@@ -18,7 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...modeling_trips_vision import TripsSelection
-from ...patch_selection import Keys, attend, choose_tokens
+from ...patch_selection import KeyInfo, attend, choose_tokens
 from ..apply import record_patch_selection
 from ..layers import SelectionPass, selecting_layers
 from .families import Family, LlavaNext, find_family
@@ -134,23 +134,23 @@ def targets_of_attention(model: PreTrainedModel, inputs: Mapping, num_answer_tok
 
 
 def answer_losses(
-    model: PreTrainedModel, inputs: Mapping, num_answer_tokens: Sequence[int], sampled_share: float = 0.0
+    model: PreTrainedModel, inputs: Mapping, num_answer_tokens: Sequence[int], probe_share: float = 0.0
 ) -> tuple[torch.Tensor, TripsSelection]:
     """
     Return the mean cross-entropy of each row's answer tokens, `(batch_size,)`, and the selection of the guide's layer.
 
-    The values are those of the pruned model. With `sampled_share`, in [0, 1], a random sample of the dropped units
+    The values are those of the pruned model. With `probe_share`, in [0, 1], a random sample of the dropped units
     runs through the rest of the tower and the language model. No token attends to them, but the losses have a gradient
     to the scores of the units that run: see [`attend`]. Inputs are as in [`targets_of_attention`].
 
     Raises:
-        TypeError: `sampled_share` is not 0, and the gate is not supported for the model.
-        ValueError: The guide's layer is not the only selection, or drops nothing that `sampled_share` could run.
+        TypeError: `probe_share` is not 0, and the gate is not supported for the model.
+        ValueError: The guide's layer is not the only selection, or drops nothing that `probe_share` could run.
     """
     family, selection = find_family(model), selection_of(model)
-    # A window of the language model would count the sampled tokens.
+    # A window of the language model would count the probed tokens.
     has_window = getattr(family.config.get_text_config(), "sliding_window", None) is not None
-    if sampled_share > 0 and (has_window or not family.has_gate):
+    if probe_share > 0 and (has_window or not family.has_gate):
         raise TypeError(f"Learning from answers is not supported for {type(model).__name__}. Use another teacher.")
     is_guided = selection is not None and selection.guide is not None
     if not is_guided or len(selection.schedule.layers) > 1 or selection.at_exit != ExitSelection():
@@ -159,13 +159,13 @@ def answer_losses(
     counts = torch.tensor(num_answer_tokens, device=ids.device)
     is_prompt = torch.arange(ids.shape[1], 0, -1, device=ids.device) > counts[:, None]
     inputs = {**inputs, "labels": ids.masked_fill(is_prompt, -100)}
-    gated = [family.tower, model.get_decoder()] if sampled_share > 0 else []
+    gated = [family.tower, model.get_decoder()] if probe_share > 0 else []
     with _attention("trips_gate", _attend_gated, *gated):
         pruned, _, current = prune(
-            family, inputs, selection.at_exit, in_tower=True, guide=selection.guide, sampled_share=sampled_share
+            family, inputs, selection.at_exit, in_tower=True, guide=selection.guide, probe_share=probe_share
         )
         labels = pruned.pop("labels")[:, -longest:]
-        if current.keys.gate is not None:
+        if current.key_info.gate is not None:
             _gate_prompt(family, pruned, current)
         elif gated:
             raise ValueError(f"A layer that learns must drop patches, got {selection.schedule}. Lower its keep rate.")
@@ -177,14 +177,14 @@ def answer_losses(
     losses = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels, reduction="none")
     (layer,) = selecting_layers(model)
     recorded = layer.recorded(current)
-    if current.keys.gate is not None:  # not all units that ran
+    if current.key_info.gate is not None:  # not all units that ran
         recorded.kept_indices = choose_tokens(recorded.scores, layer.selection.keep_rate).kept
     return losses.sum(dim=1) / counts, recorded
 
 
 def _gate_prompt(family: Family, pruned: dict, current: SelectionPass):
-    """Give the tokens of the prompt the gate of the tower's, and positions that do not count the sampled ones."""
-    ids, keys, num_images = pruned["input_ids"], current.keys, len(current.keys.gate)
+    """Give the tokens of the prompt the gate of the tower's, and positions that do not count the probed ones."""
+    ids, key_info, num_images = pruned["input_ids"], current.key_info, len(current.key_info.gate)
     is_visual = ids == family.image_token_id
     num_units = current.kept_before().shape[1]
     num_others = int(is_visual.sum()) // num_images - num_units  # LLaVA may pass the tower's [CLS]
@@ -194,9 +194,10 @@ def _gate_prompt(family: Family, pruned: dict, current: SelectionPass):
         units = nn.functional.pad(units, (num_others, 0), value=value)
         return units.new_full(ids.shape, value).masked_scatter(is_visual, units)
 
-    current.keys = Keys(gate=prompt_values(keys.gate, 1.0), sampled=prompt_values(keys.sampled, False))
+    is_probed = prompt_values(key_info.is_probed, False)
+    current.key_info = KeyInfo(gate=prompt_values(key_info.gate, 1.0), is_probed=is_probed)
     mask = pruned.setdefault("attention_mask", torch.ones_like(ids))
-    pruned["position_ids"] = ((mask * ~current.keys.sampled).cumsum(dim=1) - 1).clamp(min=0)
+    pruned["position_ids"] = ((mask * ~is_probed).cumsum(dim=1) - 1).clamp(min=0)
 
 
 @contextmanager
@@ -221,5 +222,5 @@ def _causal_mask(*args, **kwargs) -> torch.Tensor | None:
 def _attend_gated(module: nn.Module, query, key, value, attention_mask, scaling=None, **kwargs):
     """Call SDPA on the keys of the pass."""
     current = CURRENT_PASS.get()
-    keys = (Keys() if current is None else current.keys)._replace(mask=attention_mask)
-    return attend(sdpa_attention_forward, module, query, key, value, keys=keys, scaling=scaling, **kwargs)
+    key_info = (KeyInfo() if current is None else current.key_info)._replace(mask=attention_mask)
+    return attend(sdpa_attention_forward, module, query, key, value, key_info=key_info, scaling=scaling, **kwargs)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ...modeling_trips_vision import TripsSelection
-from ...patch_selection import Choice, choose_tokens, shorten_tokens
+from ...patch_selection import TokenChoice, choose_tokens, shorten_tokens
 from ..layers import PADDING, Projections, SelectionLayer, SelectionPass
 from ..vision import ClipLayer
 
@@ -147,7 +147,7 @@ class PackedLayer(TowerLayer):
         current.record(self.number, candidates[positions], candidates, rows)
         current.num_kept[self.number] = [len(own) for own in kept]
         units = hidden_states.unflatten(0, (-1, size)).flatten(1)[None]
-        units = shorten_tokens(units, torch.cat(rows, dim=1), Choice(positions[None]), fuse=False)
+        units = shorten_tokens(units, torch.cat(rows, dim=1), TokenChoice(positions[None]), fuse=False)
         return units[0].unflatten(1, (size, -1)).flatten(0, 1)
 
     def recorded(self, current: SelectionPass) -> TripsSelection:

@@ -1,0 +1,212 @@
+"""Annotation files in the official forms: the scripts refuse them, and their conversion has the rows of each task."""
+
+import json
+from pathlib import Path
+
+import PIL.Image
+import pytest
+from loading import load
+
+from trips_examples.convert_annotations import main
+
+
+COCO_NAMES = {number: f"COCO_train2014_{number:012d}.jpg" for number in (9, 25)}
+QUESTIONS = {
+    "info": {"version": "2.0"},
+    "task_type": "Open-Ended",
+    "data_type": "mscoco",
+    "license": {},
+    "data_subtype": "train2014",
+    "questions": [
+        {"image_id": 9, "question": "What is it?", "question_id": 9000},
+        {"image_id": 25, "question": "How many?", "question_id": 25001},
+    ],
+}
+ANNOTATIONS = {
+    "info": {"version": "2.0"},
+    "license": {},
+    "data_subtype": "train2014",
+    "annotations": [
+        {
+            "question_type": "how many",
+            "multiple_choice_answer": "2",
+            "answers": [{"answer": answer, "answer_confidence": "yes", "answer_id": 1} for answer in ("2", "two")],
+            "image_id": 25,
+            "answer_type": "number",
+            "question_id": 25001,
+        },
+    ],
+    "data_type": "mscoco",
+}
+CAPTIONS = {
+    "info": {"year": 2014},
+    "images": [{"id": number, "file_name": name, "height": 8, "width": 8} for number, name in COCO_NAMES.items()],
+    "licenses": [],
+    "annotations": [
+        {"image_id": 25, "id": 1, "caption": "A giraffe."},
+        {"image_id": 9, "id": 2, "caption": "Food."},
+        {"image_id": 25, "id": 3, "caption": "Two giraffes."},
+    ],
+}
+KARPATHY = {
+    "images": [
+        {
+            "filepath": "train2014",
+            "sentids": [1],
+            "filename": COCO_NAMES[number],
+            "imgid": 0,
+            "split": split,
+            "sentences": [{"tokens": ["food"], "raw": "Food.", "imgid": 0, "sentid": 1}],
+            "cocoid": number,
+        }
+        for number, split in ((9, "restval"), (25, "val"))
+    ],
+    "dataset": "coco",
+}
+STATEMENTS = [
+    {
+        "sentence": "There are two dogs.",
+        "left_url": "https://a/1.jpg",
+        "right_url": "https://a/2.jpg",
+        "identifier": "train-10171-0-0",
+        "label": label,
+        "directory": 34,
+        "synset": "dog",
+    }
+    for label in ("False", "True")
+]
+INSTANCES = {
+    "info": {},
+    "images": [{"id": 9, "file_name": COCO_NAMES[9], "height": 8, "width": 8}],
+    "licenses": [],
+    "annotations": [{"id": 7, "image_id": 9, "bbox": [1.0, 2.0, 3.0, 4.0], "category_id": 1, "area": 12.0}],
+    "categories": [{"id": 1, "name": "person"}],
+}
+REFS = [
+    {
+        "sent_ids": [0, 1],
+        "file_name": "COCO_train2014_000000000009_7.jpg",
+        "ann_id": 7,
+        "ref_id": 0,
+        "image_id": 9,
+        "split": "testA",
+        "sentences": [{"tokens": [], "raw": "THE LADY", "sent_id": 0, "sent": text} for text in ("the lady", "left")],
+        "category_id": 1,
+    }
+]
+CONVERSATIONS = [
+    {
+        "id": "000000000009",
+        "image": "coco/train2017/000000000009.jpg",
+        "conversations": [
+            {"from": "human", "value": "<image>\nWhat is it?"},
+            {"from": "gpt", "value": "Food."},
+            {"from": "human", "value": "Is it hot?"},
+            {"from": "gpt", "value": "Yes."},
+        ],
+    },
+    {"id": "text", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+]
+# The task of the rows, the contents of the files, the name of the written file, and the expected rows.
+CASES = {
+    "vqa": (
+        "vqa",
+        {"questions.json": QUESTIONS, "annotations.json": ANNOTATIONS},
+        "annotations.jsonl",
+        [{"question": "How many?", "answers": ["2", "two"], "question_id": "25001", "kind": "number"}],
+    ),
+    "captions": (
+        "captions",
+        {"captions_train2014.json": CAPTIONS},
+        "captions_train2014.jsonl",
+        [{"caption": "Food."}, {"caption": "A giraffe."}, {"caption": "Two giraffes."}],
+    ),
+    "karpathy": ("captions", {"dataset_coco.json": KARPATHY}, "train.jsonl", [{"caption": "Food."}]),
+    "nlvr2": (
+        "nlvr2",
+        {"train.json": STATEMENTS},
+        "train.jsonl",
+        [{"statement": "There are two dogs.", "label": label} for label in (0, 1)],
+    ),
+    "refcoco": (
+        "grounding",
+        {"instances.json": INSTANCES, "refs.json": REFS},
+        "testA.jsonl",
+        [{"expression": text, "box": [1, 2, 4, 6]} for text in ("the lady", "left")],
+    ),
+    "llava": (
+        "vqa",
+        {"llava.json": CONVERSATIONS},
+        "llava.jsonl",
+        [{"question": "What is it?", "answers": ["Food."]}, {"question": "Is it hot?", "answers": ["Yes."]}],
+    ),
+}
+IMAGES = [
+    *COCO_NAMES.values(),
+    *(f"train2014/{name}" for name in COCO_NAMES.values()),
+    *(f"34/train-10171-0-img{side}.png" for side in (0, 1)),
+    "coco/train2017/000000000009.jpg",
+]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for name in IMAGES:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.new("RGB", (8, 8)).save(tmp_path / name)
+    return tmp_path
+
+
+def write(folder: Path, contents: dict) -> list[str]:
+    for name, value in contents.items():
+        has_lines = value is STATEMENTS  # as NLVR2 has them
+        text = "\n".join(map(json.dumps, value)) if has_lines else json.dumps(value)
+        (folder / name).write_text(text)
+    return [str(folder / name) for name in contents]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_training_scripts_read_what_it_writes(folder, name):
+    task, contents, written, expected = CASES[name]
+    files = write(folder, contents)
+    main(["--files", *files, "--output_dir", str(folder / "converted")])
+    rows = load(task, train_file=folder / "converted" / written, image_root=folder)["train"]
+    found = [{column: row[column] for column in expected[0]} for row in rows]
+    assert found == expected
+    with pytest.raises(FileExistsError):
+        main(["--files", *files, "--output_dir", str(folder / "converted")])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_scripts_recognize_official_files_and_name_the_conversion(folder, name):
+    task, contents, _, _ = CASES[name]
+    for file in write(folder, contents):
+        with pytest.raises(ValueError, match="convert_annotations.py") as raised:
+            load(task, train_file=file)
+        assert file in str(raised.value)
+
+
+def test_files_of_several_lines_and_lists_are_recognized(folder):
+    (folder / "captions.json").write_text(json.dumps(CAPTIONS, indent=2))
+    (folder / "llava.jsonl").write_text("\n".join(map(json.dumps, CONVERSATIONS)))
+    for name in ("captions.json", "llava.jsonl"):
+        with pytest.raises(ValueError, match="convert_annotations.py"):
+            load("captions", train_file=folder / name)
+
+
+@pytest.mark.parametrize(
+    ("contents", "named"),
+    [
+        ({"questions.json": QUESTIONS}, "annotations of VQAv2"),
+        ({"captions.json": CAPTIONS, "refs.json": REFS}, "captions of COCO"),
+        ({"rows.json": [{"image": "a.png", "caption": "a"}]}, "rows.json"),
+        ({"empty.json": []}, "empty.json"),
+        ({"questions.json": {**QUESTIONS, "questions": []}, "annotations.json": ANNOTATIONS}, "25001"),
+        ({"instances.json": {**INSTANCES, "annotations": []}, "refs.json": REFS}, "7"),
+        ({"llava.json": [{**CONVERSATIONS[0], "conversations": [{"from": "gpt", "value": "a"}]}]}, "000000000009"),
+    ],
+)
+def test_files_that_do_not_fit_are_named(folder, contents, named):
+    with pytest.raises(ValueError, match=named):
+        main(["--files", *write(folder, contents), "--output_dir", str(folder / "converted")])
+    assert not (folder / "converted").exists()

@@ -1,0 +1,61 @@
+"""`benchmarks/images/make_cards.py`: named images side by side, with questions that need no region."""
+
+import json
+import random
+
+import make_cards
+import PIL.Image
+from make_cards import COLORS, draw_card, questions
+from make_scenes import read_pictures
+
+
+def write_pictures(folder):
+    """Write six plain images, each of one color and named by it."""
+    for color in ("black", "white", "orange", "purple", "brown", "pink"):
+        picture = PIL.Image.new("RGBA", (40, 40))
+        picture.paste(color, (5, 5, 35, 25))
+        picture.save(folder / f"{color}.png")
+
+
+def test_questions_follow_the_order_of_the_things():
+    shown, names = ["owl", "cat", "bat"], ["ant", "bat", "cat", "owl"]
+    rows = [*questions(shown, "red", names, random.Random(0))]
+    answers = {row["question"]: row["answer"] for row in rows}
+    assert answers["what is on the left?"] == "owl"
+    assert answers["what is on the right?"] == "bat"
+    assert answers["how many things are there?"] == "three"
+    assert answers["is there an ant?"] == "no"
+    assert answers["what color is the card?"] == "red"
+    assert sorted(answer for question, answer in answers.items() if question.startswith("is there")) == ["no", "yes"]
+    assert len(rows) == 6
+    one = [row["question"] for row in questions(["owl"], "red", names, random.Random(0))]
+    assert "what is on the left?" not in one
+
+
+def test_things_stand_from_left_to_right(tmp_path):
+    write_pictures(tmp_path)
+    pictures = {picture.name: picture for picture in read_pictures(tmp_path)}
+    shown = [pictures[name] for name in ("black", "orange", "white")]
+    for seed in range(20):
+        card = draw_card(shown, "blue", 112, random.Random(seed))
+        assert card.size == (112, 112)
+        columns = {}
+        for color, rgb in (("black", (0, 0, 0)), ("orange", (255, 165, 0)), ("white", (255, 255, 255))):
+            xs = [x for x in range(112) for y in range(112) if card.getpixel((x, y)) == rgb]
+            columns[color] = (min(xs), max(xs))
+        assert columns["black"][1] < columns["orange"][0]
+        assert columns["orange"][1] < columns["white"][0]
+
+
+def test_files(tmp_path):
+    pictures, folder = tmp_path / "pictures", tmp_path / "cards"
+    pictures.mkdir()
+    write_pictures(pictures)
+    sizes = ["--train_cards", "5", "--validation_cards", "2", "--test_cards", "3"]
+    make_cards.main(["--pictures", str(pictures), "--output_dir", str(folder), *sizes])
+    for split, number in (("train", 5), ("validation", 2), ("test", 3)):
+        rows = [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
+        assert len({row["image"] for row in rows}) == number
+        assert all((folder / row["image"]).is_file() for row in rows)
+        assert {row["kind"] for row in rows} <= {"side", "count", "presence", "color"}
+        assert {row["answer"] for row in rows if row["kind"] == "color"} <= COLORS.keys()

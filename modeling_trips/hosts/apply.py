@@ -14,9 +14,9 @@ from .vilt import Vilt
 from .vision import BridgeTower, Timm, VisionTower
 from .vlm.families import FAMILIES, Family, find_family
 from .vlm.guide import TextGuide
-from .vlm.pruning import ExitSelection
 from .vlm.scoring import Scorer
 from .vlm.tower import TowerLayer
+from .vlm.visual_tokens import ExitSelection
 from .vlm.wrapper import check_generative, prune_calls, selection_of
 
 

@@ -89,20 +89,10 @@ class TripsVlmForConditionalGeneration(SelectingModel, TransformersMultiModalFor
         tiles = counts if grids is None else [1] * len(grids)
         if questions is not None:
             questions = [own for own, number in zip(questions, tiles) for _ in range(number)]
-        current = self.family.begin_pass(inputs)
-        current.query = self.query(questions)
-        groups = list(self.family.encode(inputs, current).pooler_output)
-        kept = [torch.arange(len(group), device=group.device) for group in groups]
-        if current.kept:
-            kept = self.family.kept_tokens([len(group) for group in groups], inputs, current)
-            groups = [group[positions] for group, positions in zip(groups, kept)]
-        if len(groups) < sum(tiles):  # Idefics3: the tiles of all images are one group
-            groups = [*torch.cat(groups).unflatten(0, (sum(tiles), -1))]
-        groups, chosen = self.select_tokens(groups, questions)
+        tokens = self.visual_tokens(inputs, questions)
         if grids is not None:
-            kept = [tokens if own is None else tokens[own] for tokens, own in zip(kept, chosen)]
-            return [*map(self.with_places, groups, kept, grids.tolist())]
-        return [torch.cat(groups[end - number : end]) for end, number in zip(accumulate(tiles), tiles)]
+            return [*map(self.with_places, tokens.features, tokens.positions, grids.tolist())]
+        return [torch.cat(tokens.features[end - number : end]) for end, number in zip(accumulate(tiles), tiles)]
 
     def with_places(self, tokens: torch.Tensor, kept: torch.Tensor, grid: list[int]) -> torch.Tensor:
         """Append the row and the column of each token, whose bits survive in any dtype."""

@@ -14,8 +14,8 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs, PromptUpdateDetails
 
 from ..hosts.vlm.families import Family
-from ..hosts.vlm.pruning import select_at_exit
 from ..hosts.vlm.tower import TowerLayer
+from ..hosts.vlm.visual_tokens import VisualTokens
 from .settings import ServingSettings, find_question, split_calls
 
 
@@ -147,12 +147,13 @@ class SelectingModel(nn.Module):
         mask = torch.arange(ids.shape[1]) < torch.tensor([[len(question)] for question in questions])
         return self.embed_input_ids(ids.flatten()).unflatten(0, ids.shape), mask.to(ids.device)
 
-    def select_tokens(
-        self, groups: Sequence[torch.Tensor], questions: Sequence[torch.Tensor] | None
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+    def visual_tokens(self, inputs: Mapping, questions: Sequence[torch.Tensor] | None) -> VisualTokens:
         """
-        Select after the tower, in batches of images (or tiles) of equal size: `groups` of shape `(num_tokens, width)`.
-        Return the kept tokens of each, and their positions in the group; `None` stands for all.
+        Return the visual tokens of images (or tiles) that the tower and the selection after it keep, as Transformers
+        does in [`modeling_trips.hosts.vlm.pruning.prune`]; each image (or tile) has its question.
         """
-        text, sizes = partial(self.embed_questions, questions), [len(group) for group in groups]
-        return select_at_exit(text, list(range(len(groups))), sizes, list(groups), self.settings.at_exit)
+        current = self.family.begin_pass(inputs)
+        current.query = self.query(questions)
+        tokens = self.family.encode(inputs, current)
+        rows = range(len(tokens.sizes))
+        return tokens.select(self.settings.at_exit, rows=rows, text=partial(self.embed_questions, questions))

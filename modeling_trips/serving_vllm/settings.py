@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from ..configuration_trips import SelectionSchedule
 from ..hosts.vlm.families import Family
 from ..hosts.vlm.guide import TextGuide
-from ..hosts.vlm.pruning import ExitSelection
+from ..hosts.vlm.visual_tokens import ExitSelection, text_after_images
 from ..hosts.vlm.wrapper import check_generative
 from ..patch_selection import num_kept_tokens
 
@@ -155,9 +155,9 @@ class ServingSettings:
 
 def find_question(ids: Sequence[int], image_token_id: int) -> list[int]:
     """Return the text after the last image of a prompt, or all text if none follows."""
-    is_image = [token == image_token_id for token in ids]
-    after = ids[len(ids) - is_image[::-1].index(True) :] if any(is_image) else []
-    return [*after] or [token for token, image in zip(ids, is_image) if not image]
+    row = torch.tensor([ids], dtype=torch.long)
+    is_visual = row == image_token_id
+    return row[text_after_images(is_visual, ~is_visual)].tolist()
 
 
 def split_calls(sizes: Sequence[int], most: int) -> list[slice]:

@@ -1,7 +1,7 @@
 """Families of vision-language models: location of the tower, and mapping from patches to visual tokens."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import accumulate, chain
 
@@ -11,7 +11,8 @@ from transformers.vision_utils import get_vision_window_index
 
 from ..host import Host
 from ..layers import SelectionPass, library_name, lookup
-from .tower import CURRENT_PASS, ClipTowerLayer, InternvlLayer, PackedLayer, restore_units
+from .tower import CURRENT_PASS, ClipTowerLayer, InternvlLayer, PackedLayer, restore_units, selecting
+from .visual_tokens import VisualTokens
 
 
 class Family(Host):
@@ -64,16 +65,34 @@ class Family(Host):
     def begin_pass(self, inputs: Mapping) -> SelectionPass:
         return SelectionPass()
 
-    def encode(self, inputs: Mapping, current: SelectionPass | None):
-        """Return the output of `get_image_features`."""
+    def encode(self, inputs: Mapping, current: SelectionPass | None) -> VisualTokens:
+        """Encode the images. Return the visual tokens that the tower keeps in this pass; `None`: all."""
         arguments = {name: inputs[name] for name in self.encoder_arguments if inputs.get(name) is not None}
         if current is not None and current.segments is not None:  # computed once for the tower
-            arguments |= {"image_window_index": current.unit_order, "image_cu_window_seqlens": current.segments}
-        token = CURRENT_PASS.set(current)
-        try:
-            return self.base.get_image_features(**arguments, return_dict=True)
-        finally:
-            CURRENT_PASS.reset(token)
+            arguments["image_window_index"] = current.unit_order
+            arguments["image_cu_window_seqlens"] = current.segments
+        with selecting(current):
+            output = self.base.get_image_features(**arguments, return_dict=True)
+        tokens = VisualTokens.whole(self.groups(output), output)
+        if current is None or not current.kept:
+            return tokens
+        return tokens.keep(self.kept_tokens(tokens.sizes, inputs, current))
+
+    def groups(self, output) -> Sequence[torch.Tensor]:
+        """Return the groups of visual tokens in the encoder's output."""
+        return output.pooler_output
+
+    def encoder_output(self, tokens: VisualTokens):
+        """Return the encoder's output with the features of the kept tokens, as the model's forward pass takes it."""
+        if tokens.output.get("deepstack_features") is not None:
+            raise TypeError(f"Patch selection does not support {type(self.model).__name__}, which has deepstack features.")
+        return type(tokens.output)(pooler_output=self.pooler_output(tokens))
+
+    def pooler_output(self, tokens: VisualTokens) -> torch.Tensor | list[torch.Tensor]:
+        """Return the features of the kept tokens in the form that the encoder has."""
+        if isinstance(tokens.output.pooler_output, torch.Tensor):
+            return torch.stack(tokens.features)
+        return tokens.features
 
     def group_sizes(self, inputs: Mapping, tokens_per_prompt: list[int]) -> list[int]:
         """Return the number of visual tokens of each group."""
@@ -330,6 +349,12 @@ class Qwen3Vl(Qwen2Vl):
         for merger, index in zip(self.tower.deepstack_merger_list, self.tower.deepstack_visual_indexes):
             handles.append(merger.register_forward_hook(partial(restore_merged, index + 1)))
         return handles
+
+    def encoder_output(self, tokens: VisualTokens):
+        layers = []
+        for groups in tokens.output.deepstack_features:
+            layers.append([group[positions] for group, positions in zip(groups, tokens.positions)])
+        return type(tokens.output)(pooler_output=self.pooler_output(tokens), deepstack_features=layers)
 
 
 # ---- Hooks, which pickle can name ----------------------------------------------------------------------------------

@@ -6,69 +6,19 @@ and the model gets them with a prompt that has as many placeholders. The model d
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import cached_property
 from itertools import accumulate
 
 import torch
 from torch import nn
 
-from ...patch_selection import gather_tokens, num_kept_tokens
+from ...patch_selection import gather_tokens
 from ..layers import SelectionPass
 from .families import Family, find_family
 from .guide import TextGuide
-from .scoring import SCORERS, Scorer, pooling_cells
-
-
-@dataclass(frozen=True)
-class ExitSelection:
-    """Settings of the selection after the vision tower, as in [`prune_inputs`]."""
-
-    visual_tokens: int | None = None
-    keep_rate: float | None = None
-    scorer: str | Scorer = "prompt"
-
-    def __post_init__(self):
-        if self.visual_tokens is not None and self.keep_rate is not None:
-            raise ValueError("Give `visual_tokens` or `keep_rate`, not both.")
-        if self.visual_tokens is not None and type(self.visual_tokens) is not int:
-            raise TypeError(f"`visual_tokens` must be an int, got {self.visual_tokens!r}.")
-        if self.visual_tokens is not None and self.visual_tokens < 1:
-            raise ValueError(f"`visual_tokens` must be at least 1, got {self.visual_tokens}.")
-        if self.keep_rate is not None and not 0 < self.keep_rate <= 1:
-            raise ValueError(f"`keep_rate` must be in (0, 1], got {self.keep_rate}.")
-        if not callable(self.scorer) and self.scorer not in SCORERS:
-            raise ValueError(f"`scorer` must be a function or one of {', '.join(SCORERS)}, got {self.scorer!r}.")
-
-    def check_fits(self, family: Family, in_tower: bool = False):
-        """Raise a ValueError if the selection does not fit a family whose tower selects, too, if `in_tower`."""
-        most = family.tokens_per_image
-        if self.visual_tokens is not None and most is not None and self.visual_tokens > most:
-            raise ValueError(
-                f"`visual_tokens` must be at most {most}, the tokens of an image, got {self.visual_tokens}."
-            )
-        if self.scorer == "pooling" and (self.visual_tokens or self.keep_rate) is not None:
-            if in_tower:
-                raise ValueError(
-                    "`scorer='pooling'` needs the whole grid of visual tokens, but layers of the tower drop some. "
-                    "Use another scorer, or the schedule 'unpruned'."
-                )
-            if most is not None:
-                pooling_cells(most, self.num_kept(most, most))
-
-    def num_kept(self, size: int, num_candidates: int) -> int:
-        """Return the number of kept tokens of an image; the tower has kept `num_candidates` of `size`."""
-        if self.keep_rate is not None:
-            return min(num_candidates, num_kept_tokens(size, self.keep_rate))
-        return min(num_candidates, self.visual_tokens or size)
-
-    @property
-    def reads_prompt(self) -> bool:
-        return callable(self.scorer) or self.scorer == "prompt"
-
-    def select(self, *arguments) -> tuple[torch.Tensor, torch.Tensor]:
-        return (self.scorer if callable(self.scorer) else SCORERS[self.scorer])(*arguments)
+from .scoring import Scorer
+from .visual_tokens import ExitSelection, VisualTokens, text_after_images
 
 
 def prune_inputs(
@@ -112,9 +62,10 @@ def prune_inputs(
     family = find_family(model)
     if family is None:
         raise TypeError(f"`prune_inputs` does not support {type(model).__name__}, whose prompt has no visual tokens.")
-    at_exit = ExitSelection(visual_tokens, keep_rate, scorer)
-    at_exit.check_fits(family)
-    return prune(family, dict(inputs), at_exit)[0]
+    at_exit = ExitSelection(visual_tokens=visual_tokens, keep_rate=keep_rate, scorer=scorer)
+    at_exit.check_fits(family.tokens_per_image)
+    pruned, _, _ = prune(family, dict(inputs), at_exit)
+    return pruned
 
 
 def prune(
@@ -139,56 +90,20 @@ def prune(
         if inputs.get(name) is not None and 0 in inputs[name].shape:
             raise ValueError(f"`{name}` must not be empty, got shape {tuple(inputs[name].shape)}.")
     prompts = Prompts(family, inputs)
-    current = family.begin_pass(inputs) if in_tower else None
-    if current is not None and guide is not None:
-        current.query = guide(*prompts.text)[prompts.row_of_images()]
+    current = None
+    if in_tower:
+        current = family.begin_pass(inputs)
         current.probe_share = probe_share
-    output = family.encode(inputs, current)
-    groups = list(output.pooler_output)
-    sizes = [len(group) for group in groups]
-    rows = prompts.row_of_groups(sizes)
-    kept = [torch.arange(size, device=group.device) for size, group in zip(sizes, groups)]
-    if current is not None and current.kept:
-        kept = family.kept_tokens(sizes, inputs, current)
-        groups = [group[positions] for group, positions in zip(groups, kept)]
-    groups, chosen = select_at_exit(lambda: prompts.text, rows, sizes, groups, at_exit)
-    kept = [tokens if positions is None else tokens[positions] for tokens, positions in zip(kept, chosen)]
-
-    features = {"pooler_output": torch.stack(groups) if isinstance(output.pooler_output, torch.Tensor) else groups}
-    if output.get("deepstack_features") is not None:
-        features["deepstack_features"] = [
-            [feature[tokens] for feature, tokens in zip(layer, kept)] for layer in output.deepstack_features
-        ]
-    pruned = prompts.prune(kept, sizes, rows)
-    pruned["mm_encoder_outputs"] = {"image": type(output)(**features)}
-    return pruned, kept, current
-
-
-def select_at_exit(
-    text: Callable[[], tuple[torch.Tensor, torch.Tensor]],
-    rows: list[int],
-    sizes: list[int],
-    groups: list[torch.Tensor],
-    at_exit: ExitSelection,
-) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-    """
-    Return features and positions of the kept tokens of each group; `None` stands for all positions. `text` returns the
-    embeddings and the mask of the prompts, and `rows` the prompt of each group.
-    """
-    numbers = [at_exit.num_kept(size, len(group)) for size, group in zip(sizes, groups)]
-    groups, positions = list(groups), [None] * len(groups)
-    # Images of equal size form one batch.
-    alike: dict[tuple[int, int], list[int]] = {}
-    for index, (group, number) in enumerate(zip(groups, numbers)):
-        if number < len(group):
-            alike.setdefault((len(group), number), []).append(index)
-    for (_, number), indices in alike.items():
-        own = [rows[index] for index in indices]
-        prompt = [part[own] for part in text()] if at_exit.reads_prompt else [None, None]
-        chosen, features = at_exit.select(torch.stack([groups[index] for index in indices]), *prompt, number)
-        for index, position, feature in zip(indices, chosen, features):
-            groups[index], positions[index] = feature, position
-    return groups, positions
+        if guide is not None:
+            prompt, prompt_mask = prompts.text
+            queries = guide(prompt, prompt_mask)  # (batch_size, num_heads, head_dim)
+            current.query = queries[prompts.row_of_images()]  # (num_images, num_heads, head_dim)
+    tokens = family.encode(inputs, current)
+    rows = prompts.row_of_groups(tokens.sizes)
+    tokens = tokens.select(at_exit, rows=rows, text=lambda: prompts.text)
+    pruned = prompts.prune(tokens, rows)
+    pruned["mm_encoder_outputs"] = {"image": family.encoder_output(tokens)}
+    return pruned, tokens.positions, current
 
 
 class Prompts:
@@ -225,9 +140,7 @@ class Prompts:
         num_before, num_after = self.family.framing_tokens
         padded = nn.functional.pad(self.is_visual, (num_after, num_before))
         is_text = is_text & ~padded.unfold(1, num_before + 1 + num_after, 1).any(dim=-1)
-        is_before_image = self.is_visual.flip(1).cumsum(dim=1).flip(1) > 0
-        is_after = is_text & ~is_before_image
-        is_text = torch.where(is_after.any(dim=1, keepdim=True), is_after, is_text)
+        is_text = text_after_images(self.is_visual, is_text)
         order, mask = move_to_end(is_text, max(1, *self.num_text), at_start=True)
         if self.embeddings is not None:
             return gather_tokens(self.embeddings, order), mask
@@ -252,16 +165,14 @@ class Prompts:
         numbers = self.family.images_per_group(self.inputs, sizes)
         return [row for row, number in zip(self.row_of_groups(sizes), numbers) for _ in range(number)]
 
-    def prune(self, kept: list[torch.Tensor], sizes: list[int], rows: list[int]) -> dict:
-        """
-        Return the inputs without the images and the dropped tokens. Each group of visual tokens has the ascending
-        positions of its kept tokens, its number of tokens and its row.
-        """
-        firsts = accumulate(sizes, initial=0)
-        kept_visual = torch.cat([first + positions for first, positions in zip(firsts, kept)]).to(self.ids.device)
-        is_kept_visual = self.mask.new_zeros(sum(sizes)).index_fill(0, kept_visual, True)
+    def prune(self, tokens: VisualTokens, rows: list[int]) -> dict:
+        """Return the inputs without the images and the dropped tokens; `rows` are those of the groups of tokens."""
+        firsts = accumulate(tokens.sizes, initial=0)
+        kept = [first + positions for first, positions in zip(firsts, tokens.positions)]
+        kept = torch.cat(kept).to(self.ids.device)
+        is_kept_visual = self.mask.new_zeros(sum(tokens.sizes)).index_fill(0, kept, True)
         lengths = list(self.num_text)
-        for positions, row in zip(kept, rows):
+        for positions, row in zip(tokens.positions, rows):
             lengths[row] += len(positions)
         is_kept = self.mask.masked_scatter(self.is_visual, is_kept_visual)
         order, mask = move_to_end(is_kept, max(lengths), at_start=self.pads_right)

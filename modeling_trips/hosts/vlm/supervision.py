@@ -22,8 +22,9 @@ from ...patch_selection import KeyInfo, attend, choose_tokens
 from ..apply import record_patch_selection
 from ..layers import SelectionPass, selecting_layers
 from .families import Family, LlavaNext, find_family
-from .pruning import ExitSelection, Prompts, prune
-from .tower import CURRENT_PASS
+from .pruning import Prompts, prune
+from .tower import CURRENT_PASS, selecting
+from .visual_tokens import ExitSelection
 from .wrapper import selection_of
 
 
@@ -169,11 +170,8 @@ def answer_losses(
             _gate_prompt(family, pruned, current)
         elif gated:
             raise ValueError(f"A layer that learns must drop patches, got {selection.schedule}. Lower its keep rate.")
-        token = CURRENT_PASS.set(current)
-        try:
+        with selecting(current):
             logits = model(**pruned, use_cache=False, logits_to_keep=longest + 1).logits
-        finally:
-            CURRENT_PASS.reset(token)
     losses = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels, reduction="none")
     (layer,) = selecting_layers(model)
     recorded = layer.recorded(current)

@@ -6,6 +6,8 @@ therefore keeps or drops whole units, and kept units are restored to their place
 Dropped units are zero, and their visual tokens are removed before the language model.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import accumulate
 
@@ -20,6 +22,16 @@ from ..vision import ClipLayer
 
 # The pass of the images that this thread encodes. Without one, the layers do not select.
 CURRENT_PASS: ContextVar[SelectionPass | None] = ContextVar("trips_selection_pass", default=None)
+
+
+@contextmanager
+def selecting(current: SelectionPass | None) -> Iterator[None]:
+    """Let the tower select in this pass; `None`: not at all."""
+    token = CURRENT_PASS.set(current)
+    try:
+        yield
+    finally:
+        CURRENT_PASS.reset(token)
 
 
 def restore_units(tokens: torch.Tensor, unit: int, current: SelectionPass) -> torch.Tensor:

@@ -14,7 +14,8 @@ from ...modeling_trips_vision import TripsSelection
 from ..layers import PADDING, check_forward, selecting_layers
 from .families import Family
 from .guide import TextGuide
-from .pruning import ExitSelection, prune
+from .pruning import prune
+from .visual_tokens import ExitSelection
 
 
 # Attribute of the model that holds its selection. It is not a module, so no parameter is added.
@@ -68,7 +69,7 @@ def check_generative(family: Family, schedule: SelectionSchedule, at_exit: ExitS
     """
     model, name = family.model, type(family.model).__name__
     check_forward(model, name)
-    at_exit.check_fits(family, in_tower=bool(schedule.layers))
+    at_exit.check_fits(family.tokens_per_image, in_tower=bool(schedule.layers))
     if schedule.layers and not family.layer_classes:
         tower = type(getattr(family.base, "vision_tower", model)).__name__
         raise TypeError(f"Selection inside the tower of {name} ({tower}) is not supported. Use only `visual_tokens`.")

@@ -1,0 +1,147 @@
+"""
+Visual tokens on their way from the vision tower to the language model.
+
+The way is the same in Transformers and in vLLM: a family encodes images ([`Family.encode`]), where layers of the tower may
+drop patches, and [`VisualTokens.select`] selects among the tokens that are left. A family or an engine differs only
+in how it encodes.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ...patch_selection import num_kept_tokens
+from .scoring import SCORERS, Scorer, pooling_cells
+
+
+@dataclass(frozen=True)
+class ExitSelection:
+    """Settings of the selection after the vision tower, as in [`prune_inputs`]."""
+
+    visual_tokens: int | None = None
+    keep_rate: float | None = None
+    scorer: str | Scorer = "prompt"
+
+    def __post_init__(self):
+        if self.visual_tokens is not None and self.keep_rate is not None:
+            raise ValueError("Give `visual_tokens` or `keep_rate`, not both.")
+        if self.visual_tokens is not None and type(self.visual_tokens) is not int:
+            raise TypeError(f"`visual_tokens` must be an int, got {self.visual_tokens!r}.")
+        if self.visual_tokens is not None and self.visual_tokens < 1:
+            raise ValueError(f"`visual_tokens` must be at least 1, got {self.visual_tokens}.")
+        if self.keep_rate is not None and not 0 < self.keep_rate <= 1:
+            raise ValueError(f"`keep_rate` must be in (0, 1], got {self.keep_rate}.")
+        if not callable(self.scorer) and self.scorer not in SCORERS:
+            raise ValueError(f"`scorer` must be a function or one of {', '.join(SCORERS)}, got {self.scorer!r}.")
+
+    def check_fits(self, tokens_per_image: int | None, in_tower: bool = False):
+        """
+        Raise a ValueError if the selection does not fit images of `tokens_per_image` tokens (`None`: of any number),
+        of which the tower drops some, too, if `in_tower`.
+        """
+        if self.visual_tokens is not None and tokens_per_image is not None and self.visual_tokens > tokens_per_image:
+            raise ValueError(
+                f"`visual_tokens` must be at most {tokens_per_image}, the tokens of an image, got {self.visual_tokens}."
+            )
+        keeps_all = self.visual_tokens is None and self.keep_rate is None
+        if self.scorer != "pooling" or keeps_all:
+            return
+        if in_tower:
+            raise ValueError(
+                "`scorer='pooling'` needs the whole grid of visual tokens, but layers of the tower drop some. "
+                "Use another scorer, or the schedule 'unpruned'."
+            )
+        if tokens_per_image is not None:
+            pooling_cells(tokens_per_image, self.num_kept(tokens_per_image, tokens_per_image))
+
+    def num_kept(self, size: int, num_candidates: int) -> int:
+        """Return the number of kept tokens of an image; the tower has kept `num_candidates` of `size`."""
+        if self.keep_rate is not None:
+            return min(num_candidates, num_kept_tokens(size, self.keep_rate))
+        if self.visual_tokens is not None:
+            return min(num_candidates, self.visual_tokens)
+        return num_candidates
+
+    @property
+    def reads_prompt(self) -> bool:
+        return callable(self.scorer) or self.scorer == "prompt"
+
+    @property
+    def select(self) -> Scorer:
+        return self.scorer if callable(self.scorer) else SCORERS[self.scorer]
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """
+    Visual tokens that are kept so far, in one group per image (or tile).
+
+    Args:
+        features (`list[torch.Tensor]`): Features of each group's kept tokens, `(num_kept, hidden_size)`.
+        positions (`list[torch.Tensor]`): Their ascending positions in the whole group, `(num_kept,)`.
+        sizes (`list[int]`): Number of tokens of each whole group.
+        output (`ModelOutput`, *optional*): What Transformers' encoder returned for the whole groups.
+    """
+
+    features: list[torch.Tensor]
+    positions: list[torch.Tensor]
+    sizes: list[int]
+    output: Any = None
+
+    @classmethod
+    def whole(cls, groups: Sequence[torch.Tensor], output: Any = None) -> "VisualTokens":
+        """Return all tokens of groups of shape `(size, hidden_size)`."""
+        features = list(groups)
+        sizes = [len(group) for group in features]
+        positions = [torch.arange(len(group), device=group.device) for group in features]
+        return cls(features=features, positions=positions, sizes=sizes, output=output)
+
+    def keep(self, positions: list[torch.Tensor]) -> "VisualTokens":
+        """Return the tokens at these positions of whole groups."""
+        features = [group[kept] for group, kept in zip(self.features, positions)]
+        return replace(self, features=features, positions=positions)
+
+    def select(
+        self,
+        at_exit: ExitSelection,
+        rows: Sequence[int],
+        text: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+    ) -> "VisualTokens":
+        """
+        Return the tokens that the selection after the tower keeps. `rows` are the prompts of the groups, and `text`
+        returns the prompts' embeddings, `(num_prompts, length, hidden_size)`, and their mask, if the scorer reads them.
+        """
+        features = list(self.features)
+        positions = list(self.positions)
+        # Groups with as many tokens, of which as many are kept, form one batch.
+        alike: dict[tuple[int, int], list[int]] = {}
+        for group, size in enumerate(self.sizes):
+            num_tokens = len(features[group])
+            num_kept = at_exit.num_kept(size, num_tokens)
+            if num_kept < num_tokens:
+                alike.setdefault((num_tokens, num_kept), []).append(group)
+        for (_, num_kept), groups in alike.items():
+            batch = torch.stack([features[group] for group in groups])  # (num_groups, num_tokens, hidden_size)
+            prompt = prompt_mask = None
+            if at_exit.reads_prompt:
+                prompts, mask = text()
+                rows_of_batch = [rows[group] for group in groups]
+                prompt = prompts[rows_of_batch]  # (num_groups, length, hidden_size)
+                prompt_mask = mask[rows_of_batch]
+            chosen, kept_features = at_exit.select(batch, prompt, prompt_mask, num_kept)
+            for index, group in enumerate(groups):
+                features[group] = kept_features[index]
+                positions[group] = positions[group][chosen[index]]
+        return replace(self, features=features, positions=positions)
+
+
+def text_after_images(is_visual: torch.Tensor, is_text: torch.Tensor) -> torch.Tensor:
+    """
+    Return a mask of the text that scores: what follows the last visual token of a prompt, or all text if none follows.
+    Masks have shape `(batch_size, length)`.
+    """
+    num_visual_left = is_visual.flip(1).cumsum(dim=1).flip(1)
+    is_after = is_text & (num_visual_left == 0)
+    return torch.where(is_after.any(dim=1, keepdim=True), is_after, is_text)

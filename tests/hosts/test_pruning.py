@@ -137,7 +137,7 @@ def test_the_text_after_the_last_image_scores(name, num_before, num_after):
     prompts = []
 
     def keep_first(features, prompt, prompt_mask, num_kept):
-        prompts.append(prompt[prompt_mask])
+        prompts.append(prompt[0, prompt_mask[0]])  # all images and tiles have the same
         return torch.arange(num_kept).expand(len(features), -1), features[:, :num_kept]
 
     is_visual = ids[0] == IMAGE
@@ -148,6 +148,17 @@ def test_the_text_after_the_last_image_scores(name, num_before, num_after):
     prune_inputs(model, {"input_ids": ids[:, :end], **pixels}, 5, scorer=keep_first)
     assert torch.equal(prompts[0], embed(ids[0, end + num_after :]))
     assert torch.equal(prompts[1], embed(ids[0, : first - num_before]))
+
+
+@pytest.mark.parametrize("name", ["smolvlm", "idefics3"])
+@torch.no_grad()
+def test_the_number_counts_per_tile(name):
+    vlm = BY_NAME[name]
+    model, inputs = vlm.make(), make_inputs(vlm, [1, 2])  # of two tiles each
+    pruned = prune_inputs(model, inputs, visual_tokens=6)
+    assert (pruned["input_ids"] == IMAGE).sum(dim=1).tolist() == [2 * 6, 4 * 6]
+    with pytest.raises(ValueError, match="visual_tokens"):
+        prune_inputs(model, inputs, visual_tokens=vlm.tokens + 1)
 
 
 @torch.no_grad()

@@ -106,10 +106,13 @@ def test_kept_patches_match_masked_attention(vlm, schedule):
         module.config._attn_implementation = "masking"
     encoder = {name: inputs[name] for name in ENCODER_INPUTS if name in inputs}
     whole = model.model.get_image_features(**encoder, return_dict=True)
+    groups = whole.pooler_output
+    if vlm.kind == "tiles":  # of a prompt are one tensor
+        groups = torch.cat(groups).split(vlm.tokens)
     kept = [row[row >= 0] for row in visual.kept_indices]
-    assert len(kept) == len(whole.pooler_output) and 0 < sum(map(len, kept)) < sum(map(len, whole.pooler_output))
+    assert len(kept) == len(groups) and 0 < sum(map(len, kept)) < sum(map(len, groups))
     own_layers = [features.pooler_output, *(features.get("deepstack_features") or [])]
-    whole_layers = [whole.pooler_output, *(whole.get("deepstack_features") or [])]
+    whole_layers = [groups, *(whole.get("deepstack_features") or [])]
     for own_layer, whole_layer in zip(own_layers, whole_layers, strict=True):
         for own, expected, index in zip(own_layer, whole_layer, kept):
             torch.testing.assert_close(own, expected[index], atol=1e-5 * float(expected.abs().max()), rtol=0)
@@ -193,10 +196,10 @@ def test_padding_patches_come_last_and_change_nothing(name, keep_rates, num_real
     features = []
     for own in (inputs, other):
         with torch.no_grad(), record_patch_selection(model) as recorded:
-            encoded = selection_of(model).prune(own)["mm_encoder_outputs"]["image"].pooler_output[0]
-        assert is_real[recorded[-2].kept_indices[1]].sum() == num_real
-        kept = recorded[-1].kept_indices[0]
-        features.append(encoded[(kept < 16) | is_real[kept % 16]])
+            whole, padded = selection_of(model).prune(own)["mm_encoder_outputs"]["image"].pooler_output
+        kept = recorded[-1].kept_indices[1]
+        assert torch.equal(kept, recorded[-2].kept_indices[1]) and is_real[kept].sum() == num_real
+        features.append(torch.cat([whole, padded[is_real[kept]]]))
     torch.testing.assert_close(*features, atol=1e-5, rtol=0)
 
 

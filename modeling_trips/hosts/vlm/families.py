@@ -18,8 +18,8 @@ from .visual_tokens import VisualTokens
 class Family(Host):
     """
     A generative vision-language model. This class supports selection after the tower: `get_image_features` returns one
-    group of visual tokens per image (in SmolVLM and Idefics3 per prompt), and the prompt has one `image_token_id` per
-    visual token. Subclasses also support selection inside the tower, where a unit of patches becomes a visual token.
+    group of visual tokens per image (or tile), and the prompt has one `image_token_id` per visual token. Subclasses
+    also support selection inside the tower, where a unit of patches becomes a visual token.
     """
 
     guidances = ("text", "image", "random")
@@ -85,7 +85,9 @@ class Family(Host):
     def encoder_output(self, tokens: VisualTokens):
         """Return the encoder's output with the features of the kept tokens, as the model's forward pass takes it."""
         if tokens.output.get("deepstack_features") is not None:
-            raise TypeError(f"Patch selection does not support {type(self.model).__name__}, which has deepstack features.")
+            raise TypeError(
+                f"Patch selection does not support {type(self.model).__name__}, which has deepstack features."
+            )
         return type(tokens.output)(pooler_output=self.pooler_output(tokens))
 
     def pooler_output(self, tokens: VisualTokens) -> torch.Tensor | list[torch.Tensor]:
@@ -102,6 +104,10 @@ class Family(Host):
     def images_per_group(self, inputs: Mapping, sizes: list[int]) -> list[int]:
         """Return the number of images (or tiles) of the tower's batch in each group."""
         return [1] * len(sizes)
+
+    def tiles_per_entry(self, inputs: Mapping, tokens_per_prompt: list[int]) -> list[int]:
+        """Return the number of tiles in each entry of `pixel_values`, which pads entries with fewer."""
+        raise NotImplementedError
 
     def kept_tokens(self, sizes: list[int], inputs: Mapping, current: SelectionPass) -> list[torch.Tensor]:
         """Return ascending positions of the visual tokens of kept patches, per group."""
@@ -195,6 +201,9 @@ class LlavaNext(Llava):
     def images_per_group(self, inputs: Mapping, sizes: list[int]) -> list[int]:
         return self.tiles_per_image(inputs)
 
+    def tiles_per_entry(self, inputs: Mapping, tokens_per_prompt: list[int]) -> list[int]:
+        return self.tiles_per_image(inputs)
+
     def kept_tokens(self, sizes: list[int], inputs: Mapping, current: SelectionPass) -> list[torch.Tensor]:
         kept = current.kept_before()
         is_dropped = torch.ones(len(kept), current.grid_size, device=kept.device).scatter(1, kept, 0.0)
@@ -235,7 +244,7 @@ class Gemma3(Family):
 
 
 class Smolvlm(Family):
-    """SmolVLM and Idefics3: the tiles of all images of a prompt are one group."""
+    """SmolVLM and Idefics3: each tile of an image is a group."""
 
     layer_classes = {"SmolVLMEncoderLayer": ClipTowerLayer, "Idefics3EncoderLayer": ClipTowerLayer}
     layers_follow = True  # the mask of the patches
@@ -250,20 +259,23 @@ class Smolvlm(Family):
     def unit(self) -> int:
         return self.config.scale_factor
 
+    @property
+    def tokens_per_image(self) -> int:
+        return self.base.image_seq_len
+
     def add_hooks(self) -> list:
         return [self.tower.register_forward_pre_hook(set_mask, with_kwargs=True), *super().add_hooks()]
 
+    def groups(self, output) -> Sequence[torch.Tensor]:
+        # The encoder returns the tiles of a prompt as one tensor.
+        return torch.cat(output.pooler_output).split(self.tokens_per_image)
+
+    def tiles_per_entry(self, inputs: Mapping, tokens_per_prompt: list[int]) -> list[int]:
+        return [number // self.tokens_per_image for number in tokens_per_prompt]
+
     def group_sizes(self, inputs: Mapping, tokens_per_prompt: list[int]) -> list[int]:
-        return tokens_per_prompt
-
-    def images_per_group(self, inputs: Mapping, sizes: list[int]) -> list[int]:
-        return [size // self.base.image_seq_len for size in sizes]
-
-    def kept_tokens(self, sizes: list[int], inputs: Mapping, current: SelectionPass) -> list[torch.Tensor]:
-        kept = current.kept_before()
-        tiles = kept.split([size // current.grid_size for size in sizes])
-        firsts = torch.arange(len(kept), device=kept.device) * current.grid_size
-        return [(group + firsts[: len(group), None]).flatten() for group in tiles]
+        num_tiles = sum(self.tiles_per_entry(inputs, tokens_per_prompt))
+        return [self.tokens_per_image] * num_tiles
 
 
 class Internvl(Family):

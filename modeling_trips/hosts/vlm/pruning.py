@@ -41,7 +41,7 @@ def prune_inputs(
         inputs (`Mapping`): Outputs of the processor, with `input_ids` of shape `(batch_size, length)` (or
             `inputs_embeds`), and `labels` of that shape for training. Prompts may have any number of images.
         visual_tokens (`int`, *optional*): Number of visual tokens to keep per image. Where images differ in size, one
-            with fewer keeps all. SmolVLM and Idefics3 count the tiles of a prompt as one image.
+            with fewer keeps all. In SmolVLM, Idefics3 and InternVL, which cut an image into tiles, it counts per tile.
         keep_rate (`float`, *optional*): Share of the visual tokens to keep per image, in (0, 1], instead of a number.
         scorer (`str` or `Callable`, *optional*, defaults to `"prompt"`): `"prompt"` (relevance to the prompt, with
             diversity), `"diversity"`, `"random"`, `"pooling"`, or a function of the features, the prompt's embeddings

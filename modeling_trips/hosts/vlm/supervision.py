@@ -80,7 +80,7 @@ def targets_of_masks(model: PreTrainedModel, masks: Mapping, blanks: Mapping) ->
         areas = nn.utils.rnn.pad_sequence([*areas.split(sizes)], batch_first=True)
     else:
         if shown.dim() == 5:
-            counts = family.images_per_group(masks, sizes)
+            counts = family.tiles_per_entry(masks, num_visual)
             shown = torch.cat([tiles[:count] for tiles, count in zip(shown, counts)])
         patch_size = family.config.vision_config.patch_size
         patch_size = patch_size if isinstance(patch_size, int) else patch_size[0]
@@ -128,9 +128,7 @@ def targets_of_attention(model: PreTrainedModel, inputs: Mapping, num_answer_tok
     is_visual = ids == family.image_token_id
     num_visual = is_visual.sum(dim=1).tolist()
     groups = attention[is_visual].split(family.group_sizes(inputs, num_visual))
-    numbers = family.images_per_group(inputs, [len(group) for group in groups])
-    images = [image for group, number in zip(groups, numbers) for image in group.chunk(number)]
-    targets = nn.utils.rnn.pad_sequence(images, batch_first=True)
+    targets = nn.utils.rnn.pad_sequence(groups, batch_first=True)
     return targets / targets.sum(dim=-1, keepdim=True).clamp(min=1e-6)
 
 

@@ -1,9 +1,9 @@
 """
 Visual tokens on their way from the vision tower to the language model.
 
-The way is the same in Transformers and in vLLM: a family encodes images ([`Family.encode`]), where layers of the tower may
-drop patches, and [`VisualTokens.select`] selects among the tokens that are left. A family or an engine differs only
-in how it encodes.
+The way is the same in Transformers and in vLLM: a family encodes images ([`Family.encode`]), where layers of the tower
+may drop patches, and [`VisualTokens.select`] selects among the tokens that are left. A family or an engine differs
+only in how it encodes.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,7 +43,8 @@ class ExitSelection:
         """
         if self.visual_tokens is not None and tokens_per_image is not None and self.visual_tokens > tokens_per_image:
             raise ValueError(
-                f"`visual_tokens` must be at most {tokens_per_image}, the tokens of an image, got {self.visual_tokens}."
+                f"`visual_tokens` must be at most {tokens_per_image}, the tokens of an image (or tile), got "
+                f"{self.visual_tokens}."
             )
         keeps_all = self.visual_tokens is None and self.keep_rate is None
         if self.scorer != "pooling" or keeps_all:
@@ -110,8 +111,8 @@ class VisualTokens:
         text: Callable[[], tuple[torch.Tensor, torch.Tensor]],
     ) -> "VisualTokens":
         """
-        Return the tokens that the selection after the tower keeps. `rows` are the prompts of the groups, and `text`
-        returns the prompts' embeddings, `(num_prompts, length, hidden_size)`, and their mask, if the scorer reads them.
+        Return the tokens that the selection after the tower keeps. `rows` are the prompts of the groups. If the scorer
+        reads them, `text` returns the prompts' embeddings, `(num_prompts, length, hidden_size)`, and their mask.
         """
         features = list(self.features)
         positions = list(self.positions)

@@ -1,10 +1,12 @@
 """The service in a separate process, over loopback."""
 
 import base64
+import contextlib
 import json
 import os
 import re
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -21,7 +23,7 @@ import psutil
 import pytest
 from documents import PAGES
 from places import ROOT
-from running_service import CHECKPOINT, RunningService
+from running_service import CHECKPOINT, RunningService, free_port
 from strange_pictures import bomb, encoded
 
 from modeling_trips import TripsForQuestionAnswering, TripsProcessor, TripsVisualQuestionAnsweringPipeline
@@ -247,6 +249,62 @@ def test_silent_connections_do_not_stop_the_service(tmp_path):
             connection.close()
         assert len(service.log.read_text()) < 2000
     resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+
+
+@pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
+def test_slow_clients_do_not_reach_the_service_behind_the_proxy(service, tmp_path):
+    """50 clients send bodies byte by byte, 50 never read their replies; all have one address. Another has no delay."""
+    port = free_port()
+    proxy = (ROOT / "serving/nginx.conf").read_text()
+    proxy = proxy.replace("127.0.0.1:8080", f"127.0.0.1:{port}").replace("127.0.0.1:3000", f"127.0.0.1:{service.port}")
+    (tmp_path / "proxy.conf").write_text(proxy)
+    folders = "".join(
+        f"{name}_temp_path {tmp_path}/{name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    (tmp_path / "nginx.conf").write_text(
+        f"daemon off; pid {tmp_path}/pid; events {{}} "
+        f"http {{ access_log off; {folders} include {tmp_path}/proxy.conf; }}"
+    )
+    started = subprocess.Popen([NGINX, "-e", tmp_path / "errors", "-c", tmp_path / "nginx.conf"])
+    worker = psutil.Process(service.process.pid)
+    processes = [worker, *worker.children(recursive=True)]
+    head = b"POST /answer HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+    page = b"GET /page.js HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000
+    honest = httpx.Client(transport=httpx.HTTPTransport(local_address="127.0.0.2"), timeout=30)
+
+    def num_connections() -> int:
+        found = [one for process in processes for one in process.net_connections("tcp")]
+        return sum(one.status == psutil.CONN_ESTABLISHED and one.laddr.port == service.port for one in found)
+
+    try:
+        until = time.monotonic() + 30
+        while not (tmp_path / "pid").exists():
+            assert time.monotonic() < until and started.poll() is None
+            time.sleep(0.1)
+        slow = [socket.create_connection(("127.0.0.1", port)) for _ in range(100)]
+        for number, connection in enumerate(slow):
+            connection.setblocking(False)
+            connection.send(head if number < 50 else page)
+        for _ in range(4):
+            for connection in slow[:50]:
+                with contextlib.suppress(OSError):  # more than 20 of an address are refused
+                    connection.send(b" ")
+            reply = honest.post(f"http://127.0.0.1:{port}/answer", json=ask("red"))
+            assert reply.status_code == 200 and num_connections() <= 1
+            time.sleep(1)
+        refused = sum(b" 429 " in connection.recv(100) for connection in slow[:50] if readable(connection))
+        assert refused >= 30
+    finally:
+        started.terminate()
+        started.wait(30)
+    assert service.post("answer", ask("red")).status_code == 200
+
+
+def readable(connection: socket.socket) -> bool:
+    return bool(select.select([connection], [], [], 0)[0])
 
 
 def test_requests_of_clients_that_left_are_not_computed(tmp_path):

@@ -51,5 +51,7 @@ def docstring_as_rst(app, what, name, obj, options, lines: list[str]):
 
 def setup(app):
     app.connect("autodoc-process-docstring", docstring_as_rst, priority=400)  # before napoleon
-    if tables.rewrite(page := tables.PAGE.read_text(encoding="utf-8")) != page:
-        raise ValueError("Tables of docs/evidence.md are out of date: run `python docs/tables.py`.")
+    for page in tables.PAGES:
+        text = page.read_text(encoding="utf-8")
+        if tables.rewrite(text) != text:
+            raise ValueError(f"The tables of {page} are out of date: run `python docs/tables.py`.")

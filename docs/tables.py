@@ -1,14 +1,14 @@
 """
-Write the tables of `docs/evidence.md` from the rows in `docs/results`: `python docs/tables.py`.
+Write the tables of the evidence page and of its appendix from the rows in `docs/results`: `python docs/tables.py`.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`. `make docs` and the tests fail if it is out of date.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; `docs/tables.toml` says what it shows. `make docs`
+and the tests fail if a table is out of date.
 """
 
 import json
 import re
-import textwrap
-from functools import partial
-from itertools import groupby
+import tomllib
+from collections import defaultdict
 from math import sqrt
 from pathlib import Path
 from statistics import mean, stdev
@@ -17,152 +17,173 @@ from scipy.stats import t
 
 
 DOCS = Path(__file__).resolve().parent
-PAGE = DOCS / "evidence.md"
-TABLE = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
-KINDS = ("color", "shape", "presence")  # of questions about older scenes, without places
+RESULTS = DOCS / "results"
+PAGES = (DOCS / "evidence.md", RESULTS / "README.md")
+MARKER = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+
+SETTINGS = tomllib.loads((DOCS / "tables.toml").read_text(encoding="utf-8"))
+TABLES = SETTINGS["tables"]
+
+Rows = list[dict]
+Line = dict[str, str]  # the cells of a line of a table by their headers
 
 
-def read(name: str) -> list[dict]:
-    """Return the rows of a file, which has the fields that are equal in all of them once."""
-    content = json.loads((DOCS / "results" / f"{name}.json").read_text(encoding="utf-8"))
+def read(name: str) -> Rows:
+    """Return the rows of a file, which has the fields that are equal in all of them once. No file has no rows."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return []
+    content = json.loads(path.read_text(encoding="utf-8"))
     return [{**content["shared"], **row} for row in content["rows"]]
 
 
-def groups(rows: list[dict], *fields: str) -> dict[tuple, list[dict]]:
-    """Return the rows by their values of these fields, sorted by these."""
+def group(rows: Rows, fields: list[str]) -> dict[tuple, Rows]:
+    """Return the rows by their values of these fields, sorted by these, an unpruned baseline first."""
+    groups = defaultdict(list)
+    for row in rows:
+        key = tuple(row[field] for field in fields)
+        groups[key].append(row)
 
-    def values(row: dict) -> tuple:
-        return tuple(row[field] for field in fields)
+    def order(key: tuple) -> list[tuple]:
+        return [(value not in SETTINGS["first"], value) for value in key]
 
-    return {key: list(of) for key, of in groupby(sorted(rows, key=values), values)}
-
-
-def percents(rows: list[dict], field: str) -> dict[int, float]:
-    """Return a result in percent by seed; `mean` is that of the kinds of questions, `all` that with marks."""
-    kinds = {"mean": KINDS, "all": (*KINDS, "mark")}.get(field)
-    fields = [field] if kinds is None else [f"accuracy_{kind}" for kind in kinds]
-    return {row["seed"]: 100 * mean(row[name] for name in fields) for row in rows if fields[0] in row}
+    return {key: groups[key] for key in sorted(groups, key=order)}
 
 
-def spread(rows: list[dict], field: str) -> str:
+def span(rows: Rows, field: str) -> str:
+    """Return the smallest and the largest value, or the only one."""
+    values = [row[field] for row in rows if field in row]
+    if not values:
+        return ""
+    ends = (min(values), max(values))
+    if isinstance(values[0], float):
+        texts = [f"{end:.2f}" for end in ends]
+    else:
+        texts = [str(end) for end in ends]
+    return " to ".join(dict.fromkeys(texts))
+
+
+def percents(rows: Rows, field: str) -> dict[int | None, float]:
+    """Return a result in percent by seed."""
+    fields = SETTINGS["means"].get(field, [field])
+    results = {}
+    for row in rows:
+        if fields[0] in row:
+            results[row.get("seed")] = 100 * mean(row[name] for name in fields)
+    return results
+
+
+def spread(rows: Rows, field: str) -> str:
     """Return mean ± standard deviation over the seeds."""
     values = list(percents(rows, field).values())
-    deviation = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{mean(values):.1f}{deviation}" if values else ""
-
-
-def gap(rows: list[dict], others: list[dict], field: str) -> str:
-    """Return the mean difference over the seeds of both, its 95% interval, and the smallest and largest difference."""
-    one, other = percents(rows, field), percents(others, field)
-    gaps = [one[seed] - other[seed] for seed in one.keys() & other.keys()]
-    if rows is others or len(gaps) < 3:
+    if not values:
         return ""
-    center, half = mean(gaps), float(t.ppf(0.975, len(gaps) - 1)) * stdev(gaps) / sqrt(len(gaps))
-    return f"{center:+.1f} ({center - half:+.1f} to {center + half:+.1f}); {min(gaps):+.1f} to {max(gaps):+.1f}"
+    deviation = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{mean(values):.1f}{deviation}"
 
 
-def render(header: str, rows: list[list]) -> str:
-    lines = [header.split(" | "), ["---"] * len(header.split(" | ")), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+def find_baseline(table: dict, key: tuple, groups: dict[tuple, Rows]) -> tuple[str, Rows]:
+    """Return the name and the rows of the first baseline that there is for a line; for a baseline, its own rows."""
+    setting = dict(zip(table["settings"].values(), key))
+    for name, changes in table.get("baselines", {}).items():
+        baseline = tuple({**setting, **changes}.values())
+        if baseline in groups and baseline != key:
+            return name, groups[baseline]
+    return "", groups[key]
 
 
-def sources() -> str:
-    """Return the files of the rows, with their machines, and what rows lack."""
-    parts = []
-    for name in sorted(path.stem for path in (DOCS / "results").glob("*.json")):
-        rows = read(name)
-        devices = ", ".join(sorted({row["device_name"] for row in rows}))
-        without = ", older rows without commit and seed" if any("git_commit" not in row for row in rows) else ""
-        parts.append(f"[{name}](results/{name}.json): {len(rows)} rows, {devices}{without}")
-    return textwrap.fill("; ".join(parts) + ".", 120, break_on_hyphens=False)
+def compare(rows: Rows, name: str, baseline: Rows, field: str) -> Line:
+    """Return the cells of the mean difference over the seeds of both, empty for less than three seeds."""
+    headers = ("Baseline", "Its result", "Difference", "95% interval", "Smallest to largest")
+    line = dict.fromkeys(headers, "")
+    results = percents(rows, field)
+    others = percents(baseline, field)
+    gaps = [results[seed] - others[seed] for seed in results.keys() & others.keys()]
+    if name and len(gaps) >= 3:
+        center = mean(gaps)
+        quantile = float(t.ppf(0.975, df=len(gaps) - 1))
+        half = quantile * stdev(gaps) / sqrt(len(gaps))
+        line["Baseline"] = name
+        line["Its result"] = spread(baseline, field)
+        line["Difference"] = f"{center:+.1f}"
+        line["95% interval"] = f"{center - half:+.1f} to {center + half:+.1f}"
+        line["Smallest to largest"] = f"{min(gaps):+.1f} to {max(gaps):+.1f}"
+    return line
 
 
-def pivot(name: str) -> str:
-    """Return a table with a line for each setting and a column for each value of a field, the baseline first."""
-    header, fields, column, cell = PIVOTS[name]
-    columns, rows = header.split(" | ")[len(fields) :], []
-    for key, of in groups(read(name), *fields).items():
-        found = {str(row[column]): row for row in of}
-        first = found[columns[0]].get("seconds_to_first_token", 1)
-        ratios = {word: row.get("seconds_to_first_token", 1) / first for word, row in found.items()}
-        rows.append([*key, *(cell.format(**found[word], ratio=ratios[word]) for word in columns)])
-    return render(header, rows)
+def make_line(table: dict, key: tuple, groups: dict[tuple, Rows]) -> Line:
+    """Return the line of the rows with these settings."""
+    rows = groups[key]
+    name, baseline = find_baseline(table, key, groups)
+    line = {}
+    for (header, field), value in zip(table["settings"].items(), key):
+        words = SETTINGS["words"].get(field, {})
+        line[header] = words.get(value, str(value)) or "-"
+    for header, field in table.get("values", {}).items():
+        line[header] = span(rows, field)
+    for header, field in table.get("ratios", {}).items():
+        line[header] = f"{rows[0][field] / baseline[0][field]:.2f}"
+    fields = table.get("percents", {})
+    for header, field in fields.items():
+        line[header] = spread(rows, field)
+    if fields and "baselines" in table:
+        compared, *_ = fields.values()
+        line |= compare(rows, name, baseline, compared)
+    line["Runs"] = str(len(rows))
+    return line
 
 
-def answers() -> str:
-    """What scores the patches and what trains the scores, and the gate with as many patches less this."""
-    runs, rows = groups(read("answers"), "starts_from", "patches", "scored_by", "learns_from", "steps"), []
-    for (starts_from, patches, *words, steps), of in runs.items():
-        gates = {kept: runs.get((starts_from, kept, "text", "gate", steps), of) for kept in (3, 15)}
-        gaps = {kept: gap(gate, of, "mean") for kept, gate in gates.items() if patches > 15 or patches == kept}
-        scores = [spread(of, field) for field in ("mean", *(f"accuracy_{kind}" for kind in KINDS), "patch_precision")]
-        named = "; ".join(f"{kept} patches {text}" if patches > 15 else text for kept, text in gaps.items() if text)
-        rows.append([starts_from, patches, *words, steps, len(of), *scores, named])
-    header = "Starts from | Patches | Scored by | Scores learn from | Steps | Starts | Mean | Color | Form | Presence"
-    return render(f"{header} | Precision | Gate - this", rows)
+def lines_of(name: str) -> list[Line]:
+    """Return the lines of a whole table, without columns that are empty."""
+    table = TABLES[name]
+    groups = group(read(name), list(table["settings"].values()))
+    lines = [make_line(table, key, groups) for key in groups]
+    for header in list(lines[0]) if lines else []:
+        if not any(line[header] for line in lines):
+            for line in lines:
+                del line[header]
+    return lines
 
 
-def marks() -> str:
-    runs, rows = groups(read("marks"), "patches", "steps", "scored_by", "learns_from", "starts_from"), []
-    for (patches, steps, *words, starts_from), of in reversed(runs.items()):
-        scores = ("all", *(f"accuracy_{kind}" for kind in ("mark", *KINDS, "new_wording")), "patch_precision")
-        difference = gap(of, runs.get((1, steps, "text", "gate", starts_from), of), "all")
-        accuracies = (spread(of, score) for score in scores)
-        rows.append([patches, *words, steps, starts_from, len(of), *accuracies, difference])
-    header = "Patches | Scored by | Scores learn from | Steps | Starts from | Trainings | Mean | Mark | Color | Form"
-    return render(f"{header} | Presence | New wordings | Precision | This - gate", rows)
+def excerpt(name: str) -> list[Line]:
+    """Return some lines and columns of a whole table, in the order of the excerpt."""
+    part = SETTINGS["excerpts"][name]
+    new_names = part.get("rename", {})
+    all_lines = lines_of(part["table"])
+    lines = []
+    for wanted in part["lines"]:
+        for line in all_lines:
+            if wanted.items() <= line.items():
+                lines.append({new_names.get(header, header): line[header] for header in part["columns"]})
+    return lines
 
 
-def tasks() -> str:
-    runs, rows = groups(read("tasks"), "task", "measure", "schedule", "learns_from"), []
-    for (task, measure, *words), of in runs.items():
-        macs = (of[0].get(field) for field in ("macs_ratio", "macs_ratio_4_texts"))
-        cost = of[0]["patches"], *("" if ratio is None else f"{ratio:.2f}" for ratio in macs)
-        difference = gap(of, runs.get((task, measure, "unpruned", ""), of), "result")
-        rows.append([task, measure, *words, *cost, spread(of, "result"), difference, len(of)])
-    header = "Task | Measure | Schedule | Scores learn from | Patches | MACs, 1 text | MACs, 4 texts"
-    return render(f"{header} | Result | This - unpruned | Seeds", rows)
+def render(lines: list[Line]) -> str:
+    """Return a table in Markdown."""
+    if not lines:
+        return "No rows yet."
+    headers = list(lines[0])
+    cells = [headers, ["---"] * len(headers)]
+    cells += [list(line.values()) for line in lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
-def vlm_answers() -> str:
-    runs, rows = groups(read("vlm_answers"), "selection", "level"), []
-    for selection in dict.fromkeys(name for name, _ in runs):
-        at = [runs[selection, level] for level in ("21", "7", "3")]
-        cost = f"{mean(row['total_mmacs'] for row in at[1]):.0f}"
-        difference = gap(runs["guide from answers", "7"], at[1], "mean")
-        rows.append([selection, *(spread(of, "mean") for of in at), cost, difference])
-    return render("Selection | 21 tokens, % | 7, % | 3, % | MMACs, 7 | Guide from answers - this, 7", rows)
-
-
-def speed() -> str:
-    rows = []
-    fields = ("mode", "gate", "image_size", "batch_size", "texts_per_image", "schedule")
-    for key, of in groups(read("speed"), *fields).items():
-        times = [f"{found(row['time_ratio'] for row in of):.2f}" for found in (min, max)]
-        rows.append([*key, f"{of[0]['macs_ratio']:.2f}", " to ".join(dict.fromkeys(times)), len(of)])
-    return render("Step | Gate | Pixels | Batch | Texts per image | Schedule | MACs | Time | Settings", rows)
-
-
-def export() -> str:
-    rows = [[row["way"], f"{row['speedup']:.2f}", f"{100 * row['same_patches']:.1f}"] for row in read("export")]
-    return render("Engine and precision | Speedup | Same kept patches, %", rows)
-
-
-FIRST_TOKEN = "Shape | Batch | unpruned | exit | tower | tower and exit"
-VLLM = "Clients | unpruned | exit | tower and exit"
-PIVOTS = {
-    "speed_by_texts": ("Schedule | 1 | 10", ["schedule"], "texts_per_image", "{macs_ratio:.2f}, {time_ratio:.2f}"),
-    "first_token": (FIRST_TOKEN, ["shape", "batch_size"], "variant", "{ratio:.2f}"),
-    "vllm": (VLLM, ["clients"], "variant", "{ratio:.2f}, {requests_per_second:.2f}"),
-}
-TABLES = {function.__name__: function for function in (marks, answers, tasks, vlm_answers, speed, export, sources)}
-TABLES |= {name: partial(pivot, name) for name in PIVOTS}
+def table_of(marker: re.Match) -> str:
+    """Return the text from the marker of a table to its end."""
+    name = marker[1]
+    if name in TABLES:
+        lines = lines_of(name)
+    else:
+        lines = excerpt(name)
+    return f"<!-- table: {name} -->\n{render(lines)}\n<!-- end -->"
 
 
 def rewrite(text: str) -> str:
     """Return the text of a page with its tables made anew."""
-    return TABLE.sub(lambda match: f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->", text)
+    return MARKER.sub(table_of, text)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(rewrite(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        page.write_text(rewrite(text), encoding="utf-8")

@@ -1,0 +1,62 @@
+"""Tables and figure of the evidence are those of the rows."""
+
+import json
+import re
+
+import figure
+import pytest
+import tables
+
+
+SCHEDULES = {"unpruned": 1.0, "6:text:0.0625": 0.5, "9:text:0.25": 0.8}
+
+
+@pytest.fixture
+def pictures(tmp_path, monkeypatch):
+    """Put rows into `pictures.json`: three seeds of each schedule, of which the pruned ones are a point behind."""
+    rows = []
+    for schedule, operations in SCHEDULES.items():
+        is_unpruned = schedule == "unpruned"
+        for seed in (1, 2, 3):
+            row = {
+                "contestant": "unpruned" if is_unpruned else "text",
+                "schedule": schedule,
+                "patches": 64 if is_unpruned else 4,
+                "operations_1": operations,
+                "operations_5": operations,
+                "test_accuracy": (90 + seed - (0 if is_unpruned else 1)) / 100,
+                "seed": seed,
+            }
+            rows.append(row)
+    shared = {"pixels": 112, "steps": 1250, "unpruned_steps": 750}
+    (tmp_path / "pictures.json").write_text(json.dumps({"shared": shared, "rows": rows}))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+
+
+def test_the_tables_on_the_pages_are_those_of_the_rows():
+    for path in tables.PAGES:
+        page = path.read_text(encoding="utf-8")
+        assert tables.rewrite(re.sub(r"\d+\.\d ± ", "0.0 ± ", page, count=1)) == page
+
+
+def test_all_lines_stand_in_the_appendix_and_all_excerpts_on_the_evidence_page():
+    evidence, appendix = (tables.MARKER.findall(path.read_text(encoding="utf-8")) for path in tables.PAGES)
+    assert set(appendix) == tables.TABLES.keys()
+    assert set(evidence) == tables.SETTINGS["excerpts"].keys()
+    lines = {name: tables.lines_of(name) for name in tables.TABLES}
+    for excerpt in tables.SETTINGS["excerpts"].values():
+        for wanted in excerpt["lines"]:
+            assert any(wanted.items() <= line.items() for line in lines[excerpt["table"]]), wanted
+
+
+def test_a_line_is_compared_with_the_unpruned_baseline_which_comes_first(pictures):
+    unpruned, few, many = tables.lines_of("pictures")
+    assert (unpruned["Schedule"], unpruned["Test"], unpruned["Difference"]) == ("unpruned", "92.0 ± 1.0", "")
+    assert (few["Baseline"], few["Its result"], few["Difference"]) == ("unpruned", "92.0 ± 1.0", "-1.0")
+    assert (many["Operations, 1 text"], many["Runs"]) == ("0.80", "3")
+    assert "Text sensitivity" not in few  # no row has it
+
+
+def test_the_figure_is_drawn_from_the_rows(pictures, tmp_path):
+    figure.draw(tables.read("pictures"), tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 1000

@@ -8,8 +8,8 @@ Evaluate patch selection in a vision-language model on your questions, beside th
 The file is as for run_vqa.py. Answers are scored by VQA accuracy, or by exact match if a question has one. Every
 selection keeps about the same number of visual tokens per image: inside the vision tower (`tower_image`,
 `tower_text` with a trained --guide, `tower_random`), between the tower and the language model (`exit_prompt`,
-`exit_random`), or by a lower resolution (`fewer_pixels`). A tower keeps a share of the patches: the number divided by
-the unpruned model's mean. Numbers that are not below this mean are left out.
+`exit_random`), or by a lower resolution (`fewer_pixels`). Tower and exit keep a share of each image: the number
+divided by the unpruned model's mean. Numbers that are not below this mean are left out.
 
 The table has the measured mean of visual tokens per image, the score, and its share of the unpruned model's. Each row
 is written to --output_json as soon as it is there; rows of these settings are not evaluated again. Run one process.
@@ -97,7 +97,7 @@ def model_arguments(selection: str, visual_tokens: int | None, keep_rate: float,
         return {"resolution_tokens": visual_tokens}
     place, scored_by = selection.split("_")
     if place == "exit":
-        return {"visual_tokens": visual_tokens, "scorer": scored_by}
+        return {"keep_rate": keep_rate, "scorer": scored_by}
     guide = args.guide if scored_by == "text" else None
     return {"schedule": f"{args.layer}:{scored_by}:{keep_rate}", "guide": guide}
 

@@ -69,6 +69,7 @@ class VisionLanguageModel:
         pretrained (`str`): Folder or Hub repository of a model for `AutoModelForImageTextToText`. Its code never runs.
         schedule (`str`, *optional*, defaults to `"unpruned"`): Selection inside the vision tower.
         visual_tokens (`int`, *optional*): Number of visual tokens per image in the language model.
+        keep_rate (`float`, *optional*): Share of an image's visual tokens, instead of a number.
         scorer (`str`, *optional*, defaults to `"prompt"`): Scorer of these tokens.
         guide (`str`, *optional*): Folder or Hub repository of a `TextGuide`, for a layer that is scored by the text.
         resolution_tokens (`int`, *optional*): Reduce images to about this number of visual tokens.
@@ -85,6 +86,7 @@ class VisionLanguageModel:
         pretrained: str,
         schedule: str = "unpruned",
         visual_tokens: int | None = None,
+        keep_rate: float | None = None,
         scorer: str = "prompt",
         guide: str | None = None,
         resolution_tokens: int | None = None,
@@ -102,9 +104,16 @@ class VisionLanguageModel:
             tokenizer.pad_token = tokenizer.eos_token
         if resolution_tokens is not None:
             self.lower_resolution(resolution_tokens)
-        if schedule != "unpruned" or visual_tokens is not None or guide is not None:
+        if schedule != "unpruned" or visual_tokens is not None or keep_rate is not None or guide is not None:
             loaded = None if guide is None else TextGuide.from_pretrained(guide).to(self.model.device).eval()
-            apply_patch_selection(self.model, schedule, visual_tokens, scorer, loaded)
+            apply_patch_selection(
+                self.model,
+                schedule,
+                visual_tokens=visual_tokens,
+                keep_rate=keep_rate,
+                scorer=scorer,
+                guide=loaded,
+            )
         self.num_images = self.num_visual_tokens = 0
 
     @property

@@ -48,6 +48,7 @@ def apply_patch_selection(
     model: nn.Module,
     schedule: SelectionSchedule | str | None = None,
     visual_tokens: int | None = None,
+    keep_rate: float | None = None,
     scorer: str | Scorer = "prompt",
     guide: TextGuide | None = None,
 ):
@@ -85,8 +86,11 @@ def apply_patch_selection(
               `(batch_size, hidden_size)`, a keyword of the vision tower and `get_image_features`. A forward pass
               without it raises a ValueError.
         visual_tokens (`int`, *optional*):
-            Generative models only: number of visual tokens per image for the language model. Default: all tokens that
-            the tower keeps.
+            Generative models only: number of visual tokens per image (or tile) for the language model. Default: all
+            tokens that the tower keeps.
+        keep_rate (`float`, *optional*):
+            Generative models only: share of an image's visual tokens for the language model, in (0, 1], instead of a
+            number. Take it where images differ in size, as in Qwen-VL.
         scorer (`str` or `Callable`, *optional*, defaults to `"prompt"`):
             Scorer of these tokens, as in [`prune_inputs`].
         guide (`TextGuide`, *optional*):
@@ -94,20 +98,26 @@ def apply_patch_selection(
 
     Raises:
         TypeError: The model or one of its layers is not supported, or `visual_tokens` is not an integer.
-        ValueError: The schedule or the guide does not fit the model, or a compiler or Accelerate has replaced the
-            forward pass of a generative model or of a layer.
+        ValueError: The schedule or the guide does not fit the model, both a number and a rate are given or one of
+            them is out of range, or a compiler or Accelerate has replaced the forward pass of a generative model or
+            of a layer.
         RuntimeError: `record_patch_selection` is open on a generative model.
     """
-    if schedule is None and visual_tokens is None:
-        raise ValueError("`apply_patch_selection` needs a `schedule`, such as '8:image:0.5', or `visual_tokens`.")
+    selects_at_exit = visual_tokens is not None or keep_rate is not None
+    if schedule is None and not selects_at_exit:
+        raise ValueError(
+            "`apply_patch_selection` needs a `schedule`, such as '8:image:0.5', or `visual_tokens` or `keep_rate`."
+        )
     if not isinstance(schedule, SelectionSchedule):
         schedule = SelectionSchedule.parse(schedule or "unpruned")
     host = find_host(model)
     if isinstance(host, Family):
-        at_exit = ExitSelection(visual_tokens, scorer=scorer)
+        at_exit = ExitSelection(visual_tokens=visual_tokens, keep_rate=keep_rate, scorer=scorer)
         check_generative(host, schedule, at_exit, guide)
-    elif visual_tokens is not None or guide is not None:
-        raise ValueError(f"`visual_tokens` and `guide` need a generative model, got {type(model).__name__}.")
+    elif selects_at_exit or guide is not None:
+        raise ValueError(
+            f"`visual_tokens`, `keep_rate` and `guide` need a generative model, got {type(model).__name__}."
+        )
     host.check_schedule(schedule)
     remove_patch_selection(model)
     host.wrap_layers(schedule)

@@ -99,6 +99,9 @@ def test_replaced_forward_passes_raise(wrap, schedule):
         ("1:image:0.5:0.9", {}),
         ("1:text:0.5", {}),
         ("1:image:0.5", {"visual_tokens": 0}),
+        ("1:image:0.5", {"keep_rate": 0.0}),
+        ("1:image:0.5", {"keep_rate": 1.5}),
+        ("1:image:0.5", {"keep_rate": 0.5, "visual_tokens": 9}),
         ("1:image:0.5", {"scorer": "words"}),
         ("1:image:0.5", {"guide": TextGuide(32, 4, 8)}),
         ("1:text:0.5,2:text:0.5", {"guide": TextGuide(32, 4, 8)}),
@@ -267,6 +270,32 @@ def test_selection_at_the_exit_needs_no_schedule():
     assert torch.equal(model(**inputs).logits, expected)
     with pytest.raises(ValueError, match="schedule"):
         apply_patch_selection(model)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+@torch.no_grad()
+def test_a_rate_keeps_a_share_of_each_image(name):
+    vlm = BY_NAME[name]
+    model, inputs = vlm.make(), make_inputs(vlm, [1, 1, 1])  # of 32, 64 and 16 visual tokens
+    pruned = prune_inputs(model, inputs, keep_rate=0.25)
+    expected = model(**pruned).logits
+    apply_patch_selection(model, keep_rate=0.25)
+    for patched in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with record_patch_selection(patched) as recorded:
+            logits = patched(**inputs).logits
+        assert torch.equal(logits, expected)
+        assert (recorded[0].kept_indices >= 0).sum(dim=1).tolist() == [8, 16, 4]
+
+
+@torch.no_grad()
+def test_a_rate_is_of_the_image_and_not_of_what_the_tower_keeps():
+    vlm = BY_NAME["llava"]
+    model, inputs = vlm.make(), make_inputs(vlm, [1])
+    for keep_rate, number in ((0.25, 16), (0.75, 32)):  # the tower keeps 32 of 64
+        apply_patch_selection(model, "1:image:0.5", keep_rate=keep_rate)
+        with record_patch_selection(model) as recorded:
+            model(**inputs)
+        assert recorded[-1].kept_indices.shape == (1, number)
 
 
 @pytest.mark.parametrize("visual_tokens", [4, 60])

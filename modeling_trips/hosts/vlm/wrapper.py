@@ -72,7 +72,10 @@ def check_generative(family: Family, schedule: SelectionSchedule, at_exit: ExitS
     at_exit.check_fits(family.tokens_per_image, in_tower=bool(schedule.layers))
     if schedule.layers and not family.layer_classes:
         tower = type(getattr(family.base, "vision_tower", model)).__name__
-        raise TypeError(f"Selection inside the tower of {name} ({tower}) is not supported. Use only `visual_tokens`.")
+        raise TypeError(
+            f"Selection inside the tower of {name} ({tower}) is not supported. Use only `visual_tokens` or `keep_rate`,"
+            " without a schedule."
+        )
     by_text = [layer for layer, selection in schedule.by_layer.items() if selection.guidance == "text"]
     if len(by_text) > 1:
         raise ValueError(f"At most one layer can be scored by the text, got layers {by_text}.")

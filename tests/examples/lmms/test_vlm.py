@@ -70,7 +70,7 @@ def write_task(folder: Path, checkpoint: Path) -> list[list[dict]]:
 def test_task_answers_match_the_model(checkpoint, run_python, tmp_path):
     asked = write_task(tmp_path, checkpoint)
     schedule = "1:image:0.75,2:image:0.5"
-    vlm = VisionLanguageModel(checkpoint, schedule, 6, "diversity", device="cpu")
+    vlm = VisionLanguageModel(checkpoint, schedule, visual_tokens=6, scorer="diversity", device="cpu")
     expected = [vlm.answer([own], OPTIONS)[0] for own in asked]
 
     command = ["-m", "lmms_eval", "--model", "trips_vlm", "--tasks", "tiny_words", "--batch_size", "4"]

@@ -22,7 +22,7 @@ from modeling_trips import TripsForConditionalGeneration
 from trips_examples.data.collators import CaptionCollator
 from trips_examples.data.images import one_row_per_image
 from trips_examples.metrics.caption_metrics import CaptionMetrics, split_words
-from trips_examples.metrics.diagnostics import lost_signs, variety
+from trips_examples.metrics.diagnostics import variety, warn_of_unwritable_texts
 from trips_examples.training.files import texts_of, write_predictions
 from trips_examples.training.models import start_run
 from trips_examples.training.runs import parse_arguments, train_and_evaluate
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     # The captions of an image share its prompt, so that each image has one text.
     arguments = model_args, data_args, training_args
     model, processor, data = start_run(TripsForConditionalGeneration, "captions", *arguments, group_size=1)
-    lost = lost_signs(data, "caption", processor, split_words)
+    unwritable = warn_of_unwritable_texts(data, "caption", processor, split_words)
     longest = training_args.generation_max_length or model.config.decoder_config.max_position_embeddings
     model.generation_config.update(max_new_tokens=longest, max_length=None, **writing)
     model.generation_config.validate(strict=True)  # not when it is saved
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             predictions = ({"captions": own_truths, "prediction": caption} for own_truths, caption in pairs)
             write_predictions(training_args.output_dir, rows, ["source", "image_id"], predictions)
         varied = variety(captions, [own_truths[0] for own_truths in truths], "caption")
-        return {**scores, **varied, "captions_with_lost_signs": lost[trainer.split], "samples": len(rows)}
+        return {**scores, **varied, "unwritable_captions": unwritable[trainer.split], "samples": len(rows)}
 
     trainer = ImageGroupedTrainer(
         model=model,

@@ -19,10 +19,10 @@ from trips_examples.data.images import column_of
 from trips_examples.metrics.diagnostics import (
     accuracy_by_group,
     diagnose_selection,
-    lost_signs,
     measurable_answers,
     most_tokens,
     variety,
+    warn_of_unwritable_texts,
 )
 from trips_examples.metrics.vqa_accuracy import VqaAccuracy, most_common_answer, normalize_answer
 from trips_examples.training.files import texts_of, write_predictions
@@ -36,7 +36,7 @@ def train_question_answering(
 ) -> dict[str, float]:
     """Train and evaluate a question-answering model, and return the metrics."""
     model, processor, data = start_run(TripsForQuestionAnswering, "vqa", model_args, data_args, training_args)
-    lost = lost_signs(data, "answers", processor, normalize_answer)
+    unwritable = warn_of_unwritable_texts(data, "answers", processor, normalize_answer)
     longest = training_args.generation_max_length or max(10, most_tokens(data, "answers", processor))
     model.generation_config.update(max_new_tokens=longest, max_length=None)
     metric = VqaAccuracy()
@@ -56,7 +56,7 @@ def train_question_answering(
         truths = [most_common_answer(each) for each in references]
         varied = variety(answers, truths, "answer", lambda answers: scores(answers)["accuracy"])
         groups = accuracy_by_group(metric, answers, references, rows)
-        counts = {"answers_with_lost_signs": lost[trainer.split], "samples": len(rows)}
+        counts = {"unwritable_answers": unwritable[trainer.split], "samples": len(rows)}
         return {**scores(answers), **varied, **groups, **diagnose_selection(trainer), **counts}
 
     trainer = ImageGroupedTrainer(

@@ -330,8 +330,8 @@ class TripsProcessor(ProcessorMixin):
         Return the `labels` of a model that writes answers, or the `answer_ids` of `rank_answers`.
 
         Args:
-            answers (`list[str]`): One or more answers, none of them empty. A warning names each answer with words that
-                the tokenizer does not know, since a model cannot write its unknown token.
+            answers (`list[str]`): One or more answers, none of them empty. The first time that one has words
+                that the tokenizer does not know, a warning says so, since a model cannot write its unknown token.
 
         Returns:
             `torch.LongTensor` of shape `(num_answers, answer_length)`: Token ids without a start token, ending with
@@ -349,7 +349,7 @@ class TripsProcessor(ProcessorMixin):
             if not row:
                 raise ValueError(f"`answers[{position}]` ({answer!r}) has no tokens.")
             if self.tokenizer.unk_token_id in row:
-                logger.warning_once(f"The answer {answer!r} holds words that the tokenizer does not know.")
+                logger.warning_once("Answers have words that the tokenizer does not know, which no model can write.")
         rows = [torch.tensor([*row, self.tokenizer.sep_token_id]) for row in rows]
         self._check_lengths(rows, name="answers", remedy="Shorten it")
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)

@@ -31,6 +31,7 @@ from trips_examples.data.tasks import (
     Task,
     filled_text,
     is_missing,
+    likely_task,
     list_of,
     missing,
     settle,
@@ -76,14 +77,32 @@ def load_task_dataset(
         return _bundled(task, source, seed)
     data = {}
     for split, part, root, records in _tables(task, source):
-        data[split], of_split = RowReader(TASKS[task], part, root, patch_size).rows_and_faults(records)
-        if faults is not None:
-            faults += of_split
-            continue
-        settle(of_split, part, len(records), source.skip_bad_rows)
-        if not len(data[split]):
-            raise ValueError(f"{part} has no row that can be used: it needs the columns {TASKS[task].needs}.")
+        reader = RowReader(TASKS[task], part, root, patch_size)
+        data[split], faults_of_split = reader.rows_and_faults(records)
+        if faults is None:
+            settle(faults_of_split, part, len(records), source.skip_bad_rows)
+        else:
+            faults += faults_of_split
+        if len(data[split]) == 0:
+            needed = f"needed are the columns {TASKS[task].needs}"
+            other_task = likely_task(_columns(records))
+            if other_task not in (None, task):
+                needed = f"{needed}; this looks like --task {other_task}"
+            fault = Fault(part, "no row that can be used", needed)
+            if faults is None:
+                raise ValueError(f"{fault}.")
+            faults.append(fault)
     return DatasetDict(data)
+
+
+def _columns(records: Dataset) -> list[str]:
+    """Return the columns of records, of JSON the keys of the first one."""
+    if records.features != RECORD:
+        return records.column_names
+    try:
+        return list(parsed_record(records[0]["json"]))
+    except BadRowError:
+        return []
 
 
 def _bundled(task: str, source: DataArguments, seed: int) -> DatasetDict:

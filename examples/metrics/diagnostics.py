@@ -1,12 +1,12 @@
 """
-Diagnostics of a run over a data set: signs that the tokenizer loses, how much predictions vary, their accuracy by the
-kind of text and by the size of its target region, and the patches that each selection layer keeps.
+Diagnostics of a run over a data set: texts that the model cannot write, how much predictions vary, their accuracy by
+the kind of text and by the size of its target region, and the patches that each selection layer keeps.
 """
 
 import logging
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import mean
 
 import evaluate
@@ -30,6 +30,11 @@ from trips_examples.data.images import column_of, image_size, texts_of_column
 logger = logging.getLogger(__name__)
 
 COLLAPSED = 0.95  # share of the rows that get the same prediction
+UNWRITABLE_SHARE = 0.01  # share of the texts of a split from which on another text model is advised
+UNWRITABLE_REMEDY = (
+    "A multilingual text model can write them: --text_model_name_or_path intfloat/multilingual-e5-small, see "
+    "docs/pictures.md, other languages."
+)
 NUM_ROWS = 256
 # Columns with the target region of a text: a box (x0, y0, x1, y1) in pixels of the image, or None.
 REGION_COLUMNS = ("region", "box")
@@ -39,54 +44,91 @@ SIZES = ("smallest", "medium", "largest")
 # Texts and predictions
 
 
-def as_written(texts: Sequence[str], processor: TripsProcessor) -> list[str]:
+def written_texts(texts: Iterable[str], processor: TripsProcessor) -> dict[str, str | None]:
     """
-    Return the texts encoded and decoded: a model whose every token is right writes these. BERT's uncased tokenizer
-    makes "cafe" of "café" and "50 %" of "50%". A text with an unknown token, which no model can write, stays.
+    Return what a model whose every token is right writes in place of each text: the text encoded and decoded, or None
+    for a text with an unknown token. BERT's uncased tokenizer makes "cafe" of "café" and "50 %" of "50%".
     """
     different = list(dict.fromkeys(texts))
-    rows = processor.tokenizer(different, add_special_tokens=False, verbose=False)["input_ids"] if different else []
-    decoded = zip(different, rows, processor.post_process_answers(rows))
+    if not different:
+        return {}
+    token_ids = processor.tokenizer(different, add_special_tokens=False, verbose=False)["input_ids"]
+    decoded = processor.post_process_answers(token_ids)
     unknown = processor.tokenizer.unk_token_id
-    written = {text: text if unknown in row else result for text, row, result in decoded}
-    return [written[text] for text in texts]
+    return {text: None if unknown in row else result for text, row, result in zip(different, token_ids, decoded)}
 
 
 def most_tokens(data: DatasetDict, column: str, processor: TripsProcessor) -> int:
     """Return the number of tokens, with `[SEP]`, of the longest text of a column in any split."""
-    texts = {text for rows in data.values() for text in texts_of_column(rows, column)}
-    return 1 + max(map(len, processor.tokenizer([*texts], add_special_tokens=False)["input_ids"]))
+    texts: set[str] = set()
+    for rows in data.values():
+        texts.update(texts_of_column(rows, column))
+    token_ids = processor.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    return 1 + max(len(row) for row in token_ids)
 
 
 def measurable_answers(references: list[list[str]], processor: TripsProcessor) -> list[list[str]]:
     """
     Return the references for `vqa_accuracy`: answers of several annotators as they are, for the official accuracy, and
-    the answer of a single one as the tokenizer writes it.
+    the answer of a single one as the tokenizer writes it, or as it is if no model can write it.
     """
-    written = iter(as_written([answers[0] for answers in references if len(answers) == 1], processor))
-    return [[next(written)] if len(answers) == 1 else answers for answers in references]
+    single = [answers[0] for answers in references if len(answers) == 1]
+    written = written_texts(single, processor)
+    measurable = []
+    for answers in references:
+        result = written[answers[0]] if len(answers) == 1 else None
+        measurable.append(answers if result is None else [result])
+    return measurable
 
 
-def lost_signs(
+def unwritable_texts(
     data: DatasetDict, column: str, processor: TripsProcessor, normalize: Callable[[str], str]
-) -> dict[str, int]:
+) -> tuple[dict[str, int], list[str]]:
     """
-    Return the number of texts of each split in a column (`"answers"` or `"caption"`) that the tokenizer cannot write
-    as they are, and warn of them. `normalize` removes differences that the metric ignores.
+    Count the texts of each split in a column (`"answers"` or `"caption"`) that the model cannot write, because its
+    tokenizer does not know their words or drops their signs. `normalize` removes differences that the metric ignores.
+
+    Returns:
+        The counts, and what to tell the user: a sentence per split that has such texts, and a remedy if they are more
+        than `UNWRITABLE_SHARE` of a split.
     """
     counts = {}
+    sentences = []
+    largest_share = 0.0
+    name = column if column.endswith("s") else f"{column}s"
     for split, rows in data.items():
         texts = texts_of_column(rows, column)
-        pairs = {*zip(texts, as_written(texts, processor))}
-        changed = {text: written for text, written in pairs if normalize(text) != normalize(written)}
-        counts[split] = sum(text in changed for text in texts)
-        if changed and PartialState().is_main_process:
-            examples = ", ".join(f"{text!r} becomes {changed[text]!r}" for text in sorted(changed)[:3])
-            logger.warning(
-                "%s: the tokenizer loses signs in %d of the %d %s: %s. A tokenizer from scratch, the default, keeps "
-                "them.",
-                *(split, counts[split], len(texts), column if column.endswith("s") else f"{column}s", examples),
-            )
+        written = written_texts(texts, processor)
+        unknown = {text for text, result in written.items() if result is None}
+        changed = {text for text in written.keys() - unknown if normalize(text) != normalize(written[text])}
+        num_unknown = sum(text in unknown for text in texts)
+        num_changed = sum(text in changed for text in texts)
+        counts[split] = num_unknown + num_changed
+        if counts[split] == 0:
+            continue
+        largest_share = max(largest_share, counts[split] / len(texts))
+        reasons = []
+        if unknown:
+            examples = ", ".join(repr(text) for text in sorted(unknown)[:3])
+            reasons.append(f"{num_unknown} with words that its tokenizer does not know ({examples})")
+        if changed:
+            examples = ", ".join(f"{text!r} becomes {written[text]!r}" for text in sorted(changed)[:3])
+            reasons.append(f"{num_changed} with signs that it drops ({examples})")
+        counted = f"the model cannot write {counts[split]} of the {len(texts)} {name}"
+        sentences.append(f"{split}: {counted}: {', '.join(reasons)}.")
+    if largest_share > UNWRITABLE_SHARE:
+        sentences.append(UNWRITABLE_REMEDY)
+    return counts, sentences
+
+
+def warn_of_unwritable_texts(
+    data: DatasetDict, column: str, processor: TripsProcessor, normalize: Callable[[str], str]
+) -> dict[str, int]:
+    """Return the counts of [`unwritable_texts`], and log its sentences in the main process."""
+    counts, sentences = unwritable_texts(data, column, processor, normalize)
+    if PartialState().is_main_process:
+        for sentence in sentences:
+            logger.warning(sentence)
     return counts
 
 
@@ -101,9 +143,11 @@ def variety(
     with a function of the `accuracy` of predictions also `accuracy_majority`, of the most frequent truth. `name` is
     what they are, in the singular: `"answer"`.
     """
-    counts, total = Counter(predictions), len(predictions)
-    (favorite, count), (majority, true_count) = counts.most_common(1)[0], Counter(truths).most_common(1)[0]
-    collapsed = count / total >= COLLAPSED and count > true_count
+    counts = Counter(predictions)
+    total = len(predictions)
+    favorite, count = counts.most_common(1)[0]
+    majority, true_count = Counter(truths).most_common(1)[0]
+    is_collapsed = count / total >= COLLAPSED and count > true_count
     metrics = {"different_predictions": len(counts), "most_frequent_share": count / total}
     line = f"The model gives {len(counts)} different {name}s for {total} rows."
     if accuracy is not None:
@@ -111,9 +155,10 @@ def variety(
         line = f"The most frequent {name}, {majority!r}, is right for {metrics['accuracy_majority']:.1%}. {line}"
     if PartialState().is_main_process:
         logger.info(line)
-        if collapsed:
+        if is_collapsed:
             logger.warning("The model has collapsed: %r is its %s for %d of %d rows.", favorite, name, count, total)
-    return {**metrics, "collapsed": int(collapsed)}
+    metrics["collapsed"] = int(is_collapsed)
+    return metrics
 
 
 # Selection
@@ -130,8 +175,10 @@ def diagnose_selection(trainer: Trainer) -> dict[str, float]:
         images). With target regions also `_patch_precision`, `_region_recall`, and, once, `patch_precision_at_random`,
         that of random selection. Empty without selection.
     """
-    model, processor = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processing_class
-    rows = [trainer.eval_dataset[row] for row in range(min(NUM_ROWS, len(trainer.eval_dataset)))]
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    processor = trainer.processing_class
+    num_rows = min(NUM_ROWS, len(trainer.eval_dataset))
+    rows = [trainer.eval_dataset[row] for row in range(num_rows)]
     inputs = trainer.data_collator(rows)
     inputs.pop("sources", None)
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
@@ -139,8 +186,9 @@ def diagnose_selection(trainer: Trainer) -> dict[str, float]:
     num_patches = (height // processor.patch_size) * (width // processor.patch_size)
     image_index = inputs["image_index"].flatten()
     num_images = len(image_index.unique())
+    selections = model(**inputs).selection
     metrics = {}
-    for layer, selection in zip(model.config.vision_config.schedule.layers, model(**inputs).selection):
+    for layer, selection in zip(model.config.vision_config.schedule.layers, selections):
         name = f"layer{layer}"
         metrics[f"{name}_kept"] = float(selection.kept_indices.shape[1])
         metrics[f"{name}_entropy"] = score_entropy(selection).mean().item()
@@ -155,18 +203,23 @@ def diagnose_selection(trainer: Trainer) -> dict[str, float]:
 
 def _region_metrics(selection: TripsSelection, rows: list[dict], processor, name: str) -> dict[str, float]:
     column = next((column for column in REGION_COLUMNS if column in rows[0]), None)
-    known = {number: row.get(column) for number, row in enumerate(rows)}
-    regions = {number: torch.tensor(box, dtype=torch.float32) for number, box in known.items() if box is not None}
+    regions = {number: row[column] for number, row in enumerate(rows) if row.get(column) is not None}
     if not regions:
         return {}
     sizes = [image_size(rows[number]) for number in regions]
-    boxes = processor.patch_boxes([selection.kept_indices[number] for number in regions], sizes)
-    pairs = [*zip(boxes, regions.values())]
-    areas = [((region[2] - region[0]) * (region[3] - region[1])).item() for region in regions.values()]
-    shares = [area / math.prod(size) for area, size in zip(areas, sizes)]
+    kept_indices = [selection.kept_indices[number] for number in regions]
+    precisions = []
+    recalls = []
+    shares = []
+    for boxes, region, size in zip(processor.patch_boxes(kept_indices, sizes), regions.values(), sizes):
+        target = torch.tensor(region, dtype=torch.float32)
+        area = (target[2] - target[0]) * (target[3] - target[1])
+        precisions.append(patch_precision(boxes, target))
+        recalls.append(region_recall(boxes, target))
+        shares.append(area.item() / math.prod(size))
     return {
-        f"{name}_patch_precision": mean(patch_precision(*pair) for pair in pairs),
-        f"{name}_region_recall": mean(region_recall(*pair) for pair in pairs),
+        f"{name}_patch_precision": mean(precisions),
+        f"{name}_region_recall": mean(recalls),
         "patch_precision_at_random": mean(shares),
     }
 
@@ -179,20 +232,33 @@ def groups_of(rows: Dataset) -> dict[str, list[int]]:
     if "kind" not in rows.column_names:
         return {}
     groups = defaultdict(list)
-    for column, ending in (("kind", ""), ("wording", "_wording")):
-        for place, name in enumerate(column_of(rows, column) if column in rows.column_names else ()):
-            if name is not None:
-                groups[name + ending].append(place)
+    for place, kind in enumerate(column_of(rows, "kind")):
+        if kind is not None:
+            groups[kind].append(place)
+    if "wording" in rows.column_names:
+        for place, wording in enumerate(column_of(rows, "wording")):
+            if wording is not None:
+                groups[f"{wording}_wording"].append(place)
+    found = dict(sorted(groups.items()))
     column = next(column for column in REGION_COLUMNS if column in rows.column_names)
-    areas = {place: (box[2] - box[0]) * (box[3] - box[1]) for place, box in enumerate(column_of(rows, column)) if box}
-    thirds = torch.tensor(sorted(areas, key=areas.__getitem__), dtype=torch.long).tensor_split(3)
-    return dict(sorted(groups.items())) | {name: third.tolist() for name, third in zip(SIZES, thirds) if len(third)}
+    areas = {}
+    for place, box in enumerate(column_of(rows, column)):
+        if box:
+            x0, y0, x1, y1 = box
+            areas[place] = (x1 - x0) * (y1 - y0)
+    by_area = torch.tensor(sorted(areas, key=areas.__getitem__), dtype=torch.long)
+    for name, third in zip(SIZES, by_area.tensor_split(3)):
+        if len(third):
+            found[name] = third.tolist()
+    return found
 
 
 def accuracy_by_group(metric: evaluate.Metric, predictions: list, references: list, rows: Dataset) -> dict[str, float]:
     """Return the accuracy on each of `groups_of(rows)`, as `accuracy_{group}`."""
     results = {}
     for name, places in groups_of(rows).items():
-        own, truths = ([values[place] for place in places] for values in (predictions, references))
-        results[f"accuracy_{name}"] = metric.compute(predictions=own, references=truths)["accuracy"]
+        own_predictions = [predictions[place] for place in places]
+        own_references = [references[place] for place in places]
+        scores = metric.compute(predictions=own_predictions, references=own_references)
+        results[f"accuracy_{name}"] = scores["accuracy"]
     return results

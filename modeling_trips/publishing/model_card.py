@@ -17,7 +17,7 @@ TEMPLATE = Path(__file__).with_name("model_card_template.md")
 NOT_METRICS = re.compile(
     r"loss|runtime|model_preparation_time|\w+_per_second|samples|images|reranked_pairs"
     r"|layer\d+_\w+|patch_precision_at_random|chance_\w+|\w+_majority"
-    r"|different_predictions|most_frequent_share|collapsed|\w+_with_lost_signs"
+    r"|different_predictions|most_frequent_share|collapsed|unwritable_\w+"
 )
 
 

@@ -5,6 +5,8 @@ import json
 import numpy as np
 import PIL.Image
 import pytest
+from datasets import Dataset
+from tiny_processors import make_bert_tokenizer
 
 from trips_examples import run_vqa
 from trips_examples.check_data import OPTIONS, check, main
@@ -61,6 +63,51 @@ def test_faults_and_notes_of_two_files(folder, capsys):
     assert "train.jsonl row 5: image_id of two images (" in printed and shared in printed
     assert all(f"1 x {fault.reason}" in printed for fault in faults)
     assert main(["--task", "grounding", "--train_file", write(folder / "good.jsonl", [BOX])]) == 0
+
+
+def test_five_rows_of_a_kind_are_printed_and_the_task_of_their_columns(folder, capsys):
+    rows = [{"image": "a.png", "caption": f"{number}"} for number in range(12)]
+    assert main(["--task", "vqa", "--preset", "tiny", "--train_file", write(folder / "t.jsonl", rows)]) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "12 x no question"
+    assert [line.strip()[:13] for line in printed[1:6]] == [f"t.jsonl row {number}:"[:13] for number in range(1, 6)]
+    assert "7 more" in printed[6]
+    assert any("this looks like --task captions" in line for line in printed)
+    assert "row 6" not in "".join(printed)
+
+
+@pytest.mark.parametrize("has_bytes", [True, False])
+def test_copies_of_an_image_in_several_splits_are_found_by_content(folder, has_bytes):
+    """In an imagefolder, which has a file per split, and in Parquet, which has the content."""
+    contents = {"train": ["a.png", "c.jpg"], "validation": ["b.png"]}  # b.png is a copy of a.png
+    for split, names in contents.items():
+        (folder / "data" / split).mkdir(parents=True)
+        if has_bytes:
+            rows = Dataset.from_dict(
+                {"image": [(folder / name).read_bytes() for name in names], "caption": ["a"] * len(names)}
+            )
+            rows.to_parquet(folder / "data" / split / f"{split}-0.parquet")
+            continue
+        for name in names:
+            (folder / name).rename(folder / "data" / split / name)
+        write(folder / "data" / split / "metadata.jsonl", [{"file_name": name, "caption": "a"} for name in names])
+    faults, notes = run("--task", "captions", "--preset", "tiny", "--dataset_name", str(folder / "data"))
+    assert not faults
+    (shared,) = [note for note in notes if "several splits" in note]
+    assert shared.startswith("1 images") and "train row 1" in shared and "validation row 1" in shared
+
+
+def test_answers_that_the_model_cannot_write_are_counted(folder, capsys):
+    make_bert_tokenizer(["what is it? tea"]).save_pretrained(folder / "bert")
+    answers = ["tea", "café", "大猩猩"]
+    rows = [{"image": "a.png", "question": "what is it?", "answer": answer} for answer in answers]
+    files = ["--train_file", write(folder / "t.jsonl", rows), "--validation_file", write(folder / "v.jsonl", rows[:1])]
+    assert main(["--task", "vqa", "--preset", "tiny", "--tokenizer", str(folder / "bert"), *files]) == 0
+    printed = capsys.readouterr().out
+    assert "train: the model cannot write 2 of the 3 answers" in printed and "大猩猩" in printed
+    assert "validation: the model" not in printed and "--text_model_name_or_path" in printed
+    assert main(["--task", "vqa", "--preset", "tiny", *files]) == 0
+    assert "cannot write" not in capsys.readouterr().out  # a tokenizer that is trained on the answers writes them
 
 
 def test_boxes_with_width_and_height_are_called_so(folder):

@@ -87,7 +87,7 @@ def test_answers_that_no_model_can_write_are_warned_of_once(processor, caplog):
     first, second, known = processor.encode_answers(["a zebra", "a quiz", "a cat"]).tolist()
     assert first == second != known
     processor.encode_answers(["a zebra", "red"])
-    assert len(caplog.records) == 2
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize("answer", ["2.5", "10:30", "1/2", "don't", "t-shirt", "men's room 3"])

@@ -1,4 +1,4 @@
-"""Signs that a tokenizer loses, references as it writes them, collapsed models, and accuracy by group."""
+"""Texts that a model cannot write, references as it writes them, collapsed models, and accuracy by group."""
 
 import logging
 
@@ -10,12 +10,13 @@ from modeling_trips import TripsProcessor
 from trips_examples.data.vocabulary import train_tokenizer
 from trips_examples.metrics.diagnostics import (
     accuracy_by_group,
-    as_written,
     groups_of,
-    lost_signs,
     measurable_answers,
     most_tokens,
+    unwritable_texts,
     variety,
+    warn_of_unwritable_texts,
+    written_texts,
 )
 from trips_examples.metrics.grounding_accuracy import GroundingAccuracy
 from trips_examples.metrics.vqa_accuracy import VqaAccuracy, normalize_answer
@@ -46,18 +47,28 @@ def test_answers_of_several_annotators_are_compared_as_they_are(bert):
     assert measurable_answers([["café"], ["café", "café"]], bert) == [["cafe"], ["café", "café"]]
 
 
-def test_lost_signs_are_counted_in_a_warning(bert, caplog):
+def test_texts_that_the_model_cannot_write_are_counted_before_the_training(bert, caplog):
     data = DatasetDict(
-        train=Dataset.from_dict({"answers": [["café", "tea"], ["café"], ["$5"]]}),
-        validation=Dataset.from_dict({"answers": [["tea"], ["zebra"]]}),
+        train=Dataset.from_dict({"answers": [["café", "tea"], ["café"], ["$5"], ["zebra"]]}),
+        validation=Dataset.from_dict({"answers": [["tea"], ["zebra", "zebra"]]}),
+        test=Dataset.from_dict({"answers": [["tea"]]}),
     )
-    assert lost_signs(data, "answers", bert, normalize_answer) == {"train": 3, "validation": 0}
-    (record,) = caplog.records
-    assert "3 of the 4 answers" in record.message and "'café' becomes 'cafe'" in record.message
-    assert as_written(["zebra", "$5", "zebra"], bert) == ["zebra", "$ 5", "zebra"]
+    counts = warn_of_unwritable_texts(data, "answers", bert, normalize_answer)
+    assert counts == {"train": 4, "validation": 2, "test": 0}
+    train, validation, remedy = [record.message for record in caplog.records]
+    assert "4 of the 5 answers" in train and "'café' becomes 'cafe'" in train and "'zebra'" in train
+    assert "2 of the 3 answers" in validation and "'zebra'" in validation
+    assert "--text_model_name_or_path" in remedy
+    assert written_texts(["zebra", "$5", "zebra"], bert) == {"zebra": None, "$5": "$ 5"}
     own = TripsProcessor(tokenizer=train_tokenizer(ANSWERS))
-    assert lost_signs(data, "answers", own, normalize_answer) == {"train": 0, "validation": 0}
+    assert unwritable_texts(data, "answers", own, normalize_answer) == ({"train": 0, "validation": 0, "test": 0}, [])
     assert most_tokens(data, "answers", bert) == 3  # $ 5 [SEP]
+
+
+def test_a_text_in_a_hundred_needs_no_other_model(bert):
+    data = DatasetDict(train=Dataset.from_dict({"answers": [["tea"]] * 99 + [["café"]]}))
+    counts, sentences = unwritable_texts(data, "answers", bert, normalize_answer)
+    assert counts == {"train": 1} and len(sentences) == 1
 
 
 @pytest.mark.parametrize(

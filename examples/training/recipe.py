@@ -49,9 +49,10 @@ def recipe(task: str | None, typed: dict) -> dict:
         return {}
     if not typed.keys().isdisjoint(("preset", "tokenizer")):
         return {}  # from scratch
-    is_new, has_towers = "model" not in typed, not typed.keys().isdisjoint(TOWERS)
+    is_new = "model" not in typed
+    has_other_tower = "vision_model_name_or_path" in typed  # another text model keeps tower and schedule
     defaults = {name: values[0 if is_new else 1] for name, values in TRAINING.items()}
-    if is_new and not has_towers:
+    if is_new and not has_other_tower:
         has_copies = all(Path(folder).is_dir() for folder in COPIES.values())
         defaults |= {**(COPIES if has_copies else TOWERS), **NEW, "schedule": SCHEDULES[task]}
     if task == "grounding":

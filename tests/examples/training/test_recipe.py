@@ -28,6 +28,14 @@ def test_what_is_typed_decides_which_defaults_a_run_has(task):
     assert new.keys() - recipe(task, {**OWN, "num_train_epochs": 3.0}) == {"max_steps"}
     assert recipe(task, {**OWN, "schedule": "unpruned"}) == new
     assert "schedule" not in recipe(task, {**OWN, "vision_model_name_or_path": "clip"})
+    assert recipe(task, {**OWN, "text_model_name_or_path": "e5"}) == new
+
+
+def test_another_text_model_keeps_the_vision_tower():
+    typed = ["--train_file=train.jsonl", "--text_model_name_or_path=intfloat/multilingual-e5-small"]
+    model, _, _ = run_vqa.OPTIONS.parse_args_into_dataclasses(typed)
+    assert model.text_model_name_or_path == "intfloat/multilingual-e5-small"
+    assert "dinov2" in model.vision_model_name_or_path and model.schedule is not None
 
 
 def test_the_command_line_wins():

@@ -73,7 +73,7 @@ def check_generative(family: Family, schedule: SelectionSchedule, at_exit: ExitS
     if schedule.layers and not family.layer_classes:
         tower = type(getattr(family.base, "vision_tower", model)).__name__
         raise TypeError(
-            f"Selection inside the tower of {name} ({tower}) is not supported. Use only `visual_tokens` or `keep_rate`,"
+            f"Selection inside the tower of {name} ({tower}) is not supported. Use `visual_tokens` or `keep_rate`,"
             " without a schedule."
         )
     by_text = [layer for layer, selection in schedule.by_layer.items() if selection.guidance == "text"]

@@ -9,7 +9,14 @@ import logging
 
 
 # Module of each architecture that `--hf-overrides` can name.
-MODULES = {"TripsLlavaForConditionalGeneration": "llava", "TripsVlmForConditionalGeneration": "backend"}
+MODULES = {
+    "TripsLlavaForConditionalGeneration": "llava",
+    "TripsQwen2VLForConditionalGeneration": "qwen",
+    "TripsQwen2_5_VLForConditionalGeneration": "qwen",
+    "TripsQwen3VLForConditionalGeneration": "qwen",
+    "TripsQwen3VLMoeForConditionalGeneration": "qwen",
+    "TripsVlmForConditionalGeneration": "backend",
+}
 # Releases of vLLM whose interfaces the plugin fits: from the first, before the second.
 RELEASES = ("0.32", "0.34")
 

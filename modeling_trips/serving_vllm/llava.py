@@ -1,7 +1,6 @@
 """LLaVA-1.5 on vLLM's own classes, with a tower of CLIP or SigLIP."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -16,8 +15,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from ..hosts.layers import SelectionPass
 from ..hosts.vlm.families import Llava
-from ..hosts.vlm.tower import selecting
-from ..hosts.vlm.visual_tokens import VisualTokens
+from ..hosts.vlm.tower import CURRENT_PASS
 from .selection import QUESTION, SelectingModel, SelectionProcessor, ServedLayer
 
 
@@ -56,16 +54,6 @@ class ServedLlava(Llava):
         self.model = self.base = model
         self.config = model.config
 
-    def encode(self, inputs: Mapping, current: SelectionPass) -> VisualTokens:
-        with selecting(current):
-            # The class's own method: the model's is the one that calls this.
-            groups = LlavaForConditionalGeneration.embed_multimodal(self.model, pixel_values=inputs["pixel_values"])
-        tokens = VisualTokens.whole(groups)
-        if not current.kept:
-            return tokens
-        sizes = [self.tokens_per_image] * len(groups)
-        return replace(tokens, sizes=sizes, positions=self.kept_tokens(sizes, inputs, current))
-
 
 class TripsLlavaProcessor(SelectionProcessor, LlavaMultiModalProcessor):
     def num_kept(self, size: int) -> int:
@@ -91,6 +79,16 @@ class TripsLlavaForConditionalGeneration(SelectingModel, LlavaForConditionalGene
             return super().embed_multimodal(**kwargs)
         features: list[torch.Tensor] = []
         for images in self.split(pixel_values, [1] * len(pixel_values)):
-            questions_of_call = None if questions is None else questions[images]
-            features += self.visual_tokens({"pixel_values": pixel_values[images]}, questions_of_call).features
+            features += self.encode(pixel_values[images], None if questions is None else questions[images])
         return features
+
+    def encode(self, pixel_values: torch.Tensor, questions: Sequence[torch.Tensor] | None) -> list[torch.Tensor]:
+        """Return the kept tokens of each image."""
+        current = SelectionPass()
+        current.query = self.query(questions)
+        token = CURRENT_PASS.set(current)
+        try:
+            groups = super().embed_multimodal(pixel_values=pixel_values)
+        finally:
+            CURRENT_PASS.reset(token)
+        return self.select_tokens(groups, questions, [self.family.tokens_per_image] * len(groups))[0]

@@ -14,8 +14,8 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs, PromptUpdateDetails
 
 from ..hosts.vlm.families import Family
+from ..hosts.vlm.pruning import select_at_exit
 from ..hosts.vlm.tower import TowerLayer
-from ..hosts.vlm.visual_tokens import VisualTokens
 from .settings import ServingSettings, find_question, split_calls
 
 
@@ -106,15 +106,37 @@ class ServedLayer(TowerLayer):
         return tensor_model_parallel_all_reduce(super().score(query, states))
 
 
+def check_engine(vllm_config: VllmConfig, settings: ServingSettings):
+    """Raise a ValueError if the engine would bypass the selection, or answer wrongly under it."""
+    compilation, lora = vllm_config.compilation_config, vllm_config.lora_config
+    refused = {
+        "compile_mm_encoder": compilation.compile_mm_encoder,
+        "cudagraph_mm_encoder": compilation.cudagraph_mm_encoder,
+        "enable_tower_connector_lora": lora is not None and lora.enable_tower_connector_lora,
+    }
+    for option, is_set in refused.items():
+        if is_set:
+            raise ValueError(f"Patch selection does not support `{option}`. Start without it.")
+    num_stages = vllm_config.parallel_config.pipeline_parallel_size
+    if num_stages > 1 and vllm_config.model_config.uses_mrope:
+        raise ValueError(
+            f"`pipeline_parallel_size` must be 1 for this model, got {num_stages}: only the first stage has the "
+            "positions of the kept tokens. Use `tensor_parallel_size`."
+        )
+    if vllm_config.is_mm_encoder_only and settings.reads_prompt:
+        raise ValueError(
+            "An instance for the encoder only has no embeddings of the question. Set a `visual_scorer` that chooses "
+            "by the image."
+        )
+
+
 class SelectingModel(nn.Module):
     """Model of vLLM that selects patches."""
 
     def select_patches(self, family: Family, vllm_config: VllmConfig):
         """Replace layers of the tower by selection layers, where the settings fit the model and the engine."""
-        lora = vllm_config.lora_config
-        if vllm_config.compilation_config.compile_mm_encoder or (lora and lora.enable_tower_connector_lora):
-            raise ValueError("Patch selection supports no `compile_mm_encoder` and no `enable_tower_connector_lora`.")
         self.settings, self.family = ServingSettings.of(family.config), family
+        check_engine(vllm_config, self.settings)
         guide = self.settings.check_fits(family)
         # A list hides the guide from vLLM, which expects its weights in the model's checkpoint.
         self.guides = [] if guide is None else [guide.to(vllm_config.device_config.device)]
@@ -147,13 +169,13 @@ class SelectingModel(nn.Module):
         mask = torch.arange(ids.shape[1]) < torch.tensor([[len(question)] for question in questions])
         return self.embed_input_ids(ids.flatten()).unflatten(0, ids.shape), mask.to(ids.device)
 
-    def visual_tokens(self, inputs: Mapping, questions: Sequence[torch.Tensor] | None) -> VisualTokens:
+    def select_tokens(
+        self, groups: Sequence[torch.Tensor], questions: Sequence[torch.Tensor] | None, sizes: list[int]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
         """
-        Return the visual tokens of images (or tiles) that the tower and the selection after it keep, as Transformers
-        does in [`modeling_trips.hosts.vlm.pruning.prune`]; each image (or tile) has its question.
+        Select after the tower, in batches of images (or tiles) of equal size: `groups` of shape `(num_tokens, width)`,
+        where the tower has kept `num_tokens` of `sizes`. Return the kept tokens of each, and their positions in the
+        group; `None` stands for all.
         """
-        current = self.family.begin_pass(inputs)
-        current.query = self.query(questions)
-        tokens = self.family.encode(inputs, current)
-        rows = range(len(tokens.sizes))
-        return tokens.select(self.settings.at_exit, rows=rows, text=partial(self.embed_questions, questions))
+        text = partial(self.embed_questions, questions)
+        return select_at_exit(text, list(range(len(groups))), sizes, list(groups), self.settings.at_exit)

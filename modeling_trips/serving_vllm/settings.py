@@ -16,13 +16,19 @@ from ..patch_selection import num_kept_tokens
 
 
 # Architecture of vLLM for each type of model.
-ARCHITECTURES = {"llava": "TripsLlavaForConditionalGeneration"} | dict.fromkeys(
-    ("idefics3", "internvl", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen2_vl"),
-    "TripsVlmForConditionalGeneration",
-)
+ARCHITECTURES = {
+    "llava": "TripsLlavaForConditionalGeneration",
+    "qwen2_vl": "TripsQwen2VLForConditionalGeneration",
+    "qwen2_5_vl": "TripsQwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "TripsQwen3VLForConditionalGeneration",
+    "qwen3_vl_moe": "TripsQwen3VLMoeForConditionalGeneration",
+    **dict.fromkeys(
+        ("idefics3", "internvl", "llava_next", "llava_onevision"),
+        "TripsVlmForConditionalGeneration",
+    ),
+}
 NOT_SUPPORTED = {
     **dict.fromkeys(("gemma3", "paligemma"), "vLLM does not compute its attention in both directions on CPUs"),
-    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe"), "vLLM's Transformers backend drops its deepstack features"),
     "smolvlm": "its processor does not count tokens, as vLLM's Transformers backend needs",
 }
 KEYS = ("schedule", "visual_tokens", "visual_scorer", "text_guide")

@@ -14,7 +14,7 @@ from tiny_vlm_processors import (
     make_tokenizer,
     noise,
 )
-from tiny_vlms import BY_NAME, CLIP, LLAMA, SIGLIP, llama_vlm
+from tiny_vlms import BY_NAME, CLIP, LLAMA, QWEN, SIGLIP, llama_vlm
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -23,6 +23,8 @@ from transformers import (
     InternVLVideoProcessor,
     LlavaProcessor,
     ProcessorMixin,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
     SiglipImageProcessor,
 )
 
@@ -31,8 +33,11 @@ from modeling_trips.hosts import TextGuide, apply_patch_selection, remove_patch_
 
 WIDTHS = {
     "hidden_size": 128,
+    "head_dim": 32,
     "out_hidden_size": 128,
+    "embed_dim": 128,
     "intermediate_size": 256,
+    "moe_intermediate_size": 64,
     "mrope_section": [8, 4, 4],
     "max_position_embeddings": 1024,
 }
@@ -46,7 +51,7 @@ VLMS = {
         LLAMA,
         config={"vision_feature_layer": -1, "vision_feature_select_strategy": "full"},
     ),
-    **{name: BY_NAME[name] for name in ("idefics3", "internvl", "qwen2_5_vl")},
+    **{name: BY_NAME[name] for name in ("idefics3", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")},
 }
 
 
@@ -80,12 +85,25 @@ def make_internvl_processor() -> InternVLProcessor:
     )
 
 
+def make_qwen3_processor() -> Qwen3VLProcessor:
+    processor = make_qwen_processor()
+    return Qwen3VLProcessor(
+        processor.image_processor,
+        processor.tokenizer,
+        Qwen3VLVideoProcessor(patch_size=QWEN["patch_size"], merge_size=2, temporal_patch_size=2),
+        chat_template=processor.chat_template,
+    )
+
+
 PROCESSORS = {
     "llava": make_llava_processor,
     "llava_siglip": make_siglip_processor,
     "idefics3": make_idefics3_processor,
     "internvl": make_internvl_processor,
+    "qwen2_vl": make_qwen_processor,
     "qwen2_5_vl": make_qwen_processor,
+    "qwen3_vl": make_qwen3_processor,
+    "qwen3_vl_moe": make_qwen3_processor,
 }
 
 

@@ -26,6 +26,7 @@ MROPE = {
     **TEXT,
     "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0},
 }
+MROPE3 = {**MROPE, "head_dim": 8, "rope_parameters": {**MROPE["rope_parameters"], "mrope_interleaved": True}}
 VIT = {
     "hidden_size": 32,
     "num_hidden_layers": 3,
@@ -189,7 +190,7 @@ VLMS = [
         "qwen3_vl",
         "Qwen3VL",
         QWEN3,
-        {"model_type": "qwen3_vl_text", **MROPE, "head_dim": 8},
+        {"model_type": "qwen3_vl_text", **MROPE3},
         "packed",
         config=QWEN_TOKENS,
     ),
@@ -199,8 +200,7 @@ VLMS = [
         QWEN3,
         {
             "model_type": "qwen3_vl_moe_text",
-            **MROPE,
-            "head_dim": 8,
+            **MROPE3,
             "moe_intermediate_size": 16,
             "num_experts": 4,
             "num_experts_per_tok": 2,

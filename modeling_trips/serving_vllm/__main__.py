@@ -30,20 +30,24 @@ def make_command(args: argparse.Namespace, others: list[str], distribution: str)
                 validate_repo_id(name)
         except HFValidationError as error:
             raise ValueError(f"The folder {name} does not exist.") from error
-    settings = ServingSettings(**{name: getattr(args, name) for name in KEYS})
+    given = {name: getattr(args, name) for name in KEYS}
+    settings = ServingSettings(**given)
     if settings.keeps_all:
-        raise ValueError("Nothing to select. Set --schedule or --visual_tokens.")
+        raise ValueError("Nothing to select. Set --keep_rate, --visual_tokens or --schedule.")
     config = AutoConfig.from_pretrained(args.model)
     settings.check_type(config)
     with torch.device("meta"):
         family = find_family(AutoModelForImageTextToText.from_config(config))
     settings.check_fits(family)
-    changed = {name: getattr(args, name) for name in KEYS if getattr(args, name) != getattr(ServingSettings, name)}
+    changed = {name: value for name, value in given.items() if value != getattr(ServingSettings, name)}
     own = {"architectures": [ARCHITECTURES[config.model_type]], "patch_selection": changed}
-    given, dotted = args.hf_overrides, [other for other in others if other.startswith(("--hf-over", "--hf_over"))]
-    if dotted or not isinstance(given, dict) or given.keys() & own.keys():
-        raise ValueError(f"--hf-overrides must be one JSON object without {' and '.join(own)}, got {dotted or given}.")
-    return [*server, args.model, "--hf-overrides", json.dumps({**given, **own}), *others]
+    overrides = args.hf_overrides
+    dotted = [other for other in others if other.startswith(("--hf-over", "--hf_over"))]
+    if dotted or not isinstance(overrides, dict) or overrides.keys() & own.keys():
+        raise ValueError(
+            f"--hf-overrides must be one JSON object without {' and '.join(own)}, got {dotted or overrides}."
+        )
+    return [*server, args.model, "--hf-overrides", json.dumps({**overrides, **own}), *others]
 
 
 def find_release() -> tuple[str | None, str]:
@@ -57,9 +61,16 @@ def find_release() -> tuple[str | None, str]:
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser("python -m modeling_trips.serving_vllm", description=__doc__, allow_abbrev=False)
     parser.add_argument("model", metavar="MODEL", help="Folder or repository of the model.")
+    parser.add_argument("--keep_rate", "--keep-rate", type=float, help="Share of an image's visual tokens to keep.")
+    parser.add_argument("--visual_tokens", "--visual-tokens", type=int, help="Their number instead. Default: all.")
+    parser.add_argument(
+        "--visual_scorer",
+        "--visual-scorer",
+        default=ServingSettings.visual_scorer,
+        choices=SCORERS,
+        help="What chooses them; prompt chooses by the question. Default: %(default)s.",
+    )
     parser.add_argument("--schedule", default="unpruned", help="Selection inside the tower: 8:image:0.33.")
-    parser.add_argument("--visual_tokens", "--visual-tokens", type=int, help="Visual tokens per image. Default: all.")
-    parser.add_argument("--visual_scorer", "--visual-scorer", default="prompt", choices=SCORERS, help="Their scorer.")
     parser.add_argument("--text_guide", "--text-guide", help="Folder or repository of a TextGuide for a text layer.")
     parser.add_argument("--hf_overrides", "--hf-overrides", type=json.loads, default={}, help="More overrides (JSON).")
     parser.add_argument("--run", action="store_true", help="Start the server instead of printing its command.")

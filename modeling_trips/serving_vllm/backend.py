@@ -4,8 +4,6 @@ Other families, on vLLM's Transformers modeling backend.
 The backend builds the model of Transformers, so the families and tower layers of `modeling_trips.hosts` fit.
 """
 
-from itertools import accumulate
-
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models.transformers import TransformersMultiModalForCausalLM
@@ -18,7 +16,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from ..hosts.layers import Projections
 from ..hosts.vlm.families import find_family
-from .selection import QUESTION, SelectingModel, SelectionProcessor, ServedLayer
+from .selection import RequestInputs, SelectingModel, SelectionProcessor, ServedLayer
 
 
 class FusedLayer(ServedLayer):
@@ -50,47 +48,49 @@ class TripsVlmForConditionalGeneration(SelectingModel, TransformersMultiModalFor
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         family = find_family(self.model)
-        family.layer_classes = {
-            name: type(kind.__name__, (FusedLayer, kind), {}) for name, kind in family.layer_classes.items()
-        }
+        layer_classes = {}
+        for name, layer_class in family.layer_classes.items():
+            layer_classes[name] = type(layer_class.__name__, (FusedLayer, layer_class), {})
+        family.layer_classes = layer_classes
         self.select_patches(family, vllm_config)
         family.add_hooks()
 
     def _process_vision_input(
         self, modality: str, pixel_values: torch.Tensor, num_patches: torch.Tensor, **inputs
     ) -> list[torch.Tensor]:
-        """Return the kept tokens of each image."""
-        inputs = {name: value if name == QUESTION else value.to(pixel_values.device) for name, value in inputs.items()}
+        """Return the kept tokens of each image, which has `num_patches` rows (tiles) of `pixel_values`."""
+        request = RequestInputs.of(inputs)
+        inputs = {name: value.to(pixel_values.device) for name, value in inputs.items()}
         inputs["pixel_values"] = pixel_values
         counts = num_patches.flatten().tolist()
         features: list[torch.Tensor] = []
-        for images in self.split(pixel_values, counts):
-            rows = slice(sum(counts[: images.start]), sum(counts[: images.stop]))
-            part = {name: take(value, images, len(counts), rows, sum(counts)) for name, value in inputs.items()}
-            features += self.encode_images(part, counts[images])
+        first = 0
+        for images in self.split(pixel_values, counts, request):
+            last = first + sum(counts[images])
+            part = {}
+            for name, value in inputs.items():
+                part[name] = take(value, images, len(counts), slice(first, last), sum(counts))
+            features += self.encode_images(part, request[images], counts[images])
+            first = last
         return features
 
-    def encode_images(self, inputs: dict, counts: list[int]) -> list[torch.Tensor]:
+    def encode_images(self, inputs: dict, request: RequestInputs, counts: list[int]) -> list[torch.Tensor]:
         """Return the kept tokens of each image in one call of the encoder; `counts` are rows of `pixel_values`."""
-        questions = inputs.pop(QUESTION, None)
-        if questions is not None:
-            questions = [own for own, number in zip(questions, counts) for _ in range(number)]
-        current = self.family.begin_pass(inputs)
-        current.query = self.query(questions)
-        groups = list(self.family.encode(inputs, current).pooler_output)
-        sizes = [len(group) for group in groups]
-        if current.kept:
-            kept = self.family.kept_tokens(sizes, inputs, current)
-            groups = [group[positions] for group, positions in zip(groups, kept)]
-        if len(groups) < sum(counts):  # Idefics3: the tiles of all images are one group
-            sizes = [sum(sizes) // sum(counts)] * sum(counts)
-            groups = [*torch.cat(groups).unflatten(0, (sum(counts), -1))]
-        groups, _ = self.select_tokens(groups, questions, sizes)
-        return [torch.cat(groups[end - number : end]) for end, number in zip(accumulate(counts), counts)]
+        groups = self.visual_tokens(inputs, request.repeat(counts)).features
+        features = []
+        first = 0
+        for count in counts:
+            features.append(torch.cat(groups[first : first + count]))
+            first += count
+        return features
 
 
 def take(value, images: slice, num_images: int, rows: slice, num_rows: int):
     """Return the part of an input that belongs to some images, of which it has an entry or a row of pixels each."""
-    if len(value) in (num_images, num_rows):
-        return value[images if len(value) == num_images else rows]
-    return value[:, rows] if value.shape[1] == num_rows else value  # Idefics3 has one prompt before its tiles
+    if len(value) == num_images:
+        return value[images]
+    if len(value) == num_rows:
+        return value[rows]
+    if value.shape[1] == num_rows:  # Idefics3 has one prompt before its tiles
+        return value[:, rows]
+    return value

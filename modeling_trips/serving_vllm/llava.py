@@ -1,6 +1,7 @@
 """LLaVA-1.5 on vLLM's own classes, with a tower of CLIP or SigLIP."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -15,8 +16,10 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from ..hosts.layers import SelectionPass
 from ..hosts.vlm.families import Llava
-from ..hosts.vlm.tower import CURRENT_PASS
-from .selection import QUESTION, SelectingModel, SelectionProcessor, ServedLayer
+from ..hosts.vlm.tower import selecting
+from ..hosts.vlm.visual_tokens import VisualTokens
+from .selection import RequestInputs, SelectingModel, SelectionProcessor, ServedLayer
+from .settings import ServingSettings
 
 
 class ClipLayer(ServedLayer):
@@ -42,7 +45,8 @@ class ClipLayer(ServedLayer):
 
 class SiglipLayer(ClipLayer):
     def forward(self, *args, **kwargs) -> tuple[torch.Tensor, None]:
-        return super().forward(*args, **kwargs), None
+        output = super().forward(*args, **kwargs)
+        return (output, None) if "selection_pass" in kwargs else output  # whole images take the layer's own way
 
 
 class ServedLlava(Llava):
@@ -54,10 +58,20 @@ class ServedLlava(Llava):
         self.model = self.base = model
         self.config = model.config
 
+    def encode(self, inputs: Mapping, current: SelectionPass | None) -> VisualTokens:
+        with selecting(current):
+            # The class's own method: the model's is the one that calls this.
+            groups = LlavaForConditionalGeneration.embed_multimodal(self.model, pixel_values=inputs["pixel_values"])
+        tokens = VisualTokens.whole(groups)
+        if current is None or not current.kept:
+            return tokens
+        sizes = [self.tokens_per_image] * len(groups)
+        return replace(tokens, sizes=sizes, positions=self.kept_tokens(sizes, inputs, current))
+
 
 class TripsLlavaProcessor(SelectionProcessor, LlavaMultiModalProcessor):
-    def num_kept(self, size: int) -> int:
-        return self.settings.num_kept(size)  # the tower's [CLS] may be a visual token
+    def num_kept(self, settings: ServingSettings, size: int) -> int:
+        return settings.num_kept(size)  # the tower's [CLS] may be a visual token
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -74,21 +88,12 @@ class TripsLlavaForConditionalGeneration(SelectingModel, LlavaForConditionalGene
         return self.language_model.model.embed_tokens
 
     def embed_multimodal(self, **kwargs) -> Sequence[torch.Tensor]:
-        pixel_values, questions = kwargs.get("pixel_values"), kwargs.get(QUESTION)
-        if pixel_values is None:
+        pixel_values = kwargs.get("pixel_values")
+        if pixel_values is None:  # embeddings of the caller, which stay as they are
             return super().embed_multimodal(**kwargs)
+        request = RequestInputs.of(kwargs)
         features: list[torch.Tensor] = []
-        for images in self.split(pixel_values, [1] * len(pixel_values)):
-            features += self.encode(pixel_values[images], None if questions is None else questions[images])
+        for images in self.split(pixel_values, [1] * len(pixel_values), request):
+            inputs = {"pixel_values": pixel_values[images]}
+            features += self.visual_tokens(inputs, request[images]).features
         return features
-
-    def encode(self, pixel_values: torch.Tensor, questions: Sequence[torch.Tensor] | None) -> list[torch.Tensor]:
-        """Return the kept tokens of each image."""
-        current = SelectionPass()
-        current.query = self.query(questions)
-        token = CURRENT_PASS.set(current)
-        try:
-            groups = super().embed_multimodal(pixel_values=pixel_values)
-        finally:
-            CURRENT_PASS.reset(token)
-        return self.select_tokens(groups, questions, [self.family.tokens_per_image] * len(groups))[0]

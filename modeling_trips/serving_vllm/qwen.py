@@ -6,6 +6,7 @@ travel as more columns of their embeddings, as in vLLM's own pruning of videos (
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -36,8 +37,9 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from ..hosts.layers import ModuleWrapper, SelectionPass
 from ..hosts.vlm.families import Qwen2Vl, Qwen3Vl, Qwen25Vl, restore_merged
-from ..hosts.vlm.tower import CURRENT_PASS, PackedLayer
-from .selection import QUESTION, SelectingModel, SelectionProcessor, ServedLayer
+from ..hosts.vlm.tower import PackedLayer, selecting
+from ..hosts.vlm.visual_tokens import VisualTokens
+from .selection import RequestInputs, SelectingModel, SelectionProcessor, ServedLayer
 
 
 INTEGERS = {2: torch.int16, 4: torch.int32}  # by the size of the embeddings' dtype
@@ -53,6 +55,8 @@ class QwenLayer(ServedLayer, PackedLayer):
     keys_are_linear = False  # vLLM's linear layers may be split or quantized, so they are called as a whole
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        if "selection_pass" not in kwargs:  # whole images take the layer's own way
+            return super().forward(hidden_states, **kwargs)
         return super().forward(hidden_states.squeeze(1), **kwargs).unsqueeze(1)
 
     def split_heads(self, states: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -97,6 +101,16 @@ class ServedQwen:
         self.model = self.base = model
         self.config = model.config
         self.image_token_id = model.config.image_token_id
+
+    def encode(self, inputs: Mapping, current: SelectionPass | None) -> VisualTokens:
+        with selecting(current):
+            groups = self.model.encode(inputs)
+        # Scorers read the columns of the language model's width. Those of deepstack follow the choice.
+        width = self.config.text_config.hidden_size
+        tokens = VisualTokens.whole([group[:, :width] for group in groups], output=groups)
+        if current is None or not current.kept:
+            return tokens
+        return tokens.keep(self.kept_tokens(tokens.sizes, inputs, current))
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -156,60 +170,44 @@ class SelectingQwen(SelectingModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.model.embed_tokens
 
+    def encode(self, inputs: Mapping) -> Sequence[torch.Tensor]:
+        """Return the tower's tokens of each image, with the columns of deepstack; embeddings stay as they are."""
+        return self._process_image_input(self._parse_and_validate_image_input(**inputs))
+
     def embed_multimodal(self, **kwargs) -> Sequence[torch.Tensor]:
-        questions = kwargs.pop(QUESTION, None)
         grids = kwargs.get("image_grid_thw")
         if grids is None:
             return []
         pixel_values = kwargs.get("pixel_values")
-        if pixel_values is None:  # embeddings of the caller, which stay as they are
-            groups = self._process_image_input(self._parse_and_validate_image_input(**kwargs))
-            return [self.with_places(group, None, grid) for group, grid in zip(groups, grids.tolist())]
+        if pixel_values is None:
+            return self.with_places(VisualTokens.whole(self.encode(kwargs)), grids)
+        request = RequestInputs.of(kwargs)
         num_patches = grids.prod(dim=-1).tolist()
-        tokens: list[torch.Tensor] = []
+        features: list[torch.Tensor] = []
         first = 0
-        for images in self.split(pixel_values, num_patches):
+        for images in self.split(pixel_values, num_patches, request):
             last = first + sum(num_patches[images])
-            own_questions = None if questions is None else questions[images]
-            tokens += self.encode_images(pixel_values[first:last], grids[images], own_questions)
+            inputs = {"pixel_values": pixel_values[first:last], "image_grid_thw": grids[images]}
+            tokens = self.visual_tokens(inputs, request[images])
+            whole = replace(tokens, features=tokens.output)
+            features += self.with_places(whole.keep(tokens.positions), grids[images])
             first = last
-        return tokens
-
-    def encode_images(
-        self, pixel_values: torch.Tensor, grids: torch.Tensor, questions: Sequence[torch.Tensor] | None
-    ) -> list[torch.Tensor]:
-        """Return the kept tokens of each image, with their places, in one call of the encoder."""
-        inputs = {"pixel_values": pixel_values, "image_grid_thw": grids}
-        current = self.family.begin_pass(inputs)
-        current.query = self.query(questions)
-        token = CURRENT_PASS.set(current)
-        try:
-            groups = self._process_image_input(self._parse_and_validate_image_input(**inputs))
-        finally:
-            CURRENT_PASS.reset(token)
-        sizes = [len(group) for group in groups]
-        kept = [torch.arange(size, device=group.device) for size, group in zip(sizes, groups)]
-        if current.kept:
-            kept = self.family.kept_tokens(sizes, inputs, current)
-        # Scorers read the columns of the language model's width. Those of deepstack follow the choice.
-        width = self.config.text_config.hidden_size
-        candidates = [group[own, :width] for group, own in zip(groups, kept)]
-        _, chosen = self.select_tokens(candidates, questions, sizes)
-        kept = [own if positions is None else own[positions] for own, positions in zip(kept, chosen)]
-        return [self.with_places(group, own, grid) for group, own, grid in zip(groups, kept, grids.tolist())]
+        return features
 
     # ---- Positions ----
 
-    def with_places(self, tokens: torch.Tensor, kept: torch.Tensor | None, grid: list[int]) -> torch.Tensor:
-        """Return the kept tokens of an image (`None`: all) with their places, whose bits survive in any dtype."""
-        if kept is None:
-            kept = torch.arange(len(tokens), device=tokens.device)
-        num_columns = grid[2] // self.family.unit
-        rows, columns = kept // num_columns, kept % num_columns
-        farthest = torch.maximum(rows, columns).max().expand_as(rows)
-        places = torch.stack([rows, columns, farthest], dim=1)
-        bits = places.to(INTEGERS[tokens.itemsize]).view(tokens.dtype)
-        return torch.cat([tokens[kept], bits], dim=1)
+    def with_places(self, tokens: VisualTokens, grids: torch.Tensor) -> list[torch.Tensor]:
+        """Return the features of each image with its tokens' places, whose bits survive in any dtype."""
+        features = []
+        for group, positions, (_, _, width) in zip(tokens.features, tokens.positions, grids.tolist()):
+            num_columns = width // self.family.unit
+            rows = positions // num_columns
+            columns = positions % num_columns
+            farthest = torch.maximum(rows, columns).max().expand_as(rows)
+            places = torch.stack([rows, columns, farthest], dim=1)  # (num_kept, NUM_PLACES)
+            bits = places.to(INTEGERS[group.itemsize]).view(group.dtype)
+            features.append(torch.cat([group, bits], dim=1))
+        return features
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]):
         """Return positions where each visual token is at the start of its image, and how far they are ahead."""

@@ -1,7 +1,7 @@
 """Parts that both kinds of models share: the question in the hash of the image, and the selection itself."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
@@ -14,22 +14,24 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs, PromptUpdateDetails
 
 from ..hosts.vlm.families import Family
-from ..hosts.vlm.pruning import select_at_exit
 from ..hosts.vlm.tower import TowerLayer
-from .settings import ServingSettings, find_question, split_calls
+from ..hosts.vlm.visual_tokens import VisualTokens
+from .settings import REQUEST_KEYS, ServingSettings, find_question, split_calls
 
 
 logger = init_logger("vllm.trips")  # vLLM's format and level
+# Inputs of the model for each image: the token ids of its question, and its request's number or rate.
 QUESTION = "question_ids"
-OPTIONS = {QUESTION, "patch_selection"}  # of the image's processor, for the hash only
+CHOICE = "visual_tokens_and_rate"
+OPTIONS = {QUESTION, "patch_selection", *REQUEST_KEYS}  # of the image's processor, which do not reach Transformers
 # Processors run in the process that serves /metrics. vLLM removes foreign counters whose names begin with its own.
 VISUAL_TOKENS = Counter("trips_visual_tokens", "Visual tokens of the images in prompts.", ["state"])
 
 
 class SelectionProcessor(BaseMultiModalProcessor):
     """
-    Processor that passes the question to the model where it decides. The question and the settings become options of
-    the image's processor. vLLM hashes these options with the image, so its caches never mix them.
+    Processor that passes the request's settings to the model, and the question where it decides. Both become options
+    of the image's processor. vLLM hashes these options with the image, so its caches never mix them.
     """
 
     @cached_property
@@ -41,47 +43,73 @@ class SelectionProcessor(BaseMultiModalProcessor):
         return self.info.get_hf_config().image_token_id
 
     def apply(self, inputs: ProcessorInputs, *args, **kwargs):
-        options = {**inputs.hf_processor_mm_kwargs, "patch_selection": str(self.settings)}
-        if self.settings.reads_prompt:
+        settings = self.settings_of(inputs.hf_processor_mm_kwargs)
+        options = {**inputs.hf_processor_mm_kwargs, "patch_selection": str(settings)}
+        if settings.reads_prompt:
             options[QUESTION] = find_question(inputs.prompt, self.image_token_id)
         return super().apply(replace(inputs, hf_processor_mm_kwargs=options), *args, **kwargs)
 
+    def settings_of(self, options: Mapping[str, object]) -> ServingSettings:
+        """Return the settings of a request with these options. Raise a ValueError if they do not fit the model."""
+        settings = self.settings.of_request(options)
+        settings.check_type(self.info.get_hf_config())
+        return settings
+
     def _apply_hf_processor_main(self, mm_items, hf_kwargs: Mapping[str, object]):
         outputs = super()._apply_hf_processor_main(mm_items, without_own(hf_kwargs))
-        if "pixel_values" in outputs and self.settings.reads_prompt:
-            outputs[QUESTION] = [torch.tensor(hf_kwargs[QUESTION], dtype=torch.long)] * mm_items.get_count("image")
+        if "pixel_values" in outputs:
+            num_images = mm_items.get_count("image")
+            outputs[CHOICE] = [self.settings_of(hf_kwargs).encode()] * num_images
+            if QUESTION in hf_kwargs:
+                outputs[QUESTION] = [torch.tensor(hf_kwargs[QUESTION], dtype=torch.long)] * num_images
         return outputs
 
     def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs) -> Mapping[str, MultiModalFieldConfig]:
         fields = dict(super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs))
-        if QUESTION in hf_inputs:
-            fields[QUESTION] = MultiModalFieldConfig.batched("image")
+        for name in (CHOICE, QUESTION):
+            if name in hf_inputs:
+                fields[name] = MultiModalFieldConfig.batched("image", keep_on_cpu=name == CHOICE)
         return fields
 
     def _get_prompt_updates(self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs):
+        settings = self.settings_of(hf_processor_mm_kwargs)
         tiles = [num_tiles(image) for image in out_mm_kwargs.get("image", [])]
         updates = super()._get_prompt_updates(mm_items, without_own(hf_processor_mm_kwargs), out_mm_kwargs)
-        return [replace(update, replacement=partial(self.shorten, update.replacement, tiles)) for update in updates]
+        return [
+            replace(update, replacement=partial(self.shorten, settings, update.replacement, tiles))
+            for update in updates
+        ]
 
-    def shorten(self, replacement: Callable, tiles: list[int], item: int) -> PromptUpdateDetails:
-        """Return the tokens that replace an image's placeholder."""
+    def shorten(
+        self, settings: ServingSettings, replacement: Callable, tiles: list[int], item: int
+    ) -> PromptUpdateDetails:
+        """Return the tokens that replace an image's placeholder: of each tile, as many visual tokens as it keeps."""
         whole = replacement(item)
-        ids = torch.tensor(whole if isinstance(whole, list) else whole.full)
-        is_visual = ids == self.image_token_id
-        size = int(is_visual.sum()) // max(1, tiles[item])
-        is_kept = ~is_visual | ((is_visual.cumsum(0) - 1) % size < (self.num_kept(size) if tiles[item] else size))
-        kept = PromptUpdateDetails.select_token_id(ids[is_kept].tolist(), self.image_token_id)
-        kept.num_dropped = int((~is_kept).sum())  # for the counters
+        ids = whole if isinstance(whole, list) else whole.full
+        num_visual = ids.count(self.image_token_id)
+        size = num_visual // max(1, tiles[item])
+        num_kept = self.num_kept(settings, size) if tiles[item] else size
+        kept_ids = []
+        place = 0  # of the next visual token
+        for token in ids:
+            if token != self.image_token_id:
+                kept_ids.append(token)
+            else:
+                if place % size < num_kept:
+                    kept_ids.append(token)
+                place += 1
+        kept = PromptUpdateDetails.select_token_id(kept_ids, self.image_token_id)
+        kept.num_dropped = len(ids) - len(kept_ids)  # for the counters
         return kept
 
-    def num_kept(self, size: int) -> int:
+    def num_kept(self, settings: ServingSettings, size: int) -> int:
         """Return how many tokens of an image (or tile) are kept."""
-        return self.settings.at_exit.num_kept(size, self.settings.num_kept_in_tower(size))
+        return settings.at_exit.num_kept(size, settings.num_kept_in_tower(size))
 
     def _maybe_apply_prompt_updates(self, mm_items, mm_res):
-        for (own,) in mm_res.prompt_updates.get("image", []):
-            VISUAL_TOKENS.labels("kept").inc(own.content.full.count(self.image_token_id))
-            VISUAL_TOKENS.labels("dropped").inc(own.content.num_dropped)
+        for (update,) in mm_res.prompt_updates.get("image", []):
+            VISUAL_TOKENS.labels("kept").inc(update.content.full.count(self.image_token_id))
+            VISUAL_TOKENS.labels("dropped").inc(update.content.num_dropped)
         return super()._maybe_apply_prompt_updates(mm_items, mm_res)
 
 
@@ -94,6 +122,33 @@ def num_tiles(image: Mapping) -> int:
 
 def without_own(options: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in options.items() if name not in OPTIONS}
+
+
+@dataclass(frozen=True)
+class RequestInputs:
+    """What the processor passes for each image beside its pixels: the choice of its request, and its question."""
+
+    choices: list[list[float]]
+    questions: Sequence[torch.Tensor] | None
+
+    @classmethod
+    def of(cls, inputs: dict) -> "RequestInputs":
+        """Take them out of the model's inputs."""
+        return cls(choices=inputs.pop(CHOICE).tolist(), questions=inputs.pop(QUESTION, None))
+
+    def __getitem__(self, images: slice) -> "RequestInputs":
+        questions = None if self.questions is None else self.questions[images]
+        return RequestInputs(choices=self.choices[images], questions=questions)
+
+    def repeat(self, counts: list[int]) -> "RequestInputs":
+        """Return them for each tile of images with these numbers of tiles."""
+        choices = []
+        questions = None if self.questions is None else []
+        for image, count in enumerate(counts):
+            choices += [self.choices[image]] * count
+            if questions is not None:
+                questions += [self.questions[image]] * count
+        return RequestInputs(choices=choices, questions=questions)
 
 
 class ServedLayer(TowerLayer):
@@ -145,18 +200,21 @@ class SelectingModel(nn.Module):
         log = logger.warning if self.settings.keeps_all else logger.info
         log("Patch selection %s.", self.settings.describe(family.tokens_per_image))
 
-    def split(self, pixel_values: torch.Tensor, counts: list[int]) -> list[slice]:
+    def split(self, pixel_values: torch.Tensor, counts: list[int], request: RequestInputs) -> list[slice]:
         """
         Return the images of each call of the encoder; an image has `counts` rows of `pixel_values`. vLLM plans by kept
         tokens, but patches take the memory, so a call gets no more of them than without selection.
         """
         if pixel_values.dim() == 2:  # Qwen-VL: a row is a patch
-            total = len(pixel_values) // self.family.unit**2
-        else:  # tiles
-            side = pixel_values.shape[-1] // self.family.unit
-            tile = self.family.tokens_per_image or (side // self.family.config.vision_config.patch_size) ** 2
-            total = pixel_values[..., 0, 0, 0].numel() * tile
-        return split_calls([count * total // sum(counts) for count in counts], self.max_tokens)
+            num_tokens = len(pixel_values) // self.family.unit**2
+        else:  # a row is a tile
+            tokens_per_tile = self.family.tokens_per_image
+            if tokens_per_tile is None:
+                side = pixel_values.shape[-1] // self.family.config.vision_config.patch_size
+                tokens_per_tile = (side // self.family.unit) ** 2
+            num_tokens = pixel_values[..., 0, 0, 0].numel() * tokens_per_tile
+        sizes = [count * num_tokens // sum(counts) for count in counts]
+        return split_calls(sizes, most=self.max_tokens, choices=request.choices)
 
     def query(self, questions: Sequence[torch.Tensor] | None) -> torch.Tensor | None:
         """Return the queries of the guide, `(num_images, num_heads, head_dim)`, or `None` without one."""
@@ -165,17 +223,23 @@ class SelectingModel(nn.Module):
     def embed_questions(self, questions: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the input embeddings `(num_images, length, width)` of the questions, and their mask."""
         # The padding also gives an empty question a position, which the mask leaves out.
-        ids = nn.utils.rnn.pad_sequence([nn.functional.pad(own, (0, 1)) for own in questions], batch_first=True)
-        mask = torch.arange(ids.shape[1]) < torch.tensor([[len(question)] for question in questions])
-        return self.embed_input_ids(ids.flatten()).unflatten(0, ids.shape), mask.to(ids.device)
+        padded = [nn.functional.pad(question, (0, 1)) for question in questions]
+        ids = nn.utils.rnn.pad_sequence(padded, batch_first=True)  # (num_images, length)
+        lengths = torch.tensor([[len(question)] for question in questions])
+        mask = torch.arange(ids.shape[1]) < lengths
+        embeddings = self.embed_input_ids(ids.flatten())  # (num_images * length, width)
+        return embeddings.unflatten(0, ids.shape), mask.to(ids.device)
 
-    def select_tokens(
-        self, groups: Sequence[torch.Tensor], questions: Sequence[torch.Tensor] | None, sizes: list[int]
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+    def visual_tokens(self, inputs: Mapping, request: RequestInputs) -> VisualTokens:
         """
-        Select after the tower, in batches of images (or tiles) of equal size: `groups` of shape `(num_tokens, width)`,
-        where the tower has kept `num_tokens` of `sizes`. Return the kept tokens of each, and their positions in the
-        group; `None` stands for all.
+        Return the visual tokens of images (or tiles) that the tower and the selection after it keep, as Transformers
+        does in [`modeling_trips.hosts.vlm.pruning.prune`]. All have one choice, and each has its question.
         """
-        text = partial(self.embed_questions, questions)
-        return select_at_exit(text, list(range(len(groups))), sizes, list(groups), self.settings.at_exit)
+        at_exit = self.settings.choice_of(request.choices[0])
+        if at_exit is None:
+            return self.family.encode(inputs, None)
+        current = self.family.begin_pass(inputs)
+        current.query = self.query(request.questions)
+        tokens = self.family.encode(inputs, current)
+        rows = range(len(tokens.sizes))
+        return tokens.select(at_exit, rows=rows, text=partial(self.embed_questions, request.questions))

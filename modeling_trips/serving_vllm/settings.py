@@ -1,7 +1,7 @@
 """Settings of patch selection, which a model's configuration carries into vLLM, and what follows from them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from ..configuration_trips import SelectionSchedule
 from ..hosts.vlm.families import Family
 from ..hosts.vlm.guide import TextGuide
+from ..hosts.vlm.scoring import pooling_cells
 from ..hosts.vlm.visual_tokens import ExitSelection, text_after_images
 from ..hosts.vlm.wrapper import check_generative
 from ..patch_selection import num_kept_tokens
@@ -31,7 +32,9 @@ NOT_SUPPORTED = {
     **dict.fromkeys(("gemma3", "paligemma"), "vLLM does not compute its attention in both directions on CPUs"),
     "smolvlm": "its processor does not count tokens, as vLLM's Transformers backend needs",
 }
-KEYS = ("schedule", "visual_tokens", "visual_scorer", "text_guide")
+KEYS = ("schedule", "visual_tokens", "keep_rate", "visual_scorer", "text_guide")
+# Keys that a request may have among its `mm_processor_kwargs`.
+REQUEST_KEYS = ("visual_tokens", "keep_rate")
 # Scorers whose choice depends on the image and the question alone, so that vLLM may cache it.
 SCORERS = ("prompt", "diversity", "pooling")
 
@@ -45,17 +48,19 @@ class ServingSettings:
     Args:
         schedule (`str`, *optional*, defaults to `"unpruned"`): Schedule of the tower, as in `8:image:0.33`.
         visual_tokens (`int`, *optional*): Number of visual tokens per image. Default: all that the tower keeps.
-        visual_scorer (`str`, *optional*, defaults to `"prompt"`): Scorer of these tokens, one of `SCORERS`.
+        keep_rate (`float`, *optional*): Share of the visual tokens to keep per image, in (0, 1], instead of a number.
+        visual_scorer (`str`, *optional*, defaults to `"diversity"`): Scorer of these tokens, one of `SCORERS`.
         text_guide (`str`, *optional*): Folder or repository of the [`TextGuide`] for a layer that the text scores.
 
     Raises:
-        TypeError: `visual_tokens` is not an integer.
-        ValueError: A setting is unknown or out of its range.
+        TypeError: `visual_tokens` or `keep_rate` is not a number.
+        ValueError: A setting is unknown or out of its range, or both a number and a rate are given.
     """
 
     schedule: str = "unpruned"
     visual_tokens: int | None = None
-    visual_scorer: str = "prompt"
+    keep_rate: float | None = None
+    visual_scorer: str = "diversity"
     text_guide: str | None = None
     tower: SelectionSchedule = field(init=False)
     at_exit: ExitSelection = field(init=False)
@@ -67,7 +72,8 @@ class ServingSettings:
         if any(selection.guidance not in ("text", "image") for selection in tower.selections):
             raise ValueError(f"Layers in vLLM must be scored by the text or the image, got {tower}.")
         object.__setattr__(self, "tower", tower)
-        object.__setattr__(self, "at_exit", ExitSelection(self.visual_tokens, scorer=self.visual_scorer))
+        at_exit = ExitSelection(self.visual_tokens, self.keep_rate, self.visual_scorer)
+        object.__setattr__(self, "at_exit", at_exit)
         if tower.first_text_layer is not None and self.text_guide is None:
             raise ValueError(f"Layer {tower.first_text_layer} is scored by the text, but `text_guide` is not set.")
 
@@ -86,6 +92,39 @@ class ServingSettings:
             raise ValueError(f"`architectures` must be ['{architecture}'], got {config.architectures}.")
         return settings
 
+    def of_request(self, options: Mapping[str, object]) -> "ServingSettings":
+        """
+        Return the settings of a request whose options may have `visual_tokens`, a number or `"all"`, or `keep_rate`
+        instead of the server's. `"all"` keeps whole images: nothing is selected inside the tower, either. Raise a
+        ValueError if they are out of range.
+        """
+        given = {name: options[name] for name in REQUEST_KEYS if options.get(name) is not None}
+        if not given:
+            return self
+        if given == {"visual_tokens": "all"}:
+            return ServingSettings()
+        if self.visual_scorer == "pooling":  # a number that fits no grid would end the engine
+            raise ValueError(f"`visual_scorer` 'pooling' takes no number of a request but 'all', got {given}.")
+        try:
+            return replace(self, **{**dict.fromkeys(REQUEST_KEYS), **given})
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+
+    def encode(self) -> torch.Tensor:
+        """Return what a request may choose as a tensor that travels with its images. [`choice_of`] reads it."""
+        number = self.visual_tokens or 0
+        rate = self.keep_rate or 0.0
+        if self.tower.layers and not self.selects_at_exit:
+            rate = 1.0
+        return torch.tensor([number, rate], dtype=torch.float64)
+
+    def choice_of(self, encoded: Sequence[float]) -> ExitSelection | None:
+        """Return the selection after the tower of a request; `None` if its images stay whole, also in the tower."""
+        number, rate = encoded
+        if number == 0 and rate == 0:
+            return None
+        return replace(self.at_exit, visual_tokens=int(number) or None, keep_rate=rate or None)
+
     def check_type(self, config: PreTrainedConfig):
         name = config.model_type
         if name not in ARCHITECTURES:
@@ -94,8 +133,6 @@ class ServingSettings:
         tower = config.vision_config.model_type
         if name == "llava" and tower not in ("clip_vision_model", "siglip_vision_model"):
             raise ValueError(f"Patch selection in vLLM supports LLaVA with a tower of CLIP or SigLIP, got {tower}.")
-        if name == "idefics3" and self.visual_tokens is not None:
-            raise ValueError(f"`visual_tokens` is not supported for {name}, whose tokens are separated tile by tile.")
         if name in ("llava_next", "llava_onevision") and self.tower.layers:
             if self.text_guide is not None or self.visual_tokens is None:
                 raise ValueError(f"A schedule for {name} needs `visual_tokens` and no `text_guide`, got {self}.")
@@ -111,17 +148,17 @@ class ServingSettings:
         if size is not None:
             self.check_number(size)
         if self.visual_scorer == "pooling":  # an image that does not fit would end the engine
-            if size is None or self.visual_tokens is None or self.tower.layers:
+            if size is None or not self.selects_at_exit or self.tower.layers:
                 raise ValueError(
                     "`visual_scorer` 'pooling' needs `visual_tokens`, no schedule and images of one square shape. Use "
                     "'prompt' or 'diversity'."
                 )
-            self.at_exit.select(torch.zeros(1, size, 1), None, None, self.visual_tokens)
+            pooling_cells(size, self.num_kept(size))
         return guide
 
     def check_number(self, size: int):
         """Raise a ValueError if the tower keeps fewer than `visual_tokens` of an image (or tile) of `size` tokens."""
-        most = replace(self, visual_tokens=None).num_kept(size)
+        most = replace(self, visual_tokens=None, keep_rate=None).num_kept(size)
         if self.visual_tokens is not None and self.visual_tokens > most:
             raise ValueError(
                 f"`visual_tokens` must be at most {most}, the tokens of {size} that {self.schedule} keeps, got "
@@ -131,11 +168,15 @@ class ServingSettings:
     @property
     def reads_prompt(self) -> bool:
         """Whether the question decides which tokens are kept."""
-        return self.text_guide is not None or (self.visual_tokens is not None and self.at_exit.reads_prompt)
+        return self.text_guide is not None or (self.selects_at_exit and self.at_exit.reads_prompt)
+
+    @property
+    def selects_at_exit(self) -> bool:
+        return self.visual_tokens is not None or self.keep_rate is not None
 
     @property
     def keeps_all(self) -> bool:
-        return self.visual_tokens is None and not self.tower.layers
+        return not self.selects_at_exit and not self.tower.layers
 
     def num_kept_in_tower(self, num_units: int) -> int:
         """Return how many visual tokens of an image (or tile) the tower keeps."""
@@ -151,12 +192,17 @@ class ServingSettings:
     def describe(self, size: int | None) -> str:
         """Return a line that says what is kept of images (or tiles) of `size` tokens, by what, and what is cached."""
         if self.keeps_all:
-            return "keeps all visual tokens: neither `schedule` nor `visual_tokens` is set"
-        number = self.visual_tokens or "a share" if size is None else self.num_kept(size)
-        layers = self.tower.by_layer.items()
-        in_tower = [f"; tower layer {layer} keeps {own.keep_rate} by the {own.guidance}" for layer, own in layers]
+            return "keeps all visual tokens: neither `schedule` nor `visual_tokens` nor `keep_rate` is set"
+        if size is None:
+            number = self.visual_tokens or self.keep_rate or "a share"
+            kept = f"{number} of the visual tokens"
+        else:
+            kept = f"{self.num_kept(size)} of {size} visual tokens"
+        in_tower = ""
+        for layer, selection in self.tower.by_layer.items():
+            in_tower += f"; tower layer {layer} keeps {selection.keep_rate} by the {selection.guidance}"
         by = "question: images are encoded per question" if self.reads_prompt else "image: images are encoded once"
-        return f"keeps {number} of {size or 'the'} visual tokens{''.join(in_tower)}; chosen by the {by}"
+        return f"keeps {kept}{in_tower}; chosen by the {by}"
 
 
 def find_question(ids: Sequence[int], image_token_id: int) -> list[int]:
@@ -166,12 +212,19 @@ def find_question(ids: Sequence[int], image_token_id: int) -> list[int]:
     return row[text_after_images(is_visual, ~is_visual)].tolist()
 
 
-def split_calls(sizes: Sequence[int], most: int) -> list[slice]:
-    """Return the items of each call of the encoder: as many as have `most` patches together, but at least one."""
-    calls, first, total = [], 0, 0
+def split_calls(sizes: Sequence[int], most: int, choices: Sequence) -> list[slice]:
+    """
+    Return the items of each call of the encoder, whose `choices` are equal: as many as have `most` patches together,
+    but at least one.
+    """
+    calls = []
+    first = 0
+    total = 0
     for index, size in enumerate(sizes):
-        if index > first and total + size > most:
+        is_full = index > first and total + size > most
+        if is_full or choices[index] != choices[first]:
             calls.append(slice(first, index))
-            first, total = index, 0
+            first = index
+            total = 0
         total += size
     return [*calls, slice(first, len(sizes))]

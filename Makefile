@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help try demo test test-slow test-all quality docs clean
+.PHONY: help try demo test test-slow test-all vllm-newest quality docs clean
 
 help:
 	@echo "make try       ask a trained model about a picture, see where it looked (seconds, after installing)"
@@ -15,6 +15,7 @@ help:
 	@echo "make test      the quick tests (minutes; WORKERS=1 for one process, 2 by default)"
 	@echo "make test-slow the slow tests: real processes, longer trainings"
 	@echo "make test-all  all tests, with those that only a release needs"
+	@echo "make vllm-newest the plugin's tests with the newest vLLM for CPUs (many minutes)"
 	@echo "make quality   ruff, mlinter and mypy"
 	@echo "make docs      the documentation as a site, in build/docs"
 	@echo "make clean     remove the environment and what the demo wrote"
@@ -51,6 +52,9 @@ test-slow: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	$(PYTEST) --durations 20
+
+vllm-newest: $(VENV)/.dev
+	$(BIN)/python .ci/newest_vllm.py
 
 quality: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -6,6 +6,8 @@ changes. `python -m modeling_trips.serving_vllm MODEL --schedule 8:image:0.33` p
 """
 
 import logging
+import os
+import re
 
 
 # Module of each architecture that `--hf-overrides` can name.
@@ -19,14 +21,27 @@ MODULES = {
 }
 # Releases of vLLM whose interfaces the plugin fits: from the first, before the second.
 RELEASES = ("0.32", "0.34")
+# Variable of the environment that tries the plugin with any release.
+ANY_RELEASE = "TRIPS_ANY_VLLM"
 
 
 def check_release(version: str):
-    """Raise a ValueError if the plugin does not fit this release of vLLM."""
-    first, end = (tuple(int(part) for part in release.split(".")) for release in RELEASES)
-    parts = version.split(".")[:2]
-    if not (all(map(str.isdigit, parts)) and first <= tuple(map(int, parts)) < end):
-        raise ValueError(f"Patch selection needs vLLM >={RELEASES[0]},<{RELEASES[1]}, got {version}.")
+    """Raise a ValueError if the plugin does not fit this release of vLLM, unless `ANY_RELEASE` is set."""
+    if os.environ.get(ANY_RELEASE) == "1":
+        return
+    first = parse_release(RELEASES[0])
+    end = parse_release(RELEASES[1])
+    given = parse_release(version)
+    if given is None or not first <= given < end:
+        raise ValueError(
+            f"Patch selection needs vLLM >={RELEASES[0]},<{RELEASES[1]}, got {version}. Set {ANY_RELEASE}=1 to try it."
+        )
+
+
+def parse_release(version: str) -> tuple[int, int] | None:
+    """Return the first two numbers of a version, `None` for others, such as `dev`."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return None if found is None else (int(found[1]), int(found[2]))
 
 
 def register():

@@ -104,7 +104,7 @@ class ServedQwen:
 
     def encode(self, inputs: Mapping, current: SelectionPass | None) -> VisualTokens:
         with selecting(current):
-            groups = self.model.encode(inputs)
+            groups = self.model.tower_output(inputs)
         # Scorers read the columns of the language model's width. Those of deepstack follow the choice.
         width = self.config.text_config.hidden_size
         tokens = VisualTokens.whole([group[:, :width] for group in groups], output=groups)
@@ -170,7 +170,7 @@ class SelectingQwen(SelectingModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.model.embed_tokens
 
-    def encode(self, inputs: Mapping) -> Sequence[torch.Tensor]:
+    def tower_output(self, inputs: Mapping) -> Sequence[torch.Tensor]:
         """Return the tower's tokens of each image, with the columns of deepstack; embeddings stay as they are."""
         return self._process_image_input(self._parse_and_validate_image_input(**inputs))
 
@@ -180,7 +180,7 @@ class SelectingQwen(SelectingModel):
             return []
         pixel_values = kwargs.get("pixel_values")
         if pixel_values is None:
-            return self.with_places(VisualTokens.whole(self.encode(kwargs)), grids)
+            return self.with_places(VisualTokens.whole(self.tower_output(kwargs)), grids)
         request = RequestInputs.of(kwargs)
         num_patches = grids.prod(dim=-1).tolist()
         features: list[torch.Tensor] = []

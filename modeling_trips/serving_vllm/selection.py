@@ -163,7 +163,8 @@ class ServedLayer(TowerLayer):
 
 def check_engine(vllm_config: VllmConfig, settings: ServingSettings):
     """Raise a ValueError if the engine would bypass the selection, or answer wrongly under it."""
-    compilation, lora = vllm_config.compilation_config, vllm_config.lora_config
+    compilation = vllm_config.compilation_config
+    lora = vllm_config.lora_config
     refused = {
         "compile_mm_encoder": compilation.compile_mm_encoder,
         "cudagraph_mm_encoder": compilation.cudagraph_mm_encoder,
@@ -190,7 +191,8 @@ class SelectingModel(nn.Module):
 
     def select_patches(self, family: Family, vllm_config: VllmConfig):
         """Replace layers of the tower by selection layers, where the settings fit the model and the engine."""
-        self.settings, self.family = ServingSettings.of(family.config), family
+        self.settings = ServingSettings.of(family.config)
+        self.family = family
         check_engine(vllm_config, self.settings)
         guide = self.settings.check_fits(family)
         # A list hides the guide from vLLM, which expects its weights in the model's checkpoint.
@@ -218,17 +220,22 @@ class SelectingModel(nn.Module):
 
     def query(self, questions: Sequence[torch.Tensor] | None) -> torch.Tensor | None:
         """Return the queries of the guide, `(num_images, num_heads, head_dim)`, or `None` without one."""
-        return self.guides[0](*self.embed_questions(questions)) if self.guides else None
+        if not self.guides:
+            return None
+        embeddings, mask = self.embed_questions(questions)
+        return self.guides[0](embeddings, mask)
 
     def embed_questions(self, questions: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the input embeddings `(num_images, length, width)` of the questions, and their mask."""
+        lengths = [len(question) for question in questions]
         # The padding also gives an empty question a position, which the mask leaves out.
-        padded = [nn.functional.pad(question, (0, 1)) for question in questions]
-        ids = nn.utils.rnn.pad_sequence(padded, batch_first=True)  # (num_images, length)
-        lengths = torch.tensor([[len(question)] for question in questions])
-        mask = torch.arange(ids.shape[1]) < lengths
+        ids = questions[0].new_zeros(len(questions), max(lengths) + 1)  # (num_images, length)
+        for row, question in zip(ids, questions):
+            row[: len(question)] = question
+        places = torch.arange(ids.shape[1], device=ids.device)
+        mask = places < torch.tensor(lengths, device=ids.device).unsqueeze(1)
         embeddings = self.embed_input_ids(ids.flatten())  # (num_images * length, width)
-        return embeddings.unflatten(0, ids.shape), mask.to(ids.device)
+        return embeddings.unflatten(0, ids.shape), mask
 
     def visual_tokens(self, inputs: Mapping, request: RequestInputs) -> VisualTokens:
         """

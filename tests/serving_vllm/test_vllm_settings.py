@@ -41,10 +41,9 @@ def test_the_helper_prints_the_command(folders, capsys):
         "architectures": ["TripsLlavaForConditionalGeneration"],
         "patch_selection": {"schedule": "2:image:0.33", "visual_tokens": 16},
     }
-    overrides = printed_overrides(
-        capsys, folders / "qwen2_5_vl", "--visual-scorer", "diversity", "--visual-tokens", "4"
-    )
-    assert overrides["patch_selection"] == {"visual_tokens": 4, "visual_scorer": "diversity"}
+    overrides = printed_overrides(capsys, folders / "qwen3_vl", "--visual-scorer", "prompt", "--keep-rate", "0.25")
+    assert overrides["architectures"] == ["TripsQwen3VLForConditionalGeneration"]
+    assert overrides["patch_selection"] == {"keep_rate": 0.25, "visual_scorer": "prompt"}
 
 
 def test_other_overrides_are_merged(folders, capsys):
@@ -83,6 +82,8 @@ def test_the_helper_reads_a_guide(folders, tmp_path, capsys):
         ("llava", "--visual_tokens 65", "65"),
         ("llava", "--schedule 2:image:0.5 --visual_tokens 33", "33"),
         ("llava", "--visual_tokens 0", "visual_tokens"),
+        ("llava", "--keep_rate 0", "keep_rate"),
+        ("llava", "--keep_rate 0.5 --visual_tokens 9", "keep_rate"),
         ("llava", "--visual_tokens 11 --visual_scorer pooling", "11 cells"),
         ("llava", "--visual_tokens 4 --visual_scorer pooling --schedule 2:image:0.5", "pooling"),
         ("qwen2_5_vl", "--visual_tokens 4 --visual_scorer pooling", "pooling"),
@@ -90,10 +91,9 @@ def test_the_helper_reads_a_guide(folders, tmp_path, capsys):
         ("llava_onevision", "--visual_tokens 4 --visual_scorer pooling", "pooling"),
         ("llava_pixtral", "--visual_tokens 9", "pixtral"),
         ("llava_onevision", "--schedule 1:image:0.5", "visual_tokens"),
+        ("llava_onevision", "--schedule 1:image:0.5 --keep_rate 0.5", "visual_tokens"),
         ("llava_onevision", "--schedule 1:image:0.5 --visual_tokens 33", "33"),
-        ("idefics3", "--visual_tokens 9", "visual_tokens"),
         ("gemma3", "--visual_tokens 9", "gemma3"),
-        ("qwen3_vl", "--visual_tokens 9", "deepstack"),
         ("glm4v", "--visual_tokens 9", "glm4v"),
     ],
 )
@@ -133,25 +133,58 @@ def test_the_architecture_must_be_that_of_the_model():
 
 def test_settings_know_what_decides():
     by_question = [
-        ServingSettings(visual_tokens=6),
-        ServingSettings("2:image:0.5", 6),
+        ServingSettings(visual_tokens=6, visual_scorer="prompt"),
+        ServingSettings(keep_rate=0.5, visual_scorer="prompt"),
+        ServingSettings("2:image:0.5", visual_tokens=6, visual_scorer="prompt"),
         ServingSettings("1:text:0.5", text_guide="guide"),
-        ServingSettings("1:text:0.5", 6, "diversity", "guide"),
+        ServingSettings("1:text:0.5", visual_tokens=6, text_guide="guide"),
     ]
-    by_image = [ServingSettings("2:image:0.5"), ServingSettings("2:image:0.5", 6, "diversity")]
+    by_image = [ServingSettings("2:image:0.5", visual_scorer="prompt"), ServingSettings("2:image:0.5", 6)]
     assert all(own.reads_prompt for own in by_question) and not any(own.reads_prompt for own in by_image)
 
 
 def test_the_start_says_what_is_kept():
-    assert ServingSettings("8:image:0.33", 64).describe(576) == (
-        "keeps 64 of 576 visual tokens; tower layer 8 keeps 0.33 by the image; chosen by the question: images are "
-        "encoded per question"
-    )
+    line = ServingSettings("8:image:0.33", 64, visual_scorer="prompt").describe(576)
+    assert "64 of 576" in line and "layer 8 keeps 0.33 by the image" in line and "per question" in line
     assert "keeps 289 of 577 " in ServingSettings("8:image:0.5").describe(577)  # 288 patches and [CLS]
-    assert "by the image: images are encoded once" in ServingSettings(
-        visual_tokens=6, visual_scorer="diversity"
-    ).describe(None)
+    assert "keeps 144 of 576 " in ServingSettings(keep_rate=0.25).describe(576)
+    line = ServingSettings(keep_rate=0.25).describe(None)
+    assert "keeps 0.25 of the visual tokens" in line and "encoded once" in line
     assert "keeps all" in ServingSettings().describe(576)
+
+
+def test_a_request_replaces_the_number_or_the_rate():
+    server = ServingSettings("2:image:0.5", keep_rate=0.25)
+    assert server.of_request({"do_resize": False}) is server
+    assert server.of_request({"visual_tokens": 9}) == ServingSettings("2:image:0.5", visual_tokens=9)
+    assert server.of_request({"keep_rate": 0.5}) == ServingSettings("2:image:0.5", keep_rate=0.5)
+    assert server.of_request({"visual_tokens": "all"}).keeps_all
+    wrong = [
+        {"visual_tokens": 0},
+        {"visual_tokens": "many"},
+        {"visual_tokens": 2.5},
+        {"keep_rate": 1.5},
+        {"keep_rate": "0.5"},
+        {"keep_rate": 0.5, "visual_tokens": 9},
+        {"keep_rate": 0.5, "visual_tokens": "all"},
+    ]
+    for options in wrong:
+        with pytest.raises(ValueError):
+            server.of_request(options)
+    with pytest.raises(ValueError, match="pooling"):
+        ServingSettings(visual_tokens=16, visual_scorer="pooling").of_request({"visual_tokens": 11})
+
+
+def test_the_choice_of_a_request_travels_as_two_numbers():
+    server = ServingSettings(visual_tokens=6, visual_scorer="prompt")
+    for options in ({}, {"visual_tokens": 9}, {"visual_tokens": 1}, {"keep_rate": 0.3}, {"keep_rate": 1.0}):
+        settings = server.of_request(options)
+        assert server.choice_of(settings.encode().tolist()) == settings.at_exit
+    for whole in (server.of_request({"visual_tokens": "all"}), ServingSettings()):
+        assert server.choice_of(whole.encode().tolist()) is None
+    # A schedule alone keeps all that is left after the tower.
+    in_tower = ServingSettings("2:image:0.5")
+    assert in_tower.choice_of(in_tower.encode().tolist()).num_kept(64, 32) == 32
 
 
 def test_the_question_is_the_text_after_the_last_image():
@@ -179,10 +212,11 @@ def test_the_question_is_that_of_transformers(name, text):
 
 
 def test_calls_have_at_most_as_many_tokens_as_were_profiled():
-    assert split_calls([2, 2, 2], 4) == [slice(0, 2), slice(2, 3)]
-    assert split_calls([9, 1, 1, 9], 4) == [slice(0, 1), slice(1, 3), slice(3, 4)]  # a large image is alone
+    assert split_calls([2, 2, 2], 4, "aaa") == [slice(0, 2), slice(2, 3)]
+    assert split_calls([9, 1, 1, 9], 4, "aaaa") == [slice(0, 1), slice(1, 3), slice(3, 4)]  # a large image is alone
+    assert split_calls([1, 1, 1, 1], 4, "aabb") == [slice(0, 2), slice(2, 4)]  # requests choose otherwise
     sizes = torch.randint(1, 9, (100,), generator=torch.Generator().manual_seed(0)).tolist()
-    calls = [sizes[part] for part in split_calls(sizes, 12)]
+    calls = [sizes[part] for part in split_calls(sizes, 12, [None] * len(sizes))]
     assert sum(calls, []) == sizes and max(map(sum, calls)) <= 12
     assert all(sum(call) + following[0] > 12 for call, following in zip(calls, calls[1:]))
 

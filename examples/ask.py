@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trips_examples.data.source import option
+from trips_examples.training.checks import check_model
 from trips_examples.training.options import make_parser, run_script
 
 
@@ -30,6 +31,12 @@ class AskArguments:
     image: str = option(str(SCENE), "An image: a path or URL. Default: a busy scene of the test split.")
     question: list[str] = option(QUESTIONS, "One or more questions.")
     picture: str = option("outputs/kept_patches.png", "Drawing of the kept patches.")
+
+    def check_files(self):
+        """Raise an `OSError` for an image or a model that is not there."""
+        if "://" not in self.image and not Path(self.image).is_file():
+            raise FileNotFoundError(f"--image {self.image}: there is no such file.")
+        check_model("--model", self.model)
 
 
 OPTIONS = make_parser(AskArguments, description=__doc__, script=__name__)

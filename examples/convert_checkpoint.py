@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from trips_examples.data.source import option
-from trips_examples.training.options import SCHEDULE_HELP, check_schedule, config_fields, make_parser, run_script
+from trips_examples.training.checks import check_schedule
+from trips_examples.training.options import SCHEDULE_HELP, config_fields, make_parser, run_script
 
 
 @dataclass

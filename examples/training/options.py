@@ -5,7 +5,6 @@ imports nothing of it.
 """
 
 import os
-import re
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
@@ -15,7 +14,17 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.hf_argparser import HfArgumentParser
 
 from trips_examples.data.source import DataArguments, option
-from trips_examples.training.recipe import SCHEDULES, recipe
+from trips_examples.training.checks import (
+    PRESETS,
+    check_layers,
+    check_model,
+    check_options,
+    check_output,
+    check_schedule,
+    is_disk_full,
+    transformers_options,
+)
+from trips_examples.training.recipe import SCHEDULES, UNPRUNED_SHARE, recipe
 
 
 # Options that are fields of `TripsConfig`.
@@ -30,31 +39,8 @@ CONFIG_FIELDS = {
     "prefix_lm_weight",
 }
 SCHEDULE_HELP = "Layers that select patches, scorer, share kept: 6:image:0.5,9:text:0.5. Or: unpruned."
-SCHEDULE_ENTRY = re.compile(r"([1-9]\d*)(?::(text|image|random)?(?::([\d.]+(?:e-?\d+)?)?)?)?")
-OPTIONS_IN_SCHEDULE = {"selection_layers", "selection_guidance", "keep_rate"}  # of earlier versions
-
-
-def check_schedule(text: str):
-    """
-    Raise a `ValueError` for a `--schedule` that `SelectionSchedule.parse` does not read: here, because that one is in
-    a module that takes seconds to import.
-    """
-    if text == "unpruned":
-        return
-    last_layer = 0
-    for entry in text.split(","):
-        found = SCHEDULE_ENTRY.fullmatch(entry.strip())
-        if found is None:
-            raise ValueError(
-                "--schedule has entries layer:guidance:keep_rate with the guidance text, image or random, as in "
-                f"6:image:0.5,9:text:0.5, or is unpruned. Got {entry!r}."
-            )
-        layer, _, keep_rate = found.groups()
-        if int(layer) <= last_layer:
-            raise ValueError(f"--schedule must name its layers in ascending order, got {text}.")
-        if keep_rate is not None and not 0 < float(keep_rate) <= 1:
-            raise ValueError(f"--schedule must have keep rates in (0, 1], got {keep_rate}.")
-        last_layer = int(layer)
+PART_OF_SCHEDULE = "It is a part of --schedule: 6:image:0.5,9:text:0.5, or unpruned."
+OPTIONS_IN_SCHEDULE = ("selection_layers", "selection_guidance", "keep_rate")  # of earlier versions
 
 
 @dataclass
@@ -69,7 +55,7 @@ class ModelArguments:
     preset: str | None = option(None, "Size of a model from scratch: tiny (the default), small or base.")
     tokenizer: str | None = option(None, "Tokenizer of a model from scratch. Default: trained on the training texts.")
     image_size: int | None = option(None, "Height and width in pixels. Default: the checkpoint's, or the scenes'.")
-    max_image_size: int | None = option(None, "In place of --image_size: that of the images, or this if it is less.")
+    max_image_size: int | None = option(None, "In place of --image_size: that of the images, at most this.")
     schedule: str | None = option(None, SCHEDULE_HELP)
     selection_gate: float | None = option(None, "Share of dropped tokens that run in training, to learn from answers.")
     selection_loss_weight: float | None = option(None, "Weight of selection supervision, for data with regions.")
@@ -82,8 +68,20 @@ class ModelArguments:
             raise ValueError("--model and --vision_model_name_or_path exclude each other. Give one.")
         if self.num_fusion_layers is not None and not self.starts_from_parts:
             raise ValueError("--num_fusion_layers needs --vision_model_name_or_path.")
+        if self.preset is not None and self.preset not in PRESETS:
+            raise ValueError(f"--preset must be one of {', '.join(PRESETS)}, got {self.preset}.")
+        if self.selection_gate is not None and not 0 <= self.selection_gate <= 1:
+            raise ValueError(f"--selection_gate must be in [0, 1], got {self.selection_gate}.")
         if self.schedule is not None:
             check_schedule(self.schedule)
+
+    def check_start(self):
+        """Raise an error for a model or tokenizer that cannot be read, or a schedule with more layers than it has."""
+        for name in ("model", "vision_model_name_or_path", "text_model_name_or_path", "tokenizer"):
+            if getattr(self, name) is not None:
+                check_model(f"--{name}", getattr(self, name))
+        if self.schedule is not None:
+            check_layers(self.schedule, self.model or self.vision_model_name_or_path or self.preset or "tiny")
 
     @property
     def starts_from_parts(self) -> bool:
@@ -134,6 +132,7 @@ class RunOptions:
     save_steps: float = option(500, "Save a checkpoint every N steps.")
     save_total_limit: int | None = option(2, "Number of checkpoints to keep.")
     resume_from_checkpoint: str | None = option(None, "A checkpoint, or last: the latest whole one of --output_dir.")
+    overwrite_output_dir: bool = option(False, "Replace a model in --output_dir that another run wrote.")
 
     def __post_init__(self):
         if self.max_steps == 0:
@@ -142,6 +141,11 @@ class RunOptions:
         for name in (*sizes, "save_steps"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} must be positive, got {getattr(self, name)}.")
+
+    def check_files(self):
+        """Check the output folder and the checkpoint to resume from, see `check_output`."""
+        if self.do_train:
+            check_output(self.output_dir, self.resume_from_checkpoint, self.overwrite_output_dir)
 
 
 @dataclass
@@ -160,11 +164,11 @@ class TrainingOptions(RunOptions):
     adam_beta2: float = option(0.98, "AdamW's decay of the second moment.")
     weight_decay: float = option(0.05, "Weight decay, except for biases and norms.")
     texts_per_image: int = option(4, "Texts of an image that may share a training batch.")
-    unpruned_share: float | None = option(None, "Share of unpruned first steps. Default: 0.75 of a new model, else 0.")
+    unpruned_share: float = option(0.0, "Share of unpruned first steps. Default of a model without --model: 0.75.")
 
     def __post_init__(self):
         super().__post_init__()
-        if self.unpruned_share is not None and not 0 <= self.unpruned_share < 1:
+        if not 0 <= self.unpruned_share < 1:
             raise ValueError(f"--unpruned_share must be in [0, 1), got {self.unpruned_share}.")
         if self.tower_learning_rate is not None and len(self.tower_learning_rate) > 2:
             raise ValueError(f"--tower_learning_rate takes one or two values, got {self.tower_learning_rate}.")
@@ -266,16 +270,20 @@ class Parser(HfArgumentParser):
     """
     Parser of the options in dataclasses, which guesses no abbreviated ones. With [`RunOptions`] among them, the script
     also takes the options of Transformers' `TrainingArguments`, which `parse_arguments` reads. `task` names the
-    [`recipe`] that sets the defaults of runs on own data; `defaults` override those of the classes.
+    [`recipe`] that sets the defaults of runs on own data, with `on_cpu` those of runs without an accelerator;
+    `defaults` override those of the classes.
     """
 
-    def __init__(self, *classes: type, description: str, task: str | None = None, **defaults):
+    def __init__(self, *classes: type, description: str, task: str | None = None, on_cpu: bool = False, **defaults):
         layout = {"usage": "%(prog)s [options]", "formatter_class": HelpFormatter, "allow_abbrev": False}
         super().__init__(classes, description=description.strip(), **layout)
-        self.classes, self.task, self.defaults = classes, task, defaults
+        self.classes = classes
+        self.task = task
+        self.on_cpu = on_cpu
+        self.defaults = defaults
         self.trains = any(issubclass(each, RunOptions) for each in classes)
         self.set_defaults(**defaults)
-        of_recipe = recipe(task, {"train_file": None})
+        of_recipe = recipe(task, {"train_file": None}, on_cpu)
         for action in self._actions:
             if of_recipe.get(action.dest) is not None:
                 action.help += f" On own data, without a start: {of_recipe[action.dest]}."
@@ -285,43 +293,49 @@ class Parser(HfArgumentParser):
     def check(self):
         """
         End the process at `--help`, or with a message if options have wrong values or name files that do not exist.
-        Scripts call it before the imports that take seconds; of a training, only `parse_arguments` knows all options.
+        Scripts call it before the imports that take seconds. Only `parse_arguments` knows the values of the options of
+        Transformers' `Trainer`.
         """
         if self.trains and "--help_all" in sys.argv:
             return
         try:
             check_launch()
-            for each in self.parse_args_into_dataclasses(return_remaining_strings=self.trains):
+            arguments = self.parse_args_into_dataclasses(return_remaining_strings=self.trains)
+            for each in arguments:
                 if hasattr(each, "check_files"):
                     each.check_files()
+            for each in arguments:
+                if self.trains and isinstance(each, ModelArguments):
+                    each.check_start()
         except (ValueError, OSError) as error:
             self.error(str(error))
 
-    def _check_unknown(self, arguments: list[str]):
-        """Raise a `ValueError` for an option of earlier versions."""
-        for argument in arguments:
-            name = argument.partition("=")[0].removeprefix("--")
-            if name in OPTIONS_IN_SCHEDULE and any(action.dest == "schedule" for action in self._actions):
-                raise ValueError(f"--{name} is a part of --schedule now: 6:image:0.5,9:text:0.5, or unpruned.")
+    def error(self, message: str):
+        """End the process with status 2 and one line."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
     def parse_known_args(self, args=None, namespace=None) -> tuple[Namespace, list[str]]:
-        if namespace is None:  # options of the recipe that are not typed
-            blank = Namespace(**{action.dest: MISSING for action in self._actions})
-            typed = vars(super().parse_known_args(args, blank)[0])
-            typed = {name: value for name, value in typed.items() if value is not MISSING}
-            own = {action.dest for action in self._actions}
-            namespace = Namespace(**{name: value for name, value in recipe(self.task, typed).items() if name in own})
+        own = {action.dest for action in self._actions}
+        if namespace is None:
+            blank = Namespace(**dict.fromkeys(own, MISSING))
+            parsed, _ = super().parse_known_args(args, blank)
+            typed = {name: value for name, value in vars(parsed).items() if value is not MISSING}
+            defaults = recipe(self.task, typed, self.on_cpu or typed.get("use_cpu", False))
+            defaults["unpruned_share"] = 0.0 if "model" in typed else UNPRUNED_SHARE
+            namespace = Namespace(**{name: value for name, value in defaults.items() if name in own})
         namespace, unknown = super().parse_known_args(args, namespace)
-        self._check_unknown(unknown)
+        if unknown:
+            replaced = dict.fromkeys(OPTIONS_IN_SCHEDULE, PART_OF_SCHEDULE) if "schedule" in own else {}
+            check_options(unknown, own | transformers_options() if self.trains else own, replaced)
         return namespace, unknown
 
 
-def make_parser(*classes: type, description: str, script: str = "", task: str | None = None, **defaults) -> Parser:
+def make_parser(*classes: type, description: str, script: str = "", **options) -> Parser:
     """
-    Return a [`Parser`]. A script gives its `__name__`: if it is run, its command line is checked at once, before it
-    imports what takes seconds.
+    Return a [`Parser`] with these `options`. A script gives its `__name__`: if it is run, its command line is checked
+    at once, before it imports what takes seconds.
     """
-    parser = Parser(*classes, description=description, task=task, **defaults)
+    parser = Parser(*classes, description=description, **options)
     if script == "__main__":
         parser.check()
     return parser
@@ -350,18 +364,42 @@ def check_launch():
         )
 
 
+# Packages that check or read what the user gives. A `ValueError` from another one, such as PyTorch, is a bug.
+CHECKING = {"__main__", "modeling_trips", "trips_examples", "trips_serving"}
+CHECKING |= {"transformers", "accelerate", "huggingface_hub", "datasets", "pyarrow", "json", "codecs"}
+
+
+def is_of_input(error: Exception) -> bool:
+    """Return whether an error tells the user about options, files or packages, and needs no traceback."""
+    if isinstance(error, ValueError):
+        innermost = error.__traceback__
+        while innermost is not None and innermost.tb_next is not None:
+            innermost = innermost.tb_next
+        return innermost is None or innermost.tb_frame.f_globals["__name__"].partition(".")[0] in CHECKING
+    return isinstance(error, (OSError, ImportError, FloatingPointError, StrictDataclassError))
+
+
 def run_script(main: Callable[[], object]):
     """
-    Run the `main` of a script. Errors of values, files and missing packages end the process with status 1 and one
-    message; `TRIPS_TRACEBACK=1` shows their traceback. Other exceptions keep theirs. At the end, the processes of a
-    launch wait for each other.
+    Run the `main` of a script. Errors of the input, losses that are not finite, and a full disk end the process with
+    status 1 and one line; `TRIPS_TRACEBACK=1` shows their traceback. Other exceptions keep theirs. At the end, the
+    processes of a launch wait for each other.
     """
     try:
         main()
-    except (ValueError, OSError, ImportError, FloatingPointError, StrictDataclassError) as error:
+    except Exception as error:
         if os.environ.get("TRIPS_TRACEBACK", "0") != "0":
             raise
-        sys.exit(f"error: {error}\n(TRIPS_TRACEBACK=1 shows the traceback.)")
+        if is_disk_full(error):
+            message = (
+                f"The disk is full ({error}). Files that were whole are whole. Make room, and resume or run again."
+            )
+        elif is_of_input(error):
+            is_wrapped = isinstance(error, StrictDataclassError) and error.__cause__ is not None
+            message = str(error.__cause__ if is_wrapped else error)
+        else:
+            raise
+        sys.exit(f"error: {message} (TRIPS_TRACEBACK=1 shows the traceback.)")
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_available() and distributed.is_initialized():
         distributed.barrier()  # gloo can abort processes that only exit

@@ -17,6 +17,7 @@ COPIES = {"vision_model_name_or_path": "towers/dinov2-small", "text_model_name_o
 
 # Of a model from these towers.
 NEW = {"num_fusion_layers": 2, "freeze_vision_layers": 6, "max_image_size": 224}
+ON_CPU = {"max_image_size": 112}  # a step takes a third of the time
 
 # Of 12 layers. A quarter of the patches is kept: late by the text, which makes the layers behind it run once per text;
 # in two steps by the image for a prompt or a search, which have no text that says where to look.
@@ -36,13 +37,14 @@ TRAINING = {  # of a model from towers, of a TRIPS checkpoint
 UNPRUNED_SHARE = 0.75  # of the steps of a new model that is to be pruned
 
 
-def recipe(task: str | None, typed: dict) -> dict:
+def recipe(task: str | None, typed: dict, on_cpu: bool = False) -> dict:
     """
     Return the defaults of options for a run.
 
     Args:
         task (`str`, *optional*): A key of `SCHEDULES`. Other runs have no recipe.
         typed (`dict`): The options on the command line by name.
+        on_cpu (`bool`, *optional*, defaults to `False`): Whether the run has no accelerator.
     """
     has_files = not typed.keys().isdisjoint(("train_file", "validation_file", "test_file"))
     if task is None or not (has_files or typed.get("dataset_name", BUNDLED) != BUNDLED):
@@ -55,6 +57,8 @@ def recipe(task: str | None, typed: dict) -> dict:
     if is_new and not has_other_tower:
         has_copies = all(Path(folder).is_dir() for folder in COPIES.values())
         defaults |= {**(COPIES if has_copies else TOWERS), **NEW, "schedule": SCHEDULES[task]}
+        if on_cpu:
+            defaults |= ON_CPU
     if task == "grounding":
         defaults["attention_loss_weight"] = 2.0
     if "num_train_epochs" in typed:

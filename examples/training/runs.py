@@ -16,10 +16,10 @@ from filelock import FileLock, Timeout
 from safetensors import safe_open
 from transformers import Seq2SeqTrainingArguments, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import sort_checkpoints
 
 from modeling_trips.inspection import provenance
 from trips_examples.data.source import option
+from trips_examples.training.checks import check_output, checkpoints_in
 from trips_examples.training.files import plot_training
 from trips_examples.training.options import Parser, RunOptions, TrainingOptions, make_parser
 from trips_examples.training.trainer import FiniteTrainer, ImageGroupedTrainer
@@ -73,6 +73,8 @@ class TripsTrainingArguments(TrainingOptions, RunArguments, Seq2SeqTrainingArgum
             raise ValueError("--predict_with_generate False is not supported. Leave it on.")
         if self.eval_steps is None and self.logging_steps < 1:
             self.eval_steps = self.save_steps  # evaluations are slower than logging
+        if self.unpruned_share > 0 and self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = True  # unpruned, the text scores nothing
         super().__post_init__()
 
 
@@ -102,11 +104,18 @@ def parse_arguments(parser: Parser, argv: list[str] | None = None) -> tuple[Any,
     """
     full: dict[type, type] = {RunOptions: RunArguments, TrainingOptions: TripsTrainingArguments}
     classes = [full.get(each, each) for each in parser.classes]
-    whole = make_parser(*classes, description=parser.description, task=parser.task, **parser.defaults)
+    whole = make_parser(
+        *classes,
+        description=parser.description,
+        task=parser.task,
+        on_cpu=not torch.accelerator.is_available(),
+        **parser.defaults,
+    )
     arguments = whole.parse_args_into_dataclasses(args=argv)
     training_args = arguments[-1]
     level = logging.INFO if training_args.should_log else logging.WARNING
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=level)
+    logger.info("Output folder: %s", training_args.output_dir)
     transformers.utils.logging.set_verbosity_warning()
     for name in ("transformers.trainer", "transformers.trainer_utils"):
         logging.getLogger(name).addFilter(_is_news)
@@ -131,23 +140,21 @@ def _lock_output(output_dir: str):
 def checkpoint_to_resume(args: RunArguments) -> str | None:
     """
     Return the folder of `--resume_from_checkpoint`: a path, or `last` for the latest complete checkpoint in
-    `output_dir`. A killed run or a full disk can leave an incomplete one, which a path must not name. Without the
-    option, a `ValueError` is raised if `output_dir` has checkpoints.
+    `output_dir`. A killed run or a full disk can leave an incomplete one, which a path must not name.
+
+    Raises:
+        ValueError: The checkpoint, or every one, is incomplete.
+        OSError: As `check_output`.
     """
     wanted = args.resume_from_checkpoint
-    folders = [Path(folder) for folder in reversed(sort_checkpoints(args.output_dir))]  # latest first
-    if wanted is None and any((folder / TRAINER_STATE_NAME).exists() for folder in folders):
-        raise ValueError(
-            f"{args.output_dir} has checkpoints. Resume with --resume_from_checkpoint last or choose another "
-            "--output_dir."
-        )
+    check_output(args.output_dir, wanted, args.overwrite_output_dir)
     if wanted is None:
         return None
     if wanted != "last":
         if flaw := flaw_of(Path(wanted), args):
             raise ValueError(f"--resume_from_checkpoint {wanted}: {flaw}. Resume from another checkpoint.")
         return wanted
-    for folder in folders:
+    for folder in checkpoints_in(args.output_dir):
         flaw = flaw_of(folder, args)
         if flaw is None:
             return str(folder)
@@ -159,11 +166,18 @@ def checkpoint_to_resume(args: RunArguments) -> str | None:
 def flaw_of(checkpoint: Path, args: RunArguments) -> str | None:
     """
     Return the defect of a checkpoint, or None if it is complete: a file that is missing, empty or truncated. The state
-    of the trainer, which is written last, and the random state of each process of this run must be there.
+    of the trainer, which is written last, those of optimizer and learning rate, and the random state of each process
+    of this run must be there.
     """
-    ranks = [f"_{rank}" for rank in range(args.world_size)] if args.world_size > 1 else [""]
-    states = [] if args.save_only_model else [f"rng_state{rank}.pth" for rank in ranks]
-    for name in (TRAINER_STATE_NAME, *states):
+    states = [TRAINER_STATE_NAME]
+    if not args.save_only_model:
+        ranks = [f"_{rank}" for rank in range(args.world_size)] if args.world_size > 1 else [""]
+        states += [f"rng_state{rank}.pth" for rank in ranks]
+        if not any(checkpoint.glob("global_step*")):  # DeepSpeed's folder has both
+            states.append("scheduler.pt")
+            if not any(checkpoint.glob("optimizer_*")):  # FSDP's folder
+                states.append("optimizer.pt")
+    for name in states:
         if not (checkpoint / name).exists():
             return f"{name} is missing (this run has {args.world_size} processes)"
     for path in sorted(checkpoint.iterdir()):

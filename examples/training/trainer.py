@@ -2,8 +2,10 @@
 
 import logging
 import math
+import time
 from collections import defaultdict
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -29,32 +31,76 @@ REMEDY = (
 )
 
 
-class PhaseCallback(TrainerCallback):
+class DurationCallback(TrainerCallback):
+    """Log the seconds per step and the time that is left, after the first steps of a run."""
+
+    num_steps = 5  # behind the first one, which is slower
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.first_step = state.global_step + 1
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.first_step:
+            self.began = time.perf_counter()
+        elif state.global_step == self.first_step + self.num_steps:
+            seconds = (time.perf_counter() - self.began) / self.num_steps
+            left = timedelta(seconds=round(seconds * (state.max_steps - state.global_step)))
+            message = "Step %d of %d: %.2g seconds per step, %s (h:mm:ss) left at this pace"
+            logger.info(message, state.global_step, state.max_steps, seconds, left)
+
+
+class PhasesCallback(TrainerCallback):
     """
-    Log the phases of a training, and forget the best checkpoint of the unpruned phase where pruning begins. Until
-    then, what only the selection uses has gradients of zero: FSDP resumes no parameter without an optimizer state.
-    Also set the epoch of the sampler, which Accelerate skips if several processes resume within an epoch.
+    Log the phases of a training, and forget the best checkpoint of the unpruned phase where pruning begins.
     """
 
     def __init__(self, trainer: "ImageGroupedTrainer"):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        schedule, unpruned = self.trainer.model.config.vision_config.schedule, self.trainer.unpruned_steps
-        phases = f"steps 1 to {unpruned} unpruned, then {schedule}" if unpruned else schedule
-        regions = self.trainer.regions_used_for
-        logger.info("Training of %d steps: %s; regions used for: %s", state.max_steps, phases, regions)
+        trainer = self.trainer
+        phases = str(trainer.model.config.vision_config.schedule)
+        if trainer.unpruned_steps:
+            phases = f"steps 1 to {trainer.unpruned_steps} unpruned, then {phases}"
+        logger.info(
+            "Training of %d steps: %s; regions used for: %s. Its time follows after step %d",
+            state.max_steps,
+            phases,
+            trainer.regions_used_for,
+            state.global_step + 1 + DurationCallback.num_steps,
+        )
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if 0 < state.global_step == self.trainer.unpruned_steps:
+            state.best_metric = None
+            state.best_global_step = None
+            state.best_model_checkpoint = None
+
+
+class SamplerEpochCallback(TrainerCallback):
+    """Set the epoch of the sampler. Accelerate skips that if several processes resume within an epoch."""
+
+    def __init__(self, trainer: "ImageGroupedTrainer"):
+        self.trainer = trainer
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self.trainer.train_sampler is not None:
             self.trainer.train_sampler.set_epoch(int(state.epoch or 0))
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        if 0 < state.global_step == self.trainer.unpruned_steps:
-            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
+class ZeroGradientCallback(TrainerCallback):
+    """
+    Give what only the selection uses a gradient of zero in unpruned steps: FSDP resumes no parameter without an
+    optimizer state.
+    """
+
+    def __init__(self, trainer: "ImageGroupedTrainer"):
+        self.trainer = trainer
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        for name, parameter in model.named_parameters() if self.trainer.schedule is not None else ():
+        if self.trainer.schedule is None:
+            return
+        for name, parameter in model.named_parameters():
             if "selection_projection" in name and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
 
@@ -113,6 +159,7 @@ class FiniteTrainer(Trainer):
         super().__init__(*args, train_dataset=data.get("train"), eval_dataset=data.get("validation"), **kwargs)
         self.test_dataset = data.get("test")
         self.add_callback(FiniteCallback())
+        self.add_callback(DurationCallback())
 
     @property
     def split(self) -> str:
@@ -153,14 +200,17 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
         self.train_sampler: ImageGroupedSampler | None = None
         for parameter in unused_parameters(self.model):
             parameter.requires_grad_(False)
-        self.add_callback(PhaseCallback(self))
+        self.add_callback(PhasesCallback(self))
+        self.add_callback(SamplerEpochCallback(self))
+        self.add_callback(ZeroGradientCallback(self))
 
     @property
     def unpruned_steps(self) -> int:
-        """The first steps of the training that run unpruned."""
-        share, steps = self.args.unpruned_share or 0, self.state.max_steps
-        is_pruned = bool(self.model.config.vision_config.schedule.layers)
-        return max(0, min(round(share * steps), steps - 1)) * is_pruned  # the last one is pruned
+        """The number of first steps of the training that run unpruned. The last step is pruned."""
+        if not self.model.config.vision_config.schedule.layers:
+            return 0
+        steps = self.state.max_steps
+        return max(0, min(round(self.args.unpruned_share * steps), steps - 1))
 
     @property
     def schedule(self) -> SelectionSchedule | None:
@@ -182,7 +232,7 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.args.lr_scheduler_type == "warmup_stable_decay":  # it decays behind the unpruned steps
-            unpruned = round((self.args.unpruned_share or 0) * num_training_steps)
+            unpruned = round(self.args.unpruned_share * num_training_steps)
             decay = num_training_steps - max(unpruned, self.args.get_warmup_steps(num_training_steps))
             self.args.lr_scheduler_kwargs = {"num_decay_steps": decay, **(self.args.lr_scheduler_kwargs or {})}
         return super().create_scheduler(num_training_steps, optimizer)

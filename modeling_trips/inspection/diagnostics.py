@@ -7,7 +7,12 @@ import math
 
 import torch
 
+from ..configuration_trips import SelectionSchedule
 from ..modeling_trips_vision import TripsSelection
+
+
+SAME = 0.1  # sensitivity below which the choice does not depend on the text or image
+DIFFERENT = 0.3
 
 
 def score_entropy(selection: TripsSelection) -> torch.Tensor:
@@ -78,6 +83,31 @@ def _mean_jaccard(selection: TripsSelection, num_patches: int, pairs: torch.Bool
     common, sizes = kept @ kept.T, kept.sum(dim=-1)
     jaccard = common / (sizes[:, None] + sizes - common).clamp_min(1)
     return jaccard[pairs.to(jaccard.device)].mean().item()
+
+
+def scored_by_image(schedule: SelectionSchedule) -> SelectionSchedule:
+    """Return a schedule with the same layers and rates, in which the image scores all layers."""
+    selections = tuple(selection._replace(guidance="image") for selection in schedule.selections)
+    return SelectionSchedule(schedule.layers, selections)
+
+
+def describe_sensitivity(text_sensitivity: float, what: str = "texts about one image") -> str:
+    """Return a sensitivity of a selection layer as a sentence."""
+    if text_sensitivity < SAME:
+        degree = "the same patches"
+    elif text_sensitivity < DIFFERENT:
+        degree = "nearly the same patches"
+    else:
+        degree = "different patches"
+    return f"Two {what} keep {degree} ({text_sensitivity:.2f})."
+
+
+def advice(schedule: SelectionSchedule, text_sensitivity: float) -> str | None:
+    """Return what to change if a text scores the last layer of a schedule and is ignored."""
+    if schedule.layers and schedule.selections[-1].guidance == "text" and text_sensitivity < SAME:
+        by_image = scored_by_image(schedule)
+        return f"The text is ignored ({text_sensitivity:.2f}): --schedule {by_image} costs less and keeps the same."
+    return None
 
 
 def patch_precision(patch_boxes: torch.Tensor, region: torch.Tensor) -> float:

@@ -1,5 +1,7 @@
 """Batches: sampling by image, shared images, weighted answers and regions."""
 
+from itertools import groupby
+
 import pytest
 from toy_pairs import encoded
 
@@ -35,6 +37,14 @@ def test_sampler_draws_each_row_once_and_keeps_groups_of_an_image_together():
     # Images 0 to 4 have 6 rows, 5 and 6 have 5: two groups each, so that the image changes at most 13 times.
     changes = sum(image_ids[a] != image_ids[b] for a, b in zip(order, order[1:]))
     assert changes <= 13
+
+
+@pytest.mark.parametrize(("num_rows", "sizes"), [(5, [5]), (6, [3, 3]), (11, [3, 4, 4]), (12, [4, 4, 4])])
+def test_the_groups_of_an_image_are_balanced(num_rows, sizes):
+    others = [f"other {number}" for number in range(200)]  # which separate the groups
+    order = list(ImageGroupedSampler(["image"] * num_rows + others, group_size=5))
+    groups = [len([*rows]) for is_of_image, rows in groupby(order, lambda row: row < num_rows) if is_of_image]
+    assert sorted(groups) == sizes
 
 
 def test_collator_computes_an_image_once_for_all_of_its_questions(processor):

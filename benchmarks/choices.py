@@ -20,21 +20,23 @@ In the place of the scores, so that only what follows learns: `color`, patches w
 names (without one, or equal: in random order); `region`, those of the shape that it is about; `random`.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
 from torch import nn
 
-from modeling_trips import TripsForQuestionAnswering, modeling_trips_vision
-from modeling_trips.patch_selection import TokenChoice, keep_topk, log_scores, num_kept_tokens
+from modeling_trips import TripsForQuestionAnswering
+from modeling_trips.patch_selection import TokenChoice, TokenSelector, keep_topk, log_scores, num_kept_tokens
 from trips_examples import run_vqa
 from trips_examples.data.busy_scenes import COLORS
 from trips_examples.data.collators import VqaCollator
 from trips_examples.training.options import make_parser, run_script
+from trips_examples.training.runs import parse_arguments
 from trips_examples.training.trainer import ImageGroupedTrainer
 
 
@@ -43,9 +45,8 @@ LEAST_NOISE = 0.05  # share of the noise at the end
 FIRST_WORDS = slice(1, 3)  # tokens that tell the kind of a question
 NEAR = 60  # largest distance of a pixel from a named color, in RGB
 
-choose_tokens, shorten_tokens = modeling_trips_vision.choose_tokens, modeling_trips_vision.shorten_tokens
-compute_loss, prediction_step = ImageGroupedTrainer.compute_loss, ImageGroupedTrainer.prediction_step
-encode, forward = VqaCollator.encode, TripsForQuestionAnswering.forward
+
+# Scores that are given
 
 
 def share_of_patches(pixels: np.ndarray, grid: tuple[int, int]) -> torch.Tensor:
@@ -67,57 +68,50 @@ def by_region(image: PIL.Image.Image, row: dict, grid: tuple[int, int]) -> torch
     if row["region"]:
         x0, y0, x1, y1 = (round(value) for value in row["region"])
         rows, columns = np.mgrid[y0:y1, x0:x1] + 0.5
-        inside[y0:y1, x0:x1] = 1.1 - 0.1 * np.hypot(rows - (y0 + y1) / 2, columns - (x0 + x1) / 2) / (x1 - x0)
+        from_center_y = rows - (y0 + y1) / 2
+        from_center_x = columns - (x0 + x1) / 2
+        distances = np.hypot(from_center_y, from_center_x) / (x1 - x0)
+        inside[y0:y1, x0:x1] = 1.1 - 0.1 * distances
     return share_of_patches(inside, grid)
 
 
-class Way:
-    """A way to choose patches. This one is that of the model. `weight` is the option of that name."""
+def all_equal(image: PIL.Image.Image, row: dict, grid: tuple[int, int]) -> torch.Tensor:
+    return torch.zeros(grid).flatten()
+
+
+# Ways to choose
+
+
+class Way(TokenSelector):
+    """A way to choose, and what the trainer tells it. `weight` is the option of that name."""
 
     def __init__(self, weight: float):
         self.weight = weight
-
-    def encode(self, collator: VqaCollator, images: list, image_index: list[int], rows: list[dict]) -> dict:
-        return encode(collator, images, image_index, rows)
-
-    def choose(self, scores: torch.Tensor, keep_rate: float, *args) -> TokenChoice:
-        return choose_tokens(scores, keep_rate)
-
-    def shorten(self, tokens: torch.Tensor, scores: torch.Tensor, choice: TokenChoice, fuse: bool) -> torch.Tensor:
-        return shorten_tokens(tokens, scores, choice, fuse)
-
-    def term(self, trainer: ImageGroupedTrainer, inputs: dict, outputs) -> torch.Tensor | float:
-        """Return what a training step adds to the loss."""
-        return 0.0
+        self.progress = 0.0  # share of the training that is over
 
 
-class Given(Way):
-    """Patches that are chosen by given scores, which learn nothing."""
+class Given(TokenSelector):
+    """Patches that are chosen by given scores, `(batch_size, num_patches)`, which learn nothing."""
 
     def __init__(self, scores_of: Callable[[PIL.Image.Image, dict, tuple[int, int]], torch.Tensor]):
         self.scores_of = scores_of
+        self.scores: torch.Tensor | None = None
 
-    def encode(self, collator: VqaCollator, images: list, image_index: list[int], rows: list[dict]) -> dict:
-        """Return a batch with the scores of its questions, `(batch_size, num_patches)`, which add up to 1."""
-        batch = encode(collator, images, image_index, rows)
-        grid = tuple(length // collator.processor.patch_size for length in batch["pixel_values"].shape[-2:])
-        scores = torch.stack([self.scores_of(images[image], row, grid) for image, row in zip(image_index, rows)])
-        scores = scores + 1e-6 * torch.rand_like(scores)  # equal ones in random order
-        return {**batch, "given_scores": scores / scores.sum(dim=1, keepdim=True)}
+    def choose(self, scores: torch.Tensor, keep_rate: float) -> TokenChoice:
+        return super().choose(self.scores, keep_rate)
 
-    def choose(self, scores: torch.Tensor, keep_rate: float, *args) -> TokenChoice:
-        return choose_tokens(self.scores, keep_rate)
-
-    def shorten(self, tokens: torch.Tensor, scores: torch.Tensor, choice: TokenChoice, fuse: bool) -> torch.Tensor:
-        return shorten_tokens(tokens, self.scores, choice, fuse)
+    def shorten(
+        self, tokens: torch.Tensor, scores: torch.Tensor, choice: TokenChoice, fuse: bool = True
+    ) -> torch.Tensor:
+        return super().shorten(tokens, self.scores, choice, fuse)
 
 
 class Gumbel(Way):
     """Patches that are drawn by their scores; kept ones are weighted, see [`weights`]."""
 
-    def choose(self, scores: torch.Tensor, keep_rate: float, *args) -> TokenChoice:
+    def choose(self, scores: torch.Tensor, keep_rate: float) -> TokenChoice:
         if not scores.requires_grad:  # in evaluation
-            return choose_tokens(scores, keep_rate)
+            return super().choose(scores, keep_rate)
         logits = log_scores(scores)
         self.noisy = logits - torch.empty_like(logits).exponential_().log()
         self.kept = keep_topk(self.noisy.detach(), num_kept_tokens(scores.shape[1], keep_rate))
@@ -125,15 +119,18 @@ class Gumbel(Way):
 
     def weights(self) -> torch.Tensor:
         """Return ones, `(batch_size, num_kept)`, with the gradient of the estimator."""
-        share = (self.noisy / self.weight).softmax(dim=-1).gather(1, self.kept)
-        return 1 + share - share.detach()
+        shares = (self.noisy / self.weight).softmax(dim=-1).gather(1, self.kept)
+        return 1 + shares - shares.detach()
 
-    def shorten(self, tokens: torch.Tensor, scores: torch.Tensor, choice: TokenChoice, fuse: bool) -> torch.Tensor:
-        states = shorten_tokens(tokens, scores, choice, fuse)
+    def shorten(
+        self, tokens: torch.Tensor, scores: torch.Tensor, choice: TokenChoice, fuse: bool = True
+    ) -> torch.Tensor:
+        states = super().shorten(tokens, scores, choice, fuse)
         if not scores.requires_grad:
             return states
-        first, number = tokens.shape[1] - scores.shape[1], choice.kept.shape[1]
-        factors = nn.functional.pad(self.weights(), (first, states.shape[1] - first - number), value=1.0)
+        num_before = tokens.shape[1] - scores.shape[1]
+        num_behind = states.shape[1] - num_before - choice.kept.shape[1]
+        factors = nn.functional.pad(self.weights(), (num_before, num_behind), value=1.0)
         return states * factors.unsqueeze(-1).to(states.dtype)
 
 
@@ -145,20 +142,25 @@ class Reinforce(Gumbel):
 
     def log_probability(self, scores: torch.Tensor) -> torch.Tensor:
         """Return the log probability of the kept patches in the order of their draw, `(batch_size,)`."""
-        order = self.kept.gather(1, self.noisy.gather(1, self.kept).argsort(dim=-1, descending=True))
-        logits, total = log_scores(scores), 0.0
-        for position in order.split(1, dim=1):
-            total = total + (logits.gather(1, position) - logits.logsumexp(dim=-1, keepdim=True)).squeeze(1)
+        order = self.noisy.gather(1, self.kept).argsort(dim=-1, descending=True)
+        drawn = self.kept.gather(1, order)
+        logits = log_scores(scores)
+        total = 0.0
+        for position in drawn.split(1, dim=1):
+            log_share = logits.gather(1, position) - logits.logsumexp(dim=-1, keepdim=True)
+            total = total + log_share.squeeze(1)
             logits = logits.scatter(1, position, float("-inf"))
         return total
 
-    def term(self, trainer: ImageGroupedTrainer, inputs: dict, outputs) -> torch.Tensor:
-        logits, labels = outputs.logits.detach().float().transpose(1, 2), inputs["labels"]
+    def loss_term(self, inputs: dict, outputs: Any) -> torch.Tensor | float:
+        labels = inputs["labels"]
+        logits = outputs.logits.detach().float().transpose(1, 2)  # (num_texts, vocab_size, label_length)
         losses = nn.functional.cross_entropy(logits, labels, reduction="none").sum(dim=1)
         words = inputs["input_ids"][:, FIRST_WORDS]
-        alike = (words[:, None] == words[None]).all(dim=-1).float()
-        others = alike.sum(dim=1) - 1
-        costs = (losses - (alike @ losses - losses) / others.clamp(min=1)) * (others > 0)
+        is_alike = (words[:, None] == words[None]).all(dim=-1).float()  # (num_texts, num_texts)
+        num_others = is_alike.sum(dim=1) - 1
+        losses_of_others = (is_alike @ losses - losses) / num_others.clamp(min=1)
+        costs = (losses - losses_of_others) * (num_others > 0)
         log_probability = self.log_probability(outputs.selection[-1].scores)
         return self.weight * (costs * log_probability).sum() / (labels != -100).sum()
 
@@ -168,9 +170,12 @@ class PerturbedTopK(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, num_kept, noise):
-        normal = torch.randn(logits.shape[0], NUM_DRAWS, logits.shape[1])
-        chosen = (logits[:, None] + noise * normal).topk(num_kept, dim=-1).indices.sort(dim=-1).values
-        choices = nn.functional.one_hot(chosen, logits.shape[1]).to(logits.dtype)
+        batch_size, num_candidates = logits.shape
+        normal = torch.randn(batch_size, NUM_DRAWS, num_candidates)
+        perturbed = logits[:, None] + noise * normal
+        chosen = perturbed.topk(num_kept, dim=-1).indices.sort(dim=-1).values
+        # (batch_size, NUM_DRAWS, num_kept, num_candidates)
+        choices = nn.functional.one_hot(chosen, num_candidates).to(logits.dtype)
         ctx.save_for_backward(choices, normal)
         ctx.noise = noise
         return choices.mean(dim=1)
@@ -183,34 +188,75 @@ class PerturbedTopK(torch.autograd.Function):
 
 
 class Perturbed(Way):
-    progress = 0.0
-
-    def term(self, trainer: ImageGroupedTrainer, inputs: dict, outputs) -> float:
-        self.progress = trainer.state.global_step / trainer.state.max_steps
-        return 0.0
-
-    def shorten(self, tokens: torch.Tensor, scores: torch.Tensor, choice: TokenChoice, fuse: bool) -> torch.Tensor:
-        states = shorten_tokens(tokens, scores, choice, fuse)
-        if not scores.requires_grad:
-            return states
-        first, number = tokens.shape[1] - scores.shape[1], choice.kept.shape[1]
+    def shorten(
+        self, tokens: torch.Tensor, scores: torch.Tensor, choice: TokenChoice, fuse: bool = True
+    ) -> torch.Tensor:
+        if not scores.requires_grad:  # in evaluation
+            return super().shorten(tokens, scores, choice, fuse)
+        num_candidates = scores.shape[1]
+        others, candidates = tokens.split((tokens.shape[1] - num_candidates, num_candidates), dim=1)
         noise = self.weight * max(LEAST_NOISE, 1 - self.progress)
-        choices, candidates = PerturbedTopK.apply(log_scores(scores), number, noise), tokens[:, first:]
-        parts = [states[:, :first], choices @ candidates]
+        choices = PerturbedTopK.apply(log_scores(scores), choice.kept.shape[1], noise)
+        parts = [others, choices @ candidates]
         if fuse:
-            parts.append((scores * (1 - choices.sum(dim=1))).unsqueeze(1) @ candidates)
+            weights = scores * (1 - choices.sum(dim=1))
+            parts.append(weights.unsqueeze(1) @ candidates)
         return torch.cat(parts, dim=1)
 
 
-WAYS: dict[str, Callable[[float], Way]] = {
+WAYS: dict[str, Callable[[float], TokenSelector]] = {
     "gumbel": Gumbel,
     "reinforce": Reinforce,
     "perturbed": Perturbed,
     "color": lambda weight: Given(by_color),
     "region": lambda weight: Given(by_region),
-    "random": lambda weight: Given(lambda image, row, grid: torch.zeros(grid).flatten()),
+    "random": lambda weight: Given(all_equal),
 }
 WEIGHTS = {"gumbel": 3.0, "reinforce": 0.25, "perturbed": 32.0}  # chosen on validation scenes of one start
+
+
+# Training with them
+
+
+@dataclass
+class GivenScoresCollator(VqaCollator):
+    """Collator that adds the scores of the questions, `given_scores` of shape `(batch_size, num_patches)`."""
+
+    way: Given | None = None
+
+    def encode(self, images: list, image_index: list[int], rows: list[dict]) -> dict:
+        batch = super().encode(images, image_index, rows)
+        height, width = batch["pixel_values"].shape[-2:]
+        grid = (height // self.processor.patch_size, width // self.processor.patch_size)
+        scores = torch.stack([self.way.scores_of(images[image], row, grid) for image, row in zip(image_index, rows)])
+        scores = scores + 1e-6 * torch.rand_like(scores)  # equal ones in random order
+        return {**batch, "given_scores": scores / scores.sum(dim=1, keepdim=True)}
+
+
+class ChoiceTrainer(ImageGroupedTrainer):
+    """Trainer of a model whose layers choose in this way."""
+
+    def __init__(self, *args, way: TokenSelector, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.way = way
+        self.model.base_model.vision_model.selector = way
+        self.model.register_forward_pre_hook(self.take_scores, with_kwargs=True)
+
+    def take_scores(self, model: TripsForQuestionAnswering, args: tuple, inputs: dict) -> tuple[tuple, dict]:
+        """Give the scores among the inputs of the model to the way to choose."""
+        if "given_scores" in inputs:
+            self.way.scores = inputs.pop("given_scores")
+        return args, inputs
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        result = super().compute_loss(model, inputs, return_outputs, **kwargs)
+        if model.training:
+            self.way.progress = self.state.global_step / self.state.max_steps
+        return result
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        _, inputs = self.take_scores(model, (), inputs)  # `generate` takes none
+        return super().prediction_step(model, inputs, *args, **kwargs)
 
 
 @dataclass
@@ -225,29 +271,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser = make_parser(ChoiceArguments, description=__doc__)
     args, options = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
     way = WAYS[args.choice](WEIGHTS.get(args.choice, 0.0) if args.weight is None else args.weight)
-
-    def forward_with_scores(model, *args, given_scores=None, **kwargs):
-        if given_scores is not None:
-            way.scores = given_scores
-        return forward(model, *args, **kwargs)
-
-    def loss_with_term(trainer, model, inputs, return_outputs=False, **kwargs):
-        loss, outputs = compute_loss(trainer, model, inputs, return_outputs=True, **kwargs)
-        if model.training:
-            loss = loss + way.term(trainer, inputs, outputs)
-        return (loss, outputs) if return_outputs else loss
-
-    def step_of_evaluation(trainer, model, inputs, *args, **kwargs):
-        way.scores = inputs.pop("given_scores", None)  # `generate` takes none
-        return prediction_step(trainer, model, inputs, *args, **kwargs)
-
-    modeling_trips_vision.choose_tokens = way.choose
-    modeling_trips_vision.shorten_tokens = way.shorten
-    TripsForQuestionAnswering.forward = functools.wraps(forward)(forward_with_scores)
-    ImageGroupedTrainer.compute_loss = loss_with_term
-    ImageGroupedTrainer.prediction_step = step_of_evaluation
-    VqaCollator.encode = lambda *args: way.encode(*args)
-    return run_vqa.main(options)
+    return run_vqa.train_question_answering(
+        *parse_arguments(run_vqa.OPTIONS, options),
+        trainer_class=partial(ChoiceTrainer, way=way),
+        collator_class=partial(GivenScoresCollator, way=way) if isinstance(way, Given) else VqaCollator,
+    )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from trips_examples.training.options import DataArguments, ModelArguments, run_s
 
 OPTIONS = task_parser("vqa", __doc__, __name__)
 
+from collections.abc import Callable
+
 from transformers import EvalPrediction
 
 from modeling_trips import TripsForQuestionAnswering
@@ -32,7 +34,11 @@ from trips_examples.training.trainer import ImageGroupedTrainer
 
 
 def train_question_answering(
-    model_args: ModelArguments, data_args: DataArguments, training_args: TripsTrainingArguments
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TripsTrainingArguments,
+    trainer_class: Callable[..., ImageGroupedTrainer] = ImageGroupedTrainer,
+    collator_class: Callable[..., VqaCollator] = VqaCollator,
 ) -> dict[str, float]:
     """Train and evaluate a question-answering model, and return the metrics."""
     model, processor, data = start_run(TripsForQuestionAnswering, "vqa", model_args, data_args, training_args)
@@ -59,12 +65,12 @@ def train_question_answering(
         counts = {"unwritable_answers": unwritable[trainer.split], "samples": len(rows)}
         return {**scores(answers), **varied, **groups, **diagnose_selection(trainer), **counts}
 
-    trainer = ImageGroupedTrainer(
+    trainer = trainer_class(
         model=model,
         args=training_args,
         data=data,
-        data_collator=VqaCollator(processor),
-        train_collator=VqaCollator(processor, training=True),
+        data_collator=collator_class(processor),
+        train_collator=collator_class(processor, training=True),
         processing_class=processor,
         compute_metrics=metrics_of,
     )

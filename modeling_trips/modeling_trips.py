@@ -115,6 +115,9 @@ class TripsModel(TripsPreTrainedModel):
     def set_input_embeddings(self, value):
         self.text_model.set_input_embeddings(value)
 
+    def unused_modules(self) -> list[nn.Module]:
+        return self.vision_model.unused_modules()
+
     def encode_images(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> TripsImageCache:
         """
         Return the `image_cache` of `forward`, the text-independent part of the vision tower: see

@@ -471,6 +471,23 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         if isinstance(module, TripsTemperature):
             init.constant_(module.weight, INITIAL_TEMPERATURE)
 
+    @property
+    def has_pairs(self) -> bool:
+        """Whether a loss of positive weight reads texts that are fused with images."""
+        return self.config.itm_weight > 0
+
+    def unused_modules(self) -> list[nn.Module]:
+        modules = super().unused_modules()
+        if self.config.itc_weight == 0:
+            modules += [self.vision_proj, self.text_proj, self.temp]
+        if self.config.itm_weight == 0:
+            modules.append(self.itm_head)
+        if not self.has_pairs:
+            modules.append(self.model.fusion_model)
+            if self.model.vision_model.selection_projection is not None:
+                modules.append(self.model.vision_model.selection_projection)
+        return modules
+
     @can_return_tuple
     @auto_docstring
     def get_text_features(
@@ -753,6 +770,24 @@ class TripsForPreTraining(TripsContrastiveModel, TripsWritingModel):
         self.mlm_score = TripsLMHead(config.text_config)
         self.add_decoder(config.decoder_config)
         self.post_init()
+
+    @property
+    def has_pairs(self) -> bool:
+        config = self.config
+        return config.itm_weight > 0 or config.mlm_weight > 0 or config.prefix_lm_weight > 0
+
+    def unused_modules(self) -> list[nn.Module]:
+        modules = super().unused_modules()
+        if self.config.mlm_weight == 0:
+            modules.append(self.mlm_score)
+        if self.config.prefix_lm_weight == 0:
+            modules += [self.decoder, self.lm_head]
+        return modules
+
+    def unused_parameters(self) -> list[nn.Parameter]:
+        # The head of masked words may share the word embeddings of the text encoder.
+        word_embeddings = self.get_input_embeddings().weight
+        return [parameter for parameter in super().unused_parameters() if parameter is not word_embeddings]
 
     def get_output_embeddings(self):
         return self.mlm_score.decoder

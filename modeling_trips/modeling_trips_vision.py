@@ -42,14 +42,14 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_trips import LayerSelection, SelectionSchedule, TripsConfig, TripsVisionConfig
 from .patch_selection import (
     FUSED_TOKEN,
+    GateSelector,
     KeyInfo,
     TokenChoice,
+    TokenSelector,
     attend,
-    choose_tokens,
     num_kept_tokens,
     random_scores,
     score_tokens,
-    shorten_tokens,
 )
 
 
@@ -103,6 +103,18 @@ class TripsPreTrainedModel(PreTrainedModel):
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return True  # by `attend_as_configured`; the library searches only the module of a class
+
+    def unused_modules(self) -> list[nn.Module]:
+        """Return the modules whose parameters get no gradient in this configuration."""
+        return [] if self.base_model is self else self.base_model.unused_modules()
+
+    def unused_parameters(self) -> list[nn.Parameter]:
+        """
+        Return the parameters that get no gradient in this configuration. Freeze them for data parallel training that
+        does not look for unused parameters.
+        """
+        unused = nn.ModuleList(self.unused_modules())
+        return list(unused.parameters())
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs):
         """
@@ -334,6 +346,16 @@ class GuidingTexts(NamedTuple):
     length: int = 0
     attention_mask: torch.Tensor | None = None
 
+    @property
+    def num_tokens_before(self) -> int:
+        """Number of tokens before the candidates: those of the text in a single stream, and the image's [CLS]."""
+        return self.length + 1
+
+    @property
+    def are_given(self) -> bool:
+        """Whether there are texts. Without them, the image guides itself."""
+        return self.embeds is not None or self.length > 0
+
 
 class TripsVisionLayer(GradientCheckpointingLayer):
     """
@@ -355,8 +377,8 @@ class TripsVisionLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         key_info: KeyInfo,
         texts: GuidingTexts,
+        selector: TokenSelector,
         selection: LayerSelection | None = None,
-        probe_share: float = 0.0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None, TokenChoice | None]:
         """
@@ -364,40 +386,62 @@ class TripsVisionLayer(GradientCheckpointingLayer):
             hidden_states (`torch.Tensor` of shape `(num_rows, texts.length + 1 + num_candidates, hidden_size)`)
             key_info ([`KeyInfo`]): Padding, and the gate of an earlier layer, whose dropped tokens come last.
             texts ([`GuidingTexts`]): With `image_index`, attention runs once per row, selection and MLP once per text.
-            selection ([`LayerSelection`], *optional*): How the layer selects; by default it does not.
-            probe_share (`float`, *optional*, defaults to 0.0): See [`choose_tokens`].
+            selector ([`TokenSelector`]): Chooses by the scores.
+            selection ([`LayerSelection`], *optional*): What scores the candidates and how many are kept. By default
+                the layer does not select.
 
         Returns:
             `(hidden_states, scores, choice)`; the last two are `None` without `selection`.
         """
-        attn_output, _, query, key = self.attention(self.layernorm_before(hidden_states), key_info, **kwargs)
-        hidden_states, scores, choice = hidden_states + self.dropout(attn_output), None, None
+        residual = hidden_states
+        hidden_states = self.layernorm_before(hidden_states)
+        attn_output, _, query, key = self.attention(hidden_states, key_info, **kwargs)
+        hidden_states = residual + self.dropout(attn_output)
+
+        scores = None
+        choice = None
         if selection is not None:
-            start, end = texts.length + 1, hidden_states.shape[1] - key_info.num_probed
-            key = select_rows(key[:, :, start:end], texts.image_index)
-            if selection.guidance == "random":
-                scores = random_scores(key.shape[0], key.shape[2], key.device)
-            else:
-                scores = score_tokens(self.guiding_query(query, selection, texts), key, self.attention.scaling)
-            # Patches that an image draws made its models worse.
-            draw = selection.guidance == "text" and (texts.embeds is not None or texts.length > 0)
-            choice = choose_tokens(scores, selection.keep_rate, probe_share, draw)
+            num_tokens = hidden_states.shape[1] - key_info.num_probed
+            key = key[:, :, texts.num_tokens_before : num_tokens]  # (num_rows, num_heads, num_candidates, head_dim)
+            key = select_rows(key, texts.image_index)  # (num_texts, num_heads, num_candidates, head_dim)
+            scores = self.score_candidates(query, key, selection, texts)
+            choice = selector.choose(scores, selection.keep_rate)
             hidden_states = select_rows(hidden_states, texts.image_index)
-            hidden_states = shorten_tokens(hidden_states, scores, choice, self.config.fuse_inattentive_tokens)
-        hidden_states = hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
+            hidden_states = selector.shorten(hidden_states, scores, choice, self.config.fuse_inattentive_tokens)
+
+        residual = hidden_states
+        hidden_states = self.layernorm_after(hidden_states)
+        hidden_states = self.mlp(hidden_states)
+        hidden_states = residual + self.dropout(hidden_states)
         return hidden_states, scores, choice
+
+    def score_candidates(
+        self, query: torch.Tensor, key: torch.Tensor, selection: LayerSelection, texts: GuidingTexts
+    ) -> torch.Tensor:
+        """
+        Return the scores of the candidates, `(num_texts, num_candidates)`, float32 or wider. Each row is positive and
+        sums to 1. `query` is that of all tokens, `key` that of the candidates.
+        """
+        if selection.guidance == "random":
+            num_texts, _, num_candidates, _ = key.shape
+            return random_scores(num_texts, num_candidates, key.device)
+        guiding_query = self.guiding_query(query, selection, texts)
+        return score_tokens(guiding_query, key, self.attention.scaling)
 
     def guiding_query(self, query: torch.Tensor, selection: LayerSelection, texts: GuidingTexts) -> torch.Tensor:
         """Return the query of the token that scores the candidates, `(num_texts, num_heads, head_dim)`."""
         if selection.guidance != "text":
             return query[:, :, texts.length]  # the image's [CLS]
         if texts.embeds is not None:
-            return self.attention.q_proj(texts.embeds).unflatten(-1, (-1, self.attention.head_dim))
+            text_query = self.attention.q_proj(texts.embeds)
+            return text_query.unflatten(-1, (-1, self.attention.head_dim))
         # The first token is the text's [CLS] in a single stream, or the image's, which guides where no text is given.
         if texts.attention_mask is None:
             return query[:, :, 0]
         first = first_positions(texts.attention_mask).to(query.device)
-        return query.gather(2, first[:, None, None, None].expand(-1, query.shape[1], 1, query.shape[3]))[:, :, 0]
+        num_texts, num_heads, _, head_dim = query.shape
+        index = first[:, None, None, None].expand(num_texts, num_heads, 1, head_dim)
+        return query.gather(2, index)[:, :, 0]
 
 
 @auto_docstring(custom_intro="What one selection layer kept.")
@@ -608,6 +652,8 @@ class TripsVisionModel(TripsPreTrainedModel):
             self.selection_projection = nn.Linear(config.guidance_hidden_size, config.hidden_size)
         self.layers = nn.ModuleList(TripsVisionLayer(config) for _ in range(config.num_hidden_layers))
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        # Another way to choose patches than to keep the best and, in training, the gate.
+        self.selector: TokenSelector | None = None
         self.post_init()
 
     def _init_weights(self, module):
@@ -615,6 +661,14 @@ class TripsVisionModel(TripsPreTrainedModel):
         if isinstance(module, TripsVisionEmbeddings):
             init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
             init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
+
+    def unused_modules(self) -> list[nn.Module]:
+        # Without supervision, only the gate and the weights of fused tokens give the text a gradient.
+        text_learns = self.config.fuse_inattentive_tokens or self.config.selection_gate > 0
+        text_scores = self.config.schedule.first_text_layer is not None
+        if self.selection_projection is None or (text_scores and text_learns):
+            return []
+        return [self.selection_projection]
 
     def resolve_schedule(self, schedule: SelectionSchedule | None) -> SelectionSchedule:
         """Return a schedule, by default the configuration's. Raise a `ValueError` if a layer does not exist."""
@@ -687,12 +741,21 @@ class TripsVisionModel(TripsPreTrainedModel):
         for number in range(image_cache.next_layer or end, stop or end):
             selection = schedule.by_layer.get(number)
             index = texts.image_index if selection is not None and selection.guidance == "text" else None
+            if self.selector is not None:
+                selector = self.selector
+            elif number == gated_layer:
+                # Texts draw the patches, so that they try others than the best. Models whose image draws its patches
+                # were less accurate than models whose image keeps the best.
+                draw = selection.guidance == "text" and texts.are_given
+                selector = GateSelector(self.config.selection_gate, draw)
+            else:
+                selector = TokenSelector()
             states, scores, choice = self.layers[number - 1](
                 tokens.states,
                 key_info=tokens.key_info,
                 texts=texts._replace(image_index=index),
+                selector=selector,
                 selection=selection,
-                probe_share=self.config.selection_gate if number == gated_layer else 0.0,
                 **kwargs,
             )
             if choice is None:

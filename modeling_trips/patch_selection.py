@@ -60,13 +60,27 @@ def keep_topk(scores: torch.Tensor, num_kept: int) -> torch.Tensor:
     """
     scores = scores.masked_fill(scores.isnan(), -math.inf)
     lowest_kept = scores.topk(num_kept, dim=-1).values[:, -1:]
-    # ONNX has no stable sort.
-    above, ties = scores > lowest_kept, scores == lowest_kept
-    num_ties_kept = num_kept - above.sum(dim=-1, keepdim=True)
-    kept = above | (ties & (ties.long().cumsum(dim=-1) <= num_ties_kept))
-    last = scores.shape[1] - 1
-    positions = torch.arange(last + 1, device=scores.device)
-    return positions.where(kept, last).sort(dim=-1).values[:, :num_kept]
+    # Of those that equal the lowest kept score, the first are kept. A stable sort would do it, but ONNX has none.
+    is_above = scores > lowest_kept
+    is_tied = scores == lowest_kept
+    num_ties_kept = num_kept - is_above.sum(dim=-1, keepdim=True)
+    return positions_of(is_above | first_true(is_tied, num_ties_kept), num_kept)
+
+
+def first_true(mask: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+    """Return a mask of the first `number`, `(batch_size, 1)`, True entries of each row of a mask."""
+    return mask & (mask.long().cumsum(dim=-1) <= number)
+
+
+def positions_of(is_kept: torch.Tensor, num_kept: int) -> torch.Tensor:
+    """
+    Return the positions of the `num_kept` True entries of each row, in ascending order: `(batch_size, num_candidates)`
+    -> `(batch_size, num_kept)`.
+    """
+    last = is_kept.shape[1] - 1
+    positions = torch.arange(last + 1, device=is_kept.device)
+    positions = positions.where(is_kept, last)  # the others go to the end
+    return positions.sort(dim=-1).values[:, :num_kept]
 
 
 def log_scores(scores: torch.Tensor) -> torch.Tensor:
@@ -171,6 +185,39 @@ def shorten_tokens(tokens: torch.Tensor, scores: torch.Tensor, choice: TokenChoi
     if choice.probed is not None:
         parts.append(gather_tokens(candidates, choice.probed))
     return torch.cat(parts, dim=1)
+
+
+class TokenSelector:
+    """
+    How a layer chooses tokens: it keeps the best and fuses the others. Subclasses choose in another way, shorten in
+    another way, or add to the loss. A [`TripsVisionModel`] gives its `selector`, if it has one, to each layer that
+    selects.
+    """
+
+    def choose(self, scores: torch.Tensor, keep_rate: float) -> TokenChoice:
+        """Decide what is kept, by the scores of the candidates, `(batch_size, num_candidates)`: [`choose_tokens`]."""
+        return choose_tokens(scores, keep_rate)
+
+    def shorten(
+        self, tokens: torch.Tensor, scores: torch.Tensor, choice: TokenChoice, fuse: bool = True
+    ) -> torch.Tensor:
+        """Shorten the tokens to those of the choice: [`shorten_tokens`]."""
+        return shorten_tokens(tokens, scores, choice, fuse)
+
+    def loss_term(self, inputs: dict, outputs: Any) -> torch.Tensor | float:
+        """Return what a training step with these inputs and outputs of the model adds to its loss."""
+        return 0.0
+
+
+class GateSelector(TokenSelector):
+    """Also runs dropped tokens, for the gate. The arguments are those of [`choose_tokens`]."""
+
+    def __init__(self, probe_share: float, draw: bool = False):
+        self.probe_share = probe_share
+        self.draw = draw
+
+    def choose(self, scores: torch.Tensor, keep_rate: float) -> TokenChoice:
+        return choose_tokens(scores, keep_rate, self.probe_share, self.draw)
 
 
 # Attention, and the gate: scores that learn from the loss

@@ -15,8 +15,7 @@ from torch import nn
 from torch.utils.data import Sampler
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
-from modeling_trips import UNPRUNED, SelectionSchedule, TripsForPreTraining, TripsPreTrainedModel
-from modeling_trips.modeling_trips_pretraining import TripsContrastiveModel
+from modeling_trips import UNPRUNED, SelectionSchedule
 from trips_examples.data.collators import ImageBatchCollator, ImageGroupedSampler
 from trips_examples.data.images import column_of
 from trips_examples.metrics.diagnostics import REGION_COLUMNS
@@ -105,30 +104,6 @@ class ZeroGradientCallback(TrainerCallback):
                 parameter.grad = torch.zeros_like(parameter)
 
 
-def unused_parameters(model: TripsPreTrainedModel) -> list[nn.Parameter]:
-    """
-    Return the parameters without a gradient in the model's configuration. Data parallel training that does not look
-    for unused parameters needs them frozen.
-    """
-    tower, config = model.base_model.vision_model, model.config
-    off, unused = [], []
-    if isinstance(model, TripsContrastiveModel):
-        modules = {"itc_weight": [model.vision_proj, model.text_proj, model.temp], "itm_weight": [model.itm_head]}
-        if isinstance(model, TripsForPreTraining):
-            modules |= {"mlm_weight": [model.mlm_score], "prefix_lm_weight": [model.decoder, model.lm_head]}
-        off = [name for name in modules if getattr(config, name) == 0]
-        unused = [module for name in off for module in modules[name]]
-        if {*off, "itc_weight"} == modules.keys():  # the contrastive loss only: nothing is fused
-            unused += [model.base_model.fusion_model, tower.selection_projection]
-    # Without supervision, only the gate and the weights of fused tokens give the text a gradient.
-    has_gradient = config.vision_config.fuse_inattentive_tokens or config.vision_config.selection_gate > 0
-    if config.vision_config.schedule.first_text_layer is None or not has_gradient:
-        unused.append(tower.selection_projection)
-    tied = model.get_input_embeddings().weight  # of the text encoder, in the head of masked words
-    parameters = {parameter for module in unused if module is not None for parameter in module.parameters()}
-    return [parameter for parameter in parameters if parameter is not tied]
-
-
 class FiniteCallback(TrainerCallback):
     """Raise a `FloatingPointError` at the first gradient or metric of an evaluation that is not finite."""
 
@@ -198,7 +173,7 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
         self.train_collator = train_collator or self.data_collator
         self.losses: dict[str, list[torch.Tensor]] = defaultdict(list)
         self.train_sampler: ImageGroupedSampler | None = None
-        for parameter in unused_parameters(self.model):
+        for parameter in self.model.unused_parameters():
             parameter.requires_grad_(False)
         self.add_callback(PhasesCallback(self))
         self.add_callback(SamplerEpochCallback(self))
@@ -266,6 +241,9 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         inputs = {"schedule": self.schedule, **inputs}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        selector = self.model.base_model.vision_model.selector
+        if model.training and selector is not None:
+            loss = loss + selector.loss_term(inputs, outputs)
         for name in self.logged_losses:
             if outputs.get(name) is not None:
                 self.losses[name].append(outputs[name].detach())

@@ -13,10 +13,9 @@ from ..patch_selection import (
     FUSED_TOKEN,
     KeyInfo,
     TokenChoice,
-    choose_tokens,
+    TokenSelector,
     random_scores,
     score_tokens,
-    shorten_tokens,
 )
 
 
@@ -168,9 +167,8 @@ class SelectionPass:
         self.scores: dict[int, torch.Tensor | list[torch.Tensor]] = {}
         self.num_kept: dict[int, list[int]] = {}  # packed: per image
         self.shortened: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        # In training with a gate: share of the dropped units that also run; then what attention needs to know about
-        # the tokens after the selection.
-        self.probe_share = 0.0
+        self.selector = TokenSelector()
+        # In training with a gate: what attention needs to know about the tokens after the selection.
         self.key_info = KeyInfo()
 
     def record(self, layer: int, kept: torch.Tensor, candidates: torch.Tensor, scores: torch.Tensor):
@@ -269,7 +267,7 @@ class SelectionLayer(ModuleWrapper):
         before = current.kept_before(self.number)
         is_image = shorten_mask(current.is_image, before, self.unit)
         scores = self.score_units(normed, query, is_image, is_whole=before is None)
-        choice = choose_tokens(scores, self.selection.keep_rate, current.probe_share)
+        choice = current.selector.choose(scores, self.selection.keep_rate)
         num_candidates = scores.shape[1]
         if choice.probed is not None:
             choice, current.key_info = self.in_order(choice)
@@ -279,10 +277,10 @@ class SelectionLayer(ModuleWrapper):
             candidates = nn.functional.pad(before, (0, num_candidates - before.shape[1]), value=FUSED_TOKEN)
         current.record(self.number, candidates.gather(1, choice.kept), candidates, scores)
         if self.unit == 1:
-            return shorten_tokens(hidden_states, scores, choice, self.fuse)
+            return current.selector.shorten(hidden_states, scores, choice, self.fuse)
         prefix, patches = hidden_states.tensor_split([self.num_prefix_tokens], dim=1)
         units = to_units(patches, self.unit, before is None).flatten(2)
-        units = shorten_tokens(units, scores, choice, self.fuse)
+        units = current.selector.shorten(units, scores, choice, self.fuse)
         return torch.cat([prefix, units.unflatten(2, (self.unit**2, -1)).flatten(1, 2)], dim=1)
 
     def in_order(self, choice: TokenChoice) -> tuple[TokenChoice, KeyInfo]:

@@ -6,7 +6,15 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..configuration_trips import SelectionSchedule
-from ..patch_selection import TokenChoice, choose_tokens, gather_tokens, score_tokens, shorten_tokens
+from ..patch_selection import (
+    TokenChoice,
+    TokenSelector,
+    first_true,
+    gather_tokens,
+    num_kept_tokens,
+    positions_of,
+    score_tokens,
+)
 from .host import Host
 from .layers import ModuleWrapper, Projections, SelectionLayer, SelectionPass
 
@@ -86,11 +94,37 @@ class ViltSelectionEncoder(ModuleWrapper):
         )
 
 
+class PaddedSelector(TokenSelector):
+    """
+    Selector for rows with padding. The number of kept candidates of a row depends on the size of its image, not on the
+    padding. The longest row sets the shape, and padding, not dropped patches, fills rows that keep fewer.
+
+    Args:
+        is_padding (`torch.BoolTensor` of shape `(batch_size, num_candidates)`)
+    """
+
+    def __init__(self, is_padding: torch.Tensor):
+        self.is_padding = is_padding
+        self.num_candidates = (~is_padding).sum(dim=1, keepdim=True)  # (batch_size, 1)
+
+    def num_kept(self, keep_rate: float) -> torch.Tensor:
+        """Return `num_kept_tokens` of each row, `(batch_size, 1)`."""
+        # In fixed point: float32 is too coarse, and not all devices have float64.
+        unit = 2**40
+        product = self.num_candidates * round(keep_rate * unit) - round(1e-6 * unit)
+        return (product + unit - 1).div(unit, rounding_mode="floor").clamp(min=1)
+
+    def choose(self, scores: torch.Tensor, keep_rate: float) -> TokenChoice:
+        num_kept = self.num_kept(keep_rate)
+        order = scores.masked_fill(self.is_padding, -1.0).argsort(dim=-1, descending=True, stable=True)
+        is_kept = order.argsort(dim=-1) < num_kept
+        longest = num_kept_tokens(scores.shape[1], keep_rate)
+        is_filling = first_true(self.is_padding & ~is_kept, longest - num_kept)
+        return TokenChoice(positions_of(is_kept | is_filling, longest))
+
+
 class ViltSelectionLayer(SelectionLayer):
-    """
-    Selection layer that always keeps the text and the image's [CLS]. The number of kept patches of a row depends on
-    the size of its image, not on the padding. The longest row sets the shape, and padding fills shorter rows.
-    """
+    """Selection layer that always keeps the text and the image's [CLS]."""
 
     def normed_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.layernorm_before(hidden_states)
@@ -111,20 +145,6 @@ class ViltSelectionLayer(SelectionLayer):
         query = torch.cat([query, torch.ones_like(query[..., :1])], dim=-1)
         return score_tokens(query, torch.cat([key, mask], dim=-1), scaling)
 
-    def choose(self, scores: torch.Tensor, numbers: torch.Tensor) -> tuple[TokenChoice, torch.Tensor]:
-        """
-        Return the kept candidates, as many as in the longest row, and a mask of the rows that drop some, `(batch_size,
-        1)`. Padding, not dropped patches, fills rows that keep fewer.
-        """
-        is_padding = numbers == PADDING
-        # `num_kept_tokens` of each row, in fixed point: float32 is too coarse, and not all devices have float64.
-        unit, num_candidates = 2**40, (~is_padding).sum(dim=1, keepdim=True)
-        num_kept = num_candidates * round(self.selection.keep_rate * unit) - round(1e-6 * unit)
-        num_kept = (num_kept + unit - 1).div(unit, rounding_mode="floor").clamp(min=1)
-        order = scores.masked_fill(is_padding, -1.0).argsort(dim=-1, descending=True, stable=True)
-        is_attentive = order.argsort(dim=-1) < num_kept
-        return choose_tokens(2.0 * is_attentive + is_padding, self.selection.keep_rate), num_candidates > num_kept
-
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -141,12 +161,14 @@ class ViltSelectionLayer(SelectionLayer):
         num_others = text_length + 1
         numbers = token_numbers[:, num_others:]
         scores = self.score_patches(normed, numbers, text_length)
-        choice, drops = self.choose(scores, numbers)
+        selector = PaddedSelector(numbers == PADDING)
+        choice = selector.choose(scores, self.selection.keep_rate)
         if selection_pass is not None:
             candidates = numbers - FIRST_PATCH
             selection_pass.record(self.number, candidates.gather(1, choice.kept), candidates, scores)
-        hidden_states = shorten_tokens(hidden_states, scores, choice)
+        hidden_states = selector.shorten(hidden_states, scores, choice)
         if choice.kept.shape[1] < numbers.shape[1]:
+            drops = selector.num_candidates > selector.num_kept(self.selection.keep_rate)
             fused = torch.where(drops, NO_PATCH, PADDING)  # padding in rows that drop nothing
             parts = [token_numbers[:, :num_others], numbers.gather(1, choice.kept), fused]
             token_numbers = torch.cat(parts, dim=1)

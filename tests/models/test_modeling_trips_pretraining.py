@@ -13,7 +13,6 @@ from two_processes import results_of
 
 from modeling_trips import TripsForPreTraining
 from modeling_trips.modeling_trips_pretraining import matching_pairs
-from trips_examples.training.trainer import unused_parameters
 
 
 @pytest.mark.parametrize(
@@ -46,8 +45,8 @@ def test_with_the_unused_parameters_frozen_every_parameter_has_a_gradient(on, sc
     model = make_model(text_width=48, **weights, **schedule)
     projection = model.model.vision_model.selection_projection  # text and vision differ in width
     text_selects = set(on) != {"itc_weight"}
-    assert text_selects == all(projection.weight is not parameter for parameter in unused_parameters(model))
-    for parameter in unused_parameters(model):
+    assert text_selects == all(projection.weight is not parameter for parameter in model.unused_parameters())
+    for parameter in model.unused_parameters():
         parameter.requires_grad_(False)
     model(**make_batch()).loss.backward()
     missing = [name for name, value in model.named_parameters() if value.requires_grad and value.grad is None]

@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 from torch import nn
 
-from ...patch_selection import gather_tokens
+from ...patch_selection import GateSelector, gather_tokens
 from ..layers import SelectionPass
 from .families import Family, find_family
 from .guide import TextGuide
@@ -78,7 +78,7 @@ def prune(
 ) -> tuple[dict, list[torch.Tensor], SelectionPass | None]:
     """
     Apply the selections inside and after the tower. Return the inputs, the kept visual tokens per image, and the
-    selections of the tower's layers. `probe_share` of the dropped units are kept, too, see `SelectionPass`.
+    selections of the tower's layers. `probe_share` of the dropped units are kept, too, see `GateSelector`.
     """
     if inputs.get("pixel_values_videos") is not None:
         raise ValueError("Patch selection does not support videos, got `pixel_values_videos`.")
@@ -93,7 +93,7 @@ def prune(
     current = None
     if in_tower:
         current = family.begin_pass(inputs)
-        current.probe_share = probe_share
+        current.selector = GateSelector(probe_share)
         if guide is not None:
             prompt, prompt_mask = prompts.text
             queries = guide(prompt, prompt_mask)  # (batch_size, num_heads, head_dim)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ...modeling_trips_vision import TripsSelection
-from ...patch_selection import TokenChoice, choose_tokens, shorten_tokens
+from ...patch_selection import TokenChoice
 from ..layers import PADDING, Projections, SelectionLayer, SelectionPass
 from ..vision import ClipLayer
 
@@ -151,7 +151,7 @@ class PackedLayer(TowerLayer):
             images = normed.split([number * size for number in num_units])
             queries = [None] * len(images) if query is None else query.split(1)
             rows = [self.score_units(image[None], own, None, is_whole=False) for image, own in zip(images, queries)]
-        kept = [choose_tokens(row, self.selection.keep_rate).kept[0] for row in rows]
+        kept = [current.selector.choose(row, self.selection.keep_rate).kept[0] for row in rows]
         positions = torch.cat([first + own for first, own in zip(accumulate(num_units, initial=0), kept)])
         candidates = current.kept_before(self.number)
         if candidates is None:
@@ -159,7 +159,7 @@ class PackedLayer(TowerLayer):
         current.record(self.number, candidates[positions], candidates, rows)
         current.num_kept[self.number] = [len(own) for own in kept]
         units = hidden_states.unflatten(0, (-1, size)).flatten(1)[None]
-        units = shorten_tokens(units, torch.cat(rows, dim=1), TokenChoice(positions[None]), fuse=False)
+        units = current.selector.shorten(units, torch.cat(rows, dim=1), TokenChoice(positions[None]), fuse=False)
         return units[0].unflatten(1, (size, -1)).flatten(0, 1)
 
     def recorded(self, current: SelectionPass) -> TripsSelection:

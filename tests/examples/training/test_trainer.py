@@ -8,7 +8,6 @@ from toy_tasks import OPTIONS, write_task
 from modeling_trips import TripsForQuestionAnswering, TripsProcessor
 from trips_examples import run_vqa
 from trips_examples.training import models
-from trips_examples.training.trainer import unused_parameters
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(tmp_path, monkeypatch):
@@ -49,7 +48,7 @@ SELECTIONS += [{"selection_layers": []}, {"fuse_inattentive_tokens": False}]
 def test_with_the_unused_parameters_frozen_every_parameter_has_a_gradient(case, selection):
     """Otherwise data parallel training would wait for their gradients."""
     model = case.make_model(**selection).train()
-    unused = unused_parameters(model)
+    unused = model.unused_parameters()
     projection = getattr(model, "model", model).vision_model.selection_projection
     assert len(unused) == (2 if selection and projection is not None else 0)
     for parameter in unused:

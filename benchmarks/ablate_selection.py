@@ -20,6 +20,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -70,7 +71,8 @@ def read_variants(path: str | None) -> dict[str, list[str]]:
     if path is None:
         return VARIANTS
     variants = json.loads(Path(path).read_text())
-    if not isinstance(variants, dict) or not all(isinstance(options, str) for options in variants.values()):
+    is_object = isinstance(variants, dict)
+    if not is_object or not all(isinstance(options, str) for options in variants.values()):
         raise ValueError(f'{path} must hold an object of strings, as in {{"text": "--schedule 2:text:0.1"}}.')
     return {name: shlex.split(options) for name, options in variants.items()}
 
@@ -84,9 +86,15 @@ def make_runs(args: AblationArguments, options: list[str]) -> list[Run]:
     runs = []
     for seed in args.seeds:
         for variant in chosen:
-            folder = Path(args.output_dir) / f"{variant.replace(' ', '-')}-seed{seed}"
-            words = [word.replace("{seed}", str(seed)) for word in (args.script, *options, *variants[variant])]
-            runs.append(Run(variant, seed, folder, (*words, "--seed", str(seed))))
+            name = f"{variant.replace(' ', '-')}-seed{seed}"
+            words = [args.script, *options, *variants[variant], "--seed", "{seed}"]
+            run = Run(
+                variant=variant,
+                seed=seed,
+                folder=Path(args.output_dir) / name,
+                options=tuple(word.replace("{seed}", str(seed)) for word in words),
+            )
+            runs.append(run)
     return runs
 
 
@@ -100,17 +108,19 @@ def execute(run: Run, args: AblationArguments):
     run.folder.mkdir(parents=True, exist_ok=True)
     script, *options = run.options
     command = [sys.executable, str(EXAMPLES / script), *options, "--output_dir", str(run.folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(args.num_threads)}
+    log_file = run.folder / "log.txt"
     start = time.perf_counter()
-    with (run.folder / "log.txt").open("w") as log:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(args.num_threads)}
-        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
-    if status != 0:
-        raise RuntimeError(f"The run failed with status {status}, see {run.folder / 'log.txt'}.")
+    with log_file.open("w") as log:
+        process = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    if process.returncode != 0:
+        raise RuntimeError(f"The run failed with status {process.returncode}, see {log_file}.")
+    minutes = (time.perf_counter() - start) / 60
     row = {
         "variant": run.variant,
         "seed": run.seed,
         "options": list(run.options),
-        "minutes": round((time.perf_counter() - start) / 60, 2),
+        "minutes": round(minutes, 2),
         "num_threads": args.num_threads,
         "jobs": args.jobs,
         **read_results(run.folder),
@@ -119,34 +129,54 @@ def execute(run: Run, args: AblationArguments):
 
 
 def read_results(folder: Path) -> dict:
-    """The metrics of the validation split, and of the test split if there is one."""
-    files = (folder / f"{split}_results.json" for split in ("test", "eval"))
-    return {name: value for file in files if file.exists() for name, value in json.loads(file.read_text()).items()}
+    """Return the metrics of the validation split, and of the test split if there is one."""
+    metrics = {}
+    for split in ("test", "eval"):
+        file = folder / f"{split}_results.json"
+        if file.exists():
+            metrics |= json.loads(file.read_text())
+    return metrics
 
 
 def print_table(rows: list[dict], args: AblationArguments):
     """Print mean and standard deviation over the seeds in Markdown."""
     print(f"| selection | {args.metric}: mean | standard deviation | seeds | minutes per run |\n|---|---|---|---|---|")
-    for variant in dict.fromkeys(row["variant"] for row in rows):
-        own = [row for row in rows if row["variant"] == variant]
-        values = [row[args.metric] for row in own]
+    by_variant = defaultdict(list)
+    for row in rows:
+        by_variant[row["variant"]].append(row)
+    for variant, runs in by_variant.items():
+        values = [row[args.metric] for row in runs]
         deviation = f"{stdev(values):.4f}" if len(values) > 1 else "-"
-        minutes = mean(row["minutes"] for row in own)
-        print(f"| {variant} | {mean(values):.4f} | {deviation} | {len(own)} | {minutes:.1f} |")
+        minutes = mean(row["minutes"] for row in runs)
+        print(f"| {variant} | {mean(values):.4f} | {deviation} | {len(runs)} | {minutes:.1f} |")
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
     argv = sys.argv[1:] if argv is None else argv
-    own, options = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    script_options = []
+    if "--" in argv:
+        dashes = argv.index("--")
+        script_options = argv[dashes + 1 :]
+        argv = argv[:dashes]
 
     def measure(args: AblationArguments) -> Iterator[dict]:
-        runs = make_runs(args, options)
-        with ThreadPoolExecutor(args.jobs) as pool:
-            finished = pool.map(lambda run: (execute(run, args), run), runs)
-            for _, run in tqdm(finished, total=len(runs), desc="runs"):
-                yield json.loads(run.results_file.read_text())
+        runs = make_runs(args, script_options)
 
-    return run_benchmark(AblationArguments, __doc__, measure, print_table, own)
+        def execute_and_read(run: Run) -> dict:
+            execute(run, args)
+            return json.loads(run.results_file.read_text())
+
+        with ThreadPoolExecutor(args.jobs) as pool:
+            rows = pool.map(execute_and_read, runs)
+            yield from tqdm(rows, total=len(runs), desc="runs")
+
+    return run_benchmark(
+        arguments_class=AblationArguments,
+        description=__doc__,
+        measure=measure,
+        report=print_table,
+        argv=argv,
+    )
 
 
 if __name__ == "__main__":

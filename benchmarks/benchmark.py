@@ -5,6 +5,7 @@ Measure MACs and time of TRIPS against the unpruned baseline, the same weights a
     python benchmarks/benchmark.py --mode forward training --output_json speed.json
     python benchmarks/benchmark.py --preset tiny --image_size 64 --schedule 3,4 --batch_size 1 32
     python benchmarks/benchmark.py --schedule 5:image:0.7,12:text:0.3 --batch_size 1 --texts_per_image 1 2 5 10
+    python benchmarks/benchmark.py --mode training --schedule 6:text:0.0625 --config_fields '{"selection_gate": 0.2}'
     python benchmarks/benchmark.py --device cuda --dtype bfloat16 --batch_size 1 8 32 128 --compile True
 
 Pruned and unpruned steps alternate after a warm-up, and medians are compared. `FlopCounterMode` counts the
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field
 from measuring import OutputArguments, run_benchmark
 from tqdm.auto import tqdm
 
-from modeling_trips import SelectionSchedule, TripsConfig
+from modeling_trips import SelectionSchedule
 from modeling_trips.configuration_trips import PRESETS
 from modeling_trips.inspection.speed import MODES, Setting, measure
 from trips_examples.training.options import run_script
@@ -56,31 +57,39 @@ class BenchmarkArguments(OutputArguments):
     seed: int = field(default=0, metadata={"help": "Seed of weights and inputs."})
 
 
-def settings_of(args: BenchmarkArguments) -> list[Setting]:
-    schedules = [
-        SelectionSchedule.parse(text, rate) for text, rate in itertools.product(args.schedule, args.keep_rate)
-    ]
-    shared = ("preset", "text_length", "attn_implementation", "device", "compile", "clock")
-    varied = ("mode", "dtype", "image_size", "batch_size", "texts_per_image")
-    # Schedules with own rates appear once.
-    grid = itertools.product(*(getattr(args, name) for name in varied), dict.fromkeys(schedules))
-    return [
-        Setting(
-            **{name: getattr(args, name) for name in shared},
-            **dict(zip(varied, values)),
+def settings_of(args: BenchmarkArguments) -> list[tuple[SelectionSchedule, Setting]]:
+    """Return what is measured: each schedule at each setting."""
+    schedules = []
+    for text, keep_rate in itertools.product(args.schedule, args.keep_rate):
+        schedule = SelectionSchedule.parse(text, keep_rate)
+        if schedule not in schedules:  # a schedule with own rates is the same at all of `--keep_rate`
+            schedules.append(schedule)
+    settings = []
+    for mode, dtype, image_size, batch_size, texts_per_image, schedule in itertools.product(
+        args.mode, args.dtype, args.image_size, args.batch_size, args.texts_per_image, schedules
+    ):
+        setting = Setting(
+            preset=args.preset,
+            image_size=image_size,
+            batch_size=batch_size,
+            texts_per_image=texts_per_image,
+            text_length=args.text_length,
+            mode=mode,
+            dtype=dtype,
+            attn_implementation=args.attn_implementation,
+            device=args.device,
+            compile=args.compile,
+            clock=args.clock,
             config_fields=json.loads(args.config_fields),
             **schedule.config_fields,
         )
-        for *values, schedule in grid
-    ]
+        settings.append((schedule, setting))
+    return settings
 
 
 def label(row: dict) -> str:
-    names = ("selection_layers", "keep_rate", "selection_guidance")
-    config = TripsConfig.from_preset(row["preset"], **{name: row[name] for name in names})
     texts = "" if row["texts_per_image"] == 1 else f" x {row['texts_per_image']} texts"
-    work = f"{row['mode']} {row['image_size']} px, batch {row['batch_size']}{texts}"
-    return f"{work}, {config.vision_config.schedule}"
+    return f"{row['mode']} {row['image_size']} px, batch {row['batch_size']}{texts}, {row['schedule']}"
 
 
 def print_table(rows: list[dict], args: BenchmarkArguments):
@@ -95,10 +104,18 @@ def print_table(rows: list[dict], args: BenchmarkArguments):
 
 def main(argv: list[str] | None = None) -> list[dict]:
     def measure_all(args: BenchmarkArguments) -> Iterator[dict]:
-        for setting in tqdm(settings_of(args), desc="settings"):
-            yield measure(setting, args.warmup, args.repeats)
+        for schedule, setting in tqdm(settings_of(args), desc="settings"):
+            has_gate = "selection_gate" in setting.config_fields
+            row = {"schedule": str(schedule), "gate": "yes" if has_gate else "no"}
+            yield row | measure(setting, args.warmup, args.repeats)
 
-    return run_benchmark(BenchmarkArguments, __doc__, measure_all, print_table, argv)
+    return run_benchmark(
+        arguments_class=BenchmarkArguments,
+        description=__doc__,
+        measure=measure_all,
+        report=print_table,
+        argv=argv,
+    )
 
 
 if __name__ == "__main__":

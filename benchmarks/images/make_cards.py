@@ -10,7 +10,6 @@ One to four images of different names stand in a row. Questions: what is on the 
 things are there, is there one of a name, what color is the card. All splits share `--names` names.
 """
 
-import json
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import PIL.Image
-from make_scenes import Picture, hash_of, read_pictures, with_article
+from make_scenes import Picture, hash_of, read_pictures, with_article, write_lines
 from tqdm.auto import tqdm
 
 from modeling_trips.inspection.files import whole_folder
@@ -64,8 +63,10 @@ def questions(shown: Sequence[str], color: str, names: Sequence[str], rng: rando
         yield {"question": "what is on the right?", "answer": shown[-1], "kind": "side"}
     yield {"question": "how many things are there?", "answer": COUNTS[len(shown) - 1], "kind": "count"}
     absent = [name for name in names if name not in shown]
-    for name, answer in ((rng.choice(shown), "yes"), (rng.choice(absent), "no")):
-        yield {"question": f"is there {with_article(name)}?", "answer": answer, "kind": "presence"}
+    present = rng.choice(shown)
+    yield {"question": f"is there {with_article(present)}?", "answer": "yes", "kind": "presence"}
+    missing = rng.choice(absent)
+    yield {"question": f"is there {with_article(missing)}?", "answer": "no", "kind": "presence"}
     yield {"question": "what color is the card?", "answer": color, "kind": "color"}
 
 
@@ -83,7 +84,7 @@ def write_split(split: str, by_name: dict[str, list[Picture]], num_cards: int, a
         draw_card(pictures, color, args.side, rng).save(folder / path)
         for row in questions(shown, color, names, rng):
             rows.append({"image": path, **row})
-    (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_lines(folder / f"{split}.jsonl", rows)
 
 
 def main(argv: list[str] | None = None):
@@ -99,12 +100,12 @@ def main(argv: list[str] | None = None):
             f"Cards need images of at least {len(COUNTS) + 1} names, got {len(by_name)}. Give more images."
         )
     chosen = sorted(by_name, key=hash_of)[: args.names]
+    pictures = {name: by_name[name] for name in chosen}
+    num_cards = {"train": args.train_cards, "validation": args.validation_cards, "test": args.test_cards}
     with whole_folder(folder) as partial:
         partial.mkdir()
-        for split in ("train", "validation", "test"):
-            write_split(
-                split, {name: by_name[name] for name in chosen}, getattr(args, f"{split}_cards"), args, partial
-            )
+        for split, number in num_cards.items():
+            write_split(split, pictures, number, args, partial)
 
 
 if __name__ == "__main__":

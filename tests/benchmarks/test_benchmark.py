@@ -18,6 +18,7 @@ def test_a_schedule_has_a_guidance_and_a_rate_per_layer(tmp_path, capsys):
     schedules = [([2, 4], [0.5, 0.25]), ([3, 4], [0.5, 0.5]), ([3, 4], [0.7, 0.7])] * 2
     assert [(row["selection_layers"], row["keep_rate"]) for row in rows] == schedules
     assert all(row["selection_guidance"] == ["image", "text"] for row in rows)
+    assert [row["schedule"] for row in rows[:2]] == ["2:image:0.5,4:text:0.25", "3:image:0.5,4:text:0.5"]
     assert [row["texts_per_image"] for row in rows] == [1, 1, 1, 3, 3, 3]
     assert rows[0]["tokens_per_layer"] == [65, 34, 34, 11]
     for row in rows:

@@ -98,7 +98,8 @@ class ServedQwen:
     """Parts of vLLM's model that all its Qwen classes name alike."""
 
     def __init__(self, model: nn.Module):
-        self.model = self.base = model
+        self.model = model
+        self.base = model
         self.config = model.config
         self.image_token_id = model.config.image_token_id
 

@@ -204,6 +204,7 @@ VLMS = [
             "moe_intermediate_size": 16,
             "num_experts": 4,
             "num_experts_per_tok": 2,
+            "norm_topk_prob": True,  # in published configurations: Transformers always does so, vLLM reads it
         },
         "packed",
         config=QWEN_TOKENS,

@@ -218,8 +218,8 @@ def request_text(url: str, body: dict | None = None) -> str:
         return response.read().decode()
 
 
-def chat(url: str, file: Path, question: str) -> list[int]:
-    """Return the tokens of the answer to a question about an image."""
+def chat(url: str, file: Path, question: str, options: dict | None = None) -> list[int]:
+    """Return the tokens of the answer to a question about an image, with options of the image's processor."""
     image = {"url": "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()}
     content = [{"type": "image_url", "image_url": image}, {"type": "text", "text": question}]
     body = {
@@ -229,6 +229,7 @@ def chat(url: str, file: Path, question: str) -> list[int]:
         "max_tokens": NUM_TOKENS,
         "ignore_eos": True,
         "return_token_ids": True,
+        "mm_processor_kwargs": options,
     }
     return json.loads(request_text(f"{url}/v1/chat/completions", body))["choices"][0]["token_ids"]
 
@@ -248,7 +249,7 @@ def test_a_server_answers_chats_and_survives_odd_images(python, served, tmp_path
         port = free.getsockname()[1]
     command = [python, "-m", "modeling_trips.serving_vllm", vlm.folder, "--schedule", selection.schedule]
     command += ["--visual_tokens", str(selection.visual_tokens), "--visual_scorer", selection.scorer]
-    command += ["--run", "--port", str(port), "--dtype", "float32"]
+    command += ["--run", "--port", str(port), "--dtype", "float32", "--trust-request-mm-kwargs"]
     command += ["--served-model-name", "tiny", "--max-model-len", "512", "--block-size", "32", "--enforce-eager"]
     url, questions = f"http://127.0.0.1:{port}", ["what color is it ?", "is it red ?"]
     asked = [(file, question) for file in vlm.images for question in questions]
@@ -271,14 +272,19 @@ def test_a_server_answers_chats_and_survives_odd_images(python, served, tmp_path
             before = count_tokens(url)
             again = chat(url, *asked[0])
             added = {state: number - before[state] for state, number in count_tokens(url).items()}
+            whole = chat(url, *asked[0], {"visual_tokens": "all"})
+            with pytest.raises(urllib.error.HTTPError, match="400"):
+                chat(url, *asked[0], {"visual_tokens": 0})
         finally:
             server.terminate()
     assert f"keeps {selection.visual_tokens} of " in log.read_text()
     apply_patch_selection(vlm.model, selection.schedule, selection.visual_tokens, scorer=selection.scorer)
+    template = "<s><|vision_start|><|image_pad|><|vision_end|> {} "
     for (file, question), answer in zip([*asked, asked[0]], [*answers, again]):
-        text = f"<s><|vision_start|><|image_pad|><|vision_end|> {question} "  # of the chat template
-        assert answer == vlm.generate(text, [Image.open(file)])[0], (file, question)
+        assert answer == vlm.generate(template.format(question), [Image.open(file)])[0], (file, question)
     remove_patch_selection(vlm.model)
+    file, question = asked[0]
+    assert whole == vlm.generate(template.format(question), [Image.open(file)])[0]
     image = vlm.processor(text="<|image_pad|>", images=[Image.open(vlm.images[0])])["input_ids"][0]
     assert added == {"kept": selection.visual_tokens, "dropped": len(image) - selection.visual_tokens}
 

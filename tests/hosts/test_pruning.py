@@ -86,7 +86,7 @@ def test_logits_match_tokens_dropped_by_hand(vlm, padding_side):
 
 
 @grid_and_packed
-@pytest.mark.parametrize("scorer", ["prompt", "diversity"])
+@pytest.mark.parametrize("scorer", ["prompt", "divprune"])
 @torch.no_grad()
 def test_batches_select_visual_tokens_like_single_prompts(vlm, scorer):
     model = vlm.make()
@@ -185,7 +185,7 @@ def test_labels_may_cover_prompts_that_are_not_read():
     vlm = BY_NAME["llava"]
     model, inputs = vlm.make(), make_inputs(vlm, [1, 0])
     covered = {**inputs, "labels": inputs["input_ids"]}
-    for scorer in ("diversity", "random", "pooling"):
+    for scorer in ("divprune", "random", "pooling"):
         assert prune_inputs(model, covered, 4, scorer=scorer)["labels"].shape[1] == inputs["input_ids"].shape[1] - 60
     for scorer in ("prompt", keep_even):
         with pytest.raises(ValueError, match="labels"):

@@ -5,7 +5,13 @@ import torch
 from tiny_vlms import BY_NAME, IMAGE, make_inputs
 
 from modeling_trips.hosts import prune_inputs
-from modeling_trips.hosts.vlm.scoring import SCORERS, pool, select_by_prompt, select_diverse
+from modeling_trips.hosts.vlm.scoring import (
+    SCORERS,
+    pool,
+    select_by_cdpruner,
+    select_by_divprune,
+    select_by_prompt,
+)
 
 
 def test_relevance_and_distance_by_hand():
@@ -19,10 +25,79 @@ def test_relevance_and_distance_by_hand():
     assert select_by_prompt(features, prompt, torch.tensor([[True, True]]), 2)[0].tolist() == [[0, 4]]
 
 
-def test_diversity_keeps_one_token_of_each_kind():
-    features = torch.eye(4)[torch.tensor([[0, 0, 1, 1, 2, 2, 3, 3]])] * torch.tensor([5.0, 4, 3, 2])
-    kept, _ = select_diverse(features, features, torch.ones(1, 8, dtype=torch.bool), 4)
-    assert sorted(kept[0].floor_divide(2).tolist()) == [0, 1, 2, 3]
+def random_tokens(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return visual tokens with a part that all share, words and their mask, in float64; the first image has fewer."""
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(2, 12, 5, generator=generator, dtype=torch.float64)
+    features += 2 * torch.randn(2, 1, 5, generator=generator, dtype=torch.float64)
+    words = torch.randn(2, 4, 5, generator=generator, dtype=torch.float64)
+    mask = torch.tensor([[True, True, False, False], [True, True, True, True]])
+    return features, words, mask
+
+
+def test_divprune_by_hand():
+    angles = torch.tensor([0.0, 10.0, 80.0, 200.0]).deg2rad()
+    features = torch.stack([angles.cos(), angles.sin()], dim=-1)[None] * torch.tensor([5.0, 1.0, 2.0, 3.0])[:, None]
+    # The nearest other token of 200 is at 120 degrees. 10 is the farthest from it; 80 is 70 from 10, and 0 only 10.
+    for num_kept, expected in ((1, [3]), (2, [1, 3]), (3, [1, 2, 3])):
+        kept, chosen = select_by_divprune(features, None, None, num_kept)
+        assert kept.tolist() == [expected] and torch.equal(chosen, features[:, expected])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_divprune_equals_loops(seed):
+    features, *_ = random_tokens(seed)
+    kept, _ = select_by_divprune(features, None, None, 5)
+    for tokens, own in zip(features, kept.tolist()):
+
+        def distance(first: int, second: int, tokens=tokens) -> float:
+            return 1 - float(torch.cosine_similarity(tokens[first], tokens[second], dim=0))
+
+        everyone = range(len(tokens))
+        chosen = [max(everyone, key=lambda token: min(distance(token, other) for other in everyone if other != token))]
+        while len(chosen) < 5:
+            rest = [token for token in everyone if token not in chosen]
+            chosen.append(max(rest, key=lambda token: min(distance(token, other) for other in chosen)))
+        assert own == sorted(chosen)
+
+
+def test_cdpruner_by_hand():
+    # Cosines with the prompt: 0.894, 0.984, 0.447, 0. The second token is the most relevant. The determinant with it
+    # is 0.297 for the first token, which is relevant but near to it, and 0.132 for the third.
+    features = torch.tensor([[[1.0, 0, 0], [0.8, 0.6, 0], [0, 1, 0], [0, 0, 1]]])
+    prompt, mask = torch.tensor([[[1.0, 0.5, 0], [0, 0, 9]]]), torch.tensor([[True, False]])
+    assert select_by_cdpruner(features, prompt, mask, 1)[0].tolist() == [[1]]
+    assert select_by_cdpruner(features, prompt, mask, 2)[0].tolist() == [[0, 1]]
+    # With the other word alone, the last token, and then the others by diversity.
+    assert select_by_cdpruner(features, prompt, ~mask, 1)[0].tolist() == [[3]]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_cdpruner_equals_determinants(seed):
+    features, words, mask = random_tokens(seed)
+    kept, _ = select_by_cdpruner(features, words, mask, 4)
+    for tokens, own_words, is_word, own in zip(features, words, mask, kept.tolist()):
+        kernel = torch.empty(12, 12, dtype=torch.float64)
+        cosines = [[torch.cosine_similarity(token, word, dim=0) for word in own_words[is_word]] for token in tokens]
+        relevance = [float(sum(row)) / len(row) for row in cosines]
+        low, high = min(relevance), max(relevance)
+        relevance = [(value - low + 1e-6) / (high - low) for value in relevance]
+        for i in range(12):
+            for j in range(12):
+                kernel[i, j] = relevance[i] * torch.cosine_similarity(tokens[i], tokens[j], dim=0) * relevance[j]
+        chosen: list[int] = []
+        while len(chosen) < 4:
+            rest = [token for token in range(12) if token not in chosen]
+            chosen.append(max(rest, key=lambda token: float(kernel[[*chosen, token]][:, [*chosen, token]].det())))
+        assert own == sorted(chosen)
+
+
+def test_cdpruner_without_words_looks_at_diversity_alone():
+    features = torch.eye(4)[torch.tensor([[0, 0, 1, 1, 2, 2, 3, 3]])]
+    prompt = torch.ones(1, 1, 4)
+    for is_word in (torch.tensor([[False]]), torch.tensor([[True]])):  # a word as near to all
+        kept, _ = select_by_cdpruner(features, prompt, is_word, 4)
+        assert kept[0].floor_divide(2).tolist() == [0, 1, 2, 3]
 
 
 def test_pooling_averages_cells():

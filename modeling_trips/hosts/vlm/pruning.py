@@ -44,11 +44,11 @@ def prune_inputs(
             with fewer keeps all. In SmolVLM, Idefics3 and InternVL, which cut an image into tiles, it counts per tile.
         keep_rate (`float`, *optional*): Share of the visual tokens to keep per image, in (0, 1], instead of a number.
         scorer (`str` or `Callable`, *optional*, defaults to `"prompt"`): `"prompt"` (relevance to the prompt, with
-            diversity), `"diversity"`, `"random"`, `"pooling"`, or a function of the features, the prompt's embeddings
-            (both with one row per image), their mask and the number to keep, which returns positions and features. The
-            prompt is the text after the last image, or all text if none follows, without labels and without what
-            the processor writes around an image. Put images before the question: chat templates add text after an
-            image, which then is the prompt.
+            diversity), `"divprune"` (diversity), `"cdpruner"` (relevance to the prompt and diversity), `"random"`,
+            `"pooling"`, or a function of the features, the prompt's embeddings (both with one row per image), their
+            mask and the number to keep, which returns positions and features. The prompt is the text after the last
+            image, or all text if none follows, without labels and without what the processor writes around an image.
+            Put images before the question: chat templates add text after an image, which then is the prompt.
 
     Returns:
         `dict`: The inputs with shorter sequences, and `mm_encoder_outputs` instead of the images. Inputs without

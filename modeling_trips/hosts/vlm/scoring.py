@@ -1,4 +1,9 @@
-"""Scorers of visual tokens: by the prompt, by diversity, at random, or by pooling."""
+"""
+Scorers of visual tokens: by the prompt, published methods by their names, at random, or by pooling.
+
+The methods are written from their papers. `tests/hosts/test_scoring.py` compares them with slow references, and
+`tests/hosts/test_scoring_authors.py` with the authors' functions where clones of their repositories are there.
+"""
 
 import math
 from collections.abc import Callable
@@ -13,6 +18,11 @@ from ...patch_selection import gather_tokens, keep_topk
 # Features are the visual tokens after the connector, `(num_images, num_tokens, hidden_size)`, the prompt's input
 # embeddings `(num_images, prompt_length, hidden_size)`. The mask is False at padding. Positions are ascending.
 Scorer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+
+
+def unit_vectors(states: torch.Tensor) -> torch.Tensor:
+    """Return vectors of length 1, float32 or wider: their products are cosines."""
+    return nn.functional.normalize(states.to(torch.promote_types(states.dtype, torch.float32)), dim=-1)
 
 
 def centered_directions(features: torch.Tensor) -> torch.Tensor:
@@ -39,37 +49,102 @@ def select_by_prompt(
     words = nn.functional.normalize(prompt.float(), dim=-1)
     # With an empty prompt, all tokens are equally relevant.
     cosines = (directions @ words.transpose(1, 2)).masked_fill(~prompt_mask[:, None], -1.0)
-    relevance = cosines.amax(dim=-1)
+    relevance = cosines.amax(dim=-1)  # (num_images, num_tokens)
     low, high = relevance.aminmax(dim=-1, keepdim=True)
     relevance = (relevance - low) / (high - low).clamp_min(1e-6)
     # 2 is the largest distance, for the most relevant token.
-    distance = 1 - directions @ directions.transpose(1, 2)
-    own, other = relevance[:, :, None], relevance[:, None, :]
+    distance = 1 - directions @ directions.transpose(1, 2)  # (num_images, num_tokens, num_tokens)
+    relevance_of_row = relevance[:, :, None]
+    relevance_of_column = relevance[:, None, :]
     is_earlier = torch.ones_like(distance, dtype=torch.bool).tril(diagonal=-1)
-    is_above = (other > own) | ((other == own) & is_earlier)
+    is_above = relevance_of_column > relevance_of_row
+    is_above = is_above | ((relevance_of_column == relevance_of_row) & is_earlier)
     separation = distance.masked_fill(~is_above, 2.0).amin(dim=-1)
     kept = keep_topk((relevance + 1e-3) * separation, num_kept)
     return kept, gather_tokens(features, kept)
 
 
-def select_diverse(
+@torch.no_grad()
+def choose_far_apart(features: torch.Tensor, num_kept: int) -> torch.Tensor:
+    """Return the positions of [`select_by_divprune`], ascending."""
+    directions = unit_vectors(features)
+    distance = 1 - directions @ directions.transpose(1, 2)  # (num_images, num_tokens, num_tokens)
+    distance = distance.nan_to_num(0.0)  # a faulty image still keeps as many tokens
+    images = torch.arange(len(features), device=features.device)
+    # The smallest distance of a token is that to itself.
+    to_nearest_other = distance.topk(2, dim=-1, largest=False).values[..., 1]
+    newest = to_nearest_other.argmax(dim=-1)  # (num_images,)
+    chosen = [newest]
+    to_nearest_kept = distance[images, newest]  # (num_images, num_tokens)
+    for _ in range(num_kept - 1):
+        to_nearest_kept = to_nearest_kept.scatter(1, newest[:, None], -1.0)  # no token is chosen twice
+        newest = to_nearest_kept.argmax(dim=-1)
+        chosen.append(newest)
+        to_nearest_kept = to_nearest_kept.minimum(distance[images, newest])
+    return torch.stack(chosen, dim=1).sort(dim=1).values
+
+
+def select_by_divprune(
+    features: torch.Tensor, prompt: torch.Tensor | None, prompt_mask: torch.Tensor | None, num_kept: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Keep tokens that are far from each other (DivPrune, https://arxiv.org/abs/2503.02175). The prompt is not read.
+
+    Distances are 1 minus the cosine. The first token is the one whose nearest other token is farthest; each next one
+    is the token whose nearest kept token is farthest.
+    """
+    kept = choose_far_apart(features, num_kept)
+    return kept, gather_tokens(features, kept)
+
+
+@torch.no_grad()
+def choose_by_determinant(kernel: torch.Tensor, num_kept: int) -> torch.Tensor:
+    """
+    Return the tokens, ascending, that a greedy search for the largest determinant of their part of the kernel finds:
+    `(num_images, num_tokens, num_tokens)` -> `(num_images, num_kept)`.
+
+    Each step adds the token that multiplies the determinant most. A row of the Cholesky factor per kept token updates
+    these gains (https://arxiv.org/abs/1709.05135), so no determinant is computed.
+    """
+    num_images, num_tokens, _ = kernel.shape
+    images = torch.arange(num_images, device=kernel.device)
+    gains = kernel.diagonal(dim1=1, dim2=2)  # (num_images, num_tokens)
+    rows = kernel.new_zeros(num_images, num_kept, num_tokens)
+    chosen = []
+    for step in range(num_kept):
+        newest = gains.argmax(dim=-1)  # (num_images,)
+        chosen.append(newest)
+        earlier = rows[:, :step]  # (num_images, step, num_tokens)
+        earlier_of_newest = earlier[images, :, newest]  # (num_images, step)
+        rest = kernel[images, newest] - (earlier_of_newest.unsqueeze(-1) * earlier).sum(dim=1)
+        gain = gains[images, newest].clamp_min(1e-12)  # 0 where the kept tokens span the features
+        rows[:, step] = rest / gain.sqrt().unsqueeze(-1)
+        gains = gains - rows[:, step].square()
+        gains = gains.scatter(1, newest[:, None], -torch.inf)
+    return torch.stack(chosen, dim=1).sort(dim=1).values
+
+
+def select_by_cdpruner(
     features: torch.Tensor, prompt: torch.Tensor, prompt_mask: torch.Tensor, num_kept: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Keep tokens that are far from each other: the farthest from the mean first, then the token with the largest
-    distance to its nearest kept token (DivPrune, https://arxiv.org/abs/2503.02175). A control without the prompt.
+    Keep tokens that are relevant to the prompt and different from each other: CDPruner
+    (https://arxiv.org/abs/2506.10967), the greedy choice of a determinantal point process with the kernel
+    relevance_i * cosine_ij * relevance_j.
+
+    The relevance of a token is its mean cosine with the embeddings of the prompt, scaled to [0, 1] within the image.
+    The authors' code for LLaVA takes the text tower of CLIP instead, with the opposite sign; other models have none.
     """
-    directions = centered_directions(features)
-    images = torch.arange(len(features), device=features.device)
-    chosen = [(features.float() - features.float().mean(dim=1, keepdim=True)).norm(dim=-1).argmax(dim=-1)]
-    nearest = features.new_full(features.shape[:2], math.inf, dtype=torch.float32)
-    for _ in range(num_kept - 1):
-        newest = directions[images, chosen[-1]]
-        # `fmin` ignores NaN, so that no token is chosen twice.
-        nearest = nearest.fmin(1 - (directions @ newest.unsqueeze(-1)).squeeze(-1))
-        nearest[images, chosen[-1]] = -1.0
-        chosen.append(nearest.argmax(dim=-1))
-    kept = torch.stack(chosen, dim=1).sort(dim=1).values
+    directions = unit_vectors(features)
+    words = unit_vectors(prompt) * prompt_mask.unsqueeze(-1)
+    num_words = prompt_mask.sum(dim=-1, keepdim=True).clamp(min=1)
+    relevance = (directions @ words.transpose(1, 2)).sum(dim=-1) / num_words  # (num_images, num_tokens)
+    low, high = relevance.aminmax(dim=-1, keepdim=True)
+    # Above 0, so that the least relevant token still counts; 1 for all tokens with an empty prompt.
+    relevance = (relevance - low + 1e-6) / (high - low).clamp_min(1e-6)
+    cosines = directions @ directions.transpose(1, 2)
+    kernel = relevance.unsqueeze(2) * cosines * relevance.unsqueeze(1)  # (num_images, num_tokens, num_tokens)
+    kept = choose_by_determinant(kernel.nan_to_num(0.0), num_kept)
     return kept, gather_tokens(features, kept)
 
 
@@ -101,17 +176,21 @@ def pool(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Average the tokens of a square grid over `num_kept` cells, at the position of each middle token. A control."""
     side, rows, columns = pooling_cells(features.shape[1], num_kept)
-    grid = features.transpose(1, 2).unflatten(2, (side, side))
-    pooled = nn.functional.adaptive_avg_pool2d(grid, (rows, columns)).flatten(2).transpose(1, 2)
-    row = ((torch.arange(rows) + 0.5) * side / rows).long()
-    column = ((torch.arange(columns) + 0.5) * side / columns).long()
-    middle = (row[:, None] * side + column).flatten().to(features.device)
-    return middle.expand(len(features), -1), pooled
+    grid = features.transpose(1, 2).unflatten(2, (side, side))  # (num_images, hidden_size, side, side)
+    cells = nn.functional.adaptive_avg_pool2d(grid, (rows, columns))
+    pooled = cells.flatten(2).transpose(1, 2)  # (num_images, num_kept, hidden_size)
+    middle_row = ((torch.arange(rows) + 0.5) * side / rows).long()
+    middle_column = ((torch.arange(columns) + 0.5) * side / columns).long()
+    middle = middle_row[:, None] * side + middle_column
+    positions = middle.flatten().to(features.device)
+    return positions.expand(len(features), -1), pooled
 
 
 SCORERS: dict[str, Scorer] = {
     "prompt": select_by_prompt,
-    "diversity": select_diverse,
+    "divprune": select_by_divprune,
+    "cdpruner": select_by_cdpruner,
     "random": select_at_random,
     "pooling": pool,
 }
+READ_PROMPT = ("prompt", "cdpruner")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ...patch_selection import num_kept_tokens
-from .scoring import SCORERS, Scorer, pooling_cells
+from .scoring import READ_PROMPT, SCORERS, Scorer, pooling_cells
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class ExitSelection:
 
     @property
     def reads_prompt(self) -> bool:
-        return callable(self.scorer) or self.scorer == "prompt"
+        return callable(self.scorer) or self.scorer in READ_PROMPT
 
     @property
     def select(self) -> Scorer:

@@ -70,12 +70,12 @@ def write_task(folder: Path, checkpoint: Path) -> list[list[dict]]:
 def test_task_answers_match_the_model(checkpoint, run_python, tmp_path):
     asked = write_task(tmp_path, checkpoint)
     schedule = "1:image:0.75,2:image:0.5"
-    vlm = VisionLanguageModel(checkpoint, schedule, visual_tokens=6, scorer="diversity", device="cpu")
+    vlm = VisionLanguageModel(checkpoint, schedule, visual_tokens=6, scorer="divprune", device="cpu")
     expected = [vlm.answer([own], OPTIONS)[0] for own in asked]
 
     command = ["-m", "lmms_eval", "--model", "trips_vlm", "--tasks", "tiny_words", "--batch_size", "4"]
     command += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "results"), "--log_samples"]
-    model_args = f'pretrained={checkpoint},schedule="{schedule}",visual_tokens=6,scorer=diversity,device=cpu'
+    model_args = f'pretrained={checkpoint},schedule="{schedule}",visual_tokens=6,scorer=divprune,device=cpu'
     result = run_python(*command, "--model_args", model_args)
     # The exit code of a failure is 0 too, but there is no table.
     assert result.returncode == 0 and "|tiny_words|" in result.stdout, (result.stdout + result.stderr)[-4000:]

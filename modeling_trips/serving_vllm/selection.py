@@ -15,7 +15,7 @@ from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs,
 
 from ..hosts.vlm.families import Family
 from ..hosts.vlm.tower import TowerLayer
-from ..hosts.vlm.visual_tokens import VisualTokens
+from ..hosts.vlm.visual_tokens import VisualTokens, special_token_ids
 from .settings import REQUEST_KEYS, ServingSettings, find_question, split_calls
 
 
@@ -46,7 +46,8 @@ class SelectionProcessor(BaseMultiModalProcessor):
         settings = self.settings_of(inputs.hf_processor_mm_kwargs)
         options = {**inputs.hf_processor_mm_kwargs, "patch_selection": str(settings)}
         if settings.reads_prompt:
-            options[QUESTION] = find_question(inputs.prompt, self.image_token_id)
+            special_ids = special_token_ids(self.info.get_hf_config())
+            options[QUESTION] = find_question(inputs.prompt, self.image_token_id, special_ids)
         return super().apply(replace(inputs, hf_processor_mm_kwargs=options), *args, **kwargs)
 
     def settings_of(self, options: Mapping[str, object]) -> ServingSettings:

@@ -36,7 +36,7 @@ KEYS = ("schedule", "visual_tokens", "keep_rate", "visual_scorer", "text_guide")
 # Keys that a request may have among its `mm_processor_kwargs`.
 REQUEST_KEYS = ("visual_tokens", "keep_rate")
 # Scorers whose choice depends on the image and the question alone, so that vLLM may cache it.
-SCORERS = ("prompt", "diversity", "pooling")
+SCORERS = ("divprune", "prompt", "cdpruner", "pooling")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ServingSettings:
         schedule (`str`, *optional*, defaults to `"unpruned"`): Schedule of the tower, as in `8:image:0.33`.
         visual_tokens (`int`, *optional*): Number of visual tokens per image. Default: all that the tower keeps.
         keep_rate (`float`, *optional*): Share of the visual tokens to keep per image, in (0, 1], instead of a number.
-        visual_scorer (`str`, *optional*, defaults to `"diversity"`): Scorer of these tokens, one of `SCORERS`.
+        visual_scorer (`str`, *optional*, defaults to `"divprune"`): Scorer of these tokens, one of `SCORERS`.
         text_guide (`str`, *optional*): Folder or repository of the [`TextGuide`] for a layer that the text scores.
 
     Raises:
@@ -60,7 +60,7 @@ class ServingSettings:
     schedule: str = "unpruned"
     visual_tokens: int | None = None
     keep_rate: float | None = None
-    visual_scorer: str = "diversity"
+    visual_scorer: str = "divprune"
     text_guide: str | None = None
     tower: SelectionSchedule = field(init=False)
     at_exit: ExitSelection = field(init=False)
@@ -151,7 +151,7 @@ class ServingSettings:
             if size is None or not self.selects_at_exit or self.tower.layers:
                 raise ValueError(
                     "`visual_scorer` 'pooling' needs `visual_tokens`, no schedule and images of one square shape. Use "
-                    "'prompt' or 'diversity'."
+                    "'prompt' or 'divprune'."
                 )
             pooling_cells(size, self.num_kept(size))
         return guide
@@ -205,11 +205,12 @@ class ServingSettings:
         return f"keeps {kept}{in_tower}; chosen by the {by}"
 
 
-def find_question(ids: Sequence[int], image_token_id: int) -> list[int]:
-    """Return the text after the last image of a prompt, or all text if none follows."""
+def find_question(ids: Sequence[int], image_token_id: int, special_ids: Sequence[int] = ()) -> list[int]:
+    """Return the text after the last image of a prompt, or all text if none follows, without special tokens."""
     row = torch.tensor([ids], dtype=torch.long)
     is_visual = row == image_token_id
-    return row[text_after_images(is_visual, ~is_visual)].tolist()
+    is_special = torch.isin(row, torch.tensor(special_ids, dtype=torch.long))
+    return row[text_after_images(is_visual, ~is_visual & ~is_special)].tolist()
 
 
 def split_calls(sizes: Sequence[int], most: int, choices: Sequence) -> list[slice]:

@@ -8,6 +8,7 @@ from tiny_vlms import (
     ENCODER_INPUTS,
     IMAGE,
     OTHERS,
+    TEXT,
     VLMS,
     Vlm,
     grid_and_packed,
@@ -147,7 +148,38 @@ def test_the_text_after_the_last_image_scores(name, num_before, num_after):
     pixels = {name: value for name, value in inputs.items() if name in ENCODER_INPUTS}
     prune_inputs(model, {"input_ids": ids[:, :end], **pixels}, 5, scorer=keep_first)
     assert torch.equal(prompts[0], embed(ids[0, end + num_after :]))
-    assert torch.equal(prompts[1], embed(ids[0, : first - num_before]))
+    assert torch.equal(prompts[1], embed(ids[0, 1 : first - num_before]))  # without the token of the beginning
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava"])
+@torch.no_grad()
+def test_special_tokens_do_not_score(name):
+    """They are those that the configuration names: the end of a turn, padding, and in Qwen-VL the marks of images."""
+    vlm = BY_NAME[name]
+    model, inputs = vlm.make(), make_inputs(vlm, [1])
+    pruned = prune_inputs(model, inputs, 5)
+    prompts = []
+
+    def keep_first(features, prompt, prompt_mask, num_kept):
+        prompts.append(prompt[0, prompt_mask[0]])
+        return torch.arange(num_kept).expand(len(features), -1), features[:, :num_kept]
+
+    prune_inputs(model, inputs, 5, scorer=keep_first)
+    ends = torch.tensor([[TEXT["eos_token_id"], TEXT["bos_token_id"]]])
+    longer = {"input_ids": torch.cat([inputs["input_ids"], ends], dim=1)}
+    for key in ("attention_mask", "mm_token_type_ids"):
+        if key in inputs:
+            value = 1 if key == "attention_mask" else 0
+            longer[key] = nn.functional.pad(inputs[key], (0, 2), value=value)
+    prune_inputs(model, {**inputs, **longer}, 5, scorer=keep_first)
+    assert torch.equal(prompts[0], prompts[1])
+    image = pruned["mm_encoder_outputs"]["image"].pooler_output[0]
+    same = prune_inputs(model, {**inputs, **longer}, 5)["mm_encoder_outputs"]["image"].pooler_output[0]
+    assert torch.equal(image, same)
+    embeddings = model.get_input_embeddings()(longer["input_ids"])
+    others = {key: value for key, value in {**inputs, **longer}.items() if key != "input_ids"}
+    prune_inputs(model, {**others, "inputs_embeds": embeddings}, 5, scorer=keep_first)
+    assert torch.equal(prompts[0], prompts[2])
 
 
 @pytest.mark.parametrize("name", ["smolvlm", "idefics3"])
@@ -226,6 +258,12 @@ def test_bad_inputs_raise():
     qwen = BY_NAME["qwen2_vl"]
     with pytest.raises(ValueError, match="videos"):
         prune_inputs(qwen.make(), {**make_inputs(qwen), "pixel_values_videos": torch.ones(1)}, 5)
+    video = {"input_ids": torch.tensor([[5, 6, 7]]), "pixel_values_videos": torch.ones(4, 96)}  # alone
+    patched = qwen.make()
+    apply_patch_selection(patched, visual_tokens=5)
+    for call in (patched, patched.generate):
+        with pytest.raises(ValueError, match="videos"):
+            call(**video)
     apply_patch_selection(model, "1:image:0.5")
     cache = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)[CACHE_NAME]
     with pytest.raises(ValueError, match="conversation"):

@@ -47,9 +47,9 @@ OPTIONS = {
 COUNTER = 'trips_visual_tokens_total{state="%s"}'
 CHUNKS = {"max_num_batched_tokens": 32}
 UNPRUNED = Selection()
-EXIT = Selection("unpruned", 6, "diversity")
+EXIT = Selection("unpruned", 6, "divprune")
 TOWER = Selection("2:image:0.5")
-BOTH = Selection("2:image:0.5", 6, "diversity")
+BOTH = Selection("2:image:0.5", 6, "divprune")
 BY_QUESTION = Selection("1:image:0.7,2:image:0.7", 6, "prompt")
 GUIDED = Selection("1:text:0.5", 6, "prompt")
 RATE = Selection("unpruned", keep_rate=0.3, scorer="prompt")
@@ -149,11 +149,11 @@ def test_tokens_match_transformers(python, served, tmp_path, cases):
 
 def test_each_request_may_choose_its_number(python, served, tmp_path):
     vlm = served["qwen3_vl"]
-    server = Selection("2:image:0.5", keep_rate=0.25, scorer="diversity")
+    server = Selection("2:image:0.5", keep_rate=0.25, scorer="divprune")
     choices = [
         ({}, server),
-        ({"keep_rate": 0.4}, Selection("2:image:0.5", keep_rate=0.4, scorer="diversity")),
-        ({"visual_tokens": 6}, Selection("2:image:0.5", 6, "diversity")),
+        ({"keep_rate": 0.4}, Selection("2:image:0.5", keep_rate=0.4, scorer="divprune")),
+        ({"visual_tokens": 6}, Selection("2:image:0.5", 6, "divprune")),
         ({"visual_tokens": "all"}, UNPRUNED),
     ]
     job = make_job(vlm, server.overrides(vlm.folder), {})

@@ -194,6 +194,8 @@ def test_the_question_is_the_text_after_the_last_image():
     assert find_question([1, image, 2, image], image) == [1, 2]
     assert find_question([1, 2], image) == [1, 2]
     assert find_question([image], image) == []
+    assert find_question([1, image, 5, 2, 5], image, [5]) == [2]
+    assert find_question([1, image, 5], image, [5]) == [1]
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
@@ -207,7 +209,8 @@ def test_the_question_is_that_of_transformers(name, text):
     inputs = processor(text=prompt, images=images, return_tensors="pt")
     embeddings, mask = Prompts(family, dict(inputs)).text
     ids = processor.tokenizer(prompt)["input_ids"]
-    own = torch.tensor(find_question(ids, processor.image_token_id), dtype=torch.long)
+    question = find_question(ids, processor.image_token_id, family.special_token_ids)
+    own = torch.tensor(question, dtype=torch.long)
     torch.testing.assert_close(embeddings[mask], model.get_input_embeddings()(own), rtol=0, atol=0)
 
 

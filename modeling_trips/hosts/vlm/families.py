@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate, chain
 
 import torch
@@ -12,7 +12,7 @@ from transformers.vision_utils import get_vision_window_index
 from ..host import Host
 from ..layers import SelectionPass, library_name, lookup
 from .tower import CURRENT_PASS, ClipTowerLayer, InternvlLayer, PackedLayer, restore_units, selecting
-from .visual_tokens import VisualTokens
+from .visual_tokens import VisualTokens, special_token_ids
 
 
 class Family(Host):
@@ -38,6 +38,10 @@ class Family(Host):
         self.image_token_id = self.config.image_token_id
         names = inspect.signature(self.base.get_image_features).parameters
         self.encoder_arguments = [name for name in names if name != "kwargs"]
+
+    @cached_property
+    def special_token_ids(self) -> list[int]:
+        return special_token_ids(self.config)
 
     @property
     def tower(self) -> nn.Module:

@@ -81,7 +81,9 @@ def prune(
     selections of the tower's layers. `probe_share` of the dropped units are kept, too, see `GateSelector`.
     """
     if inputs.get("pixel_values_videos") is not None:
-        raise ValueError("Patch selection does not support videos, got `pixel_values_videos`.")
+        raise ValueError(
+            "Patch selection does not support videos, got `pixel_values_videos`. Call the model without selection."
+        )
     if inputs.get("pixel_values") is None:
         return inputs, [], None
     if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
@@ -110,37 +112,49 @@ class Prompts:
     """Token sequences of a batch, with the places of their visual tokens and of their text."""
 
     def __init__(self, family: Family, inputs: dict):
-        self.family, self.inputs = family, inputs
-        self.ids, self.embeddings = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        self.family = family
+        self.inputs = inputs
+        self.embeddings = inputs.get("inputs_embeds")
+        self.ids = inputs.get("input_ids")
         if self.ids is None:
-            placeholder = torch.tensor(family.image_token_id, device=self.embeddings.device)
-            is_visual = (self.embeddings == family.model.get_input_embeddings()(placeholder)).all(dim=-1)
-            self.ids = is_visual * placeholder
-        self.is_visual = self.ids == family.image_token_id
+            self.ids = self.is_token(family.image_token_id) * family.image_token_id
+        self.is_visual = self.ids == family.image_token_id  # (batch_size, length)
         mask = inputs.get("attention_mask")
         self.mask = torch.ones_like(self.is_visual) if mask is None else mask.bool()
         self.is_text = self.mask & ~self.is_visual
         # The only host sync, before the tower runs.
-        counts = torch.stack([self.is_visual.sum(dim=1), self.is_text.sum(dim=1), ~self.mask[:, -1]])
-        self.num_visual, self.num_text, is_right_padded = counts.tolist()
+        counts = [self.is_visual.sum(dim=1), self.is_text.sum(dim=1), ~self.mask[:, -1]]
+        self.num_visual, self.num_text, is_right_padded = torch.stack(counts).tolist()
         self.pads_right = any(is_right_padded)
+
+    def is_token(self, token_id: int) -> torch.Tensor:
+        """Return a mask of the places of a token, `(batch_size, length)`, found by its embedding without ids."""
+        if self.inputs.get("input_ids") is not None:
+            return self.ids == token_id
+        embed = self.family.model.get_input_embeddings()
+        embedding = embed(torch.tensor(token_id, device=self.embeddings.device))
+        return (self.embeddings == embedding).all(dim=-1)
 
     @cached_property
     def text(self) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Input embeddings of the text that scores, `(batch_size, length, width)`, and their mask. It is the text after
-        the last image, or all text if none follows, without labels and without what the processor writes around an
-        image.
+        the last image, or all text if none follows, without labels, special tokens and what the processor writes
+        around an image.
         """
         is_text = self.is_text
         if self.inputs.get("labels") is not None:
             is_text = is_text & (self.inputs["labels"] == -100)
-            if not (is_text.any(dim=1) | ~self.is_visual.any(dim=1)).all():
+            has_prompt = is_text.any(dim=1) | ~self.is_visual.any(dim=1)
+            if not has_prompt.all():
                 raise ValueError("`labels` must be -100 on the prompt, but a row has labels on all of its text.")
+        for token_id in self.family.special_token_ids:
+            is_text = is_text & ~self.is_token(token_id)
         num_before, num_after = self.family.framing_tokens
         padded = nn.functional.pad(self.is_visual, (num_after, num_before))
-        is_text = is_text & ~padded.unfold(1, num_before + 1 + num_after, 1).any(dim=-1)
-        is_text = text_after_images(self.is_visual, is_text)
+        windows = padded.unfold(1, num_before + 1 + num_after, 1)  # (batch_size, length, window)
+        is_framing = windows.any(dim=-1)
+        is_text = text_after_images(self.is_visual, is_text & ~is_framing)
         order, mask = move_to_end(is_text, max(1, *self.num_text), at_start=True)
         if self.embeddings is not None:
             return gather_tokens(self.embeddings, order), mask

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from ...patch_selection import num_kept_tokens
 from .scoring import READ_PROMPT, SCORERS, Scorer, pooling_cells
@@ -138,6 +139,19 @@ class VisualTokens:
                 features[group] = kept_features[index]
                 positions[group] = positions[group][chosen[index]]
         return replace(self, features=features, positions=positions)
+
+
+def special_token_ids(config: PreTrainedConfig) -> list[int]:
+    """
+    Return the ids of tokens that the configuration names: beginnings and ends, padding, marks of images. They are no
+    words of a question, but would score like words.
+    """
+    ids = set()
+    for part in (config, config.get_text_config()):
+        for name, value in part.to_dict().items():
+            if name.endswith("_token_id"):
+                ids.update(value if isinstance(value, list) else [value])
+    return sorted(ids - {None})
 
 
 def text_after_images(is_visual: torch.Tensor, is_text: torch.Tensor) -> torch.Tensor:

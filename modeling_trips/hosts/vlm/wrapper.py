@@ -105,6 +105,11 @@ def prune_calls(family: Family, schedule: SelectionSchedule, at_exit: ExitSelect
     model.__class__ = _pruning_class(type(model))  # type: ignore[arg-type]
 
 
+def _has_pixels(inputs: dict) -> bool:
+    """Whether there are images to prune, or videos to refuse."""
+    return inputs.get("pixel_values") is not None or inputs.get("pixel_values_videos") is not None
+
+
 def _check_mask(inputs: dict):
     """Raise a ValueError if the attention mask continues the caller's prompt, but the cache holds a pruned one."""
     past, mask = inputs.get(CACHE_NAME), inputs.get("attention_mask")
@@ -136,7 +141,7 @@ def _pruning_class(own_class: type[nn.Module]) -> type[nn.Module]:
             del kwargs["self"]
             kwargs.pop("kwargs", None)
         selection = selection_of(self)  # None in other models loaded with this class
-        if selection is not None and kwargs.get("pixel_values") is not None:
+        if selection is not None and _has_pixels(kwargs):
             kwargs = selection.prune(kwargs)
         elif selection is not None:
             _check_mask(kwargs)
@@ -182,7 +187,7 @@ def _pruning_generate(own_class: type[nn.Module]):
         if inputs is not None and kwargs.get("input_ids") is None:
             inputs, kwargs["input_ids"] = None, inputs
         selection = selection_of(self)
-        if selection is None or kwargs.get("pixel_values") is None:
+        if selection is None or not _has_pixels(kwargs):
             return own_class.generate(self, inputs, generation_config, *args, **kwargs)
         if kwargs.get("input_ids") is None:
             raise ValueError("`generate` needs `input_ids` with patch selection, got None.")

@@ -23,13 +23,14 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
 from measuring import OutputArguments, run_benchmark
 from tqdm.auto import tqdm
 
+from trips_examples.data.source import option
 from trips_examples.training.files import write_json
 from trips_examples.training.options import run_script
 
@@ -41,16 +42,14 @@ VARIANTS["unpruned"] = ["--schedule", "unpruned"]
 
 @dataclass(kw_only=True)
 class AblationArguments(OutputArguments):
-    script: str = field(default="run_vqa.py", metadata={"help": "Script of examples/ that trains and evaluates."})
-    metric: str = field(default="eval_accuracy", metadata={"help": "Metric of eval_results.json to compare."})
-    variants_file: str | None = field(
-        default=None, metadata={"help": f"JSON: name to options. Default: {', '.join(VARIANTS)}."}
-    )
-    variants: list[str] | None = field(default=None, metadata={"help": "Variants to run. Default: all."})
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of each variant."})
-    jobs: int = field(default=2, metadata={"help": "Runs side by side."})
-    num_threads: int = field(default=1, metadata={"help": "CPU threads of each run."})
-    output_dir: str = field(default="outputs/ablation", metadata={"help": "Folder of the runs, one folder each."})
+    script: str = option("run_vqa.py", "Script of examples/ that trains and evaluates.")
+    metric: str = option("eval_accuracy", "Metric of eval_results.json to compare.")
+    variants_file: str | None = option(None, f"JSON: name to options. Default: {', '.join(VARIANTS)}.")
+    variants: list[str] | None = option(None, "Variants to run. Default: all.")
+    seeds: list[int] = option([0, 1, 2], "Seeds of each variant.")
+    jobs: int = option(2, "Runs side by side.")
+    num_threads: int = option(1, "CPU threads of each run.")
+    output_dir: str = option("outputs/ablation", "Folder of the runs, one folder each.")
 
 
 @dataclass(frozen=True)

@@ -24,37 +24,34 @@ from tqdm.auto import tqdm
 from modeling_trips import SelectionSchedule
 from modeling_trips.configuration_trips import PRESETS
 from modeling_trips.inspection.speed import MODES, Setting, measure
+from trips_examples.data.source import option
 from trips_examples.training.options import run_script
 
 
 @dataclass(kw_only=True)
 class BenchmarkArguments(OutputArguments):
-    preset: str = field(default="base", metadata={"help": f"Model size: {', '.join(PRESETS)}."})
-    image_size: list[int] = field(default_factory=lambda: [224, 384], metadata={"help": "Pixels per side."})
-    batch_size: list[int] = field(default_factory=lambda: [8], metadata={"help": "Images per step."})
-    texts_per_image: list[int] = field(default_factory=lambda: [1], metadata={"help": "Texts per image."})
-    text_length: int = field(default=40, metadata={"help": "Tokens per text."})
-    schedule: list[str] = field(
-        default_factory=lambda: ["5,10", "2,10", "2,4,8"],
-        metadata={"help": "Selection layers (5,10) or layer:guidance:keep_rate (5:image:0.7,12:text:0.3)."},
+    preset: str = option("base", f"Model size: {', '.join(PRESETS)}.")
+    image_size: list[int] = option([224, 384], "Pixels per side.")
+    batch_size: list[int] = option([8], "Images per step.")
+    texts_per_image: list[int] = option([1], "Texts per image.")
+    text_length: int = option(40, "Tokens per text.")
+    schedule: list[str] = option(
+        ["5,10", "2,10", "2,4,8"],
+        "Selection layers (5,10) or layer:guidance:keep_rate (5:image:0.7,12:text:0.3).",
     )
-    keep_rate: list[float] = field(
-        default_factory=lambda: [0.7], metadata={"help": "Keep rates of layers without one."}
-    )
-    config_fields: str = field(default="{}", metadata={"help": "Further fields of TripsConfig, as JSON."})
+    keep_rate: list[float] = option([0.7], "Keep rates of layers without one.")
+    config_fields: str = option("{}", "Further fields of TripsConfig, as JSON.")
     mode: list[str] = field(
         default_factory=lambda: ["forward"], metadata={"help": "What is measured.", "choices": [*MODES]}
     )
-    dtype: list[str] = field(default_factory=lambda: ["float32"], metadata={"help": "float32, bfloat16, float16."})
-    attn_implementation: str = field(default="sdpa", metadata={"help": "eager, sdpa or flash_attention_2."})
-    compile: bool = field(default=False, metadata={"help": "Measure under torch.compile."})
-    device: str = field(default="cpu", metadata={"help": "Device to measure: cpu, cuda or mps."})
-    clock: str = field(
-        default="wall", metadata={"help": "wall, or process (CPU time of one thread, for a shared machine)."}
-    )
-    warmup: int = field(default=2, metadata={"help": "Untimed rounds."})
-    repeats: int = field(default=9, metadata={"help": "Timed rounds."})
-    seed: int = field(default=0, metadata={"help": "Seed of weights and inputs."})
+    dtype: list[str] = option(["float32"], "float32, bfloat16, float16.")
+    attn_implementation: str = option("sdpa", "eager, sdpa or flash_attention_2.")
+    compile: bool = option(False, "Measure under torch.compile.")
+    device: str = option("cpu", "Device to measure: cpu, cuda or mps.")
+    clock: str = option("wall", "wall, or process (CPU time of one thread, for a shared machine).")
+    warmup: int = option(2, "Untimed rounds.")
+    repeats: int = option(9, "Timed rounds.")
+    seed: int = option(0, "Seed of weights and inputs.")
 
 
 def settings_of(args: BenchmarkArguments) -> list[tuple[SelectionSchedule, Setting]]:

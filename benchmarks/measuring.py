@@ -1,11 +1,12 @@
 """Core of the benchmarks: options, and rows with the fields of [`modeling_trips.inspection.provenance`]."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from modeling_trips.inspection.provenance import provenance
+from trips_examples.data.source import option
 from trips_examples.training.files import write_json
 from trips_examples.training.options import make_parser
 
@@ -14,8 +15,8 @@ from trips_examples.training.options import make_parser
 class OutputArguments:
     """Options of all benchmarks."""
 
-    num_threads: int | None = field(default=None, metadata={"help": "CPU threads. Default: PyTorch's choice."})
-    output_json: str | None = field(default=None, metadata={"help": "Output file of the rows."})
+    num_threads: int | None = option(None, "CPU threads. Default: PyTorch's choice.")
+    output_json: str | None = option(None, "Output file of the rows.")
 
 
 def run_benchmark(

@@ -21,6 +21,7 @@ from make_scenes import Picture, hash_of, read_pictures, with_article, write_lin
 from tqdm.auto import tqdm
 
 from modeling_trips.inspection.files import whole_folder
+from trips_examples.data.source import option
 from trips_examples.training.options import make_parser, run_script
 
 
@@ -33,12 +34,12 @@ MARGIN = 4  # pixels around a thing
 class CardArguments:
     output_dir: str = field(metadata={"help": "Folder to write. It must not exist."})
     pictures: str = field(metadata={"help": "Folder of named images, with its sub-folders."})
-    train_cards: int = field(default=2_000, metadata={"help": "Number of training cards."})
-    validation_cards: int = field(default=150, metadata={"help": "Number of validation cards."})
-    test_cards: int = field(default=500, metadata={"help": "Number of test cards."})
-    names: int = field(default=20, metadata={"help": "Names that occur, in all splits."})
-    side: int = field(default=112, metadata={"help": "Height and width of the cards in pixels."})
-    seed: int = field(default=0, metadata={"help": "Seed of the cards."})
+    train_cards: int = option(2_000, "Number of training cards.")
+    validation_cards: int = option(150, "Number of validation cards.")
+    test_cards: int = option(500, "Number of test cards.")
+    names: int = option(20, "Names that occur, in all splits.")
+    side: int = option(112, "Height and width of the cards in pixels.")
+    seed: int = option(0, "Seed of the cards.")
 
 
 def draw_card(pictures: Sequence[Picture], color: str, side: int, rng: random.Random) -> PIL.Image.Image:
@@ -58,16 +59,21 @@ def draw_card(pictures: Sequence[Picture], color: str, side: int, rng: random.Ra
 
 def questions(shown: Sequence[str], color: str, names: Sequence[str], rng: random.Random) -> Iterator[dict]:
     """Yield the questions about a card that shows things of these names, from left to right."""
+
+    def row(question: str, answer: str, kind: str) -> dict:
+        return {"question": question, "answer": answer, "kind": kind}
+
     if len(shown) > 1:
-        yield {"question": "what is on the left?", "answer": shown[0], "kind": "side"}
-        yield {"question": "what is on the right?", "answer": shown[-1], "kind": "side"}
-    yield {"question": "how many things are there?", "answer": COUNTS[len(shown) - 1], "kind": "count"}
+        yield row("what is on the left?", shown[0], "side")
+        yield row("what is on the right?", shown[-1], "side")
+    number = COUNTS[len(shown) - 1]
+    yield row("how many things are there?", number, "count")
     absent = [name for name in names if name not in shown]
     present = rng.choice(shown)
-    yield {"question": f"is there {with_article(present)}?", "answer": "yes", "kind": "presence"}
+    yield row(f"is there {with_article(present)}?", "yes", "presence")
     missing = rng.choice(absent)
-    yield {"question": f"is there {with_article(missing)}?", "answer": "no", "kind": "presence"}
-    yield {"question": "what color is the card?", "answer": color, "kind": "color"}
+    yield row(f"is there {with_article(missing)}?", "no", "presence")
+    yield row("what color is the card?", color, "color")
 
 
 def write_split(split: str, by_name: dict[str, list[Picture]], num_cards: int, args: CardArguments, folder: Path):

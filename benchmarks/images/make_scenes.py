@@ -29,6 +29,7 @@ import PIL.ImageDraw
 from tqdm.auto import tqdm
 
 from modeling_trips.inspection.files import whole_folder
+from trips_examples.data.source import option
 from trips_examples.training.options import make_parser, run_script
 
 
@@ -51,16 +52,14 @@ Box = tuple[int, int, int, int]  # (x0, y0, x1, y1) in pixels, x1 and y1 exclusi
 @dataclass
 class SceneArguments:
     output_dir: str = field(metadata={"help": "Folder to write. It must not exist."})
-    pictures: str | None = field(default=None, metadata={"help": "Folder of named images. Default: emoji of Debian."})
-    debian: str = field(default="/", metadata={"help": "Folder that the Debian packages are unpacked in."})
-    train_scenes: int = field(default=4_000, metadata={"help": "Number of training scenes."})
-    validation_scenes: int = field(default=300, metadata={"help": "Number of validation scenes."})
-    test_scenes: int = field(default=800, metadata={"help": "Number of test scenes."})
-    names: int = field(
-        default=20, metadata={"help": "Names that occur, in all splits. 0: all, each in one split alone."}
-    )
-    side: int = field(default=112, metadata={"help": "Height and width of the scenes in pixels."})
-    seed: int = field(default=0, metadata={"help": "Seed of the scenes."})
+    pictures: str | None = option(None, "Folder of named images. Default: emoji of Debian.")
+    debian: str = option("/", "Folder that the Debian packages are unpacked in.")
+    train_scenes: int = option(4_000, "Number of training scenes.")
+    validation_scenes: int = option(300, "Number of validation scenes.")
+    test_scenes: int = option(800, "Number of test scenes.")
+    names: int = option(20, "Names that occur, in all splits. 0: all, each in one split alone.")
+    side: int = option(112, "Height and width of the scenes in pixels.")
+    seed: int = option(0, "Seed of the scenes.")
 
 
 # Named images
@@ -165,7 +164,8 @@ def place_things(by_name: dict[str, list[Picture]], side: int, rng: random.Rando
     if len(names) > 2 and rng.random() < 0.5:
         names[1] = names[0]  # two of a name
     largest = min(LARGEST, 1.1 / len(names) ** 0.5)
-    sizes = sorted(((rng.uniform(SMALLEST, largest), name) for name in names), reverse=True)
+    sizes = [(rng.uniform(SMALLEST, largest), name) for name in names]
+    sizes.sort(reverse=True)
     things: list[Thing] = []
     for share, name in sizes:
         picture = rng.choice(by_name[name])
@@ -236,10 +236,12 @@ def expressions(things: Sequence[Thing], rng: random.Random) -> Iterator[tuple[s
     single = _single(things)
     for thing in rng.sample(single, min(3, len(single))):
         yield "name", f"the {thing.name}", thing
-    pair = sorted((thing for thing in things if thing not in single), key=lambda thing: thing.area)
-    if len(pair) == 2 and pair[1].area >= CLEARLY_LARGER * pair[0].area:
-        for thing, word in zip(pair, ("smaller", "larger")):
-            yield "size", f"the {word} {thing.name}", thing
+    pair = [thing for thing in things if thing not in single]
+    if len(pair) == 2:
+        smaller, larger = sorted(pair, key=lambda thing: thing.area)
+        if larger.area >= CLEARLY_LARGER * smaller.area:
+            yield "size", f"the smaller {smaller.name}", smaller
+            yield "size", f"the larger {larger.name}", larger
     beside = list(_beside(things, single))
     if beside:
         place, anchor, thing = rng.choice(beside)
@@ -255,7 +257,8 @@ def _beside(things: Sequence[Thing], single: list[Thing]) -> Iterator[tuple[str,
     """Yield a relation, a reference object with a unique name, and the only object in that relation."""
     for anchor in single:
         for place, (axis, sign) in PLACES.items():
-            there = [thing for thing in things if sign * (thing.center(axis) - anchor.center(axis)) > 0]
+            center = anchor.center(axis)
+            there = [thing for thing in things if sign * (thing.center(axis) - center) > 0]
             if len(there) != 1 or there[0] not in single:
                 continue
             (thing,) = there

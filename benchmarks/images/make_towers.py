@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,6 +23,7 @@ import torch
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from modeling_trips.inspection.files import whole_folder
+from trips_examples.data.source import option
 from trips_examples.training.options import make_parser, run_script
 
 
@@ -48,9 +49,7 @@ trained too.
 
 @dataclass
 class TowerArguments:
-    output_dir: str = field(
-        default="towers", metadata={"help": "Folder to write the folders of both towers to. It must not exist."}
-    )
+    output_dir: str = option("towers", "Folder to write the folders of both towers to. It must not exist.")
 
 
 def read_dinov2_onnx(path: Path) -> Dinov2Model:

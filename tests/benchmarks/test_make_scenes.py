@@ -1,5 +1,6 @@
 """`benchmarks/images/make_scenes.py`: composed scenes of named images, with questions and expressions."""
 
+import itertools
 import random
 
 import make_scenes
@@ -57,10 +58,15 @@ def test_things_lie_apart(tmp_path):
     by_name = {picture.name: [picture] for picture in read_pictures(tmp_path)}
     assert by_name.keys() == {f"{color} {shape}" for color in COLORS for shape in SIZES}
     for seed in range(60):
-        boxes = [thing.box for thing in place_things(by_name, 120, random.Random(seed))]
-        for place, (x0, y0, x1, y1) in enumerate(boxes):
-            assert 0 <= x0 < x1 <= 120 and 0 <= y0 < y1 <= 120
-            assert all(x1 <= other[0] or other[2] <= x0 or y1 <= other[1] or other[3] <= y0 for other in boxes[:place])
+        things = place_things(by_name, 120, random.Random(seed))
+        for thing in things:
+            x0, y0, x1, y1 = thing.box
+            assert 0 <= x0 < x1 <= 120
+            assert 0 <= y0 < y1 <= 120
+        for one, other in itertools.combinations(things, 2):
+            beside = one.box[2] <= other.box[0] or other.box[2] <= one.box[0]
+            above = one.box[3] <= other.box[1] or other.box[3] <= one.box[1]
+            assert beside or above
 
 
 def test_written_scenes_load_as_data_of_both_tasks(tmp_path, monkeypatch):
@@ -69,16 +75,21 @@ def test_written_scenes_load_as_data_of_both_tasks(tmp_path, monkeypatch):
     held_out = {"red": "validation", "blue": "test"}
     monkeypatch.setattr(make_scenes, "split_of", lambda name: held_out.get(name.split()[0], "train"))
     sizes = ["--train_scenes=4", "--validation_scenes=3", "--test_scenes=3", "--side=64"]
-    for out in ("drawn", "again"):
-        make_scenes.main([f"--pictures={tmp_path / 'pictures'}", f"--output_dir={tmp_path / out}", *sizes])
-    files = [path.relative_to(tmp_path / "drawn") for path in (tmp_path / "drawn").rglob("*") if path.is_file()]
+    drawn = tmp_path / "drawn"
+    again = tmp_path / "again"
+    for folder in (drawn, again):
+        make_scenes.main([f"--pictures={tmp_path / 'pictures'}", f"--output_dir={folder}", *sizes])
+    files = [path.relative_to(drawn) for path in drawn.rglob("*") if path.is_file()]
     assert len(files) == 4 + 3 + 3 + 2 * 3
-    assert all((tmp_path / "drawn" / file).read_bytes() == (tmp_path / "again" / file).read_bytes() for file in files)
+    for file in files:
+        assert (drawn / file).read_bytes() == (again / file).read_bytes()
     for task, suffix, text in (("vqa", "", "question"), ("grounding", "_boxes", "expression")):
-        paths = {
-            f"{split}_file": str(tmp_path / f"drawn/{split}{suffix}.jsonl")
-            for split in ("train", "validation", "test")
-        }
-        data = load_task_dataset(task, DataArguments(**paths))
+        arguments = DataArguments(
+            train_file=str(drawn / f"train{suffix}.jsonl"),
+            validation_file=str(drawn / f"validation{suffix}.jsonl"),
+            test_file=str(drawn / f"test{suffix}.jsonl"),
+        )
+        data = load_task_dataset(task, arguments)
         texts = {split: " ".join(rows[text]) for split, rows in data.items()}
-        assert "red" not in texts["train"] + texts["test"] and "blue" not in texts["train"] + texts["validation"]
+        assert "red" not in texts["train"] + texts["test"]
+        assert "blue" not in texts["train"] + texts["validation"]

@@ -36,30 +36,47 @@ def path_of_the_readme() -> list[str]:
 @pytest.fixture
 def clone(tmp_path):
     """Return a copy of the repository with the user's images, questions and answers."""
-    clone, names = tmp_path / "clone", (".git", ".venv", "build", "outputs", "demo", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(*names))
+    clone = tmp_path / "clone"
+    left_out = shutil.ignore_patterns(".git", ".venv", "build", "outputs", "demo", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, clone, ignore=left_out)
     (clone / "images").mkdir()
-    colors = ("red", "green", "blue")
-    for number, color in enumerate(colors, start=1):
-        PIL.Image.new("RGB", (48, 36), color).save(clone / f"images/{number}.png")
     row = json.loads(re.search(r"`(\{\"image\".*?\})`", README.text)[1])  # as the README says that they look
-    rows = [{**row, "image": f"images/{number}.png", "answer": color} for number, color in enumerate(colors, start=1)]
+    lines = []
+    for number, color in enumerate(("red", "green", "blue"), start=1):
+        path = f"images/{number}.png"
+        PIL.Image.new("RGB", (48, 36), color).save(clone / path)
+        line = json.dumps({**row, "image": path, "answer": color})
+        lines.append(line + "\n")
     for split in ("train", "val"):
-        (clone / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (clone / f"{split}.jsonl").write_text("".join(lines))
     write_towers(clone / "towers")
     return clone
 
 
 def write_towers(folder: Path):
     """Write small models with random weights where `make_towers.py` writes the pretrained ones."""
-    sizes = {"hidden_size": 32, "num_attention_heads": 2}
-    vision = Dinov2Config(num_hidden_layers=12, patch_size=14, image_size=42, mlp_ratio=2, **sizes)
+    vision = Dinov2Config(
+        hidden_size=32,
+        num_attention_heads=2,
+        num_hidden_layers=12,
+        mlp_ratio=2,
+        patch_size=14,
+        image_size=42,
+    )
     Dinov2Model(vision).save_pretrained(folder / "dinov2-small")
     BitImageProcessor().save_pretrained(folder / "dinov2-small")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "what", "is", "it", "?", "red", "green", "blue"]
-    BertTokenizer(vocab={word: number for number, word in enumerate(words)}).save_pretrained(folder / "minilm")
-    text = BertConfig(vocab_size=len(words), num_hidden_layers=2, intermediate_size=64, **sizes)
+
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] what is it ? red green blue".split()
+    vocab = {word: number for number, word in enumerate(words)}
+    text = BertConfig(
+        hidden_size=32,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        intermediate_size=64,
+        vocab_size=len(vocab),
+    )
     BertModel(text).save_pretrained(folder / "minilm")
+    BertTokenizer(vocab=vocab).save_pretrained(folder / "minilm")
 
 
 @pytest.mark.slow

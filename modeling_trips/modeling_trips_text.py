@@ -60,7 +60,8 @@ def class_states(hidden_states: torch.Tensor, attention_mask: torch.Tensor | Non
     """Return the state of each text's [CLS]: `(num_texts, text_length, hidden_size)` -> `(num_texts, hidden_size)`."""
     if attention_mask is None:
         return hidden_states[:, 0]
-    return gather_tokens(hidden_states, first_positions(attention_mask).to(hidden_states.device)[:, None])[:, 0]
+    positions = first_positions(attention_mask).to(hidden_states.device)
+    return gather_tokens(hidden_states, positions[:, None])[:, 0]
 
 
 def check_text_length(length: int, max_length: int):
@@ -76,10 +77,11 @@ class TripsTextEmbeddings(nn.Module):
 
     def __init__(self, config: TripsTextConfig):
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        hidden_size = config.hidden_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, hidden_size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, hidden_size)
+        self.LayerNorm = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
@@ -98,19 +100,21 @@ class TripsTextEmbeddings(nn.Module):
             raise ValueError("Specify exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
-        batch_size, seq_length = inputs_embeds.shape[:2]
-        # The length of a static cache is on the device.
-        length = seq_length + cache_length if isinstance(cache_length, int) else seq_length
+        batch_size, seq_length, _ = inputs_embeds.shape
+        length = seq_length
+        if isinstance(cache_length, int):  # that of a static cache is on the device
+            length = length + cache_length
         check_text_length(length, self.position_embeddings.num_embeddings)
         position_ids = torch.arange(seq_length, device=inputs_embeds.device) + cache_length
         if attention_mask is not None:
             starts = first_positions(attention_mask).to(position_ids.device)
-            position_ids = (position_ids - starts[:, None]).clamp(min=0)
+            position_ids = (position_ids - starts[:, None]).clamp(min=0)  # (batch_size, seq_length)
         if token_type_ids is None:
             token_type_ids = torch.zeros((batch_size, seq_length), dtype=torch.long, device=inputs_embeds.device)
         embeddings = inputs_embeds + self.token_type_embeddings(token_type_ids)
         embeddings = embeddings + self.position_embeddings(position_ids)
-        return self.dropout(self.LayerNorm(embeddings))
+        embeddings = self.LayerNorm(embeddings)
+        return self.dropout(embeddings)
 
 
 class TripsTextSelfAttention(nn.Module):
@@ -135,8 +139,9 @@ class TripsTextSelfAttention(nn.Module):
     def key_value(self, hidden_states: torch.Tensor, cache: Cache | None) -> tuple[torch.Tensor, torch.Tensor]:
         key = split_heads(self.key(hidden_states), self.head_dim)
         value = split_heads(self.value(hidden_states), self.head_dim)
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.self_attention_cache
         if cache is not None:
-            cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
             key, value = cache.update(key, value, self.layer_idx)
         return key, value
 
@@ -150,15 +155,28 @@ class TripsTextSelfAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`source_states` give keys and values."""
         query = split_heads(self.query(hidden_states), self.head_dim)
-        key, value = (select_rows(states, key_info.index) for states in self.key_value(source_states, cache))
-        key_info, implementation = key_info.rows(key_info.index), None
+        key, value = self.key_value(source_states, cache)
+        key = select_rows(key, key_info.index)  # (batch_size, num_heads, num_keys, head_dim)
+        value = select_rows(value, key_info.index)
+        key_info = key_info.select_rows(key_info.index)
+        implementation = None
         # Flash attention would also drop queries by its mask, which is of shape (batch_size, key_length).
         if self.is_cross_attention and isinstance(key_info.mask, torch.Tensor) and key_info.mask.dim() == 2:
-            key_info, implementation = key_info._replace(mask=key_info.mask[:, None, None].bool()), "sdpa"
+            mask = key_info.mask[:, None, None].bool()  # (batch_size, 1, 1, key_length)
+            key_info = key_info._replace(mask=mask)
+            implementation = "sdpa"
         attn_output, attn_weights = attend_as_configured(
-            self, query, key, value, dropout=self.dropout.p, key_info=key_info, implementation=implementation, **kwargs
+            self,
+            query,
+            key,
+            value,
+            dropout=self.dropout.p,
+            key_info=key_info,
+            implementation=implementation,
+            **kwargs,
         )
-        return attn_output.reshape(hidden_states.shape).contiguous(), attn_weights
+        attn_output = attn_output.reshape(hidden_states.shape).contiguous()
+        return attn_output, attn_weights
 
 
 class TripsTextCrossAttention(TripsTextSelfAttention):
@@ -190,7 +208,9 @@ class TripsTextOutput(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return self.LayerNorm(self.dropout(self.dense(hidden_states)) + residual)
+        hidden_states = self.dense(hidden_states)
+        hidden_states = self.dropout(hidden_states)
+        return self.LayerNorm(hidden_states + residual)
 
 
 class TripsTextAttention(nn.Module):
@@ -217,7 +237,8 @@ class TripsTextIntermediate(nn.Module):
         self.activation_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.activation_fn(self.dense(hidden_states))
+        hidden_states = self.dense(hidden_states)
+        return self.activation_fn(hidden_states)
 
 
 class TripsTextLayer(GradientCheckpointingLayer):
@@ -236,7 +257,8 @@ class TripsTextLayer(GradientCheckpointingLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         hidden_states = self.attention(hidden_states, hidden_states, key_info, **kwargs)
-        return self.output(self.intermediate(hidden_states), hidden_states)
+        intermediate_states = self.intermediate(hidden_states)
+        return self.output(intermediate_states, residual=hidden_states)
 
 
 class TripsCrossLayer(TripsTextLayer):
@@ -276,11 +298,15 @@ class TripsConnectedLayer(TripsTextLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The mask of `encoder_key_info` is that of all tokens."""
-        joint_states, key_info = torch.cat((hidden_states, encoder_hidden_states), dim=1), encoder_key_info
-        if key_info.gate is not None:
-            key_info = key_info._replace(gate=nn.functional.pad(key_info.gate, (hidden_states.shape[1], 0), value=1.0))
-        joint_states = super().forward(joint_states, key_info, **kwargs)
-        text_states, image_states = joint_states.split((hidden_states.shape[1], encoder_hidden_states.shape[1]), dim=1)
+        text_length = hidden_states.shape[1]
+        joint_states = torch.cat((hidden_states, encoder_hidden_states), dim=1)
+        joint_key_info = encoder_key_info
+        if encoder_key_info.gate is not None:
+            joint_gate = nn.functional.pad(encoder_key_info.gate, (text_length, 0), value=1.0)
+            joint_key_info = encoder_key_info._replace(gate=joint_gate)
+        joint_states = super().forward(joint_states, joint_key_info, **kwargs)
+        text_states = joint_states[:, :text_length]
+        image_states = joint_states[:, text_length:]
         return text_states, encoder_hidden_states + image_states
 
 
@@ -303,7 +329,10 @@ class TripsLMHead(nn.Module):
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.decoder(self.LayerNorm(self.activation_fn(self.dense(hidden_states))))
+        hidden_states = self.dense(hidden_states)
+        hidden_states = self.activation_fn(hidden_states)
+        hidden_states = self.LayerNorm(hidden_states)
+        return self.decoder(hidden_states)
 
 
 @auto_docstring(
@@ -337,10 +366,15 @@ class TripsTextModel(TripsPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
-        hidden_states = self.embeddings(input_ids, token_type_ids, inputs_embeds, attention_mask=attention_mask)
-        extended_mask = bidirectional_mask(self.config, attention_mask, inputs_embeds=hidden_states)
+        hidden_states = self.embeddings(
+            input_ids=input_ids,
+            token_type_ids=token_type_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+        )
+        key_info = KeyInfo(mask=bidirectional_mask(self.config, attention_mask, inputs_embeds=hidden_states))
         for layer in self.encoder["layer"]:
-            hidden_states = layer(hidden_states, key_info=KeyInfo(extended_mask), **kwargs)
+            hidden_states = layer(hidden_states, key_info=key_info, **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states, pooler_output=self.pooled(hidden_states, attention_mask)
         )
@@ -355,8 +389,8 @@ class TripsTextModel(TripsPreTrainedModel):
             return class_states(hidden_states, attention_mask)
         if attention_mask is None:
             return hidden_states.mean(dim=1)
-        counts = attention_mask.to(hidden_states.dtype)[:, :, None]
-        return (hidden_states * counts).sum(dim=1) / counts.sum(dim=1).clamp(min=1)
+        weights = attention_mask.to(hidden_states.dtype)[:, :, None]  # (num_texts, text_length, 1)
+        return (hidden_states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
 @auto_docstring(
@@ -375,11 +409,12 @@ class TripsFusionModel(TripsPreTrainedModel):
         super().__init__(config)
         config.validate()  # fields may have been set since the configuration was made
         self.image_projection = None
-        layers = nn.ModuleList(
+        layers = nn.ModuleList()
+        for layer_idx in range(config.num_hidden_layers):
             # CODEPATH: ALBEF's layers read the image tokens as they are; some of mPLUG's also change them.
-            (TripsConnectedLayer if layer_idx + 1 in config.connected_layers else TripsCrossLayer)(config, layer_idx)
-            for layer_idx in range(config.num_hidden_layers)
-        )
+            is_connected = layer_idx + 1 in config.connected_layers
+            layer_class = TripsConnectedLayer if is_connected else TripsCrossLayer
+            layers.append(layer_class(config, layer_idx))
         self.encoder = nn.ModuleDict({"layer": layers})  # BERT's names
         # CODEPATH: tokens that are joined must be equally wide.
         if config.connected_layers and config.encoder_hidden_size not in (None, config.hidden_size):
@@ -409,23 +444,25 @@ class TripsFusionModel(TripsPreTrainedModel):
         if probed is not None:
             encoder_hidden_states = torch.cat((encoder_hidden_states, probed.states), dim=1)
             encoder_key_info = KeyInfo(index=image_index, gate=probed.gate, num_probed=probed.states.shape[1])
-        text_key_info = KeyInfo(bidirectional_mask(self.config, attention_mask, inputs_embeds=inputs_embeds))
-        hidden_states, joint_mask = inputs_embeds, None
+        text_key_info = KeyInfo(mask=bidirectional_mask(self.config, attention_mask, inputs_embeds=inputs_embeds))
+        hidden_states = inputs_embeds
+        joint_mask = None
         if self.image_projection is not None:
             encoder_hidden_states = self.image_projection(encoder_hidden_states)
         # CODEPATH: only mPLUG's fusion joins text and image tokens.
         if self.config.connected_layers:
-            text_length, num_image_tokens = inputs_embeds.shape[1], encoder_hidden_states.shape[1]
+            num_image_tokens = encoder_hidden_states.shape[1]
+            num_tokens = inputs_embeds.shape[1] + num_image_tokens
             joint_mask = bidirectional_mask(
                 self.config,
                 joint_padding_mask(attention_mask, num_image_tokens),
-                inputs_embeds=inputs_embeds[:, :1].expand(-1, text_length + num_image_tokens, -1),  # only its shape
+                inputs_embeds=inputs_embeds[:, :1].expand(-1, num_tokens, -1),  # only its shape is used
             )
         for layer in self.encoder["layer"]:
             if isinstance(layer, TripsConnectedLayer):
                 # From here on, each text has image tokens of its own.
                 encoder_hidden_states = select_rows(encoder_hidden_states, encoder_key_info.index)
-                encoder_key_info = encoder_key_info.rows(encoder_key_info.index)
+                encoder_key_info = encoder_key_info.select_rows(encoder_key_info.index)
                 joint_key_info = encoder_key_info._replace(mask=joint_mask)
                 hidden_states, encoder_hidden_states = layer(
                     hidden_states, encoder_hidden_states, encoder_key_info=joint_key_info, **kwargs
@@ -479,7 +516,7 @@ class TripsDecoder(TripsPreTrainedModel):
         if use_cache and cache is None:
             cache = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
         cache_length = cache.get_seq_length() if cache is not None else 0
-        hidden_states = self.embeddings(input_ids, inputs_embeds=inputs_embeds, cache_length=cache_length)
+        hidden_states = self.embeddings(input_ids=input_ids, inputs_embeds=inputs_embeds, cache_length=cache_length)
         attention_mask = create_causal_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask, **{CACHE_NAME: cache}
         )
@@ -490,8 +527,8 @@ class TripsDecoder(TripsPreTrainedModel):
                 inputs_embeds=hidden_states,
                 encoder_hidden_states=encoder_hidden_states,
             )
-        key_info = KeyInfo(attention_mask)
-        encoder_key_info = KeyInfo(encoder_attention_mask)
+        key_info = KeyInfo(mask=attention_mask)
+        encoder_key_info = KeyInfo(mask=encoder_attention_mask)
         for layer in self.encoder["layer"]:
             hidden_states = layer(
                 hidden_states,

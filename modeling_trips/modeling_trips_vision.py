@@ -33,7 +33,6 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.pipelines import Pipeline
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring
 from transformers.utils.generic import merge_with_config_defaults
@@ -98,7 +97,12 @@ class TripsPreTrainedModel(PreTrainedModel):
     # The Auto classes that load this class from its checkpoint.
     auto_classes: ClassVar[tuple[str, ...]] = ()
     # The pipeline that runs it.
-    pipeline_class: ClassVar[type[Pipeline] | None] = None
+    pipeline_class: ClassVar[type | None] = None
+
+    # Internals of Transformers that this and derived classes override, to check with each new release of it:
+    # `_can_set_attn_implementation`, `_set_gradient_checkpointing`, `_init_weights`, `_input_embed_layer`,
+    # `_can_record_outputs`, `_expand_inputs_for_generation`, `adjust_generation_fn`, `get_output_embeddings`,
+    # `resize_token_embeddings`, `save_pretrained`.
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -135,15 +139,26 @@ class TripsPreTrainedModel(PreTrainedModel):
         model_class: Any = next(base for base in type(self).__mro__ if not base.__module__.startswith("torch."))
         model = object.__new__(model_class)
         model.__dict__ = self.__dict__
-        name = name_in_checkpoint(model_class)
-        bare = {"AutoModel": "modeling_trips.TripsModel"} if model_class.config_class is TripsConfig else {}
-        self.config.auto_map = {**bare, **dict.fromkeys(model_class.auto_classes, name)}
+
+        auto_map = {}
+        if model_class.config_class is TripsConfig:
+            auto_map["AutoModel"] = "modeling_trips.TripsModel"
+        for auto_class in model_class.auto_classes:
+            auto_map[auto_class] = name_in_checkpoint(model_class)
+        self.config.auto_map = auto_map
+
         self.config.__dict__.pop("custom_pipelines", None)
-        if (pipeline := model_class.pipeline_class) is not None:
-            pipeline_info = {"impl": name_in_checkpoint(pipeline), "pt": [model_class.auto_classes[0]]}
-            self.config.custom_pipelines = {pipeline.default_task: {**pipeline_info, "type": "multimodal"}}
-        # A part of a whole model is saved under its own names.
-        super(TripsPreTrainedModel, model).save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
+        pipeline_class = model_class.pipeline_class
+        if pipeline_class is not None:
+            pipeline_info = {
+                "impl": name_in_checkpoint(pipeline_class),
+                "pt": [model_class.auto_classes[0]],
+                "type": "multimodal",
+            }
+            self.config.custom_pipelines = {pipeline_class.default_task: pipeline_info}
+
+        kwargs.setdefault("save_original_format", False)  # a part of a whole model is saved under its own names
+        super(TripsPreTrainedModel, model).save_pretrained(save_directory, **kwargs)
 
 
 def name_in_checkpoint(cls: type) -> str:
@@ -166,7 +181,8 @@ def eager_attention_forward(
         attn_weights = attn_weights + attention_mask
     attn_weights = nn.functional.softmax(attn_weights, dim=-1, dtype=torch.float32).to(query.dtype)
     attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
-    attn_output = torch.matmul(attn_weights, value).transpose(1, 2).contiguous()
+    attn_output = torch.matmul(attn_weights, value)
+    attn_output = attn_output.transpose(1, 2).contiguous()
     return attn_output, attn_weights
 
 
@@ -182,8 +198,16 @@ def attend_as_configured(
     """Call [`attend`] with the scaling of an attention module and an implementation, by default the configured one."""
     implementation = implementation or module.config._attn_implementation
     attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-    dropout = dropout if module.training else 0.0
-    return attend(attention, module, query, key, value, dropout=dropout, scaling=module.scaling, **kwargs)
+    return attend(
+        attention,
+        module,
+        query,
+        key,
+        value,
+        dropout=dropout if module.training else 0.0,
+        scaling=module.scaling,
+        **kwargs,
+    )
 
 
 def split_heads(states: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -203,7 +227,9 @@ def bidirectional_mask(config: PreTrainedConfig, attention_mask: torch.Tensor | 
 
 def joint_padding_mask(attention_mask: torch.Tensor | None, num_image_tokens: int) -> torch.Tensor | None:
     """Return the padding mask of texts joined with image tokens, which have no padding; `None` stays `None`."""
-    return None if attention_mask is None else nn.functional.pad(attention_mask, (0, num_image_tokens), value=1)
+    if attention_mask is None:
+        return None
+    return nn.functional.pad(attention_mask, (0, num_image_tokens), value=1)
 
 
 def first_positions(attention_mask: torch.Tensor) -> torch.LongTensor:
@@ -242,7 +268,12 @@ class TripsBatchNorm(nn.BatchNorm2d):
         if self.weight.requires_grad or not self.training:
             return super().forward(hidden_states)
         return nn.functional.batch_norm(
-            hidden_states, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            hidden_states,
+            running_mean=self.running_mean,
+            running_var=self.running_var,
+            weight=self.weight,
+            bias=self.bias,
+            eps=self.eps,
         )
 
 
@@ -254,18 +285,24 @@ class TripsConvolutionalStem(nn.Module):
 
     def __init__(self, config: TripsVisionConfig):
         super().__init__()
-        num_layers = config.patch_shape[0].bit_length() - 1
-        widths = [config.hidden_size // 2 ** (num_layers - 1 - i) for i in range(num_layers)]
-        self.convolutions = nn.ModuleList(
-            nn.Conv2d(in_width, width, kernel_size=3, stride=2, padding=1, bias=False)
-            for in_width, width in zip([config.num_channels, *widths], widths)
-        )
-        self.norms = nn.ModuleList(TripsBatchNorm(width) for width in widths)
+        num_layers = config.patch_shape[0].bit_length() - 1  # each halves the side of a patch
+        self.convolutions = nn.ModuleList()
+        self.norms = nn.ModuleList()
+        in_width = config.num_channels
+        for layer_idx in range(num_layers):
+            width = config.hidden_size // 2 ** (num_layers - 1 - layer_idx)
+            convolution = nn.Conv2d(in_width, width, kernel_size=3, stride=2, padding=1, bias=False)
+            self.convolutions.append(convolution)
+            self.norms.append(TripsBatchNorm(width))
+            in_width = width
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        hidden_states = pixel_values
         for convolution, norm in zip(self.convolutions, self.norms):
-            pixel_values = nn.functional.relu(norm(convolution(pixel_values)))
-        return pixel_values
+            hidden_states = convolution(hidden_states)
+            hidden_states = norm(hidden_states)
+            hidden_states = nn.functional.relu(hidden_states)
+        return hidden_states
 
 
 class TripsPatchEmbeddings(nn.Module):
@@ -273,16 +310,23 @@ class TripsPatchEmbeddings(nn.Module):
 
     def __init__(self, config: TripsVisionConfig):
         super().__init__()
-        self.stem, num_channels, size = None, config.num_channels, config.patch_size
+        self.stem = None
+        num_channels = config.num_channels
+        size = config.patch_size
         # CODEPATH: "linear" is the patch embedding of ViT, "convolutional" a stem for training from scratch.
         if config.patch_embedding_type == "convolutional":
-            self.stem, num_channels, size = TripsConvolutionalStem(config), config.hidden_size, 1
-        self.projection = nn.Conv2d(num_channels, config.hidden_size, size, stride=size, bias=config.patch_bias)
+            self.stem = TripsConvolutionalStem(config)
+            num_channels = config.hidden_size
+            size = 1
+        self.projection = nn.Conv2d(
+            num_channels, config.hidden_size, kernel_size=size, stride=size, bias=config.patch_bias
+        )
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         if self.stem is not None:
             pixel_values = self.stem(pixel_values)
-        return self.projection(pixel_values).flatten(2).transpose(1, 2)
+        patches = self.projection(pixel_values)  # (num_images, hidden_size, num_rows, num_columns)
+        return patches.flatten(2).transpose(1, 2)
 
 
 class TripsVisionAttention(nn.Module):
@@ -533,21 +577,37 @@ class ImageTokens(NamedTuple):
     selection: tuple[TripsSelection, ...] = ()
 
     def after(
-        self, states: torch.Tensor, scores: torch.Tensor, choice: TokenChoice, image_index: torch.LongTensor | None
+        self, states: torch.Tensor, scores: torch.Tensor, choice: TokenChoice, texts: GuidingTexts
     ) -> "ImageTokens":
-        """Return the tokens after a layer with this result, which gave each text a row of its own by `image_index`."""
-        key_info, selection = self.key_info.rows(image_index), selection_rows(self.selection, image_index)
-        indices = select_rows(self.indices, image_index).to(choice.kept.device)  # layers may be on several devices
-        selection = (*selection, TripsSelection(indices.gather(1, choice.kept), scores, indices))
-        start = self.states.shape[1] - self.indices.shape[1] - self.key_info.num_probed
-        num_probed = self.key_info.num_probed if choice.probed is None else choice.probed.shape[1]
-        num_candidates, num_kept = states.shape[1] - start - num_probed, choice.kept.shape[1]
-        if choice.gate is not None:
-            # Nothing scores the tokens before the kept ones and the fused token behind them: their gate is 1.
-            kept, probed = choice.gate.split((num_kept, num_probed), dim=1)
-            kept = nn.functional.pad(kept, (start, num_candidates - num_kept), value=1.0)
-            key_info = KeyInfo(gate=torch.cat((kept, probed), dim=1), num_probed=num_probed)
-        return ImageTokens(states, next_candidates(selection[-1], num_candidates), key_info, selection)
+        """Return the tokens after a layer with this result. With `texts.image_index`, each text has its own row."""
+        indices = select_rows(self.indices, texts.image_index)
+        indices = indices.to(choice.kept.device)  # layers may be on several devices
+        selection = TripsSelection(
+            kept_indices=indices.gather(1, choice.kept), scores=scores, candidate_indices=indices
+        )
+        if choice.gate is None:
+            key_info = self.key_info.select_rows(texts.image_index)
+        else:
+            key_info = gated_key_info(choice, num_tokens=states.shape[1], num_tokens_before=texts.num_tokens_before)
+        num_candidates = states.shape[1] - texts.num_tokens_before - key_info.num_probed
+        return ImageTokens(
+            states=states,
+            indices=next_candidates(selection, num_candidates),
+            key_info=key_info,
+            selection=(*selection_rows(self.selection, texts.image_index), selection),
+        )
+
+
+def gated_key_info(choice: TokenChoice, num_tokens: int, num_tokens_before: int) -> KeyInfo:
+    """Return what attention needs to know about the tokens after a choice with a gate. Probed ones are the last."""
+    num_kept = choice.kept.shape[1]
+    num_probed = choice.probed.shape[1]
+    num_fused = num_tokens - num_tokens_before - num_kept - num_probed
+    gate_of_kept, gate_of_probed = choice.gate.split((num_kept, num_probed), dim=1)
+    # Nothing scores the tokens before the kept ones and the fused token behind them: their gate is 1.
+    gate_of_others = nn.functional.pad(gate_of_kept, (num_tokens_before, num_fused), value=1.0)
+    gate = torch.cat((gate_of_others, gate_of_probed), dim=1)  # (num_texts, num_tokens)
+    return KeyInfo(gate=gate, num_probed=num_probed)
 
 
 class ProbedTokens(NamedTuple):
@@ -611,18 +671,24 @@ class TripsVisionEmbeddings(nn.Module):
         # CODEPATH: images of another size interpolate the positions.
         if grid == self.config.grid_size:
             return self.position_embeddings
-        class_position, patch_positions = self.position_embeddings[:, :1], self.position_embeddings[:, 1:]
-        patch_positions = patch_positions.unflatten(1, self.config.grid_size).permute(0, 3, 1, 2)
+        class_position = self.position_embeddings[:, :1]
+        patch_positions = self.position_embeddings[:, 1:]
+        patch_positions = patch_positions.unflatten(
+            1, self.config.grid_size
+        )  # (1, num_rows, num_columns, hidden_size)
+        patch_positions = patch_positions.permute(0, 3, 1, 2).float()
         patch_positions = nn.functional.interpolate(
-            patch_positions.float(), size=grid, mode="bicubic", align_corners=False
-        ).to(class_position.dtype)
-        return torch.cat((class_position, patch_positions.flatten(2).transpose(1, 2)), dim=1)
+            patch_positions, size=grid, mode="bicubic", align_corners=False
+        )  # (1, hidden_size, rows, columns)
+        patch_positions = patch_positions.to(class_position.dtype).flatten(2).transpose(1, 2)
+        return torch.cat((class_position, patch_positions), dim=1)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        grid = self.grid_of(pixel_values)
+        positions = self.interpolated_positions(self.grid_of(pixel_values))
         patches = self.patch_embeddings(pixel_values.to(self.patch_embeddings.projection.weight.dtype))
         class_token = self.cls_token.expand(patches.shape[0], -1, -1).to(patches.dtype)
-        return self.dropout(torch.cat((class_token, patches), dim=1) + self.interpolated_positions(grid))
+        embeddings = torch.cat((class_token, patches), dim=1)  # (num_images, 1 + num_patches, hidden_size)
+        return self.dropout(embeddings + positions)
 
 
 @auto_docstring(
@@ -643,7 +709,8 @@ class TripsVisionModel(TripsPreTrainedModel):
         super().__init__(config)
         config.validate()  # fields may have been set since the configuration was made
         self.embeddings = TripsVisionEmbeddings(config)
-        self.pre_layernorm = self.selection_projection = None
+        self.pre_layernorm = None
+        self.selection_projection = None
         # CODEPATH: CLIP normalises the embeddings before the first layer, ViT and DeiT do not.
         if config.use_pre_layernorm:
             self.pre_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -681,10 +748,14 @@ class TripsVisionModel(TripsPreTrainedModel):
         hidden_states = self.embeddings(pixel_values)
         if self.pre_layernorm is not None:
             hidden_states = self.pre_layernorm(hidden_states)
-        num_images, seq_length = hidden_states.shape[:2]
-        indices = torch.arange(seq_length - 1, device=hidden_states.device).expand(num_images, -1)
-        grid_size = self.embeddings.grid_of(pixel_values)
-        return TripsImageCache(hidden_states, grid_size, candidate_indices=indices, next_layer=1)
+        num_images, seq_length, _ = hidden_states.shape
+        indices = torch.arange(seq_length - 1, device=hidden_states.device)
+        return TripsImageCache(
+            hidden_states=hidden_states,
+            grid_size=self.embeddings.grid_of(pixel_values),
+            candidate_indices=indices.expand(num_images, -1),
+            next_layer=1,
+        )
 
     def encode_images(
         self,
@@ -710,7 +781,7 @@ class TripsVisionModel(TripsPreTrainedModel):
         schedule = self.resolve_schedule(schedule)
         stop = schedule.first_text_layer
         image_cache = self.embed_images(pixel_values)
-        tokens = self.run_layers(image_cache, schedule, GuidingTexts(), stop=stop, **kwargs)
+        tokens = self.run_layers(image_cache, schedule, texts=GuidingTexts(), stop=stop, **kwargs)
         return replace(
             image_cache,
             hidden_states=tokens.states,
@@ -733,37 +804,52 @@ class TripsVisionModel(TripsPreTrainedModel):
         Run the layers from `image_cache.next_layer` up to the one before `stop`, or all the others. The first layer
         that `texts` score gives each text a row of its own.
         """
-        states, indices = image_cache.hidden_states, image_cache.candidate_indices
-        key_info = KeyInfo(gate=image_cache.gate, num_probed=states.shape[1] - texts.length - 1 - indices.shape[1])
-        tokens = self.mask_padding(ImageTokens(states, indices, key_info, image_cache.selection), texts)
-        gated_layer = self.gated_layer(schedule, math.prod(image_cache.grid_size))
+        tokens = self.first_tokens(image_cache, texts)
+        gated_layer = self.gated_layer(schedule, num_patches=math.prod(image_cache.grid_size))
         end = len(self.layers) + 1
         for number in range(image_cache.next_layer or end, stop or end):
             selection = schedule.by_layer.get(number)
-            index = texts.image_index if selection is not None and selection.guidance == "text" else None
+            is_scored_by_text = selection is not None and selection.guidance == "text"
+            # Up to the first layer that they score, texts of an image share its row.
+            layer_texts = texts if is_scored_by_text else texts._replace(image_index=None)
             if self.selector is not None:
                 selector = self.selector
             elif number == gated_layer:
                 # Texts draw the patches, so that they try others than the best. Models whose image draws its patches
                 # were less accurate than models whose image keeps the best.
-                draw = selection.guidance == "text" and texts.are_given
-                selector = GateSelector(self.config.selection_gate, draw)
+                selector = GateSelector(self.config.selection_gate, draw=is_scored_by_text and texts.are_given)
             else:
                 selector = TokenSelector()
-            states, scores, choice = self.layers[number - 1](
+            layer = self.layers[number - 1]
+            states, scores, choice = layer(
                 tokens.states,
                 key_info=tokens.key_info,
-                texts=texts._replace(image_index=index),
+                texts=layer_texts,
                 selector=selector,
                 selection=selection,
                 **kwargs,
             )
             if choice is None:
                 tokens = tokens._replace(states=states)
-            else:
-                tokens = self.mask_padding(tokens.after(states, scores, choice, index), texts)
-                texts = texts if index is None else texts._replace(image_index=None)
+                continue
+            tokens = tokens.after(states, scores, choice, layer_texts)
+            tokens = self.mask_padding(tokens, texts)
+            if is_scored_by_text:
+                texts = texts._replace(image_index=None)
         return tokens
+
+    def first_tokens(self, image_cache: TripsImageCache, texts: GuidingTexts) -> ImageTokens:
+        """Return the input of layer `image_cache.next_layer`."""
+        num_tokens = image_cache.hidden_states.shape[1]
+        num_candidates = image_cache.candidate_indices.shape[1]
+        num_probed = num_tokens - texts.num_tokens_before - num_candidates
+        tokens = ImageTokens(
+            states=image_cache.hidden_states,
+            indices=image_cache.candidate_indices,
+            key_info=KeyInfo(gate=image_cache.gate, num_probed=num_probed),
+            selection=image_cache.selection,
+        )
+        return self.mask_padding(tokens, texts)
 
     def gated_layer(self, schedule: SelectionSchedule, num_patches: int) -> int | None:
         """
@@ -774,13 +860,16 @@ class TripsVisionModel(TripsPreTrainedModel):
             ValueError: No layer of the schedule drops patches, or the last one is scored at random.
         """
         # CODEPATH: the gate takes part in training only.
-        if not (self.training and torch.is_grad_enabled() and self.config.selection_gate > 0 and schedule.layers):
+        is_learning = self.training and torch.is_grad_enabled()
+        if not is_learning or self.config.selection_gate == 0 or not schedule.layers:
             return None
-        num_candidates, last = num_patches, None
+        num_candidates = num_patches
+        last = None
         for number, selection in schedule.by_layer.items():
             num_kept = num_kept_tokens(num_candidates, selection.keep_rate)
             if num_kept < num_candidates:
-                num_candidates, last = num_kept + self.config.fuse_inattentive_tokens, number
+                num_candidates = num_kept + self.config.fuse_inattentive_tokens
+                last = number
         if last is None or schedule.by_layer[last].guidance == "random":
             raise ValueError(
                 "`selection_gate` teaches the last layer that drops patches, which must be scored by the text or the "
@@ -792,9 +881,11 @@ class TripsVisionModel(TripsPreTrainedModel):
         """Mask the padding of the texts in a single stream, in the form of the attention in use."""
         if texts.attention_mask is None:
             return tokens
-        mask = joint_padding_mask(texts.attention_mask, tokens.states.shape[1] - texts.length)
+        num_image_tokens = tokens.states.shape[1] - texts.length
+        mask = joint_padding_mask(texts.attention_mask, num_image_tokens)
         mask = bidirectional_mask(self.config, mask, inputs_embeds=tokens.states)
-        return tokens._replace(key_info=tokens.key_info._replace(mask=mask))
+        key_info = tokens.key_info._replace(mask=mask)
+        return tokens._replace(key_info=key_info)
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -823,13 +914,16 @@ class TripsVisionModel(TripsPreTrainedModel):
         is_guided = text_embeds is not None and schedule.first_text_layer is not None
         if is_guided and self.selection_projection is not None:
             text_embeds = self.selection_projection(text_embeds)
-        texts = GuidingTexts(text_embeds, image_index) if is_guided else GuidingTexts()
-        tokens = self.run_layers(image_cache, schedule, texts, **kwargs)
-        hidden_states, probed = self.layernorm(tokens.states), None
+        texts = GuidingTexts()
+        if is_guided:
+            texts = GuidingTexts(embeds=text_embeds, image_index=image_index)
+        tokens = self.run_layers(image_cache, schedule, texts=texts, **kwargs)
+        hidden_states = self.layernorm(tokens.states)
+        probed = None
         if tokens.key_info.gate is not None:
             num_tokens = hidden_states.shape[1] - tokens.key_info.num_probed
-            hidden_states, probed_states = hidden_states[:, :num_tokens], hidden_states[:, num_tokens:]
-            probed = ProbedTokens(probed_states, tokens.key_info.gate)
+            probed = ProbedTokens(states=hidden_states[:, num_tokens:], gate=tokens.key_info.gate)
+            hidden_states = hidden_states[:, :num_tokens]  # (num_rows, num_tokens, hidden_size)
         return TripsVisionModelOutput(
             last_hidden_state=hidden_states,
             pooler_output=hidden_states[:, 0],
@@ -841,13 +935,15 @@ class TripsVisionModel(TripsPreTrainedModel):
 
 def next_candidates(selection: TripsSelection, num_candidates: int) -> torch.LongTensor:
     """Return the original indices of the candidates after a selection layer, with -1 for a fused token."""
-    num_kept = selection.kept_indices.shape[1]
-    return nn.functional.pad(selection.kept_indices, (0, num_candidates - num_kept), value=FUSED_TOKEN)
+    num_fused = num_candidates - selection.kept_indices.shape[1]
+    return nn.functional.pad(selection.kept_indices, (0, num_fused), value=FUSED_TOKEN)
 
 
 def select_rows(tensor: torch.Tensor | None, index: torch.LongTensor | None) -> torch.Tensor | None:
     """Return the rows `index` of a tensor. Without an index, all rows."""
-    return tensor if index is None or tensor is None else tensor.index_select(0, index.to(tensor.device))
+    if tensor is None or index is None:
+        return tensor
+    return tensor.index_select(0, index.to(tensor.device))
 
 
 def selection_rows(
@@ -927,17 +1023,17 @@ class TripsSingleStreamModel(TripsVisionModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsSingleStreamModelOutput:
         check_image_source(pixel_values, image_cache)
-        image_cache = self.embed_images(pixel_values) if image_cache is None else image_cache
+        schedule = self.resolve_schedule(schedule)
+        if image_cache is None:
+            image_cache = self.embed_images(pixel_values)
         check_counts(text_states.shape[0], image_cache.hidden_states.shape[0], image_index)
         image_cache = image_cache.map(lambda tensor: select_rows(tensor, image_index))
+        joint_states = self.join(text_states, image_cache.hidden_states)
         text_length = text_states.shape[1]
-        tokens = self.run_layers(
-            replace(image_cache, hidden_states=self.join(text_states, image_cache.hidden_states)),
-            self.resolve_schedule(schedule),
-            texts=GuidingTexts(length=text_length, attention_mask=attention_mask),
-            **kwargs,
-        )
-        hidden_states = self.layernorm(tokens.states[:, : tokens.states.shape[1] - tokens.key_info.num_probed])
+        texts = GuidingTexts(length=text_length, attention_mask=attention_mask)
+        tokens = self.run_layers(replace(image_cache, hidden_states=joint_states), schedule, texts=texts, **kwargs)
+        num_tokens = tokens.states.shape[1] - tokens.key_info.num_probed
+        hidden_states = self.layernorm(tokens.states[:, :num_tokens])  # (num_texts, num_tokens, hidden_size)
         return TripsSingleStreamModelOutput(
             last_hidden_state=hidden_states[:, text_length:],
             pooler_output=hidden_states[:, text_length],
@@ -946,11 +1042,19 @@ class TripsSingleStreamModel(TripsVisionModel):
         )
 
 
-for vision_class in (TripsVisionModel, TripsSingleStreamModel):
-    vision_class.register_for_auto_class("AutoModel")
-    # The vision tower loads from the checkpoint of a whole model, too.
-    prefixes = [PrefixChange(prefix_to_remove="model"), PrefixChange(prefix_to_remove="vision_model")]
-    register_checkpoint_conversion_mapping(vision_class.__name__, prefixes, overwrite=True)
+TripsVisionModel.register_for_auto_class("AutoModel")
+TripsSingleStreamModel.register_for_auto_class("AutoModel")
+# The vision tower loads from the checkpoint of a whole model, too.
+register_checkpoint_conversion_mapping(
+    "TripsVisionModel",
+    [PrefixChange(prefix_to_remove="model"), PrefixChange(prefix_to_remove="vision_model")],
+    overwrite=True,
+)
+register_checkpoint_conversion_mapping(
+    "TripsSingleStreamModel",
+    [PrefixChange(prefix_to_remove="model"), PrefixChange(prefix_to_remove="vision_model")],
+    overwrite=True,
+)
 
 __all__ = [
     "TripsPreTrainedModel",

@@ -14,7 +14,8 @@ import torch
 
 
 FUSED_TOKEN = -1  # index of a candidate that is not a patch
-LOWEST_SCORE = 1e-20  # that has a logarithm of its own. The gradient is finite with the scale of a loss in float16.
+# Lower scores have the logarithm of this one, whose gradient is finite even with the scale of a loss in float16.
+LOWEST_SCORE = 1e-20
 
 
 def num_kept_tokens(num_candidates: int, keep_rate: float) -> int:
@@ -40,7 +41,9 @@ def score_tokens(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torc
     """
     # A product and a sum, since autocast would lower the precision of a matmul and rounding would tie patches.
     dtype = torch.promote_types(key.dtype, torch.float32)
-    logits = (key.to(dtype) * (query.to(dtype) * scaling).unsqueeze(2)).sum(dim=-1)
+    query = query.to(dtype) * scaling
+    products = key.to(dtype) * query.unsqueeze(2)
+    logits = products.sum(dim=-1)  # (batch_size, num_heads, num_candidates)
     return logits.softmax(dim=-1).mean(dim=1)
 
 
@@ -59,7 +62,7 @@ def keep_topk(scores: torch.Tensor, num_kept: int) -> torch.Tensor:
     `(batch_size, num_kept)`. Of equal scores the lower position wins. NaN ranks last.
     """
     scores = scores.masked_fill(scores.isnan(), -math.inf)
-    lowest_kept = scores.topk(num_kept, dim=-1).values[:, -1:]
+    lowest_kept = scores.topk(num_kept, dim=-1).values[:, -1:]  # (batch_size, 1)
     # Of those that equal the lowest kept score, the first are kept. A stable sort would do it, but ONNX has none.
     is_above = scores > lowest_kept
     is_tied = scores == lowest_kept
@@ -95,7 +98,9 @@ def draw_kept(scores: torch.Tensor, num_kept: int) -> torch.Tensor:
 
     They are the best by log scores with Gumbel noise (https://arxiv.org/abs/1903.06059).
     """
-    return keep_topk(log_scores(scores.detach()) - torch.empty_like(scores).exponential_().log(), num_kept)
+    logits = log_scores(scores.detach())
+    gumbel_noise = -torch.empty_like(scores).exponential_().log()
+    return keep_topk(logits + gumbel_noise, num_kept)
 
 
 def gather_tokens(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -103,7 +108,8 @@ def gather_tokens(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor
     Return the tokens at `positions`: `(batch_size, num_tokens, hidden_size)` and `(batch_size, num_kept)` ->
     `(batch_size, num_kept, hidden_size)`.
     """
-    return tokens.gather(1, positions.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+    index = positions.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
+    return tokens.gather(1, index)
 
 
 def fuse_tokens(tokens: torch.Tensor, scores: torch.Tensor, kept_positions: torch.Tensor) -> torch.Tensor:
@@ -113,8 +119,9 @@ def fuse_tokens(tokens: torch.Tensor, scores: torch.Tensor, kept_positions: torc
 
     Top-k has no gradient. The scores, and through them the guiding text, get their gradient from this sum.
     """
-    weights = scores.scatter(1, kept_positions, 0.0)
-    return torch.bmm(weights.to(tokens.dtype).unsqueeze(1), tokens).to(tokens.dtype)
+    weights = scores.scatter(1, kept_positions, 0.0).to(tokens.dtype)
+    fused = torch.bmm(weights.unsqueeze(1), tokens)
+    return fused.to(tokens.dtype)  # autocast lowers the precision of `bmm`
 
 
 class TokenChoice(NamedTuple):
@@ -149,14 +156,15 @@ def choose_tokens(scores: torch.Tensor, keep_rate: float, probe_share: float = 0
     num_candidates = scores.shape[1]
     num_kept = num_kept_tokens(num_candidates, keep_rate)
     if num_kept == num_candidates:
-        return TokenChoice(torch.arange(num_candidates, device=scores.device).expand(scores.shape))
+        positions = torch.arange(num_candidates, device=scores.device)
+        return TokenChoice(kept=positions.expand(scores.shape))
     if probe_share == 0:
-        return TokenChoice(keep_topk(scores, num_kept))
-    kept = (draw_kept if draw else keep_topk)(scores, num_kept)
+        return TokenChoice(kept=keep_topk(scores, num_kept))
+    kept = draw_kept(scores, num_kept) if draw else keep_topk(scores, num_kept)
     probed = draw_probed(scores, kept, probe_share)
     positions = torch.cat((kept, probed), dim=1)
     gate = gate_of_drawn(scores, positions) if draw else gate_of_best(scores, kept, positions)
-    return TokenChoice(kept, probed, gate)
+    return TokenChoice(kept=kept, probed=probed, gate=gate)
 
 
 def shorten_tokens(tokens: torch.Tensor, scores: torch.Tensor, choice: TokenChoice, fuse: bool = True) -> torch.Tensor:
@@ -246,11 +254,12 @@ class KeyInfo(NamedTuple):
     num_probed: int = 0
     is_probed: torch.Tensor | None = None
 
-    def rows(self, index: torch.Tensor | None) -> "KeyInfo":
-        """Return these rows of the keys, by default all."""
-        if index is None or self.gate is None:
-            return self._replace(index=None)
-        return self._replace(index=None, gate=self.gate.index_select(0, index.to(self.gate.device)))
+    def select_rows(self, index: torch.Tensor | None) -> "KeyInfo":
+        """Return this for the rows `index` of the keys, by default all. The mask already has one row per query."""
+        gate = self.gate
+        if gate is not None and index is not None:
+            gate = gate.index_select(0, index.to(gate.device))
+        return self._replace(index=None, gate=gate)
 
 
 def draw_probed(scores: torch.Tensor, kept_positions: torch.Tensor, share: float) -> torch.Tensor:
@@ -259,8 +268,9 @@ def draw_probed(scores: torch.Tensor, kept_positions: torch.Tensor, share: float
     num_probed)` with `num_probed = ceil(share * num_dropped)` and a share in (0, 1].
     """
     num_probed = num_kept_tokens(scores.shape[1] - kept_positions.shape[1], share)
-    # Numbers of [0, 1) are drawn for all, and the kept ones rank behind.
-    return torch.rand_like(scores).scatter(1, kept_positions, -1.0).topk(num_probed, dim=-1).indices
+    ranks = torch.rand_like(scores)  # in [0, 1)
+    ranks = ranks.scatter(1, kept_positions, -1.0)  # the kept ones rank behind
+    return ranks.topk(num_probed, dim=-1).indices
 
 
 def gate_of_best(scores: torch.Tensor, kept_positions: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -279,8 +289,10 @@ def gate_of_best(scores: torch.Tensor, kept_positions: torch.Tensor, positions: 
     """
     logits = log_scores(scores)
     with torch.no_grad():
-        lowest_kept = logits.gather(1, kept_positions).amin(dim=-1, keepdim=True)
-        highest_dropped = logits.scatter(1, kept_positions, -math.inf).amax(dim=-1, keepdim=True)
+        logits_of_kept = logits.gather(1, kept_positions)
+        logits_of_dropped = logits.scatter(1, kept_positions, -math.inf)
+        lowest_kept = logits_of_kept.amin(dim=-1, keepdim=True)
+        highest_dropped = logits_of_dropped.amax(dim=-1, keepdim=True)
         threshold = (lowest_kept + highest_dropped) / 2
     return (logits.gather(1, positions) - threshold).sigmoid()
 
@@ -310,16 +322,25 @@ class GateGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         attn_output, gate, query, key, value, attention_mask = ctx.saved_tensors
-        num_groups = query.shape[1] // key.shape[1]  # of query heads that share a head of keys and values
-        key, value = (states.repeat_interleave(num_groups, dim=1) for states in (key, value))
-        logits = (query @ key.transpose(2, 3)).to(torch.promote_types(query.dtype, torch.float32)) * ctx.scaling
-        if attention_mask is not None:
-            is_bool = attention_mask.dtype == torch.bool
-            lowest = torch.finfo(logits.dtype).min  # finite, for the rows of padding, which see no key
-            logits = logits.masked_fill(~attention_mask, lowest) if is_bool else logits + attention_mask
-        grad_value = grad_output.transpose(1, 2).to(value.dtype) @ value.transpose(2, 3)
-        grad_attn_output = (grad_output.to(logits.dtype) * attn_output).sum(dim=-1).transpose(1, 2).unsqueeze(-1)
-        grad_gate = (logits.softmax(dim=-1) * (grad_value - grad_attn_output)).sum(dim=(1, 2))
+        queries_per_key = query.shape[1] // key.shape[1]  # query heads that share a head of keys and values
+        key = key.repeat_interleave(queries_per_key, dim=1)  # (batch_size, num_heads, num_keys, head_dim)
+        value = value.repeat_interleave(queries_per_key, dim=1)
+        dtype = torch.promote_types(query.dtype, torch.float32)
+
+        logits = query @ key.transpose(2, 3)  # (batch_size, num_heads, num_queries, num_keys)
+        logits = logits.to(dtype) * ctx.scaling
+        if attention_mask is not None and attention_mask.dtype == torch.bool:
+            lowest = torch.finfo(dtype).min  # finite, for the rows of padding, which see no key
+            logits = logits.masked_fill(~attention_mask, lowest)
+        elif attention_mask is not None:
+            logits = logits + attention_mask
+
+        # `grad_output` and `attn_output` are of shape (batch_size, num_queries, num_heads, head_dim).
+        grad_dot_value = grad_output.transpose(1, 2).to(value.dtype) @ value.transpose(2, 3)
+        grad_dot_output = (grad_output.to(dtype) * attn_output).sum(dim=-1)
+        grad_dot_output = grad_dot_output.transpose(1, 2).unsqueeze(-1)  # (batch_size, num_heads, num_queries, 1)
+        weights = logits.softmax(dim=-1)
+        grad_gate = (weights * (grad_dot_value - grad_dot_output)).sum(dim=(1, 2))  # (batch_size, num_keys)
         return grad_output, grad_gate.to(gate.dtype), None, None, None, None, None
 
 
@@ -347,21 +368,28 @@ def attend(
     Raises:
         ValueError: With a gate, the mask has another form, as FlashAttention and FlexAttention need it.
     """
-    if key_info.gate is None:
-        return attention(module, query, key, value, key_info.mask, **kwargs)
-    if key_info.mask is not None and getattr(key_info.mask, "ndim", 0) != 4:
-        raise ValueError("With padding, `selection_gate` needs the attention implementation 'sdpa' or 'eager'.")
-    states = tuple(tensor.detach() for tensor in (query, key, value))
     mask = key_info.mask
+    if key_info.gate is None:
+        return attention(module, query, key, value, mask, **kwargs)
+    if mask is not None and getattr(mask, "ndim", 0) != 4:
+        raise ValueError("With padding, `selection_gate` needs the attention implementation 'sdpa' or 'eager'.")
+
+    kept_key, kept_value, kept_mask = key, value, mask
     if key_info.is_probed is None:
         num_kept = key.shape[2] - key_info.num_probed
-        key, value, mask = key[:, :, :num_kept], value[:, :, :num_kept], None if mask is None else mask[..., :num_kept]
+        kept_key = key[:, :, :num_kept]
+        kept_value = value[:, :, :num_kept]
+        if mask is not None:
+            kept_mask = mask[..., :num_kept]
     else:
-        is_kept = ~key_info.is_probed[:, None, None]
-        mask = is_kept if mask is None else is_kept & mask
-    attn_output, attn_weights = attention(module, query, key, value, mask, **kwargs)
-    gated = GateGradient.apply(attn_output, key_info.gate, *states, key_info.mask, kwargs["scaling"])
-    return gated, attn_weights
+        kept_mask = ~key_info.is_probed[:, None, None]  # (batch_size, 1, 1, num_keys)
+        if mask is not None:
+            kept_mask = kept_mask & mask
+    attn_output, attn_weights = attention(module, query, kept_key, kept_value, kept_mask, **kwargs)
+    attn_output = GateGradient.apply(
+        attn_output, key_info.gate, query.detach(), key.detach(), value.detach(), mask, kwargs["scaling"]
+    )
+    return attn_output, attn_weights
 
 
 # Supervision of scores and attention by regions
@@ -384,16 +412,26 @@ def region_targets(regions: torch.Tensor, grid_size: tuple[int, int]) -> torch.T
         `torch.Tensor` of shape `(num_texts, num_patches)`, float32, patches in row-major order. Each row sums to 1, or
         to 0 without a region in the image.
     """
+    num_rows, num_columns = grid_size
     center_x, center_y, width, height = regions.float().unbind(-1)
-
-    def overlaps(center: torch.Tensor, length: torch.Tensor, count: int) -> torch.Tensor:
-        edges = torch.arange(count + 1, device=regions.device) / count
-        start, end = (center - length / 2)[:, None], (center + length / 2)[:, None]
-        return (torch.minimum(end, edges[1:]) - torch.maximum(start, edges[:-1])).clamp(min=0)
-
-    rows, columns = grid_size
-    areas = (overlaps(center_y, height, rows)[:, :, None] * overlaps(center_x, width, columns)[:, None]).flatten(1)
+    heights = overlaps(center_y, height, num_rows)  # (num_texts, num_rows)
+    widths = overlaps(center_x, width, num_columns)  # (num_texts, num_columns)
+    areas = heights[:, :, None] * widths[:, None]  # (num_texts, num_rows, num_columns)
+    areas = areas.flatten(1)
     return areas / areas.sum(dim=-1, keepdim=True).clamp(min=SMALLEST_AREA)
+
+
+def overlaps(centers: torch.Tensor, lengths: torch.Tensor, num_parts: int) -> torch.Tensor:
+    """
+    Return the length of each interval, given by its center and length, `(num_intervals,)`, in each of the equal parts
+    of [0, 1]: `(num_intervals, num_parts)`.
+    """
+    edges = torch.arange(num_parts + 1, device=centers.device) / num_parts
+    starts = centers - lengths / 2
+    ends = centers + lengths / 2
+    last_starts = torch.maximum(starts[:, None], edges[:-1])
+    first_ends = torch.minimum(ends[:, None], edges[1:])
+    return (first_ends - last_starts).clamp(min=0)
 
 
 def targets_of_candidates(targets: torch.Tensor, candidate_indices: torch.LongTensor) -> torch.Tensor:
@@ -413,8 +451,10 @@ def union_of_targets(targets: torch.Tensor, image_index: torch.LongTensor, num_i
     scores: at each patch the largest target of the image's texts. A text without a target, a row of zeros, keeps it.
     """
     index = image_index[:, None].expand_as(targets)
-    union = targets.new_zeros(num_images, targets.shape[1]).scatter_reduce(0, index, targets, "amax")
-    return union[image_index] * (targets.sum(dim=-1, keepdim=True) > 0)
+    union = targets.new_zeros(num_images, targets.shape[1])
+    union = union.scatter_reduce(0, index, targets, "amax")  # (num_images, num_patches)
+    has_target = targets.sum(dim=-1, keepdim=True) > 0
+    return union[image_index] * has_target
 
 
 def selection_loss(scores: torch.Tensor, candidate_indices: torch.LongTensor, targets: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ highest, and `TripsFusionModel` fuses both. A head reads the fused states.
 """
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,7 +28,6 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling, Seq2SeqLMOutput
-from transformers.pipelines import Pipeline
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
 
@@ -55,6 +55,33 @@ from .patch_selection import region_targets, selection_loss, union_of_targets
 from .pipeline_trips import TripsImageToTextPipeline, TripsVisualQuestionAnsweringPipeline
 
 
+# Losses
+
+
+def weighted_sum(weighted_losses: Iterable[tuple[float, torch.Tensor | None]]) -> torch.Tensor | None:
+    """Return the sum of pairs of weight and loss, without losses that are `None`; `None` if all of them are."""
+    losses = [weight * loss for weight, loss in weighted_losses if loss is not None]
+    return sum(losses) if losses else None
+
+
+def mean_over_items(
+    losses: torch.Tensor | None, item_counts: torch.Tensor, num_items_in_batch: int | torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """
+    Return the mean of the losses of rows, each weighted by its number of items, as a label loss is a mean over items.
+
+    Args:
+        losses (`torch.Tensor` of shape `(num_rows,)`, *optional*): `None` gives `None`.
+        item_counts (`torch.Tensor` of shape `(num_rows,)`): Numbers of items of the rows.
+        num_items_in_batch (`int` or `torch.Tensor`, *optional*): What `Trainer` counts: the number of items of the
+            whole batch, of which this may be a part. By default the sum of `item_counts`.
+    """
+    if losses is None:
+        return None
+    num_items = item_counts.sum() if num_items_in_batch is None else num_items_in_batch
+    return (losses * item_counts).sum() / num_items
+
+
 # The bare model
 
 
@@ -69,7 +96,7 @@ class TripsModelOutput(ModelOutput):
     hidden_states, attentions, cross_attentions (`tuple(torch.FloatTensor)`, *optional*):
         Of the fusion encoder; of the whole sequence in a single stream, which has no `cross_attentions`.
     selection_losses (`torch.FloatTensor` of shape `(num_texts,)`, *optional*):
-        The `selection_loss` of each text; 0 without a region. In training, if regions or targets are given.
+        The `selection_loss` of each text; 0 without a region. In training, if regions are given.
     text_model_output (`BaseModelOutputWithPooling`):
         Output of the text encoder. Its `pooler_output` is the text guidance t, except in a single stream.
     vision_model_output (`TripsVisionModelOutput`):
@@ -129,6 +156,7 @@ class TripsModel(TripsPreTrainedModel):
         self,
         text_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        text_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_index: torch.LongTensor | None = None,
         image_cache: TripsImageCache | None = None,
@@ -143,67 +171,98 @@ class TripsModel(TripsPreTrainedModel):
         Args:
             text_states (`torch.Tensor` of shape `(num_pairs, text_length, hidden_size)`): The `last_hidden_state` of
                 `text_model`. Repeat a text that has several images. The other arguments are those of `forward`.
+            text_embeds (`torch.Tensor` of shape `(num_pairs, hidden_size)`, *optional*): The text guidance t. By
+                default it is pooled from `text_states`.
         """
-        schedule = self.vision_model.resolve_schedule(schedule)
-        images = {"pixel_values": pixel_values, "image_index": image_index, "image_cache": image_cache}
-        # CODEPATH: as in `__init__`.
+        if schedule is None:
+            schedule = self.vision_model.config.schedule
+        # CODEPATH: ALBEF and mPLUG have two towers and a fusion encoder, ViLT a single stream.
         if self.fusion_model is None:
-            fused = vision = self.vision_model(
-                text_states, attention_mask=attention_mask, schedule=schedule, **images, **kwargs
+            vision = self.vision_model(
+                text_states=text_states,
+                pixel_values=pixel_values,
+                attention_mask=attention_mask,
+                image_index=image_index,
+                image_cache=image_cache,
+                schedule=schedule,
+                **kwargs,
             )
-            fused_states, selection = vision.text_states, vision.selection
+            fused = vision
+            fused_states = vision.text_states
+            selection = vision.selection
         else:
-            text_embeds = self.text_model.pooled(text_states, attention_mask)
-            vision = self.vision_model(text_embeds=text_embeds, schedule=schedule, **images, **kwargs)
+            if text_embeds is None:
+                text_embeds = self.text_model.pooled(text_states, attention_mask)
+            vision = self.vision_model(
+                pixel_values=pixel_values,
+                text_embeds=text_embeds,
+                image_index=image_index,
+                image_cache=image_cache,
+                schedule=schedule,
+                **kwargs,
+            )
             fused = self.fusion_model(
-                text_states,
-                vision.last_hidden_state,
+                inputs_embeds=text_states,
+                encoder_hidden_states=vision.last_hidden_state,
                 attention_mask=attention_mask,
                 image_index=vision.image_index,
                 probed=vision.probed,
                 **kwargs,
             )
-            fused_states, selection = fused.last_hidden_state, selection_rows(vision.selection, vision.image_index)
+            fused_states = fused.last_hidden_state
+            selection = selection_rows(vision.selection, vision.image_index)
+        selection_losses = None
+        # CODEPATH: a weight of 0 turns the loss off, and so does evaluation.
+        if regions is not None and self.training and self.config.selection_loss_weight > 0:
+            selection_losses = self.selection_losses(
+                selection=selection,
+                regions=regions,
+                schedule=schedule,
+                pixel_values=pixel_values,
+                image_index=image_index,
+                image_cache=image_cache,
+            )
         return TripsModelOutput(
             last_hidden_state=fused_states,
             selection=selection,
             hidden_states=fused.hidden_states,
             attentions=fused.attentions,
             cross_attentions=fused.get("cross_attentions"),
-            selection_losses=self.selection_losses(selection, regions, schedule=schedule, **images),
+            selection_losses=selection_losses,
             vision_model_output=vision,
         )
 
     def grid_of(self, pixel_values: torch.Tensor | None, image_cache: TripsImageCache | None) -> tuple[int, int]:
         """Return the patches of each image, down and across."""
-        return image_cache.grid_size if pixel_values is None else self.vision_model.embeddings.grid_of(pixel_values)
+        if pixel_values is None:
+            return image_cache.grid_size
+        return self.vision_model.embeddings.grid_of(pixel_values)
 
     def selection_losses(
         self,
         selection: tuple[TripsSelection, ...],
-        regions: torch.FloatTensor | None,
+        regions: torch.FloatTensor,
         schedule: SelectionSchedule,
         pixel_values: torch.Tensor | None,
         image_index: torch.LongTensor | None,
         image_cache: TripsImageCache | None,
     ) -> torch.Tensor | None:
         """
-        Return the mean over the layers that the text or the image scores, `(num_texts,)`, or `None` without any loss.
-        The target is the text's region, or, of a layer that the image scores, the union of those of the image's texts.
+        Return the mean over the layers that the text or the image scores, `(num_texts,)`, or `None` without any such
+        layer. The target is the text's region, or, of a layer that the image scores, the union of those of the image's
+        texts.
         """
-        by_layer = zip(selection, schedule.selections)
-        scored = [(kept, settings.guidance) for kept, settings in by_layer if settings.guidance != "random"]
-        is_supervised = self.training and self.config.selection_loss_weight > 0
-        # CODEPATH: a weight of 0 turns the loss off, and so does evaluation.
-        if not (is_supervised and scored) or regions is None:
-            return None
-        text_targets = region_targets(regions, self.grid_of(pixel_values, image_cache))
-        targets = {"text": text_targets, "image": text_targets}
+        text_targets = region_targets(regions, self.grid_of(pixel_values, image_cache))  # (num_texts, num_patches)
+        image_targets = text_targets
         if image_index is not None:
-            num_images = len(image_cache.hidden_states if pixel_values is None else pixel_values)
-            targets["image"] = union_of_targets(text_targets, image_index, num_images)
-        losses = [selection_loss(kept.scores, kept.candidate_indices, targets[guide]) for kept, guide in scored]
-        return torch.stack(losses).mean(dim=0)
+            images = image_cache.hidden_states if pixel_values is None else pixel_values
+            image_targets = union_of_targets(text_targets, image_index, num_images=images.shape[0])
+        losses = []
+        for layer, settings in zip(selection, schedule.selections):
+            if settings.guidance != "random":
+                targets = text_targets if settings.guidance == "text" else image_targets
+                losses.append(selection_loss(layer.scores, layer.candidate_indices, targets))
+        return torch.stack(losses).mean(dim=0) if losses else None
 
     @can_return_tuple
     @auto_docstring(custom_args=SHARED_ARGS)
@@ -233,11 +292,24 @@ class TripsModel(TripsPreTrainedModel):
         [(1, 32), (1, 17)]
         ```
         """
-        texts = {"input_ids": input_ids, "token_type_ids": token_type_ids, "inputs_embeds": inputs_embeds}
-        images = {"pixel_values": pixel_values, "image_index": image_index, "image_cache": image_cache}
-        text_output = self.text_model(attention_mask=attention_mask, **texts, **kwargs)
-        options = {"regions": regions, "schedule": schedule, **kwargs}
-        outputs = self.fuse(text_output.last_hidden_state, attention_mask, **images, **options)
+        text_output = self.text_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        outputs = self.fuse(
+            text_states=text_output.last_hidden_state,
+            attention_mask=attention_mask,
+            text_embeds=text_output.pooler_output,
+            pixel_values=pixel_values,
+            image_index=image_index,
+            image_cache=image_cache,
+            regions=regions,
+            schedule=schedule,
+            **kwargs,
+        )
         outputs.text_model_output = text_output
         return outputs
 
@@ -327,7 +399,7 @@ class TripsWritingModel(TripsPreTrainedModel):
 )
 class TripsForConditionalGeneration(TripsWritingModel, GenerationMixin):
     auto_classes: ClassVar[tuple[str, ...]] = ("AutoModelForImageTextToText",)
-    pipeline_class: ClassVar[type[Pipeline] | None] = TripsImageToTextPipeline
+    pipeline_class: ClassVar[type | None] = TripsImageToTextPipeline
     _tied_weights_keys = {"lm_head.decoder.weight": "decoder.embeddings.word_embeddings.weight"}
 
     def __init__(self, config: TripsConfig):
@@ -344,14 +416,15 @@ class TripsForConditionalGeneration(TripsWritingModel, GenerationMixin):
         As in Transformers. A checkpoint of a task without generation has no generation config, so that the special
         tokens come from the decoder's config.
         """
-        decoder_config = self.generation_config
+        defaults = self.generation_config
         super().adjust_generation_fn(*args, **kwargs)
+        loaded = self.generation_config
         names = ["bos_token_id", "eos_token_id"]
-        if self.generation_config.max_length is None:
+        if loaded.max_length is None:
             names.append("max_new_tokens")
         for name in names:
-            if getattr(self.generation_config, name) is None:
-                setattr(self.generation_config, name, getattr(decoder_config, name))
+            if getattr(loaded, name) is None:
+                setattr(loaded, name, getattr(defaults, name))
 
     def get_output_embeddings(self):
         """
@@ -398,23 +471,32 @@ class TripsForConditionalGeneration(TripsWritingModel, GenerationMixin):
     ) -> TripsSeq2SeqLMOutput:
         cache = kwargs.pop("past_key_values", cache)  # the name before Transformers 5.24
         if encoder_outputs is None:
-            texts = {"input_ids": input_ids, "token_type_ids": token_type_ids, "inputs_embeds": inputs_embeds}
-            images = {"pixel_values": pixel_values, "image_index": image_index, "image_cache": image_cache}
-            options = {"regions": regions, "schedule": schedule}
-            encoder_outputs = self.model(attention_mask=attention_mask, **texts, **images, **options, **kwargs)
+            encoder_outputs = self.model(
+                input_ids=input_ids,
+                pixel_values=pixel_values,
+                attention_mask=attention_mask,
+                token_type_ids=token_type_ids,
+                image_index=image_index,
+                image_cache=image_cache,
+                inputs_embeds=inputs_embeds,
+                regions=regions,
+                schedule=schedule,
+                **kwargs,
+            )
         elif not isinstance(encoder_outputs, ModelOutput):
             encoder_outputs = TripsModelOutput(last_hidden_state=encoder_outputs[0])
+        fused_states = encoder_outputs[0]  # (num_texts, text_length, hidden_size)
         if labels is not None:
             use_cache = False
-            _check_labels(labels, loss_weights, text_index, num_texts=len(encoder_outputs[0]))
+            _check_labels(labels, loss_weights, text_index, num_texts=fused_states.shape[0])
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             if labels is None:
                 raise ValueError("Give `labels` or `decoder_input_ids`, or call `generate`.")
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         decoded = self.decoder(
-            decoder_input_ids,
+            input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,
-            encoder_hidden_states=select_rows(encoder_outputs[0], text_index),
+            encoder_hidden_states=select_rows(fused_states, text_index),
             encoder_attention_mask=select_rows(attention_mask, text_index),
             inputs_embeds=decoder_inputs_embeds,
             cache=cache,
@@ -422,14 +504,21 @@ class TripsForConditionalGeneration(TripsWritingModel, GenerationMixin):
             **kwargs,
         )
         logits = self.lm_head(decoded.last_hidden_state)
-        loss = selection_loss = None
+        loss = None
+        selection_loss = None
         if labels is not None:
-            num_tokens, num_items = (labels != -100).sum(dim=-1), kwargs.get("num_items_in_batch")
-            num_items = num_tokens.sum() if num_items is None else num_items
-            loss = label_loss(logits, labels, num_items, loss_weights)
-            if (losses := encoder_outputs.get("selection_losses")) is not None:  # averaged as `label_loss` is
-                selection_loss = (select_rows(losses, text_index) * num_tokens).sum() / num_items
-                loss = loss + self.config.selection_loss_weight * selection_loss
+            token_counts = (labels != -100).sum(dim=-1)  # (num_labels,)
+            num_tokens = kwargs.get("num_items_in_batch")
+            if num_tokens is None:
+                num_tokens = token_counts.sum()
+            selection_losses = select_rows(encoder_outputs.get("selection_losses"), text_index)
+            selection_loss = mean_over_items(selection_losses, token_counts, num_tokens)
+            loss = weighted_sum(
+                [
+                    (1.0, label_loss(logits, labels, num_tokens, loss_weights)),
+                    (self.config.selection_loss_weight, selection_loss),
+                ]
+            )
         return TripsSeq2SeqLMOutput(
             loss=loss,
             selection_loss=selection_loss,
@@ -438,7 +527,7 @@ class TripsForConditionalGeneration(TripsWritingModel, GenerationMixin):
             decoder_hidden_states=decoded.hidden_states,
             decoder_attentions=decoded.attentions,
             cross_attentions=decoded.cross_attentions,
-            encoder_last_hidden_state=encoder_outputs[0],
+            encoder_last_hidden_state=fused_states,
             encoder_hidden_states=encoder_outputs.get("hidden_states"),
             encoder_attentions=encoder_outputs.get("attentions"),
             selection=encoder_outputs.get("selection"),
@@ -564,30 +653,45 @@ class TripsForQuestionAnswering(TripsForConditionalGeneration):
             ValueError: `k` is below 1, or an answer has no tokens.
         """
         labels = answer_ids.masked_fill(answer_ids == self.config.pad_token_id, -100)
-        if k < 1 or (labels[:, 0] == -100).any():
+        is_empty = labels[:, 0] == -100
+        if k < 1 or is_empty.any():
             raise ValueError(
                 f"`k` must be at least 1 (got {k}), and every row of `answer_ids` must begin with a token."
             )
         encoder_outputs = self.model(attention_mask=attention_mask, **inputs)
         num_texts = encoder_outputs.last_hidden_state.shape[0]
         start = torch.full((num_texts, 1), self.config.decoder_start_token_id, device=labels.device)
-        first_logits = self(
-            decoder_input_ids=start, attention_mask=attention_mask, encoder_outputs=encoder_outputs, use_cache=False
-        ).logits[:, 0]
-        first_token_scores = first_logits.float().log_softmax(dim=-1)[:, labels[:, 0]]
-        candidates = first_token_scores.argsort(dim=-1, descending=True, stable=True)[:, :k]
+        first_outputs = self(
+            attention_mask=attention_mask,
+            encoder_outputs=encoder_outputs,
+            decoder_input_ids=start,
+            use_cache=False,
+        )
+        first_token_scores = first_outputs.logits[:, 0].float().log_softmax(dim=-1)  # (num_texts, vocab_size)
+        first_token_scores = first_token_scores[:, labels[:, 0]]  # (num_texts, num_answers)
+        order = first_token_scores.argsort(dim=-1, descending=True, stable=True)
+        candidates = order[:, :k]  # (num_texts, k)
 
-        scores = []
+        chunks = []
         for chunk in candidates.split(answers_per_step, dim=1):
             text_index = torch.arange(num_texts, device=labels.device).repeat_interleave(chunk.shape[1])
-            chunk_scores = self.score_labels(labels[chunk.flatten()], encoder_outputs, attention_mask, text_index)
-            scores.append(chunk_scores.view(chunk.shape))
-        scores = torch.cat(scores, dim=1)
+            chunk_scores = self.score_labels(
+                labels=labels[chunk.flatten()],
+                encoder_outputs=encoder_outputs,
+                attention_mask=attention_mask,
+                text_index=text_index,
+            )
+            chunks.append(chunk_scores.view(chunk.shape))
+        scores = torch.cat(chunks, dim=1)  # (num_texts, k)
         # CODEPATH: ALBEF adds the first stage's score to the whole answer's, which contains it (models/model_vqa.py)
         if self.config.answer_ranking == "albef":
             scores = scores + first_token_scores.gather(1, candidates)
         scores, order = scores.sort(dim=-1, descending=True, stable=True)
-        return TripsAnswerRanking(candidates.gather(1, order), scores, encoder_outputs.selection)
+        return TripsAnswerRanking(
+            answer_indices=candidates.gather(1, order),
+            scores=scores,
+            selection=encoder_outputs.selection,
+        )
 
 
 TripsForQuestionAnswering.register_for_auto_class("AutoModelForVisualQuestionAnswering")

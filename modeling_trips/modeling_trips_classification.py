@@ -23,7 +23,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
 
 from .configuration_trips import SelectionSchedule, TripsConfig
-from .modeling_trips import TripsModel
+from .modeling_trips import TripsModel, mean_over_items, weighted_sum
 from .modeling_trips_text import class_states
 from .modeling_trips_vision import SHARED_ARGS, TripsImageCache, TripsPreTrainedModel, TripsSelection
 
@@ -35,7 +35,7 @@ class TripsForImagesAndTextClassificationOutput(ModelOutput):
     loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
         Cross-entropy of the labels, per text, plus `config.selection_loss_weight * selection_loss`.
     selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
-        Selection supervision, the mean over texts and images. Returned in training, if regions or targets are given.
+        Selection supervision, the mean over texts and images. Returned in training, if regions are given.
     logits (`torch.FloatTensor` of shape `(num_texts, config.num_labels)`):
         Scores of the classes, before the softmax.
     selection (`tuple(TripsSelection)`):
@@ -65,7 +65,10 @@ class TripsImagesAndTextClassificationHead(nn.Module):
         self.out_proj = nn.Linear(hidden_size, config.num_labels)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.out_proj(self.activation_fn(self.LayerNorm(self.dense(hidden_states))))
+        hidden_states = self.dense(hidden_states)
+        hidden_states = self.LayerNorm(hidden_states)
+        hidden_states = self.activation_fn(hidden_states)
+        return self.out_proj(hidden_states)
 
 
 # Own arguments of `forward`
@@ -130,8 +133,13 @@ class TripsForImagesAndTextClassification(TripsPreTrainedModel):
         (1, 2)
         ```
         """
-        texts = {"input_ids": input_ids, "token_type_ids": token_type_ids, "inputs_embeds": inputs_embeds}
-        text_output = self.model.text_model(attention_mask=attention_mask, **texts, **kwargs)
+        text_output = self.model.text_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
         num_texts = text_output.last_hidden_state.shape[0]
         pixel_values, image_index = _flatten_images(pixel_values, image_cache, image_index, num_texts, self.num_images)
 
@@ -139,20 +147,36 @@ class TripsForImagesAndTextClassification(TripsPreTrainedModel):
         text_states = text_output.last_hidden_state.repeat_interleave(self.num_images, dim=0)
         if attention_mask is not None:
             attention_mask = attention_mask.repeat_interleave(self.num_images, dim=0)
-        regions = None if regions is None else regions.flatten(0, 1)
-        images = {"pixel_values": pixel_values, "image_index": image_index, "image_cache": image_cache}
-        fused = self.model.fuse(text_states, attention_mask, **images, regions=regions, schedule=schedule, **kwargs)
+        if regions is not None:
+            regions = regions.flatten(0, 1)  # (num_texts * num_images, 4)
+        fused = self.model.fuse(
+            text_states=text_states,
+            attention_mask=attention_mask,
+            pixel_values=pixel_values,
+            image_index=image_index,
+            image_cache=image_cache,
+            regions=regions,
+            schedule=schedule,
+            **kwargs,
+        )
 
-        logits = self.classifier(class_states(fused.last_hidden_state, attention_mask).reshape(num_texts, -1))
-        loss = selection_loss = None
+        class_state = class_states(fused.last_hidden_state, attention_mask)  # (num_texts * num_images, hidden_size)
+        logits = self.classifier(class_state.reshape(num_texts, -1))
+        loss = None
+        selection_loss = None
         if labels is not None:
-            labels, num_items = labels.to(logits.device), kwargs.get("num_items_in_batch")
-            loss = fixed_cross_entropy(logits.float(), labels, num_items)
-            if fused.selection_losses is not None:
-                losses = fused.selection_losses.view(num_texts, self.num_images).mean(dim=1)
-                counts = labels != -100
-                selection_loss = (losses * counts).sum() / (counts.sum() if num_items is None else num_items)
-                loss = loss + self.config.selection_loss_weight * selection_loss
+            labels = labels.to(logits.device)
+            num_items = kwargs.get("num_items_in_batch")
+            selection_losses = fused.selection_losses
+            if selection_losses is not None:
+                selection_losses = selection_losses.view(num_texts, self.num_images).mean(dim=1)
+            selection_loss = mean_over_items(selection_losses, labels != -100, num_items)
+            loss = weighted_sum(
+                [
+                    (1.0, fixed_cross_entropy(logits.float(), labels, num_items)),
+                    (self.config.selection_loss_weight, selection_loss),
+                ]
+            )
         return TripsForImagesAndTextClassificationOutput(
             loss=loss,
             selection_loss=selection_loss,

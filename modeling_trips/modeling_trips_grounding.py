@@ -22,7 +22,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
 
 from .configuration_trips import SelectionSchedule, TripsConfig
-from .modeling_trips import TripsModel
+from .modeling_trips import TripsModel, mean_over_items, weighted_sum
 from .modeling_trips_text import class_states
 from .modeling_trips_vision import (
     SHARED_ARGS,
@@ -38,7 +38,9 @@ from .patch_selection import SMALLEST_AREA, SMALLEST_ATTENTION, divergence, regi
 # Losses
 
 
-L1_WEIGHT, GIOU_WEIGHT = 5.0, 2.0  # DETR's
+# DETR's weights.
+L1_WEIGHT = 5.0
+GIOU_WEIGHT = 2.0
 
 
 def _areas(boxes: torch.Tensor) -> torch.Tensor:
@@ -47,11 +49,13 @@ def _areas(boxes: torch.Tensor) -> torch.Tensor:
 
 
 def _intersections_and_unions(boxes: torch.Tensor, target_boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    top_left = torch.maximum(boxes[..., :2], target_boxes[..., :2])
-    bottom_right = torch.minimum(boxes[..., 2:], target_boxes[..., 2:])
-    widths, heights = (bottom_right - top_left).clamp(min=0).unbind(-1)
-    intersections = widths * heights
-    return intersections, _areas(boxes) + _areas(target_boxes) - intersections
+    x0, y0, x1, y1 = boxes.unbind(-1)
+    target_x0, target_y0, target_x1, target_y1 = target_boxes.unbind(-1)
+    widths = torch.minimum(x1, target_x1) - torch.maximum(x0, target_x0)
+    heights = torch.minimum(y1, target_y1) - torch.maximum(y0, target_y0)
+    intersections = widths.clamp(min=0) * heights.clamp(min=0)
+    unions = _areas(boxes) + _areas(target_boxes) - intersections
+    return intersections, unions
 
 
 def paired_box_iou(boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor:
@@ -71,9 +75,11 @@ def generalized_box_iou_loss(boxes: torch.Tensor, target_boxes: torch.Tensor) ->
     intersections, unions = _intersections_and_unions(boxes, target_boxes)
     top_left = torch.minimum(boxes[..., :2], target_boxes[..., :2])
     bottom_right = torch.maximum(boxes[..., 2:], target_boxes[..., 2:])
-    enclosing = _areas(torch.cat((top_left, bottom_right), dim=-1))
+    enclosing_boxes = torch.cat((top_left, bottom_right), dim=-1)
+    enclosing_areas = _areas(enclosing_boxes)
     iou = intersections / unions.clamp(min=SMALLEST_AREA)
-    return 1 - iou + (enclosing - unions) / enclosing.clamp(min=SMALLEST_AREA)
+    empty_share = (enclosing_areas - unions) / enclosing_areas.clamp(min=SMALLEST_AREA)
+    return 1 - iou + empty_share
 
 
 def attention_losses(
@@ -95,10 +101,11 @@ def attention_losses(
     """
     indices = indices.to(weights.device).expand_as(weights)
     is_patch = indices >= 0
-    to_fused = weights.masked_fill(is_patch, 0.0).sum(dim=-1, keepdim=True)
-    weights = weights / (1.0 - to_fused).clamp(min=SMALLEST_ATTENTION)
-    targets = region_targets(regions.to(weights.device), grid_size)
-    return divergence(weights, targets.gather(1, indices.clamp(min=0)) * is_patch)
+    weight_of_fused = weights.masked_fill(is_patch, 0.0).sum(dim=-1, keepdim=True)  # (num_texts, 1)
+    weights = weights / (1.0 - weight_of_fused).clamp(min=SMALLEST_ATTENTION)
+    patch_targets = region_targets(regions.to(weights.device), grid_size)  # (num_texts, num_patches)
+    targets = patch_targets.gather(1, indices.clamp(min=0))  # (num_texts, num_tokens)
+    return divergence(weights, targets * is_patch)
 
 
 # Head
@@ -153,11 +160,18 @@ class TripsBoxHead(nn.Module):
 
     def __init__(self, config: TripsConfig):
         super().__init__()
-        hidden_size, image_hidden_size = config.fusion_encoder_config.hidden_size, config.vision_config.hidden_size
+        hidden_size = config.fusion_encoder_config.hidden_size
+        image_hidden_size = config.vision_config.hidden_size
         self.query = nn.Linear(hidden_size, hidden_size)
         self.key = nn.Linear(image_hidden_size, hidden_size)
         self.value = nn.Linear(image_hidden_size, hidden_size)
-        self.layers = nn.ModuleList(nn.Linear(hidden_size, size) for size in (hidden_size, hidden_size, 4))
+        self.layers = nn.ModuleList(
+            [
+                nn.Linear(hidden_size, hidden_size),
+                nn.Linear(hidden_size, hidden_size),
+                nn.Linear(hidden_size, 4),
+            ]
+        )
 
     def forward(
         self,
@@ -175,15 +189,25 @@ class TripsBoxHead(nn.Module):
             `torch.Tensor` of shape `(num_texts, 4)`: boxes (center_x, center_y, width, height), float32, in [0, 1].
             `torch.Tensor` of shape `(num_texts, num_tokens)`: attention to each token, float32; rows sum to 1.
         """
-        query, keys, values = self.query(hidden_states), self.key(image_states), self.value(image_states)
-        scores = (keys @ query[:, :, None])[..., 0] / query.shape[-1] ** 0.5
-        weights = scores.float().softmax(dim=-1)
-        reference = (weights[..., None] * image_centers).sum(dim=1).logit()  # no matmul: autocast rounds positions
-        hidden_states = hidden_states + (weights[:, None].to(values.dtype) @ values)[:, 0]
+        query = self.query(hidden_states)  # (num_texts, hidden_size)
+        key = self.key(image_states)  # (num_texts, num_tokens, hidden_size)
+        value = self.value(image_states)
+        logits = key @ query[:, :, None]  # (num_texts, num_tokens, 1)
+        logits = logits[..., 0] / query.shape[-1] ** 0.5
+        weights = logits.float().softmax(dim=-1)
+
+        # Not a matmul: autocast would round the positions.
+        reference_point = (weights[..., None] * image_centers).sum(dim=1).logit()  # (num_texts, 2)
+
+        attn_output = weights[:, None].to(value.dtype) @ value  # (num_texts, 1, hidden_size)
+        hidden_states = hidden_states + attn_output[:, 0]
         for layer in self.layers[:-1]:
-            hidden_states = nn.functional.relu(layer(hidden_states))
-        offset, size = self.layers[-1](hidden_states).float().split(2, dim=-1)
-        return torch.cat((reference + offset, size), dim=-1).sigmoid(), weights
+            hidden_states = layer(hidden_states)
+            hidden_states = nn.functional.relu(hidden_states)
+        box = self.layers[-1](hidden_states).float()  # (num_texts, 4)
+        offset, size = box.split(2, dim=-1)
+        boxes = torch.cat((reference_point + offset, size), dim=-1).sigmoid()
+        return boxes, weights
 
 
 def token_indices(selection: tuple[TripsSelection, ...], image_states: torch.Tensor) -> torch.LongTensor:
@@ -191,10 +215,10 @@ def token_indices(selection: tuple[TripsSelection, ...], image_states: torch.Ten
     Return the patch of each image token after [CLS], `(num_texts or 1, num_tokens)`: its row-major index, negative for
     a fused token.
     """
-    num_tokens, device = image_states.shape[1], image_states.device
-    if selection:
-        return next_candidates(selection[-1], num_tokens).to(device)
-    return torch.arange(num_tokens, device=device)[None]
+    num_tokens = image_states.shape[1]
+    if not selection:
+        return torch.arange(num_tokens, device=image_states.device)[None]
+    return next_candidates(selection[-1], num_tokens).to(image_states.device)
 
 
 def token_centers(indices: torch.LongTensor, grid_size: tuple[int, int]) -> torch.Tensor:
@@ -202,10 +226,13 @@ def token_centers(indices: torch.LongTensor, grid_size: tuple[int, int]) -> torc
     Return the centers (x, y) of patches, `(num_texts or 1, num_tokens, 2)`, float32, in [0, 1]. Fused tokens (see
     `token_indices`) get the center of the image.
     """
-    rows, columns = grid_size
-    x = (indices % columns + 0.5) / columns
-    y = (indices.div(columns, rounding_mode="floor") + 0.5) / rows
-    return torch.stack((x, y), dim=-1).masked_fill(indices[..., None] < 0, 0.5)
+    num_rows, num_columns = grid_size
+    columns = indices % num_columns
+    rows = indices.div(num_columns, rounding_mode="floor")
+    x = (columns + 0.5) / num_columns
+    y = (rows + 0.5) / num_rows
+    centers = torch.stack((x, y), dim=-1)
+    return centers.masked_fill(indices[..., None] < 0, 0.5)
 
 
 @auto_docstring(
@@ -251,47 +278,58 @@ class TripsForVisualGrounding(TripsPreTrainedModel):
         (1, 4)
         ```
         """
-        texts = {"input_ids": input_ids, "token_type_ids": token_type_ids, "inputs_embeds": inputs_embeds}
-        images = {"pixel_values": pixel_values, "image_index": image_index, "image_cache": image_cache}
         outputs = self.model(
-            attention_mask=attention_mask, **texts, **images, regions=labels, schedule=schedule, **kwargs
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            image_index=image_index,
+            image_cache=image_cache,
+            inputs_embeds=inputs_embeds,
+            regions=labels,
+            schedule=schedule,
+            **kwargs,
         )
         vision = outputs.vision_model_output
-        image_states = select_rows(vision.last_hidden_state, vision.image_index)[:, 1:]
+        image_states = select_rows(vision.last_hidden_state, vision.image_index)
+        image_states = image_states[:, 1:]  # (num_texts, num_tokens, image_hidden_size)
         grid_size = self.model.grid_of(pixel_values, image_cache)
         indices = token_indices(outputs.selection, image_states)
-        class_state = class_states(outputs.last_hidden_state, attention_mask)
+        class_state = class_states(outputs.last_hidden_state, attention_mask)  # (num_texts, hidden_size)
         pred_boxes, weights = self.box_head(class_state, image_states, token_centers(indices, grid_size))
-        losses = {}
+        loss = None
+        l1_loss = None
+        giou_loss = None
+        selection_loss = None
+        attention_loss = None
         if labels is not None:
-            text_losses = {"selection_loss": outputs.selection_losses}
+            num_items = kwargs.get("num_items_in_batch")
+            l1_loss, giou_loss = box_losses(pred_boxes, labels, num_items)
+            selection_loss = mean_over_boxes(outputs.selection_losses, num_items)
             # CODEPATH: a weight of 0, the default, leaves the loss out.
             if self.training and self.config.attention_loss_weight > 0:
-                text_losses["attention_loss"] = attention_losses(weights, indices, labels, grid_size)
-            losses = self.losses(pred_boxes, labels, text_losses, kwargs.get("num_items_in_batch"))
+                losses = attention_losses(weights, indices, labels, grid_size)
+                attention_loss = mean_over_boxes(losses, num_items)
+            loss = weighted_sum(
+                [
+                    (L1_WEIGHT, l1_loss),
+                    (GIOU_WEIGHT, giou_loss),
+                    (self.config.selection_loss_weight, selection_loss),
+                    (self.config.attention_loss_weight, attention_loss),
+                ]
+            )
         return TripsVisualGroundingOutput(
-            **losses,
+            loss=loss,
+            l1_loss=l1_loss,
+            giou_loss=giou_loss,
+            selection_loss=selection_loss,
+            attention_loss=attention_loss,
             pred_boxes=pred_boxes,
             selection=outputs.selection,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
         )
-
-    def losses(
-        self,
-        pred_boxes: torch.Tensor,
-        labels: torch.Tensor,
-        text_losses: dict[str, torch.Tensor | None],
-        num_items: int | torch.Tensor | None,
-    ) -> dict[str, torch.Tensor | None]:
-        """Return the loss, and the means over boxes of its parts, by name."""
-        l1_loss, giou_loss = box_losses(pred_boxes, labels, num_items)
-        means = {name: None if own is None else mean_over_boxes(own, num_items) for name, own in text_losses.items()}
-        weights = [L1_WEIGHT, GIOU_WEIGHT, *(getattr(self.config, f"{name}_weight") for name in means)]
-        losses = {"l1_loss": l1_loss, "giou_loss": giou_loss, **means}
-        loss = sum(weight * own for weight, own in zip(weights, losses.values()) if own is not None)
-        return {"loss": loss, **losses}
 
 
 def box_losses(
@@ -308,14 +346,21 @@ def box_losses(
             f"`labels` must have shape {tuple(pred_boxes.shape)}, one box per text, got {tuple(labels.shape)}."
         )
     labels = labels.to(pred_boxes)
-    l1_losses = (pred_boxes - labels).abs().sum(dim=-1)
+    l1_losses = (pred_boxes - labels).abs().sum(dim=-1)  # (num_texts,)
     giou_losses = generalized_box_iou_loss(center_to_corners_format(pred_boxes), center_to_corners_format(labels))
-    return mean_over_boxes(l1_losses, num_items_in_batch), mean_over_boxes(giou_losses, num_items_in_batch)
+    l1_loss = mean_over_boxes(l1_losses, num_items_in_batch)
+    giou_loss = mean_over_boxes(giou_losses, num_items_in_batch)
+    return l1_loss, giou_loss
 
 
-def mean_over_boxes(losses: torch.Tensor, num_items_in_batch: int | torch.Tensor | None = None) -> torch.Tensor:
-    """Return the mean of the losses, `(num_texts,)`, over the whole batch if its number of items is given."""
-    return losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch / 4)
+def mean_over_boxes(
+    losses: torch.Tensor | None, num_items_in_batch: int | torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """Return [`mean_over_items`] of the losses, `(num_texts,)`, with four items per box."""
+    if losses is None:
+        return None
+    num_boxes = None if num_items_in_batch is None else num_items_in_batch / 4
+    return mean_over_items(losses, torch.ones_like(losses), num_boxes)
 
 
 TripsForVisualGrounding.register_for_auto_class("AutoModelForZeroShotObjectDetection")

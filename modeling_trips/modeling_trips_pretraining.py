@@ -19,7 +19,6 @@ Images with equal ids are the same image. The captions of one image are never ne
 image is in the batch twice.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,7 +31,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, 
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_trips import SelectionSchedule, TripsConfig
-from .modeling_trips import TripsModel, TripsWritingModel, label_loss
+from .modeling_trips import TripsModel, TripsWritingModel, label_loss, mean_over_items, weighted_sum
 from .modeling_trips_text import TripsLMHead, class_states
 from .modeling_trips_vision import (
     SHARED_ARGS,
@@ -48,12 +47,6 @@ from .pipeline_trips_retrieval import TripsZeroShotImageClassificationPipeline
 
 
 # Losses
-
-
-def weighted_sum(weighted_losses: Iterable[tuple[float, torch.Tensor | None]]) -> torch.Tensor | None:
-    """Return the sum of pairs of weight and loss, without losses that are `None`; `None` if all of them are."""
-    losses = [weight * loss for weight, loss in weighted_losses if loss is not None]
-    return sum(losses) if losses else None
 
 
 def num_processes() -> int:
@@ -123,14 +116,16 @@ def retrieval_loss(
             ignored.
         teacher_weight (`float`, *optional*, defaults to 0.0): Share of the teacher in the targets (ALBEF's alpha).
     """
-    logits = similarity(queries, candidates, temperature)
-    same_image = (query_ids[:, None] == candidate_ids).float()
-    targets = same_image / same_image.sum(dim=-1, keepdim=True).clamp_min(1.0)
+    logits = similarity(queries, candidates, temperature)  # (num_queries, num_candidates)
+    is_same_image = (query_ids[:, None] == candidate_ids).float()
+    targets = is_same_image / is_same_image.sum(dim=-1, keepdim=True).clamp_min(1.0)
     if teacher_queries is not None:
-        absent = candidate_ids == -1
-        logits = logits.masked_fill(absent, LOWEST_LOGIT)
-        teacher_logits = similarity(teacher_queries, candidates, temperature).masked_fill(absent, LOWEST_LOGIT)
-        targets = teacher_weight * teacher_logits.detach().softmax(dim=-1) + (1.0 - teacher_weight) * targets
+        is_absent = candidate_ids == -1
+        logits = logits.masked_fill(is_absent, LOWEST_LOGIT)
+        teacher_logits = similarity(teacher_queries, candidates, temperature)
+        teacher_logits = teacher_logits.masked_fill(is_absent, LOWEST_LOGIT)
+        teacher_targets = teacher_logits.detach().softmax(dim=-1)
+        targets = teacher_weight * teacher_targets + (1.0 - teacher_weight) * targets
     return nn.functional.cross_entropy(logits, targets.to(logits.dtype))
 
 
@@ -182,20 +177,38 @@ def contrastive_loss(
     """
     if teacher is None:
         image_counts, text_counts = row_counts(image_ids, text_image_ids)
+        all_image_embeds = gather_with_gradient(image_embeds, image_counts)
+        all_image_ids = gather_with_gradient(image_ids, image_counts)
+        all_text_embeds = gather_with_gradient(text_embeds, text_counts)
+        all_text_image_ids = gather_with_gradient(text_image_ids, text_counts)
         teacher = TeacherOutput(
-            images=tuple(gather_with_gradient(rows, image_counts) for rows in (image_embeds, image_ids)),
-            texts=tuple(gather_with_gradient(rows, text_counts) for rows in (text_embeds, text_image_ids)),
+            images=(all_image_embeds, all_image_ids),
+            texts=(all_text_embeds, all_text_image_ids),
             num_images=sum(image_counts),
             num_texts=sum(text_counts),
         )
-    settings = {"temperature": temperature, "teacher_weight": teacher_weight}
+    candidate_texts, candidate_text_ids = teacher.texts
     loss_per_image = retrieval_loss(
-        image_embeds, image_ids, *teacher.texts, teacher_queries=teacher.image_embeds, **settings
+        queries=image_embeds,
+        query_ids=image_ids,
+        candidates=candidate_texts,
+        candidate_ids=candidate_text_ids,
+        temperature=temperature,
+        teacher_queries=teacher.image_embeds,
+        teacher_weight=teacher_weight,
     )
+    candidate_images, candidate_image_ids = teacher.images
     loss_per_text = retrieval_loss(
-        text_embeds, text_image_ids, *teacher.images, teacher_queries=teacher.text_embeds, **settings
+        queries=text_embeds,
+        query_ids=text_image_ids,
+        candidates=candidate_images,
+        candidate_ids=candidate_image_ids,
+        temperature=temperature,
+        teacher_queries=teacher.text_embeds,
+        teacher_weight=teacher_weight,
     )
-    image_share, text_share = len(image_ids) / teacher.num_images, len(text_image_ids) / teacher.num_texts
+    image_share = len(image_ids) / teacher.num_images
+    text_share = len(text_image_ids) / teacher.num_texts
     return num_processes() * (image_share * loss_per_image + text_share * loss_per_text) / 2
 
 
@@ -329,14 +342,14 @@ def masked_language_loss(
         labels (`torch.LongTensor` of shape `(num_texts, text_length)`): -100 for tokens that are not masked. If there
             is no other, the loss is 0.
     """
-    log_probabilities = logits.float().log_softmax(dim=-1)
-    masked = labels != -100
+    log_probabilities = logits.float().log_softmax(dim=-1)  # (num_texts, text_length, vocab_size)
+    is_masked = labels != -100
     losses = nn.functional.nll_loss(log_probabilities.transpose(1, 2), labels, reduction="none")
     if teacher_logits is not None:
-        guesses = teacher_logits.detach().float().softmax(dim=-1)
-        soft_losses = -(guesses * log_probabilities).sum(dim=-1) * masked
-        losses = teacher_weight * soft_losses + (1.0 - teacher_weight) * losses
-    return losses.sum() / mean_count(masked.sum())
+        teacher_targets = teacher_logits.detach().float().softmax(dim=-1)
+        teacher_losses = -(teacher_targets * log_probabilities).sum(dim=-1) * is_masked
+        losses = teacher_weight * teacher_losses + (1.0 - teacher_weight) * losses
+    return losses.sum() / mean_count(is_masked.sum())
 
 
 # Retrieval
@@ -359,7 +372,7 @@ class TripsRetrievalOutput(ModelOutput):
         Image-text matching loss.
     selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
         Selection supervision of the texts in their own images, the mean over the texts. Returned in training, if
-        regions or targets are given and there is a matching loss.
+        regions are given and there is a matching loss.
     logits_per_image (`torch.FloatTensor` of shape `(num_images, num_texts)`, *optional*):
         Similarity of each image to each text of this process, divided by the temperature.
     logits_per_text (`torch.FloatTensor` of shape `(num_texts, num_images)`, *optional*):
@@ -502,7 +515,9 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
             The output of the text encoder. Its `pooler_output`, of shape `(num_texts, projection_dim)` and float32 or
             wider, holds the normalized features. Its `last_hidden_state` can be passed to `match` as `text_states`.
         """
-        text_outputs = self.model.text_model(input_ids, attention_mask, token_type_ids, **kwargs)
+        text_outputs = self.model.text_model(
+            input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, **kwargs
+        )
         text_outputs.pooler_output = _normalized(self.text_proj(text_outputs.pooler_output))
         return text_outputs
 
@@ -520,8 +535,9 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
             The output of the vision tower without a text. Its `pooler_output`, of shape `(num_images, projection_dim)`
             and float32 or wider, holds the normalized features.
         """
-        images = {"pixel_values": pixel_values, "image_cache": image_cache}
-        vision_outputs = self.model.vision_model(**images, schedule=schedule, **kwargs)
+        vision_outputs = self.model.vision_model(
+            pixel_values=pixel_values, image_cache=image_cache, schedule=schedule, **kwargs
+        )
         vision_outputs.pooler_output = _normalized(self.vision_proj(vision_outputs.pooler_output))
         return vision_outputs
 
@@ -548,12 +564,24 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         if (input_ids is None) == (text_states is None):
             raise ValueError("Specify exactly one of `input_ids` and `text_states`.")
         if text_states is None:
-            text_states = self.model.text_model(input_ids, attention_mask, token_type_ids, **kwargs).last_hidden_state
-        text_states, attention_mask = select_rows(text_states, text_index), select_rows(attention_mask, text_index)
-        images = {"pixel_values": pixel_values, "image_index": image_index, "image_cache": image_cache}
-        fused = self.model.fuse(text_states, attention_mask, schedule=schedule, **images, **kwargs)
+            text_outputs = self.model.text_model(
+                input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, **kwargs
+            )
+            text_states = text_outputs.last_hidden_state
+        text_states = select_rows(text_states, text_index)  # (num_pairs, text_length, hidden_size)
+        attention_mask = select_rows(attention_mask, text_index)
+        fused = self.model.fuse(
+            text_states=text_states,
+            attention_mask=attention_mask,
+            pixel_values=pixel_values,
+            image_index=image_index,
+            image_cache=image_cache,
+            schedule=schedule,
+            **kwargs,
+        )
+        class_state = class_states(fused.last_hidden_state, attention_mask)  # (num_pairs, hidden_size)
         return TripsMatchingOutput(
-            itm_logits=self.itm_head(class_states(fused.last_hidden_state, attention_mask)),
+            itm_logits=self.itm_head(class_state),
             selection=fused.selection,
             hidden_states=fused.hidden_states,
             attentions=fused.attentions,
@@ -563,8 +591,8 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
 
     def compare(self, text_outputs, image_outputs) -> TripsRetrievalOutput:
         """Return the similarities of all images and texts."""
-        image_embeds, text_embeds = image_outputs.pooler_output, text_outputs.pooler_output
-        image_embeds = image_embeds.to(text_embeds.device)  # the parts may lie on several devices
+        text_embeds = text_outputs.pooler_output
+        image_embeds = image_outputs.pooler_output.to(text_embeds.device)  # the parts may lie on several devices
         logits_per_text = similarity(text_embeds, image_embeds, self.temp())
         return TripsRetrievalOutput(
             logits_per_image=logits_per_text.T,
@@ -586,52 +614,102 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         teacher: TeacherOutput | None = None,
         teacher_weight: float = 0.0,
         regions: torch.Tensor | None = None,
+        schedule: SelectionSchedule | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> dict:
-        """Return the losses and the other fields of the output of `forward`."""
-        text_states = text_outputs.last_hidden_state
-        image_index, image_ids = check_captions(text_states, len(image_cache.hidden_states), image_index, image_ids)
-        pair_ids = image_ids[image_index]
+    ) -> TripsRetrievalOutput:
+        """Return the losses of contrast, matching and supervision, and the other fields of the output of `forward`."""
         config = self.config
-        itc_loss = itm_loss = selection_loss = None
-        outputs = {"text_embeds": text_outputs.pooler_output, "text_model_output": text_outputs}
+        num_images = image_cache.hidden_states.shape[0]
+        image_index, image_ids = check_captions(text_outputs.last_hidden_state, num_images, image_index, image_ids)
+        pair_ids = image_ids[image_index]  # (num_texts,)
+        outputs = TripsRetrievalOutput(text_embeds=text_outputs.pooler_output, text_model_output=text_outputs)
         pair_logits = torch.zeros(len(pair_ids), len(pair_ids), device=pair_ids.device)
+        itc_loss = None
+        itm_loss = None
+        selection_loss = None
+        itm_logits = None
         # CODEPATH: a weight of 0 leaves out a loss and its compute.
         if config.itc_weight > 0:
-            outputs = self.compare(text_outputs, self.get_image_features(image_cache=image_cache, **kwargs))
+            image_outputs = self.get_image_features(image_cache=image_cache, schedule=schedule, **kwargs)
+            outputs = self.compare(text_outputs, image_outputs)
             itc_loss = contrastive_loss(
-                outputs.image_embeds,
-                outputs.text_embeds,
+                image_embeds=outputs.image_embeds,
+                text_embeds=outputs.text_embeds,
                 temperature=self.temp(),
                 image_ids=image_ids,
                 text_image_ids=pair_ids,
                 teacher=teacher,
                 teacher_weight=teacher_weight,
             )
-            pair_logits = outputs.logits_per_text[:, image_index]
-        # CODEPATH: as above.
+            pair_logits = outputs.logits_per_text[:, image_index]  # (num_texts, num_texts)
+        selection = outputs.selection
         if config.itm_weight > 0:
             pairs = matching_pairs(pair_logits, pair_ids)
-            if regions is not None:  # zeros for the negative pairs, which come last: no supervision
-                regions = nn.functional.pad(regions, (0, 0, 0, len(pairs.labels) - len(regions)))
-            matched = self.match(
-                attention_mask=attention_mask,
-                image_index=image_index[pairs.image_index],
+            matched = self.match_pairs(
+                pairs,
+                text_states=text_outputs.last_hidden_state,
                 image_cache=image_cache,
-                text_states=text_states,
-                text_index=pairs.text_index,
+                attention_mask=attention_mask,
+                image_index=image_index,
                 regions=regions,
+                schedule=schedule,
                 **kwargs,
             )
-            itm_loss = matching_loss(matched.itm_logits, pairs.labels, pairs.weights)
-            if matched.selection_losses is not None:
-                selection_loss = matched.selection_losses.sum() / mean_count(pair_ids.new_full((), len(pair_ids)))
+            itm_logits = matched.itm_logits
+            itm_loss = matching_loss(itm_logits, pairs.labels, pairs.weights)
             true_pairs = torch.arange(len(pair_ids), device=pair_ids.device)
             selection = selection_rows(matched.selection, true_pairs)
-            outputs = {**outputs, "itm_logits": matched.itm_logits, "selection": selection}
-        losses = {"itc_loss": itc_loss, "itm_loss": itm_loss, "selection_loss": selection_loss}
-        weights = (config.itc_weight, config.itm_weight, config.selection_loss_weight)
-        return {**outputs, **losses, "loss": weighted_sum(zip(weights, losses.values()))}
+            if matched.selection_losses is not None:
+                # Over the true pairs of all processes; the losses of the others are 0.
+                num_true_pairs = mean_count(pair_ids.new_full((), len(pair_ids)))
+                item_counts = torch.ones_like(pairs.labels)
+                selection_loss = mean_over_items(matched.selection_losses, item_counts, num_true_pairs)
+        loss = weighted_sum(
+            [
+                (config.itc_weight, itc_loss),
+                (config.itm_weight, itm_loss),
+                (config.selection_loss_weight, selection_loss),
+            ]
+        )
+        return TripsRetrievalOutput(
+            loss=loss,
+            itc_loss=itc_loss,
+            itm_loss=itm_loss,
+            selection_loss=selection_loss,
+            logits_per_image=outputs.logits_per_image,
+            logits_per_text=outputs.logits_per_text,
+            itm_logits=itm_logits,
+            image_embeds=outputs.image_embeds,
+            text_embeds=outputs.text_embeds,
+            selection=selection,
+            text_model_output=outputs.text_model_output,
+            vision_model_output=outputs.vision_model_output,
+        )
+
+    def match_pairs(
+        self,
+        pairs: MatchingPairs,
+        text_states: torch.Tensor,
+        image_cache: TripsImageCache,
+        attention_mask: torch.Tensor | None,
+        image_index: torch.LongTensor,
+        regions: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TripsMatchingOutput:
+        """Score the pairs of the matching loss. `regions` are those of the true pairs."""
+        if regions is not None:
+            # The negative pairs, which come last, have no supervision: their regions have no area.
+            num_negatives = len(pairs.labels) - len(regions)
+            regions = nn.functional.pad(regions, (0, 0, 0, num_negatives))  # (num_pairs, 4)
+        return self.match(
+            attention_mask=attention_mask,
+            image_index=image_index[pairs.image_index],
+            image_cache=image_cache,
+            text_states=text_states,
+            text_index=pairs.text_index,
+            regions=regions,
+            **kwargs,
+        )
 
 
 @auto_docstring(
@@ -681,23 +759,26 @@ class TripsForRetrieval(TripsContrastiveModel):
         """
         if return_loss is None:
             return_loss = image_ids is not None
-        text_outputs = self.get_text_features(input_ids, attention_mask, token_type_ids, **kwargs)
-        if return_loss:
-            image_cache = self.model.encode_images(pixel_values, schedule=schedule, **kwargs)
-            outputs = self.pair_losses(
-                text_outputs,
-                image_cache,
-                attention_mask=attention_mask,
-                image_index=image_index,
-                image_ids=image_ids,
-                regions=regions,
-                schedule=schedule,
-                **kwargs,
-            )
-            if outputs["loss"] is None:
-                raise ValueError("`itc_weight` and `itm_weight` are both 0. Set one of them to get a loss.")
-            return TripsRetrievalOutput(**outputs)
-        return self.compare(text_outputs, self.get_image_features(pixel_values, schedule=schedule, **kwargs))
+        text_outputs = self.get_text_features(
+            input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, **kwargs
+        )
+        if not return_loss:
+            image_outputs = self.get_image_features(pixel_values=pixel_values, schedule=schedule, **kwargs)
+            return self.compare(text_outputs, image_outputs)
+        image_cache = self.model.encode_images(pixel_values, schedule=schedule, **kwargs)
+        outputs = self.pair_losses(
+            text_outputs,
+            image_cache,
+            attention_mask=attention_mask,
+            image_index=image_index,
+            image_ids=image_ids,
+            regions=regions,
+            schedule=schedule,
+            **kwargs,
+        )
+        if outputs.loss is None:
+            raise ValueError("`itc_weight` and `itm_weight` are both 0. Set one of them to get a loss.")
+        return outputs
 
 
 def _normalized(embeds: torch.Tensor) -> torch.Tensor:
@@ -832,37 +913,54 @@ class TripsForPreTraining(TripsContrastiveModel, TripsWritingModel):
         """
         config = self.config
         image_cache = self.model.encode_images(pixel_values, schedule=schedule, **kwargs)
-        text_outputs = self.get_text_features(input_ids, attention_mask, token_type_ids, **kwargs)
-        images = {"image_cache": image_cache, "image_index": image_index, "schedule": schedule}
+        text_outputs = self.get_text_features(
+            input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, **kwargs
+        )
         outputs = self.pair_losses(
             text_outputs,
+            image_cache,
             attention_mask=attention_mask,
+            image_index=image_index,
             image_ids=image_ids,
             teacher=teacher,
             teacher_weight=teacher_weight,
             regions=regions,
-            **images,
+            schedule=schedule,
             **kwargs,
         )
-        mlm_loss = prefix_lm_loss = mlm_logits = None
+        mlm_loss = None
+        mlm_logits = None
+        prefix_lm_loss = None
         # CODEPATH: a weight of 0 leaves out an objective and its compute.
         if config.mlm_weight > 0 and mlm_labels is not None:
-            masked = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
-            mlm_logits = self.masked_token_logits(mlm_input_ids, **masked, **images, **kwargs)
+            mlm_logits = self.masked_token_logits(
+                mlm_input_ids=mlm_input_ids,
+                attention_mask=attention_mask,
+                token_type_ids=token_type_ids,
+                image_index=image_index,
+                image_cache=image_cache,
+                schedule=schedule,
+                **kwargs,
+            )
             teacher_logits = None if teacher is None else teacher.mlm_logits
             mlm_loss = masked_language_loss(mlm_logits, mlm_labels, teacher_logits, teacher_weight)
-        # CODEPATH: as above.
         if config.prefix_lm_weight > 0 and labels is not None:
-            prompts = {"prompt_input_ids": prompt_input_ids, "prompt_attention_mask": prompt_attention_mask}
-            logits = self.continuation_logits(labels=labels, **prompts, **images, **kwargs)
+            logits = self.continuation_logits(
+                prompt_input_ids=prompt_input_ids,
+                prompt_attention_mask=prompt_attention_mask,
+                image_index=image_index,
+                image_cache=image_cache,
+                labels=labels,
+                schedule=schedule,
+                **kwargs,
+            )
             num_tokens = mean_count((labels != -100).sum())  # 0 if all texts are too short to be cut
             prefix_lm_loss = label_loss(logits, labels, num_tokens)
-        outputs["loss"] = weighted_sum(
-            [(1.0, outputs["loss"]), (config.mlm_weight, mlm_loss), (config.prefix_lm_weight, prefix_lm_loss)]
+        loss = weighted_sum(
+            [(1.0, outputs.loss), (config.mlm_weight, mlm_loss), (config.prefix_lm_weight, prefix_lm_loss)]
         )
-        return TripsForPreTrainingOutput(
-            **outputs, mlm_loss=mlm_loss, prefix_lm_loss=prefix_lm_loss, mlm_logits=mlm_logits
-        )
+        further = {"loss": loss, "mlm_loss": mlm_loss, "prefix_lm_loss": prefix_lm_loss, "mlm_logits": mlm_logits}
+        return TripsForPreTrainingOutput(**{**outputs, **further})
 
     def masked_token_logits(
         self,
@@ -877,8 +975,14 @@ class TripsForPreTraining(TripsContrastiveModel, TripsWritingModel):
         Return the scores of the masked texts' tokens, `(num_texts, text_length, vocab_size)`. Arguments as in
         `forward`; `image_cache` is the result of `model.encode_images`.
         """
-        masked = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        fused = self.model(mlm_input_ids, **masked, image_index=image_index, image_cache=image_cache, **kwargs)
+        fused = self.model(
+            input_ids=mlm_input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            image_index=image_index,
+            image_cache=image_cache,
+            **kwargs,
+        )
         return self.mlm_score(fused.last_hidden_state)
 
     def continuation_logits(
@@ -895,10 +999,16 @@ class TripsForPreTraining(TripsContrastiveModel, TripsWritingModel):
         Return the scores of each label given the labels before it, `(num_texts, label_length, vocab_size)`. Arguments
         as in `forward` and `masked_token_logits`.
         """
-        images = {"image_index": image_index, "image_cache": image_cache, "schedule": schedule}
-        fused = self.model(prompt_input_ids, attention_mask=prompt_attention_mask, **images, **kwargs)
+        fused = self.model(
+            input_ids=prompt_input_ids,
+            attention_mask=prompt_attention_mask,
+            image_index=image_index,
+            image_cache=image_cache,
+            schedule=schedule,
+            **kwargs,
+        )
         decoded = self.decoder(
-            self.prepare_decoder_input_ids_from_labels(labels),
+            input_ids=self.prepare_decoder_input_ids_from_labels(labels),
             encoder_hidden_states=fused.last_hidden_state,
             encoder_attention_mask=prompt_attention_mask,
             use_cache=False,

@@ -299,14 +299,14 @@ class TripsConnectedLayer(TripsTextLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The mask of `encoder_key_info` is that of all tokens."""
         text_length = hidden_states.shape[1]
+        num_image_tokens = encoder_hidden_states.shape[1]
         joint_states = torch.cat((hidden_states, encoder_hidden_states), dim=1)
         joint_key_info = encoder_key_info
         if encoder_key_info.gate is not None:
             joint_gate = nn.functional.pad(encoder_key_info.gate, (text_length, 0), value=1.0)
             joint_key_info = encoder_key_info._replace(gate=joint_gate)
         joint_states = super().forward(joint_states, joint_key_info, **kwargs)
-        text_states = joint_states[:, :text_length]
-        image_states = joint_states[:, text_length:]
+        text_states, image_states = joint_states.split((text_length, num_image_tokens), dim=1)
         return text_states, encoder_hidden_states + image_states
 
 

@@ -178,13 +178,14 @@ class TripsGraphModel(TripsModel):
         self,
         text_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        text_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_index: torch.LongTensor | None = None,
         image_cache: TripsImageCache | None = None,
         regions: torch.FloatTensor | None = None,
         **kwargs,
     ) -> TripsModelOutput:
-        """As in the parent."""
+        """As in the parent. The graph pools `text_states` itself."""
         check_image_source(pixel_values, image_cache)
         if image_cache is None:
             image_cache = self.encode_images(pixel_values)

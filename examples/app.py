@@ -47,13 +47,15 @@ from trips_examples.ask import (
 )
 
 
-MAX_QUESTIONS, MAX_LENGTH = 6, 300
+MAX_QUESTIONS = 6
+MAX_LENGTH = 300
 DELETION = (60, 600)  # every minute, files that are older than ten minutes
 
 
 def questions_of(lines: str) -> list[str]:
     """Return the questions, one per line. Raise a `ValueError` with a message for visitors if there is a mistake."""
-    questions = [line.strip() for line in lines[: MAX_QUESTIONS * MAX_LENGTH].splitlines() if line.strip()]
+    bounded = lines[: MAX_QUESTIONS * MAX_LENGTH]
+    questions = [line.strip() for line in bounded.splitlines() if line.strip()]
     if not 1 <= len(questions) <= MAX_QUESTIONS:
         raise ValueError(f"Write 1 to {MAX_QUESTIONS} lines, got {len(questions)}.")
     return questions
@@ -64,7 +66,8 @@ def build(args: AppArguments):
     import gradio as gr  # an extra
 
     model = load_checkpoint(args.model, [TripsForQuestionAnswering])
-    processor, decoder = load_processor(args.model, model.config), IsolatedDecoder()
+    processor = load_processor(args.model, model.config)
+    decoder = IsolatedDecoder()
     trained = model.config.vision_config.schedule
 
     def look(path: str | None, lines: str, *keep_rates: float):
@@ -72,29 +75,34 @@ def build(args: AppArguments):
             if path is None or not Path(path).is_file():
                 raise ValueError("There is no image. Upload one; it is deleted after ten minutes.")
             questions = questions_of(lines)
-            changed = [each._replace(keep_rate=rate) for each, rate in zip(trained.selections, keep_rates)]
-            schedule = SelectionSchedule(trained.layers, tuple(changed))
+            selections = []
+            for selection, keep_rate in zip(trained.selections, keep_rates):
+                selections.append(selection._replace(keep_rate=keep_rate))
+            schedule = SelectionSchedule(trained.layers, tuple(selections))
             image = decoder.decode(Path(path).read_bytes())
-            found = answers_of(model, processor, image, questions, schedule)
-            others = answers_of(model, processor, image, questions, UNPRUNED)
-            answers = [best["answer"] for best in found]
+            pruned = answers_of(model, processor, image, questions, schedule)
+            unpruned = answers_of(model, processor, image, questions, UNPRUNED)
             figure = None
             if schedule.layers:
+                answers = [best["answer"] for best in pruned]
                 figure = draw_selection(model, processor, image, questions, answers, schedule=schedule)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        pairs = zip(questions, found, others)
-        rows = [[line, *(f"{best['answer']} ({best['score']:.1%})" for best in both)] for line, *both in pairs]
+        rows = []
+        for question, *both in zip(questions, pruned, unpruned):
+            rows.append([question, *(f"{best['answer']} ({best['score']:.1%})" for best in both)])
         return rows, figure
 
     with gr.Blocks(title="TRIPS: what the text makes the model look at", delete_cache=DELETION) as page:
         gr.Markdown("# What the text makes the model look at\n\nFaded patches are dropped; the text chooses which.")
+        name = "/".join(Path(args.model).parts[-2:])
         known = "It knows busy scenes only: colored shapes among clutter." if args.model == str(CHECKPOINT) else ""
-        gr.Markdown(f"Model: `{'/'.join(Path(args.model).parts[-2:])}`. {known}\n\n{SAME_WEIGHTS_NOTE}")
+        gr.Markdown(f"Model: `{name}`. {known}\n\n{SAME_WEIGHTS_NOTE}")
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                sources = ["upload", "clipboard"]
-                image = gr.Image(str(SCENE), label="Image", sources=sources, type="filepath", height=260)
+                image = gr.Image(
+                    str(SCENE), label="Image", sources=["upload", "clipboard"], type="filepath", height=260
+                )
                 image.preprocess = lambda payload: None if payload is None else payload.path  # Gradio does not open it
                 lines = gr.Textbox("\n".join(QUESTIONS), label="Questions, one per line", max_lines=MAX_QUESTIONS)
                 sliders = [
@@ -113,10 +121,16 @@ def build(args: AppArguments):
 def main(argv: list[str] | None = None, block: bool = True):
     (args,) = OPTIONS.parse_args_into_dataclasses(args=argv)
     page = build(args).queue(max_size=32, default_concurrency_limit=1)
-    limits = {"max_file_size": args.max_megabytes * 2**20, "allowed_paths": [str(SCENE)]}
-    address = {"server_name": args.host, "server_port": args.port}
-    launched = page.launch(**address, **limits, prevent_thread_lock=True, quiet=True)
-    print(f"The page is at {launched[1]} until Ctrl+C.", flush=True)
+    launched = page.launch(
+        server_name=args.host,
+        server_port=args.port,
+        max_file_size=args.max_megabytes * 2**20,
+        allowed_paths=[str(SCENE)],
+        prevent_thread_lock=True,
+        quiet=True,
+    )
+    _, address, _ = launched
+    print(f"The page is at {address} until Ctrl+C.", flush=True)
     if block:
         page.block_thread()
     return launched

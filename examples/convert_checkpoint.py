@@ -42,8 +42,12 @@ class ConvertArguments:
 
     def options(self) -> dict:
         """Return the given options of `convert_published`."""
-        others = ("task", "tokenizer", "image_size", "num_attention_heads")
-        return config_fields(self) | {name: value for name in others if (value := getattr(self, name)) is not None}
+        options = config_fields(self)
+        for name in ("task", "tokenizer", "image_size", "num_attention_heads"):
+            value = getattr(self, name)
+            if value is not None:
+                options[name] = value
+        return options
 
 
 OPTIONS = make_parser(ConvertArguments, description=__doc__, script=__name__)
@@ -63,7 +67,8 @@ def main(argv: list[str] | None = None) -> ConversionReport:
     with whole_folder(args.output_dir) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        (folder / "conversion_report.json").write_text(json.dumps(asdict(report), indent=1), encoding="utf-8")
+        report_text = json.dumps(asdict(report), indent=1)
+        (folder / "conversion_report.json").write_text(report_text, encoding="utf-8")
     print(f"Written to {args.output_dir}, with all names in conversion_report.json")
     return report
 

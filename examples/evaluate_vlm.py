@@ -51,7 +51,9 @@ class EvaluationArguments:
             self.selections = [name for name in SELECTIONS if name != "tower_text" or self.guide is not None]
         if "tower_text" in self.selections and self.guide is None:
             raise ValueError("--selections tower_text needs a trained --guide.")
-        numbers = [*self.visual_tokens, self.batch_size, *([] if self.limit is None else [self.limit])]
+        numbers = [*self.visual_tokens, self.batch_size]
+        if self.limit is not None:
+            numbers.append(self.limit)
         if min(numbers) < 1:
             raise ValueError(f"--visual_tokens, --batch_size and --limit must be at least 1, got {min(numbers)}.")
 
@@ -83,10 +85,13 @@ SETTINGS = ("model", "dtype", "layer", "guide", "limit", "seed")
 
 def default_layer(name: str, guide: str | None = None) -> int:
     """Return the layer of the guide, or a third of the layers of the vision tower."""
-    if guide is not None and (layer := TextGuide.from_pretrained(guide).layer) is not None:
-        return layer
+    if guide is not None:
+        layer = TextGuide.from_pretrained(guide).layer
+        if layer is not None:
+            return layer
     vision = AutoConfig.from_pretrained(name, trust_remote_code=False).vision_config
-    return max(1, round((getattr(vision, "num_hidden_layers", None) or getattr(vision, "depth", 1)) / 3))
+    num_layers = getattr(vision, "num_hidden_layers", None) or getattr(vision, "depth", 1)
+    return max(1, round(num_layers / 3))
 
 
 def model_arguments(selection: str, visual_tokens: int | None, keep_rate: float, args: EvaluationArguments) -> dict:
@@ -105,10 +110,12 @@ def model_arguments(selection: str, visual_tokens: int | None, keep_rate: float,
 def load_questions(args: EvaluationArguments) -> tuple[str, Dataset]:
     """Return the questions of `--validation_file`, at most `--limit`, and their name, which changes with them."""
     source = DataArguments(validation_file=args.validation_file, image_root=args.image_root)
-    data = load_task_dataset("vqa", source)["validation"]
-    data = data if args.limit is None else data.take(min(args.limit, len(data)))
-    columns = [column_of(data, name) for name in ("source", "image_id", "question", "answers")]
-    return f"{Path(args.validation_file).name} ({Hasher.hash([columns, args.instruction])[:8]})", data
+    questions = load_task_dataset("vqa", source)["validation"]
+    if args.limit is not None:
+        questions = questions.take(min(args.limit, len(questions)))
+    columns = [column_of(questions, name) for name in ("source", "image_id", "question", "answers")]
+    version = Hasher.hash([columns, args.instruction])[:8]
+    return f"{Path(args.validation_file).name} ({version})", questions
 
 
 def scores_of(vlm: VisionLanguageModel, questions: Dataset, args: EvaluationArguments) -> dict:
@@ -116,19 +123,26 @@ def scores_of(vlm: VisionLanguageModel, questions: Dataset, args: EvaluationArgu
     set_seed(args.seed)
     answers: list[str] = []
     for start in tqdm(range(0, len(questions), args.batch_size), desc="questions", leave=False):
-        batch = [questions[row] for row in range(start, min(start + args.batch_size, len(questions)))]
-        asked = [question_about(read_image(row), f"{row['question']}\n{args.instruction}".strip()) for row in batch]
-        answers += vlm.answer(asked, {"max_new_tokens": 32})
+        conversations = []
+        for place in range(start, min(start + args.batch_size, len(questions))):
+            row = questions[place]
+            text = f"{row['question']}\n{args.instruction}".strip()
+            conversations.append(question_about(read_image(row), text))
+        answers += vlm.answer(conversations, {"max_new_tokens": 32})
     references = column_of(questions, "answers")
 
-    def scores(texts: list[str]) -> list[float]:
-        return [answer_score(*pair) for pair in zip(texts, references, strict=True)]
+    def scores_of_texts(texts: list[str]) -> list[float]:
+        return [answer_score(text, reference) for text, reference in zip(texts, references, strict=True)]
 
-    found, count = scores(answers), len(answers)
-    truths = [most_common_answer(each) for each in references]
-    varied = variety([*map(normalize_answer, answers)], truths, "answer", lambda texts: mean(scores(texts)))
-    error = {"score_error": stdev(found) / math.sqrt(count)} if count > 1 else {}
-    return {"score": mean(found), **error, "num_samples": count, **varied}
+    scores = scores_of_texts(answers)
+    results = {"score": mean(scores)}
+    if len(scores) > 1:
+        results["score_error"] = stdev(scores) / math.sqrt(len(scores))
+    results["num_samples"] = len(scores)
+    normalized = [normalize_answer(answer) for answer in answers]
+    truths = [most_common_answer(reference) for reference in references]
+    results |= variety(normalized, truths, "answer", lambda texts: mean(scores_of_texts(texts)))
+    return results
 
 
 def evaluate(selection: dict, questions: Dataset, args: EvaluationArguments) -> dict:
@@ -151,21 +165,24 @@ def evaluate(selection: dict, questions: Dataset, args: EvaluationArguments) -> 
 
 def make_rows(name: str, questions: Dataset, args: EvaluationArguments) -> list[dict]:
     """Return all rows, that of the unpruned model first. Each new one is added to the output file at once."""
-    path, settings = Path(args.output_json), {name: getattr(args, name) for name in SETTINGS}
+    path = Path(args.output_json)
     stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    runs = [(selection, number) for number in args.visual_tokens for selection in args.selections]
+    settings = {setting: getattr(args, setting) for setting in SETTINGS}
+    runs = [(UNPRUNED, None), *((selection, number) for number in args.visual_tokens for selection in args.selections)]
     rows: list[dict] = []
-    for selection, number in tqdm([(UNPRUNED, None), *runs], desc="selections"):
-        keep_rate = number / rows[0]["visual_tokens_per_image"] if number else 1.0
-        if number and keep_rate >= 1:
-            continue
-        key = {"selection": selection, "visual_tokens": number, "questions": name, **settings}
+    for selection, visual_tokens in tqdm(runs, desc="selections"):
+        keep_rate = 1.0
+        if visual_tokens is not None:
+            keep_rate = visual_tokens / rows[0]["visual_tokens_per_image"]
+            if keep_rate >= 1:
+                continue
+        key = {"selection": selection, "visual_tokens": visual_tokens, "questions": name, **settings}
         row = next((row for row in stored if key.items() <= row.items()), None)
         if row is None:
-            arguments = model_arguments(selection, number, keep_rate, args)
-            result = evaluate(arguments, questions, args)
-            origin = provenance(result.get("device", "cpu"), args.seed)
-            row = {**origin, **key, "model_args": arguments, "batch_size": args.batch_size, **result}
+            arguments = model_arguments(selection, visual_tokens, keep_rate, args)
+            results = evaluate(arguments, questions, args)
+            origin = provenance(results.get("device", "cpu"), args.seed)
+            row = {**origin, **key, "model_args": arguments, "batch_size": args.batch_size, **results}
             stored.append(row)
             write_json(args.output_json, stored)
         rows.append(row)
@@ -176,14 +193,22 @@ def print_table(rows: list[dict]):
     """Print scores with their standard errors, and percent of the unpruned model's score, in Markdown."""
     print("| selection | visual tokens | mean per image | score (%) | of the unpruned score (%) |")
     print("|---|---|---|---|---|")
-    unpruned = rows[0]["score"]
+    unpruned_score = rows[0]["score"]
+    reasons = {}
     for row in rows:
-        if "not_supported" not in row:
-            error = f" ± {100 * row['score_error']:.1f}" if "score_error" in row else ""
-            cells = [row["selection"], str(row["visual_tokens"] or "all"), f"{row['visual_tokens_per_image']:.1f}"]
-            cells += [f"{100 * row['score']:.1f}{error}", f"{100 * row['score'] / unpruned:.1f}" if unpruned else "-"]
-            print(f"| {' | '.join(cells)} |")
-    reasons = {row["selection"]: row["not_supported"] for row in rows if "not_supported" in row}
+        if "not_supported" in row:
+            reasons[row["selection"]] = row["not_supported"]
+            continue
+        error = f" ± {100 * row['score_error']:.1f}" if "score_error" in row else ""
+        share = f"{100 * row['score'] / unpruned_score:.1f}" if unpruned_score else "-"
+        cells = [
+            row["selection"],
+            str(row["visual_tokens"] or "all"),
+            f"{row['visual_tokens_per_image']:.1f}",
+            f"{100 * row['score']:.1f}{error}",
+            share,
+        ]
+        print(f"| {' | '.join(cells)} |")
     for selection, reason in reasons.items():
         print(f"\nNot supported: {selection}. {reason}")
 
@@ -192,7 +217,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     (args,) = OPTIONS.parse_args_into_dataclasses(args=argv)
     if args.layer is None:
         args.layer = default_layer(args.model, args.guide)
-    rows = make_rows(*load_questions(args), args)
+    name, questions = load_questions(args)
+    rows = make_rows(name, questions, args)
     print_table(rows)
     return rows
 

@@ -49,9 +49,12 @@ def main(argv: list[str] | None = None) -> str | None:
     with tempfile.TemporaryDirectory() as temporary:
         target = Path(args.output_dir or temporary)
         files = build_repository(target, Path(args.model), args.repo_id, args.with_handler, **facts)
+        total = 0
         for path in files:
-            print(f"{path.stat().st_size:>15,}  {path.relative_to(target).as_posix()}")
-        print(f"{sum(path.stat().st_size for path in files):>15,}  bytes in all\n")
+            size = path.stat().st_size
+            total += size
+            print(f"{size:>15,}  {path.relative_to(target).as_posix()}")
+        print(f"{total:>15,}  bytes in all\n")
         if args.dry_run:
             print((target / "README.md").read_text(encoding="utf-8"))
             print(f"Dry run: nothing was sent to {args.repo_id}.")

@@ -6,11 +6,11 @@ split.
 """
 
 import io
+import itertools
 import math
 import random
 from collections import Counter
 from collections.abc import Iterator
-from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -137,7 +137,9 @@ def draw_scene(split: str, number: int, seed: int = 0, grid: int = 4) -> Scene:
         _draw_clutter(draw, side, rng)
     cells = sorted(rng.sample(range(grid**2), rng.randint(*NUM_ITEMS[grid])))
     while True:
-        items = [_place_item(*name, cell, grid, rng) for name, cell in zip(_names(len(cells), rng), cells)]
+        items = []
+        for (color, shape), cell in zip(_names(len(cells), rng), cells):
+            items.append(_place_item(color, shape, cell, grid, rng))
         questions = _questions(items, split, grid, rng)
         if grid < 3 or len(questions) == QUESTIONS_PER_KIND * len(KINDS):
             break
@@ -175,9 +177,11 @@ def busy_records(task: str, split: str, num_scenes: int, grid: int = 4, seed: in
         if task == "captions":
             yield {**shared, "captions": [_caption(scene, rng) for _ in range(2)]}
         elif task == "vqa":
-            yield from ({**shared, **question} for question in scene.questions)
+            for question in scene.questions:
+                yield {**shared, **question}
         else:
-            yield from ({**shared, **expression} for expression in _expressions(scene, rng))
+            for expression in _expressions(scene, rng):
+                yield {**shared, **expression}
 
 
 def _encoded(image: PIL.Image.Image) -> dict:
@@ -188,17 +192,14 @@ def _encoded(image: PIL.Image.Image) -> dict:
 
 
 def _statement_records(split: str, num_pairs: int, grid: int, seed: int) -> Iterator[dict]:
-    numbers = count()
+    numbers = itertools.count()
     for pair in range(num_pairs):
         rng = random.Random(f"texts {split} {seed} {pair}")
         while True:
             drawn = [next(numbers), next(numbers)]
             scenes = [draw_scene(split, number, seed, grid) for number in drawn]
-            left, right = (
-                {True: {item.name for item in scene.items}, False: _absent(scene.items)} for scene in scenes
-            )
-            named = {(a, b): sorted(left[a] & right[b]) for a in left for b in right}
-            if all(named.values()):
+            names = _names_by_place(*scenes)
+            if all(names.values()):
                 break
         shared = {
             "images": [_encoded(scene.image) for scene in scenes],
@@ -207,26 +208,47 @@ def _statement_records(split: str, num_pairs: int, grid: int, seed: int) -> Iter
         for number in range(STATEMENTS_PER_PAIR):
             statement, if_true = rng.choice(list(STATEMENTS.items()))
             label = number % 2 == 0
-            name = rng.choice(named[rng.choice([where for where in named if (where in if_true) == label])])
+            places = [place for place in names if (place in if_true) == label]
+            name = rng.choice(names[rng.choice(places)])
             yield {**shared, "statement": statement.format(f"a {name}"), "label": label}
+
+
+def _names_by_place(left: Scene, right: Scene) -> dict[tuple[bool, bool], list[str]]:
+    """Return the names that both scenes have, the left one, the right one, and neither, as in `STATEMENTS`."""
+    in_left = {item.name for item in left.items}
+    in_right = {item.name for item in right.items}
+    not_in_left = _absent(left.items)
+    not_in_right = _absent(right.items)
+    return {
+        (True, True): sorted(in_left & in_right),
+        (True, False): sorted(in_left & not_in_right),
+        (False, True): sorted(not_in_left & in_right),
+        (False, False): sorted(not_in_left & not_in_right),
+    }
 
 
 def _absent(items: list[Item]) -> set[str]:
     """Return the names of absent shapes that have the color or the form of one in the scene."""
-    colors, shapes = {item.color for item in items}, {item.shape for item in items}
-    near = {f"{color} {shape}" for color in COLORS for shape in SHAPES if color in colors or shape in shapes}
+    colors = {item.color for item in items}
+    shapes = {item.shape for item in items}
+    near = set()
+    for color, shape in itertools.product(COLORS, SHAPES):
+        if color in colors or shape in shapes:
+            near.add(f"{color} {shape}")
     return near - {item.name for item in items}
 
 
 def _caption(scene: Scene, rng: random.Random) -> str:
-    return ", ".join(f"a {item.name} with a {item.mark}" for item in rng.sample(scene.items, len(scene.items)))
+    shuffled = rng.sample(scene.items, len(scene.items))
+    return ", ".join(f"a {item.name} with a {item.mark}" for item in shuffled)
 
 
 def _expressions(scene: Scene, rng: random.Random) -> Iterator[dict]:
-    names = [(f"{item.color} one", item.shape, item.name) for item in scene.items]
-    times = Counter(name for group in names for name in group)
-    for group, item in zip(names, scene.items, strict=True):
-        if unique := [name for name in group if times[name] == 1]:
+    names_of_items = [(f"{item.color} one", item.shape, item.name) for item in scene.items]
+    times = Counter(itertools.chain.from_iterable(names_of_items))
+    for names, item in zip(names_of_items, scene.items, strict=True):
+        unique = [name for name in names if times[name] == 1]
+        if unique:
             yield {"expression": f"the {rng.choice(unique)}", "box": list(item.box)}
 
 
@@ -235,9 +257,13 @@ def _names(number: int, rng: random.Random) -> list[tuple[str, str]]:
     Return colors and forms of shapes, in random order. With six or more, two colors and two forms occur on several
     shapes, in three of their four combinations; two colors and two forms occur once, if no further shape has them.
     """
-    (a, b, c, d), (x, y, z, w) = rng.sample(list(COLORS), 4), rng.sample(SHAPES, 4)
+    a, b, c, d = rng.sample(list(COLORS), 4)
+    x, y, z, w = rng.sample(SHAPES, 4)
     names = [(a, x), (a, y), (b, x), (b, z), (c, y), (d, w)] if number >= 6 else []
-    names += [(rng.choice(list(COLORS)), rng.choice(SHAPES)) for _ in range(number - len(names))]
+    while len(names) < number:
+        color = rng.choice(list(COLORS))
+        shape = rng.choice(SHAPES)
+        names.append((color, shape))
     return rng.sample(names, number)
 
 
@@ -247,83 +273,145 @@ def _questions(items: list[Item], split: str, grid: int, rng: random.Random) -> 
     half of them in new wordings. Where a color and a form are named, others share each of them, so that neither tells
     (but in scenes of up to 2 x 2 cells).
     """
-    least = 2 if grid > 2 else 1
-    times = Counter(value for item in items for value in (item.color, item.shape, item.name))
-    pools: dict[str, list[tuple]] = {kind: [] for kind in ("color", "shape", "mark", "presence", "absence")}
-    for item in items:
-        if times[item.shape] == 1:
-            pools["color"].append((item.shape, item.color, list(item.box)))
-        if times[item.color] == 1:
-            pools["shape"].append((item.color, item.shape, list(item.box)))
-        if times[item.name] == 1 and times[item.color] >= least and times[item.shape] >= least:
-            pools["mark"].append((item.name, item.mark, list(item.box)))
-            pools["presence"].append((item.name, "yes", list(item.box)))
-    repeated = [{value for value in values if times[value] >= least} for values in (COLORS, SHAPES)]
-    absent = {f"{color} {shape}" for color in repeated[0] for shape in repeated[1]} - times.keys()
-    pools["absence"] = [(name, "no", None) for name in sorted(absent)]
-    questions, first = [], rng.randrange(2)
-    for pool, texts in pools.items():
-        kind, number = ("presence", 1) if pool in ("presence", "absence") else (pool, QUESTIONS_PER_KIND)
-        for name, answer, region in rng.sample(texts, min(number, len(texts))):
-            is_new = split == "test" and len(questions) % 2 == first
-            question = rng.choice(WORDINGS[kind][is_new]).format(name)
-            row = {"kind": kind, "question": question, "answer": answer, "region": region}
-            questions.append({**row, "wording": "new" if is_new else "known"})
+    questions = []
+    first_new = rng.randrange(2)
+    for kind, number, choices in _askable(items, least=2 if grid > 2 else 1):
+        for name, answer, region in rng.sample(choices, min(number, len(choices))):
+            is_new = split == "test" and len(questions) % 2 == first_new
+            known_wordings, new_wordings = WORDINGS[kind]
+            wording = rng.choice(new_wordings if is_new else known_wordings)
+            questions.append(
+                {
+                    "kind": kind,
+                    "question": wording.format(name),
+                    "answer": answer,
+                    "region": region,
+                    "wording": "new" if is_new else "known",
+                }
+            )
     return questions
+
+
+def _askable(items: list[Item], least: int) -> list[tuple[str, int, list[tuple]]]:
+    """
+    Return kinds of questions, how many of each to ask, and what they can be about: name, answer and region. A name of
+    a color and a form is asked for if `least` shapes have each of them.
+    """
+    times: Counter[str] = Counter()
+    for item in items:
+        times.update((item.color, item.shape, item.name))
+    colors = []
+    shapes = []
+    marks = []
+    present = []
+    for item in items:
+        box = list(item.box)
+        if times[item.shape] == 1:
+            colors.append((item.shape, item.color, box))
+        if times[item.color] == 1:
+            shapes.append((item.color, item.shape, box))
+        if times[item.name] == 1 and times[item.color] >= least and times[item.shape] >= least:
+            marks.append((item.name, item.mark, box))
+            present.append((item.name, "yes", box))
+    repeated_colors = [color for color in COLORS if times[color] >= least]
+    repeated_shapes = [shape for shape in SHAPES if times[shape] >= least]
+    names = {f"{color} {shape}" for color, shape in itertools.product(repeated_colors, repeated_shapes)}
+    absent = [(name, "no", None) for name in sorted(names - times.keys())]
+    return [
+        ("color", QUESTIONS_PER_KIND, colors),
+        ("shape", QUESTIONS_PER_KIND, shapes),
+        ("mark", QUESTIONS_PER_KIND, marks),
+        ("presence", 1, present),
+        ("presence", 1, absent),
+    ]
 
 
 def _draw_ground(side: int, rng: random.Random) -> PIL.Image.Image:
     """Return a textured background of `side` x `side` pixels."""
     noise = np.random.default_rng(rng.getrandbits(64))
-    coarse = noise.uniform(60, 190, (rng.randint(3, 8), rng.randint(3, 8), 3)).astype(np.uint8)
-    ground = PIL.Image.fromarray(coarse).resize((side, side), PIL.Image.Resampling.BICUBIC)
-    texture = np.asarray(ground, dtype=np.float32)
-    texture = texture.mean(-1, keepdims=True) * 0.5 + texture * 0.5 + noise.normal(0, 10, texture.shape)
-    return PIL.Image.fromarray(texture.clip(0, 255).astype(np.uint8))
+    num_rows = rng.randint(3, 8)
+    num_columns = rng.randint(3, 8)
+    spots = noise.uniform(60, 190, size=(num_rows, num_columns, 3))
+    coarse = PIL.Image.fromarray(spots.astype(np.uint8))
+    smooth = coarse.resize((side, side), resample=PIL.Image.Resampling.BICUBIC)
+    colors = np.asarray(smooth, dtype=np.float32)  # (side, side, 3)
+    gray = colors.mean(axis=-1, keepdims=True)
+    grain = noise.normal(0, 10, size=colors.shape)
+    texture = gray * 0.5 + colors * 0.5 + grain
+    texture = texture.clip(0, 255)
+    return PIL.Image.fromarray(texture.astype(np.uint8))
 
 
 def _shade(color: tuple[int, ...], rng: random.Random) -> tuple[int, ...]:
     light = rng.randint(-18, 18)
-    return tuple(min(255, max(0, value + light + rng.randint(-8, 8))) for value in color)
+    shaded = []
+    for value in color:
+        value += light + rng.randint(-8, 8)
+        shaded.append(min(255, max(0, value)))
+    return tuple(shaded)
 
 
 def _draw_clutter(draw: PIL.ImageDraw.ImageDraw, side: int, rng: random.Random):
     """Draw a thin line, an outline or a few dots, often in the color of a shape."""
-    named = rng.random() < 0.6
-    color = _shade(rng.choice(list(COLORS.values())) if named else (rng.randint(0, 255),) * 3, rng)
-    x, y, angle, length = rng.uniform(0, side), rng.uniform(0, side), rng.uniform(0, 2 * math.pi), rng.uniform(4, 14)
-    end = (x + length * math.cos(angle), y + length * math.sin(angle))
+    has_named_color = rng.random() < 0.6
+    if has_named_color:
+        base = rng.choice(list(COLORS.values()))
+    else:
+        gray = rng.randint(0, 255)
+        base = (gray, gray, gray)
+    color = _shade(base, rng)
+    x = rng.uniform(0, side)
+    y = rng.uniform(0, side)
+    angle = rng.uniform(0, 2 * math.pi)
+    length = rng.uniform(4, 14)
     form = rng.randrange(3)
     if form == 0:
-        draw.line([(x, y), end], fill=color, width=rng.randint(1, 2))
+        end_x = x + length * math.cos(angle)
+        end_y = y + length * math.sin(angle)
+        draw.line([(x, y), (end_x, end_y)], fill=color, width=rng.randint(1, 2))
     elif form == 1:
-        draw.arc([x, y, x + length, y + length], 360 * rng.random(), 360 * rng.random() + 200, fill=color)
+        start = 360 * rng.random()
+        end = 360 * rng.random() + 200
+        draw.arc([x, y, x + length, y + length], start=start, end=end, fill=color)
     else:
         for _ in range(4):
-            a, b = x + rng.uniform(-6, 6), y + rng.uniform(-6, 6)
-            draw.rectangle([a, b, a + rng.randint(1, 2), b + rng.randint(1, 2)], fill=color)
+            dot_x = x + rng.uniform(-6, 6)
+            dot_y = y + rng.uniform(-6, 6)
+            width = rng.randint(1, 2)
+            height = rng.randint(1, 2)
+            draw.rectangle([dot_x, dot_y, dot_x + width, dot_y + height], fill=color)
 
 
 def _place_item(color: str, shape: str, cell: int, grid: int, rng: random.Random) -> Item:
-    (row, column), size = divmod(cell, grid), rng.randint(17, 22)
-    x0, y0 = (index * CELL_SIZE + rng.randint(0, CELL_SIZE - size) for index in (column, row))
-    return Item(color, shape, rng.choice(list(MARKS)), (x0, y0, x0 + size, y0 + size))
+    row, column = divmod(cell, grid)
+    size = rng.randint(17, 22)
+    room = CELL_SIZE - size
+    x0 = column * CELL_SIZE + rng.randint(0, room)
+    y0 = row * CELL_SIZE + rng.randint(0, room)
+    mark = rng.choice(list(MARKS))
+    return Item(color=color, shape=shape, mark=mark, box=(x0, y0, x0 + size, y0 + size))
 
 
 def _draw_item(draw: PIL.ImageDraw.ImageDraw, item: Item, rng: random.Random):
-    x0, y0, size = item.box[0], item.box[1], item.box[2] - item.box[0]
-    fill, edge = _shade(COLORS[item.color], rng), _shade((25, 25, 25), rng)
-    x1, y1, middle_x, middle_y = x0 + size - 1, y0 + size - 1, x0 + (size - 1) / 2, y0 + (size - 1) / 2
+    x0, y0, x1, y1 = item.box
+    last_x = x1 - 1  # Pillow's boxes include their last pixel
+    last_y = y1 - 1
+    radius = (last_x - x0) / 2
+    middle_x = x0 + radius
+    middle_y = y0 + radius
+    fill = _shade(COLORS[item.color], rng)
+    edge = _shade((25, 25, 25), rng)
     if item.shape == "circle":
-        draw.ellipse([x0, y0, x1, y1], fill=fill, outline=edge)
+        draw.ellipse([x0, y0, last_x, last_y], fill=fill, outline=edge)
     elif item.shape == "square":
-        draw.rectangle([x0 + 1, y0 + 1, x1 - 1, y1 - 1], fill=fill, outline=edge)
+        draw.rectangle([x0 + 1, y0 + 1, last_x - 1, last_y - 1], fill=fill, outline=edge)
     else:
-        corners = POLYGONS[item.shape]
-        points = [(middle_x + x * (size - 1) / 2, middle_y + y * (size - 1) / 2) for x, y in corners]
+        points = [(middle_x + x * radius, middle_y + y * radius) for x, y in POLYGONS[item.shape]]
         draw.polygon(points, fill=fill, outline=edge)
-    x, y = round(middle_x), round(middle_y + (2 if item.shape == "triangle" else 0))
-    box = [x + MARKS[item.mark][0], y + MARKS[item.mark][1], x + MARKS[item.mark][2], y + MARKS[item.mark][3]]
+    x = round(middle_x)
+    y = round(middle_y + (2 if item.shape == "triangle" else 0))
+    left, top, right, bottom = MARKS[item.mark]
+    box = [x + left, y + top, x + right, y + bottom]
     if item.mark == "ring":
         draw.ellipse(box, outline="white", width=2)
     else:

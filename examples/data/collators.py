@@ -3,7 +3,7 @@
 import hashlib
 import math
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
@@ -67,37 +67,48 @@ class ImageBatchCollator:
         images, image_index = self.distinct_images(rows)
         sources = [row["source"] for row in rows]
         try:
-            return {**self.encode(images, image_index, rows), "sources": sources}
+            inputs = self.encode(images, image_index, rows)
         except ValueError as error:
             raise ValueError(f"{str(error).rstrip('.')}. The batch is: {', '.join(sources)}.") from error
+        return {**inputs, "sources": sources}
 
     def encode(self, images: list[PIL.Image.Image], image_index: list, rows: list[dict]) -> dict[str, torch.Tensor]:
         """Return the inputs and labels of the model. Row i has image `image_index[i]`."""
         raise NotImplementedError
 
     def inputs(self, images: list[PIL.Image.Image], image_index: list, texts: list[str]) -> dict[str, torch.Tensor]:
-        return self.processor(images=images, text=texts, image_index=image_index, return_tensors="pt")
+        return dict(self.processor(images=images, text=texts, image_index=image_index, return_tensors="pt"))
 
     def boxes(self, images: list[PIL.Image.Image], image_index: list, boxes: list) -> torch.Tensor:
         """Return boxes as the models take them, and zeros in place of None."""
-        known = [place for place, box in enumerate(boxes) if box]
         encoded = torch.zeros(len(boxes), 4)
-        if known:
-            sizes = [images[image_index[place]].size[::-1] for place in known]
-            encoded[known] = self.processor.encode_boxes([boxes[place] for place in known], sizes)
+        places = []
+        known_boxes = []
+        sizes = []
+        for place, box in enumerate(boxes):
+            if box:
+                width, height = images[image_index[place]].size
+                places.append(place)
+                known_boxes.append(box)
+                sizes.append((height, width))
+        if places:
+            encoded[places] = self.processor.encode_boxes(known_boxes, sizes)
         return encoded
 
     def distinct_images(self, rows: list[dict]) -> tuple[list[PIL.Image.Image], list]:
         """Return the distinct images of the rows, upright and RGB, and the index of each row's image or images."""
-        images = [image for row in rows for image in row.get("images") or [row["image"]]]
-        ids = [image_id for row in rows for image_id in row.get("image_ids") or [row["image_id"]]]
-        per_row = len(images) // len(rows)
-        firsts, index = first_rows(ids)
-        read = [
-            read_image({"image": images[first], "source": rows[first // per_row]["source"]}, self.processor.patch_size)
-            for first in firsts
-        ]
-        return read, index if per_row == 1 else [index[row : row + 2] for row in range(0, len(index), 2)]
+        image_ids: list[str] = []
+        rows_of_images: list[dict] = []  # each with one image and its source
+        for row in rows:
+            has_two_images = bool(row.get("images"))
+            images = row["images"] if has_two_images else [row["image"]]
+            image_ids += row["image_ids"] if has_two_images else [row["image_id"]]
+            rows_of_images += [{"image": image, "source": row["source"]} for image in images]
+        firsts, image_index = first_rows(image_ids)
+        distinct = [read_image(rows_of_images[first], self.processor.patch_size) for first in firsts]
+        if len(image_index) > len(rows):
+            return distinct, [image_index[place : place + 2] for place in range(0, len(image_index), 2)]
+        return distinct, image_index
 
 
 @dataclass
@@ -113,18 +124,24 @@ class VqaCollator(ImageBatchCollator):
     def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
         inputs = self.inputs(images, image_index, [row["question"] for row in rows])
         if not self.training:
-            answers = [max(row["answers"], key=row["answers"].count) for row in rows]
-            return {**inputs, "labels": self.processor.encode_answers(answers)}
+            most_common = [max(row["answers"], key=row["answers"].count) for row in rows]
+            inputs["labels"] = self.processor.encode_answers(most_common)
+            return inputs
+        text_index = []
+        texts = []
+        weights = []
+        for question, row in enumerate(rows):
+            for answer, count in Counter(row["answers"]).items():
+                text_index.append(question)
+                texts.append(answer)
+                weights.append(count / len(row["answers"]))
+        inputs["labels"] = self.processor.encode_answers(texts)
+        inputs["text_index"] = torch.tensor(text_index)
+        inputs["loss_weights"] = torch.tensor(weights)
         regions = [row.get("region") for row in rows]
-        boxes = {"regions": self.boxes(images, image_index, regions)} if any(regions) else {}
-        triples = [
-            (question, answer, row["answers"].count(answer) / len(row["answers"]))
-            for question, row in enumerate(rows)
-            for answer in dict.fromkeys(row["answers"])
-        ]
-        text_index, texts, weights = zip(*triples)
-        labels = {"labels": self.processor.encode_answers(list(texts)), "text_index": torch.tensor(text_index)}
-        return {**inputs, **labels, "loss_weights": torch.tensor(weights), **boxes}
+        if any(regions):
+            inputs["regions"] = self.boxes(images, image_index, regions)
+        return inputs
 
 
 @dataclass
@@ -139,10 +156,13 @@ class CaptionCollator(ImageBatchCollator):
 
     def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
         labels = self.processor.encode_answers([row["caption"] for row in rows])
-        if not self.training:
-            return {**self.inputs(images, image_index, [self.prompt] * len(rows)), "labels": labels}
-        inputs = self.processor(images=images, text=[self.prompt] * len(images), return_tensors="pt")
-        return {**inputs, "labels": labels, "text_index": torch.tensor(image_index)}
+        if self.training:
+            inputs = dict(self.processor(images=images, text=[self.prompt] * len(images), return_tensors="pt"))
+            inputs["text_index"] = torch.tensor(image_index)
+        else:
+            inputs = self.inputs(images, image_index, [self.prompt] * len(rows))
+        inputs["labels"] = labels
+        return inputs
 
 
 @dataclass
@@ -151,7 +171,8 @@ class GroundingCollator(ImageBatchCollator):
 
     def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
         inputs = self.inputs(images, image_index, [row["expression"] for row in rows])
-        return {**inputs, "labels": self.boxes(images, image_index, [row["box"] for row in rows])}
+        inputs["labels"] = self.boxes(images, image_index, [row["box"] for row in rows])
+        return inputs
 
 
 @dataclass
@@ -163,7 +184,8 @@ class Nlvr2Collator(ImageBatchCollator):
 
     def encode(self, images: list[PIL.Image.Image], image_index: list[list[int]], rows: list[dict]) -> dict:
         inputs = self.inputs(images, image_index, [row["statement"] for row in rows])
-        return {**inputs, "labels": torch.tensor([row["label"] for row in rows])}
+        inputs["labels"] = torch.tensor([row["label"] for row in rows])
+        return inputs
 
 
 @dataclass
@@ -175,8 +197,9 @@ class RetrievalCollator(ImageBatchCollator):
 
     def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
         inputs = self.inputs(images, image_index, [row["caption"] for row in rows])
-        image_ids = [number_of(image_id) for image_id in dict.fromkeys(row["image_id"] for row in rows)]
-        return {**inputs, "image_ids": torch.tensor(image_ids)}
+        distinct_ids = dict.fromkeys(row["image_id"] for row in rows)
+        inputs["image_ids"] = torch.tensor([number_of(image_id) for image_id in distinct_ids])
+        return inputs
 
 
 def number_of(text: str) -> int:
@@ -199,7 +222,8 @@ class PretrainingCollator(RetrievalCollator):
     seed: int = 0
 
     def __call__(self, rows: list[dict]) -> dict:
-        rows_and_seed = "\n".join([str(self.seed), *(f"{row['source']}\t{row['caption']}" for row in rows)])
+        lines = [f"{row['source']}\t{row['caption']}" for row in rows]
+        rows_and_seed = "\n".join([str(self.seed), *lines])
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(number_of(rows_and_seed))
             return super().__call__(rows)
@@ -226,14 +250,21 @@ class PretrainingCollator(RetrievalCollator):
         of a prompt; the continuations end with [SEP]. A caption of one word is not cut, and its labels are all -100.
         """
         tokenizer = self.processor.tokenizer
-        first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
-        ends = {first, last, tokenizer.pad_token_id}
-        beginnings, continuations = [], []
-        for ids, draw in zip(input_ids.tolist(), torch.rand(len(input_ids)).tolist()):
-            words = [token for token in ids if token not in ends]
+        first = tokenizer.cls_token_id
+        last = tokenizer.sep_token_id
+        special = {first, last, tokenizer.pad_token_id}
+        draws = torch.rand(len(input_ids)).tolist()
+        beginnings = []
+        continuations = []
+        for caption, draw in zip(input_ids.tolist(), draws):
+            words = [token for token in caption if token not in special]
             cut = 1 + int(draw * (len(words) - 1))  # 1 to len(words) - 1
+            rest = [*words[cut:], last] if len(words) > cut else [-100]
             beginnings.append([first, *words[:cut], last])
-            continuations.append([*words[cut:], last] if words[cut:] else [-100])
+            continuations.append(torch.tensor(rest))
         prompts = tokenizer.pad({"input_ids": beginnings}, return_tensors="pt")
-        labels = pad_sequence(list(map(torch.tensor, continuations)), batch_first=True, padding_value=-100)
-        return {**{f"prompt_{name}": prompts[name] for name in ("input_ids", "attention_mask")}, "labels": labels}
+        return {
+            "prompt_input_ids": prompts["input_ids"],
+            "prompt_attention_mask": prompts["attention_mask"],
+            "labels": pad_sequence(continuations, batch_first=True, padding_value=-100),
+        }

@@ -32,7 +32,8 @@ def check_image(image: str | bytes, patch_size: int = 1, decode: bool = True) ->
     Return the upright width and height of an image (path or encoded), after decoding it unless `decode` is off. Raise
     a `BadRowError` if it is missing, cannot be read, or has a side below `patch_size` pixels.
     """
-    with named_errors(image), PIL.Image.open(image if isinstance(image, str) else io.BytesIO(image)) as opened:
+    file = image if isinstance(image, str) else io.BytesIO(image)
+    with named_errors(image), PIL.Image.open(file) as opened:
         size = usable_size(opened, patch_size)
         if decode:
             opened.draft(None, (1, 1))  # JPEG: reads the whole file, but makes few pixels of it
@@ -42,7 +43,8 @@ def check_image(image: str | bytes, patch_size: int = 1, decode: bool = True) ->
 
 def decode_image(image: str | bytes, patch_size: int = 1) -> PIL.Image.Image:
     """Decode an image (path or encoded) to upright RGB. Errors are those of [`check_image`]."""
-    with named_errors(image), PIL.Image.open(image if isinstance(image, str) else io.BytesIO(image)) as opened:
+    file = image if isinstance(image, str) else io.BytesIO(image)
+    with named_errors(image), PIL.Image.open(file) as opened:
         usable_size(opened, patch_size)
         return convert_to_rgb(opened)
 
@@ -52,7 +54,8 @@ def decode_untrusted_image(image: str | bytes, patch_size: int = 1) -> PIL.Image
     with named_errors(image):
         if isinstance(image, str) and os.path.getsize(image) > MAX_FILE_BYTES:
             raise BadRowError("unreadable image", f"the file has more than {MAX_FILE_BYTES:,} bytes")
-        decoded = decode_untrusted(Path(image).read_bytes() if isinstance(image, str) else image)
+        content = Path(image).read_bytes() if isinstance(image, str) else image
+        decoded = decode_untrusted(content)
         usable_size(decoded, patch_size)
         return decoded
 
@@ -81,10 +84,12 @@ def usable_size(image: PIL.Image.Image, patch_size: int = 1) -> tuple[int, int]:
             "image without a fixed range of grey values",
             f'mode "{image.mode}": scale it to mode "L" (0 to 255) or "I;16" (0 to 65535)',
         )
-    width, height = size = image.size[::-1] if orientation_of(image) >= 5 else image.size
-    if min(size) < patch_size:
+    width, height = image.size
+    if orientation_of(image) >= 5:  # turned by 90 degrees
+        width, height = height, width
+    if min(width, height) < patch_size:
         raise BadRowError("image smaller than a patch", f"{width} x {height}, a patch is {patch_size} x {patch_size}")
-    return size
+    return width, height
 
 
 # Images of rows
@@ -97,7 +102,10 @@ def column_of(dataset: Dataset, name: str) -> list:
 
 def texts_of_column(rows: Dataset, column: str) -> list[str]:
     """Return the texts of a column of texts or of lists of texts."""
-    return [text for cell in column_of(rows, column) for text in ([cell] if isinstance(cell, str) else cell)]
+    texts: list[str] = []
+    for cell in column_of(rows, column):
+        texts += [cell] if isinstance(cell, str) else cell
+    return texts
 
 
 def without_decoding(dataset: Dataset) -> Dataset:

@@ -21,7 +21,7 @@ from datasets.fingerprint import Hasher
 
 from modeling_trips import TripsProcessor, __version__
 from trips_examples.data.busy_scenes import busy_records
-from trips_examples.data.images import check_image, column_of, path_or_bytes, without_decoding
+from trips_examples.data.images import check_image, column_of, path_or_bytes, texts_of_column, without_decoding
 from trips_examples.data.records import parsed_record, read_records
 from trips_examples.data.source import BUNDLED, SPLIT_OPTIONS, DataArguments
 from trips_examples.data.tasks import (
@@ -42,7 +42,16 @@ from trips_examples.data.tasks import (
 ROWS_PER_PROCESS = 2000  # a data set of fewer rows is checked by one process
 RECORD = Features({"row": Value("int64"), "json": Value("string")})
 _TEXT = Value("string")
-CHECKED = {"source": _TEXT, "reason": _TEXT, "detail": _TEXT, "ids": [_TEXT], "contents": [_TEXT]}
+# The origin of a row, its fault, and the ids, the contents (paths or hashes) and the versions of its images.
+CHECKED = {
+    "source": _TEXT,
+    "reason": _TEXT,
+    "detail": _TEXT,
+    "ids": [_TEXT],
+    "contents": [_TEXT],
+    "stamps": [_TEXT],
+}
+LEAST_SIDE = 0.01  # of a box, in pixels
 
 
 def load_task_dataset(
@@ -106,15 +115,17 @@ def _columns(records: Dataset) -> list[str]:
 
 
 def _bundled(task: str, source: DataArguments, seed: int) -> DatasetDict:
+    features = TASKS[task].features
     data = {}
-    for split, number in source.num_scenes.items():
-        records = busy_records(task, split, number, source.grid, seed)
-        records = tqdm(records, desc=f"Drawing scenes ({split})", unit=" rows", delay=2)
+    for split, num_scenes in source.num_scenes.items():
+        records = busy_records(task, split, num_scenes, source.grid, seed)
         reader = RowReader(TASKS[task], f"{BUNDLED} {split}", "")
-        numbered = enumerate(records, start=1)
-        rows = [row for number, record in numbered for row in reader.rows(f"{reader.name} row {number}", record)]
-        columns = {column: [row[column] for row in rows] for column in TASKS[task].features}
-        data[split] = Dataset.from_dict(columns, features=TASKS[task].features)
+        rows: list[dict] = []
+        bar = tqdm(records, desc=f"Drawing scenes ({split})", unit=" rows", delay=2)
+        for number, record in enumerate(bar, start=1):
+            rows += reader.rows(f"{reader.name} row {number}", record)
+        columns = {column: [row[column] for row in rows] for column in features}
+        data[split] = Dataset.from_dict(columns, features=features)
     return DatasetDict(data)
 
 
@@ -129,15 +140,18 @@ def _tables(task: str, source: DataArguments) -> Iterator[tuple[str, str, str, D
             yield split, file.name, source.image_root or str(file.parent), _records(file, task, split)
         return
     name = source.dataset_name
-    if any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json")):  # by save_to_disk
+    folder = Path(name)
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():  # by save_to_disk
         table = load_from_disk(name)
-        table = DatasetDict(train=table) if isinstance(table, Dataset) else table
+        if isinstance(table, Dataset):
+            table = DatasetDict(train=table)
     else:
         table = load_dataset(name, source.dataset_config_name)
     defaults = {"train", "validation"} & table.keys() if "train" in table else {"validation"}
     parts = {split: part or split for split, part in source.splits.items() if part or split in defaults}
-    if missing := {*parts.values()} - table.keys():
-        raise ValueError(f"{name} has no split {sorted(missing)}, only {sorted(table)}. Choose with {SPLIT_OPTIONS}.")
+    unknown = set(parts.values()) - table.keys()
+    if unknown:
+        raise ValueError(f"{name} has no split {sorted(unknown)}, only {sorted(table)}. Choose with {SPLIT_OPTIONS}.")
     for split, part in parts.items():
         yield split, f"{name} {part}", "", table[part]
 
@@ -168,11 +182,11 @@ def _numbered_json(file: Path, task: str, stamp: str) -> Iterator[dict]:
 
 
 def stamp_of(path: str | Path) -> str:
-    """Return a path with the time and size of its file, for fingerprints."""
+    """Return a path with the time and size of its file, which tell versions of the file apart."""
     with contextlib.suppress(OSError, ValueError):
         status = os.stat(path)
-        return f"{path} {status.st_mtime_ns} {status.st_size}"
-    return f"{path} -"
+        return f"{path} {status.st_mtime_ns}:{status.st_size}"
+    return f"{path} missing"
 
 
 @dataclass
@@ -193,82 +207,125 @@ class RowReader:
         if len(records) == 0:
             raise ValueError(f"{self.name} has no rows. It needs the columns {self.task.needs}.")
         records = without_decoding(records)
-        num_proc = min(os.cpu_count() or 1, len(records) // ROWS_PER_PROCESS)
-        checked = records.map(
+        checked = self.checked(records)
+        if self.has_changed_images(checked):  # since the result was cached
+            checked = self.checked(records, load_from_cache_file=False)
+        good = []
+        faults = []
+        content_of: dict[str, str] = {}
+        columns = (column_of(checked, name) for name in ("source", "reason", "detail", "ids", "contents"))
+        for place, (source, reason, detail, ids, contents) in enumerate(zip(*columns)):
+            for image_id, content in zip(ids or (), contents or ()):
+                first_content = content_of.setdefault(image_id, content)
+                if first_content != content:
+                    reason = "image_id of two images"
+                    detail = f"{image_id}: {first_content} and {content}"
+            if reason is None:
+                good.append(place)
+            else:
+                faults.append(Fault(source, reason, detail))
+        rows = checked.select_columns(list(self.task.features))
+        if len(good) < len(rows):
+            rows = rows.select(good)
+        return rows, faults
+
+    def checked(self, records: Dataset, load_from_cache_file: bool = True) -> Dataset:
+        """Return the rows and the bad ones of records, with the columns `CHECKED`."""
+        num_processes = min(os.cpu_count() or 1, len(records) // ROWS_PER_PROCESS)
+        settings = (self.task, self.name, self.image_root, self.patch_size, __version__)
+        return records.map(
             self.rows_of_batch,
             batched=True,
             batch_size=100,
             with_indices=True,
             remove_columns=records.column_names,
             features=Features({**self.task.features, **CHECKED}),
-            num_proc=num_proc if num_proc > 1 else None,
-            new_fingerprint=self.fingerprint(records),
+            num_proc=num_processes if num_processes > 1 else None,
+            load_from_cache_file=load_from_cache_file,
+            new_fingerprint=Hasher.hash((records._fingerprint, settings)),
             desc=f"Checking {self.name}",
         )
-        good, faults, content_of = [], [], {}
-        for place, (source, *fault, ids, contents) in enumerate(zip(*(column_of(checked, name) for name in CHECKED))):
-            for image_id, content in zip(ids or (), contents or ()):
-                if (other := content_of.setdefault(image_id, content)) != content:
-                    fault = ["image_id of two images", f"{image_id}: {other} and {content}"]
-            if fault[0] is None:
-                good.append(place)
-            else:
-                faults.append(Fault(source, *fault))
-        rows = checked.select_columns(list(self.task.features))
-        return rows if len(good) == len(rows) else rows.select(good), faults
 
-    def fingerprint(self, records: Dataset) -> str:
-        """Hash the records, the settings and the versions of the image files, so that repaired images are checked."""
-        stamps = hashlib.blake2b(digest_size=16)
-        names = {"json", "image", "images", "left_image", "right_image"} & {*records.column_names}
-        if not any("binary" in str(records.features.arrow_schema.field(name).type) for name in names):
-            for record in records.select_columns(sorted(names)):
-                with contextlib.suppress(BadRowError):
-                    for path in map(self.path, self.image_values(_parsed(record))):
-                        stamps.update(stamp_of(path).encode("utf-8", "backslashreplace"))
-        settings = (self.task, self.name, self.image_root, self.patch_size, __version__)
-        return Hasher.hash((records._fingerprint, settings, stamps.hexdigest()))
+    def has_changed_images(self, checked: Dataset) -> bool:
+        """Return whether a file of an image is another one than when its row was checked."""
+        stamps: set[str] = set()
+        for stamps_of_row in column_of(checked, "stamps"):
+            stamps.update(stamps_of_row)
+        return any(stamp != stamp_of(stamp.rpartition(" ")[0]) for stamp in stamps)
 
     def rows_of_batch(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        rows = []
+        rows: list[dict] = []
         for index, *values in zip(indices, *batch.values()):
             record = dict(zip(batch, values))
             source = f"{self.name} row {record.get('row', index + 1)}"
+            stamps: list[str] = []
             try:
-                rows += self.rows(source, _parsed(record))
+                if "json" in record:
+                    record = parsed_record(record["json"])
+                stamps = self.stamps(record)
+                found = self.rows(source, record)
             except BadRowError as error:
-                rows.append({"source": source, "reason": error.reason, "detail": error.detail})
+                found = [{"source": source, "reason": error.reason, "detail": error.detail}]
+            rows += [{**row, "stamps": stamps} for row in found]
         return {name: [row.get(name) for row in rows] for name in {**self.task.features, **CHECKED}}
+
+    def stamps(self, record: dict) -> list[str]:
+        """Return the stamps of the files of a record's images."""
+        stamps = []
+        with contextlib.suppress(BadRowError):  # `rows` says what is wrong
+            for value in self.image_values(record):
+                path = path_or_bytes(value)
+                if isinstance(path, str):
+                    stamps.append(stamp_of(self.path(path)))
+        return stamps
 
     def rows(self, source: str, record: dict) -> list[dict]:
         """Return the rows of a record, with the `ids` and the `contents` (paths or hashes) of its images."""
         rows = self.task.read_texts(record)
-        images, contents, sizes = zip(*map(self.found, self.image_values(record)))
-        given = record.get("image_ids") if self.task.has_two_images else [record.get("image_id")]
-        given = [None] * len(contents) if is_missing(given) else list_of(given, "image_ids")
-        if len(given) != len(contents):
-            raise BadRowError(f"not {len(contents)} image_ids", reprlib.repr(given))
-        ids = [text_of(value, "image_id") or content for value, content in zip(given, contents)]
+        found = [self.found(value) for value in self.image_values(record)]
+        images = [image for image, _, _ in found]
+        contents = [content for _, content, _ in found]
+        ids = self.ids(record, contents)
+        shared: dict[str, Any] = {"source": source, "ids": ids, "contents": contents}
         if self.task.has_two_images:
-            shared: dict[str, Any] = {"images": list(images), "image_ids": ids}
+            shared["images"] = images
+            shared["image_ids"] = ids
         else:
-            shared = {"image": images[0], "image_id": ids[0]}
+            shared["image"] = images[0]
+            shared["image_id"] = ids[0]
         if "question_id" in self.task.features:
             question_id = text_of(record.get("question_id"), "question_id")
             shared["question_id"] = question_id or source.rpartition(" ")[2]
+        _, _, size = found[0]
         for row in rows:
-            for column in {"box", "region"} & row.keys():
-                row[column] = row[column] and _within(row[column], sizes[0], column)
-        return [{**shared, **row, "source": source, "ids": ids, "contents": list(contents)} for row in rows]
+            for column in ("box", "region"):
+                if row.get(column):
+                    row[column] = _within(row[column], size, column)
+        return [{**row, **shared} for row in rows]
+
+    def ids(self, record: dict, contents: list[str]) -> list[str]:
+        """Return the ids of a record's images: the given ones, or else what identifies their contents."""
+        given = record.get("image_ids") if self.task.has_two_images else [record.get("image_id")]
+        if is_missing(given):
+            return contents
+        given = list_of(given, "image_ids")
+        if len(given) != len(contents):
+            raise BadRowError(f"not {len(contents)} image_ids", reprlib.repr(given))
+        return [text_of(value, "image_id") or content for value, content in zip(given, contents)]
 
     def found(self, value: Any) -> tuple[dict, str, tuple[int, int]]:
         """Return an image as `datasets.Image` stores it, what identifies its content, and its (width, height)."""
         value = path_or_bytes(value)
-        is_path = not isinstance(value, bytes)
-        content = self.path(value) if is_path else hashlib.blake2b(value, digest_size=16).hexdigest()
+        if isinstance(value, bytes):
+            content = hashlib.blake2b(value, digest_size=16).hexdigest()
+            image = {"bytes": value, "path": None}
+            encoded = value
+        else:
+            content = self.path(value)
+            image = {"bytes": None, "path": content}
+            encoded = content
         if content not in self.sizes:
-            self.sizes[content] = check_image(content if is_path else value, self.patch_size)
-        image = {"bytes": None, "path": content} if is_path else {"bytes": value, "path": None}
+            self.sizes[content] = check_image(encoded, self.patch_size)
         return image, content, self.sizes[content]
 
     def path(self, value: Any) -> str:
@@ -290,24 +347,23 @@ class RowReader:
         return values
 
 
-def _parsed(record: dict) -> dict:
-    return parsed_record(record["json"]) if "json" in record else record
-
-
 def _within(box: list[float], size: tuple[int, int], column: str) -> list[float]:
     """Clip a box to the image. Rounded corners may be off by up to a pixel."""
-    (x0, y0, x1, y1), (width, height) = box, size
-    limits = [width, height, width, height]
-    cut = [min(max(value, 0.0), float(limit)) for value, limit in zip(box, limits)]
+    x0, y0, x1, y1 = box
+    width, height = size
     detail = f"[x0, y0, x1, y1] = {box}, the image is {width} x {height}"
-    if min(x0, y0, x1 - 1, y1 - 1) >= 0 and x0 + x1 <= width + 1 and y0 + y1 <= height + 1:
+    has_corner_inside = x0 >= 0 and y0 >= 0 and x1 >= 1 and y1 >= 1
+    if has_corner_inside and x0 + x1 <= width + 1 and y0 + y1 <= height + 1:
         detail += "; as [x, y, width, height] it is inside: give [x, y, x + width, y + height]"
-    if min(x1 - x0, y1 - y0) < 0.01:
+    if x1 - x0 < LEAST_SIDE or y1 - y0 < LEAST_SIDE:
         raise BadRowError(f"{column} without area", detail)
+    limits = [float(width), float(height), float(width), float(height)]
     is_near = all(-1 <= value <= limit + 1 for value, limit in zip(box, limits))
-    if not is_near or min(cut[2] - cut[0], cut[3] - cut[1]) < 0.01:
+    clipped = [min(max(value, 0.0), limit) for value, limit in zip(box, limits)]
+    left, top, right, bottom = clipped
+    if not is_near or right - left < LEAST_SIDE or bottom - top < LEAST_SIDE:
         raise BadRowError(f"{column} outside the image", detail)
-    return cut
+    return clipped
 
 
 # Checks that need the processor
@@ -325,21 +381,24 @@ def check_length(num_tokens: int, processor: TripsProcessor, column: str, num_sp
 def check_fit(dataset: Dataset, task: str, processor: TripsProcessor) -> dict[int, Fault]:
     """Return the faults by row index of the texts of a split that a model reads or writes and cannot take."""
     tokenizer = processor.tokenizer
+    sources = column_of(dataset, "source")
     faults: dict[int, Fault] = {}
     for column in TASKS[task].texts:
         is_read = column == TASKS[task].text  # written texts are not cleaned, and end with [SEP]
         num_special = tokenizer.num_special_tokens_to_add() if is_read else 1
-        rows = [[texts] if isinstance(texts, str) else texts for texts in column_of(dataset, column)]
-        different = list(dict.fromkeys(text for texts in rows for text in texts))
+        different = list(dict.fromkeys(texts_of_column(dataset, column)))
+        if not different:
+            continue
         cleaned = processor.clean_texts(different) if is_read else different
-        tokens = tokenizer(cleaned, add_special_tokens=False, verbose=False)["input_ids"] if different else []
-        lengths = dict(zip(different, map(len, tokens)))
-        for place, (texts, source) in enumerate(zip(rows, column_of(dataset, "source"))):
+        token_ids = tokenizer(cleaned, add_special_tokens=False, verbose=False)["input_ids"]
+        length_of = {text: len(tokens) for text, tokens in zip(different, token_ids)}
+        for place, cell in enumerate(column_of(dataset, column)):
+            texts = [cell] if isinstance(cell, str) else cell
             try:
                 for text in texts:
-                    check_length(lengths[text], processor, column, num_special)
+                    check_length(length_of[text], processor, column, num_special)
             except BadRowError as error:
-                faults.setdefault(place, Fault(source, error.reason, error.detail))
+                faults.setdefault(place, Fault(sources[place], error.reason, error.detail))
     return faults
 
 

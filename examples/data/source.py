@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -121,5 +120,6 @@ class DataArguments:
             yield from BUNDLED_WORDS
             return
         dataset = data["train"] if "train" in data else data["validation"]
-        for text in chain.from_iterable(texts_of_column(dataset, column) for column in columns):
-            yield text.lower() if self.lowercase else text
+        for column in columns:
+            for text in texts_of_column(dataset, column):
+                yield text.lower() if self.lowercase else text

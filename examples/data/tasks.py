@@ -26,7 +26,8 @@ class BadRowError(ValueError):
     """Error of a row that cannot be used: a reason, the same for all rows that have it, and the value at fault."""
 
     def __init__(self, reason: str, detail: str = ""):
-        self.reason, self.detail = reason, printable(detail)
+        self.reason = reason
+        self.detail = printable(detail)
         super().__init__(f"{self.reason} ({self.detail})" if detail else reason)
 
 
@@ -58,8 +59,11 @@ def settle(faults: list[Fault], name: str, total: int, skip: bool):
         counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
         logger.warning(f"Skipped {len(faults)} of the {total} rows of {name} ({counts}).")
         return
-    lines = [f"{len(faults)} of the {total} rows of {name} cannot be used:", *map(str, faults[:SHOWN])]
-    named = "\n  ".join([*lines, *([f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else [])])
+    lines = [f"{len(faults)} of the {total} rows of {name} cannot be used:"]
+    lines += [str(fault) for fault in faults[:SHOWN]]
+    if len(faults) > SHOWN:
+        lines.append(f"and {len(faults) - SHOWN} more")
+    named = "\n  ".join(lines)
     raise ValueError(f"{named}\nCorrect them, or leave them out with --skip_bad_rows.")
 
 
@@ -111,7 +115,8 @@ def list_of(value: Any, column: str) -> list:
 
 def _box(record: dict, column: str) -> list[float]:
     try:
-        box = [float(number) for number in list_of(record[column], column) if not isinstance(number, bool)]
+        numbers = list_of(record[column], column)
+        box = [float(number) for number in numbers if not isinstance(number, bool)]
     except (TypeError, ValueError, OverflowError) as error:
         raise BadRowError(f"{column} is not four numbers", reprlib.repr(record[column])) from error
     if len(box) != 4 or not all(map(math.isfinite, box)):
@@ -131,14 +136,23 @@ def _one_or_several(record: dict, one: str, several: str) -> list:
 
 def _question(record: dict) -> list[dict]:
     # VQAv2 has a dict per annotator, with the answer, the confidence and the annotator's number.
-    answers = _one_or_several(record, "answer", "answers")
-    texts = [text_of(each.get("answer") if isinstance(each, dict) else each, "an answer") for each in answers]
-    row = {"question": filled_text(record, "question"), "answers": [text for text in texts if text]}
-    if not row["answers"]:
+    answers = []
+    for answer in _one_or_several(record, "answer", "answers"):
+        value = answer.get("answer") if isinstance(answer, dict) else answer
+        text = text_of(value, "an answer")
+        if text:
+            answers.append(text)
+    question = filled_text(record, "question")
+    if not answers:
         raise missing("answer", record)
-    region = None if is_missing(record.get("region")) else _box(record, "region")
-    groups = {column: text_of(record.get(column), column) or None for column in _GROUPS}
-    return [{**row, "region": region, **groups}]
+    row = {
+        "question": question,
+        "answers": answers,
+        "region": None if is_missing(record.get("region")) else _box(record, "region"),
+        "kind": text_of(record.get("kind"), "kind") or None,
+        "wording": text_of(record.get("wording"), "wording") or None,
+    }
+    return [row]
 
 
 def caption_texts(captions: list, record: dict) -> list[str]:
@@ -152,7 +166,8 @@ def caption_texts(captions: list, record: dict) -> list[str]:
 
 
 def _captions(record: dict) -> list[dict]:
-    return [{"caption": text} for text in caption_texts(_one_or_several(record, "caption", "captions"), record)]
+    captions = _one_or_several(record, "caption", "captions")
+    return [{"caption": text} for text in caption_texts(captions, record)]
 
 
 # pandas writes floats if labels are missing.
@@ -160,12 +175,15 @@ LABELS = {"true": 1, "false": 0, "1": 1, "0": 0, "1.0": 1, "0.0": 0}
 
 
 def _statement(record: dict) -> list[dict]:
-    column = "sentence" if "statement" not in record and "sentence" in record else "statement"  # as in ALBEF's lists
-    label = record.get("label")
-    label = filled_text({**record, "label": str(label) if isinstance(label, bool) else label}, "label").lower()
+    is_of_albef = "statement" not in record and "sentence" in record
+    value = record.get("label")
+    if isinstance(value, bool):
+        value = str(value)
+    label = filled_text({**record, "label": value}, "label").lower()
     if label not in LABELS:
         raise BadRowError("label is not 1, 0, true or false", reprlib.repr(record["label"]))
-    return [{"statement": filled_text(record, column), "label": LABELS[label]}]
+    statement = filled_text(record, "sentence" if is_of_albef else "statement")
+    return [{"statement": statement, "label": LABELS[label]}]
 
 
 def _expression(record: dict) -> list[dict]:
@@ -207,12 +225,12 @@ class Task:
         return [self.text] if self.written is None else [self.text, self.written]
 
 
-_TEXT, _BOX = Value("string"), Sequence(Value("float32"))  # boxes (x0, y0, x1, y1) in pixels, x1 and y1 exclusive
+_TEXT = Value("string")
+_BOX = Sequence(Value("float32"))  # (x0, y0, x1, y1) in pixels, x1 and y1 exclusive
 _IMAGE = {"image": Image(), "image_id": _TEXT, "source": _TEXT, "question_id": _TEXT}
 _IMAGES = {"images": Sequence(Image()), "image_ids": Sequence(_TEXT), "source": _TEXT, "question_id": _TEXT}
 _CAPTIONS = {"image": Image(), "image_id": _TEXT, "source": _TEXT, "caption": _TEXT}
-_GROUPS = {"kind": _TEXT, "wording": _TEXT}
-_QUESTION = {"question": _TEXT, "answers": Sequence(_TEXT), "region": _BOX, **_GROUPS}
+_QUESTION = {"question": _TEXT, "answers": Sequence(_TEXT), "region": _BOX, "kind": _TEXT, "wording": _TEXT}
 _STATEMENT = {"statement": _TEXT, "label": Value("int64")}
 _EXPRESSION = {"expression": _TEXT, "box": _BOX, "kind": _TEXT}
 

@@ -42,18 +42,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1000) -> PreTrainedT
     if not any(text.strip() for text in texts):
         raise ValueError(f"A tokenizer cannot be trained on {len(texts)} texts without a character.")
     backend = Tokenizer(models.BPE(unk_token=SPECIAL_TOKENS["unk_token"], fuse_unk=True))
-    is_lower = all(text == text.lower() for text in texts)
-    steps = [normalizers.NFC(), normalizers.Strip(), *([normalizers.Lowercase()] if is_lower else [])]
+    steps = [normalizers.NFC(), normalizers.Strip()]
+    if all(text == text.lower() for text in texts):
+        steps.append(normalizers.Lowercase())
     backend.normalizer = normalizers.Sequence(steps)
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Metaspace(), pre_tokenizers.Split(SPLIT, "isolated")]
     )
     backend.decoder = decoders.Metaspace()
-    special = list(SPECIAL_TOKENS.values())
-    backend.train_from_iterator(texts, BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False))
+    trainer = BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS.values()), show_progress=False)
+    backend.train_from_iterator(texts, trainer)
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
-        special_tokens=[(token, backend.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+        special_tokens=[("[CLS]", backend.token_to_id("[CLS]")), ("[SEP]", backend.token_to_id("[SEP]"))],
     )
     # A text such as "[SEP]" is encoded by its characters.
     return PreTrainedTokenizerFast(tokenizer_object=backend, split_special_tokens=True, **SPECIAL_TOKENS)

@@ -19,19 +19,31 @@ def generation_options(task_options: Mapping) -> dict:
     Return the arguments of `generate` that a task may set: numbers of tokens and beams, and sampling. Tasks are
     untrusted, so options that load code are dropped.
     """
-    numbers = {"max_new_tokens": 1024, "num_beams": 1}
-    options = {name: task_options.get(name) or default for name, default in numbers.items()}
+    options = {
+        "max_new_tokens": task_options.get("max_new_tokens") or 1024,
+        "num_beams": task_options.get("num_beams") or 1,
+    }
     temperature = task_options.get("temperature")
-    if temperature == 0 or not task_options.get("do_sample", temperature is not None):
-        # `None` overrides the sampling options of the checkpoint.
-        return {**options, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    sampling = {name: task_options[name] for name in ("temperature", "top_p") if task_options.get(name) is not None}
-    return {**options, "do_sample": True, **sampling}
+    options["do_sample"] = temperature != 0 and bool(task_options.get("do_sample", temperature is not None))
+    if not options["do_sample"]:
+        return {**options, "temperature": None, "top_p": None, "top_k": None}  # overrides those of the checkpoint
+    for name in ("temperature", "top_p"):
+        if task_options.get(name) is not None:
+            options[name] = task_options[name]
+    return options
 
 
 def question_about(image: PIL.Image.Image, text: str) -> list[dict]:
     """Return the conversation of one question about an image."""
     return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
+
+
+def parts_of(conversation: list[dict]) -> list[dict]:
+    """Return the parts of all messages of a conversation."""
+    parts: list[dict] = []
+    for message in conversation:
+        parts += message["content"]
+    return parts
 
 
 def encode(processor: ProcessorMixin, conversations: list[list[dict]], **options) -> BatchFeature:
@@ -52,13 +64,19 @@ def encode(processor: ProcessorMixin, conversations: list[list[dict]], **options
             return_tensors="pt",
             processor_kwargs=options,
         )
-    parts = [[part for message in conversation for part in message["content"]] for conversation in conversations]
-    images = [[part["image"] for part in own if part["type"] == "image"] for own in parts]
-    texts = [
-        processor.image_token * len(own_images) + "\n".join(part["text"] for part in own if part["type"] == "text")
-        for own, own_images in zip(parts, images)
-    ]
-    return processor(text=texts, images=images if any(images) else None, **options)
+    prompts = []
+    images = []
+    for conversation in conversations:
+        own_images = []
+        own_texts = []
+        for part in parts_of(conversation):
+            if part["type"] == "image":
+                own_images.append(part["image"])
+            elif part["type"] == "text":
+                own_texts.append(part["text"])
+        images.append(own_images)
+        prompts.append(processor.image_token * len(own_images) + "\n".join(own_texts))
+    return processor(text=prompts, images=images if any(images) else None, **options)
 
 
 class VisionLanguageModel:
@@ -114,7 +132,8 @@ class VisionLanguageModel:
                 scorer=scorer,
                 guide=loaded,
             )
-        self.num_images = self.num_visual_tokens = 0
+        self.num_images = 0
+        self.num_visual_tokens = 0
 
     @property
     def visual_tokens_per_image(self) -> float | None:
@@ -142,17 +161,20 @@ class VisionLanguageModel:
         with record_patch_selection(self.model) if is_pruned else nullcontext() as selections:
             outputs = self.model.generate(**inputs, **generation_options(options))
         if has_images:
-            kept = selections[-1].kept_indices >= 0 if is_pruned else placeholders
-            self.num_visual_tokens += int(kept.sum())
-            messages = [message for conversation in conversations for message in conversation]
-            self.num_images += sum(part["type"] == "image" for message in messages for part in message["content"])
-        new = outputs[:, inputs["input_ids"].shape[1] :]
-        answers = [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
-        until = options.get("until") or []
-        for stop in [until] if isinstance(until, str) else until:
+            is_kept = selections[-1].kept_indices >= 0 if is_pruned else placeholders
+            self.num_visual_tokens += int(is_kept.sum())
+            for conversation in conversations:
+                self.num_images += sum(part["type"] == "image" for part in parts_of(conversation))
+        prompt_length = inputs["input_ids"].shape[1]
+        texts = self.processor.batch_decode(outputs[:, prompt_length:], skip_special_tokens=True)
+        answers = [text.strip() for text in texts]
+        stops = options.get("until") or []
+        if isinstance(stops, str):
+            stops = [stops]
+        for stop in stops:
             # A blank line is lmms-eval's default stop, which would cut answers after the first paragraph.
             if stop not in ("", "\n\n"):
-                answers = [text.partition(stop)[0].strip() for text in answers]
+                answers = [answer.partition(stop)[0].strip() for answer in answers]
         return answers
 
     def lower_resolution(self, visual_tokens: int):
@@ -173,7 +195,8 @@ class VisionLanguageModel:
             grid = min(round(math.sqrt(visual_tokens)), config.image_size // config.patch_size)
             size = grid * config.patch_size
             for name in ("size", "crop_size"):
-                if current := getattr(image_processor, name, None):
+                current = getattr(image_processor, name, None)
+                if current:
                     setattr(image_processor, name, dict.fromkeys(dict(current), size))
             if hasattr(self.processor, "image_seq_length"):  # PaliGemma
                 self.processor.image_seq_length = grid**2

@@ -29,7 +29,8 @@ class TripsVlm(lmms):
     def __init__(self, batch_size: int | str = 1, **options):
         super().__init__()
         self.accelerator = Accelerator()
-        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self._rank = self.accelerator.process_index
+        self._world_size = self.accelerator.num_processes
         self.batch_size = int(batch_size)
         if "schedule" in options:
             options["schedule"] = options["schedule"].strip("\"'")  # lmms-eval keeps the quotes
@@ -46,7 +47,9 @@ class TripsVlm(lmms):
         answers: list[str] = []
         with tqdm(total=len(requests), desc="Answers", disable=self.rank != 0) as bar:
             for batch in collator.get_batched(n=self.batch_size):
-                answers += self.vlm.answer([self.conversation(*arguments) for arguments in batch], batch[0][2])
+                conversations = [self.conversation(*arguments) for arguments in batch]
+                options = batch[0][2]  # those of the whole batch
+                answers += self.vlm.answer(conversations, options)
                 bar.update(len(batch))
         return collator.get_original(answers)
 

@@ -37,10 +37,14 @@ def split_words(caption: str) -> str:
     Return the lower-cased words of a caption, separated by spaces, as PTB does for plain sentences. Each character is
     a word in scripts that are written without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese).
     """
-    caption, words = unicodedata.normalize("NFC", caption), []
-    for word in _WORD.findall(caption.lower()):
+    caption = unicodedata.normalize("NFC", caption).lower()
+    words = []
+    for word in _WORD.findall(caption):
         ending = _ENDING.search(word)
-        words += [word] if ending is None or ending.start() == 0 else [word[: ending.start()], ending.group()]
+        if ending is None or ending.start() == 0:
+            words.append(word)
+        else:
+            words += [word[: ending.start()], ending.group()]
     return " ".join(words)
 
 
@@ -53,11 +57,14 @@ def java_runs() -> bool:
 
 
 def _tokenized(captions: list[list[str]], use_java: bool) -> dict[int, list[str]]:
-    words = {image: list(each) for image, each in enumerate(captions)}
+    words: dict[int, list[str]] = {}
     if use_java:
-        words = PTBTokenizer().tokenize({image: [{"caption": text} for text in each] for image, each in words.items()})
-    for image, each in enumerate(captions):
-        for number, caption in enumerate(each):
+        entries = {image: [{"caption": text} for text in texts] for image, texts in enumerate(captions)}
+        words = PTBTokenizer().tokenize(entries)
+    else:
+        words = {image: list(texts) for image, texts in enumerate(captions)}
+    for image, texts in enumerate(captions):
+        for number, caption in enumerate(texts):
             if not use_java or _NOT_LATIN.search(caption):
                 words[image][number] = split_words(caption)
     return words
@@ -114,7 +121,11 @@ class CaptionMetrics(evaluate.Metric):
         candidates = _tokenized([[prediction] for prediction in predictions], use_java)
         truths = _tokenized(references, use_java)
         bleu, _ = Bleu(4).compute_score(truths, candidates, verbose=0)
-        scores = {f"bleu_{n}": score for n, score in enumerate(bleu, start=1)}
-        scorers = {"rouge_l": Rouge, "cider": Cider, **({"meteor": Meteor} if use_java else {})}
-        scores |= {name: scorer().compute_score(truths, candidates)[0] for name, scorer in scorers.items()}
-        return {name: float(score) for name, score in scores.items()}
+        scores = {f"bleu_{n}": float(score) for n, score in enumerate(bleu, start=1)}
+        scorers = {"rouge_l": Rouge(), "cider": Cider()}
+        if use_java:
+            scorers["meteor"] = Meteor()
+        for name, scorer in scorers.items():
+            score, _ = scorer.compute_score(truths, candidates)
+            scores[name] = float(score)
+        return scores

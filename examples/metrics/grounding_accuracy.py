@@ -42,6 +42,8 @@ class GroundingAccuracy(evaluate.Metric):
     ) -> dict[str, float]:
         if not predictions:
             raise ValueError("There are no predictions. Give at least one.")
-        boxes, true_boxes = (torch.tensor(each, dtype=torch.float64) for each in (predictions, references))
+        boxes = torch.tensor(predictions, dtype=torch.float64)
+        true_boxes = torch.tensor(references, dtype=torch.float64)
         iou = paired_box_iou(boxes, true_boxes)
-        return {"accuracy": (iou >= threshold).double().mean().item(), "mean_iou": iou.mean().item()}
+        is_right = iou >= threshold
+        return {"accuracy": is_right.double().mean().item(), "mean_iou": iou.mean().item()}

@@ -82,12 +82,10 @@ class RetrievalEvaluator:
     def index_images(self, images: Sequence[PIL.Image.Image]) -> torch.Tensor:
         """Return the normalized features of images on the CPU, `(num_images, projection_dim)`."""
         batches = _batches(len(images), self.batch_size)
-        features = {
-            number: self.model.get_image_features(pixel_values, schedule=self.schedule).pooler_output.to(
-                "cpu", self.model.dtype
-            )
-            for number, pixel_values in self._load(images, batches, "Images")
-        }
+        features = {}
+        for number, pixel_values in self._load(images, batches, "Images"):
+            outputs = self.model.get_image_features(pixel_values, schedule=self.schedule)
+            features[number] = outputs.pooler_output.to("cpu", self.model.dtype)  # (num_images, projection_dim)
         return _finite(torch.cat(_gathered(features)), "image")
 
     @torch.no_grad()
@@ -96,15 +94,21 @@ class RetrievalEvaluator:
         batches = _batches(len(texts), self.batch_size)
         indexed = {}
         for number in self._own(batches, "Texts"):
-            inputs = self.processor(text=[texts[text] for text in batches[number]], return_tensors="pt")
-            outputs = self.model.get_text_features(**inputs.to(self.model.device))
-            # Each text's tokens are copied, because a view would keep the padding.
-            states = outputs.last_hidden_state.to("cpu", self.model.dtype)
+            texts_of_batch = [texts[text] for text in batches[number]]
+            inputs = self.processor(text=texts_of_batch, return_tensors="pt").to(self.model.device)
+            outputs = self.model.get_text_features(**inputs)
+            embeds = outputs.pooler_output.to("cpu", self.model.dtype)  # (num_texts, projection_dim)
+            padded = outputs.last_hidden_state.to("cpu", self.model.dtype)  # (num_texts, longest, hidden_size)
             lengths = inputs["attention_mask"].sum(dim=-1).tolist()
-            states = tuple(row[:length].clone() for row, length in zip(states, lengths))
-            indexed[number] = outputs.pooler_output.to("cpu", self.model.dtype), states
-        embeds, states = zip(*_gathered(indexed))
-        return TextIndex(_finite(torch.cat(embeds), "text"), sum(states, start=()))
+            # Each text's tokens are copied, because a view would keep the padding.
+            states = [row[:length].clone() for row, length in zip(padded, lengths)]
+            indexed[number] = (embeds, states)
+        all_embeds = []
+        all_states = []
+        for embeds, states in _gathered(indexed):
+            all_embeds.append(embeds)
+            all_states += states
+        return TextIndex(embeds=_finite(torch.cat(all_embeds), "text"), states=tuple(all_states))
 
     @torch.no_grad()
     def match(self, images: Sequence[PIL.Image.Image], texts: TextIndex, pairs: torch.LongTensor) -> torch.FloatTensor:
@@ -112,29 +116,40 @@ class RetrievalEvaluator:
         Return the log-odds of matches, float32 on the CPU, `(num_pairs,)`. Only images of pairs are read. `pairs`,
         `(num_pairs, 2)`, are the numbers of image and text of each pair, sorted by image.
         """
-        wanted, image_rows, counts = pairs[:, 0].unique_consecutive(return_inverse=True, return_counts=True)
-        chunks = [wanted[rows].tolist() for rows in _batches(len(wanted), self.batch_size)]
-        pairs_per_chunk = [int(each.sum()) for each in counts.split(self.batch_size)]
-        rows_of_chunk, texts_of_chunk = (each.split(pairs_per_chunk) for each in (image_rows, pairs[:, 1]))
+        # The images of the pairs in order, and for each pair the place of its image among them.
+        distinct, places, pairs_per_image = pairs[:, 0].unique_consecutive(return_inverse=True, return_counts=True)
+        chunks = [distinct[rows].tolist() for rows in _batches(len(distinct), self.batch_size)]
+        pairs_per_chunk = [int(counts.sum()) for counts in pairs_per_image.split(self.batch_size)]
+        places_of_chunk = places.split(pairs_per_chunk)
+        texts_of_chunk = pairs[:, 1].split(pairs_per_chunk)
         scores = {}
         for number, pixel_values in self._load(images, chunks, "Matching"):
             image_cache = self.model.model.encode_images(pixel_values, schedule=self.schedule)
-            rows = rows_of_chunk[number] - number * self.batch_size
-            steps = zip(rows.split(self.batch_size), texts_of_chunk[number].split(self.batch_size))
-            # Only images of a step: if no text scores patches, the upper layers run on all cached images.
-            parts = [self._match_step(image_cache[i[0] : i[-1] + 1], i - i[0], texts, numbers) for i, numbers in steps]
-            scores[number] = torch.cat(parts)
-            del image_cache  # before the next one
+            images_of_pairs = places_of_chunk[number] - number * self.batch_size  # places in the chunk
+            image_steps = images_of_pairs.split(self.batch_size)
+            text_steps = texts_of_chunk[number].split(self.batch_size)
+            scores_of_steps = []
+            for image_index, text_numbers in zip(image_steps, text_steps):
+                first = image_index[0]
+                end = image_index[-1] + 1
+                # Only images of a step: if no text scores patches, the upper layers run on all cached images. No name
+                # keeps them, so that the cache is gone before the next one.
+                scores_of_steps.append(
+                    self._match_step(image_cache[first:end], image_index - first, texts, text_numbers)
+                )
+            scores[number] = torch.cat(scores_of_steps)
+            del image_cache
         return _finite(torch.cat(_gathered(scores)), "pair")
 
     def _match_step(self, image_cache: TripsImageCache, image_index, texts: TextIndex, text_numbers) -> torch.Tensor:
         device = self.model.device
         numbers, text_index = text_numbers.unique(return_inverse=True)
         states = [texts.states[number] for number in numbers.tolist()]
-        lengths = torch.tensor([*map(len, states)])
+        lengths = torch.tensor([len(state) for state in states])
+        attention_mask = torch.arange(lengths.max()) < lengths[:, None]  # (num_texts, longest)
         logits = self.model.match(
             text_states=pad_sequence(states, batch_first=True).to(device),
-            attention_mask=(torch.arange(lengths.max()) < lengths[:, None]).long().to(device),
+            attention_mask=attention_mask.long().to(device),
             text_index=text_index.to(device),
             image_index=image_index.to(device),
             image_cache=image_cache,
@@ -163,23 +178,40 @@ class RetrievalEvaluator:
             rankings: texts of each image, `i2t`, and images of each text, `t2i`.
         """
         image_ids = torch.arange(len(images))
-        image_embeds, text_index = self.index_images(images), self.index_texts(texts)
-        ids = {"i2t": (image_ids, image_of_text), "t2i": (image_of_text, image_ids)}
-        embeds = {"i2t": (image_embeds, text_index.embeds), "t2i": (text_index.embeds, image_embeds)}
-        found = {name: rank(*embeds[name], *ids[name], rerank_k or max(RECALL_AT)) for name in ids}
+        image_embeds = self.index_images(images)
+        text_index = self.index_texts(texts)
+        k = rerank_k or max(RECALL_AT)
+        texts_of_images = rank(image_embeds, text_index.embeds, query_ids=image_ids, candidate_ids=image_of_text, k=k)
+        images_of_texts = rank(text_index.embeds, image_embeds, query_ids=image_of_text, candidate_ids=image_ids, k=k)
+        found = {"i2t": texts_of_images, "t2i": images_of_texts}
         metrics = {f"features_{name}": value for name, value in recalls(found).items()}
         if rerank_k == 0:
             return metrics, found
+
         # A number for each (image, text) pair of the candidates, ascending by image, then by text.
-        of_texts = image_ids[:, None] * len(texts) + found["i2t"].candidates
-        of_images = found["t2i"].candidates * len(texts) + torch.arange(len(texts))[:, None]
-        keys, places = torch.cat((of_texts.flatten(), of_images.flatten())).unique(return_inverse=True)
-        pairs = torch.stack((keys // len(texts), keys % len(texts)), dim=1)
-        scores = self.match(images, text_index, pairs)[places].split((of_texts.numel(), of_images.numel()))
-        for name, own in zip(ids, scores):
-            own = own.view_as(found[name].candidates) + found[name].similarities / self.model.temp().item()
-            found[name] = rerank(found[name], own, *ids[name])
-        metrics |= {**recalls(found), "reranked_pairs": len(pairs)}
+        num_texts = len(texts)
+        i2t_numbers = image_ids[:, None] * num_texts + texts_of_images.candidates  # (num_images, k)
+        t2i_numbers = images_of_texts.candidates * num_texts + torch.arange(num_texts)[:, None]  # (num_texts, k)
+        both_numbers = torch.cat((i2t_numbers.flatten(), t2i_numbers.flatten()))
+        distinct, places = both_numbers.unique(return_inverse=True)
+        pairs = torch.stack((distinct // num_texts, distinct % num_texts), dim=1)
+        scores = self.match(images, text_index, pairs)[places]
+        i2t_scores, t2i_scores = scores.split((i2t_numbers.numel(), t2i_numbers.numel()))
+        temperature = self.model.temp().item()
+        found["i2t"] = rerank(
+            texts_of_images,
+            scores=i2t_scores.view_as(i2t_numbers) + texts_of_images.similarities / temperature,
+            query_ids=image_ids,
+            candidate_ids=image_of_text,
+        )
+        found["t2i"] = rerank(
+            images_of_texts,
+            scores=t2i_scores.view_as(t2i_numbers) + images_of_texts.similarities / temperature,
+            query_ids=image_of_text,
+            candidate_ids=image_ids,
+        )
+        metrics |= recalls(found)
+        metrics["reranked_pairs"] = len(pairs)
         return metrics, found
 
     def _load(
@@ -217,13 +249,23 @@ def rank(
     Rank all candidates of each query by dot product of embeddings, `(num, dim)`, in float32, and keep `k`. Ties keep
     their order. True candidates have the id of the query, `(num,)`; each query needs one.
     """
-    candidate_embeds, parts = candidate_embeds.float(), []
+    candidate_embeds = candidate_embeds.float()
     step = max(1, SIMILARITIES_PER_STEP // len(candidate_ids))
-    for queries, ids in zip(query_embeds.split(step), query_ids.split(step)):
-        similarities, order = (queries.float() @ candidate_embeds.T).sort(dim=1, descending=True, stable=True)
-        first_right = (candidate_ids[order] == ids[:, None]).int().argmax(dim=1)
-        parts.append((order[:, :k].clone(), similarities[:, :k].clone(), first_right))
-    return Ranking(*map(torch.cat, zip(*parts)))
+    candidates = []
+    best_similarities = []
+    first_right = []
+    for embeds, ids in zip(query_embeds.split(step), query_ids.split(step)):
+        similarities = embeds.float() @ candidate_embeds.T  # (num_queries, num_candidates)
+        similarities, order = similarities.sort(dim=1, descending=True, stable=True)
+        is_right = candidate_ids[order] == ids[:, None]
+        candidates.append(order[:, :k].clone())
+        best_similarities.append(similarities[:, :k].clone())
+        first_right.append(is_right.int().argmax(dim=1))
+    return Ranking(
+        candidates=torch.cat(candidates),
+        similarities=torch.cat(best_similarities),
+        first_right=torch.cat(first_right),
+    )
 
 
 def rerank(
@@ -235,17 +277,24 @@ def rerank(
     """
     order = scores.argsort(dim=1, descending=True, stable=True)
     candidates = ranking.candidates.gather(1, order)
-    right = candidate_ids[candidates] == query_ids[:, None]
-    similarities = ranking.similarities.gather(1, order)
-    first_right = torch.where(right.any(dim=1), right.int().argmax(dim=1), ranking.first_right)
-    return Ranking(candidates, similarities, first_right)
+    is_right = candidate_ids[candidates] == query_ids[:, None]  # (num_queries, k)
+    rank_among_best = is_right.int().argmax(dim=1)
+    return Ranking(
+        candidates=candidates,
+        similarities=ranking.similarities.gather(1, order),
+        first_right=torch.where(is_right.any(dim=1), rank_among_best, ranking.first_right),
+    )
 
 
 def recalls(found: dict[str, Ranking]) -> dict[str, float]:
     """Return `i2t_r1` (image to text) to `t2i_r10` (text to image) as shares, and their mean `r_mean`."""
-    hits = {f"{name}_r{k}": ranking.first_right < k for name, ranking in found.items() for k in RECALL_AT}
-    results = {name: hit.double().mean().item() for name, hit in hits.items()}
-    return {**results, "r_mean": sum(results.values()) / len(results)}
+    results = {}
+    for name, ranking in found.items():
+        for k in RECALL_AT:
+            is_found = ranking.first_right < k
+            results[f"{name}_r{k}"] = is_found.double().mean().item()
+    results["r_mean"] = sum(results.values()) / len(results)
+    return results
 
 
 def _batches(count: int, size: int) -> list[range]:
@@ -254,11 +303,12 @@ def _batches(count: int, size: int) -> list[range]:
 
 def _gathered(results: dict[int, Any]) -> list:
     """Return the results of all processes, ordered by batch number."""
-    return [result for _, result in sorted(gather_object(list(results.items())), key=lambda item: item[0])]
+    by_number = dict(gather_object(list(results.items())))
+    return [by_number[number] for number in sorted(by_number)]
 
 
 def _finite(values: torch.Tensor, unit: str) -> torch.Tensor:
-    bad = (~values.isfinite()).nonzero()
+    bad = (~values.isfinite()).nonzero()  # (num_bad, values.ndim)
     if len(bad):
         place = f"{unit} {int(bad[0, 0])} (from 0)"
         raise ValueError(f"The output for {place} is not finite. Check the training, or use a wider dtype.")

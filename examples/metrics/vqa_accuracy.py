@@ -31,9 +31,19 @@ _CONTRACTIONS = """
     what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
     wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """.split()
-_REPAIRS = {word[: m.start()] + word[m.end() :]: word for word in _CONTRACTIONS for m in re.finditer("'", word)}
-# The only entry of the official table that removes an apostrophe.
-_REPAIRS["somebody'd"] = "somebodyd"
+
+
+def _repairs() -> dict[str, str]:
+    """Return each contraction by what is left of it without one of its apostrophes."""
+    repairs = {}
+    for word in _CONTRACTIONS:
+        for mark in re.finditer("'", word):
+            repairs[word[: mark.start()] + word[mark.end() :]] = word
+    repairs["somebody'd"] = "somebodyd"  # the only entry of the official table that removes an apostrophe
+    return repairs
+
+
+_REPAIRS = _repairs()
 
 _PUNCTUATION = re.compile(r'[;/\[\]"{}()=+\\_\-><@`,?!]')
 _DIGIT_COMMA = re.compile(r"\d,\d")
@@ -91,9 +101,11 @@ def vqa_accuracy(prediction: str, answers: list[str]) -> float:
     """
     if not answers:
         raise ValueError(f"The prediction {prediction!r} has no reference answers. Give at least one.")
-    prediction, *answers = map(_on_one_line, [prediction, *answers])
+    prediction = _on_one_line(prediction)
+    answers = [_on_one_line(answer) for answer in answers]
     if len(set(answers)) > 1:
-        prediction, *answers = map(normalize_answer, [prediction, *answers])
+        prediction = normalize_answer(prediction)
+        answers = [normalize_answer(answer) for answer in answers]
     matches = answers.count(prediction)
     agreeing = matches * min((matches - 1) / 3, 1)
     disagreeing = (len(answers) - matches) * min(matches / 3, 1)
@@ -141,8 +153,14 @@ class VqaAccuracy(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
-        scores = [answer_score(*pair) for pair in zip(predictions, references, strict=True)]
-        by_rule = defaultdict(list)
-        for score, answers in zip(scores, references):
-            by_rule["exact_match" if len(answers) == 1 else "vqa_accuracy"].append(score)
-        return {"accuracy": fmean(scores), **{rule: fmean(of_rule) for rule, of_rule in by_rule.items()}}
+        scores = []
+        scores_by_rule = defaultdict(list)
+        for prediction, answers in zip(predictions, references, strict=True):
+            score = answer_score(prediction, answers)
+            rule = "exact_match" if len(answers) == 1 else "vqa_accuracy"
+            scores.append(score)
+            scores_by_rule[rule].append(score)
+        results = {"accuracy": fmean(scores)}
+        for rule, scores_of_rule in scores_by_rule.items():
+            results[rule] = fmean(scores_of_rule)
+        return results

@@ -142,9 +142,9 @@ class ServedVlm:
         model.save_pretrained(folder)
         PROCESSORS[name]().save_pretrained(folder)
         TextGuide.for_model(model).save_pretrained(folder / "guide")
-        if name.startswith("llava"):
-            rename_tower(folder / "model.safetensors")
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+        if name.startswith("llava") or name.endswith("_moe"):
+            store_as_published(folder / "model.safetensors")
         self.processor: ProcessorMixin = AutoProcessor.from_pretrained(folder)
         self.guide = TextGuide.from_pretrained(folder / "guide")
         self.images = []
@@ -197,10 +197,12 @@ class ServedVlm:
         return tokens.tolist(), logprobs.gather(1, tokens[:, None])[:, 0]
 
 
-def rename_tower(file: Path):
-    """Use the names of published checkpoints: vLLM 0.32 does not know those that Transformers writes since 5.19."""
-    weights = {
-        re.sub(r"vision_tower\.(?!vision_model)", "vision_tower.vision_model.", name): weight
-        for name, weight in load_file(file).items()
-    }
+def store_as_published(file: Path):
+    """Use names and shapes of published checkpoints: vLLM 0.32 does not know what Transformers writes since 5.19."""
+    weights = {}
+    for name, weight in load_file(file).items():
+        name = re.sub(r"vision_tower\.(?!vision_model)", "vision_tower.vision_model.", name)
+        if ".experts." in name:
+            weight = weight.transpose(1, 2).contiguous()
+        weights[name] = weight
     save_file(weights, file, metadata={"format": "pt"})

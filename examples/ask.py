@@ -95,9 +95,13 @@ def draw_selection(
     inputs = processor(images=image, text=questions, image_index=[0] * len(questions), return_tensors="pt")
     selection = model.model(**inputs, schedule=schedule).selection
     sizes = [(image.height, image.width)] * len(questions)
-    boxes = [list(layers) for layers in zip(*(processor.patch_boxes(kept.kept_indices, sizes) for kept in selection))]
+    boxes_of_questions: list[list[torch.Tensor]] = [[] for _ in questions]  # one entry per layer
+    for layer in selection:
+        boxes_of_layer = processor.patch_boxes(layer.kept_indices, sizes)
+        for boxes, kept in zip(boxes_of_questions, boxes_of_layer):
+            boxes.append(kept)
     num_patches = selection[0].scores.shape[1]
-    return plot_selection(image, questions, answers, boxes, num_patches=num_patches, path=path)
+    return plot_selection(image, questions, answers, boxes_of_questions, num_patches=num_patches, path=path)
 
 
 @torch.no_grad()

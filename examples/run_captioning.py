@@ -25,6 +25,7 @@ from trips_examples.metrics.caption_metrics import CaptionMetrics, split_words
 from trips_examples.metrics.diagnostics import variety, warn_of_unwritable_texts
 from trips_examples.training.files import texts_of, write_predictions
 from trips_examples.training.models import start_run
+from trips_examples.training.pictures import draw_predictions
 from trips_examples.training.runs import parse_arguments, train_and_evaluate
 from trips_examples.training.trainer import ImageGroupedTrainer
 
@@ -58,6 +59,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             pairs = zip(truths, captions, strict=True)
             predictions = ({"captions": own_truths, "prediction": caption} for own_truths, caption in pairs)
             write_predictions(training_args.output_dir, rows, ["source", "image_id"], predictions)
+        draw_predictions(trainer, [f"{caption} (true: {own[0]})" for caption, own in zip(captions, truths)])
         varied = variety(captions, [own_truths[0] for own_truths in truths], "caption")
         return {**scores, **varied, "unwritable_captions": unwritable[trainer.split], "samples": len(rows)}
 

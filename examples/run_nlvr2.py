@@ -13,7 +13,6 @@ from trips_examples.training.options import run_script, task_parser
 
 OPTIONS = task_parser("nlvr2", __doc__, __name__)
 
-from operator import eq
 from statistics import fmean
 
 import torch
@@ -25,6 +24,7 @@ from trips_examples.data.images import column_of
 from trips_examples.metrics.diagnostics import diagnose_selection, variety
 from trips_examples.training.files import write_predictions
 from trips_examples.training.models import start_run
+from trips_examples.training.pictures import draw_predictions
 from trips_examples.training.runs import parse_arguments, train_and_evaluate
 from trips_examples.training.trainer import ImageGroupedTrainer
 
@@ -37,18 +37,25 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
 
     def metrics_of(prediction: EvalPrediction) -> dict[str, float]:
-        probabilities = torch.from_numpy(prediction.predictions).float().softmax(dim=-1)[:, 1].tolist()
-        judgements = [{"prediction": int(each > 0.5), "probability": each} for each in probabilities]
-        rows, chosen = trainer.eval_dataset, [each["prediction"] for each in judgements]
+        rows = trainer.eval_dataset
+        logits = torch.from_numpy(prediction.predictions).float()
+        probabilities = logits.softmax(dim=-1)[:, 1].tolist()
         labels = column_of(rows, "label")
-        accuracy = {"accuracy": fmean(map(eq, chosen, labels))}
+        chosen = [int(probability > 0.5) for probability in probabilities]
+        accuracy = fmean(own == label for own, label in zip(chosen, labels))
         if trainer.is_in_train:
-            return accuracy
+            return {"accuracy": accuracy}
         if trainer.is_world_process_zero():
             columns = ["source", "question_id", "statement", "label"]
+            pairs = zip(chosen, probabilities)
+            judgements = [{"prediction": own, "probability": probability} for own, probability in pairs]
             write_predictions(training_args.output_dir, rows, columns, judgements)
+        titles = []
+        for statement, probability, label in zip(column_of(rows, "statement"), probabilities, labels):
+            titles.append(f"{statement}: {probability:.0%} (true: {bool(label)})")
+        draw_predictions(trainer, titles)
         varied = variety(chosen, labels, "label", lambda label: labels.count(label[0]) / len(labels))
-        return {**accuracy, **varied, **diagnose_selection(trainer), "samples": len(rows)}
+        return {"accuracy": accuracy, **varied, **diagnose_selection(trainer), "samples": len(rows)}
 
     trainer = ImageGroupedTrainer(
         model=model,

@@ -29,6 +29,7 @@ from trips_examples.metrics.diagnostics import (
 from trips_examples.metrics.vqa_accuracy import VqaAccuracy, most_common_answer, normalize_answer
 from trips_examples.training.files import texts_of, write_predictions
 from trips_examples.training.models import start_run
+from trips_examples.training.pictures import draw_predictions
 from trips_examples.training.runs import TripsTrainingArguments, parse_arguments, train_and_evaluate
 from trips_examples.training.trainer import ImageGroupedTrainer
 
@@ -48,22 +49,33 @@ def train_question_answering(
     metric = VqaAccuracy()
 
     def metrics_of(prediction: EvalPrediction) -> dict[str, float]:
-        rows, answers = trainer.eval_dataset, texts_of(prediction.predictions, processor)
+        rows = trainer.eval_dataset
+        answers = texts_of(prediction.predictions, processor)
         references = measurable_answers(column_of(rows, "answers"), processor)
-
-        def scores(answers: list[str]) -> dict[str, float]:
-            return metric.compute(predictions=answers, references=references)
-
+        scores = metric.compute(predictions=answers, references=references)
         if trainer.is_in_train:
-            return scores(answers)
+            return scores
         if trainer.is_world_process_zero():
             columns = ["source", "question_id", "question", "answers"]
-            write_predictions(training_args.output_dir, rows, columns, ({"prediction": answer} for answer in answers))
+            predictions = [{"prediction": answer} for answer in answers]
+            write_predictions(training_args.output_dir, rows, columns, predictions)
         truths = [most_common_answer(each) for each in references]
-        varied = variety(answers, truths, "answer", lambda answers: scores(answers)["accuracy"])
-        groups = accuracy_by_group(metric, answers, references, rows)
-        counts = {"unwritable_answers": unwritable[trainer.split], "samples": len(rows)}
-        return {**scores(answers), **varied, **groups, **diagnose_selection(trainer), **counts}
+        titles = []
+        for question, answer, truth in zip(column_of(rows, "question"), answers, truths):
+            titles.append(f"{question} {answer} (true: {truth})")
+        draw_predictions(trainer, titles)
+
+        def accuracy_of(answers: list[str]) -> float:
+            return metric.compute(predictions=answers, references=references)["accuracy"]
+
+        return {
+            **scores,
+            **variety(answers, truths, "answer", accuracy_of),
+            **accuracy_by_group(metric, answers, references, rows),
+            **diagnose_selection(trainer),
+            "unwritable_answers": unwritable[trainer.split],
+            "samples": len(rows),
+        }
 
     trainer = trainer_class(
         model=model,

@@ -52,6 +52,7 @@ OPTIONS = make_parser(
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 import torch
@@ -100,26 +101,35 @@ class GuideCollator:
         return dict(encode(self.processor, conversations, **options))
 
     def __call__(self, rows: list[dict]) -> dict:
-        images, questions = [read_image(row) for row in rows], [row["question"] for row in rows]
-        inputs = self.encode(images, questions)
-        batch = {"sources": [row["source"] for row in rows], "inputs": inputs}
+        images = [read_image(row) for row in rows]
+        questions = [row["question"] for row in rows]
         regions = [row["region"] for row in rows]
+        batch: dict[str, Any] = {"sources": [row["source"] for row in rows]}
+        batch["inputs"] = self.encode(images, questions)
         if self.teacher != "attention" and any(region is not None for region in regions):
             batch["masks"] = self.encode(region_masks(images, regions), questions)
-            batch["blanks"] = self.encode([PIL.Image.new("RGB", image.size) for image in images], questions)
+            black_images = [PIL.Image.new("RGB", image.size) for image in images]
+            batch["blanks"] = self.encode(black_images, questions)
         if self.teacher == "regions":
             return batch
-        answers = [row["answers"][0] for row in rows]
-        if isinstance(self.processor, PaliGemmaProcessor):  # it ends the prompt, and then the answer
-            answered = self.encode(images, questions, suffix=answers)
-            del answered["labels"]
-            shape = answered["input_ids"].shape
-            answered = {name: value[:, :-1] if value.shape == shape else value for name, value in answered.items()}
-        else:
-            answered = self.encode(images, questions, answers)
-        lengths, of_prompts = (part["attention_mask"].sum(dim=1) for part in (answered, inputs))
-        counts = (lengths - of_prompts).clamp(min=1).tolist()
-        return batch | {"answered": answered, "num_answer_tokens": counts}
+        batch["answered"] = self.encode_answered(images, questions, [row["answers"][0] for row in rows])
+        lengths = batch["answered"]["attention_mask"].sum(dim=1)
+        prompt_lengths = batch["inputs"]["attention_mask"].sum(dim=1)
+        batch["num_answer_tokens"] = (lengths - prompt_lengths).clamp(min=1).tolist()
+        return batch
+
+    def encode_answered(self, images: list[PIL.Image.Image], questions: list[str], answers: list[str]) -> dict:
+        """Encode prompts with their answers behind them."""
+        if not isinstance(self.processor, PaliGemmaProcessor):
+            return self.encode(images, questions, answers)
+        # It takes answers as suffixes, and ends them with a token that is cut off.
+        answered = self.encode(images, questions, suffix=answers)
+        del answered["labels"]
+        shape = answered["input_ids"].shape
+        for name, value in answered.items():
+            if value.shape == shape:
+                answered[name] = value[:, :-1]
+        return answered
 
 
 class GuidedModel(nn.Module):
@@ -139,27 +149,36 @@ class GuidedModel(nn.Module):
         rows left out without one and of all rows.
         """
         (model,) = self.frozen
-        targets = None if masks is None else targets_of_masks(model, masks, blanks)
-        if self.args.teacher == "attention":
+        targets = None
+        if masks is not None:
+            targets = targets_of_masks(model, masks, blanks)
+        elif self.args.teacher == "attention":
             remove_patch_selection(model)
             targets = targets_of_attention(model, answered, num_answer_tokens)
         apply_patch_selection(model, f"{self.args.layer}:text:{self.args.keep_rate}", guide=self.guide)
         if self.args.teacher == "answers":
             probe_share = self.args.selection_gate if torch.is_grad_enabled() else 0.0
             losses, selection = answer_losses(model, answered, num_answer_tokens, probe_share)
-            targets = torch.zeros_like(selection.scores) if targets is None else targets
-            is_counted = is_used = torch.ones_like(losses, dtype=torch.bool)
+            if targets is None:
+                targets = torch.zeros_like(selection.scores)
+            is_counted = torch.ones_like(losses, dtype=torch.bool)  # (num_texts,)
+            is_used = is_counted
         else:
             selection = guided_selection(model, inputs)
             losses = selection_loss(selection.scores, selection.candidate_indices, targets)
-            is_counted = targets.sum(dim=-1) > 0
+            is_counted = targets.sum(dim=-1) > 0  # (num_images,)
+            # A row is used if one of its images has a target.
             rows = torch.tensor(rows_of_images(model, inputs), device=targets.device)
-            is_used = targets.new_zeros(len(inputs["input_ids"])).index_add(0, rows, is_counted.to(targets.dtype)) > 0
+            num_targets = targets.new_zeros(len(inputs["input_ids"]))
+            num_targets = num_targets.index_add(0, rows, is_counted.to(targets.dtype))
+            is_used = num_targets > 0  # (num_texts,)
+        loss = (losses * is_counted).sum()
+        num_losses = is_counted.sum()
         recalls = targets_of_candidates(targets, selection.kept_indices).sum(dim=-1)
-        loss, number = (losses * is_counted).sum(), is_counted.sum()
-        counts = ((targets.sum(dim=-1) > 0).sum(), (~is_used).sum(), torch.ones_like(is_used).sum())
-        sums = torch.stack([value.detach().float() for value in (loss, number, recalls.sum(), *counts)])
-        return {"loss": loss / number.clamp(min=1), "sums": sums}
+        has_target = targets.sum(dim=-1) > 0
+        sums = (loss, num_losses, recalls.sum(), has_target.sum(), (~is_used).sum(), torch.tensor(len(is_used)))
+        sums = torch.stack([value.detach().float().to(loss.device) for value in sums])
+        return {"loss": loss / num_losses.clamp(min=1), "sums": sums}
 
 
 class GuideTrainer(FiniteTrainer):
@@ -181,14 +200,15 @@ class GuideTrainer(FiniteTrainer):
 
     @torch.no_grad()
     def evaluate(self, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
-        own = self.eval_dataset.shard(self.args.world_size, self.args.process_index)
+        args = self.args
+        rows = self.eval_dataset.shard(num_shards=args.world_size, index=args.process_index)
         sums = torch.zeros_like(self.sums)
-        for batch in DataLoader(own, self.args.per_device_eval_batch_size, collate_fn=self.data_collator):
+        for batch in DataLoader(rows, batch_size=args.per_device_eval_batch_size, collate_fn=self.data_collator):
             del batch["sources"]
             sums += self.model(**self._prepare_inputs(batch))["sums"]
         metrics = self.results(metric_key_prefix, sums)
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         return metrics
 
     def results(self, stage: str, sums: torch.Tensor) -> dict[str, float]:
@@ -211,12 +231,16 @@ class GuideTrainer(FiniteTrainer):
         guide.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
-        guide, saved = self.model.guide, TextGuide.from_pretrained(resume_from_checkpoint)
-        own, others = ({"layer": each.layer, **(each.trained_with or {})} for each in (guide, saved))
-        changed = [name for name, value in own.items() if others.get(name) != value]
-        if changed:
-            found = "; ".join(f"{name} {others.get(name)}, now {own[name]}" for name in changed)
-            raise ValueError(f"{resume_from_checkpoint} has {found}. Choose another --output_dir.")
+        guide = self.model.guide
+        saved = TextGuide.from_pretrained(resume_from_checkpoint)
+        facts = {"layer": guide.layer, **(guide.trained_with or {})}
+        saved_facts = {"layer": saved.layer, **(saved.trained_with or {})}
+        changes = []
+        for name, value in facts.items():
+            if saved_facts.get(name) != value:
+                changes.append(f"{name} {saved_facts.get(name)}, now {value}")
+        if changes:
+            raise ValueError(f"{resume_from_checkpoint} has {'; '.join(changes)}. Choose another --output_dir.")
         guide.load_state_dict(saved.state_dict())
 
 

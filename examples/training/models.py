@@ -38,16 +38,24 @@ def load_data(task: str, args: DataArguments, training_args: TrainingArguments, 
     with training_args.main_process_first(desc="checking the data"):  # the others load its result
         data = load_task_dataset(task, args, patch_size, training_args.seed)
     _check_splits(data, training_args)
-    limits = {"train": args.max_train_samples, "validation": args.max_eval_samples, "test": args.max_eval_samples}
-    for split, limit in limits.items():
-        if limit is not None and split in data:
-            data[split] = data[split].select(range(min(limit, len(data[split]))))
-    for split in ("validation", "test"):
-        if split in data and "image_id" in data[split].column_names:
-            ids = column_of(data[split], "image_id")
-            # Rows of one image share its cached states. `Dataset.sort` warns since pyarrow 25.
-            data[split] = data[split].select(sorted(range(len(ids)), key=lambda row: (ids[row] is None, ids[row])))
-    return DatasetDict({split: without_decoding(dataset) for split, dataset in data.items()})
+    for split, rows in data.items():
+        limit = args.max_train_samples if split == "train" else args.max_eval_samples
+        if limit is not None:
+            rows = rows.select(range(min(limit, len(rows))))
+        if split != "train" and "image_id" in rows.column_names:
+            rows = sorted_by_image(rows)
+        data[split] = without_decoding(rows)
+    return DatasetDict(data)
+
+
+def sorted_by_image(rows: Dataset) -> Dataset:
+    """Sort rows by `image_id`, so that those of one image share its cached states. Rows without one are last."""
+    image_ids = column_of(rows, "image_id")
+
+    def place(row: int) -> tuple:
+        return image_ids[row] is None, image_ids[row]
+
+    return rows.select(sorted(range(len(rows)), key=place))  # `Dataset.sort` warns since pyarrow 25
 
 
 def start_run(
@@ -257,16 +265,15 @@ def log_costs(config: TripsConfig, texts_per_image: float, texts_in_batch: float
     schedule = config.vision_config.schedule
     if not schedule.layers:
         return
-    vision = config.vision_config
     unpruned = forward_cost(config, text_length, UNPRUNED)
     pruned = forward_cost(config, text_length, schedule)
-    num_kept = pruned.tokens[-1] - 1 - vision.fuse_inattentive_tokens
+    num_kept, num_patches = count_kept(config)
     logger.info(
         "%s keeps %d of %d patches, for %.2f times the operations of the unpruned model with one text per image, %.2f "
         "times with %.1f in a batch (an image of the data has %.1f)",
         schedule,
         num_kept,
-        math.prod(vision.grid_size),
+        num_patches,
         pruned.macs(1) / unpruned.macs(1),
         pruned.macs(texts_in_batch) / unpruned.macs(texts_in_batch),
         texts_in_batch,
@@ -276,6 +283,16 @@ def log_costs(config: TripsConfig, texts_per_image: float, texts_in_batch: float
         by_image = scored_by_image(schedule)
         cheaper = forward_cost(config, text_length, by_image).macs(texts_in_batch) / unpruned.macs(texts_in_batch)
         logger.warning("That is more than without pruning. --schedule %s: %.2f times.", by_image, cheaper)
+
+
+def count_kept(config: TripsConfig) -> tuple[int, int]:
+    """Return the number of patches that the last selection layer keeps, and that of all patches."""
+    vision = config.vision_config
+    num_patches = math.prod(vision.grid_size)
+    if not vision.schedule.layers:
+        return num_patches, num_patches
+    num_tokens = forward_cost(config, text_length=1, schedule=vision.schedule).tokens[-1]
+    return num_tokens - 1 - vision.fuse_inattentive_tokens, num_patches
 
 
 def image_keys(rows: Dataset) -> list[Hashable]:

@@ -75,9 +75,11 @@ class MomentumTeacher(nn.Module):
         the first process, so that the teachers of all processes stay equal. The model is not wrapped by
         DistributedDataParallel; FSDP2's sharded parameters are gathered one after another.
         """
-        momentum = self.momentum if momentum is None else momentum
+        if momentum is None:
+            momentum = self.momentum
         for parameter, source in zip(self.model.parameters(), model.parameters()):
-            parameter.lerp_(_whole(source.detach()).to(parameter.dtype), 1.0 - momentum)
+            new = _whole(source.detach()).to(parameter.dtype)
+            parameter.lerp_(new, 1.0 - momentum)
         for buffer, source in zip(self.model.buffers(), model.buffers()):
             buffer.copy_(source)
             if num_processes() > 1:

@@ -164,6 +164,7 @@ class TrainingOptions(RunOptions):
     adam_beta2: float = option(0.98, "AdamW's decay of the second moment.")
     weight_decay: float = option(0.05, "Weight decay, except for biases and norms.")
     texts_per_image: int = option(4, "Texts of an image that may share a training batch.")
+    num_pictures: int = option(0, "Number of predictions to draw, with the kept patches.")
     unpruned_share: float = option(0.0, "Share of unpruned first steps. Default of a model without --model: 0.75.")
 
     def __post_init__(self):
@@ -188,7 +189,6 @@ class GroundingArguments:
     """Options of run_grounding.py."""
 
     attention_loss_weight: float | None = option(None, "Weight of attention supervision by the boxes. Default: 0.")
-    num_pictures: int = option(0, "Number of predictions to draw beside the true boxes.")
 
 
 @dataclass

@@ -111,6 +111,8 @@ class PretrainingTrainer(RetrievalTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.args.num_pictures:
+            raise ValueError("--num_pictures draws predictions, which pre-training has not. Leave it at 0.")
         config = self.model.config
         self.teacher = None
         if self.task_args.momentum_teacher and (config.itc_weight > 0 or config.mlm_weight > 0):
@@ -195,12 +197,13 @@ class PretrainingTrainer(RetrievalTrainer):
         return loss
 
     def log(self, logs: dict[str, float], *args, **kwargs):
+        logs = dict(logs)
         if "loss" in logs and self.teacher is not None:
-            logs = {**logs, "teacher_weight": self.current_teacher_weight()}
+            logs["teacher_weight"] = self.current_teacher_weight()
         if "loss" in logs and self.is_stream:  # of this process
             positions = stream_positions(self.stream_loader.state_dict())
-            logs = {**logs, "pairs": sum(position["seen"] for position in positions)}
-            logs = {**logs, "bad_pairs": sum(position["bad"] for position in positions)}
+            logs["pairs"] = sum(position["seen"] for position in positions)
+            logs["bad_pairs"] = sum(position["bad"] for position in positions)
         super().log(logs, *args, **kwargs)
 
     # Checkpoints

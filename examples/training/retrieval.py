@@ -9,6 +9,7 @@ from trips_examples.data.images import DecodedImages, column_of, first_rows
 from trips_examples.metrics.retrieval import Ranking, RetrievalEvaluator
 from trips_examples.training.files import write_predictions
 from trips_examples.training.options import RetrievalArguments
+from trips_examples.training.pictures import draw_predictions
 from trips_examples.training.trainer import ImageGroupedTrainer
 
 
@@ -63,11 +64,25 @@ class RetrievalTrainer(ImageGroupedTrainer):
         """
         metrics, rankings = self.search(dataset)
         if not self.is_in_train and self.is_world_process_zero():
-            image_ids, ranking = list(dict.fromkeys(column_of(dataset, "image_id"))), rankings["t2i"]
-            found = zip(ranking.candidates[:, :10].tolist(), ranking.first_right.tolist())
-            predictions = ({"found": [image_ids[n] for n in best], "first_right": first + 1} for best, first in found)
-            write_predictions(self.args.output_dir, dataset, ["source", "caption"], predictions)
+            self._write_rankings(dataset, rankings["t2i"])
         return {**metrics, "samples": len(dataset), "images": len(rankings["i2t"].candidates)}
+
+    def _write_rankings(self, dataset: Dataset, ranking: Ranking):
+        """Write and draw what each caption found."""
+        image_rows, _ = first_rows(column_of(dataset, "image_id"))
+        image_ids = column_of(dataset.select(image_rows), "image_id")
+        best = ranking.candidates.tolist()
+        ranks = [first_right + 1 for first_right in ranking.first_right.tolist()]
+        found = [[image_ids[number] for number in numbers[:10]] for numbers in best]
+        predictions = [{"found": ids, "first_right": rank} for ids, rank in zip(found, ranks)]
+        write_predictions(self.args.output_dir, dataset, ["source", "caption"], predictions)
+
+        def row_with_found_image(number: int) -> dict:
+            found_row = dataset[image_rows[best[number][0]]]
+            return {**found_row, "caption": dataset[number]["caption"]}
+
+        titles = [f"{caption} (rank {rank})" for caption, rank in zip(column_of(dataset, "caption"), ranks)]
+        draw_predictions(self, titles, row_of=row_with_found_image)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         metrics = self.metrics_of(self.eval_dataset if eval_dataset is None else eval_dataset)

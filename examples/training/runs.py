@@ -17,18 +17,15 @@ from safetensors import safe_open
 from transformers import Seq2SeqTrainingArguments, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from modeling_trips.inspection import provenance
 from trips_examples.data.source import option
 from trips_examples.training.checks import check_output, checkpoints_in
-from trips_examples.training.files import plot_training
 from trips_examples.training.options import Parser, RunOptions, TrainingOptions, make_parser
-from trips_examples.training.trainer import FiniteTrainer, ImageGroupedTrainer
+from trips_examples.training.pictures import plot_training
+from trips_examples.training.results import facts_of, print_summary, save_results
+from trips_examples.training.trainer import FiniteTrainer
 
 
 logger = logging.getLogger(__name__)
-
-# Metrics that are written to the results and not printed.
-TECHNICAL = re.compile(r"_(runtime|per_second|model_preparation_time|flos|samples|images)$|^total_flos$|_kept$")
 
 _locks: dict[Path, FileLock] = {}  # held by this process, by output folder
 
@@ -201,49 +198,48 @@ def _read_ends(path: Path):
 
 def train_and_evaluate(trainer: FiniteTrainer) -> dict[str, float]:
     """
-    Train (or resume), save, evaluate and test, as set by `do_train`, `do_eval` and `do_predict`. Metrics are printed,
-    and written with their provenance to `train_results.json`, `eval_results.json`, `test_results.json` and
-    `all_results.json`, with what the training used regions for (`regions_used_for`). `training.png` draws loss and
-    metric over steps. Other files of the test go to the folder `test`. At the end, the output folder is unlocked.
+    Train (or resume), save, evaluate and test, as set by `do_train`, `do_eval` and `do_predict`. Metrics are written
+    with their provenance to `train_results.json`, `eval_results.json`, `test_results.json` and `all_results.json`, and
+    summed up in the last lines. `training.png` draws loss and metric over steps. Other files of the test go to the
+    folder `test`. At the end, the output folder is unlocked.
 
     Returns:
         `dict[str, float]`: Metrics of the training, of the validation split (`eval_...`) and of the test split
         (`test_...`).
     """
-    args, metrics = trainer.args, {}
-    given: dict[str, Any] = {}
+    args = trainer.args
+    metrics: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     try:
         if args.do_train:
             result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-            if isinstance(trainer, ImageGroupedTrainer):
-                given = {"regions_used_for": trainer.regions_used_for, "unpruned_steps": trainer.unpruned_steps}
-                given["schedule"] = str(trainer.model.config.vision_config.schedule)
+            facts = facts_of(trainer)
             trainer.save_model()
             trainer.save_state()
-            metrics |= _report(trainer, "train", result.metrics, given)
+            save_results(trainer, "train", result.metrics, facts)
+            metrics |= result.metrics
         if args.do_eval:
-            metrics |= _report(trainer, "eval", trainer.evaluate(), given)
+            evaluation = trainer.evaluate()
+            save_results(trainer, "eval", evaluation, facts)
+            metrics |= evaluation
         if args.do_train and trainer.is_world_process_zero():
-            unpruned_steps = given.get("unpruned_steps", 0)
-            plot_training(trainer.state.log_history, Path(args.output_dir, "training.png"), unpruned_steps)
+            plot_training(
+                trainer.state.log_history,
+                Path(args.output_dir, "training.png"),
+                unpruned_steps=facts.get("unpruned_steps", 0),
+                majority=metrics.get("eval_accuracy_majority"),
+            )
         if args.do_predict and trainer.test_dataset is not None:
             with _on_test_split(trainer):
                 evaluation = trainer.evaluate(metric_key_prefix="test")
-            metrics |= _report(trainer, "test", evaluation, given)
-        if args.do_train and args.should_log:
-            print(f"Model, results, predictions and training.png: {args.output_dir}\nNext: {next_command(trainer)}")
+            save_results(trainer, "test", evaluation, facts)
+            metrics |= evaluation
+        if args.should_log:
+            print_summary(trainer, metrics)
     finally:
         if lock := _locks.pop(Path(args.output_dir).resolve(), None):
             lock.release(force=True)
     return metrics
-
-
-def next_command(trainer: FiniteTrainer) -> str:
-    """Return what to type after a training."""
-    folder = trainer.args.output_dir
-    if type(trainer.model).__name__ == "TripsForQuestionAnswering":
-        return f"python examples/ask.py --model {folder} --image IMAGE --question QUESTION"
-    return f"python examples/push_to_hub.py --model {folder} --repo_id NAME/MODEL --dry_run"
 
 
 @contextmanager
@@ -257,12 +253,3 @@ def _on_test_split(trainer: FiniteTrainer) -> Iterator[None]:
         yield
     finally:
         trainer.eval_dataset, trainer.args.output_dir = eval_dataset, output_dir
-
-
-def _report(trainer: FiniteTrainer, split: str, metrics: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    args = trainer.args
-    shown = {name: value for name, value in {**metrics, **given}.items() if not TECHNICAL.search(name)}
-    trainer.log_metrics(split, shown)
-    origin = {"precision": args.precision, **provenance(args.device.type, args.seed)}
-    trainer.save_metrics(split, {**metrics, **given, **origin})
-    return metrics

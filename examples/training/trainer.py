@@ -196,20 +196,27 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
     @property
     def regions_used_for(self) -> str:
         """The losses that regions of the training data teach: "selection loss", "attention loss", both, or "none"."""
-        config, rows = self.model.config, self.train_dataset
-        columns = set(REGION_COLUMNS).intersection(rows.column_names) if isinstance(rows, Dataset) else ()
-        has_regions = any(region is not None for column in columns for region in column_of(rows, column))
-        uses = {
-            "selection loss": config.selection_loss_weight > 0 and config.vision_config.schedule.layers,
-            "attention loss": config.attention_loss_weight > 0 and hasattr(self.model, "box_head"),
-        }
-        return ", ".join(loss for loss, is_used in uses.items() if is_used and has_regions) or "none"
+        rows = self.train_dataset
+        has_regions = False
+        for column in REGION_COLUMNS:
+            if isinstance(rows, Dataset) and column in rows.column_names:
+                has_regions = has_regions or any(region is not None for region in column_of(rows, column))
+        config = self.model.config
+        losses = []
+        if has_regions and config.selection_loss_weight > 0 and config.vision_config.schedule.layers:
+            losses.append("selection loss")
+        if has_regions and config.attention_loss_weight > 0 and hasattr(self.model, "box_head"):
+            losses.append("attention loss")
+        return ", ".join(losses) or "none"
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        if self.args.lr_scheduler_type == "warmup_stable_decay":  # it decays behind the unpruned steps
-            unpruned = round(self.args.unpruned_share * num_training_steps)
-            decay = num_training_steps - max(unpruned, self.args.get_warmup_steps(num_training_steps))
-            self.args.lr_scheduler_kwargs = {"num_decay_steps": decay, **(self.args.lr_scheduler_kwargs or {})}
+        args = self.args
+        if args.lr_scheduler_type == "warmup_stable_decay":  # it decays behind the unpruned steps
+            num_unpruned_steps = round(args.unpruned_share * num_training_steps)
+            num_warmup_steps = args.get_warmup_steps(num_training_steps)
+            num_decay_steps = num_training_steps - max(num_unpruned_steps, num_warmup_steps)
+            given = args.lr_scheduler_kwargs or {}
+            args.lr_scheduler_kwargs = {"num_decay_steps": num_decay_steps, **given}
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler[int]:
@@ -220,15 +227,20 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if is_new and self.args.tower_learning_rate is not None:
-            rates, named = self.args.tower_learning_rate, [*(model or self.model).named_parameters()]
-            for tower, rate in zip(("vision_model", "text_model"), rates * (2 // len(rates))):
-                own = {parameter for name, parameter in named if tower in name.split(".")}
-                for group in list(optimizer.param_groups):
-                    if parameters := [parameter for parameter in group["params"] if parameter in own]:
-                        group["params"] = [parameter for parameter in group["params"] if parameter not in own]
-                        optimizer.add_param_group({**group, "params": parameters, "lr": rate})
-            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]  # FSDP resumes
+        if not is_new or self.args.tower_learning_rate is None:
+            return optimizer
+        vision_rate = self.args.tower_learning_rate[0]
+        text_rate = self.args.tower_learning_rate[-1]
+        named_parameters = list((model or self.model).named_parameters())
+        for tower, rate in (("vision_model", vision_rate), ("text_model", text_rate)):
+            of_tower = {parameter for name, parameter in named_parameters if tower in name.split(".")}
+            for group in list(optimizer.param_groups):
+                own = [parameter for parameter in group["params"] if parameter in of_tower]
+                group["params"] = [parameter for parameter in group["params"] if parameter not in of_tower]
+                if own:
+                    optimizer.add_param_group({**group, "params": own, "lr": rate})
+        # FSDP resumes no empty group.
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
     def get_train_dataloader(self):

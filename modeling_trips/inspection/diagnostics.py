@@ -91,23 +91,28 @@ def scored_by_image(schedule: SelectionSchedule) -> SelectionSchedule:
     return SelectionSchedule(schedule.layers, selections)
 
 
-def describe_sensitivity(text_sensitivity: float, what: str = "texts about one image") -> str:
-    """Return a sensitivity of a selection layer as a sentence."""
-    if text_sensitivity < SAME:
-        degree = "the same patches"
-    elif text_sensitivity < DIFFERENT:
-        degree = "nearly the same patches"
-    else:
-        degree = "different patches"
-    return f"Two {what} keep {degree} ({text_sensitivity:.2f})."
+def describe_sensitivities(text_sensitivity: float | None, image_sensitivity: float | None) -> list[str]:
+    """Return the sensitivities of a selection layer that were measured as sentences."""
+    sentences = []
+    for what, value in (("texts about one image", text_sensitivity), ("images", image_sensitivity)):
+        if value is None:
+            continue
+        if value < SAME:
+            degree = "the same patches"
+        elif value < DIFFERENT:
+            degree = "nearly the same patches"
+        else:
+            degree = "different patches"
+        sentences.append(f"Two {what} keep {degree} ({value:.2f}).")
+    return sentences
 
 
-def advice(schedule: SelectionSchedule, text_sensitivity: float) -> str | None:
-    """Return what to change if a text scores the last layer of a schedule and is ignored."""
-    if schedule.layers and schedule.selections[-1].guidance == "text" and text_sensitivity < SAME:
-        by_image = scored_by_image(schedule)
-        return f"The text is ignored ({text_sensitivity:.2f}): --schedule {by_image} costs less and keeps the same."
-    return None
+def advice(schedule: SelectionSchedule, text_sensitivity: float) -> list[str]:
+    """Return what to change, in a sentence, if a text scores the last layer of a schedule and is ignored."""
+    if schedule.selections[-1].guidance != "text" or text_sensitivity >= SAME:
+        return []
+    by_image = scored_by_image(schedule)
+    return [f"The text is ignored ({text_sensitivity:.2f}): --schedule {by_image} costs less and keeps the same."]
 
 
 def patch_precision(patch_boxes: torch.Tensor, region: torch.Tensor) -> float:

@@ -7,8 +7,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from modeling_trips import TripsPreTrainedModel, TripsProcessor
+from modeling_trips import SelectionSchedule, TripsPreTrainedModel, TripsProcessor
 from modeling_trips.configuration_trips import TRANSFORMERS
+from modeling_trips.inspection.diagnostics import describe_sensitivities
 
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -96,7 +97,17 @@ def make_model_card(
         command=command,
         measured=measured,
         run=run,
+        sensitivities=read_sensitivities(run, model.config.vision_config.schedule),
     )
+
+
+def read_sensitivities(run: dict[str, Any], schedule: SelectionSchedule) -> list[str]:
+    """Return in sentences what the patches of the last selection layer depend on, if the results say so."""
+    values: dict[str, Any] = {}
+    for split in ("eval", "test"):
+        for what in ("text", "image") if schedule.layers else ():
+            values[what] = run.get(f"{split}_layer{schedule.layers[-1]}_{what}_sensitivity", values.get(what))
+    return describe_sensitivities(values.get("text"), values.get("image"))
 
 
 def read_results(run: dict[str, Any], task: str, dataset: str) -> list[EvalResult]:
@@ -108,6 +119,9 @@ def read_results(run: dict[str, Any], task: str, dataset: str) -> list[EvalResul
     """
     values = {key.partition("_")[2]: value for key, value in run.items() if key.startswith(("eval_", "test_"))}
     metrics = {name: value for name, value in values.items() if not NOT_METRICS.fullmatch(name)}
+    for name in ("exact_match", "vqa_accuracy"):
+        if name in metrics and metrics[name] == metrics.get("accuracy"):
+            del metrics[name]  # of data with one answer to each question, or with several to each
     if not metrics:
         raise ValueError("The results of the model have no metric, such as eval_accuracy.")
     split = "test" if any(key.startswith("test_") for key in run) else "validation"

@@ -4,16 +4,14 @@ import evaluate
 import PIL.Image
 import pytest
 import torch
-from datasets import Dataset
 from places import EXAMPLES
 from strange_pictures import encoded
 
 from modeling_trips import TripsConfig
 from trips_examples.data.collators import GroundingCollator
 from trips_examples.data.vocabulary import train_tokenizer
-from trips_examples.run_grounding import draw_predicted_boxes
-from trips_examples.training.files import draw_boxes
 from trips_examples.training.models import make_processor
+from trips_examples.training.pictures import draw_boxes
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +54,9 @@ def test_accuracy_counts_boxes_from_half_overlap_on():
         metric.compute(predictions=[], references=[])
 
 
-def test_pictures_show_both_boxes(tmp_path):
+def test_pictures_show_both_boxes():
     image = PIL.Image.new("RGB", (120, 60), "white")
     picture = draw_boxes(image, [10, 10, 50, 50], [60, 20, 100, 50])
     assert picture.size == (240, 120)
     assert picture.getpixel((20, 60)) == (0x2B, 0x8A, 0x3E)  # the left edge of the true box, at twice the size
     assert picture.getpixel((120, 60)) == (0x18, 0x64, 0xAB)
-    rows = Dataset.from_list([row([10, 5, 40, 25], image_id=str(number)) for number in range(7)])
-    draw_predicted_boxes(tmp_path / "predictions.png", rows, [[10.0, 5.0, 40.0, 25.0]] * 7, num_pictures=5)
-    assert PIL.Image.open(tmp_path / "predictions.png").size == (4 * 250, 2 * 270)
-    assert [path.name for path in tmp_path.iterdir()] == ["predictions.png"]

@@ -28,7 +28,9 @@ def trained(data, tmp_path_factory) -> tuple[Path, dict[str, float]]:
     folder = tmp_path_factory.mktemp("trained")
     options = ["--max_steps=60", "--per_device_train_batch_size=10", "--logging_steps=20", "--texts_per_image=2"]
     options += ["--eval_strategy=steps", "--eval_steps=30"]
-    return folder, run_retrieval.main([*data, *OPTIONS, *options, f"--output_dir={folder}", "--rerank_k=3"])
+    return folder, run_retrieval.main(
+        [*data, *OPTIONS, *options, f"--output_dir={folder}", "--rerank_k=3", "--num_pictures=2"]
+    )
 
 
 def test_learns_the_toy_data(trained):
@@ -48,6 +50,7 @@ def test_learns_the_toy_data(trained):
 
 
 def test_what_was_found_is_written_down(trained):
+    assert (trained[0] / "predictions.png").is_file()
     images = predictions(trained[0])
     assert [row["caption"] for row in images[:2]] == ["all is black here", "a black image"]  # sorted by image
     assert {row["source"] for row in images} == {f"rows.jsonl row {row}" for row in range(1, 6)}

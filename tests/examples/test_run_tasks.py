@@ -94,7 +94,10 @@ def test_the_test_split_is_reported_beside_the_validation_split(task, backbone, 
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
     (tmp_path / "test.jsonl").write_text("\n".join(lines[:3]))
     options = [validation, f"--test_file={tmp_path / 'test.jsonl'}", *OPTIONS, backbone, "--do_train=False"]
-    metrics = main_of(task)([*options, "--generation_max_length=5", f"--output_dir={tmp_path / 'out'}"])
+    metrics = main_of(task)(
+        [*options, "--generation_max_length=5", "--num_pictures=2", f"--output_dir={tmp_path / 'out'}"]
+    )
+    assert (tmp_path / "out" / "predictions.png").is_file()
     assert not any(name.startswith("train") for name in metrics)
     assert metrics["eval_samples"] == len(predictions(tmp_path / "out")) == len(lines)
     rows = predictions(tmp_path / "out" / "test")

@@ -88,7 +88,7 @@ def test_an_interrupted_training_resumes(options, rows, tmp_path, monkeypatch):
         patch.setattr(train_guide.GuideTrainer, "compute_loss", interrupt)
         train_guide.main(options())
     assert not (tmp_path / "guide" / "model.safetensors").exists()
-    with pytest.raises(ValueError, match="resume_from_checkpoint"):
+    with pytest.raises(FileExistsError, match="resume_from_checkpoint"):
         train_guide.main(options())
     resume = "--resume_from_checkpoint=last"
     with pytest.raises(ValueError, match="layer .*learning_rate .*, now"):

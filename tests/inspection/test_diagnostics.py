@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from modeling_trips import TripsSelection
+from modeling_trips import SelectionSchedule, TripsSelection
 from modeling_trips.inspection.diagnostics import (
+    advice,
+    describe_sensitivities,
     image_sensitivity,
     kept_patches,
     patch_precision,
@@ -53,3 +55,17 @@ def test_sensitivity_to_the_image_compares_rows_of_different_images():
     assert image_sensitivity(selection, torch.tensor([0, 1, 0]), num_patches=4) == 1.0
     with pytest.raises(ValueError, match="image"):
         image_sensitivity(selection, torch.tensor([0, 0, 0]), num_patches=4)
+
+
+@pytest.mark.parametrize(("value", "words"), [(0.03, "the same"), (0.2, "nearly the same"), (0.66, "different")])
+def test_sensitivities_are_said_in_words(value, words):
+    (text,) = describe_sensitivities(value, None)
+    assert text == f"Two texts about one image keep {words} patches ({value:.2f})."
+    assert len(describe_sensitivities(value, value)) == 2 and describe_sensitivities(None, None) == []
+
+
+def test_a_text_that_is_ignored_has_an_advice():
+    by_text = SelectionSchedule.parse("6:image:0.5,9:text:0.25")
+    (line,) = advice(by_text, 0.03)
+    assert "0.03" in line and "--schedule 6:image:0.5,9:image:0.25 " in line
+    assert advice(by_text, 0.2) == [] == advice(SelectionSchedule.parse("9:image:0.25"), 0.0)

@@ -46,6 +46,20 @@ def test_the_split_is_that_of_the_results():
     assert (measured.metric_type, measured.dataset_split) == ("accuracy", "test")
 
 
+def test_equal_metrics_are_one():
+    (measured,) = read_results({"eval_accuracy": 0.5, "eval_exact_match": 0.5}, "any", "ours")
+    assert measured.metric_type == "accuracy"
+    both = read_results({"eval_accuracy": 0.5, "eval_exact_match": 0.4, "eval_vqa_accuracy": 0.6}, "any", "ours")
+    assert len(both) == 3
+
+
+def test_the_card_says_what_the_text_does(tmp_path):
+    measured = {"eval_layer3_text_sensitivity": 0.03, "eval_layer3_image_sensitivity": 0.9}
+    card = make_card(tmp_path / "checkpoint", results=write_results(tmp_path / "run", **measured))
+    assert "Two texts about one image keep the same patches (0.03)." in card.text
+    assert "Two images keep different patches (0.90)." in card.text
+
+
 def test_unknown_facts_are_in_no_metadata(tmp_path):
     card = make_card(tmp_path)
     assert set(card.data.to_dict()) == {"library_name", "pipeline_tag", "tags"}

@@ -1,0 +1,103 @@
+"""Results of a run: files with all metrics, and the few lines that are printed at the end."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from modeling_trips.inspection import provenance
+from modeling_trips.inspection.diagnostics import advice, describe_sensitivities
+from trips_examples.training.files import write_json
+from trips_examples.training.models import count_kept
+from trips_examples.training.trainer import FiniteTrainer, ImageGroupedTrainer
+
+
+logger = logging.getLogger(__name__)
+
+# The metric that sums up a task: the first of them that an evaluation has.
+SCORES = ("accuracy", "cider", "r_mean", "features_r_mean", "region_recall")
+SPLITS = {"test": "Test", "eval": "Validation"}
+
+
+def facts_of(trainer: FiniteTrainer) -> dict[str, Any]:
+    """Return what the training did, for its results."""
+    if not isinstance(trainer, ImageGroupedTrainer):
+        return {}
+    return {
+        "regions_used_for": trainer.regions_used_for,
+        "unpruned_steps": trainer.unpruned_steps,
+        "schedule": str(trainer.model.config.vision_config.schedule),
+    }
+
+
+def save_results(trainer: FiniteTrainer, split: str, metrics: dict[str, Any], facts: dict[str, Any]):
+    """
+    Write the metrics of `train`, `eval` or `test` with facts and provenance to `{split}_results.json`, and add them to
+    `all_results.json`. Those of an evaluation begin with its summary, which is also logged.
+    """
+    args = trainer.args
+    if not trainer.is_world_process_zero():
+        return
+    results = {**metrics, **facts, "precision": args.precision, **provenance(args.device.type, args.seed)}
+    if split in SPLITS:
+        lines = summary(trainer, split, metrics)
+        for line in lines:
+            logger.info(line)
+        results = {"summary": lines, **results}
+    folder = Path(args.output_dir)
+    write_json(folder / f"{split}_results.json", results)
+    path = folder / "all_results.json"
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    write_json(path, {**earlier, **results})
+
+
+def summary(trainer: FiniteTrainer, split: str, metrics: dict[str, Any]) -> list[str]:
+    """Return the lines about an evaluation: the metric of the task, the kept patches, and what they depend on."""
+    own = {name.removeprefix(f"{split}_"): value for name, value in metrics.items()}
+    lines = []
+    score = next((name for name in SCORES if name in own), None)
+    if score is not None:
+        value = f"{own[score]:.2f}" if score == "cider" else f"{own[score]:.1%}"
+        line = f"{SPLITS[split]}, {own['samples']} rows: {score.replace('_', ' ')} {value}"
+        if "accuracy_majority" in own:
+            line += f", the most frequent answer {own['accuracy_majority']:.1%}"
+        lines.append(line)
+    if not isinstance(trainer, ImageGroupedTrainer):
+        return lines
+    config = trainer.model.config
+    schedule = config.vision_config.schedule
+    if not schedule.layers:
+        return [*lines, "Unpruned: all patches are kept."]
+    num_kept, num_patches = count_kept(config)
+    lines.append(f"{schedule} keeps {num_kept} of {num_patches} patches.")
+    last = f"layer{schedule.layers[-1]}"
+    text_sensitivity = own.get(f"{last}_text_sensitivity")
+    image_sensitivity = own.get(f"{last}_image_sensitivity")
+    lines += describe_sensitivities(text_sensitivity, image_sensitivity)
+    if text_sensitivity is not None:
+        lines += advice(schedule, text_sensitivity)
+    return lines
+
+
+def print_summary(trainer: FiniteTrainer, metrics: dict[str, Any]):
+    """Print the summary of each evaluation, where everything else is, and what to type next."""
+    folder = trainer.args.output_dir
+    evaluated = [split for split in SPLITS if any(name.startswith(f"{split}_") for name in metrics)]
+    seen = set()
+    for split in evaluated:
+        new = [line for line in summary(trainer, split, metrics) if line not in seen]
+        seen.update(new)
+        print("", *new, sep="\n")
+    if evaluated:
+        print(f"All metrics: {Path(folder, f'{evaluated[-1]}_results.json')}")
+    if trainer.args.do_train:
+        print(f"Model, predictions and training.png: {folder}")
+        print(f"Next: {next_command(trainer)}")
+
+
+def next_command(trainer: FiniteTrainer) -> str:
+    """Return what to type after a training."""
+    folder = trainer.args.output_dir
+    if type(trainer.model).__name__ == "TripsForQuestionAnswering":
+        return f"python examples/ask.py --model {folder} --image IMAGE --question QUESTION"
+    return f"python examples/push_to_hub.py --model {folder} --repo_id NAME/MODEL --dry_run"

@@ -1,0 +1,77 @@
+"""The results of a run: the files, the few lines at the end, and the pictures."""
+
+import json
+
+import PIL.Image
+import pytest
+from toy_tasks import OPTIONS, write_task
+
+from trips_examples import run_vqa
+from trips_examples.training.pictures import plot_training, sheet
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Train and evaluate with three questions about each image, and return the folder."""
+    folder = tmp_path_factory.mktemp("run")
+    write_task("vqa", folder)
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    questions = {"what color is it?": None, "is it red?": "no", "is it a circle?": "no"}
+    rows = [
+        {**row, "question": text, "answer": answer or row["answer"]}
+        for row in rows
+        for text, answer in questions.items()
+    ]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files = [f"--{split}_file={folder / 'rows.jsonl'}" for split in ("train", "validation", "test")]
+    options = [
+        "--schedule=2:text:0.3,3:text:0.3",
+        "--max_steps=2",
+        "--num_pictures=3",
+        f"--output_dir={folder / 'out'}",
+    ]
+    run_vqa.main([*files, *OPTIONS, *options])
+    return folder / "out"
+
+
+def test_the_results_begin_with_what_matters(run):
+    for split in ("eval", "test"):
+        results = json.loads((run / f"{split}_results.json").read_text())
+        assert next(iter(results)) == "summary"
+        accuracy, kept, *sensitivities = results["summary"]
+        assert f"accuracy {results[f'{split}_accuracy']:.1%}, the most frequent answer" in accuracy
+        assert kept == "2:text:0.3,3:text:0.3 keeps 7 of 64 patches."
+        for what, line in zip(("text", "image"), sensitivities):
+            assert f"({results[f'{split}_layer3_{what}_sensitivity']:.2f})" in line
+        assert results["schedule"] == "2:text:0.3,3:text:0.3" and results["precision"] == "float32"
+    assert {"test_accuracy", "eval_accuracy", "train_loss"} <= json.loads(
+        (run / "all_results.json").read_text()
+    ).keys()
+
+
+def test_few_lines_are_printed_at_the_end(run, capsys):
+    options = [f"--test_file={run.parent / 'rows.jsonl'}", f"--model={run}", f"--output_dir={run / 'again'}"]
+    run_vqa.main([*options, "--do_train=False", "--do_eval=False", "--disable_tqdm=False"])
+    printed = capsys.readouterr().out
+    lines = printed[printed.index("Test, 15 rows: accuracy ") :].splitlines()
+    assert len(lines) <= 6 and "exact_match" not in printed
+    assert lines[-1] == f"All metrics: {run / 'again' / 'test_results.json'}"
+
+
+def test_predictions_are_drawn_with_the_kept_patches(run):
+    for folder in (run, run / "test"):
+        assert PIL.Image.open(folder / "predictions.png").width == 4 * 250
+
+
+def test_long_titles_are_cut():
+    pictures = [PIL.Image.new("RGB", (240, 100), "white")] * 5
+    assert sheet(pictures, ["a long title " * 20] * 5).size == (1000, 2 * (240 + 12 + 3 * 17))
+
+
+@pytest.mark.parametrize(("steps", "panels"), [([], 1), ([10], 1), ([5, 10], 2)])
+def test_evaluations_are_drawn_if_there_are_two(steps, panels, tmp_path):
+    history = [{"step": step, "loss": 1 / step} for step in range(1, 11)]
+    history += [{"step": step, "eval_accuracy": 0.5, "eval_loss": 1.0} for step in steps]
+    plot_training(history, tmp_path / "training.png", unpruned_steps=5, majority=0.4)
+    width, height = PIL.Image.open(tmp_path / "training.png").size
+    assert width / height == pytest.approx(panels * 5 / 4, rel=0.01)

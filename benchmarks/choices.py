@@ -131,7 +131,8 @@ class Gumbel(Way):
         num_before = tokens.shape[1] - scores.shape[1]
         num_behind = states.shape[1] - num_before - choice.kept.shape[1]
         factors = nn.functional.pad(self.weights(), (num_before, num_behind), value=1.0)
-        return states * factors.unsqueeze(-1).to(states.dtype)
+        factors = factors.unsqueeze(-1).to(states.dtype)
+        return states * factors
 
 
 class Reinforce(Gumbel):
@@ -155,14 +156,18 @@ class Reinforce(Gumbel):
     def loss_term(self, inputs: dict, outputs: Any) -> torch.Tensor | float:
         labels = inputs["labels"]
         logits = outputs.logits.detach().float().transpose(1, 2)  # (num_texts, vocab_size, label_length)
-        losses = nn.functional.cross_entropy(logits, labels, reduction="none").sum(dim=1)
+        losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+        losses = losses.sum(dim=1)  # (num_texts,)
         words = inputs["input_ids"][:, FIRST_WORDS]
-        is_alike = (words[:, None] == words[None]).all(dim=-1).float()  # (num_texts, num_texts)
+        is_alike = (words[:, None] == words[None]).all(dim=-1)
+        is_alike = is_alike.float()  # (num_texts, num_texts)
         num_others = is_alike.sum(dim=1) - 1
-        losses_of_others = (is_alike @ losses - losses) / num_others.clamp(min=1)
-        costs = (losses - losses_of_others) * (num_others > 0)
+        sum_of_others = is_alike @ losses - losses
+        mean_of_others = sum_of_others / num_others.clamp(min=1)
+        costs = (losses - mean_of_others) * (num_others > 0)
         log_probability = self.log_probability(outputs.selection[-1].scores)
-        return self.weight * (costs * log_probability).sum() / (labels != -100).sum()
+        num_tokens = (labels != -100).sum()
+        return self.weight * (costs * log_probability).sum() / num_tokens
 
 
 class PerturbedTopK(torch.autograd.Function):
@@ -226,11 +231,16 @@ class GivenScoresCollator(VqaCollator):
 
     def encode(self, images: list, image_index: list[int], rows: list[dict]) -> dict:
         batch = super().encode(images, image_index, rows)
+        patch_size = self.processor.patch_size
         height, width = batch["pixel_values"].shape[-2:]
-        grid = (height // self.processor.patch_size, width // self.processor.patch_size)
-        scores = torch.stack([self.way.scores_of(images[image], row, grid) for image, row in zip(image_index, rows)])
+        grid = (height // patch_size, width // patch_size)
+        by_question = []
+        for image, row in zip(image_index, rows):
+            by_question.append(self.way.scores_of(images[image], row, grid))
+        scores = torch.stack(by_question)  # (batch_size, num_patches)
         scores = scores + 1e-6 * torch.rand_like(scores)  # equal ones in random order
-        return {**batch, "given_scores": scores / scores.sum(dim=1, keepdim=True)}
+        batch["given_scores"] = scores / scores.sum(dim=1, keepdim=True)
+        return batch
 
 
 class ChoiceTrainer(ImageGroupedTrainer):

@@ -39,8 +39,8 @@ from transformers.utils.type_validators import activation_fn_key, interval, prob
 GUIDANCES = ("text", "image", "random")
 
 # Kinds of validated fields.
-count = interval(min=1)
-number = interval(min=0, exclude_max=True)  # neither infinite nor NaN
+positive = interval(min=1)
+not_negative = interval(min=0, exclude_max=True)  # neither infinite nor NaN
 
 
 def _validate_heads(config: PreTrainedConfig):
@@ -60,7 +60,10 @@ def _as_pair(field: str, size: int | list[int] | tuple[int, int]) -> tuple[int, 
 
 def _one_per_layer(field: str, value, layers: Sequence[int]) -> list:
     """Return the values of a field that has one value for all selection layers, or one for each."""
-    values = list(value) if isinstance(value, (list, tuple)) else [value] * len(layers)
+    if isinstance(value, (list, tuple)):
+        values = list(value)
+    else:
+        values = [value] * len(layers)
     if len(values) != len(layers):
         raise ValueError(
             f"`{field}` must be one value or one per selection layer, got {value} for the layers {layers}."
@@ -106,11 +109,10 @@ class SelectionSchedule:
     by_layer: dict[int, LayerSelection] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
-        layers = self.layers
-        if len(layers) != len(self.selections) or list(layers) != sorted({*layers}) or min(layers, default=1) < 1:
-            raise ValueError(
-                f"`selection_layers` must be numbers from 1, ascending without repetition, got {list(layers)}."
-            )
+        layers = list(self.layers)
+        is_ascending = layers == sorted(set(layers))
+        if not is_ascending or min(layers, default=1) < 1 or len(layers) != len(self.selections):
+            raise ValueError(f"`selection_layers` must be numbers from 1, ascending without repetition, got {layers}.")
         for guidance, keep_rate in self.selections:
             if guidance not in GUIDANCES:
                 raise ValueError(
@@ -118,10 +120,10 @@ class SelectionSchedule:
                 )
             if not 0 < keep_rate <= 1:
                 raise ValueError(f"`keep_rate` must be in (0, 1], got {keep_rate}.")
-        selecting = [pair for pair in zip(layers, self.selections) if pair[1].keep_rate < 1]
-        object.__setattr__(self, "layers", tuple(layer for layer, _ in selecting))
-        object.__setattr__(self, "selections", tuple(selection for _, selection in selecting))
-        object.__setattr__(self, "by_layer", dict(selecting))
+        by_layer = {layer: selection for layer, selection in zip(layers, self.selections) if selection.keep_rate < 1}
+        object.__setattr__(self, "layers", tuple(by_layer))
+        object.__setattr__(self, "selections", tuple(by_layer.values()))
+        object.__setattr__(self, "by_layer", by_layer)
 
     @classmethod
     def parse(cls, text: str, keep_rate: float = 0.7) -> "SelectionSchedule":
@@ -138,12 +140,11 @@ class SelectionSchedule:
             return UNPRUNED
         layers, selections = [], []
         for entry in text.split(","):
-            layer, guidance, rate, *rest = (*entry.strip().split(":"), "", "")
+            layer, _, settings = entry.strip().partition(":")
+            guidance, _, rate = settings.partition(":")
             try:
-                if any(rest):
-                    raise ValueError
                 layers.append(int(layer))
-                selections.append(LayerSelection(guidance or "text", float(rate or keep_rate)))
+                selections.append(LayerSelection(guidance=guidance or "text", keep_rate=float(rate or keep_rate)))
             except ValueError as error:
                 raise ValueError(
                     f"A schedule has entries layer:guidance:keep_rate, as in 5:image:0.7,12:text:0.3, got {entry!r}."
@@ -151,7 +152,9 @@ class SelectionSchedule:
         return cls(tuple(layers), tuple(selections))
 
     def __str__(self) -> str:
-        entries = [f"{layer}:{own.guidance}:{own.keep_rate}" for layer, own in zip(self.layers, self.selections)]
+        entries = []
+        for layer, selection in self.by_layer.items():
+            entries.append(f"{layer}:{selection.guidance}:{selection.keep_rate}")
         return ",".join(entries) or "unpruned"
 
     def check_fits(self, num_layers: int):
@@ -164,12 +167,17 @@ class SelectionSchedule:
     @property
     def first_text_layer(self) -> int | None:
         """Number of the first layer that a text scores, where the text-independent part ends; `None` without one."""
-        return next((layer for layer, selection in self.by_layer.items() if selection.guidance == "text"), None)
+        for layer, selection in self.by_layer.items():
+            if selection.guidance == "text":
+                return layer
+        return None
 
     def before(self, layer: int | None) -> "SelectionSchedule":
         """The part of the schedule below a layer; all of it for `None`."""
-        count = len(self.layers) if layer is None else sum(own < layer for own in self.layers)
-        return SelectionSchedule(self.layers[:count], self.selections[:count])
+        if layer is None:
+            return self
+        num_below = sum(selection_layer < layer for selection_layer in self.layers)
+        return SelectionSchedule(layers=self.layers[:num_below], selections=self.selections[:num_below])
 
     @property
     def config_fields(self) -> dict:
@@ -192,7 +200,8 @@ class TripsVisionConfig(PreTrainedConfig):
         `"linear"`: one convolution of kernel and stride `patch_size` (ViT). `"convolutional"`: a stack of 3x3
         convolutions of stride 2 with doubling channels and one 1x1 convolution (https://arxiv.org/abs/2106.14881);
         `patch_size` must then be a power of two. The stem is batch-normalised: in training, its outputs depend on
-        the other images of the batch, unless it is frozen.
+        the other images of the batch. A stem whose weights are frozen (`requires_grad=False`) uses its running
+        statistics in training, too, and keeps them.
     patch_bias (`bool`, *optional*, defaults to `True`):
         Whether the patch embedding has a bias. CLIP has none.
     use_pre_layernorm (`bool`, *optional*, defaults to `False`):
@@ -229,18 +238,18 @@ class TripsVisionConfig(PreTrainedConfig):
     model_type = "trips_vision"
     base_config_key = "vision_config"
 
-    hidden_size: int = count(default=768)
-    num_hidden_layers: int = number(default=12)
-    num_attention_heads: int = count(default=12)
-    intermediate_size: int = count(default=3072)
+    hidden_size: int = positive(default=768)
+    num_hidden_layers: int = not_negative(default=12)
+    num_attention_heads: int = positive(default=12)
+    intermediate_size: int = positive(default=3072)
     hidden_act: str = activation_fn_key(default="gelu")
     hidden_dropout_prob: float | int = probability(default=0.0)
     attention_probs_dropout_prob: float | int = probability(default=0.0)
-    initializer_range: float = number(default=0.02)
-    layer_norm_eps: float = number(default=1e-6)
+    initializer_range: float = not_negative(default=0.02)
+    layer_norm_eps: float = not_negative(default=1e-6)
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int | list[int] | tuple[int, int] = 16
-    num_channels: int = count(default=3)
+    num_channels: int = positive(default=3)
     qkv_bias: bool = True
     patch_embedding_type: Literal["linear", "convolutional"] = "linear"
     patch_bias: bool = True
@@ -267,7 +276,8 @@ class TripsVisionConfig(PreTrainedConfig):
         """
         guidances = _one_per_layer("selection_guidance", self.selection_guidance, self.selection_layers)
         keep_rates = _one_per_layer("keep_rate", self.keep_rate, self.selection_layers)
-        return SelectionSchedule(tuple(self.selection_layers), tuple(map(LayerSelection, guidances, keep_rates)))
+        selections = tuple(map(LayerSelection, guidances, keep_rates))
+        return SelectionSchedule(layers=tuple(self.selection_layers), selections=selections)
 
     @property
     def patch_shape(self) -> tuple[int, int]:
@@ -317,18 +327,18 @@ class TripsTextConfig(PreTrainedConfig):
     model_type = "trips_text"
     base_config_key = "text_config"
 
-    vocab_size: int = count(default=30522)
-    hidden_size: int = count(default=768)
-    num_hidden_layers: int = number(default=6)
-    num_attention_heads: int = count(default=12)
-    intermediate_size: int = count(default=3072)
+    vocab_size: int = positive(default=30522)
+    hidden_size: int = positive(default=768)
+    num_hidden_layers: int = not_negative(default=6)
+    num_attention_heads: int = positive(default=12)
+    intermediate_size: int = positive(default=3072)
     hidden_act: str = activation_fn_key(default="gelu")
     hidden_dropout_prob: float | int = probability(default=0.1)
     attention_probs_dropout_prob: float | int = probability(default=0.1)
-    max_position_embeddings: int = count(default=512)
-    type_vocab_size: int = count(default=2)
-    initializer_range: float = number(default=0.02)
-    layer_norm_eps: float = number(default=1e-12)
+    max_position_embeddings: int = positive(default=512)
+    type_vocab_size: int = positive(default=2)
+    initializer_range: float = not_negative(default=0.02)
+    layer_norm_eps: float = not_negative(default=1e-12)
     pad_token_id: int | None = 0
     is_decoder: bool = False
     pooling_mode: Literal["cls", "mean"] = "cls"
@@ -361,7 +371,7 @@ class TripsFusionConfig(TripsTextConfig):
 
     encoder_hidden_size: int | None = None
     fusion_type: Literal["cross_attention", "skip_connected", "single_stream"] = "cross_attention"
-    skip_stride: int = count(default=3)
+    skip_stride: int = positive(default=3)
 
     @property
     def connected_layers(self) -> list[int]:
@@ -373,7 +383,9 @@ class TripsFusionConfig(TripsTextConfig):
     @property
     def cross_attention_hidden_size(self) -> int:
         """Width of the states that cross-attention reads. Image tokens that join the text have its width."""
-        return (self.encoder_hidden_size if self.fusion_type != "skip_connected" else None) or self.hidden_size
+        if self.fusion_type == "skip_connected":
+            return self.hidden_size
+        return self.encoder_hidden_size or self.hidden_size
 
     def validate_skip_stride(self):
         if self.fusion_type == "skip_connected" and not self.connected_layers:
@@ -427,7 +439,9 @@ PART_FIELDS = {
 }
 
 
-def _part_field(part: str, name: str) -> property:
+def _part_field(name: str) -> property:
+    """Return the property of the whole that reads and sets a field of a part."""
+    part = PART_FIELDS[name]
     return property(
         lambda config: getattr(getattr(config, part), name),
         lambda config, value: setattr(getattr(config, part), name, value),
@@ -508,20 +522,29 @@ class TripsConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     fusion_encoder_config: dict | PreTrainedConfig | None = None
     decoder_config: dict | PreTrainedConfig | None = None
-    projection_dim: int = count(default=256)
-    itc_weight: float | int = number(default=1.0)
-    itm_weight: float | int = number(default=1.0)
-    mlm_weight: float | int = number(default=1.0)
-    prefix_lm_weight: float | int = number(default=1.0)
+    projection_dim: int = positive(default=256)
+    itc_weight: float | int = not_negative(default=1.0)
+    itm_weight: float | int = not_negative(default=1.0)
+    mlm_weight: float | int = not_negative(default=1.0)
+    prefix_lm_weight: float | int = not_negative(default=1.0)
     answer_ranking: Literal["likelihood", "albef"] = "likelihood"
-    selection_loss_weight: float | int = number(default=0.5)
-    num_images: int = count(default=2)
-    attention_loss_weight: float | int = number(default=0.0)
-    initializer_range: float = number(default=0.02)
+    selection_loss_weight: float | int = not_negative(default=0.5)
+    num_images: int = positive(default=2)
+    attention_loss_weight: float | int = not_negative(default=0.0)
+    initializer_range: float = not_negative(default=0.02)
     is_encoder_decoder: bool = True
     tie_word_embeddings: bool = True
     pad_token_id: int | None = None
     decoder_start_token_id: int | None = None
+
+    selection_layers = _part_field("selection_layers")
+    keep_rate = _part_field("keep_rate")
+    selection_guidance = _part_field("selection_guidance")
+    selection_gate = _part_field("selection_gate")
+    fuse_inattentive_tokens = _part_field("fuse_inattentive_tokens")
+    image_size = _part_field("image_size")
+    fusion_type = _part_field("fusion_type")
+    skip_stride = _part_field("skip_stride")
 
     @classmethod
     def from_preset(cls, name: str, **kwargs) -> "TripsConfig":
@@ -547,13 +570,13 @@ class TripsConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         for name in PART_FIELDS.keys() & kwargs.keys():
             part = getattr(self, PART_FIELDS[name])
-            part = part.to_dict() if isinstance(part, PreTrainedConfig) else part or {}
-            setattr(self, PART_FIELDS[name], {**part, name: kwargs.pop(name)})
+            if isinstance(part, PreTrainedConfig):
+                part = part.to_dict()
+            setattr(self, PART_FIELDS[name], {**(part or {}), name: kwargs.pop(name)})
         self.vision_config = self._part("vision_config")
         self.text_config = self._part("text_config")
-        shared = {
-            name: getattr(self.text_config, name) for name in TripsTextConfig.__annotations__.keys() - OWN_TEXT_FIELDS
-        }
+        shared_names = TripsTextConfig.__annotations__.keys() - OWN_TEXT_FIELDS
+        shared = {name: getattr(self.text_config, name) for name in shared_names}
         self.fusion_encoder_config = self._part("fusion_encoder_config", **shared)
         self.decoder_config = self._part("decoder_config", **shared)
         if self.fusion_encoder_config.fusion_type == "single_stream":
@@ -576,7 +599,9 @@ class TripsConfig(PreTrainedConfig):
         return self.sub_configs_defaults[name].config_class(**{**defaults, **(value or {})})
 
     def validate_parts(self):
-        text, vision, fusion = self.text_config, self.vision_config, self.fusion_encoder_config
+        text = self.text_config
+        vision = self.vision_config
+        fusion = self.fusion_encoder_config
         fields: list[tuple] = [("fusion_encoder_config.hidden_size", fusion.hidden_size, text.hidden_size)]
         if fusion.fusion_type == "single_stream":
             fields += [
@@ -591,7 +616,8 @@ class TripsConfig(PreTrainedConfig):
 
     def check_start_token(self):
         """Raise a `ValueError` if the start token of the heads that write is outside of the decoder's vocabulary."""
-        start, vocab_size = self.decoder_start_token_id, self.decoder_config.vocab_size
+        start = self.decoder_start_token_id
+        vocab_size = self.decoder_config.vocab_size
         if start is not None and not 0 <= start < vocab_size:
             raise ValueError(
                 f"`decoder_start_token_id` ({start}) is outside of the vocabulary of {vocab_size} tokens. Give the "
@@ -601,10 +627,6 @@ class TripsConfig(PreTrainedConfig):
 
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
         return self.decoder_config if decoder else self.text_config
-
-
-for name, part in PART_FIELDS.items():
-    setattr(TripsConfig, name, _part_field(part, name))
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -49,11 +49,11 @@ def _areas(boxes: torch.Tensor) -> torch.Tensor:
 
 
 def _intersections_and_unions(boxes: torch.Tensor, target_boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    x0, y0, x1, y1 = boxes.unbind(-1)
-    target_x0, target_y0, target_x1, target_y1 = target_boxes.unbind(-1)
-    widths = torch.minimum(x1, target_x1) - torch.maximum(x0, target_x0)
-    heights = torch.minimum(y1, target_y1) - torch.maximum(y0, target_y0)
-    intersections = widths.clamp(min=0) * heights.clamp(min=0)
+    top_left = torch.maximum(boxes[..., :2], target_boxes[..., :2])
+    bottom_right = torch.minimum(boxes[..., 2:], target_boxes[..., 2:])
+    sides = (bottom_right - top_left).clamp(min=0)
+    widths, heights = sides.unbind(-1)
+    intersections = widths * heights
     unions = _areas(boxes) + _areas(target_boxes) - intersections
     return intersections, unions
 
@@ -101,7 +101,8 @@ def attention_losses(
     """
     indices = indices.to(weights.device).expand_as(weights)
     is_patch = indices >= 0
-    weight_of_fused = weights.masked_fill(is_patch, 0.0).sum(dim=-1, keepdim=True)  # (num_texts, 1)
+    weight_of_fused = weights.masked_fill(is_patch, 0.0)
+    weight_of_fused = weight_of_fused.sum(dim=-1, keepdim=True)  # (num_texts, 1)
     weights = weights / (1.0 - weight_of_fused).clamp(min=SMALLEST_ATTENTION)
     patch_targets = region_targets(regions.to(weights.device), grid_size)  # (num_texts, num_patches)
     targets = patch_targets.gather(1, indices.clamp(min=0))  # (num_texts, num_tokens)

@@ -347,7 +347,8 @@ def masked_language_loss(
     losses = nn.functional.nll_loss(log_probabilities.transpose(1, 2), labels, reduction="none")
     if teacher_logits is not None:
         teacher_targets = teacher_logits.detach().float().softmax(dim=-1)
-        teacher_losses = -(teacher_targets * log_probabilities).sum(dim=-1) * is_masked
+        teacher_losses = -(teacher_targets * log_probabilities).sum(dim=-1)
+        teacher_losses = teacher_losses * is_masked
         losses = teacher_weight * teacher_losses + (1.0 - teacher_weight) * losses
     return losses.sum() / mean_count(is_masked.sum())
 

@@ -684,11 +684,14 @@ class TripsVisionEmbeddings(nn.Module):
         return torch.cat((class_position, patch_positions), dim=1)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        positions = self.interpolated_positions(self.grid_of(pixel_values))
-        patches = self.patch_embeddings(pixel_values.to(self.patch_embeddings.projection.weight.dtype))
-        class_token = self.cls_token.expand(patches.shape[0], -1, -1).to(patches.dtype)
+        grid = self.grid_of(pixel_values)
+        dtype = self.patch_embeddings.projection.weight.dtype
+        patches = self.patch_embeddings(pixel_values.to(dtype))
+        class_token = self.cls_token.to(patches.dtype)
+        class_token = class_token.expand(patches.shape[0], -1, -1)
         embeddings = torch.cat((class_token, patches), dim=1)  # (num_images, 1 + num_patches, hidden_size)
-        return self.dropout(embeddings + positions)
+        embeddings = embeddings + self.interpolated_positions(grid)
+        return self.dropout(embeddings)
 
 
 @auto_docstring(

@@ -336,7 +336,8 @@ class GateGradient(torch.autograd.Function):
             logits = logits + attention_mask
 
         # `grad_output` and `attn_output` are of shape (batch_size, num_queries, num_heads, head_dim).
-        grad_dot_value = grad_output.transpose(1, 2).to(value.dtype) @ value.transpose(2, 3)
+        grad_by_head = grad_output.transpose(1, 2).to(value.dtype)
+        grad_dot_value = grad_by_head @ value.transpose(2, 3)  # (batch_size, num_heads, num_queries, num_keys)
         grad_dot_output = (grad_output.to(dtype) * attn_output).sum(dim=-1)
         grad_dot_output = grad_dot_output.transpose(1, 2).unsqueeze(-1)  # (batch_size, num_heads, num_queries, 1)
         weights = logits.softmax(dim=-1)

@@ -20,9 +20,10 @@ from .processing_trips import read_image
 
 def _torch_dataset(inputs):
     """Return a dataset or column of the library `datasets` as a PyTorch dataset, and other inputs unchanged."""
-    # `datasets` is an extra and may be missing.
-    from_datasets = type(inputs).__module__.partition(".")[0] == "datasets"
-    return Subset(inputs, range(len(inputs))) if from_datasets and isinstance(inputs, Sized) else inputs
+    library = type(inputs).__module__.partition(".")[0]  # `datasets` is an extra and may be missing
+    if library != "datasets" or not isinstance(inputs, Sized):
+        return inputs
+    return Subset(inputs, range(len(inputs)))
 
 
 def _given(**options) -> dict:
@@ -32,8 +33,11 @@ def _given(**options) -> dict:
 
 def without_rest(labels: torch.LongTensor, end_token_id: int | list[int] | None) -> torch.LongTensor:
     """Return generated tokens as labels, with -100 after the first end token of each row."""
-    is_end = torch.isin(labels, labels.new_tensor([] if end_token_id is None else end_token_id)).long()
-    return labels.masked_fill(is_end.cumsum(dim=-1) > is_end, -100)
+    if end_token_id is None:
+        end_token_id = []
+    is_end = torch.isin(labels, labels.new_tensor(end_token_id)).long()
+    is_behind_end = is_end.cumsum(dim=-1) > is_end
+    return labels.masked_fill(is_behind_end, -100)
 
 
 def best_answers(pairs: list[tuple[str, float]]) -> list[dict]:
@@ -43,7 +47,8 @@ def best_answers(pairs: list[tuple[str, float]]) -> list[dict]:
         scores[text] = scores.get(text, 0.0) + score
     if len(scores) > 1:
         scores.pop("", None)
-    return [{"score": scores[text], "answer": text} for text in sorted(scores, key=scores.get, reverse=True)]
+    best_first = sorted(scores, key=scores.get, reverse=True)
+    return [{"score": scores[text], "answer": text} for text in best_first]
 
 
 class TripsPipeline(Pipeline):
@@ -67,7 +72,9 @@ class TripsPipeline(Pipeline):
     def __call__(self, inputs, **kwargs):
         """Run the pipeline. Unlike in Transformers, inputs may be empty or come from the library `datasets`."""
         inputs = _torch_dataset(inputs)
-        return [] if isinstance(inputs, (list, tuple)) and not inputs else super().__call__(inputs, **kwargs)
+        if isinstance(inputs, (list, tuple)) and not inputs:
+            return []
+        return super().__call__(inputs, **kwargs)
 
     def make_item(
         self, image, texts: str | list[str], timeout: float | None = None, truncation: bool | str = False
@@ -77,36 +84,59 @@ class TripsPipeline(Pipeline):
                 image = read_image(image, timeout)
             except Exception as error:  # the network and Pillow raise many types
                 raise ValueError(f"The image {image} cannot be used: {error}") from error
-        single = isinstance(texts, str)
-        return {"image": image, "texts": [texts] if single else texts, "single": single, "truncation": truncation}
+        is_single = isinstance(texts, str)
+        return {
+            "image": image,
+            "texts": [texts] if is_single else texts,
+            "single": is_single,
+            "truncation": truncation,
+        }
 
     def collate(self, items: list[dict]) -> dict:
         """Return a batch: the model's inputs, and the number of texts of each item."""
-        num_texts = [len(item["texts"]) for item in items]
+        texts = []
+        image_index = []
+        for position, item in enumerate(items):
+            texts += item["texts"]
+            image_index += [position] * len(item["texts"])
         inputs = self.processor(
             images=[item["image"] for item in items],
-            text=[text for item in items for text in item["texts"]],
-            image_index=[position for position, count in enumerate(num_texts) for _ in range(count)],
+            text=texts,
+            image_index=image_index,
             truncation=items[0]["truncation"],  # the same for all items of a call
             return_tensors="pt",
         )
-        single = [item["single"] for item in items]
-        return {"inputs": inputs.to(dtype=self.dtype), "num_texts": num_texts, "single": single}
+        return {
+            "inputs": inputs.to(dtype=self.dtype),
+            "num_texts": [len(item["texts"]) for item in items],
+            "single": [item["single"] for item in items],
+        }
 
     def get_iterator(
         self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params
     ) -> Iterator:
         dataset_class = PipelineDataset if isinstance(inputs, Sized) else PipelineIterator
         dataset = dataset_class(inputs, self.preprocess, preprocess_params)
-        for batch in DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=self.collate):
-            outputs = iter(self.forward(batch, **forward_params)["outputs"])  # one per text
-            for num_texts, single in zip(batch["num_texts"], batch["single"]):
-                results = [self.postprocess(next(outputs), **postprocess_params) for _ in range(num_texts)]
-                yield results[0] if single else results
+        batches = DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=self.collate)
+        for batch in batches:
+            outputs = self.forward(batch, **forward_params)["outputs"]  # one per text
+            results = [self.postprocess(output, **postprocess_params) for output in outputs]
+            start = 0
+            for num_texts, is_single in zip(batch["num_texts"], batch["single"]):
+                results_of_item = results[start : start + num_texts]
+                start += num_texts
+                yield results_of_item[0] if is_single else results_of_item
 
     def run_single(self, inputs, preprocess_params, forward_params, postprocess_params):
-        options = {"preprocess_params": preprocess_params, "postprocess_params": postprocess_params}
-        return next(self.get_iterator([inputs], 0, 1, forward_params=forward_params, **options))
+        results = self.get_iterator(
+            [inputs],
+            num_workers=0,
+            batch_size=1,
+            preprocess_params=preprocess_params,
+            forward_params=forward_params,
+            postprocess_params=postprocess_params,
+        )
+        return next(results)
 
     def postprocess(self, outputs: list[dict], **parameters) -> list[dict]:
         return outputs
@@ -204,16 +234,25 @@ class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
         end_token_id = generate_kwargs.get("eos_token_id", self.model.generation_config.eos_token_id)
         labels = without_rest(sequences[:, 1:], end_token_id)
         text_index = torch.arange(len(attention_mask), device=labels.device).repeat_interleave(top_k)
-        scores = self.model.score_labels(labels, encoder_outputs, attention_mask, text_index)
-        pairs = list(zip(self.processor.post_process_answers(sequences), scores.exp().tolist()))
-        return [best_answers(pairs[start : start + top_k]) for start in range(0, len(pairs), top_k)]
+        scores = self.model.score_labels(
+            labels=labels, encoder_outputs=encoder_outputs, attention_mask=attention_mask, text_index=text_index
+        )
+        texts = self.processor.post_process_answers(sequences)
+        pairs = list(zip(texts, scores.exp().tolist()))
+        starts = range(0, len(pairs), top_k)
+        return [best_answers(pairs[start : start + top_k]) for start in starts]
 
     def _rank_answers(self, answers: list[str], inputs, top_k: int) -> list[list[dict]]:
         """Return for each question the `top_k` best of the given answers."""
         answer_ids = self.processor.encode_answers(answers).to(self.device)
         ranking = self.model.rank_answers(answer_ids, k=max(top_k, 128), **inputs)  # at least as many as by default
-        rows = zip(ranking.answer_indices[:, :top_k].tolist(), ranking.scores[:, :top_k].exp().tolist())
-        return [[{"score": score, "answer": answers[index]} for index, score in zip(*row)] for row in rows]
+        indices = ranking.answer_indices[:, :top_k].tolist()
+        scores = ranking.scores[:, :top_k].exp().tolist()
+        ranked = []
+        for indices_of_text, scores_of_text in zip(indices, scores):
+            pairs = zip(indices_of_text, scores_of_text)
+            ranked.append([{"score": score, "answer": answers[index]} for index, score in pairs])
+        return ranked
 
 
 class TripsImageToTextPipeline(TripsPipeline):

@@ -45,11 +45,13 @@ class TripsZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeli
         timeout=None,
         tokenizer_kwargs=None,
     ):
-        inputs = self.processor(images=read_image(image, timeout), return_tensors="pt").to(self.dtype)
-        inputs["candidate_labels"] = candidate_labels
+        inputs = self.processor(images=read_image(image, timeout), return_tensors="pt")
+        inputs = inputs.to(self.dtype)
         texts = [hypothesis_template.format(label) for label in candidate_labels]
         options = {"padding": True, **(tokenizer_kwargs or {})}
-        inputs["text_inputs"] = [self.processor(text=texts, return_tensors="pt", **options)]
+        text_inputs = self.processor(text=texts, return_tensors="pt", **options)
+        inputs["candidate_labels"] = candidate_labels
+        inputs["text_inputs"] = [text_inputs]
         return inputs
 
 

@@ -63,7 +63,9 @@ def _flatten_images(images: ImageInput) -> list:
     """Return a flat list of one image, a list of images (nested or not) or a batch (a 4-dimensional array)."""
     if isinstance(images, (list, tuple)):
         return [image for item in images for image in _flatten_images(item)]
-    return list(images) if getattr(images, "ndim", None) == 4 else [images]
+    if getattr(images, "ndim", None) == 4:
+        return list(images)
+    return [images]
 
 
 def _prepare_image(image) -> Image.Image | np.ndarray | torch.Tensor:
@@ -72,7 +74,10 @@ def _prepare_image(image) -> Image.Image | np.ndarray | torch.Tensor:
         return read_image(image)
     if image.ndim not in (2, 3) or 0 in image.shape:
         raise ValueError(f"expected a shape (H, W), (H, W, C) or (C, H, W) without zeros, got {tuple(image.shape)}")
-    return (torch if isinstance(image, torch.Tensor) else np).stack([image] * 3) if image.ndim == 2 else image
+    if image.ndim == 3:
+        return image
+    library = torch if isinstance(image, torch.Tensor) else np
+    return library.stack([image] * 3)  # (3, H, W)
 
 
 def read_image(image: str | os.PathLike | Image.Image, timeout: float | None = None) -> Image.Image:
@@ -289,21 +294,30 @@ class TripsProcessor(ProcessorMixin):
         """
         if isinstance(image_index, (np.ndarray, torch.Tensor)):
             image_index = image_index.tolist()
-        images = None if images is None else prepare_images(images)
+        if images is not None:
+            images = prepare_images(images)
         check_images_of_texts(images, text, image_index)
-        cleaned = self.clean_texts([text])[0] if isinstance(text, str) else text and self.clean_texts(list(text))
+        cleaned = text
+        if isinstance(text, str):
+            cleaned = self.clean_texts([text])[0]
+        elif text is not None:
+            cleaned = self.clean_texts(list(text))
         inputs = super().__call__(images=images, text=cleaned, **kwargs)
         if text is not None:
             rows = [inputs["input_ids"]] if isinstance(text, str) else inputs["input_ids"]
             self._check_lengths(rows, name="text", remedy="Shorten it, or pass `truncation=True` to cut it")
         if image_index is not None:
-            tensor_type = {torch.Tensor: "pt", np.ndarray: "np"}.get(type(inputs["input_ids"]))
+            tensor_types = {torch.Tensor: "pt", np.ndarray: "np"}
+            tensor_type = tensor_types.get(type(inputs["input_ids"]))
             inputs.update(BatchFeature({"image_index": image_index}, tensor_type=tensor_type))
         return inputs
 
     def clean_texts(self, texts: list[str]) -> list[str]:
         """Return the texts as they are tokenized, according to `text_cleaning`. A call does this itself."""
-        return [TEXT_CLEANINGS[self.text_cleaning](text) for text in texts] if self.text_cleaning else texts
+        if self.text_cleaning is None:
+            return texts
+        clean = TEXT_CLEANINGS[self.text_cleaning]
+        return [clean(text) for text in texts]
 
     def max_text_length(self, config: TripsConfig) -> int:
         """Return how many tokens a text may have, special ones included, for a model with `config`."""
@@ -319,7 +333,9 @@ class TripsProcessor(ProcessorMixin):
         """Raise a `ValueError` if the token ids of a text are more than the tokenizer allows, without padding."""
         limit = self.tokenizer.model_max_length
         for position, row in enumerate(rows):
-            if (length := int((np.asarray(row) != self.tokenizer.pad_token_id).sum())) > limit:
+            is_text = np.asarray(row) != self.tokenizer.pad_token_id
+            length = int(is_text.sum())
+            if length > limit:
                 raise ValueError(
                     f"`{name}[{position}]` has {length} tokens with the special ones, but only {limit} are allowed. "
                     f"{remedy}."
@@ -408,7 +424,7 @@ class TripsProcessor(ProcessorMixin):
         boxes = []
         for position, indices in enumerate(patch_indices):
             indices = torch.as_tensor(indices).cpu()
-            columns, rows = (frame[position, :2] // self.patch_size).int().tolist()
+            columns, rows = (frame[position, :2] // self.patch_size).int().tolist()  # of the grid
             outside = indices[(indices < -2) | (indices >= rows * columns)]
             if len(outside):
                 raise ValueError(
@@ -416,7 +432,8 @@ class TripsProcessor(ProcessorMixin):
                     f"{columns} patches, -1 for a fused token, or -2 for padding, got {int(outside[0])}."
                 )
             kept = indices[indices >= 0]
-            row, column = kept // columns, kept % columns
+            row = kept // columns
+            column = kept % columns
             pixels = self.patch_size * torch.stack((column, row, column + 1, row + 1), dim=-1)
             boxes.append(_in_original(pixels, original[position], resized[position], start[position]))
         return boxes
@@ -456,7 +473,9 @@ class TripsProcessor(ProcessorMixin):
         _refuse_boxes(boxes, original, not_finite, "has a number that is not finite")
         _refuse_boxes(boxes, original, _has_no_area(boxes), "is not (x0, y0, x1, y1) with x0 < x1 and y0 < y1")
         _refuse_boxes(boxes, original, outside, "reaches out of the image")
-        inside = (boxes.clamp(min=0).minimum(original) * resized / original - start).clamp(min=0).minimum(frame)
+        in_image = boxes.clamp(min=0).minimum(original)
+        in_frame = in_image * resized / original - start
+        inside = in_frame.clamp(min=0).minimum(frame)
         _refuse_boxes(boxes, original, _has_no_area(inside), "has no part that `pixel_values` show")
         return corners_to_center_format(inside / frame).float()
 
@@ -496,10 +515,13 @@ class TripsProcessor(ProcessorMixin):
         Per image, each of shape (num_images, 4) as (x, y, x, y), float64: its size, its size after the resize, start
         and size of the crop.
         """
-        sizes = [(int(height), int(width)) for height, width in image_sizes]
-        frames = [(image_size, *self._pixel_frame(image_size)) for image_size in sizes]
-        rows = [[[across, down] * 2 for down, across in frame] for frame in frames]
-        return torch.tensor(rows, dtype=torch.float64).view(len(rows), 4, 4).unbind(dim=1)
+        rows = []
+        for height, width in image_sizes:
+            image_size = int(height), int(width)
+            frame = (image_size, *self._pixel_frame(image_size))
+            rows.append([[across, down] * 2 for down, across in frame])
+        frames = torch.tensor(rows, dtype=torch.float64).view(len(rows), 4, 4)
+        return frames.unbind(dim=1)
 
     def _pixel_frame(self, image_size: tuple[int, int]) -> tuple[tuple[int, ...], ...]:
         """How `pixel_values` lie on an image: (height, width) after the resize, (top, left) and size of the crop."""

@@ -26,18 +26,22 @@ CLASSES = (
     TripsSingleStreamModel,
     TripsTextModel,
 )
+AUTO_CLASSES = sorted({auto_class for model in CLASSES for auto_class in model.auto_classes})
 MODELS = {
-    auto_class: tuple(model for model in CLASSES if auto_class in model.auto_classes)
-    for auto_class in sorted({auto_class for model in CLASSES for auto_class in model.auto_classes})
+    auto_class: tuple(model for model in CLASSES if auto_class in model.auto_classes) for auto_class in AUTO_CLASSES
 }
 
 
 def register():
     """Register the classes of this project with the Auto classes."""
-    for config_class in (TripsConfig, TripsVisionConfig, TripsTextConfig):
+    config_classes = (TripsConfig, TripsVisionConfig, TripsTextConfig)
+    for config_class in config_classes:
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-    for auto_class, models in MODELS.items():
-        for config_class in {model.config_class for model in models}:
-            own = tuple(model for model in models if model.config_class is config_class)
-            getattr(transformers, auto_class).register(config_class, own if len(own) > 1 else own[0], exist_ok=True)
+    for name, models in MODELS.items():
+        auto_class = getattr(transformers, name)
+        for config_class in config_classes:
+            classes = tuple(model for model in models if model.config_class is config_class)
+            if classes:
+                value = classes if len(classes) > 1 else classes[0]
+                auto_class.register(config_class, value, exist_ok=True)
     AutoProcessor.register(TripsConfig, TripsProcessor, exist_ok=True)

@@ -492,8 +492,10 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
 
     def unused_modules(self) -> list[nn.Module]:
         modules = super().unused_modules()
+        # CODEPATH: without contrast, nothing reads the features.
         if self.config.itc_weight == 0:
             modules += [self.vision_proj, self.text_proj, self.temp]
+        # CODEPATH: without matching, nothing reads its logits.
         if self.config.itm_weight == 0:
             modules.append(self.itm_head)
         if not self.has_pairs:
@@ -629,7 +631,7 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         itm_loss = None
         selection_loss = None
         itm_logits = None
-        # CODEPATH: a weight of 0 leaves out a loss and its compute.
+        # CODEPATH: a weight of 0 leaves out contrast and its compute.
         if config.itc_weight > 0:
             image_outputs = self.get_image_features(image_cache=image_cache, schedule=schedule, **kwargs)
             outputs = self.compare(text_outputs, image_outputs)
@@ -644,6 +646,7 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
             )
             pair_logits = outputs.logits_per_text[:, image_index]  # (num_texts, num_texts)
         selection = outputs.selection
+        # CODEPATH: a weight of 0 leaves out matching, the supervision of its pairs, and their compute.
         if config.itm_weight > 0:
             pairs = matching_pairs(pair_logits, pair_ids)
             matched = self.match_pairs(
@@ -860,8 +863,10 @@ class TripsForPreTraining(TripsContrastiveModel, TripsWritingModel):
 
     def unused_modules(self) -> list[nn.Module]:
         modules = super().unused_modules()
+        # CODEPATH: without masked language modeling, nothing reads its logits.
         if self.config.mlm_weight == 0:
             modules.append(self.mlm_score)
+        # CODEPATH: without prefix language modeling, nothing is written.
         if self.config.prefix_lm_weight == 0:
             modules += [self.decoder, self.lm_head]
         return modules
@@ -932,7 +937,7 @@ class TripsForPreTraining(TripsContrastiveModel, TripsWritingModel):
         mlm_loss = None
         mlm_logits = None
         prefix_lm_loss = None
-        # CODEPATH: a weight of 0 leaves out an objective and its compute.
+        # CODEPATH: a weight of 0 leaves out masked language modeling and its compute.
         if config.mlm_weight > 0 and mlm_labels is not None:
             mlm_logits = self.masked_token_logits(
                 mlm_input_ids=mlm_input_ids,
@@ -945,6 +950,7 @@ class TripsForPreTraining(TripsContrastiveModel, TripsWritingModel):
             )
             teacher_logits = None if teacher is None else teacher.mlm_logits
             mlm_loss = masked_language_loss(mlm_logits, mlm_labels, teacher_logits, teacher_weight)
+        # CODEPATH: a weight of 0 leaves out prefix language modeling and its compute.
         if config.prefix_lm_weight > 0 and labels is not None:
             logits = self.continuation_logits(
                 prompt_input_ids=prompt_input_ids,

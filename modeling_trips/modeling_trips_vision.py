@@ -862,8 +862,8 @@ class TripsVisionModel(TripsPreTrainedModel):
         Raises:
             ValueError: No layer of the schedule drops patches, or the last one is scored at random.
         """
-        # CODEPATH: the gate takes part in training only.
         is_learning = self.training and torch.is_grad_enabled()
+        # CODEPATH: the gate takes part in training only.
         if not is_learning or self.config.selection_gate == 0 or not schedule.layers:
             return None
         num_candidates = num_patches

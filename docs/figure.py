@@ -13,8 +13,7 @@ from matplotlib.figure import Figure
 from tables import DOCS, Rows, group, read
 
 
-FILE = DOCS / "accuracy_over_operations.png"
-PANELS = {"operations_1": "One text per image", "operations_5": "Five texts per image"}
+PANELS = {"operations_1": "one text per image", "operations_5": "five texts per image"}
 COLORS = ("#000000", "#d9480f", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by the color-blind
 
 
@@ -27,14 +26,7 @@ def draw_contestant(axes: Axes, rows: Rows, cost: str, color: str):
         points.append(point)
         axes.vlines(point[0], min(results), max(results), color=color)
         label = f"{pixels} px" if schedule == "unpruned" else f"{runs[0]['patches']} patches"
-        axes.annotate(
-            label,
-            point,
-            xytext=(5, 4),
-            textcoords="offset points",
-            fontsize=7,
-            color=color,
-        )
+        axes.text(*point, f"   {label}", fontsize=7, color=color)
     operations, accuracies = zip(*sorted(points))
     axes.plot(
         operations,
@@ -45,24 +37,37 @@ def draw_contestant(axes: Axes, rows: Rows, cost: str, color: str):
     )
 
 
-def draw(rows: Rows, path: Path):
-    """Draw all contestants, with one panel for each number of texts per image."""
+def draw_panel(axes: Axes, rows: Rows, cost: str, colors: dict[tuple, str]):
+    """Draw all contestants on pictures of one kind, for a number of texts per image."""
     contestants = group(rows, ["contestant"])
     unpruned = mean(100 * row["test_accuracy"] for row in contestants[("unpruned",)])
-    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
-    panels = figure.subplots(1, len(PANELS), sharex=True, sharey=True)
-    for axes, (cost, title) in zip(panels, PANELS.items()):
-        axes.axhspan(unpruned - 1, unpruned, color="#dddddd")
-        for color, runs in zip(COLORS, contestants.values()):
-            draw_contestant(axes, runs, cost, color)
-        axes.set_title(title)
-        axes.set_xlabel("operations, unpruned = 1")
-    panels[0].margins(x=0.15)  # for the labels
-    panels[0].set_ylabel("right answers, %")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-    figure.savefig(path)
+    axes.axhspan(unpruned - 1, unpruned, color="#dddddd")
+    for name, runs in contestants.items():
+        draw_contestant(axes, runs, cost, colors[name])
+    axes.set_title(f"{rows[0]['pictures']}, {PANELS[cost]}")
+    axes.set_xlabel("operations, unpruned = 1")
+    axes.set_ylabel("right answers, %")
+    axes.margins(x=0.15)  # for the labels
+
+
+def draw(rows: Rows, path: Path):
+    """Draw a row for each kind of pictures with a panel for each number of texts per image."""
+    colors = dict(zip(group(rows, ["contestant"]), COLORS))
+    kinds = group(rows, ["pictures"])
+    figure = Figure(figsize=(10, 4 * len(kinds)), layout="constrained")
+    panels = figure.subplots(
+        nrows=len(kinds),
+        ncols=len(PANELS),
+        sharex=True,
+        squeeze=False,
+    )
+    for row_of_panels, runs in zip(panels, kinds.values()):
+        for axes, cost in zip(row_of_panels, PANELS):
+            draw_panel(axes, runs, cost, colors)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
-    draw(read("pictures"), FILE)
+    draw(read("pictures"), DOCS / "accuracy_over_operations.png")

@@ -69,7 +69,8 @@ def percents(rows: Rows, field: str) -> dict[int | None, float]:
     results = {}
     for row in rows:
         if fields[0] in row:
-            results[row.get("seed")] = 100 * mean(row[name] for name in fields)
+            result = mean(row[name] for name in fields)
+            results[row.get("seed")] = 100 * result
     return results
 
 
@@ -85,7 +86,8 @@ def spread(rows: Rows, field: str) -> str:
 def find_baseline(table: dict, key: tuple, groups: dict[tuple, Rows]) -> tuple[str, Rows]:
     """Return the name and the rows of the first baseline that there is for a line; for a baseline, its own rows."""
     setting = dict(zip(table["settings"].values(), key))
-    for name, changes in table.get("baselines", {}).items():
+    baselines = table.get("baselines", {})
+    for name, changes in baselines.items():
         baseline = tuple({**setting, **changes}.values())
         if baseline in groups and baseline != key:
             return name, groups[baseline]
@@ -136,7 +138,8 @@ def make_line(table: dict, key: tuple, groups: dict[tuple, Rows]) -> Line:
 def lines_of(name: str) -> list[Line]:
     """Return the lines of a whole table, without columns that are empty."""
     table = TABLES[name]
-    groups = group(read(name), list(table["settings"].values()))
+    fields = list(table["settings"].values())
+    groups = group(read(name), fields)
     lines = [make_line(table, key, groups) for key in groups]
     for header in list(lines[0]) if lines else []:
         if not any(line[header] for line in lines):

@@ -32,7 +32,7 @@ OPTIONS = make_parser(ConversionArguments, description=__doc__, script=__name__)
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from trips_examples.data.records import official_form
@@ -132,7 +132,7 @@ def llava_rows(conversations: list[dict]) -> SplitRows:
 
 
 # The functions of the files that `official_form` recognizes, in the order of the function's arguments.
-CONVERSIONS = {
+CONVERSIONS: dict[tuple[str, ...], Callable[..., SplitRows]] = {
     ("questions of VQAv2", "annotations of VQAv2"): vqa_rows,
     ("captions of COCO",): coco_rows,
     ("images of Karpathy's split",): karpathy_rows,

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,9 +148,9 @@ class DecodedImages(torch.utils.data.Dataset):
         return self.decode(self.rows[row])
 
 
-def first_rows(image_ids: list[str]) -> tuple[list[int], list[int]]:
+def first_rows(image_ids: Collection[Hashable]) -> tuple[list[int], list[int]]:
     """Return the first row of each image, and the index of each row's image among them."""
-    rows: dict[str, int] = {}
+    rows: dict[Hashable, int] = {}
     for row, image_id in enumerate(image_ids):
         rows.setdefault(image_id, row)
     position = {image_id: index for index, image_id in enumerate(rows)}

@@ -318,14 +318,13 @@ class RowReader:
         value = path_or_bytes(value)
         if isinstance(value, bytes):
             content = hashlib.blake2b(value, digest_size=16).hexdigest()
-            image = {"bytes": value, "path": None}
-            encoded = value
+            image: dict[str, bytes | str | None] = {"bytes": value, "path": None}
         else:
             content = self.path(value)
+            value = content
             image = {"bytes": None, "path": content}
-            encoded = content
         if content not in self.sizes:
-            self.sizes[content] = check_image(encoded, self.patch_size)
+            self.sizes[content] = check_image(value, self.patch_size)
         return image, content, self.sizes[content]
 
     def path(self, value: Any) -> str:

@@ -235,7 +235,7 @@ _STATEMENT = {"statement": _TEXT, "label": Value("int64")}
 _EXPRESSION = {"expression": _TEXT, "box": _BOX, "kind": _TEXT}
 
 # Columns of the texts and labels of each task, each with its alternatives.
-TEXT_COLUMNS = {
+TEXT_COLUMNS: dict[str, list[tuple[str, ...]]] = {
     "vqa": [("question",), ("answer", "answers")],
     "captions": [("caption", "captions")],
     "nlvr2": [("statement", "sentence"), ("label",)],

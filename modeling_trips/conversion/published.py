@@ -52,7 +52,8 @@ def convert_published(checkpoint: str, **options) -> tuple[TripsPreTrainedModel,
         if given and model_type is not None:
             raise ValueError(f"`{'`, `'.join(given)}` is only supported for ALBEF. Leave it out.")
         weights, plan, processor = READERS[model_type](checkpoint, **options)
-        num_tokens, vocab_size = len(processor.tokenizer), plan.config.text_config.vocab_size
+        num_tokens = len(processor.tokenizer)
+        vocab_size = plan.config.text_config.vocab_size
         if num_tokens != vocab_size:
             raise ConversionError(
                 f"The tokenizer has {num_tokens} tokens, but the checkpoint has {vocab_size}. Give the checkpoint's "
@@ -114,8 +115,10 @@ def _read_vilt(checkpoint: str, tokenizer: str | None = None, image_size: int | 
     weights |= {key: torch.empty(0) for key in unexpected}  # an error unless the plan leaves them out
     ends = {"bos_token_id": own_tokenizer.cls_token_id, "eos_token_id": own_tokenizer.sep_token_id}
     plan = vilt_plan(weights, config, image_size=image_size, decoder_config=ends, **options)
-    processor, own = make_processor(own_tokenizer, plan.config), AutoImageProcessor.from_pretrained(checkpoint)
-    processor.image_processor.image_mean, processor.image_processor.image_std = own.image_mean, own.image_std
+    processor = make_processor(own_tokenizer, plan.config)
+    own_image_processor = AutoImageProcessor.from_pretrained(checkpoint)
+    processor.image_processor.image_mean = own_image_processor.image_mean
+    processor.image_processor.image_std = own_image_processor.image_std
     return weights, plan, processor
 
 

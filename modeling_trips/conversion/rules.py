@@ -100,7 +100,16 @@ def _source_of(target: str, rules: Iterable[Rule]) -> tuple[str, Callable | None
     """Return the source key and the change of the first rule that matches."""
     for rule in rules:
         if match := re.fullmatch(rule.target, target):
-            return rule.source(match) if callable(rule.source) else match.expand(rule.source), rule.change
+            source = rule.source(match) if callable(rule.source) else match.expand(rule.source)
+            return source, rule.change
+    return None
+
+
+def _reason_of(key: str, left_out: Mapping[str, str]) -> str | None:
+    """Return the reason of the first pattern of `ConversionPlan.left_out` that matches, or None."""
+    for pattern, reason in left_out.items():
+        if re.fullmatch(pattern, key):
+            return reason
     return None
 
 
@@ -125,12 +134,10 @@ def convert_weights(
     sources = {target: found for target in targets if (found := _source_of(target, plan.rules))}
     used = {key for key, _ in sources.values()}
     unused = sorted(source.keys() - used)
-    left_out = {
-        key: next((why for pattern, why in plan.left_out.items() if re.fullmatch(pattern, key)), None)
-        for key in unused
-    }
-    zero = [name for name in targets if name not in sources and _matches(plan.zero, name)]
-    new = [name for name in targets if name not in sources and name not in zero and _matches(plan.new, name)]
+    left_out = {key: _reason_of(key, plan.left_out) for key in unused}
+    without_source = [name for name in targets if name not in sources]
+    zero = [name for name in without_source if _matches(plan.zero, name)]
+    new = [name for name in without_source if name not in zero and _matches(plan.new, name)]
     weights = {name: torch.zeros(targets[name]) for name in zero}
     misshapen = []
     for target, (key, change) in sources.items():
@@ -139,21 +146,27 @@ def convert_weights(
                 weights[target] = _changed(source[key], change, targets[target])
             except ValueError as error:
                 misshapen.append(f"{key} {tuple(source[key].shape)}: {target} {error}")
+    damaged = []
+    for key in sorted(used & source.keys()):
+        fault = _fault_of_values(source[key])
+        if fault is not None:
+            damaged.append(f"{key}: {fault}")
     problems = {
         "missing from the source": sorted(used - source.keys()),
         "in the source, but neither used nor left out by name": [key for key in unused if left_out[key] is None],
-        "in the model, but neither filled nor new": sorted(targets.keys() - sources.keys() - {*zero, *new}),
+        "in the model, but neither filled nor new": sorted(set(without_source) - {*zero, *new}),
         "of another shape": misshapen,
-        "with impossible values (the file may be damaged)": [
-            f"{key}: {fault}" for key in sorted(used & source.keys()) if (fault := _fault_of_values(source[key]))
-        ],
+        "with impossible values (the file may be damaged)": damaged,
     }
-    lines = [
-        f"{what} ({len(keys)}):\n    " + "\n    ".join(map(printable, keys)) for what, keys in problems.items() if keys
-    ]
+    lines = []
+    for what, keys in problems.items():
+        if keys:
+            names = "\n    ".join(printable(key) for key in keys)
+            lines.append(f"{what} ({len(keys)}):\n    {names}")
     if lines:
         raise ConversionError("\n".join(["The weights do not fit the model. Keys", *lines]))
-    return weights, ConversionReport(sorted(used), left_out, list(sources), new, zero)
+    report = ConversionReport(used=sorted(used), left_out=left_out, filled=list(sources), new=new, zero=zero)
+    return weights, report
 
 
 def _changed(tensor: torch.Tensor, change: Callable | None, shape: torch.Size) -> torch.Tensor:
@@ -185,10 +198,11 @@ def load_converted(model: nn.Module, source: Mapping[str, torch.Tensor], plan: C
     `convert_weights`.
     """
     state = model.state_dict()
-    weights, report = convert_weights(source, plan, {name: value.shape for name, value in state.items()})
+    shapes = {name: value.shape for name, value in state.items()}
+    weights, report = convert_weights(source, plan, shapes)
     model.load_state_dict(weights, strict=False)  # new weights keep their initial values
-    places = {state[name].data_ptr() for name in weights}
-    tied = [name for name in report.new if state[name].data_ptr() in places]
+    addresses = {state[name].data_ptr() for name in weights}
+    tied = [name for name in report.new if state[name].data_ptr() in addresses]
     new = [name for name in report.new if name not in tied]
     return replace(report, filled=report.filled + tied, new=new)
 
@@ -224,9 +238,11 @@ def resampled(grid: tuple[int, int], new_grid: tuple[int, int]) -> Callable[[tor
     def change(positions: torch.Tensor) -> torch.Tensor:
         if grid == new_grid:
             return positions
-        patches = positions[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2).float()
-        patches = nn.functional.interpolate(patches, size=new_grid, mode="bicubic", align_corners=False)
-        return torch.cat((positions[:, :1], patches.flatten(2).transpose(1, 2).to(positions.dtype)), dim=1)
+        of_cls = positions[:, :1]
+        of_patches = positions[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2)  # (1, hidden_size, rows, columns)
+        of_patches = nn.functional.interpolate(of_patches.float(), size=new_grid, mode="bicubic", align_corners=False)
+        of_patches = of_patches.flatten(2).transpose(1, 2)  # (1, new_rows * new_columns, hidden_size)
+        return torch.cat((of_cls, of_patches.to(positions.dtype)), dim=1)
 
     return change
 
@@ -274,7 +290,9 @@ def lm_head_rules(
     Returns:
         The rules, the source keys to leave out, and whether the weights are tied.
     """
-    weight, bias, bias_again = (f"{predictions}.{name}" for name in ("decoder.weight", "decoder.bias", "bias"))
+    weight = f"{predictions}.decoder.weight"
+    bias = f"{predictions}.decoder.bias"
+    bias_again = f"{predictions}.bias"
     tied = weight not in source or (embeddings in source and _same(source[weight], source[embeddings]))
     left_out = {re.escape(weight): "equal to the word embeddings, which it is tied to"} if tied else {}
     if bias in source and bias_again in source:

@@ -131,12 +131,16 @@ def vision_text_config(
         raise ConversionError(f"`num_text_layers` must be in 1..{num_layers}, got {num_text_layers}.")
     if num_fusion_layers is None:
         num_fusion_layers = num_layers - num_text_layers or 6
+    vision_fields = _vision_fields(vision)
+    if image_size is not None:
+        vision_fields["image_size"] = image_size
     ids = {name: getattr(text, name) for name in ("bos_token_id", "eos_token_id")}
+    decoder_fields = {name: value for name, value in ids.items() if value is not None}
     return TripsConfig(
-        vision_config=_vision_fields(vision) | ({} if image_size is None else {"image_size": image_size}),
+        vision_config=vision_fields,
         text_config=_text_fields(text) | {"num_hidden_layers": num_text_layers, "pooling_mode": pooling_mode},
         fusion_encoder_config={"num_hidden_layers": num_fusion_layers},
-        decoder_config={name: value for name, value in ids.items() if value is not None} | (decoder_config or {}),
+        decoder_config=decoder_fields | (decoder_config or {}),
         **fields,
     )
 
@@ -149,15 +153,18 @@ def make_vision_text_model(
     decoder_from_text: bool = False,
 ) -> tuple[PreTrainedModel, ConversionReport]:
     """Make a model of [`vision_text_config`] with the weights of these models, as [`from_vision_text_pretrained`]."""
-    towers = {"vision": _load(vision, "vision", VISION_TYPES), "text": _load(text, "text", TEXT_TYPES)}
-    types = [tower.config.model_type for tower in towers.values()]
-    plan = _plan(model_class, towers["vision"].config, towers["text"].config, config, decoder_from_text)
-    source = {f"{part}.{key}": value for part, tower in towers.items() for key, value in tower.weights.items()}
+    vision_tower = _load(vision, "vision", VISION_TYPES)
+    text_tower = _load(text, "text", TEXT_TYPES)
+    plan = _plan(model_class, vision_tower.config, text_tower.config, config, decoder_from_text)
+    source = {f"vision.{key}": weight for key, weight in vision_tower.weights.items()}
+    source |= {f"text.{key}": weight for key, weight in text_tower.weights.items()}
     model = model_class(config)
     report = load_converted(model, source, plan)
-    for part, tower in towers.items():
-        report.left_out.update({f"{part}.{key}": f"heads of the {part} model" for key in tower.keys_of_heads})
-    logger.warning(f"{model_class.__name__} from a {types[0]} and a {types[1]}:\n{report}")
+    for part, tower in (("vision", vision_tower), ("text", text_tower)):
+        for key in tower.keys_of_heads:
+            report.left_out[f"{part}.{key}"] = f"heads of the {part} model"
+    types = f"a {vision_tower.config.model_type} and a {text_tower.config.model_type}"
+    logger.warning(f"{model_class.__name__} from {types}:\n{report}")
     return model.eval(), report
 
 
@@ -232,11 +239,14 @@ def _with_layer_scale_folded(weights: dict[str, torch.Tensor]) -> dict[str, torc
     """
     folded = dict(weights)
     for key, scale in weights.items():
-        if match := re.fullmatch(r"(.*\.)layer_scale([12])\.lambda1", key):
-            projection = match[1] + {"1": "attention.o_proj", "2": "mlp.fc2"}[match[2]]
-            for target, factor in ((f"{projection}.weight", scale[:, None]), (f"{projection}.bias", scale)):
-                if target in weights:  # `convert_weights` reports missing ones
-                    folded[target] = weights[target] * factor
+        match = re.fullmatch(r"(.*\.)layer_scale([12])\.lambda1", key)
+        if match is None:
+            continue
+        projection = match[1] + {"1": "attention.o_proj", "2": "mlp.fc2"}[match[2]]
+        factors = {f"{projection}.weight": scale[:, None], f"{projection}.bias": scale}
+        for target, factor in factors.items():
+            if target in weights:  # `convert_weights` reports missing ones
+                folded[target] = weights[target] * factor
     return folded
 
 
@@ -272,8 +282,9 @@ def _vision_rules(source: PreTrainedConfig, config: TripsConfig) -> tuple[Rule, 
         return _dinov2_rules(resample)
 
     def positions(table: torch.Tensor) -> torch.Tensor:
-        # DeiT has the position of its distillation token after that of [CLS].
-        return resample(torch.cat((table[:, :1], table[:, 2:]), dim=1) if source.model_type == "deit" else table)
+        if source.model_type == "deit":  # the position of its distillation token follows that of [CLS]
+            table = torch.cat((table[:, :1], table[:, 2:]), dim=1)
+        return resample(table)
 
     return (
         Rule(rf"{VISION}\.embeddings\.position_embeddings", "vision.embeddings.position_embeddings", positions),

@@ -67,20 +67,24 @@ def load_checkpoint(
         raise ValueError(f"{name} is an exported model. Load it with `modeling_trips.export.load_exported`.")
     num_weights = _check_counts(name, revision)
     model_class = check_head(name, heads, revision)
+    config = model_class.config_class.from_pretrained(name, revision=revision)
     with torch.device("meta"):
-        described = model_class(model_class.config_class.from_pretrained(name, revision=revision)).num_parameters()
-    if described > num_weights:
-        raise ValueError(f"{name} describes a model of {described:,} weights, but has {num_weights:,}.")
+        num_described = model_class(config).num_parameters()
+    if num_described > num_weights:
+        raise ValueError(f"{name} describes a model of {num_described:,} weights, but has {num_weights:,}.")
     model, report = model_class.from_pretrained(name, revision=revision, output_loading_info=True, **options)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[problem]:
             raise ValueError(
                 f"The weights of {name} do not fit a {model_class.__name__}: {problem} {sorted(report[problem])}."
             )
-    if broken := [key for key, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
+    broken = [key for key, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    if broken:
         raise ValueError(f"The weights of {name} are NaN or infinite in {', '.join(broken[:5])}.")
+    generation_config = getattr(model, "generation_config", None)
     for field in ("num_beams", "num_return_sequences"):
-        if (getattr(getattr(model, "generation_config", None), field, None) or 1) > MAX_SEQUENCES:
+        num_sequences = getattr(generation_config, field, None) or 1
+        if num_sequences > MAX_SEQUENCES:
             raise ValueError(f"`{field}` in the generation_config.json of {name} must be at most {MAX_SEQUENCES}.")
     return model.eval()
 
@@ -99,9 +103,11 @@ def load_processor(name: str | Path, config: TripsConfig, revision: str = "main"
     """
     processor = TripsProcessor.from_pretrained(name, revision=revision)
     image_size = config.vision_config.image_size
-    most = 2 * max([image_size] if isinstance(image_size, int) else image_size)
+    longer_side = image_size if isinstance(image_size, int) else max(image_size)
+    most = 2 * longer_side
     for field in ("size", "crop_size", "pad_size"):
-        if max(dict(getattr(processor.image_processor, field, None) or {}).values(), default=0) > most:
+        sides = getattr(processor.image_processor, field, None) or {}
+        if max(dict(sides).values(), default=0) > most:
             raise ValueError(f"`{field}` in the processor_config.json of {name} must be at most {most} pixels a side.")
     return processor
 
@@ -110,13 +116,16 @@ def _check_counts(name: str | Path, revision: str) -> int:
     """Return the number of weights of a checkpoint, and check that the raw configuration counts no more parts."""
     content, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
     shapes = list(_weight_shapes(name, revision))
-    num_weights = sum(map(math.prod, shapes))
-    for entry in (content, *(value for value in content.values() if isinstance(value, dict))):
+    num_weights = sum(math.prod(shape) for shape in shapes)
+    sub_configs = [value for value in content.values() if isinstance(value, dict)]
+    for fields in (content, *sub_configs):
         for field in COUNTS:
-            value: Any = entry.get(field, 0)
+            value: Any = fields.get(field, 0)
             number = len(value) if isinstance(value, list) else value
+            if not isinstance(number, int | float):
+                continue
             most = num_weights if field == "num_labels" else len(shapes)
-            if isinstance(number, int | float) and number > most:
+            if number > most:
                 raise ValueError(f"`{field}` in the config.json of {name} is {number:,}, but it has {most:,} weights.")
     return num_weights
 
@@ -130,4 +139,5 @@ def _weight_shapes(name: str | Path, revision: str) -> Iterator[list[int]]:
         paths, _ = get_checkpoint_shard_files(name, index, revision=revision)
     for path in paths:
         with safe_open(path, "pt") as weights:
-            yield from (weights.get_slice(key).get_shape() for key in weights.keys())
+            for key in weights.keys():
+                yield weights.get_slice(key).get_shape()

@@ -41,11 +41,16 @@ def forward_cost(config: TripsConfig, text_length: int, schedule: SelectionSched
         tokens = _count_tower(config.vision_config, schedule, macs, joint_length=text_length)
     else:
         tokens = _count_tower(config.vision_config, schedule, macs)
-        is_guided_by_text = schedule.first_text_layer is not None
-        _count_fusion(config.fusion_encoder_config, text_length, tokens[-1], is_guided_by_text, macs)
+        _count_fusion(
+            config.fusion_encoder_config,
+            text_length=text_length,
+            image_tokens=tokens[-1],
+            is_guided_by_text=schedule.first_text_layer is not None,
+            macs=macs,
+        )
         text = config.text_config
         macs["text"] += text.num_hidden_layers * _layer(text.hidden_size, text.intermediate_size, text_length)
-    return Cost(macs["image"], macs["text"], tokens)
+    return Cost(per_image=macs["image"], per_text=macs["text"], tokens=tokens)
 
 
 # Fields of a configuration are slow to read, so they are read before the loops below.
@@ -64,13 +69,16 @@ def _mlp(width: int, mlp_width: int, tokens: int) -> int:
 
 
 def _patch_embedding(config: TripsVisionConfig) -> int:
-    patches, (height, width) = math.prod(config.grid_size), config.patch_shape
+    num_patches = math.prod(config.grid_size)
+    height, width = config.patch_shape
     if config.patch_embedding_type == "linear":
-        return patches * config.num_channels * height * width * config.hidden_size
-    macs, channels = patches * config.hidden_size**2, config.num_channels  # the last, 1x1 convolution
+        return num_patches * config.num_channels * height * width * config.hidden_size
+    macs = num_patches * config.hidden_size**2  # the last, 1x1 convolution
+    channels = config.num_channels
     for halvings_to_go in reversed(range(height.bit_length() - 1)):
+        num_positions = num_patches * 4**halvings_to_go
         out_channels = config.hidden_size // 2**halvings_to_go
-        macs += patches * 4**halvings_to_go * 9 * channels * out_channels
+        macs += num_positions * 9 * channels * out_channels
         channels = out_channels
     return macs
 
@@ -82,8 +90,12 @@ def _count_tower(
     Add the MACs of the vision tower, or of the joint layers of a single stream with `joint_length` text tokens, which
     run per text. Return the image tokens after each layer.
     """
-    width, mlp_width, fuses = config.hidden_size, config.intermediate_size, int(config.fuse_inattentive_tokens)
-    tokens, selecting, tokens_per_layer = 1 + math.prod(config.grid_size), schedule.by_layer, []
+    width = config.hidden_size
+    mlp_width = config.intermediate_size
+    num_fused = 1 if config.fuse_inattentive_tokens else 0
+    selecting = schedule.by_layer
+    tokens = 1 + math.prod(config.grid_size)
+    tokens_per_layer = []
     macs["image"] += _patch_embedding(config)
     owner = "text" if joint_length else "image"
     if not joint_length and schedule.first_text_layer and config.guidance_hidden_size not in (None, width):
@@ -96,9 +108,10 @@ def _count_tower(
                 owner = "text"
                 macs[owner] += width**2  # the query
             candidates = tokens - 1  # all but [CLS]
-            if (num_kept := num_kept_tokens(candidates, keep_rate)) < candidates:
-                tokens = 1 + num_kept + fuses
-                macs[owner] += fuses * candidates * width
+            num_kept = num_kept_tokens(candidates, keep_rate)
+            if num_kept < candidates:
+                tokens = 1 + num_kept + num_fused
+                macs[owner] += num_fused * candidates * width
         macs[owner] += _mlp(width, mlp_width, joint_length + tokens)
         tokens_per_layer.append(tokens)
     return tuple(tokens_per_layer)
@@ -108,8 +121,11 @@ def _count_fusion(
     config: TripsFusionConfig, text_length: int, image_tokens: int, is_guided_by_text: bool, macs: Counter
 ):
     """Add the MACs of the fusion encoder. Keys and values of image tokens that do not depend on a text are shared."""
-    width, mlp_width, image_width = config.hidden_size, config.intermediate_size, config.cross_attention_hidden_size
-    owner, connected_layers = "text" if is_guided_by_text else "image", config.connected_layers
+    width = config.hidden_size
+    mlp_width = config.intermediate_size
+    image_width = config.cross_attention_hidden_size
+    connected_layers = config.connected_layers
+    owner = "text" if is_guided_by_text else "image"
     if connected_layers and config.encoder_hidden_size not in (None, width):
         macs[owner] += image_tokens * config.encoder_hidden_size * width
     for number in range(1, config.num_hidden_layers + 1):

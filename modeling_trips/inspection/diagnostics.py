@@ -80,8 +80,10 @@ def _mean_jaccard(selection: TripsSelection, num_patches: int, pairs: torch.Bool
     if not pairs.any():
         raise ValueError("`image_index` has no two rows to compare.")
     kept = kept_patches(selection, num_patches).float()
-    common, sizes = kept @ kept.T, kept.sum(dim=-1)
-    jaccard = common / (sizes[:, None] + sizes - common).clamp_min(1)
+    num_kept = kept.sum(dim=-1)
+    num_common = kept @ kept.T  # (batch_size, batch_size)
+    num_in_either = num_kept[:, None] + num_kept - num_common
+    jaccard = num_common / num_in_either.clamp_min(1)
     return jaccard[pairs.to(jaccard.device)].mean().item()
 
 
@@ -125,9 +127,11 @@ def patch_precision(patch_boxes: torch.Tensor, region: torch.Tensor) -> float:
             [`TripsProcessor.patch_boxes`].
         region (`torch.Tensor` of shape `(4,)`): (x0, y0, x1, y1) in the same pixels.
     """
-    centers = (patch_boxes[:, :2] + patch_boxes[:, 2:]) / 2
-    inside = (centers >= region[:2]) & (centers < region[2:])
-    return inside.all(dim=-1).sum().item() / max(1, len(patch_boxes))
+    patch_start, patch_end = patch_boxes.chunk(2, dim=-1)  # (num_kept, 2) each
+    start, end = region.chunk(2)
+    centers = (patch_start + patch_end) / 2
+    is_inside = ((centers >= start) & (centers < end)).all(dim=-1)  # (num_kept,)
+    return is_inside.sum().item() / max(1, len(patch_boxes))
 
 
 def region_recall(patch_boxes: torch.Tensor, region: torch.Tensor) -> float:
@@ -135,5 +139,9 @@ def region_recall(patch_boxes: torch.Tensor, region: torch.Tensor) -> float:
     Compute the share of a region's area in kept patches, which do not overlap. Random selection gives the share of
     kept patches. Arguments are those of `patch_precision`.
     """
-    sides = torch.minimum(patch_boxes[:, 2:], region[2:]) - torch.maximum(patch_boxes[:, :2], region[:2])
-    return (sides.clamp(min=0).prod(dim=-1).sum() / (region[2:] - region[:2]).prod()).item()
+    patch_start, patch_end = patch_boxes.chunk(2, dim=-1)  # (num_kept, 2) each
+    start, end = region.chunk(2)
+    shown_sides = torch.minimum(patch_end, end) - torch.maximum(patch_start, start)
+    shown_areas = shown_sides.clamp(min=0).prod(dim=-1)  # (num_kept,)
+    area = (end - start).prod()
+    return (shown_areas.sum() / area).item()

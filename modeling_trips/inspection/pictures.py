@@ -1,5 +1,6 @@
 """Figures of kept patches."""
 
+import math
 import textwrap
 from os import PathLike
 
@@ -37,7 +38,8 @@ def draw_kept_patches(image: Image.Image, boxes: torch.Tensor, min_side: int = 2
     image, scale = _fit_for_drawing(image, min_side)
     kept = Image.new("L", image.size)
     draw = ImageDraw.Draw(kept)
-    for x0, y0, x1, y1 in (boxes * scale).round().int().tolist():
+    boxes = (boxes * scale).round().int()
+    for x0, y0, x1, y1 in boxes.tolist():
         if x0 < x1 and y0 < y1:
             draw.rectangle((x0, y0, x1 - 1, y1 - 1), fill=255)
     faded = Image.blend(image, Image.new("RGB", image.size, "white"), 0.75)
@@ -57,9 +59,13 @@ def _fit_for_drawing(image: Image.Image, min_side: int = 1) -> tuple[Image.Image
     image = convert_to_rgb(image)
     width, height = image.size
     image.thumbnail((MAX_SIDE, MAX_SIDE))
-    factor = max(1, min(-(-min_side // min(image.size)), MAX_SIDE // max(image.size)))
+    wanted = math.ceil(min_side / min(image.size))
+    largest = MAX_SIDE // max(image.size)
+    factor = max(1, min(wanted, largest))
     image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    return image, torch.tensor([image.width / width, image.height / height]).repeat(2)
+    scale_x = image.width / width
+    scale_y = image.height / height
+    return image, torch.tensor([scale_x, scale_y, scale_x, scale_y])
 
 
 def plot_selection(
@@ -98,9 +104,11 @@ def plot_selection(
     from matplotlib.figure import Figure  # an extra
 
     image, scale = _fit_for_drawing(image)
-    num_rows, num_columns, width = len(layers[0]), 1 + len(questions), 3.0  # inches per panel
-    size = (width * num_columns, (width * image.height / image.width + 0.7) * num_rows)
-    figure = Figure(figsize=size, dpi=150, layout="compressed")
+    num_rows = len(layers[0])
+    num_columns = 1 + len(questions)
+    width = 3.0  # of a panel, in inches
+    height = width * image.height / image.width + 0.7  # with its title
+    figure = Figure(figsize=(width * num_columns, height * num_rows), dpi=150, layout="compressed")
     axes = figure.subplots(num_rows, num_columns, squeeze=False)
     for panel in axes.flat:
         panel.set(xticks=[], yticks=[])

@@ -8,7 +8,7 @@ early; with many, image guidance reduces the tokens for all texts, and text guid
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
 
 from modeling_trips import UNPRUNED, LayerSelection, SelectionSchedule, TripsConfig
 
@@ -49,17 +49,21 @@ def candidate_schedules(config: TripsConfig) -> Iterator[SelectionSchedule]:
     by_image = _evenly_apart(layers, 3, "image", IMAGE_RATES)
     for first, layer, rate in product(by_image, layers, TEXT_RATES):
         if layer > first.layers[-1]:
-            yield SelectionSchedule((*first.layers, layer), (*first.selections, LayerSelection("text", rate)))
+            by_text = LayerSelection("text", rate)
+            yield SelectionSchedule((*first.layers, layer), (*first.selections, by_text))
 
 
 def _evenly_apart(
     layers: Sequence[int], most: int, guidance: str, rates: Sequence[float]
 ) -> Iterator[SelectionSchedule]:
     """Yield schedules of one to `most` layers with equal steps between them and the same selection."""
-    sets = (chosen for size in range(1, most + 1) for chosen in combinations(layers, size))
-    for chosen, rate in product(sets, rates):
-        if len({b - a for a, b in zip(chosen, chosen[1:])}) <= 1:
-            yield SelectionSchedule(chosen, (LayerSelection(guidance, rate),) * len(chosen))
+    for size in range(1, most + 1):
+        for chosen in combinations(layers, size):
+            steps = {after - before for before, after in pairwise(chosen)}
+            if len(steps) > 1:
+                continue
+            for rate in rates:
+                yield SelectionSchedule(chosen, (LayerSelection(guidance, rate),) * size)
 
 
 def plan_schedules(
@@ -82,9 +86,10 @@ def plan_schedules(
     rows = []
     for schedule in schedules:
         cost = forward_cost(config, text_length, schedule)
-        read = sum(cost.tokens) + num_fusion_layers * cost.tokens[-1]
         ratios = {number: cost.macs(number) / unpruned.macs(number) for number in texts_per_image}
-        rows.append(PlannedSchedule(schedule, cost, ratios, read / (len(cost.tokens) + num_fusion_layers)))
+        num_tokens = sum(cost.tokens) + num_fusion_layers * cost.tokens[-1]
+        num_layers = len(cost.tokens) + num_fusion_layers
+        rows.append(PlannedSchedule(schedule, cost, ratios, mean_tokens=num_tokens / num_layers))
     return rows
 
 

@@ -29,12 +29,13 @@ def provenance(device: str = "cpu", seed: int | None = None) -> dict[str, str | 
         files differ from the commit), `date` (UTC) and `cpu_capability` (the instructions that PyTorch uses, like
         `"AVX2"`).
     """
+    is_cuda = torch.device(device).type == "cuda"
     return {
         "command": _command(),
         "git_commit": _git_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": seed,
-        "device_name": torch.cuda.get_device_name() if torch.device(device).type == "cuda" else _cpu_name(),
+        "device_name": torch.cuda.get_device_name() if is_cuda else _cpu_name(),
         "machine": platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "num_threads": torch.get_num_threads(),
@@ -48,8 +49,9 @@ def _command() -> str:
     """Return the command line without the Hub's token, with paths of the project's scripts relative to the project."""
     script, *options = sys.argv
     path = Path(script).resolve()
-    words = shlex.join([str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name, *options])
-    return re.sub(r"(--hub.token[ =])\S+", r"\1...", words)
+    name = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+    line = shlex.join([name, *options])
+    return re.sub(r"(--hub.token[ =])\S+", r"\1...", line)
 
 
 def _cpu_name() -> str:

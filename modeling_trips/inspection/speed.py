@@ -63,22 +63,24 @@ class Setting:
             selection_guidance=self.selection_guidance,
             **self.config_fields,
         )
+        attn_implementation = attn_implementation or self.attn_implementation
+        dtype = getattr(torch, self.dtype)
         with torch.device(device):
-            model = AutoModel.from_config(config, attn_implementation=attn_implementation or self.attn_implementation)
-        return model.to(getattr(torch, self.dtype)).train(self.mode != "forward")
+            model = AutoModel.from_config(config, attn_implementation=attn_implementation)
+        return model.to(dtype).train(self.mode != "forward")
 
     def make_inputs(self, model: TripsModel) -> dict[str, torch.Tensor]:
         """Make random texts and images on the model's device. Texts of an image share its cached states."""
-        device, num_images, num_texts = model.device, self.batch_size, self.texts_per_image
-        shape = (num_images, 3, self.image_size, self.image_size)
+        num_texts = self.batch_size * self.texts_per_image
+        vocab_size = model.config.text_config.vocab_size
+        image_shape = (self.batch_size, 3, self.image_size, self.image_size)
         inputs = {
-            "input_ids": torch.randint(
-                model.config.text_config.vocab_size, (num_images * num_texts, self.text_length), device=device
-            ),
-            "pixel_values": torch.randn(shape, device=device, dtype=model.dtype),
+            "input_ids": torch.randint(vocab_size, (num_texts, self.text_length), device=model.device),
+            "pixel_values": torch.randn(image_shape, device=model.device, dtype=model.dtype),
         }
-        if num_texts > 1:
-            inputs["image_index"] = torch.arange(num_images, device=device).repeat_interleave(num_texts)
+        if self.texts_per_image > 1:
+            images = torch.arange(self.batch_size, device=model.device)
+            inputs["image_index"] = images.repeat_interleave(self.texts_per_image)  # (num_texts,)
         return inputs
 
 

@@ -50,7 +50,8 @@ class EndpointHandler:
             ValueError: An input or a parameter is missing, unknown, of another type or out of bounds, or the image
                 cannot be decoded. The client sees the message.
         """
-        inputs, parameters = data.get("inputs"), data.get("parameters") or {}
+        inputs = data.get("inputs")
+        parameters = data.get("parameters") or {}
         if not isinstance(inputs, dict) or not isinstance(parameters, dict):
             raise ValueError("`inputs` and `parameters` must be objects.")
         for name, value in parameters.items():
@@ -66,10 +67,11 @@ class EndpointHandler:
         image = self.read_image(inputs.get("image"))
         if self.field != "texts":
             return self.pipeline(image, **{self.field: given}, **parameters)
-        model, processor = self.pipeline.model, self.pipeline.processor
-        batch = processor(images=image, text=texts, image_index=[0] * len(texts), return_tensors="pt")
+        model = self.pipeline.model
+        image_index = [0] * len(texts)
+        batch = self.pipeline.processor(images=image, text=texts, image_index=image_index, return_tensors="pt")
         with torch.inference_mode():
-            logits = model.match(**batch.to(model.device)).itm_logits
+            logits = model.match(**batch.to(model.device)).itm_logits  # (num_texts, 2)
         return {"scores": logits.softmax(-1)[:, 1].tolist()}
 
     def read_image(self, image: Any):

@@ -42,7 +42,8 @@ def build_repository(target: Path, folder: Path, repo_id: str, with_handler: boo
     processor = load_processor(folder, model.config)
     if with_handler and model.pipeline_class is None:
         raise ValueError(f"Inference Endpoints need a model with a pipeline, got {type(model).__name__}.")
-    results = next((path for split in ("test", "eval") if (path := folder / f"{split}_results.json").is_file()), None)
+    candidates = (folder / "test_results.json", folder / "eval_results.json")
+    results = next((path for path in candidates if path.is_file()), None)
     card = make_model_card(model, processor, repo_id, results, with_handler=with_handler, **facts)
     processor.tokenizer.backend_tokenizer.no_padding()  # the last batch's
     for name in ("is_local", "local_files_only"):  # of this machine
@@ -60,7 +61,8 @@ def build_repository(target: Path, folder: Path, repo_id: str, with_handler: boo
 def check_code(folder: Path):
     """Raise a `ValueError` if a configuration in a folder names code of another project."""
     for path in folder.rglob("*config.json"):
-        if found := re.search(r'"[\w./-]+--[\w.]+"|"custom_generate"', path.read_text(encoding="utf-8")):
+        content = path.read_text(encoding="utf-8")
+        if found := re.search(r'"[\w./-]+--[\w.]+"|"custom_generate"', content):
             raise ValueError(f"{path.relative_to(folder)} must name code of this project alone, got {found[0]}.")
 
 
@@ -79,8 +81,11 @@ def publish(folder: Path, repo_id: str, private: bool = False) -> str:
     if private and not before.private:
         raise ValueError(f"--private: {repo_id} exists and is public. Run `hf repos settings {repo_id} --private`.")
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    former = {file.rfilename for file in before.siblings if re.fullmatch(WEIGHTS_AND_CODE, file.rfilename)}
-    changes: list = [CommitOperationDelete(name) for name in sorted(former - files.keys())]
-    changes += [CommitOperationAdd(*file) for file in files.items()]
+    names_before = {file.rfilename for file in before.siblings}
+    outdated = [name for name in names_before - files.keys() if re.fullmatch(WEIGHTS_AND_CODE, name)]
+    changes: list = [CommitOperationDelete(name) for name in sorted(outdated)]
+    for name, path in files.items():
+        changes.append(CommitOperationAdd(path_in_repo=name, path_or_fileobj=path))
     # `upload_folder` may make several commits.
-    return api.create_commit(repo_id, changes, commit_message="Publish model", parent_commit=before.sha).commit_url
+    commit = api.create_commit(repo_id, changes, commit_message="Publish model", parent_commit=before.sha)
+    return commit.commit_url

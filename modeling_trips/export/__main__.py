@@ -11,7 +11,6 @@ The schedule and the image size are fixed at export. In float32, answers and kep
 import json
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +31,19 @@ def read_calibration(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the model's inputs for each row."""
     folder = Path(path).parent if image_root is None else Path(image_root)
+    num_read = 0
     with open(path, "rb") as file:
-        lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
-        for number, line in islice(lines, NUM_CALIBRATION_ROWS):
+        for number, line in enumerate(file, start=1):
+            if num_read == NUM_CALIBRATION_ROWS:
+                return
+            if not line.strip():
+                continue
             row = json.loads(line)
-            text = next((row[column] for column in TEXT_COLUMNS if row.get(column)), None)
-            if text is None or not row.get("image"):
+            texts = [row[column] for column in TEXT_COLUMNS if row.get(column)]
+            if not texts or not row.get("image"):
                 raise ValueError(f"{path}, line {number}, needs an `image` and one of {', '.join(TEXT_COLUMNS)}.")
-            text = text[0] if isinstance(text, list) else text
+            text = texts[0][0] if isinstance(texts[0], list) else texts[0]
+            num_read += 1
             yield dict(processor(images=folder / row["image"], text=text, return_tensors="pt"))
 
 
@@ -71,8 +75,14 @@ def main(argv: list[str] | None = None):
         calibration = list(read_calibration(args.calibration_file, args.image_root, processor))
         if not calibration:
             raise ValueError(f"--calibration_file {args.calibration_file} has no rows.")
-    export_model(model, args.output_dir, args.backend, args.dtype, calibration)
-    processor.save_pretrained(args.output_dir)
+    export_model(
+        model,
+        args.output_dir,
+        backend=args.backend,
+        dtype=args.dtype,
+        calibration=calibration,
+        processor=processor,
+    )
     print(f"Exported {type(model).__name__} for {args.backend} in {args.dtype} to {args.output_dir}.")
 
 

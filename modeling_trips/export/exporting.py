@@ -21,7 +21,7 @@ from transformers.exporters import (
 )
 from transformers.exporters.configs import DynamoConfig
 
-from modeling_trips import TripsConfig, TripsForRetrieval, TripsModel, TripsPreTrainedModel
+from modeling_trips import TripsConfig, TripsForRetrieval, TripsModel, TripsPreTrainedModel, TripsProcessor
 
 from ..inspection.files import whole_folder
 from .graphs import Graph, graphs_of
@@ -40,9 +40,10 @@ def export_model(
     backend: str = "openvino",
     dtype: str = "fp32",
     calibration: Iterable[Mapping[str, torch.Tensor]] | None = None,
+    processor: TripsProcessor | None = None,
 ):
     """
-    Export a model to a folder of graphs, which [`load_exported`] loads.
+    Export a model to a folder of graphs, which [`load_exported`] loads. The folder is whole or absent.
 
     The schedule and the image size of the model's configuration are fixed. Numbers of texts and images and the length
     of texts are dynamic.
@@ -55,6 +56,7 @@ def export_model(
             weights, and activations that are quantized to 8 bits with a scale per batch.
         calibration (`Iterable[Mapping[str, torch.Tensor]]`, *optional*): Inputs of the model, for `"int8"`. They
             determine fixed scales, so activations stay in 8 bits between layers, which is faster.
+        processor ([`TripsProcessor`], *optional*): Processor to save with the graphs.
 
     Raises:
         ValueError: The backend does not support the dtype, the model is not supported, or the folder is not empty.
@@ -76,15 +78,21 @@ def export_model(
     generation_config = copy.deepcopy(model.generation_config) if model.can_generate() else None
     model = copy.deepcopy(model).to("cpu", torch.float32).eval()
     head = head_of(model)
-    graphs, components = graphs_of(model), {}
+    graphs = graphs_of(model)
     calls = {} if calibration is None else record(graphs, config, head, generation_config, calibration)
+    components = {}
     for name, graph in tqdm(graphs.items(), desc="graphs"):
-        own = quantizer.with_calibration(calls[name]) if quantizer and name in calls else quantizer
-        options = replace(options, dynamic_shapes=graph.dynamic_shapes, quantizer=own)
+        graph_quantizer = quantizer
+        if name in calls:
+            graph_quantizer = quantizer.with_calibration(calls[name])
+        options = replace(options, dynamic_shapes=graph.dynamic_shapes, quantizer=graph_quantizer)
         components[name] = exporter.export(graph.module, graph.inputs, options).components["model"]
+    exported = ExportedModel(components, exporter.export_format, config, generation_config)
     with whole_folder(folder) as partial:
-        ExportedModel(components, exporter.export_format, config, generation_config).save_pretrained(partial)
+        exported.save_pretrained(partial)
         save_file(head, partial / HEAD_FILE)
+        if processor is not None:
+            processor.save_pretrained(partial)
 
 
 def head_of(model: TripsPreTrainedModel) -> dict[str, torch.Tensor]:
@@ -99,7 +107,8 @@ def describe(model: TripsPreTrainedModel, dtype: torch.dtype = torch.float32) ->
     Return the configuration of an export, with the class and the dtype of the graphs, but without references to code.
     """
     config = copy.deepcopy(model.config)
-    config.architectures, config.dtype = [type(model).__name__], dtype
+    config.architectures = [type(model).__name__]
+    config.dtype = dtype
     for name in ("auto_map", "custom_pipelines"):
         config.__dict__.pop(name, None)
     return config

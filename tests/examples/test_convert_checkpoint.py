@@ -2,13 +2,16 @@
 
 import argparse
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
 from albef_reference import TINY, Albef, random_checkpoint
 from convert_cases import TEXTS, convert, make_tokenizer
+from killed import kill_when
 from PIL import Image
+from places import EXAMPLES
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -144,3 +147,14 @@ def test_a_file_that_holds_more_than_data_is_refused_and_runs_nothing(arguments,
     with pytest.raises(ValueError, match="vqa.pth"):
         convert(arguments)
     assert not (tmp_path / "ran").exists() and not arguments["output_dir"].exists()
+
+
+@pytest.mark.slow
+def test_a_killed_conversion_leaves_nothing_under_the_name(arguments, tmp_path):
+    options = [f"--{name}={value}" for name, value in arguments.items()]
+    command = [sys.executable, str(EXAMPLES / "convert_checkpoint.py"), *options]
+    kill_when(lambda: any(tmp_path.glob(".out-writing-*/whole/config.json")), command)
+    folder = arguments["output_dir"]
+    assert not folder.exists() or (folder / "conversion_report.json").exists()  # or it was faster, and is whole
+    convert(arguments, output_dir=tmp_path / "again")
+    TripsForQuestionAnswering.from_pretrained(tmp_path / "again")

@@ -1,13 +1,16 @@
 """The checkpoint that comes with the project, exported by the command: it answers as PyTorch does."""
 
 import json
+import sys
 
 import pytest
 import torch
+from killed import kill_when
 from PIL import Image
 from places import EXAMPLES
+from random_checkpoint import save_random_checkpoint
 
-from modeling_trips import TripsForQuestionAnswering, TripsProcessor, TripsVisualQuestionAnsweringPipeline
+from modeling_trips import TripsForQuestionAnswering, TripsModel, TripsProcessor, TripsVisualQuestionAnsweringPipeline
 from modeling_trips.export import load_exported
 from modeling_trips.export.__main__ import main, read_calibration
 from trips_examples.data.busy_scenes import busy_records
@@ -109,3 +112,13 @@ def test_calibration_reads_training_files(columns, processor, tmp_path):
     assert len(found) == 2
     for inputs in found:
         assert inputs.keys() == expected.keys() and all(torch.equal(inputs[name], expected[name]) for name in inputs)
+
+
+@pytest.mark.slow
+def test_a_killed_export_is_whole_or_absent(tmp_path):
+    """The folder gets its name last, when the processor is in it, too."""
+    model = save_random_checkpoint(tmp_path / "model", TripsModel, ["is it red?"])
+    command = [sys.executable, "-m", "modeling_trips.export", "--model", str(model), "--backend", "onnx"]
+    kill_when(lambda: (tmp_path / "out").exists(), [*command, "--output_dir", str(tmp_path / "out")])
+    assert isinstance(load_exported(tmp_path / "out"), TripsModel)
+    TripsProcessor.from_pretrained(tmp_path / "out")

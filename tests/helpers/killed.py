@@ -1,0 +1,20 @@
+"""Commands that are killed while they run."""
+
+import os
+import subprocess
+import time
+from collections.abc import Callable
+
+
+def kill_when(is_time: Callable[[], bool], command: list[str]):
+    """Start a command, and kill it as soon as `is_time()`. It may have ended by then."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 600
+    try:
+        while not is_time():
+            assert process.poll() is None and time.monotonic() < until, f"exit code {process.poll()}"
+            time.sleep(0.002)
+    finally:
+        process.kill()
+        process.wait()

@@ -6,7 +6,7 @@ import io
 import json
 import logging
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import Any
 
@@ -48,11 +48,11 @@ class Item:
     """Input of one result: an image, a text, or both."""
 
     endpoint: str
-    image: ItemImage | None
-    text: str | None
-    tokens: dict[str, list[int]] | None  # outputs of the tokenizer for the text
-    top_k: int
-    place: dict[str, int]  # indices of the image and the text in the request
+    image: ItemImage | None = None
+    text: str | None = None
+    tokens: dict[str, list[int]] | None = None  # outputs of the tokenizer for the text
+    top_k: int = 1
+    place: dict[str, int] = field(default_factory=dict)  # indices of the image and the text in the request
     kept_patches: bool = False  # returned with the answer; needs a decoded image
 
     @property
@@ -63,6 +63,13 @@ class Item:
 
 def num_bytes(image_cache: TripsImageCache) -> int:
     return sum(value.nbytes for value in image_cache.tensors.values())
+
+
+def joined(image_caches: list[TripsImageCache]) -> TripsImageCache:
+    """Return one cache of the images of several, which have one size."""
+    first = image_caches[0]
+    tensors = {name: torch.cat([each.tensors[name] for each in image_caches]) for name in first.tensors}
+    return replace(first, **tensors)
 
 
 class ImageCaches:
@@ -76,7 +83,8 @@ class ImageCaches:
 
     def get(self, key: Hashable) -> TripsImageCache | None:
         with self._lock:
-            if (found := self._image_caches.pop(key, None)) is not None:
+            found = self._image_caches.pop(key, None)
+            if found is not None:
                 self._image_caches[key] = found
             return found
 
@@ -86,7 +94,8 @@ class ImageCaches:
                 self._image_caches[key] = image_cache
                 self.bytes += num_bytes(image_cache)
             while self.bytes > self.max_bytes:
-                self.bytes -= num_bytes(self._image_caches.pop(next(iter(self._image_caches))))
+                oldest = next(iter(self._image_caches))
+                self.bytes -= num_bytes(self._image_caches.pop(oldest))
 
 
 class Engine:
@@ -100,8 +109,9 @@ class Engine:
         self.processor = load_processor(settings.model, self.model.config, settings.revision)
         self.endpoints = ["match", "features"] if hasattr(self.model, "match") else []
         if self.model.can_generate():
-            parts = {"model": self.model, "processor": self.processor, "device": self.model.device}
-            self.pipeline = self.model.pipeline_class(**parts)
+            self.pipeline = self.model.pipeline_class(
+                model=self.model, processor=self.processor, device=self.model.device
+            )
             self.endpoints = [GENERATIVE[self.pipeline.default_task]]
         if not self.endpoints:
             raise ValueError(f"A {type(self.model).__name__} does not answer, caption or match.")
@@ -123,17 +133,21 @@ class Engine:
     def _check(self):
         """Compute one item of each kind. Raise a `ValueError` if the tokenizer or a result does not fit."""
         largest = max(self.processor.tokenizer.get_vocab().values())
-        if largest >= (vocab_size := self.model.config.text_config.vocab_size):
+        vocab_size = self.model.config.text_config.vocab_size
+        if largest >= vocab_size:
             raise ValueError(f"token ids of the tokenizer must be below {vocab_size}, got {largest}.")
-        file, text = io.BytesIO(), "what is it?"
+        file = io.BytesIO()
         PIL.Image.effect_noise((64, 64), 60).save(file, "PNG")
-        image = ItemImage("", file.getvalue())
+        image = ItemImage(key="", data=file.getvalue())
         self.decode("image", image)
+        text = "what is it?"
         (tokens,) = self.prepare_texts("texts", [text])
-        for name in self.endpoints:
-            parts = [(image, None, None), (None, text, tokens)] if name == "features" else [(image, text, tokens)]
-            for part in parts:
-                json.dumps(self._compute([Item(name, *part, 1, {})]), allow_nan=False)
+        for endpoint in self.endpoints:
+            items = [Item(endpoint, image=image, text=text, tokens=tokens)]
+            if endpoint == "features":
+                items = [Item(endpoint, image=image), Item(endpoint, text=text, tokens=tokens)]
+            for item in items:
+                json.dumps(self._compute([item]), allow_nan=False)
 
     def find_image(self, data: bytes, decodes: bool = False) -> ItemImage:
         """Return an image with its cached states, if any, or else (or if it must be decoded) with its file."""
@@ -141,25 +155,30 @@ class Engine:
         states = None if decodes else self.cache.get(key)
         return ItemImage(key, data if states is None else None, states=states)
 
-    def decode(self, field: str, image: ItemImage):
-        """Decode and preprocess the file of an image. An `HTTPException` names the field of the request."""
+    def decode(self, name: str, image: ItemImage):
+        """Decode and preprocess the file of an image. An `HTTPException` gives its name in the request."""
         try:
             decoded = self.decoder.decode(image.data, self.settings.max_pixels)
             image.size = decoded.size[::-1]
             image.pixel_values = self.processor(images=decoded, return_tensors="pt")["pixel_values"]
         except ValueError as error:
-            raise HTTPException(STATUSES.get(getattr(error, "reason", ""), 422), f"{field}: {error}") from error
+            status = STATUSES.get(getattr(error, "reason", ""), 422)
+            raise HTTPException(status, f"{name}: {error}") from error
         image.data = None
 
-    def prepare_texts(self, field: str, texts: list[str]) -> list[dict[str, list[int]]]:
-        """Tokenize texts. The `HTTPException` for a text that is too long names the field of the request."""
-        encoded = self.processor.tokenizer(self.processor.clean_texts(texts)) if texts else {}
+    def prepare_texts(self, name: str, texts: list[str]) -> list[dict[str, list[int]]]:
+        """Tokenize texts. The `HTTPException` for a text that is too long gives its name in the request."""
+        if not texts:
+            return []
+        encoded = self.processor.tokenizer(self.processor.clean_texts(texts))
         limit = self.processor.max_text_length(self.model.config)
-        rows = [{name: values[row] for name, values in encoded.items()} for row in range(len(texts))]
-        for position, row in enumerate(rows):
-            if (length := len(row["input_ids"])) > limit:
-                message = f"{field}.{position}: The text must have at most {limit} tokens, got {length}."
+        rows = []
+        for position in range(len(texts)):
+            length = len(encoded["input_ids"][position])
+            if length > limit:
+                message = f"{name}.{position}: The text must have at most {limit} tokens, got {length}."
                 raise HTTPException(422, message)
+            rows.append({output: values[position] for output, values in encoded.items()})
         return rows
 
     def compute(self, items: list[Item]) -> list:
@@ -174,29 +193,39 @@ class Engine:
 
     @torch.inference_mode()
     def _compute(self, items: list[Item]) -> list:
-        first, inputs = items[0], {}
+        first = items[0]
+        inputs: dict[str, Any] = {}
         if first.tokens is not None:
             padded = self.processor.tokenizer.pad([item.tokens for item in items], return_tensors="pt")
             inputs |= padded.to(self.model.device)
         if first.image is not None:
             inputs |= self._image_inputs(items)
-        return getattr(self, f"_{first.endpoint}")(items, inputs)
+        method = getattr(self, f"_{first.endpoint}")
+        return method(items, inputs)
 
     def _answer(self, items: list[Item], inputs: dict) -> list[list[dict]]:
-        answers = self.pipeline._forward({"inputs": inputs}, top_k=items[0].top_k)["outputs"]
-        if items[0].kept_patches and (selection := self.model.model(**inputs).selection):
-            boxes = self.processor.patch_boxes(selection[-1].kept_indices, [item.image.size for item in items])
-            for (best, *_), kept in zip(answers, boxes):
-                best["kept_patches"] = kept.tolist()
+        answers = self.pipeline.forward({"inputs": inputs}, top_k=items[0].top_k)["outputs"]
+        if not items[0].kept_patches:
+            return answers
+        selection = self.model.model(**inputs).selection
+        if selection:
+            sizes = [item.image.size for item in items]
+            boxes_per_item = self.processor.patch_boxes(selection[-1].kept_indices, sizes)
+            for answers_of_item, boxes in zip(answers, boxes_per_item):
+                answers_of_item[0]["kept_patches"] = boxes.tolist()
         return answers
 
     def _caption(self, items: list[Item], inputs: dict) -> list[str]:
-        outputs = self.pipeline._forward({"inputs": inputs})["outputs"]
-        results = [self.pipeline.postprocess(texts, prompt=item.text) for texts, item in zip(outputs, items)]
-        return [result["generated_text"] for result, *_ in results]
+        outputs = self.pipeline.forward({"inputs": inputs})["outputs"]
+        captions = []
+        for item, texts in zip(items, outputs):
+            best = self.pipeline.postprocess(texts, prompt=item.text)[0]
+            captions.append(best["generated_text"])
+        return captions
 
     def _match(self, items: list[Item], inputs: dict) -> list[dict]:
-        scores = self.model.match(**inputs).itm_logits.softmax(-1)[:, 1].tolist()
+        logits = self.model.match(**inputs).itm_logits  # (num_items, 2)
+        scores = logits.softmax(-1)[:, 1].tolist()
         return [{**item.place, "score": score} for item, score in zip(items, scores)]
 
     def _features(self, items: list[Item], inputs: dict) -> list[dict]:
@@ -215,16 +244,18 @@ class Engine:
         IMAGE_CACHES.labels("cache").inc(len(images) - len(missing))
         IMAGE_CACHES.labels("computed").inc(len(missing))
         if missing:
-            pixel_values = torch.cat([images[key].pixel_values for key in missing]).to(self.model.device)
-            computed = replace(self.model.base_model.encode_images(pixel_values), selection=())
+            pixel_values = torch.cat([images[key].pixel_values for key in missing])
+            computed = self.model.base_model.encode_images(pixel_values.to(self.model.device))
+            computed = replace(computed, selection=())
             for row, key in enumerate(missing):
                 states[key] = computed[row : row + 1].map(torch.clone)  # memory of its own
                 self.cache.put(key, states[key])
-        index = {key: row for row, key in enumerate(images)}
-        rows = torch.tensor([index[item.image.key] for item in items], device=self.model.device)
-        found = list(states.values())  # of one size
-        joined = {field: torch.cat([each.tensors[field] for each in found]) for field in found[0].tensors}
-        return {"image_cache": replace(found[0], **joined), "image_index": rows}
+        row_of_image = {key: row for row, key in enumerate(states)}
+        image_index = [row_of_image[item.image.key] for item in items]
+        return {
+            "image_cache": joined(list(states.values())),
+            "image_index": torch.tensor(image_index, device=self.model.device),
+        }
 
 
 class Batcher:
@@ -258,6 +289,11 @@ class Batcher:
             kind = next(iter(self._waiting.values())).kind
             batch = [result for result, item in self._waiting.items() if item.kind == kind][: self.max_size]
             items = [self._waiting.pop(result) for result in batch]
-            for result, value in zip(batch, await to_thread.run_sync(self.compute, items)):
-                if not result.done():
-                    (result.set_exception if isinstance(value, Exception) else result.set_result)(value)
+            values = await to_thread.run_sync(self.compute, items)
+            for result, value in zip(batch, values):
+                if result.done():  # its client has left
+                    continue
+                if isinstance(value, Exception):
+                    result.set_exception(value)
+                else:
+                    result.set_result(value)

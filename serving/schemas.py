@@ -1,10 +1,10 @@
 """Requests and replies of the service, and their OpenAPI description."""
 
 import base64
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
-from pydantic.json_schema import models_json_schema
+from pydantic.json_schema import SkipJsonSchema, models_json_schema
 
 import modeling_trips
 
@@ -67,38 +67,91 @@ def request_models(settings: Settings) -> dict[str, type[BaseModel]]:
     return {"answer": AnswerRequest, "caption": CaptionRequest, "match": MatchRequest, "features": FeaturesRequest}
 
 
-# Summary of each endpoint, and the field of its reply.
-REPLIES = {
-    "answer": ("Answer questions about an image", "answers"),
-    "caption": ("Describe an image", "captions"),
-    "match": ("Match images with texts, to rerank candidates found by features", "scores"),
-    "features": ("Features of images and texts for comparison and indexing", "features"),
+Box = tuple[float, float, float, float]  # (x0, y0, x1, y1) in pixels of the image
+
+
+class Answer(BaseModel):
+    answer: str
+    score: float = Field(description="Probability.")
+    kept_patches: list[Box] | SkipJsonSchema[None] = Field(None, description="Boxes, if the request asks for them.")
+
+
+class Match(BaseModel):
+    image: int
+    text: int
+    score: float = Field(description="Probability that the text fits the image.")
+
+
+class Features(BaseModel):
+    image: int | SkipJsonSchema[None] = None
+    text: int | SkipJsonSchema[None] = None
+    features: list[float] = Field(description="A vector of length 1.")
+
+
+class AnswerReply(BaseModel):
+    answers: list[list[Answer]] = Field(description="A list for each question, the best answer first.")
+
+
+class CaptionReply(BaseModel):
+    captions: list[str] = Field(description="A caption for each prompt.")
+
+
+class MatchReply(BaseModel):
+    scores: list[Match] = Field(description="A score for each pair of image and text.")
+
+
+class FeaturesReply(BaseModel):
+    features: list[Features] = Field(description="Those of the images, then those of the texts.")
+
+
+class ErrorReply(BaseModel):
+    error: str
+
+
+class Endpoint(NamedTuple):
+    summary: str
+    reply: type[BaseModel]
+
+    @property
+    def field(self) -> str:
+        """The one field of the reply."""
+        return next(iter(self.reply.model_fields))
+
+
+ENDPOINTS = {
+    "answer": Endpoint("Answer questions about an image", AnswerReply),
+    "caption": Endpoint("Describe an image", CaptionReply),
+    "match": Endpoint("Match images with texts, to rerank candidates found by features", MatchReply),
+    "features": Endpoint("Features of images and texts for comparison and indexing", FeaturesReply),
 }
 
 
 def describe(title: str, requests: dict[str, type[BaseModel]]) -> dict:
     """Return the OpenAPI document of a service with these endpoints."""
-    models = [(model, "validation") for model in requests.values()]
-    references, schemas = models_json_schema(models, ref_template="#/components/schemas/{model}")
-    content = {name: {JSON: {"schema": references[model, "validation"]}} for name, model in requests.items()}
+    models = [ErrorReply, *requests.values(), *(ENDPOINTS[name].reply for name in requests)]
+    references, schemas = models_json_schema(
+        [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
+    )
+
+    def content(model: type[BaseModel]) -> dict:
+        return {JSON: {"schema": references[model, "validation"]}}
+
+    paths = {}
+    for name, request in requests.items():
+        endpoint = ENDPOINTS[name]
+        operation = {
+            "operationId": name,
+            "summary": endpoint.summary,
+            "requestBody": {"required": True, "content": content(request)},
+            "responses": {
+                "200": {"description": "Results", "content": content(endpoint.reply)},
+                "default": {"description": "Refused or failed", "content": content(ErrorReply)},
+            },
+        }
+        paths[f"/{name}"] = {"post": operation}
     return {
         "openapi": "3.1.0",
         "info": {"title": title, "version": modeling_trips.__version__},
         "components": {"schemas": schemas["$defs"]},
-        "paths": {
-            f"/{name}": {
-                "post": {
-                    "operationId": name,
-                    "summary": summary,
-                    "requestBody": {"required": True, "content": content[name]},
-                    "responses": {"200": reply(f"Results: {field}"), "default": reply("Refused or failed: error")},
-                }
-            }
-            for name, (summary, field) in REPLIES.items()
-            if name in requests
-        },
+        "paths": paths,
     }
-
-
-def reply(description: str) -> dict:
-    return {"description": description, "content": {JSON: {}}}

@@ -25,7 +25,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from .engine import DECODERS, Batcher, Engine, Item, ItemImage
-from .schemas import JSON, REPLIES, describe, request_models
+from .schemas import ENDPOINTS, JSON, describe, request_models
 from .settings import FAILURE, PREFIX, Settings
 
 
@@ -61,6 +61,11 @@ def metrics(request: Request) -> Response:
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
 
+def page_file(name: str, media_type: str) -> Response:
+    content = Path(__file__).with_name(name).read_bytes()
+    return Response(content, media_type=media_type, headers=PAGE_HEADERS)
+
+
 def refuse(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         return JSONResponse({"error": error.detail}, error.status_code, error.headers)
@@ -82,15 +87,20 @@ class Service:
         self.slots = asyncio.Semaphore(settings.queue)
         self.buffered_bytes = 0
         self.decoders = CapacityLimiter(DECODERS)
-        alive, document = PlainTextResponse("ok"), describe(f"TRIPS: {Path(settings.model).name}", self.models)
-        # A worker listens when its model is loaded.
-        paths = {"/livez": alive, "/readyz": alive, "/metrics": metrics, "/docs.json": JSONResponse(document)}
-        for path, kind in {"/": "html", "/page.css": "css", "/page.js": "javascript"}.items():
-            file = Path(__file__).with_name(path.strip("/") or "page.html")
-            paths[path] = Response(file.read_bytes(), media_type=f"text/{kind}", headers=PAGE_HEADERS)
+        alive = PlainTextResponse("ok")  # a worker listens when its model is loaded
+        document = describe(f"TRIPS: {Path(settings.model).name}", self.models)
+        routes = [Route(f"/{name}", self.answer, methods=["POST"]) for name in self.models]
+        routes += [
+            Route("/livez", alive),
+            Route("/readyz", alive),
+            Route("/metrics", metrics),
+            Route("/docs.json", JSONResponse(document)),
+            Route("/", page_file("page.html", "text/html")),
+            Route("/page.css", page_file("page.css", "text/css")),
+            Route("/page.js", page_file("page.js", "text/javascript")),
+        ]
         self.app = Starlette(
-            routes=[Route(f"/{name}", self.answer, methods=["POST"]) for name in self.models]
-            + [Route(path, endpoint) for path, endpoint in paths.items()],
+            routes=routes,
             exception_handlers={HTTPException: refuse, 404: self.refuse_path, Exception: refuse},
             lifespan=self.lifespan,
             middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=settings.allowed_hosts, www_redirect=False)],
@@ -112,7 +122,8 @@ class Service:
 
     async def answer(self, request: Request) -> Response:
         """Answer a request to the model."""
-        endpoint, start = request.url.path.strip("/"), time.perf_counter()
+        endpoint = request.url.path.strip("/")
+        start = time.perf_counter()
         try:
             self.check_queue()
             items, images = await self.read(endpoint, request)
@@ -120,7 +131,7 @@ class Service:
             async with self.slots:
                 with IN_PROGRESS.track_inprogress():
                     results = await self.compute(items, images, request)
-            response: Response = JSONResponse({REPLIES[endpoint][1]: results})
+            response: Response = JSONResponse({ENDPOINTS[endpoint].field: results})
         except HTTPException as error:
             response = refuse(request, error)
         SECONDS.labels(endpoint, response.status_code).observe(time.perf_counter() - start)
@@ -149,9 +160,12 @@ class Service:
 
     async def read(self, endpoint: str, request: Request) -> tuple[list[Item], dict[str, ItemImage]]:
         """Return the items of a request, and its images by field. Bytes of its body count among those of all."""
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
+        media_type = request.headers.get("content-type", "").partition(";")[0]
+        if media_type.strip().lower() != JSON:
             raise HTTPException(415, f"The Content-Type must be {JSON}.")
-        limit, seconds, body = self.settings.max_body_bytes, self.settings.read_timeout, bytearray()
+        limit = self.settings.max_body_bytes
+        seconds = self.settings.read_timeout
+        body = bytearray()
         try:
             async with asyncio.timeout(seconds):
                 async for chunk in request.stream():
@@ -174,23 +188,35 @@ class Service:
     def prepare(self, endpoint: str, content: bytes) -> tuple[list[Item], dict[str, ItemImage]]:
         """Validate a request, look up its images and tokenize its texts."""
         inputs = validate(self.models[endpoint], content)
-        files = {"image": inputs["image"]} if "image" in inputs else {}
-        files |= {f"images.{row}": file for row, file in enumerate(inputs.get("images", []))}
-        kept = inputs.get("kept_patches", False)
-        images = {field: self.engine.find_image(file, decodes=kept) for field, file in files.items()}
-        (field,) = {"questions", "prompts", "texts"} & inputs.keys()
-        texts = list(zip(inputs[field], self.engine.prepare_texts(field, inputs[field])))
+        kept_patches = inputs.get("kept_patches", False)
+        files = {f"images.{row}": file for row, file in enumerate(inputs.get("images", []))}
+        if "image" in inputs:
+            files["image"] = inputs["image"]
+        images = {field: self.engine.find_image(file, decodes=kept_patches) for field, file in files.items()}
+        (text_field,) = {"questions", "prompts", "texts"} & inputs.keys()
+        texts = inputs[text_field]
+        tokens = self.engine.prepare_texts(text_field, texts)
+        items = []
         if endpoint == "features":
-            places = [{"image": row} for row in range(len(images))] + [{"text": row} for row in range(len(texts))]
+            for row, image in enumerate(images.values()):
+                items.append(Item(endpoint, image=image, place={"image": row}))
+            for row, text in enumerate(texts):
+                items.append(Item(endpoint, text=text, tokens=tokens[row], place={"text": row}))
         else:
-            places = [{"image": image, "text": text} for image in range(len(images)) for text in range(len(texts))]
-        if not places:
+            for image_row, image in enumerate(images.values()):
+                for text_row, text in enumerate(texts):
+                    item = Item(
+                        endpoint,
+                        image=image,
+                        text=text,
+                        tokens=tokens[text_row],
+                        top_k=inputs.get("top_k", 1),
+                        place={"image": image_row, "text": text_row},
+                        kept_patches=kept_patches,
+                    )
+                    items.append(item)
+        if not items:
             raise HTTPException(422, "The request must have an image or a text.")
-        rows, top_k, items = list(images.values()), inputs.get("top_k", 1), []
-        for place in places:
-            image = rows[place["image"]] if "image" in place else None
-            text, tokens = texts[place["text"]] if "text" in place else (None, None)
-            items.append(Item(endpoint, image, text, tokens, top_k, place, kept))
         return items, images
 
 
@@ -205,7 +231,8 @@ def validate(model: type[BaseModel], body: bytes) -> dict[str, Any]:
         return dict(model.model_validate(content))
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the body"
         message = first["msg"].removeprefix("Value error, ")
-        raise HTTPException(422, f"{'.'.join(map(str, first['loc'])) or 'the body'}: {message}.") from error
+        raise HTTPException(422, f"{place}: {message}.") from error
     except ValueError as error:
         raise HTTPException(400, f"The body is not valid JSON: {error}") from error

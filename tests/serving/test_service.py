@@ -329,7 +329,7 @@ def test_requests_of_clients_that_left_are_not_computed(tmp_path):
 
 def test_random_requests_from_the_openapi_document(service, tmp_path):
     pytest.importorskip("schemathesis")
-    checks = "not_a_server_error,status_code_conformance,content_type_conformance"
+    checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
     command = [os.path.join(os.path.dirname(sys.executable), "schemathesis"), "run", f"{service.url}/docs.json"]
     options = ["--checks", checks, "--max-examples", "300", "--phases", "examples,fuzzing", "--mode", "all"]
     result = subprocess.run(

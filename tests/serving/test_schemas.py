@@ -1,0 +1,40 @@
+"""The OpenAPI description of the service."""
+
+import pytest
+
+
+pytest.importorskip("granian")
+
+from trips_serving.schemas import ENDPOINTS, describe, request_models  # noqa: E402
+from trips_serving.settings import Settings  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def document() -> dict:
+    return describe("a model", request_models(Settings(model="a model")))
+
+
+def fields_of(document: dict, schema: dict) -> dict:
+    name = schema["$ref"].removeprefix("#/components/schemas/")
+    return document["components"]["schemas"][name]["properties"]
+
+
+@pytest.mark.parametrize("name", ENDPOINTS)
+def test_requests_and_replies_have_types(document, name):
+    operation = document["paths"][f"/{name}"]["post"]
+    assert fields_of(document, operation["requestBody"]["content"]["application/json"]["schema"])
+    responses = operation["responses"]
+    reply = fields_of(document, responses["200"]["content"]["application/json"]["schema"])
+    assert list(reply) == [ENDPOINTS[name].field] and reply[ENDPOINTS[name].field]["type"] == "array"
+    error = fields_of(document, responses["default"]["content"]["application/json"]["schema"])
+    assert error["error"]["type"] == "string"
+
+
+def test_the_reply_of_an_answer_has_typed_fields(document):
+    schema = document["components"]["schemas"]["AnswerReply"]["properties"]["answers"]
+    answer = fields_of(document, schema["items"]["items"])
+    assert {name: field["type"] for name, field in answer.items()} == {
+        "answer": "string",
+        "score": "number",
+        "kept_patches": "array",
+    }

@@ -84,7 +84,8 @@ def embed(rows: list[dict], model: tables.Retriever, processor: TripsProcessor):
     vectors = outputs.pooler_output.float().cpu().numpy()
     if not np.isfinite(vectors).all():
         raise ValueError("The model's image features are not finite. Use a wider --dtype.")
-    for row, vector in zip((row for row in rows if row["error"] is None), vectors, strict=True):
+    usable = [row for row in rows if row["error"] is None]
+    for row, vector in zip(usable, vectors, strict=True):
         row["vector"] = vector
 
 

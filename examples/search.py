@@ -57,19 +57,31 @@ def main(argv: list[str] | None = None):
         texts = finder.describe_texts(args.text)
         found = finder.nearest(texts.embeds, max(args.k, args.rerank_k), args.probes)
         found = finder.rerank(texts, found) if args.rerank_k else found
-    rows, pictures, titles = [], [], []
+    rows = []
+    pictures = []
+    titles = []
     for text, best in zip(args.text or [None], found):
-        print(text or args.image)
-        drawn = finder.draw(best[: args.k], text)
-        for rank, each in enumerate(best[: args.k], start=1):
-            numbers = {"similarity": each.similarity, "score": each.score, "match": each.match}
-            rows.append({"query": text or args.image, "rank": rank, "source": each.source, **numbers})
+        query = text or args.image
+        print(query)
+        best = best[: args.k]
+        drawn = finder.draw(best, text)
+        for rank, each in enumerate(best, start=1):
+            row = {
+                "query": query,
+                "rank": rank,
+                "source": each.source,
+                "similarity": each.similarity,
+                "score": each.score,
+                "match": each.match,
+            }
+            rows.append(row)
             match = "" if each.match is None else f"match {each.match:6.1%}, "
             print(f"{rank:>4}  {match}similarity {each.similarity:.3f}  {each.source}")
-            if each.source in drawn:
-                drawn[each.source].thumbnail((SIDE, SIDE))
-                pictures.append(drawn[each.source])
-                titles.append(f"{rank}: {text or args.image}")
+            picture = drawn.get(each.source)
+            if picture is not None:
+                picture.thumbnail((SIDE, SIDE))
+                pictures.append(picture)
+                titles.append(f"{rank}: {query}")
     with whole_file(args.picture) as partial:
         sheet(pictures, titles).save(partial)
     print(f"Picture: {args.picture}")

@@ -55,13 +55,22 @@ class Finder:
         Return for each query, `(num_queries, projection_dim)`, the `k` images of the highest cosine similarity, best
         first. An index is searched in `probes` partitions.
         """
-        # 10 k candidates are compared by their exact vectors.
-        how = {"column": "vector", "k": k, "metric": "cosine", "nprobes": probes, "refine_factor": 10}
         found = []
         for query in features.float().numpy():
-            columns = ["source", "image", "_distance"]
-            rows = self.table.to_table(columns=columns, nearest={**how, "q": query}).to_pylist()
-            found.append([Found(row["source"], path_or_bytes(row["image"]), 1 - row["_distance"]) for row in rows])
+            nearest = {
+                "column": "vector",
+                "q": query,
+                "k": k,
+                "metric": "cosine",
+                "nprobes": probes,
+                "refine_factor": 10,  # 10 k candidates are compared by their exact vectors
+            }
+            rows = self.table.to_table(columns=["source", "image", "_distance"], nearest=nearest).to_pylist()
+            found_by_query = []
+            for row in rows:
+                image = path_or_bytes(row["image"])
+                found_by_query.append(Found(source=row["source"], image=image, similarity=1 - row["_distance"]))
+            found.append(found_by_query)
         return found
 
     def rerank(self, texts: TextIndex, found: list[list[Found]]) -> list[list[Found]]:
@@ -70,26 +79,32 @@ class Finder:
         longer be read are left out with a warning.
         """
         found = self._readable(found)
-        images = {each.source: each.image for row in found for each in row}
-        numbers = {source: number for number, source in enumerate(images)}
-        pairs = sorted((numbers[each.source], text) for text, row in enumerate(found) for each in row)
+        images = _images_of(found)
+        image_numbers = {source: number for number, source in enumerate(images)}
+        pairs = []  # (image, text)
+        for text, found_by_text in enumerate(found):
+            pairs += [(image_numbers[each.source], text) for each in found_by_text]
         if not pairs:
             return found
+        pairs.sort()
         decoded = DecodedImages(list(images.values()), decode_untrusted_image)
-        scores = self.evaluator.match(decoded, texts, torch.tensor(pairs)).double()
-        matched = dict(zip(pairs, zip(scores.tolist(), scores.sigmoid().tolist())))
+        scores = self.evaluator.match(decoded, texts, torch.tensor(pairs)).double()  # (num_pairs,)
+        log_odds = dict(zip(pairs, scores.tolist()))
+        probabilities = dict(zip(pairs, scores.sigmoid().tolist()))
         temperature = self.model.temp().item()
-
-        def scored(each: Found, text: int) -> Found:
-            log_odds, match = matched[numbers[each.source], text]
-            return replace(each, score=log_odds + each.similarity / temperature, match=match)
-
-        rows = [[scored(each, text) for each in row] for text, row in enumerate(found)]
-        return [sorted(row, key=lambda each: each.score, reverse=True) for row in rows]
+        reranked = []
+        for text, found_by_text in enumerate(found):
+            scored = []
+            for each in found_by_text:
+                pair = image_numbers[each.source], text
+                score = log_odds[pair] + each.similarity / temperature
+                scored.append(replace(each, score=score, match=probabilities[pair]))
+            reranked.append(sorted(scored, key=lambda each: each.score, reverse=True))
+        return reranked
 
     def _readable(self, found: list[list[Found]]) -> list[list[Found]]:
         faults = set()
-        for source, image in {each.source: each.image for row in found for each in row}.items():
+        for source, image in _images_of(found).items():
             try:
                 check_image(image, self.processor.patch_size, decode=False)
             except BadRowError as error:
@@ -109,5 +124,13 @@ class Finder:
         if not selection:
             return images
         sizes = [(image.height, image.width) for image in images.values()]
-        boxes = self.processor.patch_boxes(selection[-1].kept_indices, sizes)
-        return {name: draw_kept_patches(image, kept) for (name, image), kept in zip(images.items(), boxes)}
+        boxes_per_image = self.processor.patch_boxes(selection[-1].kept_indices, sizes)
+        drawn = {}
+        for (source, image), boxes in zip(images.items(), boxes_per_image):
+            drawn[source] = draw_kept_patches(image, boxes)
+        return drawn
+
+
+def _images_of(found: list[list[Found]]) -> dict[str, str | bytes]:
+    """Return the images of results by source, each once."""
+    return {each.source: each.image for found_by_query in found for each in found_by_query}

@@ -63,8 +63,11 @@ def find_images(places: Sequence[str], image_root: str | None = None) -> list[Sh
 
 
 def _image_files(folder: str) -> list[str]:
-    paths = (os.path.join(root, name) for root, _, names in os.walk(folder) for name in names)
-    found = sorted(path for path in paths if path.lower().endswith(tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)))
+    suffixes = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
+    found = []
+    for root, _, names in os.walk(folder):
+        found += [os.path.join(root, name) for name in names if name.lower().endswith(suffixes)]
+    found.sort()
     if not found:
         raise FileNotFoundError(
             f"--images {folder} has no file that ends with .{', .'.join(IMAGE_SUFFIXES)}. "
@@ -84,7 +87,9 @@ def rows_of(shard: Shard, image_column: str | None = None) -> Iterator[dict]:
         source = record.source if isinstance(record, Fault) else record["source"]
         if isinstance(shard, FileShard):  # its records have only the name of their file
             source = os.path.join(os.path.dirname(shard.name), source)
-        source, image, error = printable(source), None, None
+        source = printable(source)
+        image = None
+        error = None
         sources[source] += 1
         if sources[source] > 1:  # a tar file may have equal names and several broken places
             source += f" ({sources[source]})"

@@ -64,17 +64,20 @@ def load_model(
 
 def fingerprint_of(model: Retriever, processor: TripsProcessor) -> Fingerprint:
     """Return the fingerprint of a model, with weights in their stored precision."""
-    checkpoint, vision = model.config.name_or_path, model.config.vision_config
-    parts = [vision.to_dict(), processor.image_processor.to_dict()]
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+    checkpoint = model.config.name_or_path
+    vision_config = model.config.vision_config
+    preprocessing = [vision_config.to_dict(), processor.image_processor.to_dict()]
+    digest = hashlib.sha256(json.dumps(preprocessing, sort_keys=True, default=str).encode())
     for name, weight in sorted(model.state_dict().items()):
+        stored = weight.cpu().contiguous().flatten().view(torch.uint8)
         digest.update(name.encode())
-        digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    for path in sorted(Path(checkpoint).iterdir()) if is_exported(checkpoint) else ():
-        if path.suffix in (".onnx", ".data", ".xml", ".bin"):
-            digest.update(path.name.encode())
-            digest.update(path.read_bytes())
-    return Fingerprint(checkpoint, str(vision.schedule), digest.hexdigest()[:32])
+        digest.update(stored.numpy())
+    if is_exported(checkpoint):
+        for path in sorted(Path(checkpoint).iterdir()):
+            if path.suffix in (".onnx", ".data", ".xml", ".bin"):
+                digest.update(path.name.encode())
+                digest.update(path.read_bytes())
+    return Fingerprint(model=checkpoint, schedule=str(vision_config.schedule), digest=digest.hexdigest()[:32])
 
 
 def open_table(uri: str, fingerprint: Fingerprint, dim: int | None = None) -> lance.LanceDataset:

@@ -43,8 +43,8 @@ KINDS = {  # of a step
 SCHEDULES = {1: "5:text:0.7,10:text:0.7", 5: "5:image:0.7,10:image:0.7,12:text:0.3"}  # by texts per image
 SELECTIONS = {  # of LLaVA with 24 layers and 576 visual tokens
     "unpruned": {},
-    "64 tokens": {"visual_tokens": 64, "visual_scorer": "diversity"},
-    "64 tokens and 8:image:0.33": {"schedule": "8:image:0.33", "visual_tokens": 64, "visual_scorer": "diversity"},
+    "64 tokens": {"visual_tokens": 64, "visual_scorer": "divprune"},
+    "64 tokens and 8:image:0.33": {"schedule": "8:image:0.33", "visual_tokens": 64, "visual_scorer": "divprune"},
 }
 TINY = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 8, "num_attention_heads": 4}
 TIMEOUT = 1800  # seconds of one process of vLLM
@@ -100,22 +100,26 @@ def failure(error: Exception | str) -> dict:
     return {"error": text}
 
 
-def run_vllm(script: Path, jobs: list[dict], **environment: str) -> list[dict]:
-    """Run jobs of vLLM in a process of their own. If it fails as a whole, so does each job."""
+def run_vllm(script: Path, job: dict, device: str) -> dict:
+    """Run a job of vLLM in a process of its own, which may fail as a whole."""
+    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
+    if device == "cuda":
+        variables["VLLM_USE_V2_MODEL_RUNNER"] = "1"  # there is none for CPUs
     with tempfile.TemporaryDirectory() as folder:
         given = Path(folder) / "jobs.json"
         found = Path(folder) / "results.json"
-        given.write_text(json.dumps(jobs), encoding="utf-8")
+        given.write_text(json.dumps([job]), encoding="utf-8")
         command = [sys.executable, str(script), str(given), str(found)]
-        variables = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"} | environment
+        environment = os.environ | variables
         try:
-            process = subprocess.run(command, env=variables, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT)
+            process = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT)
         except subprocess.TimeoutExpired:
-            return [{"error": f"no result within {TIMEOUT} s"}] * len(jobs)
+            return {"error": f"no result within {TIMEOUT} s"}
         if process.returncode != 0:
             last_line = (process.stderr.strip().splitlines() or ["no message"])[-1]
-            return [{"error": f"vLLM ended with code {process.returncode}: {last_line}"}] * len(jobs)
-        return json.loads(found.read_text(encoding="utf-8"))
+            return {"error": f"vLLM ended with code {process.returncode}: {last_line}"}
+        (result,) = json.loads(found.read_text(encoding="utf-8"))
+        return result
 
 
 def token_rows(args: GpuArguments) -> Iterator[dict]:
@@ -123,9 +127,9 @@ def token_rows(args: GpuArguments) -> Iterator[dict]:
     sys.path.insert(0, str(HELPERS))  # the models of the tests
     from served_vlms import NUM_TOKENS, Selection, ServedVlm
 
-    selection = Selection("2:image:0.5", visual_tokens=6, scorer="diversity")
+    selection = Selection("2:image:0.5", visual_tokens=6, scorer="divprune")
     options = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 8, "limit_mm_per_prompt": {"image": 2}}
-    for name, has_graphs in itertools.product(("llava", "qwen2_5_vl"), (False, True)):
+    for name, has_graphs in itertools.product(("llava", "qwen2_5_vl", "qwen3_vl"), (False, True)):
         row = {"part": "tokens", "model": name, "encoder_graphs": has_graphs, "schedule": selection.schedule}
         with tempfile.TemporaryDirectory() as folder:
             vlm = ServedVlm(name, Path(folder))
@@ -136,11 +140,11 @@ def token_rows(args: GpuArguments) -> Iterator[dict]:
             job = {
                 "model": folder,
                 "options": {**options, "hf_overrides": overrides, "compilation_config": graphs},
-                "prompts": vlm.prompts,
+                "prompts": [(text, files, {}) for text, files in vlm.prompts],
                 "passes": 1,
                 "num_tokens": NUM_TOKENS,
             }
-            (result,) = run_vllm(HELPERS / "run_vllm.py", [job], VLLM_USE_V2_MODEL_RUNNER="1")
+            result = run_vllm(HELPERS / "run_vllm.py", job, args.device)
         if "error" in result:
             yield row | failure(result["error"])
             continue
@@ -172,7 +176,7 @@ def speed_rows(args: GpuArguments) -> Iterator[dict]:
                 "image_size": image_size,
                 "num_requests": num_requests,
             }
-            (result,) = run_vllm(ROOT / "benchmarks" / "time_vllm.py", [job], VLLM_USE_V2_MODEL_RUNNER="1")
+            result = run_vllm(ROOT / "benchmarks" / "time_vllm.py", job, args.device)
             row = {"part": "speed", "selection": name, "encoder_graphs": has_graphs, "num_requests": num_requests}
             yield row | (failure(result["error"]) if "error" in result else result)
 

@@ -108,7 +108,8 @@ def project_rows(linear: nn.Module, rows: slice, states: torch.Tensor) -> torch.
     """
     if rows == ALL_ROWS or not is_plain_linear(linear):
         return linear(states)[..., rows]
-    return nn.functional.linear(states, linear.weight[rows], None if linear.bias is None else linear.bias[rows])
+    bias = None if linear.bias is None else linear.bias[rows]
+    return nn.functional.linear(states, linear.weight[rows], bias)
 
 
 class Projections(NamedTuple):
@@ -123,7 +124,13 @@ class Projections(NamedTuple):
     @classmethod
     def stacked(cls, linear: nn.Module, width: int, num_heads: int) -> "Projections":
         """Return those of one layer that computes queries, keys and values."""
-        return cls(linear, linear, num_heads, slice(0, width), slice(width, 2 * width))
+        return cls(
+            query=linear,
+            key=linear,
+            num_heads=num_heads,
+            query_rows=slice(0, width),
+            key_rows=slice(width, 2 * width),
+        )
 
 
 def score_states(query: torch.Tensor, states: torch.Tensor, key_weight: torch.Tensor, scaling: float):
@@ -136,10 +143,14 @@ def score_states(query: torch.Tensor, states: torch.Tensor, key_weight: torch.Te
     """
     dtype = torch.promote_types(states.dtype, torch.float32)
     with torch.autocast(states.device.type, enabled=False):  # rounding would tie patches
-        weight = key_weight.to(dtype).unflatten(0, (query.shape[1], -1))
-        directions = torch.einsum("bhd,hdc->bhc", query.to(dtype) * scaling, weight)
-        logits = directions @ states.to(dtype).transpose(1, 2)
-    return logits.softmax(dim=-1).mean(dim=1)
+        num_heads = query.shape[1]
+        weight = key_weight.to(dtype).unflatten(0, (num_heads, -1))  # (num_heads, head_dim, hidden_size)
+        query = query.to(dtype) * scaling
+        directions = torch.einsum("bhd,hdc->bhc", query, weight)  # (batch_size, num_heads, hidden_size)
+        states = states.to(dtype).transpose(1, 2)
+        logits = directions @ states  # (batch_size, num_heads, num_candidates)
+    attention = logits.softmax(dim=-1)
+    return attention.mean(dim=1)
 
 
 # ---- The selection layer -------------------------------------------------------------------------------------------
@@ -264,37 +275,46 @@ class SelectionLayer(ModuleWrapper):
         self, current: SelectionPass, hidden_states: torch.Tensor, normed: torch.Tensor, query: torch.Tensor | None
     ) -> torch.Tensor:
         """Reduce `(num_images, seq_length, hidden_size)` to prefix, kept units and, with `self.fuse`, fused token."""
+        selector = current.selector
         before = current.kept_before(self.number)
+        is_whole = before is None
         is_image = shorten_mask(current.is_image, before, self.unit)
-        scores = self.score_units(normed, query, is_image, is_whole=before is None)
-        choice = current.selector.choose(scores, self.selection.keep_rate)
-        num_candidates = scores.shape[1]
+        scores = self.score_units(normed, query, is_image, is_whole)  # (num_images, num_candidates)
+        choice = selector.choose(scores, self.selection.keep_rate)
         if choice.probed is not None:
             choice, current.key_info = self.in_order(choice)
-        if before is None:
+        num_candidates = scores.shape[1]
+        if is_whole:
             candidates = torch.arange(num_candidates, device=scores.device).expand(scores.shape)
         else:
-            candidates = nn.functional.pad(before, (0, num_candidates - before.shape[1]), value=FUSED_TOKEN)
-        current.record(self.number, candidates.gather(1, choice.kept), candidates, scores)
+            num_fused = num_candidates - before.shape[1]
+            candidates = nn.functional.pad(before, (0, num_fused), value=FUSED_TOKEN)
+        kept = candidates.gather(1, choice.kept)
+        current.record(self.number, kept, candidates, scores)
         if self.unit == 1:
-            return current.selector.shorten(hidden_states, scores, choice, self.fuse)
+            return selector.shorten(hidden_states, scores, choice, self.fuse)
         prefix, patches = hidden_states.tensor_split([self.num_prefix_tokens], dim=1)
-        units = to_units(patches, self.unit, before is None).flatten(2)
-        units = current.selector.shorten(units, scores, choice, self.fuse)
-        return torch.cat([prefix, units.unflatten(2, (self.unit**2, -1)).flatten(1, 2)], dim=1)
+        # One row per unit: the selection then drops all patches of a unit.
+        units = to_units(patches, self.unit, is_whole).flatten(2)
+        units = selector.shorten(units, scores, choice, self.fuse)  # (num_images, num_kept, unit ** 2 * hidden_size)
+        patches = units.unflatten(2, (self.unit**2, -1)).flatten(1, 2)
+        return torch.cat([prefix, patches], dim=1)
 
     def in_order(self, choice: TokenChoice) -> tuple[TokenChoice, KeyInfo]:
         """Return kept and probed units as kept ones in order, as a grid needs them, and the gate of their tokens."""
-        kept, order = torch.cat([choice.kept, choice.probed], dim=1).sort(dim=1)
+        running = torch.cat([choice.kept, choice.probed], dim=1)
+        running, order = running.sort(dim=1)
 
-        def token_values(units: torch.Tensor, value: float) -> torch.Tensor:
-            units = units.gather(1, order).repeat_interleave(self.unit**2, dim=1)
-            return nn.functional.pad(units, (self.num_prefix_tokens, 0), value=value)
+        def token_values(values_of_units: torch.Tensor, value_of_prefix: float) -> torch.Tensor:
+            ordered = values_of_units.gather(1, order)
+            values = ordered.repeat_interleave(self.unit**2, dim=1)
+            return nn.functional.pad(values, (self.num_prefix_tokens, 0), value=value_of_prefix)
 
-        is_probed = (torch.arange(order.shape[1], device=order.device) >= choice.kept.shape[1]).expand(order.shape)
-        return TokenChoice(kept), KeyInfo(
-            gate=token_values(choice.gate, 1.0), is_probed=token_values(is_probed, False)
-        )
+        num_kept = choice.kept.shape[1]
+        is_probed = torch.arange(order.shape[1], device=order.device) >= num_kept
+        is_probed = is_probed.expand(order.shape)
+        key_info = KeyInfo(gate=token_values(choice.gate, 1.0), is_probed=token_values(is_probed, False))
+        return TokenChoice(running), key_info
 
     def score_units(
         self, normed: torch.Tensor, query: torch.Tensor | None, is_image: torch.Tensor | None, is_whole: bool
@@ -302,10 +322,16 @@ class SelectionLayer(ModuleWrapper):
         """Score the candidates: `(num_images, num_candidates)`. Padding scores 0. `is_whole`: see `to_units`."""
         patches = normed[:, self.num_prefix_tokens :]
         if self.selection.guidance == "random":
-            scores = random_scores(len(normed), patches.shape[1] // self.unit**2, normed.device)
-            return scores if is_image is None else scores * to_units(is_image, self.unit, is_whole).any(dim=-1)
-        scores = self.score(self.guiding_query(normed, query, is_image), patches)
-        scores = scores if is_image is None else scores * is_image
+            num_candidates = patches.shape[1] // self.unit**2
+            scores = random_scores(len(normed), num_candidates, normed.device)
+            if is_image is not None:
+                has_image = to_units(is_image, self.unit, is_whole).any(dim=-1)
+                scores = scores * has_image
+            return scores
+        guiding_query = self.guiding_query(normed, query, is_image)
+        scores = self.score(guiding_query, patches)  # (num_images, num_patches)
+        if is_image is not None:
+            scores = scores * is_image
         return to_units(scores, self.unit, is_whole).sum(dim=-1)
 
     def query_of_text(self, normed: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor | None:
@@ -345,18 +371,26 @@ class SelectionLayer(ModuleWrapper):
         if is_image is None:
             return self.project_query(normed.mean(dim=1))
         weights = is_image.unsqueeze(-1).to(normed.dtype)
-        return self.project_query((normed * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1))
+        mean = (normed * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+        return self.project_query(mean)
 
     def score(self, query: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """Score patches with states of shape `(num_images, num_patches, width)`: `(num_images, num_patches)`."""
         scaling = query.shape[-1] ** -0.5
-        if self.keys_are_linear and is_plain_linear((parts := self.projections()).key):
-            return score_states(query, states, parts.key.weight[parts.key_rows], scaling)
+        if self.keys_are_linear:
+            parts = self.projections()
+            if is_plain_linear(parts.key):
+                key_weight = parts.key.weight[parts.key_rows]
+                return score_states(query, states, key_weight, scaling)
         return score_tokens(query, self.project_key(states), scaling)
 
     def recorded(self, current: SelectionPass) -> TripsSelection:
         """Return the layer's selection in a pass, in units."""
-        return TripsSelection(*(part[self.number] for part in (current.kept, current.scores, current.candidates)))
+        return TripsSelection(
+            kept_indices=current.kept[self.number],
+            scores=current.scores[self.number],
+            candidate_indices=current.candidates[self.number],
+        )
 
 
 def selecting_layers(model: nn.Module) -> list[SelectionLayer]:
@@ -373,7 +407,9 @@ def to_units(patches: torch.Tensor, unit: int, is_whole: bool) -> torch.Tensor:
         return patches.unflatten(1, (-1, unit**2))
     side = round(patches.shape[1] ** 0.5) // unit
     grid = patches.unflatten(1, (side, unit, side, unit))
-    return grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    grid = grid.transpose(2, 3)  # (num_images, side, side, unit, unit, ...)
+    units = grid.flatten(3, 4)
+    return units.flatten(1, 2)
 
 
 def shorten_mask(mask: torch.Tensor | None, kept: torch.Tensor | None, unit: int) -> torch.Tensor | None:
@@ -381,11 +417,17 @@ def shorten_mask(mask: torch.Tensor | None, kept: torch.Tensor | None, unit: int
     if mask is None or kept is None:
         return mask
     num_patches = mask.shape[-1]
-    patches = to_units(torch.arange(num_patches, device=mask.device)[None], unit, True)[0][kept].flatten(1)
+    row_major = torch.arange(num_patches, device=mask.device)
+    patches_of_units = to_units(row_major[None], unit, is_whole=True)[0]  # (num_units, unit ** 2)
+    patches = patches_of_units[kept].flatten(1)  # (num_images, num_kept_patches)
     if mask.dim() == 2:
         return mask.gather(1, patches)
-    mask = mask.expand(len(patches), *mask.shape[1:])
-    mask = mask.gather(3, patches[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1))
-    if mask.shape[2] == num_patches:
-        mask = mask.gather(2, patches[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+    num_images = len(patches)
+    _, num_heads, num_queries, _ = mask.shape
+    mask = mask.expand(num_images, -1, -1, -1)
+    keys = patches[:, None, None, :].expand(-1, num_heads, num_queries, -1)
+    mask = mask.gather(3, keys)
+    if num_queries == num_patches:
+        queries = patches[:, None, :, None].expand(-1, num_heads, -1, mask.shape[3])
+        mask = mask.gather(2, queries)
     return mask

@@ -34,25 +34,31 @@ class ViltSelectionEmbeddings(ModuleWrapper):
 
     def visual_embed(self, pixel_values, pixel_mask, max_image_length=200):
         states, mask, (patch_index, grid) = super().visual_embed(pixel_values, pixel_mask, max_image_length)
-        rows, columns = grid
-        numbers = FIRST_PATCH + patch_index[..., 0] * columns + patch_index[..., 1]
-        # Padding goes to the end.
-        order = numbers.masked_fill(mask[:, 1:] == 0, FIRST_PATCH + rows * columns).argsort(dim=1, stable=True)
-        numbers = (numbers * mask[:, 1:]).gather(1, order)
-        states = torch.cat([states[:, :1], gather_tokens(states[:, 1:], order)], dim=1)
-        return states, torch.cat([mask[:, :1], numbers], dim=1), (patch_index, grid)
+        num_rows, num_columns = grid
+        class_token, patches = states.tensor_split([1], dim=1)
+        class_mask, patch_mask = mask.tensor_split([1], dim=1)
+        numbers = FIRST_PATCH + patch_index[..., 0] * num_columns + patch_index[..., 1]  # (batch_size, num_patches)
+        last = FIRST_PATCH + num_rows * num_columns  # padding goes to the end
+        order = numbers.masked_fill(patch_mask == 0, last).argsort(dim=1, stable=True)
+        numbers = (numbers * patch_mask).gather(1, order)
+        patches = gather_tokens(patches, order)
+        states = torch.cat([class_token, patches], dim=1)
+        token_numbers = torch.cat([class_mask, numbers], dim=1)
+        return states, token_numbers, (patch_index, grid)
 
     def forward(self, input_ids, attention_mask, *args, **kwargs):
         # In half precision the numbers would be rounded.
         embeddings, numbers = super().forward(input_ids, attention_mask.long(), *args, **kwargs)
+        numbers = numbers.long()  # (batch_size, seq_length)
         text_length = attention_mask.shape[1]
-        numbers = numbers.long()
         *_, image_embeds = args
         if image_embeds is not None:  # ViLT uses the given mask for embedded images
-            present = numbers[:, text_length + 1 :]
-            patches = torch.arange(FIRST_PATCH, FIRST_PATCH + present.shape[1], device=numbers.device)
-            numbers = torch.cat([numbers[:, : text_length + 1], patches * (present != 0)], dim=1)
-        return embeddings, numbers[:, None, None].expand(-1, 1, text_length, -1)
+            others, patch_mask = numbers.tensor_split([text_length + 1], dim=1)
+            patches = torch.arange(patch_mask.shape[1], device=numbers.device) + FIRST_PATCH
+            patches = patches * (patch_mask != 0)
+            numbers = torch.cat([others, patches], dim=1)
+        mask = numbers[:, None, None].expand(-1, 1, text_length, -1)
+        return embeddings, mask
 
 
 class ViltSelectionEncoder(ModuleWrapper):
@@ -66,9 +72,11 @@ class ViltSelectionEncoder(ModuleWrapper):
         output_hidden_states=False,
         return_dict=True,
     ):
-        text_length, token_numbers = attention_mask.shape[2], attention_mask[:, 0, 0]
+        text_length = attention_mask.shape[2]
+        token_numbers = attention_mask[:, 0, 0]  # (batch_size, seq_length)
         mask = self.make_mask(hidden_states, token_numbers)
-        all_hidden_states, all_attentions = [hidden_states], []
+        all_hidden_states = [hidden_states]
+        all_attentions = []
         for layer in self.layer:
             if isinstance(layer, ViltSelectionLayer):
                 hidden_states, *attentions, token_numbers = layer(
@@ -116,8 +124,10 @@ class PaddedSelector(TokenSelector):
 
     def choose(self, scores: torch.Tensor, keep_rate: float) -> TokenChoice:
         num_kept = self.num_kept(keep_rate)
-        order = scores.masked_fill(self.is_padding, -1.0).argsort(dim=-1, descending=True, stable=True)
-        is_kept = order.argsort(dim=-1) < num_kept
+        scores_of_patches = scores.masked_fill(self.is_padding, -1.0)
+        order = scores_of_patches.argsort(dim=-1, descending=True, stable=True)
+        rank = order.argsort(dim=-1)
+        is_kept = rank < num_kept
         longest = num_kept_tokens(scores.shape[1], keep_rate)
         is_filling = first_true(self.is_padding & ~is_kept, longest - num_kept)
         return TokenChoice(positions_of(is_kept | is_filling, longest))
@@ -136,14 +146,19 @@ class ViltSelectionLayer(SelectionLayer):
     def score_patches(self, normed: torch.Tensor, numbers: torch.Tensor, text_length: int) -> torch.Tensor:
         """Score the candidates, whose token numbers have shape `(batch_size, num_candidates)`; padding scores 0."""
         guiding_position = 0 if self.selection.guidance == "text" else text_length  # [CLS] of the text or of the image
-        query = self.project_query(normed[:, guiding_position])
-        key = self.project_key(normed[:, text_length + 1 :])
-        # One more dimension masks padding: the query is 1 there, and the key of padding is very negative.
-        is_padding = (numbers == PADDING)[:, None, :, None]
-        mask = torch.zeros_like(key[..., :1]).masked_fill(is_padding, torch.finfo(key.dtype).min)
+        query = self.project_query(normed[:, guiding_position])  # (batch_size, num_heads, head_dim)
+        patches = normed[:, text_length + 1 :]
+        key = self.project_key(patches)  # (batch_size, num_heads, num_candidates, head_dim)
         scaling = query.shape[-1] ** -0.5
-        query = torch.cat([query, torch.ones_like(query[..., :1])], dim=-1)
-        return score_tokens(query, torch.cat([key, mask], dim=-1), scaling)
+        # One more dimension masks padding: the query is 1 there, and the key of padding is very negative.
+        is_padding = numbers == PADDING
+        lowest = torch.finfo(key.dtype).min
+        mask = torch.zeros_like(key[..., :1])
+        mask = mask.masked_fill(is_padding[:, None, :, None], lowest)
+        key = torch.cat([key, mask], dim=-1)
+        one = torch.ones_like(query[..., :1])
+        query = torch.cat([query, one], dim=-1)
+        return score_tokens(query, key, scaling)
 
     def forward(
         self,

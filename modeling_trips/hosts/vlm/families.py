@@ -198,9 +198,12 @@ class LlavaNext(Llava):
         inputs = {**inputs, "image_sizes": inputs["image_sizes"].cpu()}
         with torch.inference_mode(False), torch.enable_grad():
             tiles = self.blank_tiles(inputs, requires_grad=True)
-            gradients = torch.autograd.grad(torch.cat(self.pack(tiles, inputs)).sum(), tiles)
-        is_image = torch.cat(gradients)[..., 0] != 0
-        return SelectionPass(is_image=is_image.to(inputs["pixel_values"].device, non_blocking=True))
+            packed = self.pack(tiles, inputs)
+            total = torch.cat(packed).sum()
+            gradients = torch.autograd.grad(total, tiles)
+        is_image = torch.cat(gradients)[..., 0] != 0  # (num_tiles, num_patches)
+        device = inputs["pixel_values"].device
+        return SelectionPass(is_image=is_image.to(device, non_blocking=True))
 
     def images_per_group(self, inputs: Mapping, sizes: list[int]) -> list[int]:
         return self.tiles_per_image(inputs)

@@ -88,11 +88,14 @@ class TextGuide(nn.Module, PyTorchModelHubMixin, library_name="trips-transformer
         """
         prompt = prompt.to(self.query.weight.dtype)
         # Embeddings of language models have very different scales (Gemma multiplies them by the root of their width).
-        prompt = nn.functional.normalize(prompt, dim=-1) * prompt.shape[-1] ** 0.5
-        weights = self.weight(prompt).squeeze(-1).masked_fill(~prompt_mask, -torch.inf).softmax(dim=-1)
-        weights = weights.nan_to_num(0.0)  # empty prompts
-        mean = (weights.unsqueeze(1) @ prompt).squeeze(1)
-        return self.query(mean).unflatten(-1, (self.num_heads, self.head_dim))
+        scale = self.text_hidden_size**0.5
+        prompt = nn.functional.normalize(prompt, dim=-1) * scale
+        logits = self.weight(prompt).squeeze(-1)  # (num_prompts, prompt_length)
+        logits = logits.masked_fill(~prompt_mask, -torch.inf)
+        weights = logits.softmax(dim=-1).nan_to_num(0.0)  # NaN in empty prompts
+        mean = weights.unsqueeze(1) @ prompt  # (num_prompts, 1, text_hidden_size)
+        query = self.query(mean.squeeze(1))
+        return query.unflatten(-1, (self.num_heads, self.head_dim))
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", **options) -> "TextGuide":
@@ -132,4 +135,11 @@ class TextGuide(nn.Module, PyTorchModelHubMixin, library_name="trips-transformer
         family = find_family(model)
         if family is None or not family.layer_classes:
             raise TypeError(f"Selection inside the tower of {type(model).__name__} is not supported.")
-        return cls(model.get_input_embeddings().embedding_dim, *family.heads, layer, trained_with)
+        num_heads, head_dim = family.heads
+        return cls(
+            text_hidden_size=model.get_input_embeddings().embedding_dim,
+            num_heads=num_heads,
+            head_dim=head_dim,
+            layer=layer,
+            trained_with=trained_with,
+        )

@@ -163,10 +163,15 @@ class Prompts:
 
     def row_of_groups(self, sizes: list[int]) -> list[int]:
         """Return the row of each group of visual tokens. Raise a ValueError if the placeholders do not match."""
-        ends = [*accumulate(self.num_visual)]
-        rows = [bisect_right(ends, first) if size else 0 for first, size in zip(accumulate(sizes, initial=0), sizes)]
-        lasts = [last for last, size in zip(accumulate(sizes), sizes) if size]
-        if sum(sizes) != sum(self.num_visual) or not {*ends} <= {0, *lasts}:
+        ends_of_rows = [*accumulate(self.num_visual)]
+        rows = []
+        ends_of_groups = {0}
+        first = 0
+        for size in sizes:
+            rows.append(bisect_right(ends_of_rows, first) if size else 0)
+            first += size
+            ends_of_groups.add(first)
+        if sum(sizes) != sum(self.num_visual) or not {*ends_of_rows} <= ends_of_groups:
             raise ValueError(
                 f"`input_ids` must have one placeholder per visual token of each image, {sizes} by image, got "
                 f"{self.num_visual} by row."
@@ -176,8 +181,11 @@ class Prompts:
     def row_of_images(self) -> list[int]:
         """Return the row of each image (or tile) of the tower's batch, before the tower runs."""
         sizes = self.family.group_sizes(self.inputs, self.num_visual)
-        numbers = self.family.images_per_group(self.inputs, sizes)
-        return [row for row, number in zip(self.row_of_groups(sizes), numbers) for _ in range(number)]
+        num_images = self.family.images_per_group(self.inputs, sizes)
+        rows = []
+        for row, number in zip(self.row_of_groups(sizes), num_images):
+            rows += [row] * number
+        return rows
 
     def prune(self, tokens: VisualTokens, rows: list[int]) -> dict:
         """Return the inputs without the images and the dropped tokens; `rows` are those of the groups of tokens."""
@@ -192,35 +200,44 @@ class Prompts:
         order, mask = move_to_end(is_kept, max(lengths), at_start=self.pads_right)
 
         padding_id = self.family.config.get_text_config().pad_token_id
-        padding_id = 0 if padding_id in (None, self.family.image_token_id) else padding_id
+        if padding_id in (None, self.family.image_token_id):
+            padding_id = 0
         padding = {"input_ids": padding_id, "labels": -100}
-        pruned = {name: value for name, value in self.inputs.items() if name not in self.family.encoder_arguments}
-        for name, value in pruned.items():
+        pruned = {}
+        for name, value in self.inputs.items():
+            if name in self.family.encoder_arguments:
+                continue
             if isinstance(value, torch.Tensor) and value.shape[:2] == self.ids.shape:
                 if value.dim() == 3:  # `inputs_embeds`
-                    pruned[name] = gather_tokens(value, order).masked_fill(~mask.unsqueeze(-1), 0.0)
+                    value = gather_tokens(value, order).masked_fill(~mask.unsqueeze(-1), 0.0)
                 else:
-                    pruned[name] = value.gather(1, order).masked_fill(~mask, padding.get(name, 0))
+                    value = value.gather(1, order).masked_fill(~mask, padding.get(name, 0))
+            pruned[name] = value
         if len({*lengths}) > 1:
             pruned["attention_mask"] = mask.to(self.ids.dtype)
-        return pruned | self.prune_positions(order, mask)
+        position_ids = self.prune_positions(order, mask)
+        if position_ids is not None:
+            pruned["position_ids"] = position_ids
+        return pruned
 
-    def prune_positions(self, order: torch.Tensor, mask: torch.Tensor) -> dict:
+    def prune_positions(self, order: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | None:
         """
-        Return position ids without gaps, which models read as packed sequences. Spatial positions keep their values
-        and follow a row of consecutive positions.
+        Return position ids without gaps, which models read as packed sequences; `None` where the model makes them.
+        Spatial positions keep their values and follow a row of consecutive positions; where the model goes on counting
+        after this prompt is set on the model.
         """
         spatial = self.family.position_ids({**self.inputs, "input_ids": self.ids})
         if spatial is None and self.inputs.get("position_ids") is None:
-            return {}
-        text = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+            return None
+        consecutive = (mask.long().cumsum(dim=1) - 1).clamp(min=0)  # (batch_size, length)
         if spatial is None:
-            return {"position_ids": text}
-        spatial = spatial.gather(2, order.expand(len(spatial), -1, -1))
-        if hasattr(self.family.base, "rope_deltas"):  # where the model goes on counting after this prompt
+            return consecutive
+        spatial = spatial.gather(2, order.expand(len(spatial), -1, -1))  # (3, batch_size, length)
+        if hasattr(self.family.base, "rope_deltas"):
             last = spatial.masked_fill(~mask, -1).amax(dim=(0, 2))
-            self.family.base.rope_deltas = (last + 1 - mask.sum(dim=1)).unsqueeze(1)
-        return {"position_ids": torch.cat([text[None], spatial])}
+            num_ahead = last + 1 - mask.sum(dim=1)
+            self.family.base.rope_deltas = num_ahead.unsqueeze(1)
+        return torch.cat([consecutive[None], spatial])
 
 
 def move_to_end(is_kept: torch.Tensor, length: int, at_start: bool) -> tuple[torch.Tensor, torch.Tensor]:

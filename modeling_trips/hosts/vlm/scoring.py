@@ -144,7 +144,8 @@ def select_by_cdpruner(
     relevance = (relevance - low + 1e-6) / (high - low).clamp_min(1e-6)
     cosines = directions @ directions.transpose(1, 2)
     kernel = relevance.unsqueeze(2) * cosines * relevance.unsqueeze(1)  # (num_images, num_tokens, num_tokens)
-    kept = choose_by_determinant(kernel.nan_to_num(0.0), num_kept)
+    kernel = kernel.nan_to_num(0.0)  # a faulty image still keeps as many tokens
+    kept = choose_by_determinant(kernel, num_kept)
     return kept, gather_tokens(features, kept)
 
 

@@ -72,19 +72,24 @@ def targets_of_masks(model: PreTrainedModel, masks: Mapping, blanks: Mapping) ->
     `masks` are the processor's outputs for `region_masks` and the prompts, `blanks` those for black images.
     """
     family = find_family(model)
-    shown = (masks["pixel_values"] - blanks["pixel_values"]).float().clamp(min=0)
-    num_visual = (masks["input_ids"] == family.image_token_id).sum(dim=1).tolist()
-    sizes = family.group_sizes(masks, num_visual)
-    if shown.dim() == 2:
-        areas = shown.mean(dim=-1).unflatten(0, (-1, family.unit**2)).mean(dim=-1)
-        areas = nn.utils.rnn.pad_sequence([*areas.split(sizes)], batch_first=True)
+    shown = masks["pixel_values"] - blanks["pixel_values"]
+    shown = shown.float().clamp(min=0)
+    is_visual = masks["input_ids"] == family.image_token_id
+    num_visual = is_visual.sum(dim=1).tolist()
+    if shown.dim() == 2:  # packed: a row is a patch
+        areas_of_patches = shown.mean(dim=-1)
+        units = areas_of_patches.unflatten(0, (-1, family.unit**2))
+        areas = units.mean(dim=-1).split(family.group_sizes(masks, num_visual))
+        areas = nn.utils.rnn.pad_sequence([*areas], batch_first=True)  # (num_images, num_units)
     else:
         if shown.dim() == 5:
             counts = family.tiles_per_entry(masks, num_visual)
             shown = torch.cat([tiles[:count] for tiles, count in zip(shown, counts)])
         patch_size = family.config.vision_config.patch_size
-        patch_size = patch_size if isinstance(patch_size, int) else patch_size[0]
-        areas = nn.functional.avg_pool2d(shown.mean(dim=1), patch_size * family.unit).flatten(1)
+        if not isinstance(patch_size, int):
+            patch_size, _ = patch_size
+        shown = shown.mean(dim=1)  # (num_images, height, width)
+        areas = nn.functional.avg_pool2d(shown, patch_size * family.unit).flatten(1)
     return areas / areas.sum(dim=-1, keepdim=True).clamp(min=1e-6)
 
 
@@ -107,27 +112,32 @@ def targets_of_attention(model: PreTrainedModel, inputs: Mapping, num_answer_tok
             "regions."
         )
     ids = inputs["input_ids"]
-    longest, length = max(num_answer_tokens), ids.shape[1]
+    # Row r of the attention predicts token r + 1.
+    last = ids.shape[1] - 1
+    rows = torch.arange(last - max(num_answer_tokens), last, device=ids.device)
     counts = torch.tensor(num_answer_tokens, device=ids.device)
-    rows = torch.arange(length - 1 - longest, length - 1, device=ids.device)
-    # Row r predicts token r + 1.
-    is_row = rows >= length - 1 - counts[:, None]
+    is_answer = rows >= last - counts[:, None]  # (batch_size, num_rows)
     recorded: list[torch.Tensor] = []
 
     def attend_and_record(module: nn.Module, query, key, value, attention_mask, scaling, **kwargs):
-        keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-        scores = (query[:, :, rows].float() @ keys.float().transpose(2, 3)) * scaling
-        scores = scores.masked_fill(~attention_mask[:, :, rows], torch.finfo(scores.dtype).min)
-        weights = scores.softmax(dim=-1).mean(dim=1)
-        recorded.append((weights * is_row.unsqueeze(-1)).sum(dim=1) / is_row.sum(dim=1, keepdim=True))
+        num_groups = query.shape[1] // key.shape[1]  # of query heads that share a head of keys
+        keys = key.repeat_interleave(num_groups, dim=1).float()
+        queries = query[:, :, rows].float()  # (batch_size, num_heads, num_rows, head_dim)
+        logits = (queries @ keys.transpose(2, 3)) * scaling
+        lowest = torch.finfo(logits.dtype).min
+        logits = logits.masked_fill(~attention_mask[:, :, rows], lowest)
+        weights = logits.softmax(dim=-1).mean(dim=1)  # (batch_size, num_rows, length)
+        weights = weights * is_answer.unsqueeze(-1)
+        recorded.append(weights.sum(dim=1) / is_answer.sum(dim=1, keepdim=True))
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
     with _attention("trips_answer_rows", attend_and_record, model.get_decoder()):
         model.base_model(**inputs, use_cache=False)
-    attention = torch.stack(recorded).mean(dim=0)
+    attention = torch.stack(recorded).mean(dim=0)  # (batch_size, length)
     is_visual = ids == family.image_token_id
     num_visual = is_visual.sum(dim=1).tolist()
-    groups = attention[is_visual].split(family.group_sizes(inputs, num_visual))
+    sizes = family.group_sizes(inputs, num_visual)
+    groups = attention[is_visual].split(sizes)
     targets = nn.utils.rnn.pad_sequence(groups, batch_first=True)
     return targets / targets.sum(dim=-1, keepdim=True).clamp(min=1e-6)
 
@@ -146,7 +156,8 @@ def answer_losses(
         TypeError: `probe_share` is not 0, and the gate is not supported for the model.
         ValueError: The guide's layer is not the only selection, or drops nothing that `probe_share` could run.
     """
-    family, selection = find_family(model), selection_of(model)
+    family = find_family(model)
+    selection = selection_of(model)
     # A window of the language model would count the probed tokens.
     has_window = getattr(family.config.get_text_config(), "sliding_window", None) is not None
     if probe_share > 0 and (has_window or not family.has_gate):
@@ -154,9 +165,11 @@ def answer_losses(
     is_guided = selection is not None and selection.guide is not None
     if not is_guided or len(selection.schedule.layers) > 1 or selection.at_exit != ExitSelection():
         raise ValueError("The layer of a `guide` must be the only selection. Apply patch selection with it alone.")
-    ids, longest = inputs["input_ids"], max(num_answer_tokens)
+    ids = inputs["input_ids"]
+    longest = max(num_answer_tokens)
     counts = torch.tensor(num_answer_tokens, device=ids.device)
-    is_prompt = torch.arange(ids.shape[1], 0, -1, device=ids.device) > counts[:, None]
+    places_from_end = torch.arange(ids.shape[1], 0, -1, device=ids.device)
+    is_prompt = places_from_end > counts[:, None]
     inputs = {**inputs, "labels": ids.masked_fill(is_prompt, -100)}
     gated = [family.tower, model.get_decoder()] if probe_share > 0 else []
     with _attention("trips_gate", _attend_gated, *gated):
@@ -170,7 +183,8 @@ def answer_losses(
             raise ValueError(f"A layer that learns must drop patches, got {selection.schedule}. Lower its keep rate.")
         with selecting(current):
             logits = model(**pruned, use_cache=False, logits_to_keep=longest + 1).logits
-    losses = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels, reduction="none")
+    logits = logits[:, :-1].float().transpose(1, 2)  # (batch_size, vocab_size, longest)
+    losses = nn.functional.cross_entropy(logits, labels, reduction="none")
     (layer,) = selecting_layers(model)
     recorded = layer.recorded(current)
     if current.key_info.gate is not None:  # not all units that ran
@@ -180,20 +194,23 @@ def answer_losses(
 
 def _gate_prompt(family: Family, pruned: dict, current: SelectionPass):
     """Give the tokens of the prompt the gate of the tower's, and positions that do not count the probed ones."""
-    ids, key_info, num_images = pruned["input_ids"], current.key_info, len(current.key_info.gate)
+    ids = pruned["input_ids"]
+    key_info = current.key_info
     is_visual = ids == family.image_token_id
-    num_units = current.kept_before().shape[1]
+    num_images, num_units = current.kept_before().shape
     num_others = int(is_visual.sum()) // num_images - num_units  # LLaVA may pass the tower's [CLS]
+    unit_size = family.unit**2
 
-    def prompt_values(tokens: torch.Tensor, value: float) -> torch.Tensor:
-        units = tokens[:, -num_units * family.unit**2 :: family.unit**2]
-        units = nn.functional.pad(units, (num_others, 0), value=value)
-        return units.new_full(ids.shape, value).masked_scatter(is_visual, units)
+    def prompt_values(values_of_patches: torch.Tensor, value_of_others: float) -> torch.Tensor:
+        values_of_units = values_of_patches[:, -num_units * unit_size :: unit_size]
+        values = nn.functional.pad(values_of_units, (num_others, 0), value=value_of_others)
+        return values.new_full(ids.shape, value_of_others).masked_scatter(is_visual, values)
 
     is_probed = prompt_values(key_info.is_probed, False)
     current.key_info = KeyInfo(gate=prompt_values(key_info.gate, 1.0), is_probed=is_probed)
     mask = pruned.setdefault("attention_mask", torch.ones_like(ids))
-    pruned["position_ids"] = ((mask * ~is_probed).cumsum(dim=1) - 1).clamp(min=0)
+    num_counted = (mask * ~is_probed).cumsum(dim=1)
+    pruned["position_ids"] = (num_counted - 1).clamp(min=0)
 
 
 @contextmanager

@@ -39,15 +39,22 @@ def restore_units(tokens: torch.Tensor, unit: int, current: SelectionPass) -> to
     Restore kept patches to their places in the grid, with zeros elsewhere: `(num_images, p + num_kept_patches, width)`
     -> `(num_images, p + num_patches, width)`. The p prefix tokens do not change.
     """
-    kept, num_units = current.kept_before(), current.grid_size
-    num_others = tokens.shape[1] - kept.shape[1] * unit**2
-    units = tokens[:, num_others:].unflatten(1, (-1, unit**2)).flatten(2)
-    whole = units.new_zeros(len(tokens), num_units, units.shape[2])
-    whole = whole.scatter(1, kept.unsqueeze(-1).expand_as(units), units)
+    kept = current.kept_before()  # (num_images, num_kept)
+    num_images, num_kept = kept.shape
+    num_units = current.grid_size
+    num_others = tokens.shape[1] - num_kept * unit**2
+    others, patches = tokens.tensor_split([num_others], dim=1)
+    units = patches.unflatten(1, (num_kept, unit**2)).flatten(2)  # (num_images, num_kept, unit ** 2 * width)
+    places = kept.unsqueeze(-1).expand_as(units)
+    whole = units.new_zeros(num_images, num_units, units.shape[2])
+    whole = whole.scatter(1, places, units)
     if unit > 1:
         side = round(num_units**0.5)
-        whole = whole.unflatten(1, (side, side)).unflatten(3, (unit, unit, -1)).transpose(2, 3)
-    return torch.cat([tokens[:, :num_others], whole.reshape(len(tokens), num_units * unit**2, -1)], dim=1)
+        whole = whole.unflatten(1, (side, side))
+        whole = whole.unflatten(3, (unit, unit, -1))  # (num_images, side, side, unit, unit, width)
+        whole = whole.transpose(2, 3)  # row by row of patches
+    patches = whole.reshape(num_images, num_units * unit**2, -1)
+    return torch.cat([others, patches], dim=1)
 
 
 class TowerLayer(SelectionLayer):
@@ -55,7 +62,8 @@ class TowerLayer(SelectionLayer):
 
     def __call__(self, *args, **kwargs):
         # Activation checkpointing runs `forward` again with the same arguments, so the pass is one of them.
-        if (current := CURRENT_PASS.get()) is not None:
+        current = CURRENT_PASS.get()
+        if current is not None:
             kwargs["selection_pass"] = current
         return super().__call__(*args, **kwargs)
 
@@ -142,39 +150,58 @@ class PackedLayer(TowerLayer):
     def select(
         self, current: SelectionPass, hidden_states: torch.Tensor, normed: torch.Tensor, query: torch.Tensor | None
     ) -> torch.Tensor:
+        selector = current.selector
         num_units = current.num_kept.get(current.last_before(self.number), current.num_units)
-        size = self.unit**2
-        if len({*num_units}) == 1:
-            images = normed.unflatten(0, (len(num_units), -1))
-            rows = [*self.score_units(images, query, None, is_whole=False).split(1)]
-        else:
-            images = normed.split([number * size for number in num_units])
-            queries = [None] * len(images) if query is None else query.split(1)
-            rows = [self.score_units(image[None], own, None, is_whole=False) for image, own in zip(images, queries)]
-        kept = [current.selector.choose(row, self.selection.keep_rate).kept[0] for row in rows]
-        positions = torch.cat([first + own for first, own in zip(accumulate(num_units, initial=0), kept)])
+        scores = self.score_images(normed, query, num_units)
+        kept = []  # positions in the sequence of all units
+        first = 0
+        for scores_of_image, number in zip(scores, num_units):
+            choice = selector.choose(scores_of_image, self.selection.keep_rate)
+            kept.append(first + choice.kept[0])
+            first += number
+        positions = torch.cat(kept)
         candidates = current.kept_before(self.number)
         if candidates is None:
             candidates = torch.arange(sum(num_units), device=positions.device)
-        current.record(self.number, candidates[positions], candidates, rows)
-        current.num_kept[self.number] = [len(own) for own in kept]
-        units = hidden_states.unflatten(0, (-1, size)).flatten(1)[None]
-        units = current.selector.shorten(units, torch.cat(rows, dim=1), TokenChoice(positions[None]), fuse=False)
-        return units[0].unflatten(1, (size, -1)).flatten(0, 1)
+        current.record(self.number, candidates[positions], candidates, scores)
+        current.num_kept[self.number] = [len(positions_of_image) for positions_of_image in kept]
+        units = hidden_states.unflatten(0, (-1, self.unit**2))  # (sum of num_units, unit ** 2, width)
+        units = units.flatten(1)[None]
+        choice = TokenChoice(positions[None])
+        units = selector.shorten(units, torch.cat(scores, dim=1), choice, fuse=False)
+        return units[0].unflatten(1, (self.unit**2, -1)).flatten(0, 1)
+
+    def score_images(
+        self, normed: torch.Tensor, query: torch.Tensor | None, num_units: list[int]
+    ) -> list[torch.Tensor]:
+        """Score the units of each image: `(1, num_units)`."""
+        if len({*num_units}) == 1:  # images of one size form a batch
+            images = normed.unflatten(0, (len(num_units), -1))
+            scores = self.score_units(images, query, None, is_whole=False)
+            return [*scores.split(1)]
+        num_patches = [number * self.unit**2 for number in num_units]
+        images = normed.split(num_patches)
+        queries = [None] * len(images) if query is None else query.split(1)
+        scores_of_images = []
+        for image, query_of_image in zip(images, queries):
+            scores_of_images.append(self.score_units(image[None], query_of_image, None, is_whole=False))
+        return scores_of_images
 
     def recorded(self, current: SelectionPass) -> TripsSelection:
         """Return the selection in row-major units of each image; -2 is padding."""
         firsts = [*accumulate(current.num_units, initial=0)]
-        rows = current.scores[self.number]
 
         def by_image(units: torch.Tensor, counts: list[int]) -> torch.Tensor:
             if current.unit_order is not None:
                 units = current.unit_order[units]
-            parts = [part - first for part, first in zip(units.split(counts), firsts)]
-            return nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=PADDING)
+            units_of_images = units.split(counts)
+            units_of_images = [units - first for units, first in zip(units_of_images, firsts)]
+            return nn.utils.rnn.pad_sequence(units_of_images, batch_first=True, padding_value=PADDING)
 
+        scores = [scores_of_image[0] for scores_of_image in current.scores[self.number]]
+        num_candidates = [len(scores_of_image) for scores_of_image in scores]
         return TripsSelection(
-            by_image(current.kept[self.number], current.num_kept[self.number]),
-            nn.utils.rnn.pad_sequence([row[0] for row in rows], batch_first=True),
-            by_image(current.candidates[self.number], [row.shape[1] for row in rows]),
+            kept_indices=by_image(current.kept[self.number], current.num_kept[self.number]),
+            scores=nn.utils.rnn.pad_sequence(scores, batch_first=True),
+            candidate_indices=by_image(current.candidates[self.number], num_candidates),
         )

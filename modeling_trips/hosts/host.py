@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from ..configuration_trips import SelectionSchedule
+from ..configuration_trips import LayerSelection, SelectionSchedule
 from .layers import SelectionLayer, check_forward, library_name
 
 
@@ -79,16 +79,24 @@ class Host:
         """Replace layers of a model without selection by selection layers."""
         takes_text = any(selection.guidance == "text" for selection in schedule.selections)
         for number in self.changed_layers(schedule):
-            layer, selection = self.layers[number - 1], schedule.by_layer.get(number)
-            needs_text = selection is not None and selection.guidance == "text" and not self.passes_its_text
-            self.layers[number - 1] = self.layer_classes[library_name(type(layer))].of(
-                layer,
-                number=number,
-                selection=selection,
-                fuse=self.can_fuse,
-                unit=self.unit,
-                num_prefix_tokens=self.num_prefix_tokens,
-                has_class_token=self.has_class_token,
-                takes_text=takes_text,
-                needs_text=needs_text,
-            )
+            layer = self.layers[number - 1]
+            selection = schedule.by_layer.get(number)
+            self.layers[number - 1] = self.wrap(layer, number, selection, takes_text)
+
+    def wrap(
+        self, layer: nn.Module, number: int, selection: LayerSelection | None, takes_text: bool = False
+    ) -> SelectionLayer:
+        """Return the selection layer of a layer; in a schedule with `takes_text` the caller may pass a text."""
+        is_by_text = selection is not None and selection.guidance == "text"
+        layer_class = self.layer_classes[library_name(type(layer))]
+        return layer_class.of(
+            layer,
+            number=number,
+            selection=selection,
+            fuse=self.can_fuse,
+            unit=self.unit,
+            num_prefix_tokens=self.num_prefix_tokens,
+            has_class_token=self.has_class_token,
+            takes_text=takes_text,
+            needs_text=is_by_text and not self.passes_its_text,
+        )

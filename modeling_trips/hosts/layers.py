@@ -178,6 +178,10 @@ class SelectionPass:
         self.scores: dict[int, torch.Tensor | list[torch.Tensor]] = {}
         self.num_kept: dict[int, list[int]] = {}  # packed: per image
         self.shortened: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self.selects = True  # False: the pass is there for the attention alone
+        # What a scorer after the tower may ask for: attention to all units, `(num_images, num_units)`.
+        self.wants_attention = False
+        self.attention: torch.Tensor | None = None
         self.selector = TokenSelector()
         # In training with a gate: what attention needs to know about the tokens after the selection.
         self.key_info = KeyInfo()
@@ -315,6 +319,17 @@ class SelectionLayer(ModuleWrapper):
         is_probed = is_probed.expand(order.shape)
         key_info = KeyInfo(gate=token_values(choice.gate, 1.0), is_probed=token_values(is_probed, False))
         return TokenChoice(running), key_info
+
+    def attention_to_units(self, current: SelectionPass, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the scores of all units of the grid, `(num_images, num_units)`, 0 for those dropped before."""
+        before = current.kept_before(self.number)
+        is_image = shorten_mask(current.is_image, before, self.unit)
+        normed = self.normed_tokens(hidden_states)
+        scores = self.score_units(normed, None, is_image, is_whole=before is None)
+        if before is None:
+            return scores
+        whole = scores.new_zeros(len(scores), current.grid_size)
+        return whole.scatter(1, before, scores)
 
     def score_units(
         self, normed: torch.Tensor, query: torch.Tensor | None, is_image: torch.Tensor | None, is_whole: bool

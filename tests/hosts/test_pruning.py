@@ -18,7 +18,13 @@ from tiny_vlms import (
 )
 from torch import nn
 
-from modeling_trips.hosts import TextGuide, apply_patch_selection, prune_inputs
+from modeling_trips.hosts import (
+    TextGuide,
+    apply_patch_selection,
+    prune_inputs,
+    record_patch_selection,
+    remove_patch_selection,
+)
 from modeling_trips.modeling_trips_text import CACHE_NAME
 
 
@@ -180,6 +186,45 @@ def test_special_tokens_do_not_score(name):
     others = {key: value for key, value in {**inputs, **longer}.items() if key != "input_ids"}
     prune_inputs(model, {**others, "inputs_embeds": embeddings}, 5, scorer=keep_first)
     assert torch.equal(prompts[0], prompts[2])
+
+
+@pytest.mark.parametrize("name", ["llava", "smolvlm", "internvl"])
+@torch.no_grad()
+def test_a_scorer_may_read_attention(name):
+    """It is what a layer that selects by the image would score, of the tokens that are left."""
+    vlm = BY_NAME[name]
+    model, inputs = vlm.make(), make_inputs(vlm, [1, 1])
+    read = []
+
+    def keep_attended(features, prompt, prompt_mask, num_kept, attention):
+        read.append(attention)
+        kept = attention.topk(num_kept, dim=-1).indices.sort(dim=-1).values
+        return kept, features.gather(1, kept.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
+
+    for earlier in ("", "1:image:0.5,"):
+        apply_patch_selection(model, f"{earlier}{vlm.num_layers}:image:0.9")
+        with record_patch_selection(model) as recorded:
+            model(**inputs)
+        expected = recorded[-2].scores
+        apply_patch_selection(model, earlier.strip(",") or None, visual_tokens=3, scorer=keep_attended)
+        with record_patch_selection(model) as recorded:
+            model(**inputs)
+        torch.testing.assert_close(read[-1], expected)
+    pruned = prune_inputs(
+        model, inputs, visual_tokens=3, scorer=keep_attended
+    )  # layers of a patched model do not select
+    assert read[-1].shape[1] == vlm.tokens and (pruned["input_ids"] == IMAGE).sum() == 3 * len(read[-1])
+    remove_patch_selection(model)
+    assert torch.equal(prune_inputs(model, inputs, 3, scorer=keep_attended)["input_ids"], pruned["input_ids"])
+    torch.testing.assert_close(*read[-2:])
+
+
+@torch.no_grad()
+def test_attention_that_a_tower_does_not_have_is_refused():
+    vlm = BY_NAME["qwen3_vl"]
+    for call in (prune_inputs, lambda model, inputs, **options: apply_patch_selection(model, **options)):
+        with pytest.raises(TypeError, match="attention"):
+            call(vlm.make(), make_inputs(vlm, [1]), visual_tokens=4, scorer="vispruner")
 
 
 @pytest.mark.parametrize("name", ["smolvlm", "idefics3"])

@@ -11,6 +11,7 @@ from modeling_trips.hosts.vlm.scoring import (
     select_by_cdpruner,
     select_by_divprune,
     select_by_prompt,
+    select_by_vispruner,
 )
 
 
@@ -98,6 +99,33 @@ def test_cdpruner_without_words_looks_at_diversity_alone():
     for is_word in (torch.tensor([[False]]), torch.tensor([[True]])):  # a word as near to all
         kept, _ = select_by_cdpruner(features, prompt, is_word, 4)
         assert kept[0].floor_divide(2).tolist() == [0, 1, 2, 3]
+
+
+def test_vispruner_by_hand():
+    # The first two are the most attended. Of the others, dealt into (2, 4) and (3), token 4 has the direction of 3.
+    features = torch.tensor([[[1.0, 1, 1], [1, 0, 0], [0, 1, 0], [0, 0, 2], [0, 0, 1]]])
+    attention = torch.tensor([[0.6, 0.2, 0.1, 0.06, 0.04]])
+    kept, _ = select_by_vispruner(features, None, None, 4, attention=attention)
+    assert kept.tolist() == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_vispruner_equals_loops(seed):
+    features, *_ = random_tokens(seed)
+    attention = torch.rand(2, 12, generator=torch.Generator().manual_seed(seed)).softmax(dim=-1)
+    kept, _ = select_by_vispruner(features, None, None, 5, attention=attention)
+    for tokens, weights, own in zip(features, attention, kept.tolist()):
+        ranked = sorted(range(12), key=lambda token: -weights[token])
+        chosen, rest = ranked[:2], ranked[2:]
+        while len(rest) > 3:
+            first, second = rest[::2], rest[1::2]
+            likeness = {
+                token: max(float(torch.cosine_similarity(tokens[token], tokens[other], dim=0)) for other in second)
+                for token in first
+            }
+            first.sort(key=lambda token: -likeness[token])
+            rest = first[min(8, len(rest) - 3, len(first)) :] + second
+        assert own == sorted(chosen + rest)
 
 
 def test_pooling_averages_cells():

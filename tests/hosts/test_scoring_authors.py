@@ -2,7 +2,7 @@
 Scorers against the functions of the papers' authors, on random tokens in float64.
 
 Their code is not in this repository (that of DivPrune may not be used commercially). To compare, clone
-`vbdi/divprune` and `Theia-4869/CDPruner` into one folder, and name it:
+`vbdi/divprune`, `Theia-4869/CDPruner` and `Theia-4869/VisPruner` into one folder, and name it:
 
     AUTHORS_CODE=../authors python -m pytest -n 0 tests/hosts/test_scoring_authors.py
 """
@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from modeling_trips.hosts.vlm.scoring import select_by_cdpruner, select_by_divprune
+from modeling_trips.hosts.vlm.scoring import select_by_cdpruner, select_by_divprune, select_by_vispruner
 
 
 FOLDER = os.environ.get("AUTHORS_CODE")
@@ -94,3 +94,29 @@ def test_cdpruner_keeps_the_tokens_of_the_authors(kind, num_tokens, num_kept):
         theirs = encode_images(make_cdpruner(tokens, -words[0], num_kept), None)[1]
         ours, _ = select_by_cdpruner(tokens, words, torch.ones(1, 5, dtype=torch.bool), num_kept)
         assert torch.equal(ours[0], theirs[0].nonzero()[:, 0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_tokens, num_kept", SIZES[:2])
+def test_vispruner_keeps_the_tokens_of_the_authors(kind, num_tokens, num_kept):
+    """With a connector that changes nothing; their code fails for odd numbers of tokens."""
+    (encode_images,) = load_functions("VisPruner/llava/model/llava_arch.py", "encode_images")
+    for seed in range(3):
+        tokens = make_tokens(kind, num_tokens, seed)
+        attention = make_tokens("independent", num_tokens, seed + 99, width=4).softmax(dim=1).transpose(1, 2)
+        model = make_vispruner(tokens, attention, num_kept)
+        theirs = encode_images(model, None)[1]
+        ours, _ = select_by_vispruner(tokens, None, None, num_kept, attention=attention.mean(dim=1))
+        assert torch.equal(ours[0], theirs[0].nonzero()[:, 0])
+
+
+def make_vispruner(tokens: torch.Tensor, attention: torch.Tensor, num_kept: int) -> SimpleNamespace:
+    """Return what the method of the authors' model uses of its `self`; heads have `attention`."""
+
+    def vision_tower(images, output_attentions):
+        return tokens, attention
+
+    model = SimpleNamespace(get_vision_tower=lambda: vision_tower, mm_projector=lambda features: features)
+    return SimpleNamespace(
+        get_model=lambda: model, get_visual_token_num=lambda: num_kept, get_important_ratio=lambda: 0.5
+    )

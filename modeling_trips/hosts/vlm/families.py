@@ -1,7 +1,9 @@
 """Families of vision-language models: location of the tower, and mapping from patches to visual tokens."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import accumulate, chain
 
@@ -9,10 +11,11 @@ import torch
 from torch import nn
 from transformers.vision_utils import get_vision_window_index
 
+from ...configuration_trips import LayerSelection
 from ..host import Host
 from ..layers import SelectionPass, library_name, lookup
 from .tower import CURRENT_PASS, ClipTowerLayer, InternvlLayer, PackedLayer, restore_units, selecting
-from .visual_tokens import VisualTokens, special_token_ids
+from .visual_tokens import ExitSelection, VisualTokens, special_token_ids
 
 
 class Family(Host):
@@ -27,6 +30,7 @@ class Family(Host):
     has_class_token = False
     can_fuse = False
     has_gate = False  # see `answer_losses`
+    has_attention = False  # a scorer after the tower may read the attention of its last layer
     # Numbers of tokens that the processor writes before and after the placeholders of an image (or tile).
     framing_tokens = (0, 0)
     # Number of visual tokens of an image in the language model, `None` where it depends on the image's size.
@@ -75,12 +79,47 @@ class Family(Host):
         if current is not None and current.segments is not None:  # computed once for the tower
             arguments["image_window_index"] = current.unit_order
             arguments["image_cu_window_seqlens"] = current.segments
-        with selecting(current):
+        with selecting(current), self.watching_attention(current):
             output = self.base.get_image_features(**arguments, return_dict=True)
         tokens = VisualTokens.whole(self.groups(output), output)
-        if current is None or not current.kept:
+        if current is None:
+            return tokens
+        if current.attention is not None:
+            # LLaVA may pass the tower's [CLS] to the language model.
+            num_others = tokens.sizes[0] - current.attention.shape[1]
+            attention = nn.functional.pad(current.attention, (num_others, 0))
+            tokens = replace(tokens, attention=list(attention))
+        if not current.kept:
             return tokens
         return tokens.keep(self.kept_tokens(tokens.sizes, inputs, current))
+
+    def check_exit(self, at_exit: ExitSelection, in_tower: bool = False):
+        """Raise a TypeError or a ValueError if the selection after the tower does not fit the model."""
+        at_exit.check_fits(self.tokens_per_image, in_tower=in_tower)
+        if at_exit.reads_attention and not self.has_attention:
+            raise TypeError(f"Scorers of {type(self.model).__name__} have no `attention`, got {at_exit.scorer!r}.")
+
+    @contextmanager
+    def watching_attention(self, current: SelectionPass | None) -> Iterator[None]:
+        """Set the attention of the pass, if it is wanted: one row per image, not the map."""
+        if current is None or not current.wants_attention:
+            yield
+            return
+        number = self.num_selectable_layers
+        module = self.layers[number - 1]
+        layer = self.wrap(getattr(module, "wrapped_module", module), number, LayerSelection("image", 1.0))
+
+        def watch(module: nn.Module, args: tuple, kwargs: dict):
+            if CURRENT_PASS.get() is current:  # not the pass of another thread
+                hidden_states = args[0] if args else kwargs["hidden_states"]
+                with torch.no_grad():
+                    current.attention = layer.attention_to_units(current, hidden_states)
+
+        handle = module.register_forward_pre_hook(watch, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def groups(self, output) -> Sequence[torch.Tensor]:
         """Return the groups of visual tokens in the encoder's output."""
@@ -140,6 +179,7 @@ class Llava(Family):
 
     layer_classes = {"CLIPEncoderLayer": ClipTowerLayer, "SiglipEncoderLayer": ClipTowerLayer}
     has_gate = True
+    has_attention = True
 
     @property
     def num_selectable_layers(self) -> int:
@@ -167,6 +207,7 @@ class LlavaNext(Llava):
 
     tokens_per_image = None
     has_gate = False
+    has_attention = False
 
     def pack(self, tiles: list[torch.Tensor], inputs: Mapping) -> list[torch.Tensor]:
         return self.base.pack_image_features(
@@ -256,6 +297,7 @@ class Smolvlm(Family):
     layer_classes = {"SmolVLMEncoderLayer": ClipTowerLayer, "Idefics3EncoderLayer": ClipTowerLayer}
     layers_follow = True  # the mask of the patches
     has_gate = True
+    has_attention = True
     framing_tokens = (2, 1)  # <fake_token_around_image><global-img>...<fake_token_around_image>
 
     @property
@@ -289,6 +331,7 @@ class Internvl(Family):
     layer_classes = {"InternVLVisionLayer": InternvlLayer}
     has_class_token = True
     has_gate = True
+    has_attention = True
     framing_tokens = (1, 1)  # <img>...</img>
 
     @property

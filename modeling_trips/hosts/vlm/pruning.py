@@ -44,18 +44,20 @@ def prune_inputs(
             with fewer keeps all. In SmolVLM, Idefics3 and InternVL, which cut an image into tiles, it counts per tile.
         keep_rate (`float`, *optional*): Share of the visual tokens to keep per image, in (0, 1], instead of a number.
         scorer (`str` or `Callable`, *optional*, defaults to `"prompt"`): `"prompt"` (relevance to the prompt, with
-            diversity), `"divprune"` (diversity), `"cdpruner"` (relevance to the prompt and diversity), `"random"`,
-            `"pooling"`, or a function of the features, the prompt's embeddings (both with one row per image), their
-            mask and the number to keep, which returns positions and features. The prompt is the text after the last
-            image, or all text if none follows, without labels and without what the processor writes around an image.
-            Put images before the question: chat templates add text after an image, which then is the prompt.
+            diversity), `"divprune"` (diversity), `"cdpruner"` (relevance to the prompt and diversity), `"vispruner"`
+            (the tower's attention and diversity), `"random"`, `"pooling"`, or a function of the features, the prompt's
+            embeddings (both with one row per image), their mask and the number to keep, which returns positions and
+            features; if it has an argument `attention`, it also gets that of the tower. The prompt is the text after
+            the last image, or all text if none follows, without labels, special tokens and what the processor writes
+            around an image. Put images before the question: chat templates add text after an image, which then is the
+            prompt.
 
     Returns:
         `dict`: The inputs with shorter sequences, and `mm_encoder_outputs` instead of the images. Inputs without
         images do not change.
 
     Raises:
-        TypeError: The model is not supported, or `visual_tokens` is not an integer.
+        TypeError: The model is not supported or has no `attention` for the scorer, or `visual_tokens` is no integer.
         ValueError: The inputs have videos, images and placeholders do not match, `labels` cover the whole prompt, the
             scorer is unknown, or both a number and a rate are given or one of them is out of range.
     """
@@ -63,7 +65,7 @@ def prune_inputs(
     if family is None:
         raise TypeError(f"`prune_inputs` does not support {type(model).__name__}, whose prompt has no visual tokens.")
     at_exit = ExitSelection(visual_tokens=visual_tokens, keep_rate=keep_rate, scorer=scorer)
-    at_exit.check_fits(family.tokens_per_image)
+    family.check_exit(at_exit)
     pruned, _, _ = prune(family, dict(inputs), at_exit)
     return pruned
 
@@ -93,9 +95,11 @@ def prune(
             raise ValueError(f"`{name}` must not be empty, got shape {tuple(inputs[name].shape)}.")
     prompts = Prompts(family, inputs)
     current = None
-    if in_tower:
+    if in_tower or at_exit.reads_attention:
         current = family.begin_pass(inputs)
+        current.selects = in_tower
         current.selector = GateSelector(probe_share)
+        current.wants_attention = at_exit.reads_attention
         if guide is not None:
             prompt, prompt_mask = prompts.text
             queries = guide(prompt, prompt_mask)  # (batch_size, num_heads, head_dim)

@@ -17,7 +17,9 @@ from ...patch_selection import gather_tokens, keep_topk
 # (features, prompt, prompt mask, number of tokens to keep per image) -> (positions, features of the kept tokens)
 # Features are the visual tokens after the connector, `(num_images, num_tokens, hidden_size)`, the prompt's input
 # embeddings `(num_images, prompt_length, hidden_size)`. The mask is False at padding. Positions are ascending.
-Scorer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+# A scorer with an argument `attention` also gets, by keyword, what the image's [CLS] (or the mean of its tokens)
+# attends to in the last layer of the tower whose states the language model reads: `(num_images, num_tokens)`.
+Scorer = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 def unit_vectors(states: torch.Tensor) -> torch.Tensor:
@@ -149,6 +151,41 @@ def select_by_cdpruner(
     return kept, gather_tokens(features, kept)
 
 
+@torch.no_grad()
+def choose_distinct(directions: torch.Tensor, positions: torch.Tensor, num_kept: int) -> torch.Tensor:
+    """
+    Return `num_kept` of the positions, `(num_images, num_positions)`, whose tokens differ. Each step deals the tokens
+    into two halves, and drops up to 8 of the first: those nearest to a token of the second.
+    """
+    while positions.shape[1] > num_kept:
+        num_dropped = min(8, positions.shape[1] - num_kept, (positions.shape[1] + 1) // 2)
+        tokens = gather_tokens(directions, positions)
+        cosines = tokens[:, ::2] @ tokens[:, 1::2].transpose(1, 2)
+        order = cosines.amax(dim=-1).argsort(dim=-1, descending=True)
+        distinct = positions[:, ::2].gather(1, order[:, num_dropped:])
+        positions = torch.cat([distinct, positions[:, 1::2]], dim=1)
+    return positions
+
+
+def select_by_vispruner(
+    features: torch.Tensor,
+    prompt: torch.Tensor | None,
+    prompt_mask: torch.Tensor | None,
+    num_kept: int,
+    attention: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Keep tokens that the image attends to, and as many that differ from each other (VisPruner,
+    https://arxiv.org/abs/2412.01818). The prompt is not read. Tokens are compared after the connector, those of the
+    authors before it.
+    """
+    order = attention.argsort(dim=-1, descending=True)
+    attended, others = order.tensor_split([num_kept // 2], dim=1)
+    distinct = choose_distinct(unit_vectors(features), others, num_kept - num_kept // 2)
+    kept = torch.cat([attended, distinct], dim=1).sort(dim=1).values
+    return kept, gather_tokens(features, kept)
+
+
 def select_at_random(
     features: torch.Tensor, prompt: torch.Tensor, prompt_mask: torch.Tensor, num_kept: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -191,6 +228,7 @@ SCORERS: dict[str, Scorer] = {
     "prompt": select_by_prompt,
     "divprune": select_by_divprune,
     "cdpruner": select_by_cdpruner,
+    "vispruner": select_by_vispruner,
     "random": select_at_random,
     "pooling": pool,
 }

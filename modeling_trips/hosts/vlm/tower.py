@@ -63,7 +63,7 @@ class TowerLayer(SelectionLayer):
     def __call__(self, *args, **kwargs):
         # Activation checkpointing runs `forward` again with the same arguments, so the pass is one of them.
         current = CURRENT_PASS.get()
-        if current is not None:
+        if current is not None and current.selects:
             kwargs["selection_pass"] = current
         return super().__call__(*args, **kwargs)
 

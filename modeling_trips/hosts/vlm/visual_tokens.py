@@ -6,6 +6,7 @@ may drop patches, and [`VisualTokens.select`] selects among the tokens that are 
 only in how it encodes.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -73,6 +74,11 @@ class ExitSelection:
         return callable(self.scorer) or self.scorer in READ_PROMPT
 
     @property
+    def reads_attention(self) -> bool:
+        keeps_all = self.visual_tokens is None and self.keep_rate is None
+        return not keeps_all and "attention" in inspect.signature(self.select).parameters
+
+    @property
     def select(self) -> Scorer:
         return self.scorer if callable(self.scorer) else SCORERS[self.scorer]
 
@@ -87,12 +93,14 @@ class VisualTokens:
         positions (`list[torch.Tensor]`): Their ascending positions in the whole group, `(num_kept,)`.
         sizes (`list[int]`): Number of tokens of each whole group.
         output (`ModelOutput`, *optional*): What Transformers' encoder returned for the whole groups.
+        attention (`list[torch.Tensor]`, *optional*): What each image's [CLS] attends to in its whole group, `(size,)`.
     """
 
     features: list[torch.Tensor]
     positions: list[torch.Tensor]
     sizes: list[int]
     output: Any = None
+    attention: list[torch.Tensor] | None = None
 
     @classmethod
     def whole(cls, groups: Sequence[torch.Tensor], output: Any = None) -> "VisualTokens":
@@ -134,7 +142,11 @@ class VisualTokens:
                 rows_of_batch = [rows[group] for group in groups]
                 prompt = prompts[rows_of_batch]  # (num_groups, length, hidden_size)
                 prompt_mask = mask[rows_of_batch]
-            chosen, kept_features = at_exit.select(batch, prompt, prompt_mask, num_kept)
+            options = {}
+            if at_exit.reads_attention:
+                rows_of_attention = [self.attention[group][positions[group]] for group in groups]
+                options["attention"] = torch.stack(rows_of_attention)  # (num_groups, num_tokens)
+            chosen, kept_features = at_exit.select(batch, prompt, prompt_mask, num_kept, **options)
             for index, group in enumerate(groups):
                 features[group] = kept_features[index]
                 positions[group] = positions[group][chosen[index]]

@@ -69,7 +69,7 @@ def check_generative(family: Family, schedule: SelectionSchedule, at_exit: ExitS
     """
     model, name = family.model, type(family.model).__name__
     check_forward(model, name)
-    at_exit.check_fits(family.tokens_per_image, in_tower=bool(schedule.layers))
+    family.check_exit(at_exit, in_tower=bool(schedule.layers))
     if schedule.layers and not family.layer_classes:
         tower = type(getattr(family.base, "vision_tower", model)).__name__
         raise TypeError(

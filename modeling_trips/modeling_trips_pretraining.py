@@ -19,7 +19,7 @@ Images with equal ids are the same image. The captions of one image are never ne
 image is in the batch twice.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -620,100 +620,95 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         schedule: SelectionSchedule | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsRetrievalOutput:
-        """Return the losses of contrast, matching and supervision, and the other fields of the output of `forward`."""
+        """Return the output of `forward` with the losses of contrast, matching and supervision, and their sum."""
         config = self.config
         num_images = image_cache.hidden_states.shape[0]
         image_index, image_ids = check_captions(text_outputs.last_hidden_state, num_images, image_index, image_ids)
-        pair_ids = image_ids[image_index]  # (num_texts,)
         outputs = TripsRetrievalOutput(text_embeds=text_outputs.pooler_output, text_model_output=text_outputs)
-        pair_logits = torch.zeros(len(pair_ids), len(pair_ids), device=pair_ids.device)
-        itc_loss = None
-        itm_loss = None
-        selection_loss = None
-        itm_logits = None
         # CODEPATH: a weight of 0 leaves out contrast and its compute.
         if config.itc_weight > 0:
             image_outputs = self.get_image_features(image_cache=image_cache, schedule=schedule, **kwargs)
             outputs = self.compare(text_outputs, image_outputs)
-            itc_loss = contrastive_loss(
+            outputs.itc_loss = contrastive_loss(
                 image_embeds=outputs.image_embeds,
                 text_embeds=outputs.text_embeds,
                 temperature=self.temp(),
                 image_ids=image_ids,
-                text_image_ids=pair_ids,
+                text_image_ids=image_ids[image_index],
                 teacher=teacher,
                 teacher_weight=teacher_weight,
             )
-            pair_logits = outputs.logits_per_text[:, image_index]  # (num_texts, num_texts)
-        selection = outputs.selection
         # CODEPATH: a weight of 0 leaves out matching, the supervision of its pairs, and their compute.
         if config.itm_weight > 0:
-            pairs = matching_pairs(pair_logits, pair_ids)
-            matched = self.match_pairs(
-                pairs,
-                text_states=text_outputs.last_hidden_state,
-                image_cache=image_cache,
+            outputs = self.add_matching(
+                outputs,
+                image_cache,
                 attention_mask=attention_mask,
                 image_index=image_index,
+                image_ids=image_ids,
                 regions=regions,
                 schedule=schedule,
                 **kwargs,
             )
-            itm_logits = matched.itm_logits
-            itm_loss = matching_loss(itm_logits, pairs.labels, pairs.weights)
-            true_pairs = torch.arange(len(pair_ids), device=pair_ids.device)
-            selection = selection_rows(matched.selection, true_pairs)
-            if matched.selection_losses is not None:
-                # Over the true pairs of all processes; the losses of the others are 0.
-                num_true_pairs = mean_count(pair_ids.new_full((), len(pair_ids)))
-                item_counts = torch.ones_like(pairs.labels)
-                selection_loss = mean_over_items(matched.selection_losses, item_counts, num_true_pairs)
         loss = weighted_sum(
             [
-                (config.itc_weight, itc_loss),
-                (config.itm_weight, itm_loss),
-                (config.selection_loss_weight, selection_loss),
+                (config.itc_weight, outputs.itc_loss),
+                (config.itm_weight, outputs.itm_loss),
+                (config.selection_loss_weight, outputs.selection_loss),
             ]
         )
-        return TripsRetrievalOutput(
-            loss=loss,
-            itc_loss=itc_loss,
-            itm_loss=itm_loss,
-            selection_loss=selection_loss,
-            logits_per_image=outputs.logits_per_image,
-            logits_per_text=outputs.logits_per_text,
-            itm_logits=itm_logits,
-            image_embeds=outputs.image_embeds,
-            text_embeds=outputs.text_embeds,
-            selection=selection,
-            text_model_output=outputs.text_model_output,
-            vision_model_output=outputs.vision_model_output,
-        )
+        return replace(outputs, loss=loss)
 
-    def match_pairs(
+    def add_matching(
         self,
-        pairs: MatchingPairs,
-        text_states: torch.Tensor,
+        outputs: TripsRetrievalOutput,
         image_cache: TripsImageCache,
         attention_mask: torch.Tensor | None,
         image_index: torch.LongTensor,
+        image_ids: torch.LongTensor,
         regions: torch.Tensor | None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> TripsMatchingOutput:
-        """Score the pairs of the matching loss. `regions` are those of the true pairs."""
+    ) -> TripsRetrievalOutput:
+        """Return `outputs` with the matching loss, its logits, and the supervised selection of the true pairs."""
+        pair_ids = image_ids[image_index]
+        num_texts = len(pair_ids)
+        if outputs.logits_per_text is None:
+            pair_logits = torch.zeros(num_texts, num_texts, device=pair_ids.device)
+        else:
+            pair_logits = outputs.logits_per_text[:, image_index]  # (num_texts, num_texts)
+        pairs = matching_pairs(pair_logits, pair_ids)
         if regions is not None:
             # The negative pairs, which come last, have no supervision: their regions have no area.
             num_negatives = len(pairs.labels) - len(regions)
             regions = nn.functional.pad(regions, (0, 0, 0, num_negatives))  # (num_pairs, 4)
-        return self.match(
+        matched = self.match(
             attention_mask=attention_mask,
             image_index=image_index[pairs.image_index],
             image_cache=image_cache,
-            text_states=text_states,
+            text_states=outputs.text_model_output.last_hidden_state,
             text_index=pairs.text_index,
             regions=regions,
             **kwargs,
         )
+        true_pairs = torch.arange(num_texts, device=pair_ids.device)
+        return replace(
+            outputs,
+            itm_loss=matching_loss(matched.itm_logits, pairs.labels, pairs.weights),
+            itm_logits=matched.itm_logits,
+            selection=selection_rows(matched.selection, true_pairs),
+            selection_loss=supervision_loss(matched.selection_losses, true_pairs),
+        )
+
+
+def supervision_loss(selection_losses: torch.Tensor | None, true_pairs: torch.LongTensor) -> torch.Tensor | None:
+    """
+    Return the mean of the selection losses over the true pairs of all processes. `selection_losses` are those of all
+    pairs, of which the negative ones have a loss of 0.
+    """
+    if selection_losses is None:
+        return None
+    num_true_pairs = mean_count(true_pairs.new_full((), len(true_pairs)))
+    return mean_over_items(selection_losses, torch.ones_like(selection_losses), num_true_pairs)
 
 
 @auto_docstring(
@@ -966,8 +961,9 @@ class TripsForPreTraining(TripsContrastiveModel, TripsWritingModel):
         loss = weighted_sum(
             [(1.0, outputs.loss), (config.mlm_weight, mlm_loss), (config.prefix_lm_weight, prefix_lm_loss)]
         )
-        further = {"loss": loss, "mlm_loss": mlm_loss, "prefix_lm_loss": prefix_lm_loss, "mlm_logits": mlm_logits}
-        return TripsForPreTrainingOutput(**{**outputs, **further})
+        return TripsForPreTrainingOutput(
+            **replace(outputs, loss=loss), mlm_loss=mlm_loss, prefix_lm_loss=prefix_lm_loss, mlm_logits=mlm_logits
+        )
 
     def masked_token_logits(
         self,

@@ -673,13 +673,9 @@ class TripsVisionEmbeddings(nn.Module):
             return self.position_embeddings
         class_position = self.position_embeddings[:, :1]
         patch_positions = self.position_embeddings[:, 1:]
-        patch_positions = patch_positions.unflatten(
-            1, self.config.grid_size
-        )  # (1, num_rows, num_columns, hidden_size)
-        patch_positions = patch_positions.permute(0, 3, 1, 2).float()
-        patch_positions = nn.functional.interpolate(
-            patch_positions, size=grid, mode="bicubic", align_corners=False
-        )  # (1, hidden_size, rows, columns)
+        patch_positions = patch_positions.unflatten(1, self.config.grid_size)
+        patch_positions = patch_positions.permute(0, 3, 1, 2).float()  # (1, hidden_size, num_rows, num_columns)
+        patch_positions = nn.functional.interpolate(patch_positions, size=grid, mode="bicubic", align_corners=False)
         patch_positions = patch_positions.to(class_position.dtype).flatten(2).transpose(1, 2)
         return torch.cat((class_position, patch_positions), dim=1)
 

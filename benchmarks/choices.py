@@ -277,12 +277,19 @@ class ChoiceArguments:
     )
 
 
+OPTIONS = make_parser(
+    ChoiceArguments, *run_vqa.OPTIONS.classes, description=__doc__, script=__name__, task=run_vqa.OPTIONS.task
+)
+
+
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    parser = make_parser(ChoiceArguments, description=__doc__)
-    args, options = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
-    way = WAYS[args.choice](WEIGHTS.get(args.choice, 0.0) if args.weight is None else args.weight)
+    args, model_args, data_args, training_args = parse_arguments(OPTIONS, argv)
+    weight = WEIGHTS.get(args.choice, 0.0) if args.weight is None else args.weight
+    way = WAYS[args.choice](weight)
     return run_vqa.train_question_answering(
-        *parse_arguments(run_vqa.OPTIONS, options),
+        model_args,
+        data_args,
+        training_args,
         trainer_class=partial(ChoiceTrainer, way=way),
         collator_class=partial(GivenScoresCollator, way=way) if isinstance(way, Given) else VqaCollator,
     )

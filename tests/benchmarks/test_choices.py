@@ -6,7 +6,8 @@ from itertools import permutations
 import PIL.Image
 import pytest
 import torch
-from choices import Given, Gumbel, Perturbed, Reinforce, by_color, by_region
+from choices import Given, Gumbel, Perturbed, Reinforce, by_color, by_region, main
+from places import ROOT
 
 from trips_examples.data.busy_scenes import COLORS
 
@@ -57,3 +58,12 @@ def test_given_scores_find_the_patch_of_a_question(scores_of):
     way.scores = torch.tensor([[0.1, 0.7, 0.1, 0.1]])
     assert way.choose(torch.ones(1, 4), 0.25).kept.tolist() == [[1]]
     assert not scores_of(image, {"question": "what?", "region": None}, (2, 2)).any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", ["reinforce", "color"])
+def test_a_training_and_its_evaluation_choose_in_this_way(choice, tmp_path):
+    options = [f"--choice={choice}", f"--model={ROOT / 'examples' / 'trips-tiny-scenes-unpruned'}"]
+    options += ["--schedule=2:text:0.02", "--train_scenes=24", "--validation_scenes=8", "--test_scenes=8"]
+    metrics = main([*options, "--max_steps=1", "--per_device_train_batch_size=8", f"--output_dir={tmp_path}"])
+    assert math.isfinite(metrics["train_loss"]) and 0 <= metrics["eval_accuracy"] <= 1

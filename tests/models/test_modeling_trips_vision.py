@@ -16,6 +16,7 @@ from tiny_vision import (
 )
 
 from modeling_trips import TripsModel
+from modeling_trips.patch_selection import TokenSelector
 
 
 CASES = {
@@ -197,3 +198,18 @@ def test_keys_and_values_of_untouched_image_tokens_are_projected_once_per_image(
     cross = model.fusion_model.encoder.layer[0].crossattention.self
     for projection in (cross.key, cross.value):
         assert calls_of(projection, lambda: model(**make_inputs())) == [rows]
+
+
+def test_a_selector_chooses_in_the_place_of_the_best_and_of_the_gate():
+    class Worst(TokenSelector):
+        def choose(self, scores, keep_rate):
+            return super().choose(-scores, keep_rate)
+
+    model = make_model(selection_gate=0.5)
+    model.selector = Worst()
+    for training in (False, True):
+        outputs = model.train(training)(images())
+        (layer,) = outputs.selection
+        worst = layer.scores.topk(3, largest=False).indices.sort().values  # of 6
+        assert torch.equal(layer.kept_indices, worst)
+        assert outputs.probed is None

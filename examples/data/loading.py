@@ -229,7 +229,7 @@ class RowReader:
             rows = rows.select(good)
         return rows, faults
 
-    def checked(self, records: Dataset, load_from_cache_file: bool = True) -> Dataset:
+    def checked(self, records: Dataset, load_from_cache_file: bool | None = None) -> Dataset:
         """Return the rows and the bad ones of records, with the columns `CHECKED`."""
         num_processes = min(os.cpu_count() or 1, len(records) // ROWS_PER_PROCESS)
         settings = (self.task, self.name, self.image_root, self.patch_size, __version__)

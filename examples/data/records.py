@@ -26,7 +26,7 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 # A line of a CSV file with a cell that names an image.
 _LINE_WITH_IMAGE = re.compile(rf".*\.({'|'.join(IMAGE_SUFFIXES)}) *\"?(,|$)", re.IGNORECASE)
 
-# Keys of the annotation files of public data sets, or of each of their records. None of our own rows has all of them.
+# Keys of the annotation files of public data sets, or of each of their records.
 OFFICIAL_FORMS = {
     "questions of VQAv2": {"questions", "data_subtype"},
     "annotations of VQAv2": {"annotations", "data_subtype"},
@@ -37,6 +37,8 @@ OFFICIAL_FORMS = {
     "statements of NLVR2": {"identifier", "sentence", "left_url"},
     "conversations of LLaVA": {"id", "conversations"},
 }
+# Columns of our rows: a record with one of them is no official one, whatever else it has.
+OWN_TEXTS = {"question", "caption", "captions", "statement", "sentence", "expression"}
 
 
 def parsed_record(record: dict | str) -> dict:
@@ -67,7 +69,11 @@ def official_form(value: Any) -> str | None:
     """Return what an annotation file of a public data set has, by its object or its first record, or None."""
     if not isinstance(value, dict):
         return None
-    return next((form for form, keys in OFFICIAL_FORMS.items() if keys <= value.keys()), None)
+    for form, keys in OFFICIAL_FORMS.items():
+        has_own_text = not OWN_TEXTS.isdisjoint(value.keys() - keys)
+        if keys <= value.keys() and not has_own_text:
+            return form
+    return None
 
 
 def _first_value(file: Path) -> Any:

@@ -194,6 +194,24 @@ def test_files_of_several_lines_and_lists_are_recognized(folder):
             load("captions", train_file=folder / name)
 
 
+def test_own_rows_with_such_columns_are_read(folder):
+    image = IMAGES[0]
+    row = {"images": [image, image], "sentence": "a", "label": "True", "dataset": "nlvr", "identifier": "a-0-0"}
+    (folder / "rows.json").write_text(json.dumps([row]))
+    assert load("nlvr2", train_file=folder / "rows.json")["train"]["label"][:] == [1]
+    row = {
+        "image": image,
+        "question": "a",
+        "answer": "b",
+        "id": 1,
+        "conversations": [],
+        "annotations": [],
+        "images": [],
+    }
+    (folder / "rows.jsonl").write_text(json.dumps(row))
+    assert load("vqa", train_file=folder / "rows.jsonl")["train"]["answers"][:] == [["b"]]
+
+
 @pytest.mark.parametrize(
     ("contents", "named"),
     [

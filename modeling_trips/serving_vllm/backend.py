@@ -64,14 +64,11 @@ class TripsVlmForConditionalGeneration(SelectingModel, TransformersMultiModalFor
         inputs["pixel_values"] = pixel_values
         counts = num_patches.flatten().tolist()
         features: list[torch.Tensor] = []
-        first = 0
-        for images in self.split(pixel_values, counts, request):
-            last = first + sum(counts[images])
+        for images, rows in self.calls(pixel_values, counts, request):
             part = {}
             for name, value in inputs.items():
-                part[name] = take(value, images, len(counts), slice(first, last), sum(counts))
+                part[name] = take(value, images, len(counts), rows, sum(counts))
             features += self.encode_images(part, request[images], counts[images])
-            first = last
         return features
 
     def encode_images(self, inputs: dict, request: RequestInputs, counts: list[int]) -> list[torch.Tensor]:

@@ -93,7 +93,7 @@ class TripsLlavaForConditionalGeneration(SelectingModel, LlavaForConditionalGene
             return super().embed_multimodal(**kwargs)
         request = RequestInputs.of(kwargs)
         features: list[torch.Tensor] = []
-        for images in self.split(pixel_values, [1] * len(pixel_values), request):
-            inputs = {"pixel_values": pixel_values[images]}
+        for images, rows in self.calls(pixel_values, [1] * len(pixel_values), request):
+            inputs = {"pixel_values": pixel_values[rows]}
             features += self.visual_tokens(inputs, request[images]).features
         return features

@@ -185,14 +185,11 @@ class SelectingQwen(SelectingModel):
         request = RequestInputs.of(kwargs)
         num_patches = grids.prod(dim=-1).tolist()
         features: list[torch.Tensor] = []
-        first = 0
-        for images in self.split(pixel_values, num_patches, request):
-            last = first + sum(num_patches[images])
-            inputs = {"pixel_values": pixel_values[first:last], "image_grid_thw": grids[images]}
+        for images, patches in self.calls(pixel_values, num_patches, request):
+            inputs = {"pixel_values": pixel_values[patches], "image_grid_thw": grids[images]}
             tokens = self.visual_tokens(inputs, request[images])
             whole = replace(tokens, features=tokens.output)
             features += self.with_places(whole.keep(tokens.positions), grids[images])
-            first = last
         return features
 
     # ---- Positions ----

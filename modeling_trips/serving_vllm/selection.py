@@ -1,6 +1,6 @@
 """Parts that both kinds of models share: the question in the hash of the image, and the selection itself."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -142,14 +142,13 @@ class RequestInputs:
         return RequestInputs(choices=self.choices[images], questions=questions)
 
     def repeat(self, counts: list[int]) -> "RequestInputs":
-        """Return them for each tile of images with these numbers of tiles."""
-        choices = []
-        questions = None if self.questions is None else []
-        for image, count in enumerate(counts):
-            choices += [self.choices[image]] * count
-            if questions is not None:
-                questions += [self.questions[image]] * count
-        return RequestInputs(choices=choices, questions=questions)
+        """Return them with the question of each tile, for images with these numbers of tiles."""
+        if self.questions is None:
+            return self
+        questions = []
+        for question, count in zip(self.questions, counts):
+            questions += [question] * count
+        return replace(self, questions=questions)
 
 
 class ServedLayer(TowerLayer):
@@ -203,10 +202,12 @@ class SelectingModel(nn.Module):
         log = logger.warning if self.settings.keeps_all else logger.info
         log("Patch selection %s.", self.settings.describe(family.tokens_per_image))
 
-    def split(self, pixel_values: torch.Tensor, counts: list[int], request: RequestInputs) -> list[slice]:
+    def calls(
+        self, pixel_values: torch.Tensor, counts: list[int], request: RequestInputs
+    ) -> Iterator[tuple[slice, slice]]:
         """
-        Return the images of each call of the encoder; an image has `counts` rows of `pixel_values`. vLLM plans by kept
-        tokens, but patches take the memory, so a call gets no more of them than without selection.
+        Yield the images of each call of the encoder, and their rows of `pixel_values`, of which an image has `counts`.
+        vLLM plans by kept tokens, but patches take the memory, so a call gets no more of them than without selection.
         """
         if pixel_values.dim() == 2:  # Qwen-VL: a row is a patch
             num_tokens = len(pixel_values) // self.family.unit**2
@@ -217,7 +218,11 @@ class SelectingModel(nn.Module):
                 tokens_per_tile = (side // self.family.unit) ** 2
             num_tokens = pixel_values[..., 0, 0, 0].numel() * tokens_per_tile
         sizes = [count * num_tokens // sum(counts) for count in counts]
-        return split_calls(sizes, most=self.max_tokens, choices=request.choices)
+        first = 0
+        for images in split_calls(sizes, most=self.max_tokens, choices=request.choices):
+            last = first + sum(counts[images])
+            yield images, slice(first, last)
+            first = last
 
     def query(self, questions: Sequence[torch.Tensor] | None) -> torch.Tensor | None:
         """Return the queries of the guide, `(num_images, num_heads, head_dim)`, or `None` without one."""
@@ -228,13 +233,13 @@ class SelectingModel(nn.Module):
 
     def embed_questions(self, questions: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the input embeddings `(num_images, length, width)` of the questions, and their mask."""
-        lengths = [len(question) for question in questions]
+        longest = max(len(question) for question in questions)
         # The padding also gives an empty question a position, which the mask leaves out.
-        ids = questions[0].new_zeros(len(questions), max(lengths) + 1)  # (num_images, length)
-        for row, question in zip(ids, questions):
-            row[: len(question)] = question
-        places = torch.arange(ids.shape[1], device=ids.device)
-        mask = places < torch.tensor(lengths, device=ids.device).unsqueeze(1)
+        ids = questions[0].new_zeros(len(questions), longest + 1)  # (num_images, length)
+        mask = torch.zeros_like(ids, dtype=torch.bool)
+        for row, question in enumerate(questions):
+            ids[row, : len(question)] = question
+            mask[row, : len(question)] = True
         embeddings = self.embed_input_ids(ids.flatten())  # (num_images * length, width)
         return embeddings.unflatten(0, ids.shape), mask
 

@@ -94,7 +94,7 @@ class Qwen2Layer(QwenLayer):
         return self.attn.split_qkv(stacked)  # gathers the heads of all processes first
 
 
-class ServedQwen:
+class ServedQwen(Qwen2Vl):
     """Parts of vLLM's model that all its Qwen classes name alike."""
 
     def __init__(self, model: nn.Module):
@@ -119,7 +119,7 @@ class ServedQwen:
         return self.config.vision_config.num_heads, head_dim
 
 
-class ServedQwen2(ServedQwen, Qwen2Vl):
+class ServedQwen2(ServedQwen):
     layer_classes = {"Qwen2VisionBlock": Qwen2Layer}
 
 

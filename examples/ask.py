@@ -95,13 +95,15 @@ def draw_selection(
     inputs = processor(images=image, text=questions, image_index=[0] * len(questions), return_tensors="pt")
     selection = model.model(**inputs, schedule=schedule).selection
     sizes = [(image.height, image.width)] * len(questions)
-    boxes_of_questions: list[list[torch.Tensor]] = [[] for _ in questions]  # one entry per layer
-    for layer in selection:
-        boxes_of_layer = processor.patch_boxes(layer.kept_indices, sizes)
-        for boxes, kept in zip(boxes_of_questions, boxes_of_layer):
-            boxes.append(kept)
-    num_patches = selection[0].scores.shape[1]
-    return plot_selection(image, questions, answers, boxes_of_questions, num_patches=num_patches, path=path)
+    boxes_of_layers = [processor.patch_boxes(layer.kept_indices, sizes) for layer in selection]
+    return plot_selection(
+        image,
+        questions=questions,
+        answers=answers,
+        boxes_per_question=[list(boxes) for boxes in zip(*boxes_of_layers)],  # for each question, of each layer
+        num_patches=selection[0].scores.shape[1],
+        path=path,
+    )
 
 
 @torch.no_grad()

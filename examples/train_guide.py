@@ -30,8 +30,9 @@ class GuideArguments:
     dtype: str = option("auto", "Data type of the frozen model.")
 
     def __post_init__(self):
-        if not 0 < self.selection_gate <= 1:
-            raise ValueError(f"--selection_gate must be in (0, 1], got {self.selection_gate}.")
+        for name in ("keep_rate", "selection_gate"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"--{name} must be in (0, 1], got {getattr(self, name)}.")
 
 
 OPTIONS = make_parser(
@@ -56,6 +57,8 @@ from typing import Any
 
 import PIL.Image
 import torch
+from accelerate import PartialState
+from datasets import Dataset
 from datasets.fingerprint import Hasher
 from torch import nn
 from torch.utils.data import DataLoader
@@ -246,31 +249,46 @@ class GuideTrainer(FiniteTrainer):
 
 def facts_of(args, data_args, training_args, data, model) -> dict:
     """Return what makes the weights of a guide, for its card and its checkpoints: model, data and options."""
-    name, columns = Path(args.model), ("source", "image_id", "question", "answers", "region")
-    file = Path(data_args.train_file).name if data_args.train_file else data_args.dataset_name or BUNDLED
-    return {
-        "base model": name.resolve().name if name.exists() else str(name),
+    folder = Path(args.model)
+    source = data_args.dataset_name or BUNDLED
+    if data_args.train_file:
+        source = Path(data_args.train_file).name
+    columns = ("source", "image_id", "question", "answers", "region")
+    fingerprint = Hasher.hash([column_of(data["train"], column) for column in columns])
+    facts = {
+        "base model": folder.resolve().name if folder.exists() else args.model,
         "commit": getattr(model.config, "_commit_hash", None),
         "dtype": str(model.dtype),
-        "data": f"{file} ({Hasher.hash([column_of(data['train'], column) for column in columns])})",
+        "data": f"{source} ({fingerprint})",
         "teacher": args.teacher,
         "keep rate": args.keep_rate,
-        **({"selection gate": args.selection_gate} if args.teacher == "answers" else {}),
-        "processes": training_args.world_size,
-        **{name: value for name, value in training_args.to_dict().items() if name in SETTINGS},
     }
+    if args.teacher == "answers":
+        facts["selection gate"] = args.selection_gate
+    facts["processes"] = training_args.world_size
+    for name, value in training_args.to_dict().items():
+        if name in SETTINGS:
+            facts[name] = value
+    return facts
+
+
+def rows_with_region(split: str, rows: Dataset) -> Dataset:
+    """Leave out rows without a region, with a warning. Raise a `ValueError` if there are no others."""
+    known = [row for row, region in enumerate(column_of(rows, "region")) if region is not None]
+    if not known:
+        raise ValueError(f"No row of the {split} split has a region. Use --teacher attention or answers.")
+    num_missing = len(rows) - len(known)
+    if num_missing and PartialState().is_main_process:
+        logger.warning("Left out %d of the %d rows of %s, which have no region.", num_missing, len(rows), split)
+    return rows.select(known)
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     args, data_args, training_args = parse_arguments(OPTIONS, argv)
     data = load_data("vqa", data_args, training_args)
-    for split, rows in data.items() if args.teacher == "regions" else ():
-        known = [row for row, region in enumerate(column_of(rows, "region")) if region is not None]
-        if not known:
-            raise ValueError(f"No row of the {split} split has a region. Use --teacher attention or answers.")
-        if (missing := len(rows) - len(known)) and training_args.should_log:
-            logger.warning("Left out %d of the %d rows of %s, which have no region.", missing, len(rows), split)
-        data[split] = rows.select(known)
+    if args.teacher == "regions":
+        for split, rows in data.items():
+            data[split] = rows_with_region(split, rows)
     vlm = VisionLanguageModel(args.model, device=training_args.device, dtype=args.dtype)
     model = vlm.model.requires_grad_(False)
     if training_args.do_train:

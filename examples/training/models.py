@@ -142,37 +142,59 @@ def load_start(
         `ValueError`, `OSError`: The options do not fit, or the checkpoint or tokenizer does not exist.
     """
     args.check_start()
-    fields, processor = {**config_fields(args), **task_fields}, None
-    side = args.image_size or args.max_image_size
+    fields = {**config_fields(args), **task_fields}
     if args.model is not None:
-        config = TripsConfig.from_pretrained(args.model, **fields)
-        processor = TripsProcessor.from_pretrained(args.model)
-        if side is not None:
-            set_image_size(processor, side)
+        config, processor = _start_from_checkpoint(args, fields)
     elif args.starts_from_parts:
-        towers = args.vision_model_name_or_path, args.text_model_name_or_path
-        config = vision_text_config(*towers, None, args.num_fusion_layers, side, **fields)
-        tokenizer = _tokenizer(args.tokenizer or towers[1])
-        _set_ends(config, tokenizer)
-        processor = make_processor(tokenizer, config)
-        source = AutoImageProcessor.from_pretrained(towers[0])  # the tower's normalization of images
-        for name in ("image_mean", "image_std"):
-            setattr(processor.image_processor, name, getattr(source, name))
+        config, processor = _start_from_towers(args, fields)
     else:
-        side = side or scene_size
-        config = TripsConfig.from_preset(
-            args.preset or "tiny", vision_config={} if side is None else {"image_size": side}, **fields
-        )
-        if args.tokenizer is not None:
-            tokenizer = _tokenizer(args.tokenizer)
-            _set_vocabulary(config, tokenizer)
-            processor = make_processor(tokenizer, config)
-    most = config.vision_config.num_hidden_layers
-    if args.freeze_vision_layers is not None and not 0 <= args.freeze_vision_layers <= most:
-        raise ValueError(
-            f"--freeze_vision_layers must be in 0..{most} for this vision tower, got {args.freeze_vision_layers}."
-        )
+        config, processor = _start_from_scratch(args, scene_size, fields)
+    num_layers = config.vision_config.num_hidden_layers
+    num_frozen = args.freeze_vision_layers or 0
+    if not 0 <= num_frozen <= num_layers:
+        raise ValueError(f"--freeze_vision_layers must be in 0..{num_layers} for this tower, got {num_frozen}.")
     return config, processor
+
+
+def _start_from_checkpoint(args: ModelArguments, fields: dict) -> tuple[TripsConfig, TripsProcessor]:
+    config = TripsConfig.from_pretrained(args.model, **fields)
+    processor = TripsProcessor.from_pretrained(args.model)
+    side = args.image_size or args.max_image_size
+    if side is not None:
+        set_image_size(processor, side)
+    return config, processor
+
+
+def _start_from_towers(args: ModelArguments, fields: dict) -> tuple[TripsConfig, TripsProcessor]:
+    vision = args.vision_model_name_or_path
+    text = args.text_model_name_or_path
+    config = vision_text_config(
+        vision,
+        text,
+        num_fusion_layers=args.num_fusion_layers,
+        image_size=args.image_size or args.max_image_size,
+        **fields,
+    )
+    tokenizer = _tokenizer(args.tokenizer or text)
+    _set_ends(config, tokenizer)
+    processor = make_processor(tokenizer, config)
+    source = AutoImageProcessor.from_pretrained(vision)  # the tower's normalization of images
+    processor.image_processor.image_mean = source.image_mean
+    processor.image_processor.image_std = source.image_std
+    return config, processor
+
+
+def _start_from_scratch(
+    args: ModelArguments, scene_size: int | None, fields: dict
+) -> tuple[TripsConfig, TripsProcessor | None]:
+    side = args.image_size or args.max_image_size or scene_size
+    vision_fields = {} if side is None else {"image_size": side}
+    config = TripsConfig.from_preset(args.preset or "tiny", vision_config=vision_fields, **fields)
+    if args.tokenizer is None:
+        return config, None
+    tokenizer = _tokenizer(args.tokenizer)
+    _set_vocabulary(config, tokenizer)
+    return config, make_processor(tokenizer, config)
 
 
 def train_processor(config: TripsConfig, texts: Iterable[str]) -> TripsProcessor:
@@ -187,8 +209,10 @@ def fit_image_size(config: TripsConfig, processor: TripsProcessor, sizes: list[t
     Set the side of the images of a model and its processor: the median of the longer sides of `sizes`, (height, width)
     in pixels, rounded to patches, or `largest` if that is less.
     """
-    patch = processor.patch_size
-    side = min(largest, max(1, round(median(map(max, sizes)) / patch)) * patch)
+    patch_size = processor.patch_size
+    longer_side = median(max(size) for size in sizes)
+    num_patches = max(1, round(longer_side / patch_size))
+    side = min(largest, num_patches * patch_size)
     config.vision_config.image_size = side
     set_image_size(processor, side)
 
@@ -201,17 +225,24 @@ def make_model(
     encoder, or a model from scratch.
     """
     attention = None if torch.accelerator.is_available() else "eager"  # faster on CPUs
-    new, left_out = [], []
+    new: list[str] = []
+    left_out: list[str] = []
     logging.disable(logging.WARNING)  # a line for each new or unused weight
     try:
         if args.model is not None:
             model, loading = model_class.from_pretrained(
                 args.model, config=config, attn_implementation=attention, output_loading_info=True
             )
-            new, left_out = loading["missing_keys"], loading["unexpected_keys"]
+            new = loading["missing_keys"]
+            left_out = loading["unexpected_keys"]
         elif args.starts_from_parts:
-            towers = args.vision_model_name_or_path, args.text_model_name_or_path
-            model, report = make_vision_text_model(model_class, config, *towers, decoder_from_text=True)
+            model, report = make_vision_text_model(
+                model_class,
+                config,
+                vision=args.vision_model_name_or_path,
+                text=args.text_model_name_or_path,
+                decoder_from_text=True,
+            )
             new = report.new
             if attention is not None:
                 model.set_attn_implementation(attention)
@@ -220,15 +251,18 @@ def make_model(
     finally:
         logging.disable(logging.NOTSET)
     for what, keys in (("new", new), ("left out", left_out)):
-        if parts := sorted({key.removeprefix("model.").partition(".")[0] for key in keys}):
-            logger.info("Weights of %s, %s: %s", args.start, what, ", ".join(parts))
+        parts = {key.removeprefix("model.").partition(".")[0] for key in keys}
+        if parts:
+            logger.info("Weights of %s, %s: %s", args.start, what, ", ".join(sorted(parts)))
     if args.model is not None and start_decoder_from_text(model, new):
         logger.info("The decoder starts from the text encoder.")
     if args.freeze_vision_layers is not None:
         tower = model.base_model.vision_model
-        frozen = (tower.embeddings, getattr(tower, "pre_layernorm", None), *tower.layers[: args.freeze_vision_layers])
-        for part in filter(None, frozen):
-            part.requires_grad_(False)
+        tower.embeddings.requires_grad_(False)
+        if tower.config.use_pre_layernorm:
+            tower.pre_layernorm.requires_grad_(False)
+        for layer in tower.layers[: args.freeze_vision_layers]:
+            layer.requires_grad_(False)
     return model
 
 
@@ -242,13 +276,15 @@ def _tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def _set_vocabulary(config: TripsConfig, tokenizer: PreTrainedTokenizerBase):
     for part in (config.text_config, config.fusion_encoder_config, config.decoder_config):
-        part.vocab_size, part.pad_token_id = len(tokenizer), tokenizer.pad_token_id
+        part.vocab_size = len(tokenizer)
+        part.pad_token_id = tokenizer.pad_token_id
     config.pad_token_id = tokenizer.pad_token_id
     _set_ends(config, tokenizer)
 
 
 def _set_ends(config: TripsConfig, tokenizer: PreTrainedTokenizerBase):
-    config.decoder_config.bos_token_id = config.decoder_start_token_id = tokenizer.cls_token_id
+    config.decoder_start_token_id = tokenizer.cls_token_id
+    config.decoder_config.bos_token_id = tokenizer.cls_token_id
     config.decoder_config.eos_token_id = tokenizer.sep_token_id
 
 
@@ -311,15 +347,23 @@ def texts_of_images(
     """
     counts = Counter(image_keys(rows)).values()
     num_groups = sum(math.ceil(count / group_size) for count in counts)
-    texts = column_of(rows.select(range(min(256, len(rows)))), column)
-    lengths = map(len, processor.tokenizer(processor.clean_texts(texts))["input_ids"])
-    return len(rows) / len(counts), len(rows) / num_groups, max(lengths)
+    some_rows = rows.select(range(min(256, len(rows))))
+    texts = column_of(some_rows, column)
+    token_ids = processor.tokenizer(processor.clean_texts(texts))["input_ids"]
+    text_length = max(len(ids) for ids in token_ids)
+    texts_per_image = len(rows) / len(counts)
+    texts_in_batch = len(rows) / num_groups
+    return texts_per_image, texts_in_batch, text_length
 
 
 def some_image_sizes(rows: Dataset) -> list[tuple[int, int]]:
     """Return the upright (height, width) in pixels of the images of up to 256 rows, of pairs the first."""
-    some = rows.select(range(0, len(rows), math.ceil(len(rows) / 256)))
-    return [image_size({"image": row["images"][0]} if "images" in row else row) for row in some]
+    step = math.ceil(len(rows) / 256)
+    sizes = []
+    for row in rows.select(range(0, len(rows), step)):
+        image = row["images"][0] if "images" in row else row["image"]
+        sizes.append(image_size({"image": image}))
+    return sizes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -336,11 +380,13 @@ def start_decoder_from_text(model: TripsPreTrainedModel, missing: Iterable[str])
     new = {name for name, _ in model.named_parameters() if name.startswith("decoder.encoder.")}
     if not new or not new <= set(missing):
         return False
-    text, decoder = model.base_model.text_model, model.decoder
-    sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
-    agree = all(getattr(text.config, size) == getattr(decoder.config, size) for size in sizes)
-    if not agree or text.config.num_hidden_layers == 0 or is_deepspeed_zero3_enabled():
+    text = model.base_model.text_model
+    decoder = model.decoder
+    if text.config.num_hidden_layers == 0 or is_deepspeed_zero3_enabled():
         return False
+    for size in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "max_position_embeddings"):
+        if getattr(text.config, size) != getattr(decoder.config, size):
+            return False
     decoder.embeddings.load_state_dict(text.embeddings.state_dict())
     model.lm_head.decoder.weight.copy_(text.embeddings.word_embeddings.weight)
     layers = decoder.encoder.layer

@@ -34,7 +34,8 @@ class FeatureQueue(nn.Module):
 
     def behind(self, features: torch.Tensor, ids: torch.LongTensor) -> tuple[torch.Tensor, torch.LongTensor]:
         """Return features and ids of the given rows, followed by the queue's. Later pushes do not change them."""
-        return torch.cat((features, self.features.to(features.dtype))), torch.cat((ids, self.ids))
+        queued = self.features.to(features.dtype)
+        return torch.cat((features, queued)), torch.cat((ids, self.ids))
 
     @torch.no_grad()
     def push(self, features: torch.Tensor, ids: torch.LongTensor):
@@ -127,20 +128,24 @@ class MomentumTeacher(nn.Module):
         image_index, image_ids = check_captions(text_embeds, len(image_embeds), image_index, image_ids)
         text_ids = image_ids[image_index]
         image_counts, text_counts = row_counts(image_ids, text_ids)
-        images = tuple(gather_with_gradient(rows, image_counts) for rows in (image_embeds, image_ids))
-        texts = tuple(gather_with_gradient(rows, text_counts) for rows in (text_embeds, text_ids))
+        image_embeds = gather_with_gradient(image_embeds, image_counts)
+        image_ids = gather_with_gradient(image_ids, image_counts)
+        text_embeds = gather_with_gradient(text_embeds, text_counts)
+        text_ids = gather_with_gradient(text_ids, text_counts)
         return {
-            "images": self.images.behind(*images),
-            "texts": self.texts.behind(*texts),
-            "num_images": len(images[1]),
-            "num_texts": len(texts[1]),
+            "images": self.images.behind(image_embeds, image_ids),
+            "texts": self.texts.behind(text_embeds, text_ids),
+            "num_images": len(image_ids),
+            "num_texts": len(text_ids),
         }
 
     def push(self, output: TeacherOutput):
         """Add the features of a batch to the queues."""
         if output.images is not None:
-            self.images.push(*(rows[: output.num_images] for rows in output.images))
-            self.texts.push(*(rows[: output.num_texts] for rows in output.texts))
+            image_embeds, image_ids = output.images
+            text_embeds, text_ids = output.texts
+            self.images.push(image_embeds[: output.num_images], image_ids[: output.num_images])
+            self.texts.push(text_embeds[: output.num_texts], text_ids[: output.num_texts])
 
     def teach(self, inputs: dict, weight: float) -> dict:
         """Add the teacher's output and its weight to the inputs of [`TripsForPreTraining`]."""

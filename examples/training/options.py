@@ -283,10 +283,15 @@ class Parser(HfArgumentParser):
         self.defaults = defaults
         self.trains = any(issubclass(each, RunOptions) for each in classes)
         self.set_defaults(**defaults)
-        of_recipe = recipe(task, {"train_file": None}, on_cpu)
+        of_recipe = recipe(task, {"train_file": None})
+        of_recipe_on_cpu = recipe(task, {"train_file": None}, on_cpu=True)
         for action in self._actions:
-            if of_recipe.get(action.dest) is not None:
-                action.help += f" On own data, without a start: {of_recipe[action.dest]}."
+            value = of_recipe.get(action.dest)
+            if value is None:
+                continue
+            action.help += f" On own data, without a start: {value}"
+            value_on_cpu = of_recipe_on_cpu[action.dest]
+            action.help += "." if value_on_cpu == value else f", on a CPU {value_on_cpu}."
         if self.trains:
             self.add_argument("--help_all", action="help", help="Show the options of Transformers' Trainer, too.")
 
@@ -320,7 +325,8 @@ class Parser(HfArgumentParser):
             blank = Namespace(**dict.fromkeys(own, MISSING))
             parsed, _ = super().parse_known_args(args, blank)
             typed = {name: value for name, value in vars(parsed).items() if value is not MISSING}
-            defaults = recipe(self.task, typed, self.on_cpu or typed.get("use_cpu", False))
+            on_cpu = self.on_cpu or typed.get("use_cpu", False)
+            defaults = recipe(self.task, typed, on_cpu)
             defaults["unpruned_share"] = 0.0 if "model" in typed else UNPRUNED_SHARE
             namespace = Namespace(**{name: value for name, value in defaults.items() if name in own})
         namespace, unknown = super().parse_known_args(args, namespace)

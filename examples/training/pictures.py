@@ -33,15 +33,13 @@ def plot_training(history: list[dict], path: Path, unpruned_steps: int = 0, majo
     """
     from matplotlib.figure import Figure  # slow to import
 
-    technical = ("_loss", "_runtime", "_per_second", "_samples", "_images")
-    metrics = [
-        name for entry in history for name in entry if name.startswith("eval_") and not name.endswith(technical)
-    ]
     names = ["loss"]
-    if metrics and sum(metrics[0] in entry for entry in history) > 1:
-        names.append(metrics[0])
+    metric = first_metric(history)
+    if metric is not None and sum(metric in entry for entry in history) > 1:
+        names.append(metric)
     figure = Figure(figsize=(5 * len(names), 4), dpi=120, layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
+    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    for axes, name in zip(panels, names):
         steps = [entry["step"] for entry in history if name in entry]
         values = [entry[name] for entry in history if name in entry]
         axes.plot(steps, values, marker="." if len(steps) < 30 else "")
@@ -55,6 +53,16 @@ def plot_training(history: list[dict], path: Path, unpruned_steps: int = 0, majo
             axes.legend()
     with whole_file(path) as partial:
         figure.savefig(partial)
+
+
+def first_metric(history: list[dict]) -> str | None:
+    """Return the name of the first metric of the evaluations, without losses, times and counts."""
+    technical = ("_loss", "_runtime", "_per_second", "_samples", "_images")
+    for entry in history:
+        for name in entry:
+            if name.startswith("eval_") and not name.endswith(technical):
+                return name
+    return None
 
 
 def draw_predictions(
@@ -94,18 +102,20 @@ def draw_predictions(
 def picture_of(trainer: Trainer, row: dict) -> PIL.Image.Image:
     """Draw the image of a row, or its images side by side. Patches that the last selection layer drops are faded."""
     is_pair = "images" in row
-    images = [read_image({"image": image}) for image in row["images"]] if is_pair else [read_image(row)]
+    encoded_images = row["images"] if is_pair else [row["image"]]
+    images = [read_image({"image": image}) for image in encoded_images]
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     batch = trainer.data_collator([row])
     inputs = {name: batch[name].to(model.device) for name in MODEL_INPUTS if name in batch}
-    selection = (model if is_pair else model.base_model)(**inputs).selection
+    encoder = model if is_pair else model.base_model  # only the head for pairs takes two images
+    selection = encoder(**inputs).selection
     if selection:
         sizes = [(image.height, image.width) for image in images]
         boxes = trainer.processing_class.patch_boxes(selection[-1].kept_indices, sizes)
         images = [draw_kept_patches(image, kept, min_side=1) for image, kept in zip(images, boxes, strict=True)]
-    whole = PIL.Image.new(
-        "RGB", (sum(image.width for image in images), max(image.height for image in images)), "white"
-    )
+    width = sum(image.width for image in images)
+    height = max(image.height for image in images)
+    whole = PIL.Image.new("RGB", (width, height), "white")
     left = 0
     for image in images:
         whole.paste(image, (left, 0))

@@ -71,10 +71,12 @@ class RetrievalTrainer(ImageGroupedTrainer):
         """Write and draw what each caption found."""
         image_rows, _ = first_rows(column_of(dataset, "image_id"))
         image_ids = column_of(dataset.select(image_rows), "image_id")
-        best = ranking.candidates.tolist()
-        ranks = [first_right + 1 for first_right in ranking.first_right.tolist()]
-        found = [[image_ids[number] for number in numbers[:10]] for numbers in best]
-        predictions = [{"found": ids, "first_right": rank} for ids, rank in zip(found, ranks)]
+        best = ranking.candidates[:, :10].tolist()
+        ranks = (ranking.first_right + 1).tolist()
+        predictions = []
+        for numbers, rank in zip(best, ranks):
+            found = [image_ids[number] for number in numbers]
+            predictions.append({"found": found, "first_right": rank})
         write_predictions(self.args.output_dir, dataset, ["source", "caption"], predictions)
 
         def row_with_found_image(number: int) -> dict:

@@ -112,7 +112,8 @@ class FiniteCallback(TrainerCallback):
         if args.fp16 or not gradients:  # the scaler of fp16 skips such steps, DeepSpeed has its own gradients
             return
         norm = nn.utils.get_total_norm(gradients)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2
+        if hasattr(norm, "full_tensor"):  # FSDP2
+            norm = norm.full_tensor()
         if not norm.isfinite():
             raise FloatingPointError(f"The gradient norm of step {state.global_step + 1} is {norm:g}. {REMEDY}")
 
@@ -191,7 +192,8 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
     def schedule(self) -> SelectionSchedule | None:
         """The schedule of this step, or of the evaluation after it: unpruned, or None for the configuration's."""
         step = self.state.global_step + int(self.model.training)
-        return UNPRUNED if self.is_in_train and self.unpruned_steps and step <= self.unpruned_steps else None
+        is_unpruned = self.is_in_train and self.unpruned_steps > 0 and step <= self.unpruned_steps
+        return UNPRUNED if is_unpruned else None
 
     @property
     def regions_used_for(self) -> str:
@@ -220,8 +222,11 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler[int]:
-        keys = image_keys(self.train_dataset if train_dataset is None else train_dataset)
-        self.train_sampler = ImageGroupedSampler(keys, self.args.texts_per_image, self.args.seed)
+        if train_dataset is None:
+            train_dataset = self.train_dataset
+        self.train_sampler = ImageGroupedSampler(
+            image_keys(train_dataset), group_size=self.args.texts_per_image, seed=self.args.seed
+        )
         return self.train_sampler
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
@@ -244,7 +249,8 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
         return optimizer
 
     def get_train_dataloader(self):
-        evaluation_collator, self.data_collator = self.data_collator, self.train_collator
+        evaluation_collator = self.data_collator
+        self.data_collator = self.train_collator
         try:
             return super().get_train_dataloader()
         finally:
@@ -269,8 +275,11 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
 
     def means_of(self, losses: dict[str, list[torch.Tensor]]) -> dict[str, float]:
         """Return the mean of each loss over steps and processes."""
-        means = {name: torch.stack(values).mean() for name, values in losses.items()}
-        return {name: self.accelerator.gather(mean).mean().item() for name, mean in means.items()}
+        means = {}
+        for name, values in losses.items():
+            own_mean = torch.stack(values).mean()
+            means[name] = self.accelerator.gather(own_mean).mean().item()
+        return means
 
     def evaluation_loop(self, *args, **kwargs):
         # `Seq2SeqTrainer` keeps the rows that pad the last batch of several processes.

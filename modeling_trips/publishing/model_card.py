@@ -103,11 +103,11 @@ def make_model_card(
 
 def read_sensitivities(run: dict[str, Any], schedule: SelectionSchedule) -> list[str]:
     """Return in sentences what the patches of the last selection layer depend on, if the results say so."""
-    values: dict[str, Any] = {}
-    for split in ("eval", "test"):
-        for what in ("text", "image") if schedule.layers else ():
-            values[what] = run.get(f"{split}_layer{schedule.layers[-1]}_{what}_sensitivity", values.get(what))
-    return describe_sensitivities(values.get("text"), values.get("image"))
+    if not schedule.layers:
+        return []
+    split = "test" if any(name.startswith("test_") for name in run) else "eval"
+    layer = f"{split}_layer{schedule.layers[-1]}"
+    return describe_sensitivities(run.get(f"{layer}_text_sensitivity"), run.get(f"{layer}_image_sensitivity"))
 
 
 def read_results(run: dict[str, Any], task: str, dataset: str) -> list[EvalResult]:

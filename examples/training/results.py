@@ -15,8 +15,14 @@ from trips_examples.training.trainer import FiniteTrainer, ImageGroupedTrainer
 logger = logging.getLogger(__name__)
 
 # The metric that sums up a task: the first of them that an evaluation has.
-SCORES = ("accuracy", "cider", "r_mean", "features_r_mean", "region_recall")
-SPLITS = {"test": "Test", "eval": "Validation"}
+SCORES = {
+    "accuracy": "accuracy",
+    "cider": "CIDEr",
+    "r_mean": "mean recall",
+    "features_r_mean": "mean recall of the features",
+    "region_recall": "region recall",
+}
+SPLITS = {"eval": "Validation", "test": "Test"}
 
 
 def facts_of(trainer: FiniteTrainer) -> dict[str, Any]:
@@ -58,7 +64,7 @@ def summary(trainer: FiniteTrainer, split: str, metrics: dict[str, Any]) -> list
     score = next((name for name in SCORES if name in own), None)
     if score is not None:
         value = f"{own[score]:.2f}" if score == "cider" else f"{own[score]:.1%}"
-        line = f"{SPLITS[split]}, {own['samples']} rows: {score.replace('_', ' ')} {value}"
+        line = f"{SPLITS[split]}, {own['samples']} rows: {SCORES[score]} {value}"
         if "accuracy_majority" in own:
             line += f", the most frequent answer {own['accuracy_majority']:.1%}"
         lines.append(line)
@@ -80,16 +86,14 @@ def summary(trainer: FiniteTrainer, split: str, metrics: dict[str, Any]) -> list
 
 
 def print_summary(trainer: FiniteTrainer, metrics: dict[str, Any]):
-    """Print the summary of each evaluation, where everything else is, and what to type next."""
+    """Print the summary of the last evaluation and the metric of others, where the rest is, and what to type next."""
     folder = trainer.args.output_dir
     evaluated = [split for split in SPLITS if any(name.startswith(f"{split}_") for name in metrics)]
-    seen = set()
-    for split in evaluated:
-        new = [line for line in summary(trainer, split, metrics) if line not in seen]
-        seen.update(new)
-        print("", *new, sep="\n")
-    if evaluated:
-        print(f"All metrics: {Path(folder, f'{evaluated[-1]}_results.json')}")
+    for split in evaluated[:-1]:
+        print(*summary(trainer, split, metrics)[:1], sep="\n")
+    for split in evaluated[-1:]:
+        print(*summary(trainer, split, metrics), sep="\n")
+        print(f"All metrics: {Path(folder, f'{split}_results.json')}")
     if trainer.args.do_train:
         print(f"Model, predictions and training.png: {folder}")
         print(f"Next: {next_command(trainer)}")

@@ -42,7 +42,8 @@ import transformers
 from modeling_trips.inspection.files import whole_file
 from trips_examples.data.images import decode_image
 from trips_examples.indexing.finding import Finder
-from trips_examples.training.files import SIDE, sheet, write_json
+from trips_examples.training.files import write_json
+from trips_examples.training.pictures import SIDE, sheet
 
 
 def main(argv: list[str] | None = None):

@@ -683,8 +683,8 @@ class TripsVisionEmbeddings(nn.Module):
         grid = self.grid_of(pixel_values)
         dtype = self.patch_embeddings.projection.weight.dtype
         patches = self.patch_embeddings(pixel_values.to(dtype))
-        class_token = self.cls_token.to(patches.dtype)
-        class_token = class_token.expand(patches.shape[0], -1, -1)
+        class_token = self.cls_token.expand(patches.shape[0], -1, -1)
+        class_token = class_token.to(patches.dtype)  # after `expand`, so that its gradients add up in float32
         embeddings = torch.cat((class_token, patches), dim=1)  # (num_images, 1 + num_patches, hidden_size)
         embeddings = embeddings + self.interpolated_positions(grid)
         return self.dropout(embeddings)

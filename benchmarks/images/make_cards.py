@@ -107,7 +107,11 @@ def main(argv: list[str] | None = None):
         )
     chosen = sorted(by_name, key=hash_of)[: args.names]
     pictures = {name: by_name[name] for name in chosen}
-    num_cards = {"train": args.train_cards, "validation": args.validation_cards, "test": args.test_cards}
+    num_cards = {
+        "train": args.train_cards,
+        "validation": args.validation_cards,
+        "test": args.test_cards,
+    }
     with whole_folder(folder) as partial:
         partial.mkdir()
         for split, number in num_cards.items():

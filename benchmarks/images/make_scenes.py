@@ -151,7 +151,9 @@ class Thing(NamedTuple):
 
     @property
     def area(self) -> int:
-        return (self.box[2] - self.box[0]) * (self.box[3] - self.box[1])
+        width = self.box[2] - self.box[0]
+        height = self.box[3] - self.box[1]
+        return width * height
 
     def center(self, axis: int) -> float:
         return (self.box[axis] + self.box[axis + 2]) / 2
@@ -311,7 +313,13 @@ def write_split(split: str, pictures: Sequence[Picture], num_scenes: int, args: 
         for row in questions(things, sorted(by_name), rng):
             rows.append({"image": path, **row})
         for kind, text, thing in expressions(things, rng):
-            boxes.append({"image": path, "expression": text, "box": thing.box, "kind": kind})
+            row = {
+                "image": path,
+                "expression": text,
+                "box": thing.box,
+                "kind": kind,
+            }
+            boxes.append(row)
     write_lines(folder / f"{split}.jsonl", rows)
     write_lines(folder / f"{split}_boxes.jsonl", boxes)
 
@@ -327,7 +335,11 @@ def main(argv: list[str] | None = None):
     folder = Path(args.output_dir)
     if folder.exists():
         raise FileExistsError(f"{folder} exists. Give another --output_dir.")
-    num_scenes = {"train": args.train_scenes, "validation": args.validation_scenes, "test": args.test_scenes}
+    num_scenes = {
+        "train": args.train_scenes,
+        "validation": args.validation_scenes,
+        "test": args.test_scenes,
+    }
     with whole_folder(folder) as partial:
         partial.mkdir()
         source = args.pictures

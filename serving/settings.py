@@ -53,5 +53,5 @@ class Settings(BaseModel):
             return cls.model_validate(given)
         except ValidationError as error:
             faults = [f"{one['loc'][0]}={given.get(str(one['loc'][0]), '')}: {one['msg']}" for one in error.errors()]
-            names = ", ".join(str(field.alias) for field in cls.model_fields.values())
-            raise ValueError(f"{'; '.join(faults)}. The settings are {names}.") from error
+            settings = ", ".join(str(field.alias) for field in cls.model_fields.values())
+            raise ValueError(f"{'; '.join(faults)}. The settings are {settings}.") from error

@@ -8,8 +8,8 @@ Evaluate patch selection in a vision-language model on your questions, beside th
 The file is as for run_vqa.py. Answers are scored by VQA accuracy, or by exact match if a question has one. Every
 selection keeps about the same number of visual tokens per image: inside the vision tower (`tower_image`,
 `tower_text` with a trained --guide, `tower_random`), between the tower and the language model (`exit_prompt`,
-`exit_random`), or by a lower resolution (`fewer_pixels`). Tower and exit keep a share of each image: the number
-divided by the unpruned model's mean. Numbers that are not below this mean are left out.
+`exit_divprune`, `exit_cdpruner`, `exit_random`), or by a lower resolution (`fewer_pixels`). Tower and exit keep a
+share of each image: the number divided by the unpruned model's mean. Numbers that are not below it are left out.
 
 The table has the measured mean of visual tokens per image, the score, and its share of the unpruned model's. Each row
 is written to --output_json as soon as it is there; rows of these settings are not evaluated again. Run one process.
@@ -24,7 +24,16 @@ from trips_examples.training.options import make_parser, run_script
 
 
 UNPRUNED = "unpruned"
-SELECTIONS = ("tower_image", "tower_text", "tower_random", "exit_prompt", "exit_random", "fewer_pixels")
+SELECTIONS = (
+    "tower_image",
+    "tower_text",
+    "tower_random",
+    "exit_prompt",
+    "exit_divprune",
+    "exit_cdpruner",
+    "exit_random",
+    "fewer_pixels",
+)
 
 
 @dataclass

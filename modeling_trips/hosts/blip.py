@@ -19,7 +19,9 @@ from .vision import VisionTower
 
 
 def text_guidance_of(
-    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """Return the text's [CLS] from BLIP's unimodal text encoder: `(batch_size, hidden_size)`."""
     return model.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[:, 0]

@@ -84,7 +84,11 @@ class Host:
             self.layers[number - 1] = self.wrap(layer, number, selection, takes_text)
 
     def wrap(
-        self, layer: nn.Module, number: int, selection: LayerSelection | None, takes_text: bool = False
+        self,
+        layer: nn.Module,
+        number: int,
+        selection: LayerSelection | None,
+        takes_text: bool = False,
     ) -> SelectionLayer:
         """Return the selection layer of a layer; in a schedule with `takes_text` the caller may pass a text."""
         is_by_text = selection is not None and selection.guidance == "text"

@@ -47,7 +47,9 @@ class ModuleWrapper(nn.Module):
     def restore(self) -> nn.Module:
         """Return the wrapped module with attributes that were set meanwhile, such as `training`."""
         own = {*self.own_attributes, "own_attributes", "wrapped_module", "_compiled_call_impl"}
-        self.wrapped_module.__dict__.update((name, value) for name, value in vars(self).items() if name not in own)
+        for name, value in vars(self).items():
+            if name not in own:
+                self.wrapped_module.__dict__[name] = value
         return self.wrapped_module
 
     def __reduce_ex__(self, protocol):
@@ -73,7 +75,11 @@ def library_name(library_class: type) -> str | None:
 
 def lookup(table: Mapping[str, type], model_class: type) -> Any:
     """Return the entry for a class of a library, or for the nearest of its parents; `None` without one."""
-    return next((table[name] for base in model_class.__mro__ if (name := library_name(base)) in table), None)
+    for base in model_class.__mro__:
+        name = library_name(base)
+        if name in table:
+            return table[name]
+    return None
 
 
 def check_forward(module: nn.Module, name: str):
@@ -187,7 +193,9 @@ class SelectionPass:
         self.key_info = KeyInfo()
 
     def record(self, layer: int, kept: torch.Tensor, candidates: torch.Tensor, scores: torch.Tensor):
-        self.kept[layer], self.candidates[layer], self.scores[layer] = kept, candidates, scores
+        self.kept[layer] = kept
+        self.candidates[layer] = candidates
+        self.scores[layer] = scores
 
     def last_before(self, layer: float) -> int | None:
         """Return the last selection layer before this one."""
@@ -234,7 +242,8 @@ class SelectionLayer(ModuleWrapper):
     def project_query(self, states: torch.Tensor) -> torch.Tensor:
         """Project `(num_images, hidden_size)` to `(num_images, num_heads, head_dim)`."""
         parts = self.projections()
-        return project_rows(parts.query, parts.query_rows, states).unflatten(-1, (parts.num_heads, -1))
+        query = project_rows(parts.query, parts.query_rows, states)
+        return query.unflatten(-1, (parts.num_heads, -1))
 
     def project_key(self, states: torch.Tensor) -> torch.Tensor:
         """Project `(num_images, n, hidden_size)` to `(num_images, num_heads, n, head_dim)`."""
@@ -276,7 +285,11 @@ class SelectionLayer(ModuleWrapper):
         return hidden_states + self.feed_forward(hidden_states)
 
     def select(
-        self, current: SelectionPass, hidden_states: torch.Tensor, normed: torch.Tensor, query: torch.Tensor | None
+        self,
+        current: SelectionPass,
+        hidden_states: torch.Tensor,
+        normed: torch.Tensor,
+        query: torch.Tensor | None,
     ) -> torch.Tensor:
         """Reduce `(num_images, seq_length, hidden_size)` to prefix, kept units and, with `self.fuse`, fused token."""
         selector = current.selector
@@ -301,8 +314,8 @@ class SelectionLayer(ModuleWrapper):
         # One row per unit: the selection then drops all patches of a unit.
         units = to_units(patches, self.unit, is_whole).flatten(2)
         units = selector.shorten(units, scores, choice, self.fuse)  # (num_images, num_kept, unit ** 2 * hidden_size)
-        patches = units.unflatten(2, (self.unit**2, -1)).flatten(1, 2)
-        return torch.cat([prefix, patches], dim=1)
+        patches = units.unflatten(2, (self.unit**2, -1))
+        return torch.cat([prefix, patches.flatten(1, 2)], dim=1)
 
     def in_order(self, choice: TokenChoice) -> tuple[TokenChoice, KeyInfo]:
         """Return kept and probed units as kept ones in order, as a grid needs them, and the gate of their tokens."""
@@ -310,14 +323,16 @@ class SelectionLayer(ModuleWrapper):
         running, order = running.sort(dim=1)
 
         def token_values(values_of_units: torch.Tensor, value_of_prefix: float) -> torch.Tensor:
-            ordered = values_of_units.gather(1, order)
-            values = ordered.repeat_interleave(self.unit**2, dim=1)
+            values = values_of_units.repeat_interleave(self.unit**2, dim=1)
             return nn.functional.pad(values, (self.num_prefix_tokens, 0), value=value_of_prefix)
 
         num_kept = choice.kept.shape[1]
-        is_probed = torch.arange(order.shape[1], device=order.device) >= num_kept
-        is_probed = is_probed.expand(order.shape)
-        key_info = KeyInfo(gate=token_values(choice.gate, 1.0), is_probed=token_values(is_probed, False))
+        is_probed = order >= num_kept
+        gate = choice.gate.gather(1, order)
+        key_info = KeyInfo(
+            gate=token_values(gate, 1.0),
+            is_probed=token_values(is_probed, False),
+        )
         return TokenChoice(running), key_info
 
     def attention_to_units(self, current: SelectionPass, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -332,7 +347,11 @@ class SelectionLayer(ModuleWrapper):
         return whole.scatter(1, before, scores)
 
     def score_units(
-        self, normed: torch.Tensor, query: torch.Tensor | None, is_image: torch.Tensor | None, is_whole: bool
+        self,
+        normed: torch.Tensor,
+        query: torch.Tensor | None,
+        is_image: torch.Tensor | None,
+        is_whole: bool,
     ) -> torch.Tensor:
         """Score the candidates: `(num_images, num_candidates)`. Padding scores 0. `is_whole`: see `to_units`."""
         patches = normed[:, self.num_prefix_tokens :]
@@ -365,7 +384,10 @@ class SelectionLayer(ModuleWrapper):
         return self.project_query(text_embeds) if self.selection.guidance == "text" else None
 
     def guiding_query(
-        self, normed: torch.Tensor, text_query: torch.Tensor | None, is_image: torch.Tensor | None
+        self,
+        normed: torch.Tensor,
+        text_query: torch.Tensor | None,
+        is_image: torch.Tensor | None,
     ) -> torch.Tensor:
         """Return the query that scores the patches: `(num_images, num_heads, head_dim)`."""
         if self.selection.guidance == "text" and text_query is not None:
@@ -386,8 +408,9 @@ class SelectionLayer(ModuleWrapper):
         if is_image is None:
             return self.project_query(normed.mean(dim=1))
         weights = is_image.unsqueeze(-1).to(normed.dtype)
-        mean = (normed * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
-        return self.project_query(mean)
+        total = (normed * weights).sum(dim=1)
+        num_patches = weights.sum(dim=1).clamp(min=1)
+        return self.project_query(total / num_patches)
 
     def score(self, query: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """Score patches with states of shape `(num_images, num_patches, width)`: `(num_images, num_patches)`."""

@@ -42,9 +42,11 @@ class BridgeTowerLayer(SelectionLayer):
     keys_are_linear = False  # in a parameter, which `score_states` does not read
 
     def project(self, states: torch.Tensor, part: int) -> torch.Tensor:
-        weight = self.attn.in_proj_weight.chunk(3)[part]
-        bias = self.attn.in_proj_bias.chunk(3)[part]
-        return nn.functional.linear(states, weight, bias).unflatten(-1, (self.attn.num_heads, self.attn.head_dim))
+        attention = self.attn
+        weight = attention.in_proj_weight.chunk(3)[part]
+        bias = attention.in_proj_bias.chunk(3)[part]
+        projected = nn.functional.linear(states, weight, bias)
+        return projected.unflatten(-1, (attention.num_heads, attention.head_dim))
 
     def project_query(self, states: torch.Tensor) -> torch.Tensor:
         return self.project(states, 0)

@@ -62,7 +62,7 @@ def test_every_selection_keeps_about_the_same_number(questions, tmp_path):
     options += ["--limit", 2, "--output_json", tmp_path / "rows.json", "--visual_tokens", 576, 8]
     rows = evaluate_vlm.main([*map(str, options)])
     assert [row["selection"] for row in rows] == ["unpruned", *SELECTIONS]
-    assert [row["visual_tokens_per_image"] for row in rows[1:]] == pytest.approx([8] * 6, abs=2)
+    assert [row["visual_tokens_per_image"] for row in rows[1:]] == pytest.approx([8] * len(SELECTIONS), abs=2)
 
 
 def make_args(**options) -> EvaluationArguments:
@@ -86,6 +86,11 @@ def test_tower_selection_keeps_what_is_asked_for():
     args = make_args(guide="guide")
     assert model_arguments("tower_image", 192, 0.25, args) == {"schedule": "2:image:0.25", "guide": None}
     assert model_arguments("tower_text", 192, 0.5, args) == {"schedule": "2:text:0.5", "guide": "guide"}
+
+
+def test_the_exit_keeps_a_share_by_a_named_method():
+    args = make_args()
+    assert model_arguments("exit_divprune", 192, 0.25, args) == {"keep_rate": 0.25, "scorer": "divprune"}
 
 
 def test_selections_and_numbers_are_checked():

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
-from itertools import accumulate, chain
+from itertools import chain
 
 import torch
 from torch import nn
@@ -75,7 +75,10 @@ class Family(Host):
 
     def encode(self, inputs: Mapping, current: SelectionPass | None) -> VisualTokens:
         """Encode the images. Return the visual tokens that the tower keeps in this pass; `None`: all."""
-        arguments = {name: inputs[name] for name in self.encoder_arguments if inputs.get(name) is not None}
+        arguments = {}
+        for name in self.encoder_arguments:
+            if inputs.get(name) is not None:
+                arguments[name] = inputs[name]
         if current is not None and current.segments is not None:  # computed once for the tower
             arguments["image_window_index"] = current.unit_order
             arguments["image_cu_window_seqlens"] = current.segments
@@ -254,10 +257,14 @@ class LlavaNext(Llava):
 
     def kept_tokens(self, sizes: list[int], inputs: Mapping, current: SelectionPass) -> list[torch.Tensor]:
         kept = current.kept_before()
-        is_dropped = torch.ones(len(kept), current.grid_size, device=kept.device).scatter(1, kept, 0.0)
-        # Tokens interpolated from kept and dropped patches are dropped.
-        packed = self.pack([*is_dropped.unsqueeze(-1).split(self.tiles_per_image(inputs))], inputs)
-        return [(group[:, 0] <= 0).nonzero()[:, 0] for group in packed]
+        is_dropped = torch.ones(len(kept), current.grid_size, device=kept.device)
+        is_dropped = is_dropped.scatter(1, kept, 0.0).unsqueeze(-1)  # (num_tiles, num_patches, 1)
+        tiles = is_dropped.split(self.tiles_per_image(inputs))
+        kept_tokens = []
+        for group in self.pack([*tiles], inputs):
+            is_kept = group[:, 0] <= 0  # not tokens interpolated from kept and dropped patches
+            kept_tokens.append(is_kept.nonzero()[:, 0])
+        return kept_tokens
 
 
 class LlavaOnevision(LlavaNext):
@@ -386,8 +393,12 @@ class Qwen2Vl(Family):
         if current.unit_order is not None:
             kept = current.unit_order[kept]
         num_kept = current.num_kept[current.last_before(float("inf"))]
-        firsts = accumulate(sizes, initial=0)
-        return [part.sort().values - first for part, first in zip(kept.split(num_kept), firsts)]
+        kept_tokens = []
+        first = 0
+        for units, size in zip(kept.split(num_kept), sizes):
+            kept_tokens.append(units.sort().values - first)
+            first += size
+        return kept_tokens
 
 
 class Qwen25Vl(Qwen2Vl):
@@ -448,7 +459,8 @@ def restore_merged(layer: int, module: nn.Module, args: tuple, output: torch.Ten
     kept = current.kept_before(layer + 1) if current is not None else None
     if kept is None:
         return None
-    return output.new_zeros(sum(current.num_units), output.shape[1]).index_copy(0, kept, output)
+    whole = output.new_zeros(sum(current.num_units), output.shape[1])
+    return whole.index_copy(0, kept, output)
 
 
 def set_mask(module: nn.Module, args: tuple, kwargs: dict):

@@ -127,8 +127,11 @@ class Prompts:
         self.mask = torch.ones_like(self.is_visual) if mask is None else mask.bool()
         self.is_text = self.mask & ~self.is_visual
         # The only host sync, before the tower runs.
-        counts = [self.is_visual.sum(dim=1), self.is_text.sum(dim=1), ~self.mask[:, -1]]
-        self.num_visual, self.num_text, is_right_padded = torch.stack(counts).tolist()
+        num_visual = self.is_visual.sum(dim=1)
+        num_text = self.is_text.sum(dim=1)
+        is_right_padded = ~self.mask[:, -1]
+        counts = torch.stack([num_visual, num_text, is_right_padded])
+        self.num_visual, self.num_text, is_right_padded = counts.tolist()
         self.pads_right = any(is_right_padded)
 
     def is_token(self, token_id: int) -> torch.Tensor:

@@ -24,7 +24,8 @@ Scorer = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 def unit_vectors(states: torch.Tensor) -> torch.Tensor:
     """Return vectors of length 1, float32 or wider: their products are cosines."""
-    return nn.functional.normalize(states.to(torch.promote_types(states.dtype, torch.float32)), dim=-1)
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    return nn.functional.normalize(states.to(dtype), dim=-1)
 
 
 def centered_directions(features: torch.Tensor) -> torch.Tensor:
@@ -33,11 +34,15 @@ def centered_directions(features: torch.Tensor) -> torch.Tensor:
     all tokens of an image share dominates every cosine.
     """
     features = features.float()
-    return nn.functional.normalize(features - features.mean(dim=1, keepdim=True), dim=-1)
+    centered = features - features.mean(dim=1, keepdim=True)
+    return nn.functional.normalize(centered, dim=-1)
 
 
 def select_by_prompt(
-    features: torch.Tensor, prompt: torch.Tensor, prompt_mask: torch.Tensor, num_kept: int
+    features: torch.Tensor,
+    prompt: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    num_kept: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Keep the tokens that are close to a word of the prompt and far from every closer token.
@@ -50,7 +55,8 @@ def select_by_prompt(
     directions = centered_directions(features)
     words = nn.functional.normalize(prompt.float(), dim=-1)
     # With an empty prompt, all tokens are equally relevant.
-    cosines = (directions @ words.transpose(1, 2)).masked_fill(~prompt_mask[:, None], -1.0)
+    cosines = directions @ words.transpose(1, 2)  # (num_images, num_tokens, prompt_length)
+    cosines = cosines.masked_fill(~prompt_mask[:, None], -1.0)
     relevance = cosines.amax(dim=-1)  # (num_images, num_tokens)
     low, high = relevance.aminmax(dim=-1, keepdim=True)
     relevance = (relevance - low) / (high - low).clamp_min(1e-6)
@@ -59,22 +65,32 @@ def select_by_prompt(
     relevance_of_row = relevance[:, :, None]
     relevance_of_column = relevance[:, None, :]
     is_earlier = torch.ones_like(distance, dtype=torch.bool).tril(diagonal=-1)
-    is_above = relevance_of_column > relevance_of_row
-    is_above = is_above | ((relevance_of_column == relevance_of_row) & is_earlier)
+    is_tied = relevance_of_column == relevance_of_row
+    is_above = (relevance_of_column > relevance_of_row) | (is_tied & is_earlier)
     separation = distance.masked_fill(~is_above, 2.0).amin(dim=-1)
     kept = keep_topk((relevance + 1e-3) * separation, num_kept)
     return kept, gather_tokens(features, kept)
 
 
-@torch.no_grad()
-def choose_far_apart(features: torch.Tensor, num_kept: int) -> torch.Tensor:
-    """Return the positions of [`select_by_divprune`], ascending."""
-    directions = unit_vectors(features)
+def select_by_divprune(
+    features: torch.Tensor,
+    prompt: torch.Tensor | None,
+    prompt_mask: torch.Tensor | None,
+    num_kept: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Keep tokens that are far from each other (DivPrune, https://arxiv.org/abs/2503.02175). The prompt is not read.
+
+    Distances are 1 minus the cosine. The first token is the one whose nearest other token is farthest; each next one
+    is the token whose nearest kept token is farthest.
+    """
+    directions = unit_vectors(features.detach())
     distance = 1 - directions @ directions.transpose(1, 2)  # (num_images, num_tokens, num_tokens)
     distance = distance.nan_to_num(0.0)  # a faulty image still keeps as many tokens
     images = torch.arange(len(features), device=features.device)
     # The smallest distance of a token is that to itself.
-    to_nearest_other = distance.topk(2, dim=-1, largest=False).values[..., 1]
+    two_smallest = distance.topk(2, dim=-1, largest=False).values
+    to_nearest_other = two_smallest[..., 1]
     newest = to_nearest_other.argmax(dim=-1)  # (num_images,)
     chosen = [newest]
     to_nearest_kept = distance[images, newest]  # (num_images, num_tokens)
@@ -83,23 +99,10 @@ def choose_far_apart(features: torch.Tensor, num_kept: int) -> torch.Tensor:
         newest = to_nearest_kept.argmax(dim=-1)
         chosen.append(newest)
         to_nearest_kept = to_nearest_kept.minimum(distance[images, newest])
-    return torch.stack(chosen, dim=1).sort(dim=1).values
-
-
-def select_by_divprune(
-    features: torch.Tensor, prompt: torch.Tensor | None, prompt_mask: torch.Tensor | None, num_kept: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Keep tokens that are far from each other (DivPrune, https://arxiv.org/abs/2503.02175). The prompt is not read.
-
-    Distances are 1 minus the cosine. The first token is the one whose nearest other token is farthest; each next one
-    is the token whose nearest kept token is farthest.
-    """
-    kept = choose_far_apart(features, num_kept)
+    kept = torch.stack(chosen, dim=1).sort(dim=1).values
     return kept, gather_tokens(features, kept)
 
 
-@torch.no_grad()
 def choose_by_determinant(kernel: torch.Tensor, num_kept: int) -> torch.Tensor:
     """
     Return the tokens, ascending, that a greedy search for the largest determinant of their part of the kernel finds:
@@ -118,7 +121,8 @@ def choose_by_determinant(kernel: torch.Tensor, num_kept: int) -> torch.Tensor:
         chosen.append(newest)
         earlier = rows[:, :step]  # (num_images, step, num_tokens)
         earlier_of_newest = earlier[images, :, newest]  # (num_images, step)
-        rest = kernel[images, newest] - (earlier_of_newest.unsqueeze(-1) * earlier).sum(dim=1)
+        explained = (earlier_of_newest.unsqueeze(-1) * earlier).sum(dim=1)  # (num_images, num_tokens)
+        rest = kernel[images, newest] - explained
         gain = gains[images, newest].clamp_min(1e-12)  # 0 where the kept tokens span the features
         rows[:, step] = rest / gain.sqrt().unsqueeze(-1)
         gains = gains - rows[:, step].square()
@@ -127,7 +131,10 @@ def choose_by_determinant(kernel: torch.Tensor, num_kept: int) -> torch.Tensor:
 
 
 def select_by_cdpruner(
-    features: torch.Tensor, prompt: torch.Tensor, prompt_mask: torch.Tensor, num_kept: int
+    features: torch.Tensor,
+    prompt: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    num_kept: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Keep tokens that are relevant to the prompt and different from each other: CDPruner
@@ -137,10 +144,11 @@ def select_by_cdpruner(
     The relevance of a token is its mean cosine with the embeddings of the prompt, scaled to [0, 1] within the image.
     The authors' code for LLaVA takes the text tower of CLIP instead, with the opposite sign; other models have none.
     """
-    directions = unit_vectors(features)
-    words = unit_vectors(prompt) * prompt_mask.unsqueeze(-1)
+    directions = unit_vectors(features.detach())
+    words = unit_vectors(prompt.detach()) * prompt_mask.unsqueeze(-1)
     num_words = prompt_mask.sum(dim=-1, keepdim=True).clamp(min=1)
-    relevance = (directions @ words.transpose(1, 2)).sum(dim=-1) / num_words  # (num_images, num_tokens)
+    cosines_with_words = directions @ words.transpose(1, 2)
+    relevance = cosines_with_words.sum(dim=-1) / num_words  # (num_images, num_tokens)
     low, high = relevance.aminmax(dim=-1, keepdim=True)
     # Above 0, so that the least relevant token still counts; 1 for all tokens with an empty prompt.
     relevance = (relevance - low + 1e-6) / (high - low).clamp_min(1e-6)
@@ -149,22 +157,6 @@ def select_by_cdpruner(
     kernel = kernel.nan_to_num(0.0)  # a faulty image still keeps as many tokens
     kept = choose_by_determinant(kernel, num_kept)
     return kept, gather_tokens(features, kept)
-
-
-@torch.no_grad()
-def choose_distinct(directions: torch.Tensor, positions: torch.Tensor, num_kept: int) -> torch.Tensor:
-    """
-    Return `num_kept` of the positions, `(num_images, num_positions)`, whose tokens differ. Each step deals the tokens
-    into two halves, and drops up to 8 of the first: those nearest to a token of the second.
-    """
-    while positions.shape[1] > num_kept:
-        num_dropped = min(8, positions.shape[1] - num_kept, (positions.shape[1] + 1) // 2)
-        tokens = gather_tokens(directions, positions)
-        cosines = tokens[:, ::2] @ tokens[:, 1::2].transpose(1, 2)
-        order = cosines.amax(dim=-1).argsort(dim=-1, descending=True)
-        distinct = positions[:, ::2].gather(1, order[:, num_dropped:])
-        positions = torch.cat([distinct, positions[:, 1::2]], dim=1)
-    return positions
 
 
 def select_by_vispruner(
@@ -179,15 +171,31 @@ def select_by_vispruner(
     https://arxiv.org/abs/2412.01818). The prompt is not read. Tokens are compared after the connector, those of the
     authors before it.
     """
-    order = attention.argsort(dim=-1, descending=True)
-    attended, others = order.tensor_split([num_kept // 2], dim=1)
-    distinct = choose_distinct(unit_vectors(features), others, num_kept - num_kept // 2)
-    kept = torch.cat([attended, distinct], dim=1).sort(dim=1).values
+    directions = unit_vectors(features.detach())
+    order = attention.argsort(dim=-1, descending=True)  # (num_images, num_tokens)
+    num_attended = num_kept // 2
+    num_distinct = num_kept - num_attended
+    attended, others = order.tensor_split([num_attended], dim=1)
+    while others.shape[1] > num_distinct:
+        # The others are dealt into two halves. Up to 8 of the first leave, those nearest to a token of the second.
+        first = others[:, ::2]
+        second = others[:, 1::2]
+        first_directions = gather_tokens(directions, first)
+        second_directions = gather_tokens(directions, second)
+        cosines = first_directions @ second_directions.transpose(1, 2)
+        nearest_first = cosines.amax(dim=-1).argsort(dim=-1, descending=True)
+        num_dropped = min(8, others.shape[1] - num_distinct)
+        distinct = first.gather(1, nearest_first[:, num_dropped:])
+        others = torch.cat([distinct, second], dim=1)
+    kept = torch.cat([attended, others], dim=1).sort(dim=1).values
     return kept, gather_tokens(features, kept)
 
 
 def select_at_random(
-    features: torch.Tensor, prompt: torch.Tensor, prompt_mask: torch.Tensor, num_kept: int
+    features: torch.Tensor,
+    prompt: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    num_kept: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keep random tokens, drawn from PyTorch's global generator. A control."""
     kept = keep_topk(torch.rand(features.shape[:2], device=features.device), num_kept)
@@ -202,7 +210,9 @@ def pooling_cells(num_tokens: int, num_kept: int) -> tuple[int, int, int]:
     side = math.isqrt(num_tokens)
     if side * side != num_tokens:
         raise ValueError(f"Pooling needs a square grid of visual tokens, got {num_tokens} tokens.")
-    rows = max(divisor for divisor in range(1, math.isqrt(num_kept) + 1) if num_kept % divisor == 0)
+    rows = math.isqrt(num_kept)
+    while num_kept % rows > 0:
+        rows -= 1
     columns = num_kept // rows
     if columns > side:
         raise ValueError(f"{num_kept} cells do not fit a grid of {side} x {side} visual tokens.")
@@ -210,18 +220,22 @@ def pooling_cells(num_tokens: int, num_kept: int) -> tuple[int, int, int]:
 
 
 def pool(
-    features: torch.Tensor, prompt: torch.Tensor, prompt_mask: torch.Tensor, num_kept: int
+    features: torch.Tensor,
+    prompt: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    num_kept: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Average the tokens of a square grid over `num_kept` cells, at the position of each middle token. A control."""
     side, rows, columns = pooling_cells(features.shape[1], num_kept)
     grid = features.transpose(1, 2).unflatten(2, (side, side))  # (num_images, hidden_size, side, side)
     cells = nn.functional.adaptive_avg_pool2d(grid, (rows, columns))
     pooled = cells.flatten(2).transpose(1, 2)  # (num_images, num_kept, hidden_size)
-    middle_row = ((torch.arange(rows) + 0.5) * side / rows).long()
-    middle_column = ((torch.arange(columns) + 0.5) * side / columns).long()
-    middle = middle_row[:, None] * side + middle_column
-    positions = middle.flatten().to(features.device)
-    return positions.expand(len(features), -1), pooled
+    middle_rows = (torch.arange(rows) + 0.5) * side / rows
+    middle_columns = (torch.arange(columns) + 0.5) * side / columns
+    middles = middle_rows.long()[:, None] * side + middle_columns.long()
+    positions = middles.flatten().to(features.device)
+    positions = positions.expand(len(features), -1)
+    return positions, pooled
 
 
 SCORERS: dict[str, Scorer] = {

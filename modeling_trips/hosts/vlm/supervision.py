@@ -43,7 +43,8 @@ def guided_selection(model: PreTrainedModel, inputs: Mapping) -> TripsSelection:
 
 
 def region_masks(
-    images: Sequence[PIL.Image.Image], regions: Sequence[Sequence[float] | None]
+    images: Sequence[PIL.Image.Image],
+    regions: Sequence[Sequence[float] | None],
 ) -> list[PIL.Image.Image]:
     """
     Paint each region white on a black image of the same size. The processor transforms these masks like the images
@@ -55,7 +56,9 @@ def region_masks(
         mask = PIL.Image.new("RGB", image.size)
         if region is not None:
             x0, y0, x1, y1 = (round(edge) for edge in region)
-            mask.paste((255, 255, 255), (x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)))
+            x1 = max(x1, x0 + 1)  # at least one pixel
+            y1 = max(y1, y0 + 1)
+            mask.paste((255, 255, 255), (x0, y0, x1, y1))
         masks.append(mask)
     return masks
 
@@ -125,10 +128,12 @@ def targets_of_attention(model: PreTrainedModel, inputs: Mapping, num_answer_tok
         queries = query[:, :, rows].float()  # (batch_size, num_heads, num_rows, head_dim)
         logits = (queries @ keys.transpose(2, 3)) * scaling
         lowest = torch.finfo(logits.dtype).min
-        logits = logits.masked_fill(~attention_mask[:, :, rows], lowest)
-        weights = logits.softmax(dim=-1).mean(dim=1)  # (batch_size, num_rows, length)
+        is_hidden = ~attention_mask[:, :, rows]
+        weights = logits.masked_fill(is_hidden, lowest).softmax(dim=-1)
+        weights = weights.mean(dim=1)  # (batch_size, num_rows, length)
         weights = weights * is_answer.unsqueeze(-1)
-        recorded.append(weights.sum(dim=1) / is_answer.sum(dim=1, keepdim=True))
+        num_answers = is_answer.sum(dim=1, keepdim=True)
+        recorded.append(weights.sum(dim=1) / num_answers)
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
     with _attention("trips_answer_rows", attend_and_record, model.get_decoder()):
@@ -143,7 +148,10 @@ def targets_of_attention(model: PreTrainedModel, inputs: Mapping, num_answer_tok
 
 
 def answer_losses(
-    model: PreTrainedModel, inputs: Mapping, num_answer_tokens: Sequence[int], probe_share: float = 0.0
+    model: PreTrainedModel,
+    inputs: Mapping,
+    num_answer_tokens: Sequence[int],
+    probe_share: float = 0.0,
 ) -> tuple[torch.Tensor, TripsSelection]:
     """
     Return the mean cross-entropy of each row's answer tokens, `(batch_size,)`, and the selection of the guide's layer.

@@ -85,12 +85,14 @@ class InternvlLayer(TowerLayer):
         return Projections(self.attention.q_proj, self.attention.k_proj, self.attention.num_heads)
 
     def project_query(self, states: torch.Tensor) -> torch.Tensor:
-        query = super().project_query(states)
-        return self.attention.q_norm(query.flatten(-2)).unflatten(-1, query.shape[-2:])
+        query = super().project_query(states)  # (num_images, num_heads, head_dim)
+        normed = self.attention.q_norm(query.flatten(-2))
+        return normed.view_as(query)
 
     def project_key(self, states: torch.Tensor) -> torch.Tensor:
-        key = super().project_key(states).transpose(1, 2)
-        return self.attention.k_norm(key.flatten(-2)).unflatten(-1, key.shape[-2:]).transpose(1, 2)
+        key = super().project_key(states).transpose(1, 2)  # (num_images, n, num_heads, head_dim)
+        normed = self.attention.k_norm(key.flatten(-2))
+        return normed.view_as(key).transpose(1, 2)
 
     @property
     def keys_are_linear(self) -> bool:
@@ -139,7 +141,8 @@ class PackedLayer(TowerLayer):
 
     def shorten_table(self, table: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         """Return the rows of the kept units in a table with one row per patch."""
-        return table.unflatten(0, (-1, self.unit**2))[kept].flatten(0, 1)
+        units = table.unflatten(0, (-1, self.unit**2))
+        return units[kept].flatten(0, 1)
 
     def shorten_segments(self, cu_seqlens: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         """Return the boundaries of the segments after units are dropped, without empty segments."""
@@ -148,7 +151,11 @@ class PackedLayer(TowerLayer):
         return torch.unique_consecutive(boundaries).to(cu_seqlens.dtype)
 
     def select(
-        self, current: SelectionPass, hidden_states: torch.Tensor, normed: torch.Tensor, query: torch.Tensor | None
+        self,
+        current: SelectionPass,
+        hidden_states: torch.Tensor,
+        normed: torch.Tensor,
+        query: torch.Tensor | None,
     ) -> torch.Tensor:
         selector = current.selector
         num_units = current.num_kept.get(current.last_before(self.number), current.num_units)
@@ -169,10 +176,14 @@ class PackedLayer(TowerLayer):
         units = units.flatten(1)[None]
         choice = TokenChoice(positions[None])
         units = selector.shorten(units, torch.cat(scores, dim=1), choice, fuse=False)
-        return units[0].unflatten(1, (self.unit**2, -1)).flatten(0, 1)
+        patches = units[0].unflatten(1, (self.unit**2, -1))
+        return patches.flatten(0, 1)
 
     def score_images(
-        self, normed: torch.Tensor, query: torch.Tensor | None, num_units: list[int]
+        self,
+        normed: torch.Tensor,
+        query: torch.Tensor | None,
+        num_units: list[int],
     ) -> list[torch.Tensor]:
         """Score the units of each image: `(1, num_units)`."""
         if len({*num_units}) == 1:  # images of one size form a batch

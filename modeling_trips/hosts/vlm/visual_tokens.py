@@ -50,8 +50,7 @@ class ExitSelection:
                 f"`visual_tokens` must be at most {tokens_per_image}, the tokens of an image (or tile), got "
                 f"{self.visual_tokens}."
             )
-        keeps_all = self.visual_tokens is None and self.keep_rate is None
-        if self.scorer != "pooling" or keeps_all:
+        if self.scorer != "pooling" or self.keeps_all:
             return
         if in_tower:
             raise ValueError(
@@ -74,9 +73,13 @@ class ExitSelection:
         return callable(self.scorer) or self.scorer in READ_PROMPT
 
     @property
+    def keeps_all(self) -> bool:
+        return self.visual_tokens is None and self.keep_rate is None
+
+    @property
     def reads_attention(self) -> bool:
-        keeps_all = self.visual_tokens is None and self.keep_rate is None
-        return not keeps_all and "attention" in inspect.signature(self.select).parameters
+        arguments = inspect.signature(self.select).parameters
+        return not self.keeps_all and "attention" in arguments
 
     @property
     def select(self) -> Scorer:

@@ -101,7 +101,14 @@ def prune_calls(family: Family, schedule: SelectionSchedule, at_exit: ExitSelect
     if guide is not None:
         guide.to(model.device)
     handles = family.add_hooks() if schedule.layers else []
-    model.__dict__[ATTRIBUTE] = VlmSelection(type(model), family, schedule, at_exit, guide=guide, handles=handles)
+    model.__dict__[ATTRIBUTE] = VlmSelection(
+        own_class=type(model),
+        family=family,
+        schedule=schedule,
+        at_exit=at_exit,
+        guide=guide,
+        handles=handles,
+    )
     model.__class__ = _pruning_class(type(model))  # type: ignore[arg-type]
 
 
@@ -200,7 +207,8 @@ def _pruning_generate(own_class: type[nn.Module]):
         outputs = own_class.generate(self, inputs, generation_config, *args, **kwargs)
         sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
         prompts = ids.repeat_interleave(len(sequences) // len(ids), dim=0)
-        sequences = torch.cat([prompts, sequences[:, length:].to(prompts.device)], dim=1)
+        new_tokens = sequences[:, length:].to(prompts.device)
+        sequences = torch.cat([prompts, new_tokens], dim=1)
         if isinstance(outputs, torch.Tensor):
             return sequences
         outputs.sequences = sequences

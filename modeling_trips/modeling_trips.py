@@ -494,7 +494,7 @@ class TripsForConditionalGeneration(TripsWritingModel, GenerationMixin):
                 raise ValueError("Give `labels` or `decoder_input_ids`, or call `generate`.")
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         decoded = self.decoder(
-            input_ids=decoder_input_ids,
+            decoder_input_ids,
             attention_mask=decoder_attention_mask,
             encoder_hidden_states=select_rows(fused_states, text_index),
             encoder_attention_mask=select_rows(attention_mask, text_index),

@@ -1011,7 +1011,7 @@ class TripsForPreTraining(TripsContrastiveModel, TripsWritingModel):
             **kwargs,
         )
         decoded = self.decoder(
-            input_ids=self.prepare_decoder_input_ids_from_labels(labels),
+            self.prepare_decoder_input_ids_from_labels(labels),
             encoder_hidden_states=fused.last_hidden_state,
             encoder_attention_mask=prompt_attention_mask,
             use_cache=False,

@@ -28,16 +28,6 @@ def unit_vectors(states: torch.Tensor) -> torch.Tensor:
     return nn.functional.normalize(states.to(dtype), dim=-1)
 
 
-def centered_directions(features: torch.Tensor) -> torch.Tensor:
-    """
-    Return the features as float32 unit vectors after their mean over the image is subtracted. Otherwise the part that
-    all tokens of an image share dominates every cosine.
-    """
-    features = features.float()
-    centered = features - features.mean(dim=1, keepdim=True)
-    return nn.functional.normalize(centered, dim=-1)
-
-
 def select_by_prompt(
     features: torch.Tensor,
     prompt: torch.Tensor,
@@ -52,8 +42,10 @@ def select_by_prompt(
     (https://doi.org/10.1126/science.1242072). With an empty prompt, only the distances count. One matrix product and
     one top-k: no loop over the kept tokens.
     """
-    directions = centered_directions(features)
-    words = nn.functional.normalize(prompt.float(), dim=-1)
+    tokens = features.float()
+    # The part that all tokens of an image share would dominate every cosine.
+    directions = unit_vectors(tokens - tokens.mean(dim=1, keepdim=True))
+    words = unit_vectors(prompt.float())
     # With an empty prompt, all tokens are equally relevant.
     cosines = directions @ words.transpose(1, 2)  # (num_images, num_tokens, prompt_length)
     cosines = cosines.masked_fill(~prompt_mask[:, None], -1.0)

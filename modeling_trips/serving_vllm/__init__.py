@@ -17,6 +17,7 @@ MODULES = {
     "TripsQwen2_5_VLForConditionalGeneration": "qwen",
     "TripsQwen3VLForConditionalGeneration": "qwen",
     "TripsQwen3VLMoeForConditionalGeneration": "qwen",
+    "TripsSmolVLMForConditionalGeneration": "smolvlm",
     "TripsVlmForConditionalGeneration": "backend",
 }
 # Releases of vLLM whose interfaces the plugin fits: from the first, before the second.

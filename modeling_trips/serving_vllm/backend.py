@@ -68,17 +68,7 @@ class TripsVlmForConditionalGeneration(SelectingModel, TransformersMultiModalFor
             part = {}
             for name, value in inputs.items():
                 part[name] = take(value, images, len(counts), rows, sum(counts))
-            features += self.encode_images(part, request[images], counts[images])
-        return features
-
-    def encode_images(self, inputs: dict, request: RequestInputs, counts: list[int]) -> list[torch.Tensor]:
-        """Return the kept tokens of each image in one call of the encoder; `counts` are rows of `pixel_values`."""
-        groups = self.visual_tokens(inputs, request.repeat(counts)).features
-        features = []
-        first = 0
-        for count in counts:
-            features.append(torch.cat(groups[first : first + count]))
-            first += count
+            features += self.tokens_of_tiles(part, request[images], counts[images])
         return features
 
 

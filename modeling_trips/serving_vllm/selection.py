@@ -116,9 +116,12 @@ class SelectionProcessor(BaseMultiModalProcessor):
 
 def num_tiles(image: Mapping) -> int:
     """Return the number of tiles of an image, 0 for embeddings of the caller, which stay as they are."""
-    if {"pixel_values", "num_image_patches"} <= image.keys() and "image_grid_thw" not in image:
-        return int(image["num_image_patches"].data)
-    return int("pixel_values" in image)
+    if "pixel_values" not in image:
+        return 0
+    for name in ("num_image_patches", "num_patches"):  # of the Transformers backend, of SmolVLM
+        if name in image:
+            return int(image[name].data)
+    return 1
 
 
 def without_own(options: Mapping[str, object]) -> dict[str, object]:
@@ -256,3 +259,13 @@ class SelectingModel(nn.Module):
         tokens = self.family.encode(inputs, current)
         rows = range(len(tokens.sizes))
         return tokens.select(at_exit, rows=rows, text=partial(self.embed_questions, request.questions))
+
+    def tokens_of_tiles(self, inputs: Mapping, request: RequestInputs, counts: list[int]) -> list[torch.Tensor]:
+        """Return the kept tokens of images with these numbers of tiles, in one call of the encoder."""
+        tiles = self.visual_tokens(inputs, request.repeat(counts)).features
+        features = []
+        first = 0
+        for count in counts:
+            features.append(torch.cat(tiles[first : first + count]))
+            first += count
+        return features

@@ -23,6 +23,7 @@ ARCHITECTURES = {
     "qwen2_5_vl": "TripsQwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "TripsQwen3VLForConditionalGeneration",
     "qwen3_vl_moe": "TripsQwen3VLMoeForConditionalGeneration",
+    "smolvlm": "TripsSmolVLMForConditionalGeneration",
     **dict.fromkeys(
         ("idefics3", "internvl", "llava_next", "llava_onevision"),
         "TripsVlmForConditionalGeneration",
@@ -30,7 +31,6 @@ ARCHITECTURES = {
 }
 NOT_SUPPORTED = {
     **dict.fromkeys(("gemma3", "paligemma"), "vLLM does not compute its attention in both directions on CPUs"),
-    "smolvlm": "its processor does not count tokens, as vLLM's Transformers backend needs",
 }
 KEYS = ("schedule", "visual_tokens", "keep_rate", "visual_scorer", "text_guide")
 # Keys that a request may have among its `mm_processor_kwargs`.

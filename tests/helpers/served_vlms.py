@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -26,6 +27,9 @@ from transformers import (
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
     SiglipImageProcessor,
+    SmolVLMImageProcessor,
+    SmolVLMProcessor,
+    SmolVLMVideoProcessor,
 )
 
 from modeling_trips.hosts import TextGuide, apply_patch_selection, remove_patch_selection
@@ -51,7 +55,10 @@ VLMS = {
         LLAMA,
         config={"vision_feature_layer": -1, "vision_feature_select_strategy": "full"},
     ),
-    **{name: BY_NAME[name] for name in ("idefics3", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")},
+    **{
+        name: BY_NAME[name]
+        for name in ("idefics3", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm")
+    },
 }
 
 
@@ -95,6 +102,19 @@ def make_qwen3_processor() -> Qwen3VLProcessor:
     )
 
 
+def make_smolvlm_processor() -> SmolVLMProcessor:
+    """Return a processor of images in tiles of 32 pixels, as that of Idefics3. It needs num2words."""
+    processor = make_idefics3_processor()
+    image_processor = SmolVLMImageProcessor(size={"longest_edge": 128}, max_image_size={"longest_edge": 32})
+    return SmolVLMProcessor(
+        image_processor,
+        processor.tokenizer,
+        SmolVLMVideoProcessor(),
+        image_seq_len=BY_NAME["smolvlm"].tokens,
+        chat_template=processor.chat_template,
+    )
+
+
 PROCESSORS = {
     "llava": make_llava_processor,
     "llava_siglip": make_siglip_processor,
@@ -105,6 +125,8 @@ PROCESSORS = {
     "qwen3_vl": make_qwen3_processor,
     "qwen3_vl_moe": make_qwen3_processor,
 }
+if find_spec("num2words"):
+    PROCESSORS["smolvlm"] = make_smolvlm_processor
 
 
 @dataclass(frozen=True)

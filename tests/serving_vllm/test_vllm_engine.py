@@ -18,7 +18,7 @@ from clean_environment import make_environment
 from packaging.requirements import Requirement
 from PIL import Image
 from places import ROOT
-from served_vlms import NUM_TOKENS, Selection, ServedVlm
+from served_vlms import NUM_TOKENS, PROCESSORS, Selection, ServedVlm
 from tiny_vlm_processors import noise
 
 from modeling_trips.hosts import apply_patch_selection, remove_patch_selection
@@ -68,6 +68,8 @@ FURTHER_CASES = {
     "qwen3_vl": [(UNPRUNED, {}), (EXIT, {}), (TOWER, CHUNKS), (BY_QUESTION, {}), (GUIDED, {})],
     "qwen3_vl_moe": [(BOTH, CHUNKS), (BY_QUESTION, {})],
 }
+if "smolvlm" in PROCESSORS:
+    FURTHER_CASES["smolvlm"] = [(UNPRUNED, {}), (EXIT, {}), (RATE, CHUNKS)]
 
 
 @pytest.fixture(scope="module")

@@ -133,6 +133,8 @@ class ServingSettings:
         tower = config.vision_config.model_type
         if name == "llava" and tower not in ("clip_vision_model", "siglip_vision_model"):
             raise ValueError(f"Patch selection in vLLM supports LLaVA with a tower of CLIP or SigLIP, got {tower}.")
+        if name == "smolvlm" and self.tower.layers:
+            raise ValueError(f"A schedule is not supported for {name} in vLLM, got {self.tower}. Use `keep_rate`.")
         if name in ("llava_next", "llava_onevision") and self.tower.layers:
             if self.text_guide is not None or self.visual_tokens is None:
                 raise ValueError(f"A schedule for {name} needs `visual_tokens` and no `text_guide`, got {self}.")

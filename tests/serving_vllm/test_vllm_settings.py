@@ -93,6 +93,7 @@ def test_the_helper_reads_a_guide(folders, tmp_path, capsys):
         ("llava_onevision", "--schedule 1:image:0.5", "visual_tokens"),
         ("llava_onevision", "--schedule 1:image:0.5 --keep_rate 0.5", "visual_tokens"),
         ("llava_onevision", "--schedule 1:image:0.5 --visual_tokens 33", "33"),
+        ("smolvlm", "--schedule 1:image:0.5 --visual_tokens 9", "1:image:0.5"),
         ("gemma3", "--visual_tokens 9", "gemma3"),
         ("glm4v", "--visual_tokens 9", "glm4v"),
     ],

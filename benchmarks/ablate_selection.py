@@ -107,6 +107,7 @@ def execute(run: Run, args: AblationArguments):
     run.folder.mkdir(parents=True, exist_ok=True)
     script, *options = run.options
     command = [sys.executable, str(EXAMPLES / script), *options, "--output_dir", str(run.folder)]
+    command.append("--overwrite_output_dir")  # the model of a run that was interrupted
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.num_threads)}
     log_file = run.folder / "log.txt"
     start = time.perf_counter()

@@ -6,6 +6,7 @@ imports nothing of it.
 
 import os
 import sys
+import traceback
 from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass
@@ -39,8 +40,11 @@ CONFIG_FIELDS = {
     "prefix_lm_weight",
 }
 SCHEDULE_HELP = "Layers that select patches, scorer, share kept: 6:image:0.5,9:text:0.5. Or: unpruned."
-PART_OF_SCHEDULE = "It is a part of --schedule: 6:image:0.5,9:text:0.5, or unpruned."
-OPTIONS_IN_SCHEDULE = ("selection_layers", "selection_guidance", "keep_rate")  # of earlier versions
+# Options of earlier versions, and what to type in their place.
+REPLACED = dict.fromkeys(
+    ("selection_layers", "selection_guidance", "keep_rate"),
+    "It is a part of --schedule: 6:image:0.5,9:text:0.5, or unpruned.",
+)
 
 
 @dataclass
@@ -331,8 +335,9 @@ class Parser(HfArgumentParser):
             namespace = Namespace(**{name: value for name, value in defaults.items() if name in own})
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            replaced = dict.fromkeys(OPTIONS_IN_SCHEDULE, PART_OF_SCHEDULE) if "schedule" in own else {}
-            check_options(unknown, own | transformers_options() if self.trains else own, replaced)
+            known = own | transformers_options() if self.trains else own
+            replaced = REPLACED if "schedule" in own else {}
+            check_options(unknown, known, replaced)
         return namespace, unknown
 
 
@@ -378,10 +383,9 @@ CHECKING |= {"transformers", "accelerate", "huggingface_hub", "datasets", "pyarr
 def is_of_input(error: Exception) -> bool:
     """Return whether an error tells the user about options, files or packages, and needs no traceback."""
     if isinstance(error, ValueError):
-        innermost = error.__traceback__
-        while innermost is not None and innermost.tb_next is not None:
-            innermost = innermost.tb_next
-        return innermost is None or innermost.tb_frame.f_globals["__name__"].partition(".")[0] in CHECKING
+        *_, (innermost_frame, _) = traceback.walk_tb(error.__traceback__)
+        package = innermost_frame.f_globals["__name__"].partition(".")[0]
+        return package in CHECKING
     return isinstance(error, (OSError, ImportError, FloatingPointError, StrictDataclassError))
 
 
@@ -397,9 +401,7 @@ def run_script(main: Callable[[], object]):
         if os.environ.get("TRIPS_TRACEBACK", "0") != "0":
             raise
         if is_disk_full(error):
-            message = (
-                f"The disk is full ({error}). Files that were whole are whole. Make room, and resume or run again."
-            )
+            message = f"The disk is full ({error}). Whole files stay whole. Make room, then resume or run again."
         elif is_of_input(error):
             is_wrapped = isinstance(error, StrictDataclassError) and error.__cause__ is not None
             message = str(error.__cause__ if is_wrapped else error)

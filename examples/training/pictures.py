@@ -23,7 +23,7 @@ MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values",
 
 def plot_training(history: list[dict], path: Path, unpruned_steps: int = 0, majority: float | None = None):
     """
-    Draw the training loss over steps, and the first metric of the evaluations if there are two of them.
+    Draw the training loss over steps, and the first metric of the evaluations if there are two after different steps.
 
     Args:
         history (`list[dict]`): The `TrainerState.log_history`.
@@ -35,7 +35,7 @@ def plot_training(history: list[dict], path: Path, unpruned_steps: int = 0, majo
 
     names = ["loss"]
     metric = first_metric(history)
-    if metric is not None and sum(metric in entry for entry in history) > 1:
+    if metric is not None and len({entry["step"] for entry in history if metric in entry}) > 1:
         names.append(metric)
     figure = Figure(figsize=(5 * len(names), 4), dpi=120, layout="constrained")
     panels = figure.subplots(1, len(names), squeeze=False)[0]

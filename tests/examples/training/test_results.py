@@ -68,7 +68,7 @@ def test_long_titles_are_cut():
     assert sheet(pictures, ["a long title " * 20] * 5).size == (1000, 2 * (240 + 12 + 3 * 17))
 
 
-@pytest.mark.parametrize(("steps", "panels"), [([], 1), ([10], 1), ([5, 10], 2)])
+@pytest.mark.parametrize(("steps", "panels"), [([], 1), ([10, 10], 1), ([5, 10], 2)])
 def test_evaluations_are_drawn_if_there_are_two(steps, panels, tmp_path):
     history = [{"step": step, "loss": 1 / step} for step in range(1, 11)]
     history += [{"step": step, "eval_accuracy": 0.5, "eval_loss": 1.0} for step in steps]

@@ -211,6 +211,8 @@ def measure_all(args: GpuArguments) -> Iterator[dict]:
         raise ValueError("There is no GPU that PyTorch can use. Try the script with --device cpu --tiny True.")
     if "encoder" in args.parts:
         yield from encoder_rows(args)
+        if args.device == "cuda":
+            torch.cuda.empty_cache()  # vLLM takes most of the memory
     has_vllm = importlib.util.find_spec("vllm") is not None
     for part, rows in {"tokens": token_rows, "speed": speed_rows}.items():
         if part not in args.parts:

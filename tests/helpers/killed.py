@@ -10,7 +10,7 @@ def kill_when(is_time: Callable[[], bool], command: list[str]):
     """Start a command, and kill it as soon as `is_time()`. It may have ended by then."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 600
+    until = time.monotonic() + 1800
     try:
         while not is_time():
             assert process.poll() is None and time.monotonic() < until, f"exit code {process.poll()}"

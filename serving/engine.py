@@ -120,10 +120,14 @@ class Engine:
     def _load(self) -> Any:
         settings = self.settings
         if not is_exported(settings.model):
-            fields = SelectionSchedule.parse(settings.schedule).config_fields if settings.schedule else {}
+            fields = {}
+            if settings.schedule:
+                fields = SelectionSchedule.parse(settings.schedule).config_fields
             model = load_checkpoint(settings.model, revision=settings.revision, dtype=settings.dtype, **fields)
-            best = "cuda" if torch.cuda.is_available() else "cpu"
-            return model.to(best if settings.device == "auto" else settings.device)
+            device = settings.device
+            if device == "auto":
+                device = "cuda" if torch.cuda.is_available() else "cpu"
+            return model.to(device)
         if settings.schedule or settings.dtype != "auto" or settings.device not in ("auto", "cpu"):
             raise ValueError("An exported model is fixed. Unset TRIPS_SCHEDULE, TRIPS_DTYPE and TRIPS_DEVICE.")
         from modeling_trips.export import load_exported  # an extra

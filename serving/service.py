@@ -49,8 +49,9 @@ def create_app() -> Starlette:
         if not isinstance(error, (HTTPException, OSError, RuntimeError, StrictDataclassError, ValueError)):
             traceback.print_exc()
         given = ", ".join(f"{name}={value}" for name, value in os.environ.items() if name.startswith(PREFIX))
+        reason = " ".join(str(error).split())
         failure = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"], FAILURE)
-        failure.write_text(f"The service cannot start with {given}: {' '.join(str(error).split())}")
+        failure.write_text(f"The service cannot start with {given}: {reason}")
         os.kill(os.getppid(), signal.SIGTERM)
         sys.exit(1)
 
@@ -82,7 +83,8 @@ class Service:
     def __init__(self, engine: Engine, settings: Settings):
         self.engine = engine
         self.settings = settings
-        self.models = {name: model for name, model in request_models(settings).items() if name in engine.endpoints}
+        models = request_models(settings)
+        self.models = {name: model for name, model in models.items() if name in engine.endpoints}
         self.batcher = Batcher(engine.compute, settings.max_batch_size)
         self.slots = asyncio.Semaphore(settings.queue)
         self.buffered_bytes = 0
@@ -111,14 +113,16 @@ class Service:
     async def lifespan(self, app: Starlette):
         async with create_task_group() as tasks:
             tasks.start_soon(self.batcher.run)
-            print(f"Ready to answer {', '.join(f'/{name}' for name in self.models)}", flush=True)
+            names = ", ".join(f"/{name}" for name in self.models)
+            print(f"Ready to answer {names}", flush=True)
             yield
             tasks.cancel_scope.cancel()
         self.engine.decoder.close()
 
     def refuse_path(self, request: Request, error: Exception) -> Response:
         names = ", ".join(f"/{name}" for name in self.models)
-        return JSONResponse({"error": f"Unknown path. This checkpoint supports {names}; see the page /."}, 404)
+        message = f"Unknown path. This checkpoint supports {names}; see the page /."
+        return JSONResponse({"error": message}, 404)
 
     async def answer(self, request: Request) -> Response:
         """Answer a request to the model."""
@@ -224,10 +228,11 @@ def validate(model: type[BaseModel], body: bytes) -> dict[str, Any]:
     """Return the fields of a request. The `HTTPException` for one that does not fit names the field."""
     try:
         content = from_json(body)
-        # pydantic is slow with many unknown fields.
-        unknown = [name for name in content if name not in model.model_fields] if isinstance(content, dict) else []
-        if unknown:
-            raise HTTPException(422, f"{unknown[0]:.100}: The field is unknown. Use {', '.join(model.model_fields)}.")
+        if isinstance(content, dict):
+            for name in content:  # pydantic is slow with many unknown fields
+                if name not in model.model_fields:
+                    known = ", ".join(model.model_fields)
+                    raise HTTPException(422, f"{name:.100}: The field is unknown. Use {known}.")
         return dict(model.model_validate(content))
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]

@@ -52,6 +52,9 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(given)
         except ValidationError as error:
-            faults = [f"{one['loc'][0]}={given.get(str(one['loc'][0]), '')}: {one['msg']}" for one in error.errors()]
+            faults = []
+            for one in error.errors():
+                variable = str(one["loc"][0])
+                faults.append(f"{variable}={given.get(variable, '')}: {one['msg']}")
             settings = ", ".join(str(field.alias) for field in cls.model_fields.values())
             raise ValueError(f"{'; '.join(faults)}. The settings are {settings}.") from error

@@ -117,7 +117,10 @@ def read_results(run: dict[str, Any], task: str, dataset: str) -> list[EvalResul
     Raises:
         ValueError: It has no metric.
     """
-    values = {key.partition("_")[2]: value for key, value in run.items() if key.startswith(("eval_", "test_"))}
+    values = {}
+    for key, value in run.items():
+        if key.startswith(("eval_", "test_")):
+            values[key.partition("_")[2]] = value
     metrics = {name: value for name, value in values.items() if not NOT_METRICS.fullmatch(name)}
     for name in ("exact_match", "vqa_accuracy"):
         if name in metrics and metrics[name] == metrics.get("accuracy"):
@@ -126,7 +129,16 @@ def read_results(run: dict[str, Any], task: str, dataset: str) -> list[EvalResul
         raise ValueError("The results of the model have no metric, such as eval_accuracy.")
     split = "test" if any(key.startswith("test_") for key in run) else "validation"
     size = {"num_examples": values["samples"]} if "samples" in values else None
-    return [
-        EvalResult(task, dataset, dataset, name, value, dataset_split=split, dataset_args=size)
-        for name, value in metrics.items()
-    ]
+    results = []
+    for name, value in metrics.items():
+        result = EvalResult(
+            task_type=task,
+            dataset_type=dataset,
+            dataset_name=dataset,
+            metric_type=name,
+            metric_value=value,
+            dataset_split=split,
+            dataset_args=size,
+        )
+        results.append(result)
+    return results

@@ -15,26 +15,40 @@ NAMED = {"3:image:0.7,6:image:0.7,9:image:0.7,12:text:0.3", "2:text:0.1", "2:tex
 
 
 def test_plan_matches_exhaustive_search():
-    number, budget = 3, 0.9
+    num_texts = 3
+    budget = 0.9
     config = TripsConfig.from_preset("tiny", vision_config={"num_hidden_layers": 3})
-    front = plan_selection(config, [number], 6, budget)
-    unpruned, found = forward_cost(config, 6, UNPRUNED).macs(number), {}
+    front = plan_selection(config, [num_texts], 6, budget)
+    unpruned = forward_cost(config, 6, UNPRUNED).macs(num_texts)
+    found = {}
     for schedule in candidate_schedules(config):
         cost = forward_cost(config, 6, schedule)
-        if cost.tokens[-1] >= MIN_TOKENS and cost.macs(number) / unpruned <= budget:
+        ratio = cost.macs(num_texts) / unpruned
+        if cost.tokens[-1] >= MIN_TOKENS and ratio <= budget:
             mean_tokens = mean([*cost.tokens, cost.tokens[-1], cost.tokens[-1]])  # two fusion layers
-            found[schedule] = (cost.macs(number) / unpruned, mean_tokens)
+            found[schedule] = ratio, mean_tokens
     assert len(found) > 20
-    best = {pair for pair in found.values() if not any(r <= pair[0] and t > pair[1] for r, t in found.values())}
-    best = {pair for pair in best if not any(r < pair[0] and t == pair[1] for r, t in best)}
-    assert {found[row.schedule] for row in front} == best == {(row.ratio, row.mean_tokens) for row in front}
+
+    def is_worse(pair: tuple[float, float], other: tuple[float, float]) -> bool:
+        (ratio, tokens), (other_ratio, other_tokens) = pair, other
+        keeps_more_for_less = other_ratio <= ratio and other_tokens > tokens
+        keeps_the_same_for_less = other_ratio < ratio and other_tokens == tokens
+        return keeps_more_for_less or keeps_the_same_for_less
+
+    pairs = set(found.values())
+    best = {pair for pair in pairs if not any(is_worse(pair, other) for other in pairs)}
+    assert {(row.ratio, row.mean_tokens) for row in front} == best
+    assert {found[row.schedule] for row in front} == best
 
 
 def test_more_texts_per_image_select_later():
-    first = [plan_selection(BASE, [number], 40, 0.8)[-1].schedule for number in (1, 10)]
-    assert guidances_in(first[0]) == ["text"] and first[0].layers[0] <= 5
-    assert guidances_in(first[1])[:: len(first[1].layers) - 1] == ["image", "text"] and first[1].layers[-1] >= 11
-    assert max(plan_selection(BASE, [1, 10], 40, 0.8)[-1].ratios.values()) <= 0.8
+    for_one_text = plan_selection(BASE, [1], 40, 0.8)[-1].schedule
+    for_ten_texts = plan_selection(BASE, [10], 40, 0.8)[-1].schedule
+    assert guidances_in(for_one_text) == ["text"] and for_one_text.layers[0] <= 5
+    guidances = guidances_in(for_ten_texts)
+    assert (guidances[0], guidances[-1]) == ("image", "text") and for_ten_texts.layers[-1] >= 11
+    for_both = plan_selection(BASE, [1, 10], 40, 0.8)[-1]
+    assert max(for_both.ratios.values()) <= 0.8
 
 
 def test_documented_schedules_are_candidates():
@@ -45,8 +59,10 @@ def test_documented_schedules_are_candidates():
 
 def test_single_stream_shares_no_layer():
     config = TripsConfig.from_preset("tiny", fusion_type="single_stream")
-    assert {guidance for schedule in candidate_schedules(config) for guidance in guidances_in(schedule)} == {"text"}
-    by_text, by_image = plan_schedules(config, map(SelectionSchedule.parse, ("2:text:0.5", "2:image:0.5")), [1, 10], 6)
+    for schedule in candidate_schedules(config):
+        assert set(guidances_in(schedule)) == {"text"}
+    schedules = [SelectionSchedule.parse(text) for text in ("2:text:0.5", "2:image:0.5")]
+    by_text, by_image = plan_schedules(config, schedules, [1, 10], 6)
     assert by_text.cost == by_image.cost
     assert by_text.cost.per_image == forward_cost(config, 6, UNPRUNED).per_image  # patch embeddings
     assert by_text.mean_tokens == mean([65, 34, 34, 34])

@@ -66,15 +66,17 @@ SCHEDULES = [
 def test_matching_and_features(tmp_path, fields):
     engine = Engine(Settings(model=save(tmp_path, TripsForRetrieval, **fields)))
     assert set(engine.endpoints) == {"match", "features"}
-    model, processor = TripsForRetrieval.from_pretrained(tmp_path).eval(), TripsProcessor.from_pretrained(tmp_path)
-    alone = [
-        model.match(**processor(images=IMAGES[image], text=TEXTS[text], return_tensors="pt")).itm_logits.softmax(-1)
-        for image, text in PAIRS
-    ]
+    model = TripsForRetrieval.from_pretrained(tmp_path).eval()
+    processor = TripsProcessor.from_pretrained(tmp_path)
+    alone = []
+    for image, text in PAIRS:
+        inputs = processor(images=IMAGES[image], text=TEXTS[text], return_tensors="pt")
+        probabilities = model.match(**inputs).itm_logits.softmax(-1)
+        alone.append(probabilities[0, 1].item())
     for _ in range(2):  # from pixels, then from the cache
         items = make_items(engine, "match", PAIRS)
         found = engine.compute(items)
-        assert [one["score"] for one in found] == pytest.approx([float(score[0, 1]) for score in alone], abs=1e-4)
+        assert [one["score"] for one in found] == pytest.approx(alone, abs=1e-4)
         assert [(one["image"], one["text"]) for one in found] == PAIRS
     assert all(item.image.pixel_values is None for item in items)
 
@@ -152,12 +154,14 @@ def test_bad_images_raise(engine, data, status):
 def test_failing_item_does_not_affect_others(engine):
     items = make_items(engine, "answer", PAIRS)
     expected = engine.compute(items)
-    broken = replace(items[0], tokens={**items[0].tokens, "input_ids": [10**6] * len(items[0].tokens["input_ids"])})
+    tokens = items[0].tokens
+    unknown_ids = [10**6] * len(tokens["input_ids"])
+    broken = replace(items[0], tokens={**tokens, "input_ids": unknown_ids})
     found = engine.compute([items[0], broken, *items[1:]])
-    assert isinstance(found[1], HTTPException) and found[1].status_code == 500
-    assert [[one["answer"] for one in row] for row in found[:1] + found[2:]] == [
-        [one["answer"] for one in row] for row in expected
-    ]
+    failed = found.pop(1)
+    assert isinstance(failed, HTTPException) and failed.status_code == 500
+    for answers, expected_answers in zip(found, expected, strict=True):
+        assert [one["answer"] for one in answers] == [one["answer"] for one in expected_answers]
 
 
 WEIGHT = "decoder.embeddings.LayerNorm.weight"

@@ -209,11 +209,12 @@ def _record_layers(layers: list[SelectionLayer], recorded: list[TripsSelection])
 
 def find_host(model: nn.Module) -> Host:
     """Return the description of a model for patch selection. Raise a TypeError if the model is not supported."""
-    host = find_family(model)
-    if host is None and (host_class := lookup(HOSTS, type(model))) is not None:
-        host = host_class(model)
-    if host is not None:
-        return host
+    family = find_family(model)
+    if family is not None:
+        return family
+    host_class = lookup(HOSTS, type(model))
+    if host_class is not None:
+        return host_class(model)
     raise TypeError(
         f"Patch selection does not support {type(model).__name__}. It supports {', '.join(HOSTS)} (of timm), and "
         f"{', '.join(FAMILIES)} with their heads. In a PEFT model, apply it to `model.get_base_model()`."

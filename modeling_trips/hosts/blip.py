@@ -31,11 +31,13 @@ class TextGuidance:
     """Forward pre-hook that encodes the text and passes it to the vision tower as `text_embeds`."""
 
     def __init__(self, model: PreTrainedModel):
-        self.parameters = list(signature(type(model).forward).parameters)[1:]  # without self
+        parameters = signature(type(model).forward).parameters
+        self.parameters = list(parameters)[1:]  # without self
         self.handle = model.register_forward_pre_hook(self, with_kwargs=True)
 
     def __call__(self, model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        kwargs = {**dict(zip(self.parameters, args)), **kwargs}
+        given = dict(zip(self.parameters, args))
+        kwargs = {**given, **kwargs}
         # The contrastive score compares each image with all texts, so the image scores its own patches.
         is_contrastive = not kwargs.get("use_itm_head", True)
         if kwargs.get("input_ids") is not None and not is_contrastive:

@@ -180,13 +180,15 @@ class ViltSelectionLayer(SelectionLayer):
         choice = selector.choose(scores, self.selection.keep_rate)
         if selection_pass is not None:
             candidates = numbers - FIRST_PATCH
-            selection_pass.record(self.number, candidates.gather(1, choice.kept), candidates, scores)
+            kept = candidates.gather(1, choice.kept)
+            selection_pass.record(self.number, kept, candidates, scores)
         hidden_states = selector.shorten(hidden_states, scores, choice)
         if choice.kept.shape[1] < numbers.shape[1]:
             drops = selector.num_candidates > selector.num_kept(self.selection.keep_rate)
             fused = torch.where(drops, NO_PATCH, PADDING)  # padding in rows that drop nothing
-            parts = [token_numbers[:, :num_others], numbers.gather(1, choice.kept), fused]
-            token_numbers = torch.cat(parts, dim=1)
+            others = token_numbers[:, :num_others]
+            kept_numbers = numbers.gather(1, choice.kept)
+            token_numbers = torch.cat([others, kept_numbers, fused], dim=1)
         layer_output = self.intermediate(self.layernorm_after(hidden_states))
         return self.output(layer_output, hidden_states), *attentions, token_numbers
 

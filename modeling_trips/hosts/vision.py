@@ -64,7 +64,9 @@ class BridgeTowerLayer(SelectionLayer):
         return hidden_states
 
     def forward(self, hidden_state: torch.Tensor, attention_mask=None, **kwargs) -> torch.Tensor:
-        return super().forward(hidden_state.transpose(0, 1), attention_mask, **kwargs).transpose(0, 1)
+        hidden_states = hidden_state.transpose(0, 1)
+        hidden_states = super().forward(hidden_states, attention_mask, **kwargs)
+        return hidden_states.transpose(0, 1)
 
 
 class TimmLayer(SelectionLayer):
@@ -116,7 +118,8 @@ class VisionTower(Host):
     @property
     def no_text(self) -> str | None:
         config = self.model.config
-        text_config, vision_config = getattr(config, "text_config", None), getattr(config, "vision_config", config)
+        text_config = getattr(config, "text_config", None)
+        vision_config = getattr(config, "vision_config", config)
         if text_config is None or text_config.hidden_size == vision_config.hidden_size:  # a bare tower has no check
             return None
         return (

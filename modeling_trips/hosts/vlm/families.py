@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
-from itertools import chain
 
 import torch
 from torch import nn
@@ -110,7 +109,9 @@ class Family(Host):
             return
         number = self.num_selectable_layers
         module = self.layers[number - 1]
-        layer = self.wrap(getattr(module, "wrapped_module", module), number, LayerSelection("image", 1.0))
+        own_module = getattr(module, "wrapped_module", module)
+        by_image = LayerSelection(guidance="image", keep_rate=1.0)
+        layer = self.wrap(own_module, number, by_image)
 
         def watch(module: nn.Module, args: tuple, kwargs: dict):
             if CURRENT_PASS.get() is current:  # not the pass of another thread
@@ -187,9 +188,11 @@ class Llava(Family):
     @property
     def num_selectable_layers(self) -> int:
         # LLaVA-1.5 reads the inputs of the last layer, and vLLM does not load that layer.
-        number, chosen = self.config.vision_config.num_hidden_layers, getattr(self.config, "vision_feature_layer", -1)
-        chosen = chosen if isinstance(chosen, (list, tuple)) else [chosen]
-        return min(layer if layer >= 0 else number + 1 + layer for layer in chosen)
+        num_layers = self.config.vision_config.num_hidden_layers
+        chosen = getattr(self.config, "vision_feature_layer", -1)
+        if not isinstance(chosen, (list, tuple)):
+            chosen = [chosen]
+        return min(layer if layer >= 0 else num_layers + 1 + layer for layer in chosen)
 
     @property
     def has_class_token(self) -> bool:
@@ -281,7 +284,9 @@ class LlavaOnevision(LlavaNext):
         if inputs.get("batch_num_images") is None:
             return tiles
         # Only images that are alone in their prompt are cut into tiles.
-        is_alone = chain.from_iterable([number == 1] * number for number in inputs["batch_num_images"].tolist())
+        is_alone = []
+        for num_images in inputs["batch_num_images"].tolist():
+            is_alone += [num_images == 1] * num_images
         return [number if alone else 1 for number, alone in zip(tiles, is_alone)]
 
 
@@ -386,7 +391,9 @@ class Qwen2Vl(Family):
         return SelectionPass(num_units=self.group_sizes(inputs, []))
 
     def group_sizes(self, inputs: Mapping, tokens_per_prompt: list[int]) -> list[int]:
-        return (inputs["image_grid_thw"].prod(dim=-1) // self.unit**2).tolist()
+        num_patches = inputs["image_grid_thw"].prod(dim=-1)
+        num_units = num_patches // self.unit**2
+        return num_units.tolist()
 
     def kept_tokens(self, sizes: list[int], inputs: Mapping, current: SelectionPass) -> list[torch.Tensor]:
         kept = current.kept_before()
@@ -440,17 +447,22 @@ def restore_output(unit: int, module: nn.Module, args: tuple, output):
         return
     length = output.last_hidden_state.shape[1]
     output.last_hidden_state = restore_units(output.last_hidden_state, unit, current)
-    if output.get("hidden_states") is not None:
-        output.hidden_states = tuple(
-            restore_units(states, unit, current) if states is not None and states.shape[1] == length else states
-            for states in output.hidden_states
-        )
+    if output.get("hidden_states") is None:
+        return
+    restored = []
+    for states in output.hidden_states:
+        if states is not None and states.shape[1] == length:
+            states = restore_units(states, unit, current)
+        restored.append(states)
+    output.hidden_states = tuple(restored)
 
 
 def restore_projected(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
     """Restore the projected patches to the whole grid."""
     current = CURRENT_PASS.get()
-    return restore_units(output, 1, current) if current is not None and current.kept else None
+    if current is None or not current.kept:
+        return None
+    return restore_units(output, 1, current)
 
 
 def restore_merged(layer: int, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:

@@ -199,7 +199,8 @@ class Prompts:
         firsts = accumulate(tokens.sizes, initial=0)
         kept = [first + positions for first, positions in zip(firsts, tokens.positions)]
         kept = torch.cat(kept).to(self.ids.device)
-        is_kept_visual = self.mask.new_zeros(sum(tokens.sizes)).index_fill(0, kept, True)
+        is_kept_visual = self.mask.new_zeros(sum(tokens.sizes))
+        is_kept_visual = is_kept_visual.index_fill(0, kept, True)
         lengths = list(self.num_text)
         for positions, row in zip(tokens.positions, rows):
             lengths[row] += len(positions)
@@ -236,7 +237,8 @@ class Prompts:
         spatial = self.family.position_ids({**self.inputs, "input_ids": self.ids})
         if spatial is None and self.inputs.get("position_ids") is None:
             return None
-        consecutive = (mask.long().cumsum(dim=1) - 1).clamp(min=0)  # (batch_size, length)
+        num_tokens = mask.long().cumsum(dim=1)  # (batch_size, length)
+        consecutive = (num_tokens - 1).clamp(min=0)
         if spatial is None:
             return consecutive
         spatial = spatial.gather(2, order.expand(len(spatial), -1, -1))  # (3, batch_size, length)
@@ -252,6 +254,7 @@ def move_to_end(is_kept: torch.Tensor, length: int, at_start: bool) -> tuple[tor
     Return the positions that move each row's kept tokens to its end (or start) in order, `(batch_size, length)`, and a
     mask of the kept tokens there.
     """
-    order = (is_kept ^ at_start).to(torch.int8).argsort(dim=1, stable=True)
+    is_at_end = is_kept ^ at_start
+    order = is_at_end.to(torch.int8).argsort(dim=1, stable=True)
     order = order[:, :length] if at_start else order[:, -length:]
     return order, is_kept.gather(1, order)

@@ -182,7 +182,12 @@ def answer_losses(
     gated = [family.tower, model.get_decoder()] if probe_share > 0 else []
     with _attention("trips_gate", _attend_gated, *gated):
         pruned, _, current = prune(
-            family, inputs, selection.at_exit, in_tower=True, guide=selection.guide, probe_share=probe_share
+            family,
+            inputs,
+            selection.at_exit,
+            in_tower=True,
+            guide=selection.guide,
+            probe_share=probe_share,
         )
         labels = pruned.pop("labels")[:, -longest:]
         if current.key_info.gate is not None:
@@ -243,5 +248,14 @@ def _causal_mask(*args, **kwargs) -> torch.Tensor | None:
 def _attend_gated(module: nn.Module, query, key, value, attention_mask, scaling=None, **kwargs):
     """Call SDPA on the keys of the pass."""
     current = CURRENT_PASS.get()
-    key_info = (KeyInfo() if current is None else current.key_info)._replace(mask=attention_mask)
-    return attend(sdpa_attention_forward, module, query, key, value, key_info=key_info, scaling=scaling, **kwargs)
+    key_info = KeyInfo() if current is None else current.key_info
+    return attend(
+        sdpa_attention_forward,
+        module,
+        query,
+        key,
+        value,
+        key_info=key_info._replace(mask=attention_mask),
+        scaling=scaling,
+        **kwargs,
+    )

@@ -82,7 +82,8 @@ class InternvlLayer(TowerLayer):
         return self.layernorm_before(hidden_states)
 
     def projections(self) -> Projections:
-        return Projections(self.attention.q_proj, self.attention.k_proj, self.attention.num_heads)
+        attention = self.attention
+        return Projections(query=attention.q_proj, key=attention.k_proj, num_heads=attention.num_heads)
 
     def project_query(self, states: torch.Tensor) -> torch.Tensor:
         query = super().project_query(states)  # (num_images, num_heads, head_dim)
@@ -147,8 +148,10 @@ class PackedLayer(TowerLayer):
     def shorten_segments(self, cu_seqlens: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         """Return the boundaries of the segments after units are dropped, without empty segments."""
         size = self.unit**2
-        boundaries = torch.searchsorted(kept, cu_seqlens.to(kept.dtype) // size) * size
-        return torch.unique_consecutive(boundaries).to(cu_seqlens.dtype)
+        units = cu_seqlens.to(kept.dtype) // size
+        boundaries = torch.searchsorted(kept, units) * size
+        boundaries = torch.unique_consecutive(boundaries)
+        return boundaries.to(cu_seqlens.dtype)
 
     def select(
         self,

@@ -42,7 +42,13 @@ class VlmSelection:
                 "whole conversation without a cache."
             )
         in_tower = bool(self.schedule.layers)
-        pruned, kept, current = prune(self.family, inputs, self.at_exit, in_tower=in_tower, guide=self.guide)
+        pruned, kept, current = prune(
+            self.family,
+            inputs,
+            self.at_exit,
+            in_tower=in_tower,
+            guide=self.guide,
+        )
         if self.records and kept:
             selections = [layer.recorded(current) for layer in selecting_layers(self.family.model)]
             kept = nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=PADDING)
@@ -119,15 +125,20 @@ def _has_pixels(inputs: dict) -> bool:
 
 def _check_mask(inputs: dict):
     """Raise a ValueError if the attention mask continues the caller's prompt, but the cache holds a pruned one."""
-    past, mask = inputs.get(CACHE_NAME), inputs.get("attention_mask")
-    new = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+    past = inputs.get(CACHE_NAME)
+    mask = inputs.get("attention_mask")
+    new = inputs.get("inputs_embeds")
+    if new is None:
+        new = inputs.get("input_ids")
     if past is None or new is None or not isinstance(mask, torch.Tensor) or mask.dim() != 2:
         return
-    length = past.get_seq_length()
-    # In a static cache, the length is a tensor on the device.
-    if isinstance(length, int) and length > 0 and mask.shape[1] != length + new.shape[1]:
+    num_past = past.get_seq_length()
+    if not isinstance(num_past, int) or num_past == 0:  # in a static cache, it is a tensor on the device
+        return
+    num_new = new.shape[1]
+    if mask.shape[1] != num_past + num_new:
         raise ValueError(
-            f"`attention_mask` must cover {length} tokens of the pruned prompt and {new.shape[1]} new ones, got "
+            f"`attention_mask` must cover {num_past} tokens of the pruned prompt and {num_new} new ones, got "
             f"{mask.shape[1]}. Use `generate`, or continue the mask that `prune_inputs` returns."
         )
 
@@ -176,8 +187,10 @@ def _count_pruned_prompt(model: nn.Module, generation_config, options: dict, len
     own = options if generation_config is None else vars(generation_config)
 
     def setting(name: str) -> int | None:
-        parts = (options, own, vars(model.generation_config))
-        return next((part[name] for part in parts if part.get(name) is not None), None)
+        for part in (options, own, vars(model.generation_config)):
+            if part.get(name) is not None:
+                return part[name]
+        return None
 
     longest = setting("max_length")
     if longest and longest <= length and setting("max_new_tokens") is None:

@@ -101,6 +101,17 @@ def test_cdpruner_without_words_looks_at_diversity_alone():
         assert kept[0].floor_divide(2).tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_rounding_does_not_choose_without_words(seed):
+    features, words, mask = (
+        tensor.float() if tensor.is_floating_point() else tensor for tensor in random_tokens(seed)
+    )
+    none = torch.zeros_like(mask)
+    kept, _ = select_by_cdpruner(features, words, none, 4)
+    rounded, _ = select_by_cdpruner(features * (1 + 1e-6 * torch.rand_like(features)), words, none, 4)
+    assert torch.equal(kept, rounded) and (kept[:, 0] == 0).all()
+
+
 def test_vispruner_by_hand():
     # The first two are the most attended. Of the others, dealt into (2, 4) and (3), token 4 has the direction of 3.
     features = torch.tensor([[[1.0, 1, 1], [1, 0, 0], [0, 1, 0], [0, 0, 2], [0, 0, 1]]])

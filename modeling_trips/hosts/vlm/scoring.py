@@ -145,6 +145,8 @@ def select_by_cdpruner(
     # Above 0, so that the least relevant token still counts; 1 for all tokens with an empty prompt.
     relevance = (relevance - low + 1e-6) / (high - low).clamp_min(1e-6)
     cosines = directions @ directions.transpose(1, 2)
+    # Rounding must not decide which of equally relevant tokens is the first.
+    cosines.diagonal(dim1=1, dim2=2).fill_(1.0)
     kernel = relevance.unsqueeze(2) * cosines * relevance.unsqueeze(1)  # (num_images, num_tokens, num_tokens)
     kernel = kernel.nan_to_num(0.0)  # a faulty image still keeps as many tokens
     kept = choose_by_determinant(kernel, num_kept)

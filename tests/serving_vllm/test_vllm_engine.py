@@ -113,6 +113,8 @@ def make_job(vlm: ServedVlm, overrides: dict | None, options: dict) -> dict:
         options = {**options, "model_impl": "transformers"}
     elif overrides is not None:
         overrides = {"architectures": [ARCHITECTURES[vlm.model.config.model_type]], **overrides}
+    if vlm.name.startswith("qwen"):
+        options = {**options, "limit_mm_per_prompt": {"image": 2, "video": 0}}
     options = {**OPTIONS, **options, "hf_overrides": overrides or {}}
     return {
         "model": str(vlm.folder),

@@ -50,18 +50,25 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         data[split], references[split] = one_row_per_image(data[split])
 
     def metrics_of(prediction: EvalPrediction) -> dict[str, float]:
-        rows, truths = trainer.eval_dataset, references[trainer.split]
+        rows = trainer.eval_dataset
+        truths = references[trainer.split]
         captions = texts_of(prediction.predictions, processor)
         scores = metric.compute(predictions=captions, references=truths)
         if trainer.is_in_train:
             return scores
+        first_truths = [own_truths[0] for own_truths in truths]
         if trainer.is_world_process_zero():
             pairs = zip(truths, captions, strict=True)
-            predictions = ({"captions": own_truths, "prediction": caption} for own_truths, caption in pairs)
+            predictions = [{"captions": own_truths, "prediction": caption} for own_truths, caption in pairs]
             write_predictions(training_args.output_dir, rows, ["source", "image_id"], predictions)
-        draw_predictions(trainer, [f"{caption} (true: {own[0]})" for caption, own in zip(captions, truths)])
-        varied = variety(captions, [own_truths[0] for own_truths in truths], "caption")
-        return {**scores, **varied, "unwritable_captions": unwritable[trainer.split], "samples": len(rows)}
+        titles = [f"{caption} (true: {truth})" for caption, truth in zip(captions, first_truths)]
+        draw_predictions(trainer, titles)
+        return {
+            **scores,
+            **variety(captions, first_truths, "caption"),
+            "unwritable_captions": unwritable[trainer.split],
+            "samples": len(rows),
+        }
 
     trainer = ImageGroupedTrainer(
         model=model,

@@ -107,18 +107,22 @@ class GuideCollator:
         images = [read_image(row) for row in rows]
         questions = [row["question"] for row in rows]
         regions = [row["region"] for row in rows]
-        batch: dict[str, Any] = {"sources": [row["source"] for row in rows]}
-        batch["inputs"] = self.encode(images, questions)
+        sources = [row["source"] for row in rows]
+        inputs = self.encode(images, questions)
+        batch: dict[str, Any] = {"sources": sources, "inputs": inputs}
         if self.teacher != "attention" and any(region is not None for region in regions):
             batch["masks"] = self.encode(region_masks(images, regions), questions)
             black_images = [PIL.Image.new("RGB", image.size) for image in images]
             batch["blanks"] = self.encode(black_images, questions)
         if self.teacher == "regions":
             return batch
-        batch["answered"] = self.encode_answered(images, questions, [row["answers"][0] for row in rows])
-        lengths = batch["answered"]["attention_mask"].sum(dim=1)
-        prompt_lengths = batch["inputs"]["attention_mask"].sum(dim=1)
-        batch["num_answer_tokens"] = (lengths - prompt_lengths).clamp(min=1).tolist()
+        answers = [row["answers"][0] for row in rows]
+        answered = self.encode_answered(images, questions, answers)
+        lengths = answered["attention_mask"].sum(dim=1)
+        prompt_lengths = inputs["attention_mask"].sum(dim=1)
+        num_answer_tokens = (lengths - prompt_lengths).clamp(min=1)
+        batch["answered"] = answered
+        batch["num_answer_tokens"] = num_answer_tokens.tolist()
         return batch
 
     def encode_answered(self, images: list[PIL.Image.Image], questions: list[str], answers: list[str]) -> dict:

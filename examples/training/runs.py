@@ -172,7 +172,7 @@ def flaw_of(checkpoint: Path, args: RunArguments) -> str | None:
         states += [f"rng_state{rank}.pth" for rank in ranks]
         if not any(checkpoint.glob("global_step*")):  # DeepSpeed's folder has both
             states.append("scheduler.pt")
-            if not any(checkpoint.glob("optimizer_*")):  # FSDP's folder
+            if not any(checkpoint.glob("optimizer*")):  # FSDP's are optimizer.bin or the folder optimizer_0
                 states.append("optimizer.pt")
     for name in states:
         if not (checkpoint / name).exists():

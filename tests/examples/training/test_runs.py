@@ -91,6 +91,13 @@ def test_the_token_of_the_hub_is_not_saved(tmp_path, monkeypatch):
     assert "hf_secret" not in json.dumps(provenance())
 
 
+@pytest.mark.parametrize("name", ["optimizer.bin", "optimizer_0"])
+def test_the_state_of_an_optimizer_under_fsdp_is_one(name, args, tmp_path):
+    write_checkpoint(tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-2" / "optimizer.pt").rename(tmp_path / "checkpoint-2" / name)
+    assert checkpoint_to_resume(args) == str(tmp_path / "checkpoint-2")
+
+
 def test_a_run_without_states_resumes_from_weights(args, tmp_path):
     write_checkpoint(tmp_path / "checkpoint-2")
     for name in PARTS[2:]:

@@ -19,9 +19,9 @@ COPIES = {"vision_model_name_or_path": "towers/dinov2-small", "text_model_name_o
 NEW = {"num_fusion_layers": 2, "freeze_vision_layers": 6, "max_image_size": 224}
 ON_CPU = {"max_image_size": 112}  # a step takes a third of the time
 
-# Of 12 layers. A question keeps few patches, early, so that what runs once per text is short; the gate teaches it which.
-# Statements and boxes keep a quarter, late: with few patches they were not measured. A prompt or a search has no text
-# that says where to look: the image scores, in two steps.
+# Of 12 layers. A question keeps few patches, early, so that what runs once per text is short; the gate teaches it
+# which. Statements and boxes keep a quarter, late: with few patches they were not measured. A prompt or a search has
+# no text that says where to look: the image scores, in two steps.
 QUESTIONS = "6:text:0.0625"
 BY_TEXT = "9:text:0.25"
 BY_IMAGE = "6:image:0.5,9:image:0.5"

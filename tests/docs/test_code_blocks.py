@@ -81,4 +81,4 @@ def test_the_conversion_runs_as_it_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     convert_checkpoint.main([*shlex.split(command), "--tokenizer", "tokenizer"])
     config = TripsForQuestionAnswering.from_pretrained("albef-vqa").config
-    assert (config.vision_config.selection_layers, config.vision_config.keep_rate) == ([5, 10], 0.7)
+    assert str(config.vision_config.schedule) == "5:text:0.7,10:text:0.7"

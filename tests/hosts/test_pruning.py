@@ -220,6 +220,30 @@ def test_a_scorer_may_read_attention(name):
 
 
 @torch.no_grad()
+def test_tokens_of_a_scorer_keep_their_order():
+    """A scorer may return the best tokens first, but not another number of them."""
+    vlm = BY_NAME["llava"]
+    model, inputs = vlm.make(), make_inputs(vlm, [1, 2])
+
+    def keep_longest(features, prompt, prompt_mask, num_kept, in_order=True):
+        kept = features.norm(dim=-1).topk(num_kept, dim=-1).indices
+        if in_order:
+            kept = kept.sort(dim=-1).values
+        return kept, features.gather(1, kept.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
+
+    def best_first(features, prompt, prompt_mask, num_kept):
+        return keep_longest(features, prompt, prompt_mask, num_kept, in_order=False)
+
+    def too_few(features, prompt, prompt_mask, num_kept):
+        return keep_longest(features, prompt, prompt_mask, num_kept - 1)
+
+    expected = model(**prune_inputs(model, inputs, 5, scorer=keep_longest)).logits
+    assert torch.equal(model(**prune_inputs(model, inputs, 5, scorer=best_first)).logits, expected)
+    with pytest.raises(ValueError, match="positions"):
+        prune_inputs(model, inputs, 5, scorer=too_few)
+
+
+@torch.no_grad()
 def test_attention_that_a_tower_does_not_have_is_refused():
     vlm = BY_NAME["qwen3_vl"]
     for call in (prune_inputs, lambda model, inputs, **options: apply_patch_selection(model, **options)):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from ...patch_selection import num_kept_tokens
+from ...patch_selection import gather_tokens, num_kept_tokens
 from .scoring import READ_PROMPT, SCORERS, Scorer, pooling_cells
 
 
@@ -150,6 +150,14 @@ class VisualTokens:
                 rows_of_attention = [self.attention[group][positions[group]] for group in groups]
                 options["attention"] = torch.stack(rows_of_attention)  # (num_groups, num_tokens)
             chosen, kept_features = at_exit.select(batch, prompt, prompt_mask, num_kept, **options)
+            if chosen.shape != (len(groups), num_kept):
+                raise ValueError(
+                    f"The scorer must return {num_kept} positions for each of {len(groups)} images, got positions of "
+                    f"shape {tuple(chosen.shape)}."
+                )
+            # A prompt keeps its order, so a function of the user that returns the best first is put in order.
+            chosen, order = chosen.sort(dim=1)
+            kept_features = gather_tokens(kept_features, order)
             for index, group in enumerate(groups):
                 features[group] = kept_features[index]
                 positions[group] = positions[group][chosen[index]]

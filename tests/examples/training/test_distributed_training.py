@@ -106,6 +106,7 @@ def options(tmp_path_factory) -> list[str]:
         "--adam_epsilon=1e-4",  # AdamW would amplify the rounding errors of zero gradients
         "--use_cpu=True",
         "--unpruned_share=0.5",
+        "--selection_gate=0",  # its draws are those of each process
         "--activation_checkpointing=True",
         "--save_strategy=no",
         "--disable_tqdm=True",

@@ -157,7 +157,12 @@ def read_annotations(file: Path) -> tuple[str, Any]:
 
 def main(argv: list[str] | None = None):
     (args,) = OPTIONS.parse_args_into_dataclasses(args=argv)
-    values = dict(read_annotations(Path(file)) for file in args.files)
+    values: dict[str, Any] = {}
+    for file in args.files:
+        form, value = read_annotations(Path(file))
+        if form in values:
+            raise ValueError(f"--files has {form} twice. Convert one split at a time.")
+        values[form] = value
     forms = next((forms for forms in CONVERSIONS if set(forms) == set(values)), None)
     if forms is None:
         needed = next(forms for forms in CONVERSIONS if set(forms) & set(values))

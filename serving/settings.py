@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 
 PREFIX = "TRIPS_"
-OF_SCRIPTS = {"TRIPS_TRACEBACK"}  # variables with the prefix that are not settings of the service
+OF_SCRIPTS = {"TRIPS_TRACEBACK", "TRIPS_ANY_VLLM"}  # variables with the prefix that are not settings of the service
 FAILURE = "failure"  # file in the folder of metrics: why the model could not be loaded
 
 

@@ -165,11 +165,11 @@ def _swallowed_line(record: dict[str, str | None]) -> str | None:
         return None
     # Two lines of one caption read as two rows, too, if their commas happen to fit. Names of images are alike.
     place = next((place for place, column in enumerate(record) if "image" in column or "file" in column), None)
-    if place is not None:
-        kinds = {(Path(row[place]).suffix.lower(), " " in row[place].strip()) for row in rows}
-        if len(kinds) > 1:
-            return None
-    return lines[1]
+    if place is None:
+        return None
+    names = [row[place].strip() for row in rows]
+    kinds = {(Path(name).suffix.lower(), " " in name, name.isdigit()) for name in names}
+    return lines[1] if len(kinds) == 1 else None
 
 
 def _without_quotes(cells: list[str]) -> list[str]:

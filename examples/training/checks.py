@@ -58,7 +58,7 @@ def check_layers(schedule: str, start: str):
     path = Path(start, "config.json")
     if path.is_file():
         config = json.loads(path.read_text(encoding="utf-8"))
-        num_layers = config.get("vision_config", config).get("num_hidden_layers")
+        num_layers = (config.get("vision_config") or config).get("num_hidden_layers")
     if num_layers is not None and check_schedule(schedule) > num_layers:
         raise ValueError(f"--schedule must have layers in 1..{num_layers} for {start}, got {schedule}.")
 

@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoImageProcessor, PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from modeling_trips import UNPRUNED, TripsConfig, TripsPreTrainedModel, TripsProcessor
+from modeling_trips import UNPRUNED, TripsConfig, TripsPreTrainedModel, TripsProcessor, TripsVisionConfig
 from modeling_trips.conversion.processors import load_tokenizer, make_processor
 from modeling_trips.conversion.vision_text import make_vision_text_model, vision_text_config
 from modeling_trips.inspection.cost import forward_cost
@@ -153,7 +153,18 @@ def load_start(
     num_frozen = args.freeze_vision_layers or 0
     if not 0 <= num_frozen <= num_layers:
         raise ValueError(f"--freeze_vision_layers must be in 0..{num_layers} for this tower, got {num_frozen}.")
+    check_gate(config.vision_config)
     return config, processor
+
+
+def check_gate(config: TripsVisionConfig):
+    """Raise a `ValueError` before the first step for a schedule whose scores the gate cannot teach."""
+    schedule = config.schedule
+    if config.selection_gate > 0 and schedule.layers and schedule.selections[-1].guidance == "random":
+        raise ValueError(
+            "--selection_gate needs a --schedule whose last layer is scored by the text or the image, got "
+            f"{schedule}. Give --selection_gate 0."
+        )
 
 
 def _start_from_checkpoint(args: ModelArguments, fields: dict) -> tuple[TripsConfig, TripsProcessor]:

@@ -62,7 +62,7 @@ def recipe(task: str | None, typed: dict, on_cpu: bool = False) -> dict:
         defaults |= {**(COPIES if has_copies else TOWERS), **NEW, "schedule": SCHEDULES[task]}
         if on_cpu:
             defaults |= ON_CPU
-    if task in GATES:
+    if task in GATES and "random" not in typed.get("schedule", ""):  # random scores learn nothing
         defaults["selection_gate"] = GATES[task]
     if task == "grounding":
         defaults["attention_loss_weight"] = 2.0

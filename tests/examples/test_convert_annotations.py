@@ -219,6 +219,7 @@ def test_own_rows_with_such_columns_are_read(folder):
         ({"captions.json": CAPTIONS, "refs.json": REFS}, "captions of COCO"),
         ({"rows.json": [{"image": "a.png", "caption": "a"}]}, "rows.json"),
         ({"empty.json": []}, "empty.json"),
+        ({"captions_train.json": CAPTIONS, "captions_val.json": CAPTIONS}, "twice"),
         ({"questions.json": {**QUESTIONS, "questions": []}, "annotations.json": ANNOTATIONS}, "25001"),
         ({"instances.json": {**INSTANCES, "annotations": []}, "refs.json": REFS}, "7"),
         ({"llava.json": [{**CONVERSATIONS[0], "conversations": [{"from": "gpt", "value": "a"}]}]}, "000000000009"),

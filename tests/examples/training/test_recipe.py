@@ -31,6 +31,14 @@ def test_what_is_typed_decides_which_defaults_a_run_has(task):
     assert recipe(task, {**OWN, "text_model_name_or_path": "e5"}) == new
 
 
+def test_the_gate_teaches_scores_that_can_learn(tmp_path):
+    assert recipe("vqa", OWN)["selection_gate"] > 0
+    assert "selection_gate" not in recipe("vqa", {**OWN, "schedule": "6:random:0.5"})
+    typed = [*write_task("vqa", tmp_path), "--preset=tiny", "--selection_gate=0.2", f"--output_dir={tmp_path / 'out'}"]
+    with pytest.raises(ValueError, match="selection_gate"):
+        run_vqa.main([*typed, "--schedule=2:random:0.5"])
+
+
 def test_another_text_model_keeps_the_vision_tower():
     typed = ["--train_file=train.jsonl", "--text_model_name_or_path=intfloat/multilingual-e5-small"]
     model, _, _ = run_vqa.OPTIONS.parse_args_into_dataclasses(typed)

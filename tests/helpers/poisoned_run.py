@@ -3,6 +3,7 @@
 import os
 
 from trips_examples import run_vqa
+from trips_examples.training.runs import parse_arguments
 
 
 class PoisonedCollator(run_vqa.VqaCollator):
@@ -14,5 +15,5 @@ class PoisonedCollator(run_vqa.VqaCollator):
 
 
 if __name__ == "__main__":
-    run_vqa.VqaCollator = PoisonedCollator
-    run_vqa.main()
+    arguments = parse_arguments(run_vqa.OPTIONS)
+    run_vqa.train_question_answering(*arguments, collator_class=PoisonedCollator)

@@ -31,7 +31,7 @@ from measuring import OutputArguments, run_benchmark
 from tqdm.auto import tqdm
 
 from trips_examples.data.source import option
-from trips_examples.training.checks import checkpoints_in
+from trips_examples.training.checks import written_checkpoints
 from trips_examples.training.files import write_json
 from trips_examples.training.options import run_script
 
@@ -109,7 +109,7 @@ def execute(run: Run, args: AblationArguments):
     script, *options = run.options
     command = [sys.executable, str(EXAMPLES / script), *options, "--output_dir", str(run.folder)]
     command.append("--overwrite_output_dir")  # the model of a run that was interrupted
-    if any((checkpoint / "trainer_state.json").exists() for checkpoint in checkpoints_in(run.folder)):
+    if written_checkpoints(run.folder):
         command += ["--resume_from_checkpoint", "last"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.num_threads)}
     log_file = run.folder / "log.txt"

@@ -138,6 +138,11 @@ def checkpoints_in(folder: str | Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name.partition("-")[2]), reverse=True)
 
 
+def written_checkpoints(folder: str | Path) -> list[Path]:
+    """Return the checkpoints with the trainer's state, which is written last, the latest first."""
+    return [path for path in checkpoints_in(folder) if (path / "trainer_state.json").exists()]
+
+
 def check_output(output_dir: str, resume_from_checkpoint: str | None, overwrite: bool):
     """
     Check the folders that a training reads and writes.
@@ -146,7 +151,7 @@ def check_output(output_dir: str, resume_from_checkpoint: str | None, overwrite:
         FileNotFoundError: The checkpoint to resume from does not exist.
         FileExistsError: The output folder has checkpoints or, unless they may be overwritten, weights of another run.
     """
-    checkpoints = [each for each in checkpoints_in(output_dir) if (each / "trainer_state.json").exists()]
+    checkpoints = written_checkpoints(output_dir)
     if resume_from_checkpoint is None and checkpoints:
         raise FileExistsError(
             f"{output_dir} has checkpoints. Resume with --resume_from_checkpoint last or choose another --output_dir."

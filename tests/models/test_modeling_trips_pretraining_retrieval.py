@@ -31,28 +31,33 @@ from modeling_trips.patch_selection import region_targets, selection_loss
 @torch.no_grad()
 def test_logits_compare_all_images_with_all_texts():
     model = make_model()
-    output = model(TEXTS[:3], images(1), MASK[:3])  # as many as one likes
-    image_features = model.get_image_features(images(1)).pooler_output
+    output = model(TEXTS[:3], images(1), MASK[:3])
+    vision = model.get_image_features(images(1))
     image_cache = model.model.encode_images(images(1))
-    torch.testing.assert_close(model.get_image_features(image_cache=image_cache).pooler_output, image_features)
+    cached = model.get_image_features(image_cache=image_cache)
+    torch.testing.assert_close(cached.pooler_output, vision.pooler_output)
     text_features = model.get_text_features(TEXTS[:3], MASK[:3]).pooler_output
-    torch.testing.assert_close(output.logits_per_image, image_features @ text_features.T / 0.07)
+    torch.testing.assert_close(output.logits_per_image, vision.pooler_output @ text_features.T / 0.07)
     assert torch.equal(output.logits_per_text, output.logits_per_image.T)
     assert torch.equal(output.text_embeds, text_features)
-    assert output.loss is output.itm_logits is None
-    assert kept(output) == kept(model.get_image_features(images(1)))
+    assert output.loss is None
+    assert output.itm_logits is None
+    assert kept(output) == kept(vision)
 
 
 @torch.no_grad()
 def test_matching_many_pairs_equals_matching_each_alone():
     model = make_model()
-    text_index, image_index = torch.tensor([0, 0, 5, 3, 2, 2, 1]), torch.tensor([1, 3, 3, 0, 1, 0, 2])
-    expected = torch.stack([matched_alone(model, *pair) for pair in zip(text_index.tolist(), image_index.tolist())])
-    pairs = {"text_index": text_index, "image_index": image_index, "attention_mask": MASK}
-    output = model.match(TEXTS, images(), **pairs)
+    text_index = torch.tensor([0, 0, 5, 3, 2, 2, 1])
+    image_index = torch.tensor([1, 3, 3, 0, 1, 0, 2])
+    pairs = zip(text_index.tolist(), image_index.tolist())
+    expected = torch.stack([matched_alone(model, text, image) for text, image in pairs])
+    index = {"text_index": text_index, "image_index": image_index, "attention_mask": MASK}
+    output = model.match(TEXTS, images(), **index)
     torch.testing.assert_close(output.itm_logits, expected)
     text_states = model.get_text_features(TEXTS, MASK).last_hidden_state
-    reused = model.match(text_states=text_states, image_cache=model.model.encode_images(images()), **pairs)
+    image_cache = model.model.encode_images(images())
+    reused = model.match(text_states=text_states, image_cache=image_cache, **index)
     torch.testing.assert_close(reused.itm_logits, expected)
     one_to_one = model.match(TEXTS[text_index], images()[image_index], MASK[text_index])
     torch.testing.assert_close(one_to_one.itm_logits, expected)
@@ -95,17 +100,19 @@ def test_temperature_is_clamped_when_it_is_used(value, used):
 
 def test_texts_are_taught_what_to_see_of_their_own_images():
     model = make_model(selection_guidance=["image", "text"]).train()
-    regions = torch.cat([torch.rand(len(TEXTS), 2), torch.full((len(TEXTS), 2), 0.5)], dim=-1)
+    centers = torch.rand(len(TEXTS), 2)
+    regions = torch.cat([centers, torch.full_like(centers, 0.5)], dim=-1)
+    output = run(model, regions=regions)
+    plain = run(model)
     targets = region_targets(regions, model.config.vision_config.grid_size)
-    output, plain = run(model, regions=regions), run(model)
     union = torch.stack([targets[IMAGE_INDEX == image].amax(dim=0) for image in IMAGE_INDEX])
-    expected = [
-        selection_loss(layer.scores, layer.candidate_indices, wanted)
-        for layer, wanted in zip(output.selection, (union, targets), strict=True)
-    ]
-    torch.testing.assert_close(output.selection_loss, torch.stack(expected).mean())
+    by_image, by_text = output.selection
+    expected = selection_loss(by_image.scores, by_image.candidate_indices, union)
+    expected = expected + selection_loss(by_text.scores, by_text.candidate_indices, targets)
+    torch.testing.assert_close(output.selection_loss, expected.mean() / 2)
     torch.testing.assert_close(output.loss, plain.loss + 0.5 * output.selection_loss)
-    assert plain.selection_loss is None and run(model.eval(), regions=regions).selection_loss is None
+    assert plain.selection_loss is None
+    assert run(model.eval(), regions=regions).selection_loss is None
 
 
 # Image i has the logits log(SCORES[i]) over the texts. By row, the probabilities are 1/4, 1/2, 1/4; 1/2, 1/4, 1/4;
@@ -138,7 +145,7 @@ def test_an_image_that_is_in_the_batch_twice_shares_its_texts():
 
 
 def test_similarity_is_computed_in_full_precision():
-    queries, candidates = (torch.nn.functional.normalize(torch.randn(5, 64), dim=-1) for _ in range(2))
+    queries, candidates = torch.nn.functional.normalize(torch.randn(2, 5, 64), dim=-1)
     expected = (queries.double() @ candidates.double().T / 0.01).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(similarity(queries, candidates, 0.01), expected, rtol=1e-4, atol=1e-4)
@@ -146,10 +153,9 @@ def test_similarity_is_computed_in_full_precision():
     assert similarity(queries.double(), candidates.double(), 0.01).dtype == torch.float64
 
 
-def shares_of(logits, same_image, num_draws=40_000):
+def shares_of(logits, is_same_image, num_draws=40_000):
     """Return how often each candidate of one query is drawn."""
-    rows = logits.expand(num_draws, -1), same_image.expand(num_draws, -1)
-    indices, valid = hard_negative_indices(*rows)
+    indices, valid = hard_negative_indices(logits.expand(num_draws, -1), is_same_image.expand(num_draws, -1))
     assert valid.all()
     return indices.bincount(minlength=len(logits)) / num_draws
 
@@ -175,7 +181,8 @@ def test_a_query_without_a_negative_says_so():
     same_image = torch.tensor([[True, True, True], [True, False, True]])
     indices, valid = hard_negative_indices(torch.randn(2, 3), same_image)
     assert valid.tolist() == [False, True]
-    assert 0 <= indices[0] < 3 and indices[1] == 1
+    assert 0 <= indices[0] < 3
+    assert indices[1] == 1
 
 
 def test_matching_pairs_are_true_ones_then_negative_images_then_negative_texts():
@@ -200,10 +207,9 @@ def test_pairs_of_the_same_image_are_never_negatives():
 
 def test_matching_loss_is_the_mean_over_the_pairs_that_count():
     logits = torch.tensor([[0.0, 0.0], [0.0, math.log(3)], [0.0, math.log(3)], [9.0, -9.0]])
-    loss = matching_loss(logits, ids(1, 1, 0, 1), torch.tensor([1.0, 1.0, 1.0, 0.0]))
+    labels = torch.tensor([1, 1, 0, 1])
+    weights = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    loss = matching_loss(logits, labels, weights)
     assert loss.item() == pytest.approx((math.log(2) + math.log(4 / 3) + math.log(4)) / 3, rel=1e-6)
-    rounded, arguments = logits.bfloat16(), (ids(1, 1, 0, 1), torch.ones(4))
-    assert torch.equal(matching_loss(rounded, *arguments), matching_loss(rounded.float(), *arguments))
-
-
-# Numbers of images and texts of the first process.
+    rounded = logits.bfloat16()
+    assert torch.equal(matching_loss(rounded, labels, weights), matching_loss(rounded.float(), labels, weights))

@@ -22,18 +22,14 @@ from modeling_trips.patch_selection import (
 TOKENS = torch.tensor([[[9.0, 9.0], [1.0, 10.0], [2.0, 20.0], [3.0, 30.0], [4.0, 40.0], [5.0, 50.0]]])
 # The largest three are 0.4 (position 4), 0.25 (position 1) and 0.2 (position 3): kept in order 1, 3, 4.
 SCORES = torch.tensor([[0.1, 0.25, 0.05, 0.2, 0.4]])
-# 0.1 * (1, 10) + 0.05 * (3, 30) = (0.25, 2.5); the weights sum to 0.15: normalized (5/3, 50/3).
+# 0.1 * (1, 10) + 0.05 * (3, 30)
 FUSED = [0.25, 2.5]
 
 
-def select(tokens, scores, keep_rate, fuse=True):
-    choice = choose_tokens(scores, keep_rate)
-    return shorten_tokens(tokens, scores, choice, fuse), choice.kept
-
-
 def test_example_by_hand():
-    tokens, kept = select(TOKENS, SCORES, keep_rate=0.6)
-    assert kept.tolist() == [[1, 3, 4]]
+    choice = choose_tokens(SCORES, keep_rate=0.6)
+    assert choice.kept.tolist() == [[1, 3, 4]]
+    tokens = shorten_tokens(TOKENS, SCORES, choice)
     expected = torch.tensor([[[9.0, 9.0], [2.0, 20.0], [4.0, 40.0], [5.0, 50.0], FUSED]])
     torch.testing.assert_close(tokens, expected)
 
@@ -41,11 +37,14 @@ def test_example_by_hand():
 def test_candidates_are_drawn_by_their_scores():
     # Without repetition: first i with p_i, then j with p_j / (1 - p_i) of what is left.
     torch.manual_seed(0)
-    num_rows, (p, q, r) = 20_000, (0.6, 0.3, 0.1)
-    pairs = [p * q / (1 - p) + p * q / (1 - q), p * r / (1 - p) + p * r / (1 - r), q * r / (1 - q) + q * r / (1 - r)]
-    kept = draw_kept(torch.tensor([[p, q, r]]).expand(num_rows, -1), 2)
-    found = torch.tensor([(kept == torch.tensor(pair)).all(dim=1).float().mean() for pair in ([0, 1], [0, 2], [1, 2])])
-    torch.testing.assert_close(found, torch.tensor(pairs), rtol=0, atol=4 * (0.25 / num_rows) ** 0.5)
+    num_rows = 20_000
+    scores = [0.6, 0.3, 0.1]
+    kept = draw_kept(torch.tensor([scores]).expand(num_rows, -1), 2)
+    for i, j in ([0, 1], [0, 2], [1, 2]):
+        share = (kept == torch.tensor([i, j])).all(dim=1).double().mean().item()
+        product = scores[i] * scores[j]
+        expected = product / (1 - scores[i]) + product / (1 - scores[j])
+        assert share == pytest.approx(expected, abs=4 * (0.25 / num_rows) ** 0.5)
 
 
 def test_drawn_candidates_are_kept_and_the_others_fused():
@@ -53,17 +52,19 @@ def test_drawn_candidates_are_kept_and_the_others_fused():
     scores = SCORES.expand(20, -1)
     choice = choose_tokens(scores, keep_rate=0.6, probe_share=1.0, draw=True)
     selected = shorten_tokens(TOKENS.expand(20, -1, -1), scores, choice)
-    assert len({tuple(row) for row in choice.kept.tolist()}) > 1
-    for row, own, probed in zip(selected, choice.kept.tolist(), choice.probed.tolist()):
-        assert own == sorted(set(own)) and sorted(own + probed) == [*range(5)]
-        assert torch.equal(row[1:4], TOKENS[0, 1:][own])
-        torch.testing.assert_close(row[4], sum(SCORES[0, i] * TOKENS[0, 1 + i] for i in probed))
-        assert torch.equal(row[5:], TOKENS[0, 1:][probed])
     assert choice.gate.shape == (20, 5)
+    assert len({tuple(row) for row in choice.kept.tolist()}) > 1
+    candidates = TOKENS[0, 1:]
+    for row, kept, probed in zip(selected, choice.kept.tolist(), choice.probed.tolist()):
+        assert kept == sorted(kept)
+        assert sorted(kept + probed) == [0, 1, 2, 3, 4]
+        assert torch.equal(row[1:4], candidates[kept])
+        torch.testing.assert_close(row[4], SCORES[0, probed] @ candidates[probed])
+        assert torch.equal(row[5:], candidates[probed])
 
 
 def test_score_tokens_by_hand():
-    # Two heads of width 1, scaling 1. Head 1: logits (ln 1, ln 3) -> (1/4, 3/4). Head 2: (ln 1, ln 1) -> (1/2, 1/2).
+    # Two heads of width 1. Scaling 1: logits (ln 1, ln 3) -> (1/4, 3/4), and (ln 1, ln 1) -> (1/2, 1/2).
     query = torch.tensor([[[1.0], [2.0]]])
     key = torch.tensor([[[[0.0], [math.log(3)]], [[0.0], [0.0]]]])
     torch.testing.assert_close(score_tokens(query, key, scaling=1.0), torch.tensor([[0.375, 0.625]]))
@@ -87,9 +88,10 @@ def test_equal_scores_go_to_the_lower_index():
 
 
 def test_scores_get_their_gradient_from_the_fused_token_only():
-    tokens, scores = TOKENS.clone().requires_grad_(), SCORES.clone().requires_grad_()
-    selected, _ = select(tokens, scores, keep_rate=0.6)
-    selected.sum().backward()
+    tokens = TOKENS.clone().requires_grad_()
+    scores = SCORES.clone().requires_grad_()
+    choice = choose_tokens(scores, keep_rate=0.6)
+    shorten_tokens(tokens, scores, choice).sum().backward()
     # d(sum of the fused token) / d(a_i) = the sum of X_i: 1 + 10 and 3 + 30 for the two that were fused.
     torch.testing.assert_close(scores.grad, torch.tensor([[11.0, 0.0, 33.0, 0.0, 0.0]]))
     # [CLS] and the kept pass on 1; the fused their weight.
@@ -99,8 +101,8 @@ def test_scores_get_their_gradient_from_the_fused_token_only():
 def test_scores_of_half_precision_do_not_overflow_or_tie():
     # Unscaled products of 4 x 64 x 64 * 64 exceed float16's 65504; bfloat16 would round 1.000 and 1.002 together.
     query = torch.full((1, 1, 64), 64.0, dtype=torch.float16)
-    scores = score_tokens(query, torch.full((1, 1, 3, 64), 64.0, dtype=torch.float16), scaling=0.125)
-    torch.testing.assert_close(scores, torch.full((1, 3), 1 / 3))
+    key = torch.full((1, 1, 3, 64), 64.0, dtype=torch.float16)
+    torch.testing.assert_close(score_tokens(query, key, scaling=0.125), torch.full((1, 3), 1 / 3))
     query = torch.ones(1, 1, 2, dtype=torch.bfloat16)
     key = torch.tensor([[[[1.0, 0.0], [1.0, 2**-9]]]], dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
@@ -118,13 +120,17 @@ def test_topk_ranks_nan_last():
 
 
 def test_targets_of_a_region_by_hand():
-    # The region is x from 0.25 to 0.75, y from 0 to 0.25, in a grid of 2 rows and 4 columns.
-    targets = region_targets(torch.tensor([[0.5, 0.125, 0.5, 0.25], [0.3, 0.3, 0.0, 0.0]]), (2, 4))
-    assert targets[0].tolist() == pytest.approx([0, 0.5, 0.5, 0, 0, 0, 0, 0])
-    assert targets[1].tolist() == [0] * 8  # no region
-    # A region across patches: the target is the share of each patch, here one and three quarters.
-    across = region_targets(torch.tensor([[0.25 + 0.025, 0.25, 0.1, 0.1]]), (2, 4))
-    assert across[0].tolist() == pytest.approx([0.25, 0.75, 0, 0, 0, 0, 0, 0])
+    regions = torch.tensor(
+        [
+            [0.5, 0.125, 0.5, 0.25],  # x from 0.25 to 0.75, y from 0 to 0.25
+            [0.3, 0.3, 0.0, 0.0],  # no region
+            [0.275, 0.25, 0.1, 0.1],  # across two patches: one quarter in the first, three quarters in the second
+        ]
+    )
+    whole, nothing, across = region_targets(regions, (2, 4)).tolist()  # 2 rows, 4 columns
+    assert whole == pytest.approx([0, 0.5, 0.5, 0, 0, 0, 0, 0])
+    assert nothing == [0] * 8
+    assert across == pytest.approx([0.25, 0.75, 0, 0, 0, 0, 0, 0])
 
 
 def test_a_fused_token_counts_for_what_is_behind_it():
@@ -137,11 +143,11 @@ def test_a_fused_token_counts_for_what_is_behind_it():
 def test_the_selection_loss_by_hand():
     scores = torch.tensor([[0.64, 0.16, 0.2]]).repeat(3, 1)
     candidates = torch.tensor([[0, 2, -1]]).repeat(3, 1)
-    targets = torch.tensor([[0.5, 0.0, 0.5, 0.0], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
     # Two patches have equal targets and attention 4 to 1: the target is 2 to 1. The third text has no region.
-    two = 2 / 3 * math.log(2 / 3 / 0.64) + 1 / 3 * math.log(1 / 3 / 0.16)
+    targets = torch.tensor([[0.5, 0.0, 0.5, 0.0], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    first = 2 / 3 * math.log(2 / 3 / 0.64) + 1 / 3 * math.log(1 / 3 / 0.16)
     losses = selection_loss(scores, candidates, targets)
-    assert losses.tolist() == pytest.approx([two, -math.log(0.16), 0.0], abs=1e-6)
+    assert losses.tolist() == pytest.approx([first, -math.log(0.16), 0.0], abs=1e-6)
 
 
 def test_the_target_is_no_way_for_the_gradient():

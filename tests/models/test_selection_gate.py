@@ -20,9 +20,8 @@ QUESTIONS = next(case for case in CASES if case.model_class.__name__ == "TripsFo
 each_guidance = pytest.mark.parametrize("guidance", ["text", "image"])
 
 
-def loss_and_gradients(case, inputs=None, **fields):
+def loss_and_gradients(case, inputs, **fields):
     model = case.make_model(**fields).train()
-    inputs = case.make_inputs(training=True) if inputs is None else inputs
     torch.manual_seed(3)
     outputs = model(**inputs)
     loss = loss_of(outputs)
@@ -41,17 +40,17 @@ def keeps_the_best(monkeypatch):
 @each_guidance
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_the_loss_is_that_of_the_pruned_model(case, guidance, attention):
+    inputs = case.make_inputs(training=True)
     fields = {"attn_implementation": attention, "selection_guidance": guidance}
-    pruned, without, expected = loss_and_gradients(case, **fields)
-    loss, gradients, outputs = loss_and_gradients(case, **fields, selection_gate=0.3)
-    assert torch.equal(loss, pruned)
-    for layer, same in zip(outputs.selection, expected.selection, strict=True):
-        assert torch.equal(layer.kept_indices, same.kept_indices)
+    expected_loss, expected_gradients, expected = loss_and_gradients(case, inputs, **fields)
+    loss, gradients, outputs = loss_and_gradients(case, inputs, **fields, selection_gate=0.3)
+    assert torch.equal(loss, expected_loss)
+    assert kept_by(outputs) == kept_by(expected)
     # What comes after the fusion has the same gradient, the queries of the selection have another.
-    assert not torch.equal(gradients_of_tower(gradients), gradients_of_tower(without))
+    assert not torch.equal(gradients_of_tower(gradients), gradients_of_tower(expected_gradients))
     for name in gradients:
         if name.startswith(("decoder.", "lm_head.", "classifier.")):
-            torch.testing.assert_close(gradients[name], without[name], msg=name)
+            torch.testing.assert_close(gradients[name], expected_gradients[name], msg=name)
 
 
 def gradients_of_tower(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -61,29 +60,34 @@ def gradients_of_tower(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
 @pytest.mark.parametrize("additive", [False, True])
 def test_the_gradient_of_the_gate_is_that_of_a_loop(additive):
     torch.manual_seed(0)
-    query, key, value = torch.randn(3, 2, 2, 4, 3, dtype=torch.float64).unbind()
+    query, key, value = torch.randn(3, 2, 2, 4, 3, dtype=torch.float64).unbind()  # two rows, two heads, four tokens
     query = query[:, :, :3]
     gate = torch.rand(2, 4, dtype=torch.float64).requires_grad_()
     mask = torch.ones(2, 1, 3, 4, dtype=torch.bool)
     mask[1, :, :, 0] = False
-    module, scaling, num_kept = torch.nn.Module(), 0.7, 3
-    given = torch.zeros(mask.shape).double().masked_fill(~mask, torch.finfo().min) if additive else mask
-    key_info = KeyInfo(given, gate=gate, num_probed=4 - num_kept)
-    output, _ = attend(sdpa, module, query, key, value, key_info, scaling=scaling)
+    attention_mask = mask
+    if additive:
+        attention_mask = torch.zeros(mask.shape).double().masked_fill(~mask, torch.finfo().min)
+    scaling = 0.7
+    num_kept = 3
+    key_info = KeyInfo(attention_mask, gate=gate, num_probed=1)
+    output, _ = attend(sdpa, torch.nn.Module(), query, key, value, key_info, scaling=scaling)
     weights = torch.randn_like(output)
     (output * weights).sum().backward()
 
     expected = torch.zeros_like(gate)
     for row in range(2):
         for head in range(2):
+            values = value[row, head]
             for i in range(3):
-                logits = [scaling * query[row, head, i] @ key[row, head, j] for j in range(4)]
-                powers = [logit.exp() if mask[row, 0, i, j] else 0.0 for j, logit in enumerate(logits)]
-                kept = sum(powers[:num_kept])
-                out = sum(power / kept * value[row, head, j] for j, power in enumerate(powers[:num_kept]))
+                logits = scaling * key[row, head] @ query[row, head, i]
+                powers = logits.exp() * mask[row, 0, i]
+                kept = powers[:num_kept]
+                out = kept @ values[:num_kept] / kept.sum()
                 torch.testing.assert_close(output[row, i, head], out)
                 for j in range(4):
-                    expected[row, j] += powers[j] / sum(powers) * (weights[row, i, head] @ (value[row, head, j] - out))
+                    attention = powers[j] / powers.sum()
+                    expected[row, j] += attention * (weights[row, i, head] @ (values[j] - out))
     torch.testing.assert_close(gate.grad, expected)
 
 
@@ -115,7 +119,8 @@ def test_the_gate_of_drawn_candidates_by_hand():
 def test_scores_near_zero_have_finite_gradients(drawn):
     # The attention to the second candidate is about 4e-38, the gradient that of a loss scaled for float16.
     logits = torch.tensor([[0.0, -86.0, -5.0]], requires_grad=True)
-    scores, positions = logits.softmax(dim=-1), torch.tensor([[0, 1, 2]])
+    scores = logits.softmax(dim=-1)
+    positions = torch.tensor([[0, 1, 2]])
     gate = gate_of_drawn(scores, positions) if drawn else gate_of_best(scores, positions[:, :1], positions)
     (gate * 2**16).sum().backward()
     assert logits.grad.isfinite().all()
@@ -123,26 +128,30 @@ def test_scores_near_zero_have_finite_gradients(drawn):
 
 def test_dropped_candidates_are_sampled_at_random():
     torch.manual_seed(0)
-    scores = torch.tensor([[0.3, 0.02, 0.2, 0.05, 0.4, 0.03]])  # kept: 0, 2, 4
-    kept, num_rows = torch.tensor([[0, 2, 4]]), 6000
-    calls = [draw_probed(scores.expand(num_rows, -1), kept.expand(num_rows, -1), share=0.3) for _ in range(2)]
-    assert calls[0].shape == (num_rows, 1) and not torch.equal(*calls)
-    for sample in calls:  # each about equally often, whatever its score: a share of 1 / 3, +- 5 standard deviations
-        shares = torch.bincount(sample[:, 0], minlength=6) / num_rows
-        torch.testing.assert_close(shares[[1, 3, 5]], torch.full((3,), 1 / 3), rtol=0, atol=0.03)
+    num_rows = 6000
+    scores = torch.tensor([[0.3, 0.02, 0.2, 0.05, 0.4, 0.03]]).expand(num_rows, -1)
+    kept = torch.tensor([[0, 2, 4]]).expand(num_rows, -1)
+    probed = draw_probed(scores, kept, share=0.3)
+    assert probed.shape == (num_rows, 1)
+    assert not torch.equal(probed, draw_probed(scores, kept, share=0.3))
+    # Each about equally often, whatever its score: a share of 1 / 3, +- 5 standard deviations.
+    shares = torch.bincount(probed[:, 0], minlength=6) / num_rows
+    torch.testing.assert_close(shares[[1, 3, 5]], torch.full((3,), 1 / 3), rtol=0, atol=0.03)
 
 
 @pytest.mark.usefixtures("keeps_the_best")
-def test_texts_of_one_image_accumulate_as_texts_of_their_own():
+@each_guidance
+def test_texts_of_one_image_accumulate_as_texts_of_their_own(guidance):
     inputs = QUESTIONS.make_inputs(training=True)
-    inputs["pixel_values"] = inputs["pixel_values"][:1].expand(4, -1, -1, -1)
-    shared = {**inputs, "pixel_values": inputs["pixel_values"][:1], "image_index": torch.zeros(4, dtype=torch.long)}
-    fields = {"selection_gate": 1.0, "patch_embedding_type": "linear"}  # nothing drawn, no batch norm
-    for guidance in ("text", "image"):
-        _, expected, _ = loss_and_gradients(QUESTIONS, inputs, **fields, selection_guidance=guidance)
-        _, gradients, _ = loss_and_gradients(QUESTIONS, shared, **fields, selection_guidance=guidance)
-        for name, value in expected.items():
-            torch.testing.assert_close(gradients[name], value, rtol=1e-3, atol=1e-5, msg=name)
+    image = inputs["pixel_values"][:1]
+    repeated = {**inputs, "pixel_values": image.expand(4, -1, -1, -1)}
+    shared = {**inputs, "pixel_values": image, "image_index": torch.zeros(4, dtype=torch.long)}
+    # Nothing drawn, no batch norm.
+    fields = {"selection_gate": 1.0, "patch_embedding_type": "linear", "selection_guidance": guidance}
+    _, expected, _ = loss_and_gradients(QUESTIONS, repeated, **fields)
+    _, gradients, _ = loss_and_gradients(QUESTIONS, shared, **fields)
+    for name, value in expected.items():
+        torch.testing.assert_close(gradients[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_only_training_with_gradients_has_a_gate():
@@ -158,25 +167,31 @@ def test_only_training_with_gradients_has_a_gate():
 
 
 @pytest.mark.parametrize("guidance", [["text", "text"], ["image", "text"], ["image", "image"], ["text", "random"]])
-def test_the_last_layer_that_drops_patches_learns(guidance):
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_last_layer_that_drops_patches_learns(guidance, shared):
     # The second layer keeps all by rounding: ceil(0.99 * (39 + 1)) = 40.
-    fields = {"selection_gate": 0.3, "selection_guidance": guidance, "keep_rate": [0.6, 0.99]}
-    model, inputs = QUESTIONS.make_model(**fields).model.train(), Case(TripsModel).make_inputs()
-    shared = {**inputs, "pixel_values": inputs["pixel_values"][:2], "image_index": torch.tensor([0, 1, 1, 0])}
-    for own in (inputs, shared):
-        outputs = model(**own)
-        last, vision = outputs.selection[-1], outputs.vision_model_output
-        assert last.scores.shape[1] == last.kept_indices.shape[1] == 40
-        assert torch.equal(last.kept_indices[:, -1], torch.full((4,), -1))
-        assert (vision.last_hidden_state.shape[1], vision.probed.states.shape[1]) == (41, 8)  # ceil(0.3 * 25)
-        vision.probed.gate.retain_grad()
-        loss_of(outputs).backward()
-        assert (vision.probed.gate.grad[:, 1:] != 0).all()
+    model = QUESTIONS.make_model(selection_gate=0.3, selection_guidance=guidance, keep_rate=[0.6, 0.99]).model.train()
+    inputs = Case(TripsModel).make_inputs()
+    if shared:
+        inputs["pixel_values"] = inputs["pixel_values"][:2]
+        inputs["image_index"] = torch.tensor([0, 1, 1, 0])
+    outputs = model(**inputs)
+    last = outputs.selection[-1]
+    assert last.scores.shape[1] == 40
+    assert last.kept_indices.shape[1] == 40
+    assert (last.kept_indices[:, -1] == -1).all()
+    vision = outputs.vision_model_output
+    assert vision.last_hidden_state.shape[1] == 41
+    assert vision.probed.states.shape[1] == 8  # ceil(0.3 * 25)
+    vision.probed.gate.retain_grad()
+    loss_of(outputs).backward()
+    assert (vision.probed.gate.grad[:, 1:] != 0).all()
 
 
 @pytest.mark.parametrize("fields", [{"keep_rate": 0.99}, {"selection_guidance": "random"}], ids=str)
 def test_training_without_a_layer_that_can_learn_is_refused(fields):
-    model, inputs = QUESTIONS.make_model(selection_gate=0.3, **fields).train(), QUESTIONS.make_inputs(training=True)
+    model = QUESTIONS.make_model(selection_gate=0.3, **fields).train()
+    inputs = QUESTIONS.make_inputs(training=True)
     with pytest.raises(ValueError, match="selection_gate"):
         model(**inputs)
     model.eval()(**inputs)

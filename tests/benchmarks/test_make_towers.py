@@ -35,9 +35,11 @@ def test_read_model_matches_the_onnx_file(tmp_path):
     source = SaliencyModel()
     export(source, tmp_path / "saliency.onnx")
     model = read_dinov2_onnx(tmp_path / "saliency.onnx")
-    assert model.config.image_size == 16 and model.config.num_attention_heads == 1
+    assert model.config.image_size == 16
+    assert model.config.num_attention_heads == 1
     weights = source.backbone.state_dict()
-    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, weights[name]), name
 
 
 @pytest.mark.slow

@@ -19,14 +19,18 @@ def fields_of(document: dict, schema: dict) -> dict:
     return document["components"]["schemas"][name]["properties"]
 
 
+def content_of(document: dict, message: dict) -> dict:
+    return fields_of(document, message["content"]["application/json"]["schema"])
+
+
 @pytest.mark.parametrize("name", ENDPOINTS)
 def test_requests_and_replies_have_types(document, name):
     operation = document["paths"][f"/{name}"]["post"]
-    assert fields_of(document, operation["requestBody"]["content"]["application/json"]["schema"])
-    responses = operation["responses"]
-    reply = fields_of(document, responses["200"]["content"]["application/json"]["schema"])
-    assert list(reply) == [ENDPOINTS[name].field] and reply[ENDPOINTS[name].field]["type"] == "array"
-    error = fields_of(document, responses["default"]["content"]["application/json"]["schema"])
+    assert content_of(document, operation["requestBody"])
+    reply = content_of(document, operation["responses"]["200"])
+    assert list(reply) == [ENDPOINTS[name].field]
+    assert reply[ENDPOINTS[name].field]["type"] == "array"
+    error = content_of(document, operation["responses"]["default"])
     assert error["error"]["type"] == "string"
 
 

@@ -4,12 +4,14 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Container, Hashable, Iterable
+from pathlib import Path
 from statistics import median
 
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import AutoImageProcessor, PreTrainedTokenizerBase, TrainingArguments
+from transformers import AutoImageProcessor, PreTrainedTokenizerBase, TrainerState, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer import TRAINER_STATE_NAME
 
 from modeling_trips import UNPRUNED, TripsConfig, TripsPreTrainedModel, TripsProcessor, TripsVisionConfig
 from modeling_trips.conversion.processors import load_tokenizer, make_processor
@@ -79,6 +81,8 @@ def start_run(
         task_fields: Fields of `TripsConfig` that the task sets.
     """
     config, processor = load_start(model_args, data_args.scene_size, **task_fields)
+    if training_args.do_train and training_args.resume_from_checkpoint is not None:
+        check_resumed(config, training_args)
     if load is None:
         data = load_data(task, data_args, training_args, config.vision_config.patch_shape[0])
     else:
@@ -165,6 +169,35 @@ def check_gate(config: TripsVisionConfig):
             "--selection_gate needs a --schedule whose last layer is scored by the text or the image, got "
             f"{schedule}. Give --selection_gate 0."
         )
+
+
+def check_resumed(config: TripsConfig, args: TrainingArguments):
+    """
+    Compare the selection and the length of a resumed run with those of its checkpoint. Other values that the command
+    line gives are a warning; other defaults, as of another version, are a `ValueError`.
+    """
+    folder = Path(args.resume_from_checkpoint)
+    state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+    values = {}  # of the checkpoint and of this run
+    if (folder / "config.json").exists():  # FSDP writes none
+        stored = TripsConfig.from_pretrained(folder).vision_config
+        values["schedule"] = (str(stored.schedule), str(config.vision_config.schedule))
+        values["selection_gate"] = (stored.selection_gate, config.vision_config.selection_gate)
+    for entry in state.log_history:
+        if "unpruned_share" in entry:  # by `PhasesCallback`; the last one counts
+            values["unpruned_share"] = (entry["unpruned_share"], args.unpruned_share)
+    has_same_epochs = args.max_steps <= 0 and state.num_train_epochs == math.ceil(args.num_train_epochs)
+    if not has_same_epochs:
+        values["max_steps"] = (state.max_steps, args.max_steps)
+    typed = args.typed | ({"max_steps"} if "num_train_epochs" in args.typed else set())
+    changed = [name for name, (before, now) in values.items() if before != now]
+    before = " ".join(f"--{name} {values[name][0]}" for name in changed)
+    now = " ".join(f"--{name} {values[name][1]}" for name in changed)
+    message = f"{folder} was trained with {before}, and this run has {now}."
+    if not typed.issuperset(changed):
+        raise ValueError(f"{message} Give {before} to go on as it began, or the values that you want.")
+    if changed and args.should_log:
+        logger.warning(message)
 
 
 def _start_from_checkpoint(args: ModelArguments, fields: dict) -> tuple[TripsConfig, TripsProcessor]:

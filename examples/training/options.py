@@ -285,6 +285,7 @@ class Parser(HfArgumentParser):
         self.task = task
         self.on_cpu = on_cpu
         self.defaults = defaults
+        self.typed: set[str] = set()  # the options of the last command line
         self.trains = any(issubclass(each, RunOptions) for each in classes)
         self.set_defaults(**defaults)
         of_recipe = recipe(task, {"train_file": None})
@@ -331,6 +332,7 @@ class Parser(HfArgumentParser):
             typed = {name: value for name, value in vars(parsed).items() if value is not MISSING}
             on_cpu = self.on_cpu or typed.get("use_cpu", False)
             defaults = recipe(self.task, typed, on_cpu)
+            self.typed = set(typed)
             defaults["unpruned_share"] = 0.0 if "model" in typed else UNPRUNED_SHARE
             namespace = Namespace(**{name: value for name, value in defaults.items() if name in own})
         namespace, unknown = super().parse_known_args(args, namespace)

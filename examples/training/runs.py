@@ -6,7 +6,7 @@ import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class RunArguments(RunOptions, TrainingArguments):
 
     remove_unused_columns: bool = option(False, "The collators need all columns.")
     logging_nan_inf_filter: bool = option(False, "Not used: a loss that is not finite stops the run.")
+    typed: set[str] = field(default_factory=set, init=False)  # the options of the command line by name
 
     def __post_init__(self):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
@@ -110,6 +111,7 @@ def parse_arguments(parser: Parser, argv: list[str] | None = None) -> tuple[Any,
     )
     arguments = whole.parse_args_into_dataclasses(args=argv)
     training_args = arguments[-1]
+    training_args.typed = whole.typed
     level = logging.INFO if training_args.should_log else logging.WARNING
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=level)
     logger.info("Output folder: %s", training_args.output_dir)

@@ -68,6 +68,8 @@ class PhasesCallback(TrainerCallback):
             trainer.regions_used_for,
             state.global_step + 1 + DurationCallback.num_steps,
         )
+        # `check_resumed` reads it from checkpoints.
+        state.log_history.append({"unpruned_share": args.unpruned_share, "step": state.global_step})
 
     def on_step_begin(self, args, state, control, **kwargs):
         if 0 < state.global_step == self.trainer.unpruned_steps:

@@ -1,8 +1,9 @@
 """
-Draw accuracy over operations from the rows of `docs/results/pictures.json`: `python docs/figure.py`.
+Draw accuracy over operations from the rows of `docs/results`: `python docs/figure.py`.
 
-A point is the mean over the seeds of rows that are equal in contestant, schedule, pixels and steps; its line goes from
-the smallest to the largest. The gray band is one point below the unpruned model.
+In the figure of drawn pictures, a point is the mean over the seeds of rows that are equal in contestant, schedule,
+pixels and steps; its line goes from the smallest to the largest. The gray band is one point below the unpruned model.
+In the figure of generative models, a point is the mean over the seeds of a selection with a budget of tokens.
 """
 
 from pathlib import Path
@@ -10,10 +11,11 @@ from statistics import mean
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from tables import DOCS, Rows, group, read
+from tables import DOCS, SETTINGS, Rows, group, percents, read
 
 
 PANELS = {"operations_1": "one text per image", "operations_5": "five texts per image"}
+MARKERS = "os^"
 COLORS = ("#000000", "#d9480f", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by the color-blind
 
 
@@ -69,5 +71,33 @@ def draw(rows: Rows, path: Path):
     figure.savefig(path, dpi=120)
 
 
+def draw_selections(rows: Rows, path: Path):
+    """Draw the selections of generative models, each joined over its budgets of tokens."""
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    axes = figure.subplots()
+    selections = group(rows, ["selection"])
+    unpruned = mean(row["total_mmacs"] for row in selections[("unpruned",)])
+    for number, ((name,), runs) in enumerate(selections.items()):
+        points = []
+        for budget in group(runs, ["level"]).values():
+            operations = mean(row["total_mmacs"] for row in budget)
+            accuracy = mean(percents(budget, "mean").values())
+            points.append((operations / unpruned, accuracy))
+        operations, accuracies = zip(*sorted(points))
+        axes.plot(
+            operations,
+            accuracies,
+            color=COLORS[number % len(COLORS)],
+            marker=MARKERS[number // len(COLORS)],
+            label=SETTINGS["words"]["selection"].get(name, name),
+        )
+    axes.set_xlabel("operations of a question, unpruned = 1")
+    axes.set_ylabel("right answers, %")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right center", frameon=False)
+    figure.savefig(path, dpi=120)
+
+
 if __name__ == "__main__":
     draw(read("pictures"), DOCS / "accuracy_over_operations.png")
+    draw_selections(read("vlm_answers"), DOCS / "vlm_answers.png")

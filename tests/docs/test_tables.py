@@ -67,3 +67,11 @@ def test_a_line_is_compared_with_the_unpruned_baseline_which_comes_first(picture
 def test_the_figure_is_drawn_from_the_rows(pictures, tmp_path):
     figure.draw(tables.read("pictures"), tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_a_selection_that_is_new_in_the_rows_is_drawn(tmp_path):
+    rows = tables.read("vlm_answers")
+    new = [{**row, "selection": "another"} for row in rows if row["selection"] == "FastV"]
+    figure.draw_selections(rows, tmp_path / "old.png")
+    figure.draw_selections(rows + new, tmp_path / "new.png")
+    assert (tmp_path / "old.png").read_bytes() != (tmp_path / "new.png").read_bytes()

@@ -167,10 +167,12 @@ class SelectionSchedule:
     @property
     def first_text_layer(self) -> int | None:
         """Number of the first layer that a text scores, where the text-independent part ends; `None` without one."""
-        for layer, selection in self.by_layer.items():
-            if selection.guidance == "text":
-                return layer
-        return None
+        return min(self.text_layers, default=None)
+
+    @property
+    def text_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that a text scores."""
+        return tuple(layer for layer, selection in self.by_layer.items() if selection.guidance == "text")
 
     def before(self, layer: int | None) -> "SelectionSchedule":
         """The part of the schedule below a layer; all of it for `None`."""
@@ -477,6 +479,10 @@ class TripsConfig(PreTrainedConfig):
     selection_loss_weight (`float`, *optional*, defaults to 0.5):
         Weight of the selection supervision in training, if regions are given: of a text's scores by its region, of an
         image's scores by the union of the regions of its texts. 0 turns it off.
+    selection_imitation (`bool`, *optional*, defaults to `False`):
+        Whether, in training passes that run unpruned (`schedule=UNPRUNED`), the scores of the layers that a text
+        scores learn where the fusion encoder looks: the attention of the text's [CLS] to the patches in its last
+        layer, with weight `selection_loss_weight`. Pruning then begins with a choice that is already the text's.
     num_images (`int`, *optional*, defaults to 2):
         Images per text of [`TripsForImagesAndTextClassification`].
     attention_loss_weight (`float`, *optional*, defaults to 0.0):
@@ -529,6 +535,7 @@ class TripsConfig(PreTrainedConfig):
     prefix_lm_weight: float | int = not_negative(default=1.0)
     answer_ranking: Literal["likelihood", "albef"] = "likelihood"
     selection_loss_weight: float | int = not_negative(default=0.5)
+    selection_imitation: bool = False
     num_images: int = positive(default=2)
     attention_loss_weight: float | int = not_negative(default=0.0)
     initializer_range: float = not_negative(default=0.02)
@@ -613,6 +620,10 @@ class TripsConfig(PreTrainedConfig):
         for name, value, needed in fields:
             if value != needed:
                 raise ValueError(f"`{name}` must be {needed} with `fusion_type={fusion.fusion_type!r}`, got {value}.")
+        if self.selection_imitation and fusion.fusion_type != "cross_attention":
+            raise ValueError(
+                f"`selection_imitation` needs `fusion_type='cross_attention'`, got {fusion.fusion_type!r}."
+            )
 
     def check_start_token(self):
         """Raise a `ValueError` if the start token of the heads that write is outside of the decoder's vocabulary."""

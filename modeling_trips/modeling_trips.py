@@ -39,6 +39,7 @@ from .modeling_trips_text import (
     TripsLMHead,
     TripsTextModel,
     accept_former_cache_name,
+    class_states,
 )
 from .modeling_trips_vision import (
     SHARED_ARGS,
@@ -51,7 +52,7 @@ from .modeling_trips_vision import (
     select_rows,
     selection_rows,
 )
-from .patch_selection import region_targets, selection_loss, union_of_targets
+from .patch_selection import imitation_loss, region_targets, selection_loss, union_of_targets
 from .pipeline_trips import TripsImageToTextPipeline, TripsVisualQuestionAnsweringPipeline
 
 
@@ -176,6 +177,7 @@ class TripsModel(TripsPreTrainedModel):
         """
         if schedule is None:
             schedule = self.vision_model.config.schedule
+        scored_layers: tuple[int, ...] = ()
         # CODEPATH: ALBEF and mPLUG have two towers and a fusion encoder, ViLT a single stream.
         if self.fusion_model is None:
             vision = self.vision_model(
@@ -193,12 +195,16 @@ class TripsModel(TripsPreTrainedModel):
         else:
             if text_embeds is None:
                 text_embeds = self.text_model.pooled(text_states, attention_mask)
+            # CODEPATH: with `selection_imitation`, scores learn from training passes that run unpruned.
+            if self.training and self.config.selection_imitation and not schedule.layers:
+                scored_layers = self.vision_model.config.schedule.text_layers
             vision = self.vision_model(
                 pixel_values=pixel_values,
                 text_embeds=text_embeds,
                 image_index=image_index,
                 image_cache=image_cache,
                 schedule=schedule,
+                scored_layers=scored_layers,
                 **kwargs,
             )
             fused = self.fusion_model(
@@ -207,13 +213,14 @@ class TripsModel(TripsPreTrainedModel):
                 attention_mask=attention_mask,
                 image_index=vision.image_index,
                 probed=vision.probed,
+                output_image_attention=len(scored_layers) > 0,
                 **kwargs,
             )
             fused_states = fused.last_hidden_state
             selection = selection_rows(vision.selection, vision.image_index)
         selection_losses = None
         # CODEPATH: a weight of 0 turns the loss off, and so does evaluation.
-        if regions is not None and self.training and self.config.selection_loss_weight > 0:
+        if regions is not None and self.training and self.config.selection_loss_weight > 0 and schedule.layers:
             selection_losses = self.selection_losses(
                 selection=selection,
                 regions=regions,
@@ -222,6 +229,10 @@ class TripsModel(TripsPreTrainedModel):
                 image_index=image_index,
                 image_cache=image_cache,
             )
+        elif scored_layers:
+            attention = class_states(fused.image_attention[-1], attention_mask)[:, 1:]  # (num_texts, num_patches)
+            losses = [imitation_loss(scores, attention) for scores in vision.unpruned_scores]
+            selection_losses = torch.stack(losses).mean(dim=0)
         return TripsModelOutput(
             last_hidden_state=fused_states,
             selection=selection,

@@ -64,6 +64,8 @@ regions (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
     the selection, see `selection_loss_weight`.
 schedule (`SelectionSchedule`, *optional*):
     How the vision layers select in this pass, in place of the configuration's.
+scored_layers (`tuple[int]`, *optional*, defaults to `()`):
+    Layers, numbered from 1, that the schedule does not name: they keep all, and the text's scores are returned.
 text_embeds (`torch.FloatTensor` of shape `(num_texts, guidance_hidden_size)`, *optional*):
     The text guidance t: the [CLS] output of the text encoder. Without it the image guides itself.
 text_states (`torch.FloatTensor` of shape `(num_texts, text_length, hidden_size)`):
@@ -432,10 +434,10 @@ class TripsVisionLayer(GradientCheckpointingLayer):
             texts ([`GuidingTexts`]): With `image_index`, attention runs once per row, selection and MLP once per text.
             selector ([`TokenSelector`]): Chooses by the scores.
             selection ([`LayerSelection`], *optional*): What scores the candidates and how many are kept. By default
-                the layer does not select.
+                the layer does not select. At a keep rate of 1 it only scores.
 
         Returns:
-            `(hidden_states, scores, choice)`; the last two are `None` without `selection`.
+            `(hidden_states, scores, choice)`; `scores` is `None` without `selection`, `choice` if all are kept.
         """
         residual = hidden_states
         hidden_states = self.layernorm_before(hidden_states)
@@ -449,6 +451,7 @@ class TripsVisionLayer(GradientCheckpointingLayer):
             key = key[:, :, texts.num_tokens_before : num_tokens]  # (num_rows, num_heads, num_candidates, head_dim)
             key = select_rows(key, texts.image_index)  # (num_texts, num_heads, num_candidates, head_dim)
             scores = self.score_candidates(query, key, selection, texts)
+        if selection is not None and selection.keep_rate < 1:
             choice = selector.choose(scores, selection.keep_rate)
             hidden_states = select_rows(hidden_states, texts.image_index)
             hidden_states = selector.shorten(hidden_states, scores, choice, self.config.fuse_inattentive_tokens)
@@ -569,12 +572,14 @@ class ImageTokens(NamedTuple):
             for a fused token.
         key_info ([`KeyInfo`]): What attention needs to know about them.
         selection (`tuple(TripsSelection)`): What the layers before kept.
+        unpruned_scores (`tuple(torch.Tensor)`): Scores of the layers before that kept all.
     """
 
     states: torch.Tensor
     indices: torch.Tensor
     key_info: KeyInfo
     selection: tuple[TripsSelection, ...] = ()
+    unpruned_scores: tuple[torch.Tensor, ...] = ()
 
     def after(
         self, states: torch.Tensor, scores: torch.Tensor, choice: TokenChoice, texts: GuidingTexts
@@ -595,6 +600,7 @@ class ImageTokens(NamedTuple):
             indices=next_candidates(selection, num_candidates),
             key_info=key_info,
             selection=(*selection_rows(self.selection, texts.image_index), selection),
+            unpruned_scores=self.unpruned_scores,
         )
 
 
@@ -637,11 +643,14 @@ class TripsVisionModelOutput(BaseModelOutputWithPooling):
         text guides a layer.
     probed ([`ProbedTokens`], *optional*):
         In training with `selection_gate`, the dropped tokens that took part for the gate.
+    unpruned_scores (`tuple(torch.FloatTensor)` of shape `(num_texts, num_candidates)`):
+        The scores of each of the `scored_layers`.
     """
 
     selection: tuple[TripsSelection, ...] | None = None
     image_index: torch.LongTensor | None = None
     probed: ProbedTokens | None = None
+    unpruned_scores: tuple[torch.FloatTensor, ...] | None = None
 
 
 class TripsVisionEmbeddings(nn.Module):
@@ -797,17 +806,20 @@ class TripsVisionModel(TripsPreTrainedModel):
         schedule: SelectionSchedule,
         texts: GuidingTexts,
         stop: int | None = None,
+        scored_layers: tuple[int, ...] = (),
         **kwargs: Unpack[TransformersKwargs],
     ) -> ImageTokens:
         """
         Run the layers from `image_cache.next_layer` up to the one before `stop`, or all the others. The first layer
-        that `texts` score gives each text a row of its own.
+        that `texts` score gives each text a row of its own. In `scored_layers` they score and all tokens are kept.
         """
         tokens = self.first_tokens(image_cache, texts)
         gated_layer = self.gated_layer(schedule, num_patches=math.prod(image_cache.grid_size))
         end = len(self.layers) + 1
         for number in range(image_cache.next_layer or end, stop or end):
             selection = schedule.by_layer.get(number)
+            if number in scored_layers:
+                selection = LayerSelection(guidance="text", keep_rate=1.0)
             is_scored_by_text = selection is not None and selection.guidance == "text"
             # Up to the first layer that they score, texts of an image share its row.
             layer_texts = texts if is_scored_by_text else texts._replace(image_index=None)
@@ -830,6 +842,8 @@ class TripsVisionModel(TripsPreTrainedModel):
             )
             if choice is None:
                 tokens = tokens._replace(states=states)
+                if scores is not None:
+                    tokens = tokens._replace(unpruned_scores=(*tokens.unpruned_scores, scores))
                 continue
             tokens = tokens.after(states, scores, choice, layer_texts)
             tokens = self.mask_padding(tokens, texts)
@@ -896,6 +910,7 @@ class TripsVisionModel(TripsPreTrainedModel):
         image_index: torch.LongTensor | None = None,
         image_cache: TripsImageCache | None = None,
         schedule: SelectionSchedule | None = None,
+        scored_layers: tuple[int, ...] = (),
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsVisionModelOutput:
         check_image_source(pixel_values, image_cache)
@@ -909,14 +924,15 @@ class TripsVisionModel(TripsPreTrainedModel):
             )
         if text_embeds is not None:
             check_counts(text_embeds.shape[0], image_cache.hidden_states.shape[0], image_index)
-        # CODEPATH: a text takes part only where it guides a layer.
+        # CODEPATH: a text takes part only where it guides or scores a layer.
         is_guided = text_embeds is not None and schedule.first_text_layer is not None
-        if is_guided and self.selection_projection is not None:
+        takes_part = is_guided or len(scored_layers) > 0
+        if takes_part and self.selection_projection is not None:
             text_embeds = self.selection_projection(text_embeds)
         texts = GuidingTexts()
-        if is_guided:
+        if takes_part:
             texts = GuidingTexts(embeds=text_embeds, image_index=image_index)
-        tokens = self.run_layers(image_cache, schedule, texts=texts, **kwargs)
+        tokens = self.run_layers(image_cache, schedule, texts=texts, scored_layers=scored_layers, **kwargs)
         hidden_states = self.layernorm(tokens.states)
         probed = None
         if tokens.key_info.gate is not None:
@@ -929,6 +945,7 @@ class TripsVisionModel(TripsPreTrainedModel):
             selection=tokens.selection,
             image_index=None if is_guided else image_index,
             probed=probed,
+            unpruned_scores=tokens.unpruned_scores,
         )
 
 

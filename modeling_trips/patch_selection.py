@@ -481,3 +481,35 @@ def divergence(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     targets = targets * scores.detach().sqrt()
     targets = targets / targets.sum(dim=-1, keepdim=True).clamp(min=SMALLEST_AREA)
     return (torch.xlogy(targets, targets) - targets * scores.log()).sum(dim=-1)
+
+
+# Imitation of the fusion encoder's attention by the scores
+
+
+@torch.no_grad()
+def squared_attention(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
+    """
+    Return where tokens look: the mean over the heads of their squared attention, `(batch_size, num_queries,
+    num_keys)`, float32 or wider. By the square, heads that look at one place count more than those that look
+    everywhere.
+
+    Args:
+        query (`torch.Tensor` of shape `(batch_size, num_heads, num_queries, head_dim)`)
+        key (`torch.Tensor` of shape `(batch_size, num_heads, num_keys, head_dim)`)
+        scaling (`float`): Factor of the dot products.
+    """
+    logits = query @ key.transpose(2, 3)  # (batch_size, num_heads, num_queries, num_keys)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scaling
+    return logits.softmax(dim=-1).square().mean(dim=1)
+
+
+def imitation_loss(scores: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+    """
+    Return the Kullback-Leibler divergence of the scores from the attention to the same candidates, `(num_texts,)`.
+
+    Args:
+        scores (`torch.Tensor` of shape `(num_texts, num_candidates)`)
+        attention (`torch.Tensor` of shape `(num_texts, num_candidates)`): Not negative; rows need not sum to 1.
+    """
+    targets = attention / attention.sum(dim=-1, keepdim=True)
+    return (torch.xlogy(targets, targets) - targets * log_scores(scores)).sum(dim=-1)

@@ -32,6 +32,7 @@ from trips_examples.training.recipe import SCHEDULES, UNPRUNED_SHARE, recipe
 CONFIG_FIELDS = {
     "selection_gate",
     "selection_loss_weight",
+    "selection_imitation",
     "attention_loss_weight",
     "fusion_type",
     "itc_weight",
@@ -62,7 +63,8 @@ class ModelArguments:
     max_image_size: int | None = option(None, "In place of --image_size: that of the images, at most this.")
     schedule: str | None = option(None, SCHEDULE_HELP)
     selection_gate: float | None = option(None, "Share of dropped tokens that run in training, to learn from answers.")
-    selection_loss_weight: float | None = option(None, "Weight of selection supervision, for data with regions.")
+    selection_loss_weight: float | None = option(None, "Weight of selection supervision and imitation.")
+    selection_imitation: bool | None = option(None, "Unpruned steps teach scores where the fusion encoder looks.")
     fusion_type: str | None = option(None, "cross_attention, skip_connected (mPLUG) or single_stream (ViLT).")
 
     def __post_init__(self):

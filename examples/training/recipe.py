@@ -16,7 +16,7 @@ TOWERS = {
 COPIES = {"vision_model_name_or_path": "towers/dinov2-small", "text_model_name_or_path": "towers/minilm"}
 
 # Of a model from these towers.
-NEW = {"num_fusion_layers": 2, "freeze_vision_layers": 6, "max_image_size": 224}
+NEW = {"num_fusion_layers": 2, "freeze_vision_layers": 5, "max_image_size": 224}
 ON_CPU = {"max_image_size": 112}  # a step takes a third of the time
 
 # Of 12 layers. A question keeps few patches, early, so that what runs once per text is short; the gate teaches it
@@ -27,6 +27,8 @@ BY_TEXT = "9:text:0.25"
 BY_IMAGE = "6:image:0.5,9:image:0.5"
 SCHEDULES = {"vqa": QUESTIONS, "nlvr2": BY_TEXT, "grounding": BY_TEXT, "captioning": BY_IMAGE, "retrieval": BY_IMAGE}
 GATES = {"vqa": 0.2, "nlvr2": 0.2}  # boxes have regions
+# Questions' unpruned steps teach the scores where the fusion encoder looks.
+IMITATION = {"vqa": {"selection_imitation": True, "selection_loss_weight": 1.0}}
 
 TRAINING = {  # of a model from towers, of a TRIPS checkpoint
     "per_device_train_batch_size": (60, 60),
@@ -64,6 +66,8 @@ def recipe(task: str | None, typed: dict, on_cpu: bool = False) -> dict:
             defaults |= ON_CPU
     if task in GATES and "random" not in typed.get("schedule", ""):  # random scores learn nothing
         defaults["selection_gate"] = GATES[task]
+    if is_new and "fusion_type" not in typed:
+        defaults |= IMITATION.get(task, {})
     if task == "grounding":
         defaults["attention_loss_weight"] = 2.0
     if "num_train_epochs" in typed:

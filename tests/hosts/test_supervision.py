@@ -7,6 +7,7 @@ import PIL.Image
 import pytest
 import torch
 from tiny_vlms import BY_NAME, IMAGE, Vlm, families, make_inputs
+from torch import nn
 
 from modeling_trips.hosts import TextGuide, apply_patch_selection, prune_inputs
 from modeling_trips.hosts.layers import SelectionPass
@@ -41,8 +42,9 @@ def inputs_of_masks(vlm: Vlm) -> tuple[dict, dict]:
     white, and a half of the second is gray, as where resizing has mixed the edge of a region.
     """
     blanks = make_inputs(vlm)
-    blanks["pixel_values"] = torch.full_like(blanks["pixel_values"], -1)
-    pixels, unit = blanks["pixel_values"].clone(), find_family(vlm.make()).unit
+    blanks["pixel_values"].fill_(-1)
+    pixels = blanks["pixel_values"].clone()
+    unit = find_family(vlm.make()).unit
     if vlm.kind == "packed":
         number = unit**2
         for first in (0, blanks["image_grid_thw"][0].prod()):
@@ -62,7 +64,9 @@ def test_scores_have_gradients_and_the_shape_of_targets(vlm):
     selection = guided_selection(model, inputs)
     targets = targets_of_masks(model, *inputs_of_masks(vlm))
     rows = rows_of_images(model, inputs)
-    assert len(rows) == len(targets) and {*rows} == {0, 1} and rows == sorted(rows)
+    assert len(rows) == len(targets)
+    assert set(rows) == {0, 1}
+    assert rows == sorted(rows)
     assert targets.shape == selection.scores.shape
     torch.testing.assert_close(targets[:, :2], torch.tensor([[0.8, 0.2]]).expand(len(targets), -1))
     assert not targets[:, 2:].any()
@@ -74,40 +78,46 @@ def test_scores_have_gradients_and_the_shape_of_targets(vlm):
 @families
 def test_attention_is_that_of_the_eager_map(vlm):
     """The rows that predict the answer equal those of the eager attention map."""
-    model, inputs = vlm.make(), make_inputs(vlm)
+    model = vlm.make()
+    inputs = make_inputs(vlm)
     if vlm.name in PACKED_ANEW:
         with pytest.raises(ValueError):
             targets_of_attention(model, inputs, [2, 3])
         return
-    family = find_family(model)
-    own = model.get_decoder().config._attn_implementation
+    implementation = model.get_decoder().config._attn_implementation
     targets = targets_of_attention(model, inputs, [2, 3])
-    assert model.get_decoder().config._attn_implementation == own
+    assert model.get_decoder().config._attn_implementation == implementation
     assert targets.shape == guided_selection(guided(vlm)[0], inputs).scores.shape
 
     model.set_attn_implementation("eager")
-    maps = torch.stack(model(**inputs, output_attentions=True).attentions).mean(dim=(0, 2))
-    rows = torch.stack([maps[0, -3:-1].mean(dim=0), maps[1, -4:-1].mean(dim=0)])
-    visual = [row[ids == family.image_token_id] for row, ids in zip(rows, inputs["input_ids"])]
-    numbers = [len(targets) // 2] * 2  # images or tiles per prompt
-    expected = [image / image.sum() for own, number in zip(visual, numbers) for image in own.chunk(number)]
+    maps = model(**inputs, output_attentions=True).attentions
+    attention = torch.stack(maps).mean(dim=(0, 2))  # (num_prompts, num_queries, num_keys)
+    num_images = len(targets) // 2  # images or tiles per prompt
+    expected = []
+    for row, answer_length in enumerate([2, 3]):
+        shares = attention[row, -answer_length - 1 : -1].mean(dim=0)
+        expected += shares[inputs["input_ids"][row] == IMAGE].chunk(num_images)
     for image, target in zip(expected, targets):
-        torch.testing.assert_close(target[: len(image)], image, atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(target[: len(image)], image / image.sum(), atol=1e-5, rtol=1e-3)
         assert not target[len(image) :].any()
 
 
 def test_supervision_needs_the_unpruned_model_or_the_guide_alone():
     vlm = BY_NAME["llava"]
-    (model, guide), inputs = guided(vlm), make_inputs(vlm)
+    model, guide = guided(vlm)
+    inputs = make_inputs(vlm)
     with pytest.raises(ValueError):
         targets_of_attention(model, inputs, [1, 1])
-    alone = ("unpruned", "1:image:0.5", "1:text:0.5,2:image:0.5", "1:text:0.999")  # the last one drops nothing
-    for schedule in alone:
-        tokens, own = (4, None) if "text" not in schedule else (None, guide)
-        apply_patch_selection(model, schedule, tokens, guide=own)
+    apply_patch_selection(model, "1:text:0.5", visual_tokens=4, guide=guide)
+    with pytest.raises(ValueError):
+        answer_losses(model, inputs, [1, 1], probe_share=0.2)
+    for schedule in ("1:text:0.5,2:image:0.5", "1:text:0.999"):  # the second one drops nothing
+        apply_patch_selection(model, schedule, guide=guide)
         with pytest.raises(ValueError):
             answer_losses(model, inputs, [1, 1], probe_share=0.2)
     apply_patch_selection(model, "1:image:0.5")
+    with pytest.raises(ValueError):
+        answer_losses(model, inputs, [1, 1], probe_share=0.2)
     with pytest.raises(ValueError):
         guided_selection(model, inputs)
 
@@ -123,16 +133,18 @@ def test_region_masks():
 def test_the_answer_does_not_choose():
     """`guided_selection` and `prune_inputs` read the prompt without the answer."""
     vlm = BY_NAME["llava"]
-    (model, _), unpruned = guided(vlm), vlm.make()
+    model, _ = guided(vlm)
+    unpruned = vlm.make()
     inputs = make_inputs(vlm, [1])
-    labels = inputs["input_ids"].clone()
-    labels[:, :-2] = -100
-    scores, features = [], []
+    inputs["labels"] = inputs["input_ids"].clone()
+    inputs["labels"][:, :-2] = -100
+    scores = []
+    features = []
     for answer in (7, 77):
-        own = {**inputs, "input_ids": inputs["input_ids"].clone(), "labels": labels}
-        own["input_ids"][:, -2:] = answer
-        scores.append(guided_selection(model, own).scores)
-        features.append(prune_inputs(unpruned, own, 5)["mm_encoder_outputs"]["image"].pooler_output[0])
+        inputs["input_ids"][:, -2:] = answer
+        scores.append(guided_selection(model, inputs).scores)
+        pruned = prune_inputs(unpruned, inputs, 5)
+        features.append(pruned["mm_encoder_outputs"]["image"].pooler_output[0])
     torch.testing.assert_close(*scores)
     assert torch.equal(*features)
 
@@ -147,23 +159,29 @@ def test_the_loss_of_answers_is_that_of_the_pruned_model(vlm, counts):
         with pytest.raises(TypeError, match=type(model).__name__):
             answer_losses(model, inputs, [2, 3], probe_share=0.5)
         return
-    expected = []
     labels = inputs["input_ids"].clone()
-    labels[0, :-2] = labels[1, :-3] = -100
+    labels[0, :-2] = -100
+    labels[1, :-3] = -100
     logits = model(**inputs, labels=labels).logits
-    for row, count in enumerate([2, 3]):
-        expected.append(torch.nn.functional.cross_entropy(logits[row, -count - 1 : -1], labels[row, -count:]))
+    expected = []
+    for row, length in enumerate([2, 3]):
+        answer = labels[row, -length:]
+        expected.append(nn.functional.cross_entropy(logits[row, -length - 1 : -1], answer))
     pruned, selection = answer_losses(model, inputs, [2, 3])
     torch.testing.assert_close(pruned, torch.stack(expected), rtol=1e-5, atol=1e-5)
 
     lengths = []
-    handle = model.get_decoder().register_forward_hook(lambda *args: lengths.append(args[-1][0].shape[1]))
-    own = [part.config._attn_implementation for part in (find_family(model).tower, model.get_decoder())]
-    losses, same = answer_losses(model, inputs, [2, 3], probe_share=0.5)
-    answer_losses(model, inputs, [2, 3])
-    handle.remove()
+
+    def note_length(module, args, output):
+        lengths.append(output[0].shape[1])
+
+    parts = (find_family(model).tower, model.get_decoder())
+    implementations = [part.config._attn_implementation for part in parts]
+    with model.get_decoder().register_forward_hook(note_length):
+        losses, same = answer_losses(model, inputs, [2, 3], probe_share=0.5)
+        answer_losses(model, inputs, [2, 3])
     assert lengths[0] > lengths[1]
-    assert own == [part.config._attn_implementation for part in (find_family(model).tower, model.get_decoder())]
+    assert implementations == [part.config._attn_implementation for part in parts]
     torch.testing.assert_close(losses, pruned, rtol=1e-5, atol=1e-5)
     assert torch.equal(same.kept_indices, selection.kept_indices)
     losses.sum().backward()
@@ -172,34 +190,37 @@ def test_the_loss_of_answers_is_that_of_the_pruned_model(vlm, counts):
 
 
 def test_the_language_model_alone_teaches_the_last_layer():
-    model, inputs = BY_NAME["llava"].make().requires_grad_(False), make_inputs(BY_NAME["llava"])
-    guide = TextGuide.for_model(model)
+    vlm = BY_NAME["llava"]
+    model, guide = guided(vlm)
     apply_patch_selection(model, "2:text:0.5", guide=guide)  # no layer of the tower follows
-    answer_losses(model, inputs, [2, 3], probe_share=0.5)[0].sum().backward()
+    losses, _ = answer_losses(model, make_inputs(vlm), [2, 3], probe_share=0.5)
+    losses.sum().backward()
     assert guide.query.weight.grad.abs().sum() > 0
 
 
 def test_a_class_token_in_the_prompt_is_always_kept():
     vlm = BY_NAME["llava"]
     vlm = replace(vlm, config={**vlm.config, "vision_feature_select_strategy": "full"}, tokens=65)
-    model, guide = guided(vlm)
+    model, _ = guided(vlm)
     inputs = make_inputs(vlm, [2, 1])
     losses, _ = answer_losses(model, inputs, [2, 3], probe_share=0.5)
-    torch.testing.assert_close(losses, answer_losses(model, inputs, [2, 3])[0], rtol=1e-5, atol=1e-5)
+    expected, _ = answer_losses(model, inputs, [2, 3])
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_gate_in_a_causal_attention_is_that_of_a_loop():
     """Sampled keys between the others, padding, and query heads that share a head of keys and values."""
     torch.manual_seed(0)
     query = torch.randn(2, 4, 5, 3, dtype=torch.float64)
-    key, value = torch.randn(2, 2, 2, 5, 3, dtype=torch.float64).unbind()
-    current = SelectionPass()
+    key = torch.randn(2, 2, 5, 3, dtype=torch.float64)
+    value = torch.randn(2, 2, 5, 3, dtype=torch.float64)
     gate = torch.rand(2, 5, dtype=torch.float64).requires_grad_()
     is_probed = torch.tensor([[False, True, False, True, False], [False, False, True, False, True]])
+    current = SelectionPass()
     current.key_info = KeyInfo(gate=gate, is_probed=is_probed)
     mask = torch.ones(5, 5, dtype=torch.bool).tril().repeat(2, 1, 1, 1)
     mask[1, ..., 0] = False  # the first token of the second row is padding
-    module = torch.nn.Module()
+    module = nn.Module()
     module.num_key_value_groups = 2
     token = CURRENT_PASS.set(current)
     output, _ = _attend_gated(module, query, key, value, mask, scaling=0.7)
@@ -211,44 +232,56 @@ def test_the_gate_in_a_causal_attention_is_that_of_a_loop():
     expected = torch.zeros(2, 5, dtype=torch.float64)
     for row, head, i in itertools.product(range(2), range(4), range(5)):
         seen = [j for j in range(i + 1) if mask[row, 0, i, j]]
-        keys, values = key[row, head // 2], value[row, head // 2]
-        powers = {j: (0.7 * query[row, head, i] @ keys[j]).exp() for j in seen}
+        if not seen:
+            continue
+        values = value[row, head // 2]
+        powers = (0.7 * key[row, head // 2] @ query[row, head, i]).exp()
         kept = [j for j in seen if not is_probed[row, j]]
-        out = sum(powers[j] * values[j] for j in kept) / max(1e-9, sum(powers[j] for j in kept))
+        attended = powers[kept] @ values[kept] / powers[kept].sum()
+        torch.testing.assert_close(output[row, i, head], attended)
         for j in seen:
-            torch.testing.assert_close(output[row, i, head], out)
-            expected[row, j] += powers[j] / sum(powers.values()) * (weights[row, i, head] @ (values[j] - out))
+            share = powers[j] / powers[seen].sum()
+            expected[row, j] += share * (weights[row, i, head] @ (values[j] - attended))
     torch.testing.assert_close(gate.grad, expected)
 
 
 def scenes_of_one_square(number: int, generator: torch.Generator) -> tuple[dict, torch.Tensor]:
     """Return noise with a square of 2 x 2 patches, whose color is the answer, and which patches lie in the square."""
     colors = torch.tensor([[2.0, -2, -2], [-2, 2, -2], [-2, -2, 2], [2, 2, -2]])
-    answers, cells = (torch.randint(high, (number,), generator=generator) for high in (4, 16))
-    patches = torch.arange(64)
-    is_inside = patches // 8 // 2 * 4 + patches % 8 // 2 == cells[:, None]
+    answers = torch.randint(4, (number,), generator=generator)
+    cells = torch.randint(16, (number,), generator=generator)
+    squares = torch.arange(16).view(4, 4).repeat_interleave(2, 0).repeat_interleave(2, 1)  # one number per patch
+    is_inside = squares.flatten() == cells[:, None]  # (number, num_patches)
     is_square = is_inside.view(number, 1, 8, 8).repeat_interleave(4, 2).repeat_interleave(4, 3)
     noise = 0.1 * torch.randn(number, 3, 32, 32, generator=generator)
     images = torch.where(is_square, colors[answers][..., None, None], noise)
     prompt = torch.tensor([2, *[IMAGE] * 64, 7, 8]).expand(number, -1)
     ids = torch.cat([prompt, 10 + answers[:, None]], dim=1)
     labels = torch.cat([torch.full_like(prompt, -100), ids[:, -1:]], dim=1)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": images}
-    return {**inputs, "labels": labels}, is_inside
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": images,
+        "labels": labels,
+    }
+    return inputs, is_inside
 
 
 @pytest.mark.slow
 def test_a_guide_learns_from_answers_alone():
-    generator, model = torch.Generator().manual_seed(0), BY_NAME["llava"].make()
+    generator = torch.Generator().manual_seed(0)
+    model = BY_NAME["llava"].make()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(0.5 if parameter.dim() > 1 else 1.0)
+            if parameter.dim() > 1:
+                parameter.mul_(0.5)
 
-    def train(module: torch.nn.Module, num_steps: int, rate: float, loss_of):
+    def train(module: nn.Module, num_steps: int, rate: float, loss_of):
         optimizer = torch.optim.AdamW(module.parameters(), rate)
         for _ in range(num_steps):
-            loss_of(scenes_of_one_square(16, generator)[0]).backward()
-            torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            inputs, _ = scenes_of_one_square(16, generator)
+            loss_of(inputs).backward()
+            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -256,7 +289,8 @@ def test_a_guide_learns_from_answers_alone():
     def evaluate() -> tuple[float, float]:
         inputs, is_inside = scenes_of_one_square(128, torch.Generator().manual_seed(1))
         losses, selection = answer_losses(model, inputs, [1] * 128)
-        return losses.mean().item(), is_inside.gather(1, selection.kept_indices).float().mean().item()
+        recall = is_inside.gather(1, selection.kept_indices).float().mean()
+        return losses.mean().item(), recall.item()
 
     train(model, 100, 3e-3, lambda inputs: model(**inputs).loss)
     model.requires_grad_(False)

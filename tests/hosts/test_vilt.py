@@ -14,13 +14,18 @@ def test_vilt_does_not_depend_on_padding():
     host = HOSTS["vilt"]
     model = host.make_model()
     host.apply(model)
-    together, kept_together = host.run(model), kept_by(host, model)
+    together = host.run(model)
+    kept_together = kept_by(host, model)
     for row in range(3):
-        height, width = int(PIXEL_MASK[row, :, 0].sum()), int(PIXEL_MASK[row, 0].sum())
         alone = {name: tensor[row : row + 1] for name, tensor in host.inputs.items()}
-        cropped = {**alone, **{name: alone[name][..., :height, :width] for name in ("pixel_values", "pixel_mask")}}
-        further = {**alone, **{name: nn.functional.pad(alone[name], (0, 16, 0, 8)) for name in alone if "pix" in name}}
-        for inputs, columns in ((cropped, width // 8), (alone, 4), (further, 6)):
+        height = int(PIXEL_MASK[row, :, 0].sum())
+        width = int(PIXEL_MASK[row, 0].sum())
+        cropped = {**alone}
+        padded = {**alone}
+        for name in ("pixel_values", "pixel_mask"):
+            cropped[name] = alone[name][..., :height, :width]
+            padded[name] = nn.functional.pad(alone[name], (0, 16, 0, 8))
+        for inputs, columns in ((cropped, width // 8), (alone, 4), (padded, 6)):
             torch.testing.assert_close(host.run(model, inputs)[0], together[row], rtol=0, atol=1e-5)
             for indices, indices_together in zip(kept_by(host, model, inputs), kept_together):
                 assert places(indices[0], columns) == places(indices_together[row], 4)
@@ -36,10 +41,12 @@ def test_vilt_without_anything_to_drop_has_no_fused_token_in_that_row():
     host = HOSTS["vilt"]
     model = host.make_model()
     host.apply(model)
-    mask = torch.zeros_like(PIXEL_MASK)
-    mask[0], mask[1, :8, :8], mask[2] = 1, 1, 1
-    together = host.run(model, {**host.inputs, "pixel_mask": mask})
-    alone = {name: tensor[1:2] for name, tensor in {**host.inputs, "pixel_mask": mask}.items()}
+    mask = torch.ones_like(PIXEL_MASK)
+    mask[1, 8:] = 0
+    mask[1, :, 8:] = 0
+    inputs = {**host.inputs, "pixel_mask": mask}
+    together = host.run(model, inputs)
+    alone = {name: tensor[1:2] for name, tensor in inputs.items()}
     torch.testing.assert_close(host.run(model, alone)[0], together[1], rtol=0, atol=1e-5)
 
 
@@ -62,11 +69,11 @@ def test_hidden_states_and_attentions_of_vilt_get_shorter(return_dict):
     model = make_vilt(ViltModel).eval()
     apply_patch_selection(model, schedule_of(LAYERS, RATE))
     outputs = model(**PAIRS, output_hidden_states=True, output_attentions=True, return_dict=return_dict)
-    hidden_states, attentions = outputs[2:] if not return_dict else (outputs.hidden_states, outputs.attentions)
+    hidden_states, attentions = outputs[2:]
     assert [states.shape[1] for states in hidden_states] == [5 + 17, 5 + 14, 5 + 12, 5 + 12]
     assert [weights.shape[-2:] for weights in attentions] == [(22, 22), (19, 19), (17, 17)]
     plain = model(**PAIRS, return_dict=return_dict)
-    assert len(plain.to_tuple() if return_dict else plain) == 2  # last hidden state and pooled output
+    assert len(plain) == 2  # last hidden state and pooled output
 
 
 def test_heads_of_vilt_run():
@@ -76,7 +83,8 @@ def test_heads_of_vilt_run():
     assert masked_lm(**PAIRS).logits.shape == (3, 5, 50)
     two_images = make_vilt(ViltForImagesAndTextClassification, num_images=2, modality_type_vocab_size=3).eval()
     apply_patch_selection(two_images, schedule_of(LAYERS, RATE))
+    inputs = {**PAIRS, "pixel_values": torch.stack([PIXELS, -PIXELS], dim=1)}
     with record_patch_selection(two_images) as selections:
-        output = two_images(**{**PAIRS, "pixel_values": torch.stack([PIXELS, -PIXELS], dim=1)})
+        output = two_images(**inputs)
     assert output.logits.shape == (3, 2)
     assert [selection.kept_indices.shape[1] for selection in selections] == KEPT * 2  # both passes

@@ -29,7 +29,10 @@ from modeling_trips.hosts.vlm.visual_tokens import VisualTokens
 from modeling_trips.serving_vllm.qwen import TripsQwen2_5_VLForConditionalGeneration
 
 
-NUM_ROUNDS, REQUESTS_PER_ROUND, WIDTH, LONGEST = 200, 3, 8, 512
+NUM_ROUNDS = 200
+REQUESTS_PER_ROUND = 3
+WIDTH = 8
+LONGEST = 512
 
 
 class PositionsOnly(TripsQwen2_5_VLForConditionalGeneration):
@@ -59,25 +62,30 @@ class Request:
     """A random prompt without the dropped visual tokens, and its positions by Transformers."""
 
     def __init__(self, model: PositionsOnly, reference: nn.Module, rng: random.Random, name: str):
-        whole, is_kept, grids = [], [], []
-        self.ids, self.features, self.outputs = [], [], {}
+        self.ids = []
+        self.features = []
+        self.outputs = {}
+        whole = []  # with the dropped visual tokens
+        places_kept = []
+        grids = []
         dtype = rng.choice([torch.float32, torch.bfloat16])
 
-        def add_text(ids: list[int]):
+        def add(ids: list[int], kept: list[int]):
+            places_kept.extend(len(whole) + place for place in kept)
             whole.extend(ids)
-            is_kept.extend([True] * len(ids))
-            self.ids += ids
+            self.ids += [ids[place] for place in kept]
+
+        def add_text(*ids: int):
+            add(list(ids), list(range(len(ids))))
 
         for number in range(rng.randint(0, 3)):
-            add_text([*rng.choices(range(5, 80), k=rng.randint(1, 5)), VISION_START])
+            add_text(*rng.choices(range(5, 80), k=rng.randint(1, 5)), VISION_START)
             grid = [1, 2 * rng.randint(1, 6), 2 * rng.randint(1, 6)]
+            grids.append(grid)
             size = grid[1] * grid[2] // 4
             kept = sorted(rng.sample(range(size), rng.randint(1, size)))
-            whole += [IMAGE] * size
-            is_kept += [place in kept for place in range(size)]
-            grids.append(grid)
             place = PlaceholderRange(offset=len(self.ids), length=len(kept))
-            self.ids += [IMAGE] * len(kept)
+            add([IMAGE] * size, kept)
             field = MultiModalFieldElem(data=torch.tensor(grid), field=MultiModalBatchedField())
             feature = MultiModalFeatureSpec(
                 data=MultiModalKwargsItem({"image_grid_thw": field}),
@@ -86,66 +94,87 @@ class Request:
                 mm_position=place,
             )
             self.features.append(feature)
-            tokens = VisualTokens.whole([torch.randn(size, WIDTH).to(dtype)]).keep([torch.tensor(kept)])
-            self.outputs[feature.identifier] = model.with_places(tokens, torch.tensor([grid]))[0]
+            tokens = VisualTokens.whole([torch.randn(size, WIDTH).to(dtype)])
+            tokens = tokens.keep([torch.tensor(kept)])
+            (self.outputs[feature.identifier],) = model.with_places(tokens, torch.tensor([grid]))
         if not grids or rng.random() < 0.7:  # else an image ends the prompt
-            add_text([VISION_END, *rng.choices(range(5, 80), k=rng.randint(1, 6))])
+            add_text(VISION_END, *rng.choices(range(5, 80), k=rng.randint(1, 6)))
         ids = torch.tensor([whole])
         positions, _ = reference.get_rope_index(
             ids, mm_token_type_ids=(ids == IMAGE).int(), image_grid_thw=torch.tensor(grids) if grids else None
         )
-        self.positions = positions[:, 0, torch.tensor(is_kept)]
+        self.positions = positions[:, 0, places_kept]
         self.delta = int(self.positions.max()) + 1 - len(self.ids)
+
+    def embeddings_in(self, start: int, end: int) -> list[torch.Tensor]:
+        """Return the visual tokens of each image that are at these places of the prompt."""
+        found = []
+        for feature in self.features:
+            offset = feature.mm_position.offset
+            first = max(start - offset, 0)
+            last = min(end - offset, feature.mm_position.length)
+            if first < last:
+                found.append(self.outputs[feature.identifier][first:last])
+        return found
 
 
 def run_round(model: PositionsOnly, requests: list[Request], rng: random.Random) -> set[int]:
     """Prefill the requests together, and return those with wrong positions."""
-    rope, wrong = RopeBuffer(), set()
+    rope = RopeBuffer()
     ids = torch.zeros(len(requests), LONGEST, dtype=torch.int32)
+    names = []
+    features = {}
+    lengths = np.array([len(request.ids) for request in requests])
     for number, request in enumerate(requests):
+        names.append(f"request {number}")
+        features[names[number]] = request.features
+        ids[number, : lengths[number]] = torch.tensor(request.ids)
         positions, delta = model.get_mrope_input_positions(request.ids, request.features)
         rope.update_prefill_positions(number, positions, delta)
-        ids[number, : len(request.ids)] = torch.tensor(request.ids)
-    names = [f"request {number}" for number in range(len(requests))]
-    cache = SimpleNamespace(mm_features={name: request.features for name, request in zip(names, requests)})
-    pruner = MultiModalPruner(model, rope, cache, WIDTH)
+    pruner = MultiModalPruner(model, rope, SimpleNamespace(mm_features=features), WIDTH)
     states = SimpleNamespace(all_token_ids=SimpleNamespace(gpu=ids))
-    done = [rng.choice([0, 0, rng.randint(0, len(request.ids) - 1)]) for request in requests]  # a prefix may be cached
-    while active := [number for number, request in enumerate(requests) if done[number] < len(request.ids)]:
-        ends = [min(done[number] + rng.randint(1, 9), len(requests[number].ids)) for number in active]
+    wrong = set()
+    done = np.array([rng.choice([0, 0, rng.randrange(length)]) for length in lengths])  # a prefix may be cached
+    while (done < lengths).any():
+        (active,) = (done < lengths).nonzero()
+        ends = done.copy()
         embeddings = []
-        for number, end in zip(active, ends):
-            for feature in requests[number].features:
-                offset, length = feature.mm_position.offset, feature.mm_position.length
-                first, last = max(done[number] - offset, 0), min(end - offset, length)
-                if first < last:
-                    embeddings.append(requests[number].outputs[feature.identifier][first:last])
+        for number in active:
+            ends[number] = min(done[number] + rng.randint(1, 9), lengths[number])
+            embeddings += requests[number].embeddings_in(done[number], ends[number])
         batch = SimpleNamespace(
             req_ids=[names[number] for number in active],
-            idx_mapping_np=np.array(active),
-            prefill_len_np=np.array([len(requests[number].ids) for number in active]),
-            num_computed_prefill_tokens_np=np.array([done[number] for number in active]),
-            num_scheduled_tokens=np.array([end - done[number] for number, end in zip(active, ends)]),
+            idx_mapping_np=active,
+            prefill_len_np=lengths[active],
+            num_computed_prefill_tokens_np=done[active],
+            num_scheduled_tokens=(ends - done)[active],
         )
         if embeddings:
             stripped = pruner.recompute(embeddings, batch, states)
-            assert all(torch.equal(own, part[:, :WIDTH]) for own, part in zip(stripped, embeddings))
-        for number, end in zip(active, ends):
-            computed = rope.positions[number, :, done[number] : end]
-            if not torch.equal(computed.long(), requests[number].positions[:, done[number] : end]):
-                wrong.add(number)
-            done[number] = end
-    return wrong | {number for number, request in enumerate(requests) if rope.deltas[number] != request.delta}
+            for without_places, with_places in zip(stripped, embeddings):
+                assert torch.equal(without_places, with_places[:, :WIDTH])
+        for number in active:
+            positions = rope.positions[number, :, done[number] : ends[number]]
+            expected = requests[number].positions[:, done[number] : ends[number]]
+            if not torch.equal(positions.long(), expected):
+                wrong.add(int(number))
+        done = ends
+    for number, request in enumerate(requests):
+        if rope.deltas[number] != request.delta:
+            wrong.add(number)
+    return wrong
 
 
 if __name__ == "__main__":
     rng = random.Random(0)
     torch.manual_seed(0)
-    model, reference = PositionsOnly(), BY_NAME["qwen2_5_vl"].make().model
+    model = PositionsOnly()
+    reference = BY_NAME["qwen2_5_vl"].make().model
     result = {"requests": 0, "at_the_end": 0, "wrong": []}
-    for number in range(NUM_ROUNDS):
-        requests = [Request(model, reference, rng, f"{number}.{own}") for own in range(REQUESTS_PER_ROUND)]
+    for round_number in range(NUM_ROUNDS):
+        requests = [Request(model, reference, rng, f"{round_number}.{i}") for i in range(REQUESTS_PER_ROUND)]
         result["requests"] += len(requests)
         result["at_the_end"] += sum(request.ids[-1] == IMAGE for request in requests)
-        result["wrong"] += [requests[own].ids for own in run_round(model, requests, rng)]
+        for number in run_round(model, requests, rng):
+            result["wrong"].append(requests[number].ids)
     Path(sys.argv[1]).write_text(json.dumps(result), "utf-8")

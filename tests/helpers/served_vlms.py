@@ -69,9 +69,11 @@ def widen(config):
 
 
 def make_siglip_processor() -> LlavaProcessor:
-    processor, side = make_llava_processor(), SIGLIP["image_size"]
+    processor = make_llava_processor()
+    side = SIGLIP["image_size"]
     processor.image_processor = SiglipImageProcessor(size={"height": side, "width": side})
-    processor.vision_feature_select_strategy, processor.num_additional_image_tokens = "full", 0
+    processor.vision_feature_select_strategy = "full"
+    processor.num_additional_image_tokens = 0
     return processor
 
 
@@ -158,7 +160,8 @@ class ServedVlm:
     """A saved tiny model with its processor, prompts with images, and greedy tokens of Transformers."""
 
     def __init__(self, name: str, folder: Path):
-        self.name, self.folder = name, folder
+        self.name = name
+        self.folder = folder
         model = replace(VLMS[name], config=widen(VLMS[name].config)).make()
         model.generation_config.eos_token_id = None
         model.save_pretrained(folder)
@@ -182,18 +185,24 @@ class ServedVlm:
         """
         image = "<|vision_start|> <|image_pad|> <|vision_end|>" if self.name.startswith("qwen") else "<image>"
         end = " ".join(f"w{number}" for number in range(30, 46))
-        asked = ["what color is it ?", "which picture ?", "is it red ?", "which one ?"]
-        questions = [
-            (f"<s> the {' '.join([image] * len(own))} {question} {end}", [str(self.images[index]) for index in own])
-            for own, question in zip([(0,), (1,), (0,), (2, 0)], asked)
+        first, second, third = map(str, self.images)
+        return [
+            (f"<s> the {image} what color is it ? {end}", [first]),
+            (f"<s> the {image} which picture ? {end}", [second]),
+            (f"<s> the {image} is it red ? {end}", [first]),
+            (f"<s> the {image} {image} which one ? {end}", [third, first]),
+            (f"<s> what color is it ? {end} {image}", [second]),
+            (image, [first]),
         ]
-        last = (f"<s> {asked[0]} {end} {image}", [str(self.images[1])])
-        return [*questions, last, (image, [str(self.images[0])])]
 
     def lengths(self) -> list[int]:
         """Return the number of tokens of each prompt without selection."""
-        prompts = [(text, [Image.open(file) for file in files]) for text, files in self.prompts]
-        return [len(self.processor(text=text, images=images)["input_ids"][0]) for text, images in prompts]
+        lengths = []
+        for text, files in self.prompts:
+            images = [Image.open(file) for file in files]
+            (ids,) = self.processor(text=text, images=images)["input_ids"]
+            lengths.append(len(ids))
+        return lengths
 
     def reference(self, selection: Selection) -> tuple[list[list[int]], torch.Tensor]:
         """Return the greedy tokens of each prompt, one by one, and their log-probabilities."""
@@ -206,14 +215,24 @@ class ServedVlm:
             scorer=selection.scorer,
             guide=guide,
         )
-        rows = [self.generate(text, [Image.open(file) for file in files]) for text, files in self.prompts]
+        tokens = []
+        logprobs = []
+        for text, files in self.prompts:
+            row = self.generate(text, [Image.open(file) for file in files])
+            tokens.append(row[0])
+            logprobs.append(row[1])
         remove_patch_selection(self.model)
-        return [tokens for tokens, _ in rows], torch.stack([logprobs for _, logprobs in rows])
+        return tokens, torch.stack(logprobs)
 
     def generate(self, text: str, images: list[Image.Image]) -> tuple[list[int], torch.Tensor]:
         inputs = self.processor(text=text, images=images, return_tensors="pt")
-        options = {"max_new_tokens": NUM_TOKENS, "do_sample": False, "output_logits": True}
-        outputs = self.model.generate(**inputs, **options, return_dict_in_generate=True)
+        outputs = self.model.generate(
+            **inputs,
+            max_new_tokens=NUM_TOKENS,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
         tokens = outputs.sequences[0, inputs["input_ids"].shape[1] :]
         logprobs = torch.cat(outputs.logits).log_softmax(dim=-1)
         return tokens.tolist(), logprobs.gather(1, tokens[:, None])[:, 0]

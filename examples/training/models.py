@@ -180,9 +180,10 @@ def check_resumed(config: TripsConfig, args: TrainingArguments):
     state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
     values = {}  # of the checkpoint and of this run
     if (folder / "config.json").exists():  # FSDP writes none
-        stored = TripsConfig.from_pretrained(folder).vision_config
-        values["schedule"] = (str(stored.schedule), str(config.vision_config.schedule))
-        values["selection_gate"] = (stored.selection_gate, config.vision_config.selection_gate)
+        stored = TripsConfig.from_pretrained(folder)
+        values["schedule"] = (str(stored.vision_config.schedule), str(config.vision_config.schedule))
+        values["selection_gate"] = (stored.selection_gate, config.selection_gate)
+        values["selection_imitation"] = (stored.selection_imitation, config.selection_imitation)
     for entry in state.log_history:
         if "unpruned_share" in entry:  # by `PhasesCallback`; the last one counts
             values["unpruned_share"] = (entry["unpruned_share"], args.unpruned_share)

@@ -58,9 +58,14 @@ class PhasesCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
-        phases = str(trainer.model.config.vision_config.schedule)
+        config = trainer.model.config
+        schedule = config.vision_config.schedule
+        phases = str(schedule)
         if trainer.unpruned_steps:
-            phases = f"steps 1 to {trainer.unpruned_steps} unpruned, then {phases}"
+            unpruned = f"steps 1 to {trainer.unpruned_steps} unpruned"
+            if config.selection_imitation and schedule.text_layers:
+                unpruned += ", while the scores learn where the fusion encoder looks"
+            phases = f"{unpruned}, then {schedule}"
         logger.info(
             "Training of %d steps: %s; regions used for: %s. Its time follows after step %d",
             state.max_steps,

@@ -39,6 +39,12 @@ def test_the_gate_teaches_scores_that_can_learn(tmp_path):
         run_vqa.main([*typed, "--schedule=2:random:0.5"])
 
 
+def test_the_scores_of_a_new_model_with_cross_attention_imitate_its_attention():
+    assert recipe("vqa", OWN)["selection_imitation"]
+    assert "selection_imitation" not in recipe("vqa", {**OWN, "model": "mine"})
+    assert "selection_imitation" not in recipe("vqa", {**OWN, "fusion_type": "single_stream"})
+
+
 def test_another_text_model_keeps_the_vision_tower():
     typed = ["--train_file=train.jsonl", "--text_model_name_or_path=intfloat/multilingual-e5-small"]
     model, _, _ = run_vqa.OPTIONS.parse_args_into_dataclasses(typed)
@@ -49,7 +55,7 @@ def test_another_text_model_keeps_the_vision_tower():
 def test_the_command_line_wins():
     typed = ["--train_file=train.jsonl", "--schedule=9:text:0.3", "--learning_rate=1e-4", "--max_steps=7"]
     model, _, training = run_vqa.OPTIONS.parse_args_into_dataclasses(typed)
-    assert (model.schedule, model.freeze_vision_layers) == ("9:text:0.3", 6)
+    assert (model.schedule, model.freeze_vision_layers) == ("9:text:0.3", 5)
     assert (training.learning_rate, training.max_steps, training.per_device_train_batch_size) == (1e-4, 7, 60)
 
 

@@ -12,6 +12,7 @@ import re
 
 # Module of each architecture that `--hf-overrides` can name.
 MODULES = {
+    "TripsInternVLChatModel": "internvl",
     "TripsLlavaForConditionalGeneration": "llava",
     "TripsQwen2VLForConditionalGeneration": "qwen",
     "TripsQwen2_5_VLForConditionalGeneration": "qwen",

@@ -34,11 +34,12 @@ def make_command(args: argparse.Namespace, others: list[str], distribution: str)
     settings = ServingSettings(**given)
     if settings.keeps_all:
         raise ValueError("Nothing to select. Set --keep_rate, --visual_tokens or --schedule.")
-    config = AutoConfig.from_pretrained(args.model)
+    config = AutoConfig.from_pretrained(args.model, trust_remote_code="--trust-remote-code" in others)
     settings.check_type(config)
-    with torch.device("meta"):
-        family = find_family(AutoModelForImageTextToText.from_config(config))
-    settings.check_fits(family)
+    if config.model_type != "internvl_chat":  # no class of Transformers: vLLM checks the numbers when it starts
+        with torch.device("meta"):
+            family = find_family(AutoModelForImageTextToText.from_config(config))
+        settings.check_fits(family)
     changed = {name: value for name, value in given.items() if value != getattr(ServingSettings, name)}
     own = {"architectures": [ARCHITECTURES[config.model_type]], "patch_selection": changed}
     overrides = args.hf_overrides

@@ -62,22 +62,4 @@ class TripsVlmForConditionalGeneration(SelectingModel, TransformersMultiModalFor
         request = RequestInputs.of(inputs)
         inputs = {name: value.to(pixel_values.device) for name, value in inputs.items()}
         inputs["pixel_values"] = pixel_values
-        counts = num_patches.flatten().tolist()
-        features: list[torch.Tensor] = []
-        for images, rows in self.calls(pixel_values, counts, request):
-            part = {}
-            for name, value in inputs.items():
-                part[name] = take(value, images, len(counts), rows, sum(counts))
-            features += self.tokens_of_tiles(part, request[images], counts[images])
-        return features
-
-
-def take(value, images: slice, num_images: int, rows: slice, num_rows: int):
-    """Return the part of an input that belongs to some images, of which it has an entry or a row of pixels each."""
-    if len(value) == num_images:
-        return value[images]
-    if len(value) == num_rows:
-        return value[rows]
-    if value.shape[1] == num_rows:  # Idefics3 has one prompt before its tiles
-        return value[:, rows]
-    return value
+        return self.tokens_of_images(inputs, num_patches.flatten().tolist(), request)

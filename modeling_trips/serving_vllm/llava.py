@@ -18,7 +18,7 @@ from ..hosts.layers import SelectionPass
 from ..hosts.vlm.families import Llava
 from ..hosts.vlm.tower import selecting
 from ..hosts.vlm.visual_tokens import VisualTokens
-from .selection import RequestInputs, SelectingModel, SelectionProcessor, ServedLayer
+from .selection import RequestInputs, SelectingModel, SelectionProcessor, ServedFamily, ServedLayer
 from .settings import ServingSettings
 
 
@@ -49,14 +49,10 @@ class SiglipLayer(ClipLayer):
         return (output, None) if "selection_pass" in kwargs else output  # whole images take the layer's own way
 
 
-class ServedLlava(Llava):
+class ServedLlava(ServedFamily, Llava):
     """vLLM's LLaVA. The connector maps patch by patch, so kept patches stay where they are."""
 
     layer_classes = {"CLIPEncoderLayer": ClipLayer, "SiglipEncoderLayer": SiglipLayer}
-
-    def __init__(self, model: LlavaForConditionalGeneration):
-        self.model = self.base = model
-        self.config = model.config
 
     def encode(self, inputs: Mapping, current: SelectionPass | None) -> VisualTokens:
         with selecting(current):
@@ -91,9 +87,5 @@ class TripsLlavaForConditionalGeneration(SelectingModel, LlavaForConditionalGene
         pixel_values = kwargs.get("pixel_values")
         if pixel_values is None:  # embeddings of the caller, which stay as they are
             return super().embed_multimodal(**kwargs)
-        request = RequestInputs.of(kwargs)
-        features: list[torch.Tensor] = []
-        for images, rows in self.calls(pixel_values, [1] * len(pixel_values), request):
-            inputs = {"pixel_values": pixel_values[rows]}
-            features += self.visual_tokens(inputs, request[images]).features
-        return features
+        counts = [1] * len(pixel_values)
+        return self.tokens_of_images({"pixel_values": pixel_values}, counts, RequestInputs.of(kwargs))

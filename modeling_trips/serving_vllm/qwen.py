@@ -39,7 +39,7 @@ from ..hosts.layers import ModuleWrapper, SelectionPass
 from ..hosts.vlm.families import Qwen2Vl, Qwen3Vl, Qwen25Vl, restore_merged
 from ..hosts.vlm.tower import PackedLayer, selecting
 from ..hosts.vlm.visual_tokens import VisualTokens
-from .selection import RequestInputs, SelectingModel, SelectionProcessor, ServedLayer
+from .selection import RequestInputs, SelectingModel, SelectionProcessor, ServedFamily, ServedLayer
 
 
 INTEGERS = {2: torch.int16, 4: torch.int32}  # by the size of the embeddings' dtype
@@ -94,14 +94,8 @@ class Qwen2Layer(QwenLayer):
         return self.attn.split_qkv(stacked)  # gathers the heads of all processes first
 
 
-class ServedQwen(Qwen2Vl):
+class ServedQwen(ServedFamily, Qwen2Vl):
     """Parts of vLLM's model that all its Qwen classes name alike."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self.base = model
-        self.config = model.config
-        self.image_token_id = model.config.image_token_id
 
     def encode(self, inputs: Mapping, current: SelectionPass | None) -> VisualTokens:
         with selecting(current):
@@ -238,7 +232,7 @@ class SelectingQwen(SelectingModel):
             bits = torch.cat([part[:, -NUM_PLACES:] for part in multimodal_embeddings]).contiguous()
             rows, columns, farthest = bits.view(INTEGERS[bits.itemsize]).T.to(positions)
             ids = torch.as_tensor(input_ids, device=positions.device)
-            visual = (ids == self.family.image_token_id).nonzero()[:, 0]
+            visual = (ids == self.config.image_token_id).nonzero()[:, 0]
             written = visual[visual >= num_computed_tokens][: len(rows)]
             starts = positions[0, written]
             positions[1, written] = starts + rows

@@ -34,6 +34,8 @@ class SelectionProcessor(BaseMultiModalProcessor):
     of the image's processor. vLLM hashes these options with the image, so its caches never mix them.
     """
 
+    pixels = "pixel_values"  # the processor's output
+
     @cached_property
     def settings(self) -> ServingSettings:
         return ServingSettings.of(self.info.get_hf_config())
@@ -58,7 +60,7 @@ class SelectionProcessor(BaseMultiModalProcessor):
 
     def _apply_hf_processor_main(self, mm_items, hf_kwargs: Mapping[str, object]):
         outputs = super()._apply_hf_processor_main(mm_items, without_own(hf_kwargs))
-        if "pixel_values" in outputs:
+        if self.pixels in outputs:
             num_images = mm_items.get_count("image")
             outputs[CHOICE] = [self.settings_of(hf_kwargs).encode()] * num_images
             if QUESTION in hf_kwargs:
@@ -116,9 +118,10 @@ class SelectionProcessor(BaseMultiModalProcessor):
 
 def num_tiles(image: Mapping) -> int:
     """Return the number of tiles of an image, 0 for embeddings of the caller, which stay as they are."""
-    if "pixel_values" not in image:
+    if CHOICE not in image:
         return 0
-    for name in ("num_image_patches", "num_patches"):  # of the Transformers backend, of SmolVLM
+    # Of the Transformers backend, of SmolVLM, of InternVL.
+    for name in ("num_image_patches", "num_patches", "image_num_patches"):
         if name in image:
             return int(image[name].data)
     return 1
@@ -152,6 +155,15 @@ class RequestInputs:
         for question, count in zip(self.questions, counts):
             questions += [question] * count
         return replace(self, questions=questions)
+
+
+class ServedFamily(Family):
+    """Family of a model of vLLM."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.base = model
+        self.config = model.config
 
 
 class ServedLayer(TowerLayer):
@@ -260,12 +272,28 @@ class SelectingModel(nn.Module):
         rows = range(len(tokens.sizes))
         return tokens.select(at_exit, rows=rows, text=partial(self.embed_questions, request.questions))
 
-    def tokens_of_tiles(self, inputs: Mapping, request: RequestInputs, counts: list[int]) -> list[torch.Tensor]:
-        """Return the kept tokens of images with these numbers of tiles, in one call of the encoder."""
-        tiles = self.visual_tokens(inputs, request.repeat(counts)).features
+    def tokens_of_images(self, inputs: Mapping, counts: list[int], request: RequestInputs) -> list[torch.Tensor]:
+        """Return the kept tokens of each image, which has as many rows (tiles) of `pixel_values` as `counts` says."""
         features = []
-        first = 0
-        for count in counts:
-            features.append(torch.cat(tiles[first : first + count]))
-            first += count
+        for images, rows in self.calls(inputs["pixel_values"], counts, request):
+            part = {}
+            for name, value in inputs.items():
+                part[name] = take(value, images, len(counts), rows, sum(counts))
+            own_counts = counts[images]
+            tiles = self.visual_tokens(part, request[images].repeat(own_counts)).features
+            first = 0
+            for count in own_counts:
+                features.append(torch.cat(tiles[first : first + count]))
+                first += count
         return features
+
+
+def take(value, images: slice, num_images: int, rows: slice, num_rows: int):
+    """Return the part of an input that belongs to some images, of which it has an entry or a row of pixels each."""
+    if len(value) == num_images:
+        return value[images]
+    if len(value) == num_rows:
+        return value[rows]
+    if value.shape[1] == num_rows:  # Idefics3 has one prompt before its tiles
+        return value[:, rows]
+    return value

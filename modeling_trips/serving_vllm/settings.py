@@ -10,7 +10,6 @@ from transformers import PreTrainedConfig
 from ..configuration_trips import SelectionSchedule
 from ..hosts.vlm.families import Family
 from ..hosts.vlm.guide import TextGuide
-from ..hosts.vlm.scoring import pooling_cells
 from ..hosts.vlm.visual_tokens import ExitSelection, text_after_images
 from ..hosts.vlm.wrapper import check_generative
 from ..patch_selection import num_kept_tokens
@@ -18,6 +17,7 @@ from ..patch_selection import num_kept_tokens
 
 # Architecture of vLLM for each type of model.
 ARCHITECTURES = {
+    "internvl_chat": "TripsInternVLChatModel",
     "llava": "TripsLlavaForConditionalGeneration",
     "qwen2_vl": "TripsQwen2VLForConditionalGeneration",
     "qwen2_5_vl": "TripsQwen2_5_VLForConditionalGeneration",
@@ -30,7 +30,9 @@ ARCHITECTURES = {
     ),
 }
 NOT_SUPPORTED = {
-    **dict.fromkeys(("gemma3", "paligemma"), "vLLM does not compute its attention in both directions on CPUs"),
+    "gemma3": "vLLM does not compute its attention in both directions on CPUs, so it was not tried",
+    "paligemma": "its whole prompt attends in both directions in Transformers, but only its image in vLLM",
+    "qwen3_5": "its decoder in vLLM computes in bfloat16 only on CPUs, so it was not compared",
 }
 KEYS = ("schedule", "visual_tokens", "keep_rate", "visual_scorer", "text_guide")
 # Keys that a request may have among its `mm_processor_kwargs`.
@@ -114,7 +116,7 @@ class ServingSettings:
         """Return what a request may choose as a tensor that travels with its images. [`choice_of`] reads it."""
         number = self.visual_tokens or 0
         rate = self.keep_rate or 0.0
-        if self.tower.layers and not self.selects_at_exit:
+        if self.tower.layers and self.at_exit.keeps_all:
             rate = 1.0
         return torch.tensor([number, rate], dtype=torch.float64)
 
@@ -133,7 +135,9 @@ class ServingSettings:
         tower = config.vision_config.model_type
         if name == "llava" and tower not in ("clip_vision_model", "siglip_vision_model"):
             raise ValueError(f"Patch selection in vLLM supports LLaVA with a tower of CLIP or SigLIP, got {tower}.")
-        if name == "smolvlm" and self.tower.layers:
+        if name == "internvl_chat" and self.reads_prompt:
+            raise ValueError(f"`visual_scorer` must choose by the image for {name}, got {self.visual_scorer!r}.")
+        if name in ("internvl_chat", "smolvlm") and self.tower.layers:
             raise ValueError(f"A schedule is not supported for {name} in vLLM, got {self.tower}. Use `keep_rate`.")
         if name in ("llava_next", "llava_onevision") and self.tower.layers:
             if self.text_guide is not None or self.visual_tokens is None:
@@ -149,13 +153,8 @@ class ServingSettings:
         size = family.tokens_per_image
         if size is not None:
             self.check_number(size)
-        if self.visual_scorer == "pooling":  # an image that does not fit would end the engine
-            if size is None or not self.selects_at_exit or self.tower.layers:
-                raise ValueError(
-                    "`visual_scorer` 'pooling' needs `visual_tokens`, no schedule and images of one square shape. Use "
-                    "'prompt' or 'divprune'."
-                )
-            pooling_cells(size, self.num_kept(size))
+        elif self.visual_scorer == "pooling":  # an image that does not fit would end the engine
+            raise ValueError("`visual_scorer` 'pooling' needs images of one square shape. Use 'prompt' or 'divprune'.")
         return guide
 
     def check_number(self, size: int):
@@ -170,15 +169,11 @@ class ServingSettings:
     @property
     def reads_prompt(self) -> bool:
         """Whether the question decides which tokens are kept."""
-        return self.text_guide is not None or (self.selects_at_exit and self.at_exit.reads_prompt)
-
-    @property
-    def selects_at_exit(self) -> bool:
-        return self.visual_tokens is not None or self.keep_rate is not None
+        return self.text_guide is not None or (self.at_exit.reads_prompt and not self.at_exit.keeps_all)
 
     @property
     def keeps_all(self) -> bool:
-        return not self.selects_at_exit and not self.tower.layers
+        return self.at_exit.keeps_all and not self.tower.layers
 
     def num_kept_in_tower(self, num_units: int) -> int:
         """Return how many visual tokens of an image (or tile) the tower keeps."""

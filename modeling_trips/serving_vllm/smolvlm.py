@@ -16,16 +16,15 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from ..hosts.layers import SelectionPass
 from ..hosts.vlm.families import Smolvlm
 from ..hosts.vlm.visual_tokens import VisualTokens
-from .selection import RequestInputs, SelectingModel, SelectionProcessor
+from .selection import RequestInputs, SelectingModel, SelectionProcessor, ServedFamily
 
 
-class ServedSmolvlm(Smolvlm):
+class ServedSmolvlm(ServedFamily, Smolvlm):
     layer_classes = {}  # selection after the tower only
 
     def __init__(self, model: SmolVLMForConditionalGeneration):
-        self.model = model
+        super().__init__(model)
         self.base = model.model
-        self.config = model.config
 
     def encode(self, inputs: Mapping, current: SelectionPass | None) -> VisualTokens:
         states = self.base.image_pixels_to_features(**inputs)
@@ -54,13 +53,5 @@ class TripsSmolVLMForConditionalGeneration(SelectingModel, SmolVLMForConditional
         pixel_values = kwargs.get("pixel_values")
         if pixel_values is None:  # embeddings of the caller, which stay as they are
             return super().embed_multimodal(**kwargs)
-        request = RequestInputs.of(kwargs)
-        counts = kwargs["num_patches"].tolist()
-        features: list[torch.Tensor] = []
-        for images, tiles in self.calls(pixel_values, counts, request):
-            inputs = {
-                "pixel_values": pixel_values[tiles],
-                "pixel_attention_mask": kwargs["pixel_attention_mask"][tiles],
-            }
-            features += self.tokens_of_tiles(inputs, request[images], counts[images])
-        return features
+        inputs = {"pixel_values": pixel_values, "pixel_attention_mask": kwargs["pixel_attention_mask"]}
+        return self.tokens_of_images(inputs, kwargs["num_patches"].tolist(), RequestInputs.of(kwargs))

@@ -40,7 +40,8 @@ class PositionsOnly(TripsQwen2_5_VLForConditionalGeneration):
 
     def __init__(self):
         nn.Module.__init__(self)
-        self.family = SimpleNamespace(image_token_id=IMAGE, unit=2)
+        self.config = SimpleNamespace(image_token_id=IMAGE)
+        self.family = SimpleNamespace(unit=2)
 
 
 class RopeBuffer:

@@ -1,5 +1,6 @@
 """Tiny generative models that vLLM can serve on a CPU: heads are 32 wide. With processors, prompts and references."""
 
+import json
 import re
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -18,11 +19,12 @@ from tiny_vlm_processors import (
 from tiny_vlms import BY_NAME, CLIP, LLAMA, QWEN, SIGLIP, llama_vlm
 from transformers import (
     AutoModelForImageTextToText,
-    AutoProcessor,
     GotOcr2ImageProcessor,
+    GotOcr2ImageProcessorPil,
     InternVLProcessor,
     InternVLVideoProcessor,
     LlavaProcessor,
+    PreTrainedModel,
     ProcessorMixin,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
@@ -31,6 +33,7 @@ from transformers import (
     SmolVLMProcessor,
     SmolVLMVideoProcessor,
 )
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from modeling_trips.hosts import TextGuide, apply_patch_selection, remove_patch_selection
 
@@ -59,6 +62,7 @@ VLMS = {
         name: BY_NAME[name]
         for name in ("idefics3", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm")
     },
+    "internvl_chat": BY_NAME["internvl"],
 }
 
 
@@ -94,6 +98,18 @@ def make_internvl_processor() -> InternVLProcessor:
     )
 
 
+def make_internvl_chat_processor() -> InternVLProcessor:
+    """Return a processor that treats images as vLLM does in the published form."""
+    processor = make_internvl_processor()
+    image_processor = GotOcr2ImageProcessorPil(size=processor.image_processor.size)
+    image_processor.crop_to_patches = True
+    image_processor.max_patches = 4
+    image_processor.image_mean = IMAGENET_DEFAULT_MEAN
+    image_processor.image_std = IMAGENET_DEFAULT_STD
+    processor.image_processor = image_processor
+    return processor
+
+
 def make_qwen3_processor() -> Qwen3VLProcessor:
     processor = make_qwen_processor()
     return Qwen3VLProcessor(
@@ -122,6 +138,7 @@ PROCESSORS = {
     "llava_siglip": make_siglip_processor,
     "idefics3": make_idefics3_processor,
     "internvl": make_internvl_processor,
+    "internvl_chat": make_internvl_chat_processor,
     "qwen2_vl": make_qwen_processor,
     "qwen2_5_vl": make_qwen_processor,
     "qwen3_vl": make_qwen3_processor,
@@ -168,9 +185,11 @@ class ServedVlm:
         PROCESSORS[name]().save_pretrained(folder)
         TextGuide.for_model(model).save_pretrained(folder / "guide")
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+        self.processor: ProcessorMixin = PROCESSORS[name]()
         if name.startswith("llava") or name.endswith("_moe"):
             store_as_published(folder / "model.safetensors")
-        self.processor: ProcessorMixin = AutoProcessor.from_pretrained(folder)
+        if name == "internvl_chat":
+            store_internvl_chat(self.model, folder)
         self.guide = TextGuide.from_pretrained(folder / "guide")
         self.images = []
         for seed, size in enumerate([(64, 32), (96, 64), (32, 32)]):
@@ -181,7 +200,7 @@ class ServedVlm:
     def prompts(self) -> list[tuple[str, list[str]]]:
         """
         Different images and questions, an image under two questions, two images in a prompt, a question before its
-        image, and no question.
+        image, and an image alone.
         """
         image = "<|vision_start|> <|image_pad|> <|vision_end|>" if self.name.startswith("qwen") else "<image>"
         end = " ".join(f"w{number}" for number in range(30, 46))
@@ -247,3 +266,82 @@ def store_as_published(file: Path):
             weight = weight.transpose(1, 2).contiguous()
         weights[name] = weight
     save_file(weights, file, metadata={"format": "pt"})
+
+
+INTERNVL_CHAT_NAMES = {
+    r"model\.vision_tower\.": "vision_model.",
+    r"embeddings\.cls_token": "embeddings.class_embedding",
+    r"embeddings\.position_embeddings": "embeddings.position_embedding",
+    r"embeddings\.patch_embeddings\.projection": "embeddings.patch_embedding",
+    r"encoder\.layer\.": "encoder.layers.",
+    r"attention\.projection_layer": "attn.proj",
+    r"attention\.": "attn.",
+    r"lambda_": "ls",
+    r"layernorm_before": "norm1",
+    r"layernorm_after": "norm2",
+    r"model\.multi_modal_projector\.layer_norm": "mlp1.0",
+    r"model\.multi_modal_projector\.linear_1": "mlp1.1",
+    r"model\.multi_modal_projector\.linear_2": "mlp1.3",
+    r"model\.language_model\.": "language_model.model.",
+    r"lm_head": "language_model.lm_head",
+}
+INTERNVL_CHAT_CONFIG = """
+from transformers import PreTrainedConfig, Qwen2Config
+
+class InternVLChatConfig(PreTrainedConfig):
+    model_type = "internvl_chat"
+
+    def __init__(self, vision_config=None, llm_config=None, **kwargs):
+        super().__init__(**kwargs)
+        self.vision_config = PreTrainedConfig(**(vision_config or {}))
+        self.llm_config = Qwen2Config(**(llm_config or {}))
+"""
+
+
+def store_internvl_chat(model: PreTrainedModel, folder: Path):
+    """Replace what Transformers saved of InternVL by the published form, which it does not have."""
+    weights = {}
+    for name, weight in model.state_dict().items():
+        for old, new in INTERNVL_CHAT_NAMES.items():
+            name = re.sub(old, new, name)
+        weights[name] = weight.clone()  # the head may be tied
+    for name in [name for name in weights if ".attn.q_proj." in name]:
+        parts = [weights.pop(name.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")]
+        weights[name.replace("q_proj", "qkv")] = torch.cat(parts)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    vision = model.config.vision_config
+    side = vision.image_size[0]
+    config = {
+        "architectures": ["InternVLChatModel"],
+        "model_type": "internvl_chat",
+        "auto_map": {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"},
+        "vision_config": {
+            **vision.to_dict(),
+            "model_type": "intern_vit_6b",
+            "image_size": side,
+            "patch_size": vision.patch_size[0],
+            "qkv_bias": vision.attention_bias,
+            "qk_normalization": vision.use_qk_norm,
+            "initializer_factor": 1.0,
+        },
+        "llm_config": {
+            **model.config.text_config.to_dict(),
+            "architectures": ["Qwen2ForCausalLM"],
+            "tie_word_embeddings": False,
+        },
+        "force_image_size": side,
+        "downsample_ratio": model.config.downsample_ratio,
+        "ps_version": "v2",
+        "select_layer": -1,
+        "min_dynamic_patch": 1,
+        "max_dynamic_patch": 4,
+        "dynamic_image_size": True,
+        "use_thumbnail": True,
+    }
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    (folder / "configuration_internvl_chat.py").write_text(INTERNVL_CHAT_CONFIG, "utf-8")
+    for file in folder.glob("tokenizer*.json"):
+        text = file.read_text("utf-8")
+        for old, new in {"<image>": "<IMG_CONTEXT>", "<|vision_start|>": "<img>", "<|vision_end|>": "</img>"}.items():
+            text = text.replace(f'"{old}"', f'"{new}"')
+        file.write_text(text, "utf-8")

@@ -53,15 +53,17 @@ BOTH = Selection("2:image:0.5", 6, "divprune")
 BY_QUESTION = Selection("1:image:0.7,2:image:0.7", 6, "prompt")
 GUIDED = Selection("1:text:0.5", 6, "prompt")
 RATE = Selection("unpruned", keep_rate=0.3, scorer="prompt")
+CDPRUNER = Selection("unpruned", 6, "cdpruner")
 CASES = {
     "llava": [(UNPRUNED, {}), (BOTH, CHUNKS), (BY_QUESTION, {}), (GUIDED, {})],
     "qwen2_5_vl": [(BOTH, CHUNKS), (GUIDED, CHUNKS)],
-    "qwen3_vl": [(BOTH, CHUNKS), (RATE, CHUNKS)],
+    "qwen3_vl": [(BOTH, CHUNKS), (RATE, CHUNKS), (CDPRUNER, {})],
 }
 FURTHER_CASES = {
-    "llava": [(EXIT, {}), (TOWER, {}), (RATE, {})],
+    "llava": [(EXIT, {}), (TOWER, {}), (RATE, {}), (CDPRUNER, {})],
     "llava_siglip": [(BOTH, {}), (BY_QUESTION, {})],
     "internvl": [(UNPRUNED, {}), (BOTH, {}), (GUIDED, {}), (RATE, {})],
+    "internvl_chat": [(UNPRUNED, {}), (EXIT, CHUNKS)],
     "idefics3": [(TOWER, {}), (BOTH, {}), (Selection("1:text:0.5"), {})],
     "qwen2_vl": [(UNPRUNED, {}), (BOTH, CHUNKS), (GUIDED, {})],
     "qwen2_5_vl": [(UNPRUNED, {}), (EXIT, {}), (TOWER, CHUNKS), (BY_QUESTION, {})],
@@ -112,7 +114,10 @@ def make_job(vlm: ServedVlm, overrides: dict | None, options: dict) -> dict:
     if overrides is None and vlm.name in ("idefics3", "internvl"):
         options = {**options, "model_impl": "transformers"}
     elif overrides is not None:
-        overrides = {"architectures": [ARCHITECTURES[vlm.model.config.model_type]], **overrides}
+        model_type = "internvl_chat" if vlm.name == "internvl_chat" else vlm.model.config.model_type
+        overrides = {"architectures": [ARCHITECTURES[model_type]], **overrides}
+    if vlm.name == "internvl_chat":
+        options = {**options, "trust_remote_code": True}
     if vlm.name.startswith("qwen"):
         options = {**options, "limit_mm_per_prompt": {"image": 2, "video": 0}}
     options = {**OPTIONS, **options, "hf_overrides": overrides or {}}

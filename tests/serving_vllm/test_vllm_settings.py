@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 import torch
-from served_vlms import PROCESSORS
+from served_vlms import PROCESSORS, store_internvl_chat
 from tiny_vlm_processors import noise
 from tiny_vlms import BY_NAME
 
@@ -96,6 +96,7 @@ def test_the_helper_reads_a_guide(folders, tmp_path, capsys):
         ("llava_onevision", "--schedule 1:image:0.5 --visual_tokens 33", "33"),
         ("smolvlm", "--schedule 1:image:0.5 --visual_tokens 9", "1:image:0.5"),
         ("gemma3", "--visual_tokens 9", "gemma3"),
+        ("paligemma", "--visual_tokens 9", "whole prompt"),
         ("glm4v", "--visual_tokens 9", "glm4v"),
     ],
 )
@@ -113,6 +114,16 @@ def test_wrong_settings_are_one_sentence(folders, capsys, name, options, named):
 def test_pooling_that_fits_is_accepted(folders, capsys, name, number):
     overrides = printed_overrides(capsys, f"{folders}/{name}", "--visual_scorer=pooling", f"--visual_tokens={number}")
     assert overrides["patch_selection"]["visual_scorer"] == "pooling"
+
+
+def test_the_published_form_of_internvl(tmp_path, capsys):
+    store_internvl_chat(BY_NAME["internvl"].make(), tmp_path)
+    options = [tmp_path, "--trust-remote-code", "--keep_rate", "0.25"]
+    assert printed_overrides(capsys, *options)["architectures"] == ["TripsInternVLChatModel"]
+    for option, value in (("--visual_scorer", "prompt"), ("--schedule", "1:image:0.5")):
+        with pytest.raises(SystemExit):
+            main([str(word) for word in [*options, option, value]])
+        assert value in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", [None, "2:image:0.5", {"visual_token": 6}, {"schedule": "2;image;0.5"}])
@@ -209,7 +220,7 @@ def test_the_question_is_the_text_after_the_last_image():
     assert find_question([1, image, 5], image, [5]) == [1]
 
 
-@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize("name", [name for name in PROCESSORS if name != "internvl_chat"])  # has no questions
 @pytest.mark.parametrize("text", ["what color ? {}", "{}", "{} what color ?", "red {} blue {} ?", "red {} blue {}"])
 def test_the_question_is_that_of_transformers(name, text):
     """vLLM sees the prompt without the text that the processor writes around each image."""

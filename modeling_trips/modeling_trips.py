@@ -31,7 +31,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, Seq2SeqLMO
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
 
-from .configuration_trips import SelectionSchedule, TripsConfig, TripsDecoderConfig
+from .configuration_trips import SelectionSchedule, TripsConfig
 from .modeling_trips_text import (
     CACHE_NAME,
     TripsDecoder,
@@ -368,7 +368,8 @@ class TripsSeq2SeqLMOutput(Seq2SeqLMOutput):
     r"""
     loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
         Cross-entropy of the labels, weighted by `loss_weights`, per label token, and in training
-        `config.selection_loss_weight * selection_loss`.
+        `config.selection_loss_weight * selection_loss`. NaN, as of Transformers' heads, if all labels are -100 and
+        `num_items_in_batch` does not count other ones.
     selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
         Selection supervision. In training, if `regions` are given.
     selection (`tuple(TripsSelection)`, *optional*):
@@ -381,9 +382,9 @@ class TripsSeq2SeqLMOutput(Seq2SeqLMOutput):
 
 @auto_docstring(custom_intro="Base of the models with a decoder, whose word embeddings are not the text encoder's.")
 class TripsWritingModel(TripsPreTrainedModel):
-    def add_decoder(self, config: TripsDecoderConfig):
-        decoder = TripsDecoder(config)
-        self.lm_head = TripsLMHead(config)
+    def add_decoder(self):
+        decoder = TripsDecoder(self.config.decoder_config)
+        self.lm_head = TripsLMHead(self.config.decoder_config)
         self.decoder = decoder  # behind the head, or automatic device maps take `lm_head.decoder` for a part of it
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
@@ -417,7 +418,7 @@ class TripsForConditionalGeneration(TripsWritingModel, GenerationMixin):
         super().__init__(config)
         config.check_start_token()
         self.model = TripsModel(config)
-        self.add_decoder(config.decoder_config)
+        self.add_decoder()
         # The default of `generate`: enough for a caption.
         self.generation_config.max_new_tokens = min(32, config.decoder_config.max_position_embeddings)
         self.post_init()
@@ -480,7 +481,6 @@ class TripsForConditionalGeneration(TripsWritingModel, GenerationMixin):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsSeq2SeqLMOutput:
-        cache = kwargs.pop("past_key_values", cache)  # the name before Transformers 5.24
         if encoder_outputs is None:
             encoder_outputs = self.model(
                 input_ids=input_ids,

@@ -33,7 +33,8 @@ from .modeling_trips_vision import SHARED_ARGS, TripsImageCache, TripsPreTrained
 class TripsForImagesAndTextClassificationOutput(ModelOutput):
     r"""
     loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
-        Cross-entropy of the labels, per text, plus `config.selection_loss_weight * selection_loss`.
+        Cross-entropy of the labels, per text, plus `config.selection_loss_weight * selection_loss`. NaN, as of
+        Transformers' heads, if all labels are -100 and `num_items_in_batch` does not count other ones.
     selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
         Selection supervision, the mean over texts and images. Returned in training, if regions are given.
     logits (`torch.FloatTensor` of shape `(num_texts, config.num_labels)`):
@@ -148,6 +149,11 @@ class TripsForImagesAndTextClassification(TripsPreTrainedModel):
         if attention_mask is not None:
             attention_mask = attention_mask.repeat_interleave(self.num_images, dim=0)
         if regions is not None:
+            if regions.shape != (num_texts, self.num_images, 4):
+                raise ValueError(
+                    f"`regions` must have shape ({num_texts}, {self.num_images}, 4), one box per text and image, got "
+                    f"{tuple(regions.shape)}."
+                )
             regions = regions.flatten(0, 1)  # (num_texts * num_images, 4)
         fused = self.model.fuse(
             text_states=text_states,

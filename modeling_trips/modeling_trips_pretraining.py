@@ -83,9 +83,7 @@ class MatchingPairs(NamedTuple):
     weights: torch.FloatTensor  # 0 where the batch holds no negative, 1 elsewhere
 
 
-def similarity(
-    queries: torch.Tensor, candidates: torch.Tensor, temperature: float | torch.Tensor = 1.0
-) -> torch.Tensor:
+def similarity(queries: torch.Tensor, candidates: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
     """
     Return the dot products of every query with every candidate, divided by the temperature: `(num_queries, dim)` and
     `(num_candidates, dim)` -> `(num_queries, num_candidates)`, float32 or wider. Autocast is off, since a small
@@ -213,7 +211,7 @@ def contrastive_loss(
 
 
 def hard_negative_indices(
-    logits: torch.Tensor, same_image: torch.BoolTensor, generator: torch.Generator | None = None
+    logits: torch.Tensor, same_image: torch.BoolTensor
 ) -> tuple[torch.LongTensor, torch.BoolTensor]:
     """
     Draw one negative for each query from the softmax of its logits over the candidates of other images.
@@ -229,14 +227,12 @@ def hard_negative_indices(
         The drawn candidates, `(num_queries,)`, and a mask of the same shape. It is False if all candidates are of the
         query's image. The drawn candidate is then no negative; mask that row's loss.
     """
-    noise = -torch.empty_like(logits).exponential_(generator=generator).log()
+    noise = -torch.empty_like(logits).exponential_().log()
     noisy_logits = (logits.detach() + noise).masked_fill(same_image, float("-inf"))
     return noisy_logits.argmax(dim=-1), ~same_image.all(dim=-1)
 
 
-def matching_pairs(
-    logits: torch.Tensor, image_ids: torch.LongTensor, generator: torch.Generator | None = None
-) -> MatchingPairs:
+def matching_pairs(logits: torch.Tensor, image_ids: torch.LongTensor) -> MatchingPairs:
     """
     Return the pairs of image-text matching (ITM), with hard negatives.
 
@@ -246,8 +242,8 @@ def matching_pairs(
         image_ids (`torch.LongTensor` of shape `(T,)`): Image id of each pair.
     """
     same_image = image_ids[:, None] == image_ids
-    negative_images, found = hard_negative_indices(logits, same_image, generator)
-    negative_texts, _ = hard_negative_indices(logits.T, same_image, generator)  # found for the same rows
+    negative_images, found = hard_negative_indices(logits, same_image)
+    negative_texts, _ = hard_negative_indices(logits.T, same_image)  # found for the same rows
     true_pairs = torch.arange(len(image_ids), device=logits.device)
     ones = torch.ones_like(true_pairs)
     return MatchingPairs(
@@ -848,7 +844,7 @@ class TripsForPreTraining(TripsContrastiveModel, TripsWritingModel):
         if config.prefix_lm_weight > 0:
             config.check_start_token()
         self.mlm_score = TripsLMHead(config.text_config)
-        self.add_decoder(config.decoder_config)
+        self.add_decoder()
         self.post_init()
 
     @property

@@ -51,9 +51,10 @@ from .patch_selection import KeyInfo, gather_tokens, squared_attention
 
 # Name of the keys and values in `generate` and in outputs: "cache" since Transformers 5.24.
 CACHE_NAME = "cache" if "cache" in Seq2SeqLMOutput.__dataclass_fields__ else "past_key_values"
-# Decorator of `forward` that warns of the former name, where `generate` uses the new one.
-warn_of_former_cache_name = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
-accept_former_cache_name = warn_of_former_cache_name if CACHE_NAME == "cache" else lambda forward: forward
+# Decorator of `forward` for the former name. It warns up to a release: only where `generate` uses the new one.
+accept_former_cache_name = deprecate_kwarg(
+    "past_key_values", version="5.40.0" if CACHE_NAME == "cache" else "5.20.0", new_name="cache"
+)
 
 
 def class_states(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -519,7 +520,6 @@ class TripsDecoder(TripsPreTrainedModel):
         cache (`Cache`, *optional*):
             Keys and values of the tokens before `input_ids`.
         """
-        cache = kwargs.pop("past_key_values", cache)  # the name before Transformers 5.24
         if use_cache and cache is None:
             cache = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
         cache_length = cache.get_seq_length() if cache is not None else 0

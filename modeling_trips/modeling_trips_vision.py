@@ -666,6 +666,7 @@ class TripsVisionEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def grid_of(self, pixel_values: torch.Tensor) -> tuple[int, int]:
+        """Return the patches of each image, down and across."""
         patch_height, patch_width = self.config.patch_shape
         height, width = pixel_values.shape[-2:]
         if height % patch_height or width % patch_width or min(height, width) == 0:
@@ -675,28 +676,31 @@ class TripsVisionEmbeddings(nn.Module):
             )
         return height // patch_height, width // patch_width
 
-    def interpolated_positions(self, grid: tuple[int, int]) -> torch.Tensor:
+    def interpolated_positions(self, grid_size: tuple[int, int]) -> torch.Tensor:
         """Positions of shape `(1, 1 + rows * columns, hidden_size)`, bicubic as in DeiT and ALBEF."""
         # CODEPATH: images of another size interpolate the positions.
-        if grid == self.config.grid_size:
+        if grid_size == self.config.grid_size:
             return self.position_embeddings
         class_position = self.position_embeddings[:, :1]
         patch_positions = self.position_embeddings[:, 1:]
         patch_positions = patch_positions.unflatten(1, self.config.grid_size)
         patch_positions = patch_positions.permute(0, 3, 1, 2).float()  # (1, hidden_size, num_rows, num_columns)
-        patch_positions = nn.functional.interpolate(patch_positions, size=grid, mode="bicubic", align_corners=False)
+        patch_positions = nn.functional.interpolate(
+            patch_positions, size=grid_size, mode="bicubic", align_corners=False
+        )
         patch_positions = patch_positions.to(class_position.dtype).flatten(2).transpose(1, 2)
         return torch.cat((class_position, patch_positions), dim=1)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        grid = self.grid_of(pixel_values)
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        """Return the embeddings, `(num_images, 1 + num_patches, hidden_size)`, and the patches down and across."""
+        grid_size = self.grid_of(pixel_values)
         dtype = self.patch_embeddings.projection.weight.dtype
         patches = self.patch_embeddings(pixel_values.to(dtype))
         class_token = self.cls_token.expand(patches.shape[0], -1, -1)
         class_token = class_token.to(patches.dtype)  # after `expand`, so that its gradients add up in float32
         embeddings = torch.cat((class_token, patches), dim=1)  # (num_images, 1 + num_patches, hidden_size)
-        embeddings = embeddings + self.interpolated_positions(grid)
-        return self.dropout(embeddings)
+        embeddings = embeddings + self.interpolated_positions(grid_size)
+        return self.dropout(embeddings), grid_size
 
 
 @auto_docstring(
@@ -753,14 +757,14 @@ class TripsVisionModel(TripsPreTrainedModel):
 
     def embed_images(self, pixel_values: torch.Tensor) -> TripsImageCache:
         """Return the input of the first layer."""
-        hidden_states = self.embeddings(pixel_values)
+        hidden_states, grid_size = self.embeddings(pixel_values)
         if self.pre_layernorm is not None:
             hidden_states = self.pre_layernorm(hidden_states)
         num_images, seq_length, _ = hidden_states.shape
         indices = torch.arange(seq_length - 1, device=hidden_states.device)
         return TripsImageCache(
             hidden_states=hidden_states,
-            grid_size=self.embeddings.grid_of(pixel_values),
+            grid_size=grid_size,
             candidate_indices=indices.expand(num_images, -1),
             next_layer=1,
         )
@@ -1061,16 +1065,12 @@ class TripsSingleStreamModel(TripsVisionModel):
 TripsVisionModel.register_for_auto_class("AutoModel")
 TripsSingleStreamModel.register_for_auto_class("AutoModel")
 # The vision tower loads from the checkpoint of a whole model, too.
-register_checkpoint_conversion_mapping(
-    "TripsVisionModel",
-    [PrefixChange(prefix_to_remove="model"), PrefixChange(prefix_to_remove="vision_model")],
-    overwrite=True,
-)
-register_checkpoint_conversion_mapping(
-    "TripsSingleStreamModel",
-    [PrefixChange(prefix_to_remove="model"), PrefixChange(prefix_to_remove="vision_model")],
-    overwrite=True,
-)
+for name in ("TripsVisionModel", "TripsSingleStreamModel"):
+    register_checkpoint_conversion_mapping(
+        name,
+        [PrefixChange(prefix_to_remove="model"), PrefixChange(prefix_to_remove="vision_model")],
+        overwrite=True,
+    )
 
 __all__ = [
     "TripsPreTrainedModel",

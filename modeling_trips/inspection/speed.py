@@ -53,7 +53,7 @@ class Setting:
                 f"`clock` must be one of {', '.join(CLOCKS)}, and wall on {self.device}, got {self.clock}."
             )
 
-    def make_model(self, device: str, attn_implementation: str | None = None) -> TripsModel:
+    def make_model(self, device: str) -> TripsModel:
         """Make a model with random weights on a device, in training mode unless `mode` is forward."""
         config = TripsConfig.from_preset(
             self.preset,
@@ -63,10 +63,9 @@ class Setting:
             selection_guidance=self.selection_guidance,
             **self.config_fields,
         )
-        attn_implementation = attn_implementation or self.attn_implementation
         dtype = getattr(torch, self.dtype)
         with torch.device(device):
-            model = AutoModel.from_config(config, attn_implementation=attn_implementation)
+            model = AutoModel.from_config(config, attn_implementation=self.attn_implementation)
         return model.to(dtype).train(self.mode != "forward")
 
     def make_inputs(self, model: TripsModel) -> dict[str, torch.Tensor]:
@@ -100,7 +99,7 @@ def make_step(setting: Setting, model: Callable, inputs: dict[str, Any]) -> Call
 def count_macs(setting: Setting, keep_rate: float | list[float]) -> int:
     """Count the MACs of all matrix products and convolutions of one step on the meta device."""
     # The counter needs eager attention.
-    model = replace(setting, keep_rate=keep_rate).make_model("meta", attn_implementation="eager")
+    model = replace(setting, keep_rate=keep_rate, attn_implementation="eager").make_model("meta")
     with FlopCounterMode(display=False) as counter:
         make_step(setting, model, setting.make_inputs(model))()
     return counter.get_total_flops() // 2

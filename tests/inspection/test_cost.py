@@ -1,5 +1,7 @@
 """The cost formula against PyTorch's counter."""
 
+from dataclasses import replace
+
 import pytest
 
 from modeling_trips import UNPRUNED, SelectionSchedule, TripsConfig
@@ -18,7 +20,7 @@ def check_cost(schedule: SelectionSchedule, cost: Cost, **fields):
     for texts_per_image in (1, 3):
         setting = Setting("tiny", 64, 1, texts_per_image, 6, config_fields=fields, **schedule.config_fields)
         assert cost.macs(texts_per_image) == count_macs(setting, setting.keep_rate)
-        model = setting.make_model("meta", attn_implementation="eager").eval()
+        model = replace(setting, attn_implementation="eager").make_model("meta").eval()
         states = model(**setting.make_inputs(model), output_hidden_states=True).vision_model_output.hidden_states
         assert [joint_length + count for count in cost.tokens] == [each.shape[1] for each in states[1:]]
 

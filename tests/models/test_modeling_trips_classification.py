@@ -81,6 +81,9 @@ def test_bad_inputs_are_refused():
         model(STATEMENTS, five, MASK)
     with pytest.raises(ValueError, match="image_index"):
         model(STATEMENTS, five[:, :2], MASK, image_index=PAIRS)
+    for regions in (torch.rand(4, 4), torch.rand(8, 4), torch.rand(4, 2, 2)):
+        with pytest.raises(ValueError, match="regions"):
+            model(**inputs(), regions=regions)
     for index in (PAIRS[:, 0], PAIRS[:3], PAIRS.flatten()):
         with pytest.raises(ValueError, match="image_index"):
             model(STATEMENTS, IMAGES[:3, 0], MASK, image_index=index)

@@ -43,6 +43,13 @@ def test_loss_is_the_weighted_log_likelihood_per_token():
     torch.testing.assert_close(per_batch.loss.item(), expected / 50, rtol=1e-5, atol=0)
 
 
+def test_loss_of_no_labels_is_nan_as_of_the_heads_of_transformers():
+    model = make_model()
+    nothing = torch.full_like(ANSWERS[:4], -100)
+    assert model(**inputs(), labels=nothing).loss.isnan()
+    assert model(**inputs(), labels=nothing, num_items_in_batch=torch.tensor(5)).loss == 0  # others are elsewhere
+
+
 def test_bad_inputs_are_refused():
     model = make_model()
     with pytest.raises(ValueError, match="text_index"):

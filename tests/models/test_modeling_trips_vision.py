@@ -137,7 +137,8 @@ def test_captured_outputs_have_the_shrinking_shapes():
     # 6 candidates -> 3 kept and 1 fused -> 2 kept and 1 fused. The MLP of a selection layer is on the short sequence.
     lengths = [7, 5, 5, 4]
     assert [tuple(states.shape) for states in output.hidden_states] == [(2, length, 8) for length in lengths]
-    assert torch.equal(output.hidden_states[0], model.embeddings(pixel_values))
+    embeddings, _ = model.embeddings(pixel_values)
+    assert torch.equal(output.hidden_states[0], embeddings)
     torch.testing.assert_close(model.layernorm(output.hidden_states[-1]), output.last_hidden_state)
     # Attention comes before the selection: over the layer's input.
     assert [tuple(weights.shape) for weights in output.attentions] == [(2, 2, n, n) for n in lengths[:-1]]

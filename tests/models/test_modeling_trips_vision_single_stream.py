@@ -27,7 +27,8 @@ def naive_run(model, ids, image):
     """Run one text without padding and one image. Return the states of the text and the kept patches of each layer."""
     config, tower = model.config.vision_config, model.vision_model
     text = model.text_model(ids[None]).last_hidden_state[0]
-    image = tower.embeddings(image[None])[0]
+    embeddings, _ = tower.embeddings(image[None])
+    image = embeddings[0]
     types = tower.modality_embeddings.weight
     tokens = list(text + types[0]) + list(image + types[1])
     first, original, selections = len(text) + 1, list(range(len(image) - 1)), []

@@ -127,7 +127,9 @@ class RetrievalSuite(HeadSuite):
         """Draw the same negatives each time."""
 
         def pairs(logits, image_ids):
-            return matching_pairs(logits, image_ids, torch.Generator().manual_seed(0))
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                return matching_pairs(logits, image_ids)
 
         patched = patch("modeling_trips.modeling_trips_pretraining.matching_pairs", pairs)
         patched.start()

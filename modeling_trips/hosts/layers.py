@@ -211,6 +211,17 @@ class SelectionPass:
         """Return the units kept before a layer, by default at the end; `None` if none was dropped."""
         return self.kept.get(self.last_before(layer))
 
+    def units_by_image(self, units: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
+        """Split units of a packed sequence, `counts` by image, and return their row-major numbers in each image."""
+        if self.unit_order is not None:
+            units = self.unit_order[units]
+        units_of_images = []
+        first = 0
+        for units_of_image, num_units in zip(units.split(counts), self.num_units):
+            units_of_images.append(units_of_image - first)
+            first += num_units
+        return units_of_images
+
 
 class SelectionLayer(ModuleWrapper):
     """

@@ -37,10 +37,13 @@ class ViltSelectionEmbeddings(ModuleWrapper):
         num_rows, num_columns = grid
         class_token, patches = states.tensor_split([1], dim=1)
         class_mask, patch_mask = mask.tensor_split([1], dim=1)
-        numbers = FIRST_PATCH + patch_index[..., 0] * num_columns + patch_index[..., 1]  # (batch_size, num_patches)
+        row, column = patch_index.unbind(dim=-1)  # (batch_size, num_patches) each
+        numbers = FIRST_PATCH + row * num_columns + column
         last = FIRST_PATCH + num_rows * num_columns  # padding goes to the end
-        order = numbers.masked_fill(patch_mask == 0, last).argsort(dim=1, stable=True)
-        numbers = (numbers * patch_mask).gather(1, order)
+        places = numbers.masked_fill(patch_mask == 0, last)
+        order = places.argsort(dim=1, stable=True)
+        numbers = numbers * patch_mask
+        numbers = numbers.gather(1, order)
         patches = gather_tokens(patches, order)
         states = torch.cat([class_token, patches], dim=1)
         token_numbers = torch.cat([class_mask, numbers], dim=1)
@@ -189,7 +192,8 @@ class ViltSelectionLayer(SelectionLayer):
             others = token_numbers[:, :num_others]
             kept_numbers = numbers.gather(1, choice.kept)
             token_numbers = torch.cat([others, kept_numbers, fused], dim=1)
-        layer_output = self.intermediate(self.layernorm_after(hidden_states))
+        layer_output = self.layernorm_after(hidden_states)
+        layer_output = self.intermediate(layer_output)
         return self.output(layer_output, hidden_states), *attentions, token_numbers
 
 

@@ -23,7 +23,8 @@ class ClipLayer(SelectionLayer):
         return self.self_attn(hidden_states=normed, **kwargs)[0]
 
     def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.mlp(self.layer_norm2(hidden_states))
+        hidden_states = self.layer_norm2(hidden_states)
+        return self.mlp(hidden_states)
 
 
 class BlipLayer(ClipLayer):
@@ -55,7 +56,8 @@ class BridgeTowerLayer(SelectionLayer):
         return self.project(states, 1).transpose(1, 2)
 
     def attend(self, normed: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs) -> torch.Tensor:
-        return self.attention(normed.transpose(0, 1), attention_mask).transpose(0, 1)
+        attn_output = self.attention(normed.transpose(0, 1), attention_mask)  # (seq_length, num_images, hidden_size)
+        return attn_output.transpose(0, 1)
 
     def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = self.ln_2(hidden_states)
@@ -90,10 +92,15 @@ class TimmLayer(SelectionLayer):
     def attend(self, normed, attention_mask, attn_mask=None, is_causal: bool = False) -> torch.Tensor:
         if attention_mask is not None or attn_mask is not None or is_causal:
             raise ValueError("`attn_mask` and `is_causal` are not supported with patch selection.")
-        return self.drop_path1(self.ls1(self.attn(normed)))
+        attn_output = self.attn(normed)
+        attn_output = self.ls1(attn_output)
+        return self.drop_path1(attn_output)
 
     def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.drop_path2(self.ls2(self.mlp(self.norm2(hidden_states))))
+        hidden_states = self.norm2(hidden_states)
+        hidden_states = self.mlp(hidden_states)
+        hidden_states = self.ls2(hidden_states)
+        return self.drop_path2(hidden_states)
 
 
 class VisionTower(Host):

@@ -351,5 +351,6 @@ def test_bad_inputs_raise():
         prune_inputs(model, inputs, visual_tokens=65)
     apply_patch_selection(model, "1:image:0.5")
     cache = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)[CACHE_NAME]
-    with pytest.raises(ValueError, match="conversation"):
-        model.generate(**inputs, max_new_tokens=2, **{CACHE_NAME: cache})
+    for name in {CACHE_NAME, "past_key_values"}:
+        with pytest.raises(ValueError, match="conversation"):
+            model.generate(**inputs, max_new_tokens=2, **{name: cache})

@@ -233,8 +233,9 @@ def test_decoding_by_hand(vlm):
     new_ids = outputs.sequences[:, -2:-1]
     cache = model(**inputs, use_cache=True)[CACHE_NAME]
     mask = nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
-    with pytest.raises(ValueError, match="attention_mask"):  # of the caller's prompt instead of the shorter one
-        model(input_ids=new_ids, attention_mask=mask, **{CACHE_NAME: cache})
+    for name in {CACHE_NAME, "past_key_values"}:
+        with pytest.raises(ValueError, match="attention_mask"):  # of the caller's prompt instead of the shorter one
+            model(input_ids=new_ids, attention_mask=mask, **{name: cache})
     logits = model(input_ids=new_ids, **{CACHE_NAME: cache}).logits[:, -1]
     torch.testing.assert_close(logits, outputs.logits[1], atol=1e-5, rtol=0)
 

@@ -396,16 +396,9 @@ class Qwen2Vl(Family):
         return num_units.tolist()
 
     def kept_tokens(self, sizes: list[int], inputs: Mapping, current: SelectionPass) -> list[torch.Tensor]:
-        kept = current.kept_before()
-        if current.unit_order is not None:
-            kept = current.unit_order[kept]
-        num_kept = current.num_kept[current.last_before(float("inf"))]
-        kept_tokens = []
-        first = 0
-        for units, size in zip(kept.split(num_kept), sizes):
-            kept_tokens.append(units.sort().values - first)
-            first += size
-        return kept_tokens
+        num_kept = current.num_kept[max(current.num_kept)]  # after the last selection layer
+        units_of_images = current.units_by_image(current.kept_before(), num_kept)
+        return [units.sort().values for units in units_of_images]
 
 
 class Qwen25Vl(Qwen2Vl):
@@ -518,7 +511,8 @@ def find_family(model: nn.Module) -> Family | None:
     if family is not None:
         # LLaVA has other towers, too, such as Pixtral.
         names = {library_name(type(module)) for module in base.modules()}
-        return (Family if names.isdisjoint(family.layer_classes) else family)(model)
+        has_known_tower = not names.isdisjoint(family.layer_classes)
+        return family(model) if has_known_tower else Family(model)
     if base is None or "mm_encoder_outputs" not in inspect.signature(base.forward).parameters:
         return None
     if hasattr(base, "get_rope_index"):  # some take and ignore any argument

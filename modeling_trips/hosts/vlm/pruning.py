@@ -2,7 +2,9 @@
 Selection of visual tokens between the vision tower and the language model.
 
 Models of Transformers accept encoded images as `mm_encoder_outputs`. The image is encoded first, tokens are selected,
-and the model gets them with a prompt that has as many placeholders. The model does not change.
+and the model gets them with a prompt that has as many placeholders. Its modules and weights do not change. A model
+with positions in the image (Qwen-VL) also keeps the `rope_deltas` of the shorter prompt, as after its own forward
+pass: `generate` reads there where positions go on.
 """
 
 from bisect import bisect_right
@@ -31,8 +33,9 @@ def prune_inputs(
     """
     Encode the images of a prompt and drop visual tokens, before `model(**inputs)` or `model.generate(**inputs)`.
 
-    The model does not change, and gradients reach its tower. Rows that become shorter than others are padded, on the
-    left unless the inputs are padded on the right.
+    The model's modules and weights do not change, and gradients reach its tower. In Qwen-VL, its `rope_deltas` become
+    those of this prompt: run or generate it before you prune another one. Rows that become shorter than others are
+    padded, on the left unless the inputs are padded on the right.
 
     Args:
         model (`PreTrainedModel`): A generative model that [`apply_patch_selection`] supports, or one without its head.
@@ -126,7 +129,8 @@ class Prompts:
         mask = inputs.get("attention_mask")
         self.mask = torch.ones_like(self.is_visual) if mask is None else mask.bool()
         self.is_text = self.mask & ~self.is_visual
-        # The only host sync, before the tower runs.
+        # What the lengths of the new rows depend on comes to the host at once, before the tower runs. Later syncs are
+        # the check of `labels`, and sizes of images in families whose images have any size.
         num_visual = self.is_visual.sum(dim=1)
         num_text = self.is_text.sum(dim=1)
         is_right_padded = ~self.mask[:, -1]
@@ -139,8 +143,9 @@ class Prompts:
         if self.inputs.get("input_ids") is not None:
             return self.ids == token_id
         embed = self.family.model.get_input_embeddings()
-        embedding = embed(torch.tensor(token_id, device=self.embeddings.device))
-        return (self.embeddings == embedding).all(dim=-1)
+        embedding = embed(torch.tensor(token_id, device=self.embeddings.device))  # (hidden_size,)
+        is_equal = self.embeddings == embedding  # (batch_size, length, hidden_size)
+        return is_equal.all(dim=-1)
 
     @cached_property
     def text(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,24 +163,30 @@ class Prompts:
         for token_id in self.family.special_token_ids:
             is_text = is_text & ~self.is_token(token_id)
         num_before, num_after = self.family.framing_tokens
-        padded = nn.functional.pad(self.is_visual, (num_after, num_before))
-        windows = padded.unfold(1, num_before + 1 + num_after, 1)  # (batch_size, length, window)
-        is_framing = windows.any(dim=-1)
-        is_text = text_after_images(self.is_visual, is_text & ~is_framing)
-        order, mask = move_to_end(is_text, max(1, *self.num_text), at_start=True)
+        is_text = is_text & ~framed_images(self.is_visual, num_before, num_after)
+        is_text = text_after_images(self.is_visual, is_text)
+        longest = max(1, *self.num_text)
+        order, mask = move_kept(is_text, longest, to_start=True)
         if self.embeddings is not None:
             return gather_tokens(self.embeddings, order), mask
-        ids = self.ids.masked_fill(self.is_visual, 0).gather(1, order)
-        return self.family.model.get_input_embeddings()(ids), mask
+        ids = self.ids.masked_fill(self.is_visual, 0)  # a placeholder may have no embedding
+        embed = self.family.model.get_input_embeddings()
+        return embed(ids.gather(1, order)), mask
 
     def row_of_groups(self, sizes: list[int]) -> list[int]:
-        """Return the row of each group of visual tokens. Raise a ValueError if the placeholders do not match."""
+        """
+        Return the row of each group of visual tokens. Raise a ValueError if the placeholders do not match.
+
+        Two rows with 5 and 4 visual tokens have the visual tokens 0 to 4 and 5 to 8 of the batch. Groups of sizes
+        `[3, 2, 4]` begin with the visual tokens 0, 3 and 5, so they are in the rows `[0, 0, 1]`.
+        """
         ends_of_rows = [*accumulate(self.num_visual)]
         rows = []
         ends_of_groups = {0}
         first = 0
         for size in sizes:
-            rows.append(bisect_right(ends_of_rows, first) if size else 0)
+            row = bisect_right(ends_of_rows, first) if size > 0 else 0
+            rows.append(row)
             first += size
             ends_of_groups.add(first)
         if sum(sizes) != sum(self.num_visual) or not {*ends_of_rows} <= ends_of_groups:
@@ -195,66 +206,117 @@ class Prompts:
         return rows
 
     def prune(self, tokens: VisualTokens, rows: list[int]) -> dict:
-        """Return the inputs without the images and the dropped tokens; `rows` are those of the groups of tokens."""
-        firsts = accumulate(tokens.sizes, initial=0)
-        kept = [first + positions for first, positions in zip(firsts, tokens.positions)]
-        kept = torch.cat(kept).to(self.ids.device)
-        is_kept_visual = self.mask.new_zeros(sum(tokens.sizes))
-        is_kept_visual = is_kept_visual.index_fill(0, kept, True)
+        """
+        Return the inputs without the images and the dropped tokens; `rows` are those of the groups of tokens.
+
+        With V for a visual token, the rows `[a V V V b]` and `[c V V d e]` have groups of sizes `[3, 2]`, the visual
+        tokens 0 to 2 and 3 to 4 of the batch. If the positions `[0, 2]` of the first group and `[1]` of the second are
+        kept, these are the visual tokens 0, 2 and 4, and the rows become `[a V V b]` and `[c V d e]`.
+        """
+        is_kept = self.kept_mask(tokens)  # (batch_size, length)
         lengths = list(self.num_text)
         for positions, row in zip(tokens.positions, rows):
             lengths[row] += len(positions)
-        is_kept = self.mask.masked_scatter(self.is_visual, is_kept_visual)
-        order, mask = move_to_end(is_kept, max(lengths), at_start=self.pads_right)
-
-        padding_id = self.family.config.get_text_config().pad_token_id
-        if padding_id in (None, self.family.image_token_id):
-            padding_id = 0
-        padding = {"input_ids": padding_id, "labels": -100}
+        # Rows that become shorter than others are padded: `mask` is False there.
+        order, mask = move_kept(is_kept, max(lengths), to_start=self.pads_right)  # (batch_size, new_length)
         pruned = {}
         for name, value in self.inputs.items():
             if name in self.family.encoder_arguments:
                 continue
             if isinstance(value, torch.Tensor) and value.shape[:2] == self.ids.shape:
-                if value.dim() == 3:  # `inputs_embeds`
-                    value = gather_tokens(value, order).masked_fill(~mask.unsqueeze(-1), 0.0)
-                else:
-                    value = value.gather(1, order).masked_fill(~mask, padding.get(name, 0))
+                value = self.shorten(name, value, order, mask)
             pruned[name] = value
         if len({*lengths}) > 1:
             pruned["attention_mask"] = mask.to(self.ids.dtype)
-        position_ids = self.prune_positions(order, mask)
-        if position_ids is not None:
-            pruned["position_ids"] = position_ids
+
+        spatial = self.spatial_positions(order)
+        if spatial is not None:
+            self.continue_positions(spatial, mask)
+            # A row of positions without gaps comes first: models read a gap as the start of another, packed sequence.
+            positions = torch.cat([consecutive_positions(mask)[None], spatial])  # (4, batch_size, new_length)
+            pruned["position_ids"] = positions
+        elif self.inputs.get("position_ids") is not None:
+            pruned["position_ids"] = consecutive_positions(mask)
         return pruned
 
-    def prune_positions(self, order: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | None:
+    def kept_mask(self, tokens: VisualTokens) -> torch.Tensor:
+        """Return a mask of all text and the kept visual tokens, `(batch_size, length)`."""
+        kept = []  # among the visual tokens of the batch
+        first = 0
+        for positions, size in zip(tokens.positions, tokens.sizes):
+            kept.append(first + positions)
+            first += size
+        kept = torch.cat(kept).to(self.ids.device)  # (num_kept,)
+        is_kept_visual = self.mask.new_zeros(first)  # (num_visual,)
+        is_kept_visual = is_kept_visual.index_fill(0, kept, True)
+        return self.mask.masked_scatter(self.is_visual, is_kept_visual)
+
+    def shorten(self, name: str, value: torch.Tensor, order: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Return an input with one value per token for the new rows, `(batch_size, new_length, ...)`, padded."""
+        if value.dim() == 3:  # `inputs_embeds`
+            return gather_tokens(value, order).masked_fill(~mask.unsqueeze(-1), 0.0)
+        padding = 0
+        if name == "labels":
+            padding = -100
+        elif name == "input_ids":
+            pad_token_id = self.family.config.get_text_config().pad_token_id
+            if pad_token_id not in (None, self.family.image_token_id):
+                padding = pad_token_id
+        return value.gather(1, order).masked_fill(~mask, padding)
+
+    def spatial_positions(self, order: torch.Tensor) -> torch.Tensor | None:
         """
-        Return position ids without gaps, which models read as packed sequences; `None` where the model makes them.
-        Spatial positions keep their values and follow a row of consecutive positions; where the model goes on counting
-        after this prompt is set on the model.
+        Return the position ids of the new rows in a family with positions in the image, `(3, batch_size, new_length)`.
+        Tokens keep those of the whole prompt. `None` in other families.
         """
-        spatial = self.family.position_ids({**self.inputs, "input_ids": self.ids})
-        if spatial is None and self.inputs.get("position_ids") is None:
+        positions = self.family.position_ids({**self.inputs, "input_ids": self.ids})  # (3, batch_size, length)
+        if positions is None:
             return None
-        num_tokens = mask.long().cumsum(dim=1)  # (batch_size, length)
-        consecutive = (num_tokens - 1).clamp(min=0)
-        if spatial is None:
-            return consecutive
-        spatial = spatial.gather(2, order.expand(len(spatial), -1, -1))  # (3, batch_size, length)
-        if hasattr(self.family.base, "rope_deltas"):
-            last = spatial.masked_fill(~mask, -1).amax(dim=(0, 2))
-            num_ahead = last + 1 - mask.sum(dim=1)
-            self.family.base.rope_deltas = num_ahead.unsqueeze(1)
-        return torch.cat([consecutive[None], spatial])
+        return positions.gather(2, order.expand(len(positions), -1, -1))
+
+    def continue_positions(self, spatial: torch.Tensor, mask: torch.Tensor):
+        """
+        Set on the model how far the positions of each row are ahead of its length, as its own forward pass does with
+        a whole prompt: new tokens go on behind the largest position.
+        """
+        largest = spatial.masked_fill(~mask, -1).amax(dim=(0, 2))  # (batch_size,)
+        num_ahead = largest + 1 - mask.sum(dim=1)
+        self.family.base.rope_deltas = num_ahead.unsqueeze(1)
 
 
-def move_to_end(is_kept: torch.Tensor, length: int, at_start: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def framed_images(is_visual: torch.Tensor, num_before: int, num_after: int) -> torch.Tensor:
     """
-    Return the positions that move each row's kept tokens to its end (or start) in order, `(batch_size, length)`, and a
-    mask of the kept tokens there.
+    Return a mask of the images with the tokens that frame them: visual tokens, the `num_before` tokens before an image
+    and the `num_after` tokens behind it. Masks have shape `(batch_size, length)`.
+
+    With 2 tokens before and 1 behind, and V for a visual token:
+
+        tokens      a  <f>  <g>  V  V  <f>  b
+        is_visual   0   0    0   1  1   0   0
+        result      0   1    1   1  1   1   0
+
+    A token is in the result if the window around it, from `num_after` tokens before to `num_before` tokens behind it,
+    has a visual token: that of `b` is `<f> b` and what follows.
     """
-    is_at_end = is_kept ^ at_start
-    order = is_at_end.to(torch.int8).argsort(dim=1, stable=True)
-    order = order[:, :length] if at_start else order[:, -length:]
+    padded = nn.functional.pad(is_visual, (num_after, num_before))  # windows reach beyond both ends
+    windows = padded.unfold(1, num_after + 1 + num_before, 1)  # (batch_size, length, window)
+    return windows.any(dim=-1)
+
+
+def consecutive_positions(mask: torch.Tensor) -> torch.Tensor:
+    """Return position ids that count the tokens of each row, 0 before the first: `[0, 1, 1]` gives `[0, 0, 1]`."""
+    num_tokens = mask.long().cumsum(dim=1)  # (batch_size, length)
+    return (num_tokens - 1).clamp(min=0)
+
+
+def move_kept(is_kept: torch.Tensor, length: int, to_start: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Return the positions that move each row's kept tokens in order to the end (or start) of a row of `length` tokens,
+    `(batch_size, length)`, and a mask of the kept tokens there.
+
+    A row `[1, 0, 1, 1, 0]` gives, at the end of 4 tokens, the positions `[4, 0, 2, 3]` and the mask `[0, 1, 1, 1]`.
+    """
+    is_last = is_kept ^ to_start  # the kept tokens, or the others
+    order = is_last.to(torch.int8).argsort(dim=1, stable=True)
+    order = order[:, :length] if to_start else order[:, -length:]
     return order, is_kept.gather(1, order)

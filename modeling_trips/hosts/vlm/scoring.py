@@ -82,7 +82,7 @@ def select_by_divprune(
     images = torch.arange(len(features), device=features.device)
     # The smallest distance of a token is that to itself.
     two_smallest = distance.topk(2, dim=-1, largest=False).values
-    to_nearest_other = two_smallest[..., 1]
+    to_nearest_other = two_smallest[..., 1]  # (num_images, num_tokens)
     newest = to_nearest_other.argmax(dim=-1)  # (num_images,)
     chosen = [newest]
     to_nearest_kept = distance[images, newest]  # (num_images, num_tokens)
@@ -224,12 +224,18 @@ def pool(
     grid = features.transpose(1, 2).unflatten(2, (side, side))  # (num_images, hidden_size, side, side)
     cells = nn.functional.adaptive_avg_pool2d(grid, (rows, columns))
     pooled = cells.flatten(2).transpose(1, 2)  # (num_images, num_kept, hidden_size)
-    middle_rows = (torch.arange(rows) + 0.5) * side / rows
-    middle_columns = (torch.arange(columns) + 0.5) * side / columns
-    middles = middle_rows.long()[:, None] * side + middle_columns.long()
-    positions = middles.flatten().to(features.device)
-    positions = positions.expand(len(features), -1)
+    row_of_cell = middles(rows, side)  # (rows,)
+    column_of_cell = middles(columns, side)  # (columns,)
+    positions = row_of_cell[:, None] * side + column_of_cell  # (rows, columns)
+    positions = positions.flatten().to(features.device)
+    positions = positions.expand(len(features), -1)  # (num_images, num_kept)
     return positions, pooled
+
+
+def middles(num_parts: int, side: int) -> torch.Tensor:
+    """Return the middle place of each of equal parts of a side: `(num_parts,)`."""
+    centers = torch.arange(num_parts) + 0.5
+    return (centers * side / num_parts).long()
 
 
 SCORERS: dict[str, Scorer] = {

@@ -22,7 +22,7 @@ from ...patch_selection import KeyInfo, attend, choose_tokens
 from ..apply import record_patch_selection
 from ..layers import SelectionPass, selecting_layers
 from .families import Family, LlavaNext, find_family
-from .pruning import Prompts, prune
+from .pruning import Prompts, consecutive_positions, prune
 from .tower import CURRENT_PASS, selecting
 from .visual_tokens import ExitSelection
 from .wrapper import selection_of
@@ -222,8 +222,7 @@ def _gate_prompt(family: Family, pruned: dict, current: SelectionPass):
     is_probed = prompt_values(key_info.is_probed, False)
     current.key_info = KeyInfo(gate=prompt_values(key_info.gate, 1.0), is_probed=is_probed)
     mask = pruned.setdefault("attention_mask", torch.ones_like(ids))
-    num_counted = (mask * ~is_probed).cumsum(dim=1)
-    pruned["position_ids"] = (num_counted - 1).clamp(min=0)
+    pruned["position_ids"] = consecutive_positions(mask * ~is_probed)
 
 
 @contextmanager

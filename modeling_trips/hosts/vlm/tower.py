@@ -9,7 +9,6 @@ Dropped units are zero, and their visual tokens are removed before the language 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from itertools import accumulate
 
 import torch
 from torch import nn
@@ -100,10 +99,13 @@ class InternvlLayer(TowerLayer):
         return isinstance(self.attention.k_norm, nn.Identity)
 
     def attend(self, normed: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs) -> torch.Tensor:
-        return self.lambda_1 * self.attention(normed, attention_mask=attention_mask, **kwargs)[0]
+        attn_output, _ = self.attention(normed, attention_mask=attention_mask, **kwargs)
+        return self.lambda_1 * attn_output
 
     def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.lambda_2 * self.dropout(self.mlp(self.layernorm_after(hidden_states)))
+        hidden_states = self.layernorm_after(hidden_states)
+        hidden_states = self.mlp(hidden_states)
+        return self.lambda_2 * self.dropout(hidden_states)
 
 
 class PackedLayer(TowerLayer):
@@ -124,7 +126,8 @@ class PackedLayer(TowerLayer):
         return self.attn(normed, **kwargs)
 
     def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.mlp(self.norm2(hidden_states))
+        hidden_states = self.norm2(hidden_states)
+        return self.mlp(hidden_states)
 
     def shorten_arguments(self, current: SelectionPass, kept: torch.Tensor, arguments: dict) -> dict:
         def once_per_pass(shorten, value: torch.Tensor) -> torch.Tensor:
@@ -203,19 +206,12 @@ class PackedLayer(TowerLayer):
 
     def recorded(self, current: SelectionPass) -> TripsSelection:
         """Return the selection in row-major units of each image; -2 is padding."""
-        firsts = [*accumulate(current.num_units, initial=0)]
-
-        def by_image(units: torch.Tensor, counts: list[int]) -> torch.Tensor:
-            if current.unit_order is not None:
-                units = current.unit_order[units]
-            units_of_images = units.split(counts)
-            units_of_images = [units - first for units, first in zip(units_of_images, firsts)]
-            return nn.utils.rnn.pad_sequence(units_of_images, batch_first=True, padding_value=PADDING)
-
         scores = [scores_of_image[0] for scores_of_image in current.scores[self.number]]
         num_candidates = [len(scores_of_image) for scores_of_image in scores]
+        candidates = current.units_by_image(current.candidates[self.number], num_candidates)
+        kept = current.units_by_image(current.kept[self.number], current.num_kept[self.number])
         return TripsSelection(
-            kept_indices=by_image(current.kept[self.number], current.num_kept[self.number]),
+            kept_indices=nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=PADDING),
             scores=nn.utils.rnn.pad_sequence(scores, batch_first=True),
-            candidate_indices=by_image(current.candidates[self.number], num_candidates),
+            candidate_indices=nn.utils.rnn.pad_sequence(candidates, batch_first=True, padding_value=PADDING),
         )

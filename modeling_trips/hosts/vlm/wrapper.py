@@ -7,9 +7,9 @@ from functools import cache, wraps
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 
 from ...configuration_trips import SelectionSchedule
-from ...modeling_trips_text import CACHE_NAME
 from ...modeling_trips_vision import TripsSelection
 from ..layers import PADDING, check_forward, selecting_layers
 from .families import Family
@@ -35,11 +35,11 @@ class VlmSelection:
     records: list[list[TripsSelection]] = field(default_factory=list)  # of open `record_patch_selection`
 
     def prune(self, inputs: dict) -> dict:
-        past = inputs.get(CACHE_NAME)
+        past = cache_of(inputs)
         if past is not None and past.get_seq_length() > 0:
             raise ValueError(
-                f"`{CACHE_NAME}` must be empty with patch selection, got {past.get_seq_length()} tokens. Pass the "
-                "whole conversation without a cache."
+                f"The cache must be empty with patch selection, got {past.get_seq_length()} tokens. Pass the whole "
+                "conversation without a cache."
             )
         in_tower = bool(self.schedule.layers)
         pruned, kept, current = prune(
@@ -118,6 +118,11 @@ def prune_calls(family: Family, schedule: SelectionSchedule, at_exit: ExitSelect
     model.__class__ = _pruning_class(type(model))  # type: ignore[arg-type]
 
 
+def cache_of(inputs: dict) -> Cache | None:
+    """Return the cache among the inputs, under its name or that before Transformers 5.24."""
+    return inputs.get("cache", inputs.get("past_key_values"))
+
+
 def _has_pixels(inputs: dict) -> bool:
     """Whether there are images to prune, or videos to refuse."""
     return inputs.get("pixel_values") is not None or inputs.get("pixel_values_videos") is not None
@@ -125,7 +130,7 @@ def _has_pixels(inputs: dict) -> bool:
 
 def _check_mask(inputs: dict):
     """Raise a ValueError if the attention mask continues the caller's prompt, but the cache holds a pruned one."""
-    past = inputs.get(CACHE_NAME)
+    past = cache_of(inputs)
     mask = inputs.get("attention_mask")
     new = inputs.get("inputs_embeds")
     if new is None:

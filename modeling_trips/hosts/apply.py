@@ -203,8 +203,11 @@ def _record_layers(layers: list[SelectionLayer], recorded: list[TripsSelection])
     def end(layer: SelectionLayer, args: tuple, kwargs: dict, output):
         recorded.append(layer.recorded(kwargs["selection_pass"]))
 
-    handles = [layer.register_forward_pre_hook(start, with_kwargs=True) for layer in layers]
-    return handles + [layer.register_forward_hook(end, with_kwargs=True) for layer in layers]
+    handles = []
+    for layer in layers:
+        handles.append(layer.register_forward_pre_hook(start, with_kwargs=True))
+        handles.append(layer.register_forward_hook(end, with_kwargs=True))
+    return handles
 
 
 def find_host(model: nn.Module) -> Host:

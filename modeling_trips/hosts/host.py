@@ -79,9 +79,9 @@ class Host:
         """Replace layers of a model without selection by selection layers."""
         takes_text = any(selection.guidance == "text" for selection in schedule.selections)
         for number in self.changed_layers(schedule):
-            layer = self.layers[number - 1]
+            index = number - 1
             selection = schedule.by_layer.get(number)
-            self.layers[number - 1] = self.wrap(layer, number, selection, takes_text)
+            self.layers[index] = self.wrap(self.layers[index], number, selection, takes_text)
 
     def wrap(
         self,

@@ -442,6 +442,11 @@ class SelectionLayer(ModuleWrapper):
         )
 
 
+def pad_units(units_of_images: list[torch.Tensor]) -> torch.Tensor:
+    """Return the units of each image, `(num_units,)`, in rows of one length: -2 is padding."""
+    return nn.utils.rnn.pad_sequence(units_of_images, batch_first=True, padding_value=PADDING)
+
+
 def selecting_layers(model: nn.Module) -> list[SelectionLayer]:
     """Return the selection layers of a model in order."""
     return [layer for layer in model.modules() if isinstance(layer, SelectionLayer) and layer.selection is not None]

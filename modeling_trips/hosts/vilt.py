@@ -160,7 +160,7 @@ class ViltSelectionLayer(SelectionLayer):
         mask = mask.masked_fill(is_padding[:, None, :, None], lowest)
         key = torch.cat([key, mask], dim=-1)
         one = torch.ones_like(query[..., :1])
-        query = torch.cat([query, one], dim=-1)
+        query = torch.cat([query, one], dim=-1)  # (batch_size, num_heads, head_dim + 1)
         return score_tokens(query, key, scaling)
 
     def forward(

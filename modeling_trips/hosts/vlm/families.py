@@ -160,8 +160,10 @@ class Family(Host):
         """Return ascending positions of the visual tokens of kept patches, per group."""
         kept = current.kept_before()
         num_others = sizes[0] - current.grid_size  # LLaVA may pass the tower's [CLS] to the language model
-        others = torch.arange(num_others, device=kept.device).expand(len(kept), -1)
-        return [*torch.cat([others, kept + num_others], dim=1)]
+        others = torch.arange(num_others, device=kept.device)
+        others = others.expand(len(kept), -1)  # (num_images, num_others)
+        kept_tokens = torch.cat([others, kept + num_others], dim=1)
+        return list(kept_tokens)
 
     def position_ids(self, inputs: Mapping) -> torch.Tensor | None:
         """Return spatial positions of shape `(3, batch_size, length)`, or `None` for consecutive positions."""

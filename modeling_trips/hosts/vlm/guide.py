@@ -92,9 +92,10 @@ class TextGuide(nn.Module, PyTorchModelHubMixin, library_name="trips-transformer
         prompt = nn.functional.normalize(prompt, dim=-1) * scale
         logits = self.weight(prompt).squeeze(-1)  # (num_prompts, prompt_length)
         logits = logits.masked_fill(~prompt_mask, -torch.inf)
-        weights = logits.softmax(dim=-1).nan_to_num(0.0)  # NaN in empty prompts
+        weights = logits.softmax(dim=-1)
+        weights = weights.nan_to_num(0.0)  # NaN in empty prompts
         mean = weights.unsqueeze(1) @ prompt  # (num_prompts, 1, text_hidden_size)
-        query = self.query(mean.squeeze(1))
+        query = self.query(mean.squeeze(1))  # (num_prompts, num_heads * head_dim)
         return query.unflatten(-1, (self.num_heads, self.head_dim))
 
     @classmethod

@@ -44,7 +44,8 @@ def select_by_prompt(
     """
     tokens = features.float()
     # The part that all tokens of an image share would dominate every cosine.
-    directions = unit_vectors(tokens - tokens.mean(dim=1, keepdim=True))
+    shared = tokens.mean(dim=1, keepdim=True)  # (num_images, 1, hidden_size)
+    directions = unit_vectors(tokens - shared)
     words = unit_vectors(prompt.float())
     # With an empty prompt, all tokens are equally relevant.
     cosines = directions @ words.transpose(1, 2)  # (num_images, num_tokens, prompt_length)
@@ -59,8 +60,10 @@ def select_by_prompt(
     is_earlier = torch.ones_like(distance, dtype=torch.bool).tril(diagonal=-1)
     is_tied = relevance_of_column == relevance_of_row
     is_above = (relevance_of_column > relevance_of_row) | (is_tied & is_earlier)
-    separation = distance.masked_fill(~is_above, 2.0).amin(dim=-1)
-    kept = keep_topk((relevance + 1e-3) * separation, num_kept)
+    distance_to_above = distance.masked_fill(~is_above, 2.0)
+    separation = distance_to_above.amin(dim=-1)  # (num_images, num_tokens)
+    scores = (relevance + 1e-3) * separation
+    kept = keep_topk(scores, num_kept)
     return kept, gather_tokens(features, kept)
 
 
@@ -91,7 +94,8 @@ def select_by_divprune(
         newest = to_nearest_kept.argmax(dim=-1)
         chosen.append(newest)
         to_nearest_kept = to_nearest_kept.minimum(distance[images, newest])
-    kept = torch.stack(chosen, dim=1).sort(dim=1).values
+    kept = torch.stack(chosen, dim=1)
+    kept = kept.sort(dim=1).values  # (num_images, num_kept)
     return kept, gather_tokens(features, kept)
 
 
@@ -137,9 +141,11 @@ def select_by_cdpruner(
     The authors' code for LLaVA takes the text tower of CLIP instead, with the opposite sign; other models have none.
     """
     directions = unit_vectors(features.detach())
-    words = unit_vectors(prompt.detach()) * prompt_mask.unsqueeze(-1)
-    num_words = prompt_mask.sum(dim=-1, keepdim=True).clamp(min=1)
-    cosines_with_words = directions @ words.transpose(1, 2)
+    words = unit_vectors(prompt.detach())
+    words = words * prompt_mask.unsqueeze(-1)  # (num_images, prompt_length, hidden_size)
+    num_words = prompt_mask.sum(dim=-1, keepdim=True)
+    num_words = num_words.clamp(min=1)
+    cosines_with_words = directions @ words.transpose(1, 2)  # (num_images, num_tokens, prompt_length)
     relevance = cosines_with_words.sum(dim=-1) / num_words  # (num_images, num_tokens)
     low, high = relevance.aminmax(dim=-1, keepdim=True)
     # Above 0, so that the least relevant token still counts; 1 for all tokens with an empty prompt.
@@ -177,11 +183,13 @@ def select_by_vispruner(
         first_directions = gather_tokens(directions, first)
         second_directions = gather_tokens(directions, second)
         cosines = first_directions @ second_directions.transpose(1, 2)
-        nearest_first = cosines.amax(dim=-1).argsort(dim=-1, descending=True)
+        to_nearest = cosines.amax(dim=-1)  # (num_images, size of the first half)
+        nearest_first = to_nearest.argsort(dim=-1, descending=True)
         num_dropped = min(8, others.shape[1] - num_distinct)
         distinct = first.gather(1, nearest_first[:, num_dropped:])
         others = torch.cat([distinct, second], dim=1)
-    kept = torch.cat([attended, others], dim=1).sort(dim=1).values
+    kept = torch.cat([attended, others], dim=1)
+    kept = kept.sort(dim=1).values  # (num_images, num_kept)
     return kept, gather_tokens(features, kept)
 
 

@@ -80,10 +80,11 @@ def targets_of_masks(model: PreTrainedModel, masks: Mapping, blanks: Mapping) ->
     is_visual = masks["input_ids"] == family.image_token_id
     num_visual = is_visual.sum(dim=1).tolist()
     if shown.dim() == 2:  # packed: a row is a patch
-        areas_of_patches = shown.mean(dim=-1)
-        units = areas_of_patches.unflatten(0, (-1, family.unit**2))
-        areas = units.mean(dim=-1).split(family.group_sizes(masks, num_visual))
-        areas = nn.utils.rnn.pad_sequence([*areas], batch_first=True)  # (num_images, num_units)
+        areas = shown.mean(dim=-1)  # (num_patches,)
+        areas = areas.unflatten(0, (-1, family.unit**2))
+        areas = areas.mean(dim=-1)  # (num_units,)
+        areas = areas.split(family.group_sizes(masks, num_visual))
+        areas = nn.utils.rnn.pad_sequence(areas, batch_first=True)  # (num_images, num_units)
     else:
         if shown.dim() == 5:
             counts = family.tiles_per_entry(masks, num_visual)
@@ -126,10 +127,12 @@ def targets_of_attention(model: PreTrainedModel, inputs: Mapping, num_answer_tok
         num_groups = query.shape[1] // key.shape[1]  # of query heads that share a head of keys
         keys = key.repeat_interleave(num_groups, dim=1).float()
         queries = query[:, :, rows].float()  # (batch_size, num_heads, num_rows, head_dim)
-        logits = (queries @ keys.transpose(2, 3)) * scaling
-        lowest = torch.finfo(logits.dtype).min
+        logits = queries @ keys.transpose(2, 3)
+        logits = logits * scaling
         is_hidden = ~attention_mask[:, :, rows]
-        weights = logits.masked_fill(is_hidden, lowest).softmax(dim=-1)
+        lowest = torch.finfo(logits.dtype).min
+        logits = logits.masked_fill(is_hidden, lowest)
+        weights = logits.softmax(dim=-1)
         weights = weights.mean(dim=1)  # (batch_size, num_rows, length)
         weights = weights * is_answer.unsqueeze(-1)
         num_answers = is_answer.sum(dim=1, keepdim=True)
@@ -211,11 +214,13 @@ def _gate_prompt(family: Family, pruned: dict, current: SelectionPass):
     key_info = current.key_info
     is_visual = ids == family.image_token_id
     num_images, num_units = current.kept_before().shape
-    num_others = int(is_visual.sum()) // num_images - num_units  # LLaVA may pass the tower's [CLS]
+    num_visual = int(is_visual.sum()) // num_images
+    num_others = num_visual - num_units  # LLaVA may pass the tower's [CLS]
     unit_size = family.unit**2
 
     def prompt_values(values_of_patches: torch.Tensor, value_of_others: float) -> torch.Tensor:
-        values_of_units = values_of_patches[:, -num_units * unit_size :: unit_size]
+        values_of_patches = values_of_patches[:, -num_units * unit_size :]  # without the prefix
+        values_of_units = values_of_patches[:, ::unit_size]  # (num_images, num_units)
         values = nn.functional.pad(values_of_units, (num_others, 0), value=value_of_others)
         return values.new_full(ids.shape, value_of_others).masked_scatter(is_visual, values)
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from ...modeling_trips_vision import TripsSelection
 from ...patch_selection import TokenChoice
-from ..layers import PADDING, Projections, SelectionLayer, SelectionPass
+from ..layers import Projections, SelectionLayer, SelectionPass, pad_units
 from ..vision import ClipLayer
 
 
@@ -46,7 +46,7 @@ def restore_units(tokens: torch.Tensor, unit: int, current: SelectionPass) -> to
     units = patches.unflatten(1, (num_kept, unit**2)).flatten(2)  # (num_images, num_kept, unit ** 2 * width)
     places = kept.unsqueeze(-1).expand_as(units)
     whole = units.new_zeros(num_images, num_units, units.shape[2])
-    whole = whole.scatter(1, places, units)
+    whole = whole.scatter(1, places, units)  # (num_images, num_units, unit ** 2 * width)
     if unit > 1:
         side = round(num_units**0.5)
         whole = whole.unflatten(1, (side, side))
@@ -179,9 +179,9 @@ class PackedLayer(TowerLayer):
         current.record(self.number, candidates[positions], candidates, scores)
         current.num_kept[self.number] = [len(positions_of_image) for positions_of_image in kept]
         units = hidden_states.unflatten(0, (-1, self.unit**2))  # (sum of num_units, unit ** 2, width)
-        units = units.flatten(1)[None]
-        choice = TokenChoice(positions[None])
-        units = selector.shorten(units, torch.cat(scores, dim=1), choice, fuse=False)
+        units = units.flatten(1)[None]  # (1, sum of num_units, unit ** 2 * width)
+        all_scores = torch.cat(scores, dim=1)  # (1, sum of num_units)
+        units = selector.shorten(units, all_scores, TokenChoice(positions[None]), fuse=False)
         patches = units[0].unflatten(1, (self.unit**2, -1))
         return patches.flatten(0, 1)
 
@@ -211,7 +211,7 @@ class PackedLayer(TowerLayer):
         candidates = current.units_by_image(current.candidates[self.number], num_candidates)
         kept = current.units_by_image(current.kept[self.number], current.num_kept[self.number])
         return TripsSelection(
-            kept_indices=nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=PADDING),
+            kept_indices=pad_units(kept),
             scores=nn.utils.rnn.pad_sequence(scores, batch_first=True),
-            candidate_indices=nn.utils.rnn.pad_sequence(candidates, batch_first=True, padding_value=PADDING),
+            candidate_indices=pad_units(candidates),
         )

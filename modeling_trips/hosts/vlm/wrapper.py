@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 
 from ...configuration_trips import SelectionSchedule
 from ...modeling_trips_vision import TripsSelection
-from ..layers import PADDING, check_forward, selecting_layers
+from ..layers import check_forward, pad_units, selecting_layers
 from .families import Family
 from .guide import TextGuide
 from .pruning import prune
@@ -51,9 +51,9 @@ class VlmSelection:
         )
         if self.records and kept:
             selections = [layer.recorded(current) for layer in selecting_layers(self.family.model)]
-            kept = nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=PADDING)
+            at_exit = TripsSelection(kept_indices=pad_units(kept))
             for recorded in self.records:
-                recorded += [*selections, TripsSelection(kept_indices=kept)]
+                recorded += [*selections, at_exit]
         return pruned
 
     def remove(self, model: nn.Module):

@@ -138,7 +138,8 @@ class SelectionSchedule:
         """
         if text == str(UNPRUNED):
             return UNPRUNED
-        layers, selections = [], []
+        layers = []
+        selections = []
         for entry in text.split(","):
             layer, _, settings = entry.strip().partition(":")
             guidance, _, rate = settings.partition(":")

@@ -311,7 +311,8 @@ def check_captions(
     image_ids: torch.LongTensor | None,
 ) -> tuple[torch.LongTensor, torch.LongTensor]:
     """Check `image_index` and `image_ids` and fill in their defaults."""
-    num_texts, device = len(text_states), text_states.device
+    num_texts = len(text_states)
+    device = text_states.device
     check_counts(num_texts, num_images, image_index)
     if image_ids is not None and tuple(image_ids.shape) != (num_images,):
         raise ValueError(f"`image_ids` must have shape ({num_images},), got {tuple(image_ids.shape)}.")
@@ -354,7 +355,8 @@ def masked_language_loss(
 
 # ALBEF's temperature: initial value and bounds.
 INITIAL_TEMPERATURE = 0.07
-MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5
+MIN_TEMPERATURE = 0.001
+MAX_TEMPERATURE = 0.5
 
 
 @auto_docstring(custom_intro="Output of [`TripsForRetrieval`].")

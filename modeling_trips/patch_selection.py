@@ -375,7 +375,9 @@ def attend(
     if mask is not None and getattr(mask, "ndim", 0) != 4:
         raise ValueError("With padding, `selection_gate` needs the attention implementation 'sdpa' or 'eager'.")
 
-    kept_key, kept_value, kept_mask = key, value, mask
+    kept_key = key
+    kept_value = value
+    kept_mask = mask
     if key_info.is_probed is None:
         num_kept = key.shape[2] - key_info.num_probed
         kept_key = key[:, :, :num_kept]

@@ -204,7 +204,8 @@ class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
     def preprocess(self, inputs: dict, **options) -> dict:
         if not isinstance(inputs, dict) or not {"image", "question"} <= inputs.keys():
             raise ValueError(f"An input must be a dict with 'image' and 'question', got {inputs!r:.200}.")
-        image, question = inputs["image"], inputs["question"]
+        image = inputs["image"]
+        question = inputs["question"]
         questions = [question] if isinstance(question, str) else question
         if not questions or not all(isinstance(text, str) and text.strip() for text in questions):
             raise ValueError(f"`question` must be a non-empty text, got {question!r} for {image!r:.200}.")

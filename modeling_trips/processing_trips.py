@@ -119,7 +119,8 @@ def check_images_of_texts(images: list | None, text: str | list[str] | None, ima
         if image_index is not None:
             raise ValueError("`image_index` needs both `images` and `text`.")
         return
-    num_images, num_texts = len(images), len(texts)
+    num_images = len(images)
+    num_texts = len(texts)
     if image_index is None:
         if num_images != num_texts:
             raise ValueError(

@@ -43,7 +43,8 @@ PATCHES = "visual_encoder.patch_embed.proj.weight"
 POSITIONS = "visual_encoder.pos_embed"
 
 # Layers of the vision tower; of the text encoder below its first cross-attention, with it, and of the decoder.
-VISION_LAYERS, TEXT_LAYERS = 12, 6
+VISION_LAYERS = 12
+TEXT_LAYERS = 6
 
 
 class Head(NamedTuple):
@@ -197,7 +198,8 @@ def _text_fields(source, text: str, num_attention_heads: int | None) -> dict:
 
 def _vision_rules(grid: tuple[int, int], new_grid: tuple[int, int]) -> tuple[Rule, ...]:
     embeddings = r"model\.vision_model\.embeddings\."
-    layer, block = r"model\.vision_model\.layers\.(\d+)\.", r"visual_encoder.blocks.\1."
+    layer = r"model\.vision_model\.layers\.(\d+)\."
+    block = r"visual_encoder.blocks.\1."
     return (
         Rule(embeddings + "cls_token", "visual_encoder.cls_token"),
         Rule(embeddings + "position_embeddings", POSITIONS, resampled(grid, new_grid)),
@@ -228,10 +230,12 @@ def _retrieval_head(source, task: str, text: str) -> Head:
 def _answering_head(source, trained_for: str, text: str) -> Head:
     """Return the decoder, which starts from the fusion layers if the checkpoint has none."""
     if trained_for == "question-answering":
-        decoder, predictions = "text_decoder.bert", "text_decoder.cls.predictions"
+        decoder = "text_decoder.bert"
+        predictions = "text_decoder.cls.predictions"
         rules: tuple[Rule, ...] = (Rule(r"decoder\.(.*)", rf"{decoder}.\1"),)
     else:
-        decoder, predictions = text, "text_encoder.cls.predictions"
+        decoder = text
+        predictions = "text_encoder.cls.predictions"
         rules = (
             Rule(r"decoder\.embeddings\.(.*)", rf"{text}.embeddings.\1"),
             bert_layers("decoder", text, TEXT_LAYERS),

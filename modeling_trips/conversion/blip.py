@@ -47,7 +47,8 @@ def blip_plan(
         raise ConversionError(
             "`selection_guidance` cannot be 'text', because BLIP has no text-only layers. Use 'image'."
         )
-    vision, text = blip_config.vision_config, blip_config.text_config
+    vision = blip_config.vision_config
+    text = blip_config.text_config
     config = make_config(
         vision_config={
             **fields_of(vision, VISION_FIELDS),
@@ -80,7 +81,8 @@ def blip_plan(
 
 def _rules(grid: tuple[int, int], new_grid: tuple[int, int]) -> tuple[Rule, ...]:
     embeddings = r"model\.vision_model\.embeddings\."
-    layer, source = r"model\.vision_model\.layers\.(\d+)\.", r"vision_model.encoder.layers.\1."
+    layer = r"model\.vision_model\.layers\.(\d+)\."
+    source = r"vision_model.encoder.layers.\1."
     text = r"embeddings\.(?!token_type_embeddings)(.*)"
     resample = resampled(grid, new_grid)
     return (

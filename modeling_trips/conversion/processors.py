@@ -11,7 +11,8 @@ def make_processor(
     tokenizer: PreTrainedTokenizerBase, config: TripsConfig, text_cleaning: str | None = None
 ) -> TripsProcessor:
     """Make a processor that resizes images to the model's size and uses CLIP's mean and deviation."""
-    (rows, columns), (patch_height, patch_width) = config.vision_config.grid_size, config.vision_config.patch_shape
+    rows, columns = config.vision_config.grid_size
+    patch_height, patch_width = config.vision_config.patch_shape
     if patch_height != patch_width:
         raise ValueError(f"`patch_size` must be square, got {patch_height} x {patch_width} pixels.")
     tokenizer.model_max_length = config.text_config.max_position_embeddings
@@ -49,7 +50,8 @@ def load_albef_tokenizer(name: str) -> PreTrainedTokenizerFast:
     backend.no_padding()
     own = [] if backend.normalizer is None else [backend.normalizer]
     backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
-    first, end = special_tokens["cls_token"], special_tokens["sep_token"]
+    first = special_tokens["cls_token"]
+    end = special_tokens["sep_token"]
     backend.post_processor = processors.TemplateProcessing(
         single=f"{first} $A",
         pair=f"{first} $A {end} $B:1 {end}:1",

@@ -66,7 +66,9 @@ def vilt_plan(
 
 
 def _rules(vilt: str, grid: tuple[int, int], new_grid: tuple[int, int]) -> tuple[Rule, ...]:
-    embeddings, layer, source = VISION + r"embeddings\.", VISION + r"layers\.(\d+)\.", vilt + r"encoder.layer.\1."
+    embeddings = VISION + r"embeddings\."
+    layer = VISION + r"layers\.(\d+)\."
+    source = vilt + r"encoder.layer.\1."
     names = {"q_proj": "query", "k_proj": "key", "v_proj": "value"}
     return (
         Rule(TEXT + r"embeddings\.(.*)", vilt + r"embeddings.text_embeddings.\1"),

@@ -120,7 +120,8 @@ def vision_text_config(
     """Return the configuration of the model that [`from_vision_text_pretrained`] makes, without loading weights."""
     if pooling_mode is None:
         pooling_mode = "cls" if isinstance(text, PreTrainedModel) else _stated_pooling_mode(text)
-    vision, text = _config_of(vision), _config_of(text)
+    vision = _config_of(vision)
+    text = _config_of(text)
     _check_type(vision, "vision", VISION_TYPES)
     _check_type(text, "text", TEXT_TYPES)
     vision = vision.vision_config if vision.model_type == "clip" else vision
@@ -211,10 +212,12 @@ def _plan(
 def _load(source: str | os.PathLike | PreTrainedModel, part: str, model_types: tuple[str, ...]) -> Tower:
     config = _config_of(source)
     _check_type(config, part, model_types)
-    missing, keys_of_heads = [], []
+    missing = []
+    keys_of_heads = []
     if not isinstance(source, PreTrainedModel):
         source, loaded = AutoModel.from_pretrained(source, use_safetensors=True, output_loading_info=True)
-        missing, keys_of_heads = loaded["missing_keys"], loaded["unexpected_keys"]
+        missing = loaded["missing_keys"]
+        keys_of_heads = loaded["unexpected_keys"]
     weights = {key: value for key, value in source.base_model.state_dict().items() if key not in missing}
     if config.model_type == "clip":
         weights = {key.removeprefix("vision_model."): value for key, value in weights.items()}
@@ -293,7 +296,8 @@ def _vision_rules(source: PreTrainedConfig, config: TripsConfig) -> tuple[Rule, 
 
 
 def _clip_rules(resample: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Rule, ...]:
-    embeddings, layer = rf"{VISION}\.embeddings\.", rf"{VISION}\.layers\.(\d+)\."
+    embeddings = rf"{VISION}\.embeddings\."
+    layer = rf"{VISION}\.layers\.(\d+)\."
     source = r"vision.encoder.layers.\1."
     positions = "vision.embeddings.position_embedding.weight"
     return (
@@ -311,7 +315,8 @@ def _clip_rules(resample: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Rule,
 
 
 def _dinov2_rules(resample: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Rule, ...]:
-    layer, source = rf"{VISION}\.layers\.(\d+)\.", r"vision.encoder.layer.\1."
+    layer = rf"{VISION}\.layers\.(\d+)\."
+    source = r"vision.encoder.layer.\1."
     return (
         Rule(rf"{VISION}\.embeddings\.position_embeddings", "vision.embeddings.position_embeddings", resample),
         Rule(rf"{VISION}\.(embeddings\.(?:cls_token|patch_embeddings\..*)|layernorm\..*)", r"vision.\1"),
@@ -322,7 +327,8 @@ def _dinov2_rules(resample: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Rul
 
 
 def _text_rules(source: PreTrainedConfig, config: TripsConfig, decoder_from_text: bool) -> tuple[Rule, ...]:
-    num_text_layers, num_layers = config.text_config.num_hidden_layers, source.num_hidden_layers
+    num_text_layers = config.text_config.num_hidden_layers
+    num_layers = source.num_hidden_layers
     rules = _embedding_rules(TEXT, source)
     rules += (bert_layers(TEXT, "text"), *_upper_layers(FUSION, num_text_layers, num_layers))
     if decoder_from_text:

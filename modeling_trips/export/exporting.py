@@ -118,7 +118,8 @@ class Recorder:
     """Part that runs in PyTorch instead of its graph and records its inputs."""
 
     def __init__(self, module: nn.Module):
-        self.module, self.calls = module, []
+        self.module = module
+        self.calls = []
 
     def __call__(self, **inputs):
         self.calls.append(inputs)

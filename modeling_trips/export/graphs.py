@@ -37,7 +37,11 @@ from ..modeling_trips_vision import select_rows
 
 
 # Sizes for tracing. All differ, because tracing fixes equal sizes as equal.
-NUM_IMAGES, NUM_TEXTS, TEXT_LENGTH, ANSWER_LENGTH, CACHE_LENGTH = 3, 4, 5, 6, 2
+NUM_IMAGES = 3
+NUM_TEXTS = 4
+TEXT_LENGTH = 5
+ANSWER_LENGTH = 6
+CACHE_LENGTH = 2
 
 KeyValues = list[tuple[torch.Tensor, torch.Tensor]]  # one pair for each layer
 
@@ -120,7 +124,8 @@ class CrossAttentionPart(nn.Module):
 class DecoderPart(nn.Module):
     def __init__(self, model: TripsForConditionalGeneration):
         super().__init__()
-        self.decoder, self.lm_head = model.decoder, model.lm_head
+        self.decoder = model.decoder
+        self.lm_head = model.lm_head
 
     def forward(
         self,
@@ -152,10 +157,13 @@ def graphs_of(model: TripsPreTrainedModel) -> dict[str, Graph]:
     with torch.device("meta"):  # on meta, numbers of tokens that depend on scores have their maximum
         meta_model = TripsModel(trunk.config).eval()
         samples = sample_outputs(meta_model)
-    texts, images = Dim("num_texts", max=2**16), Dim("num_images", max=2**16)
+    texts = Dim("num_texts", max=2**16)
+    images = Dim("num_images", max=2**16)
     text_length = Dim("text_length", max=trunk.config.text_config.max_position_embeddings)
-    by_text, by_token = {0: texts}, {0: texts, 1: text_length}
-    mask, image_cache = torch.ones(NUM_TEXTS, TEXT_LENGTH, dtype=torch.long), samples["image_cache"]
+    by_text = {0: texts}
+    by_token = {0: texts, 1: text_length}
+    mask = torch.ones(NUM_TEXTS, TEXT_LENGTH, dtype=torch.long)
+    image_cache = samples["image_cache"]
     of_cache = {"image_cache": [{0: images} for _ in tensors_of(image_cache)]}
 
     graphs = {

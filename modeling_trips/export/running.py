@@ -84,14 +84,16 @@ def assemble(
     generation_config: GenerationConfig | None = None,
 ) -> TripsPreTrainedModel:
     """Assemble a model of the configuration's class from its parts (`runners`) and its remaining weights (`head`)."""
-    trunk, model_class = TripsGraphModel(config, runners), getattr(modeling_trips, config.architectures[0])
+    trunk = TripsGraphModel(config, runners)
+    model_class = getattr(modeling_trips, config.architectures[0])
     if issubclass(model_class, TripsModel):
         return trunk.eval()
     with torch.device("meta"):  # its parts are replaced
         model = model_class(config)
     model.model = trunk
     if model.can_generate():
-        model.decoder, model.lm_head = GraphDecoder(config, runners), nn.Identity()
+        model.decoder = GraphDecoder(config, runners)
+        model.lm_head = nn.Identity()
         model.generation_config = generation_config
     missing, unexpected = model.load_state_dict(head, strict=False, assign=True)
     if unexpected or missing != ["model.no_parameter"]:
@@ -117,7 +119,8 @@ class GraphTextModel(nn.Module):
 
     def __init__(self, config: TripsConfig, runners: Runners):
         super().__init__()
-        self.config, self.runners = config.text_config, runners
+        self.config = config.text_config
+        self.runners = runners
 
     def forward(
         self,
@@ -143,7 +146,8 @@ class GraphVisionModel(nn.Module):
 
     def __init__(self, config: TripsConfig, runners: Runners):
         super().__init__()
-        self.config, self.runners = config.vision_config, runners
+        self.config = config.vision_config
+        self.runners = runners
 
     def encode_images(self, pixel_values: torch.Tensor, **kwargs) -> TripsImageCache:
         size = image_shape(self.config)
@@ -189,7 +193,8 @@ class TripsGraphModel(TripsModel):
         check_image_source(pixel_values, image_cache)
         if image_cache is None:
             image_cache = self.encode_images(pixel_values)
-        num_texts, num_images = len(text_states), len(image_cache.hidden_states)
+        num_texts = len(text_states)
+        num_images = len(image_cache.hidden_states)
         check_counts(num_texts, num_images, image_index)
         if image_index is None:
             image_index = torch.arange(num_texts)
@@ -214,7 +219,8 @@ class GraphDecoder(nn.Module):
 
     def __init__(self, config: TripsConfig, runners: Runners):
         super().__init__()
-        self.config, self.runners = config.decoder_config, runners
+        self.config = config.decoder_config
+        self.runners = runners
 
     def forward(
         self,
@@ -229,7 +235,8 @@ class GraphDecoder(nn.Module):
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         if cache is None:
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        own, cross = cache.self_attention_cache, cache.cross_attention_cache
+        own = cache.self_attention_cache
+        cross = cache.cross_attention_cache
         check_text_length(own.get_seq_length() + input_ids.shape[1], self.config.max_position_embeddings)
         if not cache.is_updated.get(0):
             pairs = self.runners["cross_attention"](encoder_hidden_states=encoder_hidden_states)

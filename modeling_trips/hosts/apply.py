@@ -173,7 +173,8 @@ def record_patch_selection(model: nn.Module) -> Iterator[list[TripsSelection]]:
         RuntimeError: No selection layer ran inside the context.
     """
     recorded: list[TripsSelection] = []
-    generative, layers = selection_of(model), selecting_layers(model)
+    generative = selection_of(model)
+    layers = selecting_layers(model)
     if generative is None and not layers:
         raise ValueError(f"This {type(model).__name__} has no selection layers: call `apply_patch_selection` first.")
     handles = _record_layers(layers, recorded) if generative is None else []

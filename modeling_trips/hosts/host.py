@@ -50,7 +50,8 @@ class Host:
         """Raise a TypeError for layers of an unsupported class, a ValueError for a schedule that does not fit them."""
         if not schedule.layers:
             return
-        name, last = type(self.model).__name__, self.num_selectable_layers
+        name = type(self.model).__name__
+        last = self.num_selectable_layers
         if max(schedule.layers) > last:
             raise ValueError(
                 f"Selection layers of {name} must be in 1..{last}, got {list(schedule.layers)}."

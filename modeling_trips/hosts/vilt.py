@@ -21,7 +21,9 @@ from .layers import ModuleWrapper, Projections, SelectionLayer, SelectionPass
 
 # Token numbers replace the 0/1 padding mask: 0 is padding, 1 a token that is not a patch (text, [CLS], fused), 2 + i
 # is patch i in the grid of the padded image.
-PADDING, NO_PATCH, FIRST_PATCH = 0, 1, 2
+PADDING = 0
+NO_PATCH = 1
+FIRST_PATCH = 2
 
 
 class ViltSelectionEmbeddings(ModuleWrapper):

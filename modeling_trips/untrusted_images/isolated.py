@@ -168,7 +168,8 @@ def _read(stream, num_bytes: int) -> bytes:
 
 def serve():
     """Decode the files from standard input until it closes."""
-    source, target = sys.stdin.buffer, sys.stdout.buffer
+    source = sys.stdin.buffer
+    target = sys.stdout.buffer
     while True:
         try:
             num_bytes, max_pixels = _REQUEST.unpack(_read(source, _REQUEST.size))
@@ -183,9 +184,12 @@ def _reply(data: bytes, max_pixels: int, target):
     """Decode a file and write the reply. Its own scope frees the image while the process waits."""
     try:
         image = decode_untrusted(data, max_pixels)
-        (width, height), content = image.size, image.tobytes()
+        width, height = image.size
+        content = image.tobytes()
     except ImageError as error:
-        width, height, content = 0, 0, f"{error.reason}\n{error}".encode("utf-8", "backslashreplace")
+        width = 0
+        height = 0
+        content = f"{error.reason}\n{error}".encode("utf-8", "backslashreplace")
     target.write(_REPLY.pack(width, height, len(content)))
     target.write(content)
     target.flush()

@@ -44,9 +44,11 @@ _JPEG_MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])", re.DOTALL)  # not stu
 
 
 def _has_too_many_scans(data: bytes) -> bool:
-    num_scans, position = 0, 2
+    num_scans = 0
+    position = 2
     while (found := _JPEG_MARKER.search(data, position)) is not None:
-        marker, position = found[1], found.end()
+        marker = found[1]
+        position = found.end()
         if marker == b"\xd9":  # end of the image
             break
         if marker not in (b"\x01", b"\xd8"):  # these have no segment
@@ -59,7 +61,8 @@ def _has_too_many_scans(data: bytes) -> bool:
 
 def _gif_comment_bytes(data: bytes) -> int:
     """Return the number of bytes in the comments before the first frame."""
-    total, position = 0, 13 + _color_table_bytes(data[10:11])
+    total = 0
+    position = 13 + _color_table_bytes(data[10:11])
     while data[position : position + 1] == b"!":  # an extension
         is_comment = data[position + 1 : position + 2] == b"\xfe"
         position += 2

@@ -228,7 +228,8 @@ class LlavaNext(Llava):
     def tiles_per_image(self, inputs: Mapping) -> list[int]:
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-        side, pinpoints = self.config.vision_config.image_size, self.config.image_grid_pinpoints
+        side = self.config.vision_config.image_size
+        pinpoints = self.config.image_grid_pinpoints
         return [image_size_to_num_patches(size, pinpoints, side) for size in inputs["image_sizes"]]
 
     def blank_tiles(self, inputs: Mapping, **options) -> list[torch.Tensor]:

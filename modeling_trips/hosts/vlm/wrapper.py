@@ -73,7 +73,8 @@ def check_generative(family: Family, schedule: SelectionSchedule, at_exit: ExitS
     Check what `Host.check_schedule` does not. Raise a TypeError if selection inside the tower is not supported for the
     model, a ValueError if the number of visual tokens or the guide does not fit.
     """
-    model, name = family.model, type(family.model).__name__
+    model = family.model
+    name = type(family.model).__name__
     check_forward(model, name)
     family.check_exit(at_exit, in_tower=bool(schedule.layers))
     if schedule.layers and not family.layer_classes:
@@ -210,7 +211,8 @@ def _pruning_generate(own_class: type[nn.Module]):
     @wraps(own_class.generate)
     def generate(self, inputs: torch.Tensor | None = None, generation_config=None, *args, **kwargs):
         if inputs is not None and kwargs.get("input_ids") is None:
-            inputs, kwargs["input_ids"] = None, inputs
+            kwargs["input_ids"] = inputs
+            inputs = None
         selection = selection_of(self)
         if selection is None or not _has_pixels(kwargs):
             return own_class.generate(self, inputs, generation_config, *args, **kwargs)

@@ -41,9 +41,7 @@ class BenchmarkArguments(OutputArguments):
     )
     keep_rate: list[float] = option([0.7], "Keep rates of layers without one.")
     config_fields: str = option("{}", "Further fields of TripsConfig, as JSON.")
-    mode: list[str] = field(
-        default_factory=lambda: ["forward"], metadata={"help": "What is measured.", "choices": [*MODES]}
-    )
+    mode: list[str] = option(["forward"], "What is measured.", choices=[*MODES])
     dtype: list[str] = option(["float32"], "float32, bfloat16, float16.")
     attn_implementation: str = option("sdpa", "eager, sdpa or flash_attention_2.")
     compile: bool = option(False, "Measure under torch.compile.")

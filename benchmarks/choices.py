@@ -21,7 +21,7 @@ names (without one, or equal: in random order); `region`, those of the shape tha
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 from functools import partial
 from typing import Any
 
@@ -35,6 +35,7 @@ from modeling_trips.patch_selection import TokenChoice, TokenSelector, keep_topk
 from trips_examples import run_vqa
 from trips_examples.data.busy_scenes import COLORS
 from trips_examples.data.collators import VqaCollator
+from trips_examples.data.source import option
 from trips_examples.training.options import make_parser, run_script
 from trips_examples.training.runs import parse_arguments
 from trips_examples.training.trainer import ImageGroupedTrainer
@@ -271,10 +272,8 @@ class ChoiceTrainer(ImageGroupedTrainer):
 
 @dataclass
 class ChoiceArguments:
-    choice: str = field(metadata={"help": "How patches are chosen.", "choices": [*WAYS]})
-    weight: float | None = field(
-        default=None, metadata={"help": "Temperature, weight in the loss, or noise. Default: the best that was tried."}
-    )
+    choice: str = option(MISSING, "How patches are chosen.", choices=[*WAYS])
+    weight: float | None = option(None, "Temperature, weight in the loss, or noise. Default: the best that was tried.")
 
 
 OPTIONS = make_parser(

@@ -30,11 +30,14 @@ from transformers import LlavaConfig
 from modeling_trips import SelectionSchedule
 from modeling_trips.inspection.speed import MODES, Setting, measure
 from modeling_trips.serving_vllm.settings import ARCHITECTURES
+from trips_examples.data.source import option
 from trips_examples.training.options import run_script
 
 
 ROOT = Path(__file__).resolve().parents[1]
 HELPERS = ROOT / "tests" / "helpers"
+sys.path.append(str(HELPERS))  # the models of the tests
+PARTS = ("encoder", "tokens", "speed")
 KINDS = {  # of a step
     "sdpa": {},
     "compile": {"compile": True},
@@ -55,16 +58,11 @@ SHOWN += ("equal_answers", "answers", "first_token", "requests_per_second", "err
 
 @dataclass(kw_only=True)
 class GpuArguments(OutputArguments):
-    parts: list[str] = field(
-        default_factory=lambda: ["encoder", "tokens", "speed"],
-        metadata={"help": "What is measured.", "choices": ["encoder", "tokens", "speed"]},
-    )
-    kinds: list[str] = field(
-        default_factory=lambda: [*KINDS], metadata={"help": "Kinds of encoder steps.", "choices": [*KINDS]}
-    )
-    device: str = field(default="cuda", metadata={"help": "cuda, or cpu to try the script."})
-    tiny: bool = field(default=False, metadata={"help": "Tiny shapes, to try the script."})
-    seed: int = field(default=0, metadata={"help": "Seed of weights and inputs."})
+    parts: list[str] = option([*PARTS], "What is measured.", choices=PARTS)
+    kinds: list[str] = option([*KINDS], "Kinds of encoder steps.", choices=[*KINDS])
+    device: str = option("cuda", "cuda, or cpu to try the script.")
+    tiny: bool = option(False, "Tiny shapes, to try the script.")
+    seed: int = option(0, "Seed of weights and inputs.")
 
 
 def encoder_rows(args: GpuArguments) -> Iterator[dict]:

@@ -12,14 +12,15 @@ splits, and say if texts were not measured, because the pretrained models that t
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 
+from trips_examples.data.source import option
 from trips_examples.training.options import DataArguments, ModelArguments, make_parser, run_script
 
 
 @dataclass
 class CheckArguments:
-    task: str = field(metadata={"help": "Task of the data.", "choices": ["vqa", "captions", "nlvr2", "grounding"]})
+    task: str = option(MISSING, "Task of the data.", choices=["vqa", "captions", "nlvr2", "grounding"])
 
 
 # Of the recipe only the start counts here, which is that of all tasks.

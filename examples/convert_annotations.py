@@ -16,16 +16,17 @@ you trust yours, write it as JSON:
     python -c "import json, pickle; print(json.dumps(pickle.load(open('refs(unc).p', 'rb'))))" > refs.json
 """
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 
+from trips_examples.data.source import option
 from trips_examples.training.options import make_parser, run_script
 
 
 @dataclass
 class ConversionArguments:
-    files: list[str] = field(metadata={"help": "Annotation files of one data set: for VQAv2 and RefCOCO two."})
-    output_dir: str = field(metadata={"help": "Folder for the files of JSONL."})
+    files: list[str] = option(MISSING, "Annotation files of one data set: for VQAv2 and RefCOCO two.")
+    output_dir: str = option(MISSING, "Folder for the files of JSONL.")
 
 
 OPTIONS = make_parser(ConversionArguments, description=__doc__, script=__name__)

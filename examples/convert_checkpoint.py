@@ -13,7 +13,7 @@ single stream, from which every head starts but those of retrieval and pre-train
 by name; anything else is an error.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 
 from trips_examples.data.source import option
@@ -23,8 +23,8 @@ from trips_examples.training.options import SCHEDULE_HELP, config_fields, make_p
 
 @dataclass
 class ConvertArguments:
-    checkpoint: str = field(metadata={"help": "ALBEF's file (.pth, .safetensors); name or folder of a BLIP or ViLT."})
-    output_dir: str = field(metadata={"help": "Folder to write. It must not exist yet."})
+    checkpoint: str = option(MISSING, "ALBEF's file (.pth, .safetensors); name or folder of a BLIP or ViLT.")
+    output_dir: str = option(MISSING, "Folder to write. It must not exist yet.")
     task: str | None = option(None, "ALBEF: pretraining, retrieval or question-answering. Default: its own.")
     tokenizer: str | None = option(None, "Default: bert-base-uncased for ALBEF, the checkpoint's own for the others.")
     image_size: int | None = option(None, "Height and width in pixels. Default: the checkpoint's.")

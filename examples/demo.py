@@ -11,24 +11,23 @@ before and after, answers, a drawing of the kept patches, and the speed.
 
 import trips_examples  # noqa: F401  # isort: skip
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from trips_examples.data.source import option
 from trips_examples.training.options import make_parser, run_script
 
 
 @dataclass
 class DemoArguments:
-    folder: str = field(default="demo", metadata={"help": "Folder of the trained models and the drawing."})
-    seed: int = field(default=42, metadata={"help": "Seed of the trainings."})
-    bf16: bool = field(default=False, metadata={"help": "Train in bf16 mixed precision. Default: float32."})
-    max_steps: int = field(default=800, metadata={"help": "Steps of the training."})
-    train_scenes: int = field(default=3200, metadata={"help": "Training scenes."})
-    test_scenes: int = field(default=300, metadata={"help": "Test scenes."})
+    folder: str = option("demo", "Folder of the trained models and the drawing.")
+    seed: int = option(42, "Seed of the trainings.")
+    bf16: bool = option(False, "Train in bf16 mixed precision. Default: float32.")
+    max_steps: int = option(800, "Steps of the training.")
+    train_scenes: int = option(3200, "Training scenes.")
+    test_scenes: int = option(300, "Test scenes.")
 
 
-OPTIONS = make_parser(DemoArguments, description=__doc__)
-if __name__ == "__main__":
-    OPTIONS.check()  # before the imports that take seconds
+OPTIONS = make_parser(DemoArguments, description=__doc__, script=__name__)
 
 import logging
 import time

@@ -16,7 +16,7 @@ is written to --output_json as soon as it is there; rows of these settings are n
 Public benchmarks run in lmms-eval, which knows these models as `trips_vlm`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from trips_examples.data.source import option
@@ -38,14 +38,12 @@ SELECTIONS = (
 
 @dataclass
 class EvaluationArguments:
-    model: str = field(metadata={"help": "A vision-language model: a folder, or on the Hub."})
-    validation_file: str = field(metadata={"help": "Your questions, in the formats of run_vqa.py: JSONL, CSV, ..."})
+    model: str = option(MISSING, "A vision-language model: a folder, or on the Hub.")
+    validation_file: str = option(MISSING, "Your questions, in the formats of run_vqa.py: JSONL, CSV, ...")
     image_root: str | None = option(None, "Folder that image paths are relative to. Default: the folder of the file.")
     instruction: str = option("Answer the question using a single word or phrase.", "Line after each question.")
     visual_tokens: list[int] = option([576, 192, 128, 64], "Numbers of visual tokens per image.")
-    selections: list[str] | None = field(
-        default=None, metadata={"help": "Default: all, tower_text with --guide.", "choices": SELECTIONS}
-    )
+    selections: list[str] | None = option(None, "Default: all, tower_text with --guide.", choices=SELECTIONS)
     layer: int | None = option(None, "Layer of the tower that selects. Default: the guide's, or a third.")
     guide: str | None = option(None, "A TextGuide of this layer: a folder, or on the Hub.")
     batch_size: int = option(1, "Questions per step.")

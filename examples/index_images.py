@@ -13,7 +13,7 @@ the shards; paths must be the same on all machines:
     torchrun --nproc_per_node 8 examples/index_images.py --model outputs/retrieval --images photos --table photos.lance
 """
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 
 from trips_examples.data.source import option
 from trips_examples.training.options import make_parser, run_script
@@ -21,8 +21,8 @@ from trips_examples.training.options import make_parser, run_script
 
 @dataclass
 class IndexArguments:
-    model: str = field(metadata={"help": "Retrieval checkpoint (folder or name on the Hub), or exported model."})
-    table: str = field(metadata={"help": "Location of the Lance table: a folder, or a URI such as s3://..."})
+    model: str = option(MISSING, "Retrieval checkpoint (folder or name on the Hub), or exported model.")
+    table: str = option(MISSING, "Location of the Lance table: a folder, or a URI such as s3://...")
     images: list[str] = option([], "Folders of images; WebDataset shards; Parquet, JSONL, CSV with images or paths.")
     dataset_name: str | None = option(None, "A data set on the Hub, in place of --images.")
     dataset_split: str = option("train", "Split of the Hub data set.")

@@ -7,7 +7,7 @@ Publish a trained model on the Hub: weights, processor, code and a model card, i
     python examples/push_to_hub.py --model demo/model --repo_id ada/trips-scenes --license mit --language en
 """
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from trips_examples.data.source import option
@@ -19,8 +19,8 @@ FACTS = ("license", "language", "datasets", "eval_dataset", "command")  # for th
 
 @dataclass
 class PublishArguments:
-    model: str = field(metadata={"help": "Folder of a trained model and its processor."})
-    repo_id: str = field(metadata={"help": "Repository: user/name or organization/name."})
+    model: str = option(MISSING, "Folder of a trained model and its processor.")
+    repo_id: str = option(MISSING, "Repository: user/name or organization/name.")
     private: bool = option(False, "Create a private repository.")
     with_handler: bool = option(False, "Add the handler.py that Inference Endpoints run.")
     output_dir: str | None = option(None, "New or empty folder for the files. Default: a temporary one.")

@@ -8,7 +8,7 @@ matching, with patches that are scored by the text. Needs the extra `index`.
 Several texts share the computation of their images.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 
 from trips_examples.data.source import option
 from trips_examples.training.options import make_parser, run_script
@@ -16,8 +16,8 @@ from trips_examples.training.options import make_parser, run_script
 
 @dataclass
 class SearchArguments:
-    model: str = field(metadata={"help": "The checkpoint or the exported model that made the table."})
-    table: str = field(metadata={"help": "The Lance table."})
+    model: str = option(MISSING, "The checkpoint or the exported model that made the table.")
+    table: str = option(MISSING, "The Lance table.")
     text: list[str] = option([], "One or more texts to search for.")
     image: str | None = option(None, "An image to search similar ones for, in place of --text.")
     schedule: str | None = option(None, "The --schedule that the table was made with, if any.")

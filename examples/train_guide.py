@@ -11,7 +11,7 @@ answer; with `--teacher answers`, from the loss of the pruned model's answer. Ro
 outside the processor's crop, are counted. The output folder gets the guide alone.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 
 from trips_examples.data.source import option
 from trips_examples.training.options import DataArguments, RunOptions, make_parser, run_script
@@ -22,10 +22,10 @@ TEACHERS = ("regions", "attention", "answers")
 
 @dataclass
 class GuideArguments:
-    model: str = field(metadata={"help": "The vision-language model, with its processor."})
+    model: str = option(MISSING, "The vision-language model, with its processor.")
     layer: int = option(2, "Tower layer that selects, from 1.")
     keep_rate: float = option(0.11, "Keep rate of the evaluation, and of --teacher answers in training.")
-    teacher: str = field(default="regions", metadata={"help": "What the guide learns from.", "choices": TEACHERS})
+    teacher: str = option("regions", "What the guide learns from.", choices=TEACHERS)
     selection_gate: float = option(0.2, "Share of the dropped patches that --teacher answers runs, in (0, 1].")
     dtype: str = option("auto", "Data type of the frozen model.")
 

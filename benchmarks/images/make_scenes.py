@@ -20,7 +20,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,7 +51,7 @@ Box = tuple[int, int, int, int]  # (x0, y0, x1, y1) in pixels, x1 and y1 exclusi
 
 @dataclass
 class SceneArguments:
-    output_dir: str = field(metadata={"help": "Folder to write. It must not exist."})
+    output_dir: str = option(MISSING, "Folder to write. It must not exist.")
     pictures: str | None = option(None, "Folder of named images. Default: emoji of Debian.")
     debian: str = option("/", "Folder that the Debian packages are unpacked in.")
     train_scenes: int = option(4_000, "Number of training scenes.")

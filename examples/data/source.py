@@ -16,11 +16,15 @@ BUNDLED = "busy_scenes"
 SPLIT_OPTIONS = "--train_split, --validation_split or --test_split"
 
 
-def option(default, text: str):
-    """Return the field of an option with its help. A list is a new one for each object."""
+def option(default, text: str, **metadata):
+    """
+    Return the field of an option with its help and further `metadata`, such as `choices`. `MISSING` makes it required;
+    a list is a new one for each object.
+    """
+    metadata["help"] = text
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass

@@ -24,6 +24,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -37,16 +38,14 @@ from trips_examples.training.options import run_script
 
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-VARIANTS = {name: ["--schedule", f"2:{name}:0.1"] for name in ("text", "image", "random")}
-VARIANTS["unpruned"] = ["--schedule", "unpruned"]
+VARIANTS = Path(__file__).parent / "variants" / "scenes.json"
 
 
 @dataclass(kw_only=True)
 class AblationArguments(OutputArguments):
     script: str = option("run_vqa.py", "Script of examples/ that trains and evaluates.")
     metric: str = option("eval_accuracy", "Metric of eval_results.json to compare.")
-    variants_file: str | None = option(None, f"JSON: name to options. Default: {', '.join(VARIANTS)}.")
-    variants: list[str] | None = option(None, "Variants to run. Default: all.")
+    variants_file: str = option(str(VARIANTS), "JSON: name to options.")
     seeds: list[int] = option([0, 1, 2], "Seeds of each variant.")
     jobs: int = option(2, "Runs side by side.")
     num_threads: int = option(1, "CPU threads of each run.")
@@ -67,9 +66,7 @@ class Run:
         return self.folder / "ablation_run.json"
 
 
-def read_variants(path: str | None) -> dict[str, list[str]]:
-    if path is None:
-        return VARIANTS
+def read_variants(path: str) -> dict[str, list[str]]:
     variants = json.loads(Path(path).read_text())
     is_object = isinstance(variants, dict)
     if not is_object or not all(isinstance(options, str) for options in variants.values()):
@@ -80,14 +77,11 @@ def read_variants(path: str | None) -> dict[str, list[str]]:
 def make_runs(args: AblationArguments, options: list[str]) -> list[Run]:
     """Return the runs, seed by seed, so that early results can be compared."""
     variants = read_variants(args.variants_file)
-    chosen = list(variants) if args.variants is None else args.variants
-    if unknown := set(chosen) - variants.keys():
-        raise ValueError(f"--variants must be of {', '.join(variants)}, got {', '.join(unknown)}.")
     runs = []
     for seed in args.seeds:
-        for variant in chosen:
+        for variant, own_options in variants.items():
             name = f"{variant.replace(' ', '-')}-seed{seed}"
-            words = [args.script, *options, *variants[variant], "--seed", "{seed}"]
+            words = [args.script, *options, *own_options, "--seed", "{seed}"]
             run = Run(
                 variant=variant,
                 seed=seed,
@@ -98,13 +92,16 @@ def make_runs(args: AblationArguments, options: list[str]) -> list[Run]:
     return runs
 
 
-def execute(run: Run, args: AblationArguments):
-    """Train and evaluate in a process of its own; a `ValueError` if the folder holds a run with other options."""
+def execute(run: Run, args: AblationArguments) -> dict:
+    """
+    Train and evaluate in a process of its own, unless it was done, and return the row. A `ValueError` is raised if the
+    folder holds a run with other options.
+    """
     if run.results_file.exists():
-        options = json.loads(run.results_file.read_text())["options"]
-        if options != list(run.options):
-            raise ValueError(f"{run.folder} holds a run with other options ({options}): choose another --output_dir.")
-        return
+        row = json.loads(run.results_file.read_text())
+        if row["options"] != list(run.options):
+            raise ValueError(f"{run.folder} holds a run of {row['options']}: choose another --output_dir.")
+        return row
     run.folder.mkdir(parents=True, exist_ok=True)
     script, *options = run.options
     command = [sys.executable, str(EXAMPLES / script), *options, "--output_dir", str(run.folder)]
@@ -129,6 +126,7 @@ def execute(run: Run, args: AblationArguments):
         **read_results(run.folder),
     }
     write_json(run.results_file, row)
+    return row
 
 
 def read_results(folder: Path) -> dict:
@@ -164,13 +162,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
     def measure(args: AblationArguments) -> Iterator[dict]:
         runs = make_runs(args, script_options)
-
-        def execute_and_read(run: Run) -> dict:
-            execute(run, args)
-            return json.loads(run.results_file.read_text())
-
         with ThreadPoolExecutor(args.jobs) as pool:
-            rows = pool.map(execute_and_read, runs)
+            rows = pool.map(partial(execute, args=args), runs)
             yield from tqdm(rows, total=len(runs), desc="runs")
 
     return run_benchmark(

@@ -3,7 +3,7 @@ Measure MACs and time of TRIPS against the unpruned baseline, the same weights a
 
     python benchmarks/benchmark.py                     # base size, 224 and 384 px, three schedules
     python benchmarks/benchmark.py --mode forward training --output_json speed.json
-    python benchmarks/benchmark.py --preset tiny --image_size 64 --schedule 3,4 --batch_size 1 32
+    python benchmarks/benchmark.py --preset tiny --image_size 64 --schedule 3:text:0.7,4:text:0.7 --batch_size 1 32
     python benchmarks/benchmark.py --schedule 5:image:0.7,12:text:0.3 --batch_size 1 --texts_per_image 1 2 5 10
     python benchmarks/benchmark.py --mode training --schedule 6:text:0.0625 --config_fields '{"selection_gate": 0.2}'
     python benchmarks/benchmark.py --device cuda --dtype bfloat16 --batch_size 1 8 32 128 --compile True
@@ -16,7 +16,7 @@ encoder, in `training` mode followed by the backward pass.
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from measuring import OutputArguments, run_benchmark
 from tqdm.auto import tqdm
@@ -36,10 +36,9 @@ class BenchmarkArguments(OutputArguments):
     texts_per_image: list[int] = option([1], "Texts per image.")
     text_length: int = option(40, "Tokens per text.")
     schedule: list[str] = option(
-        ["5,10", "2,10", "2,4,8"],
-        "Selection layers (5,10) or layer:guidance:keep_rate (5:image:0.7,12:text:0.3).",
+        ["5:text:0.7,10:text:0.7", "2:text:0.7,10:text:0.7", "2:text:0.7,4:text:0.7,8:text:0.7"],
+        "Schedules in their text form.",
     )
-    keep_rate: list[float] = option([0.7], "Keep rates of layers without one.")
     config_fields: str = option("{}", "Further fields of TripsConfig, as JSON.")
     mode: list[str] = option(["forward"], "What is measured.", choices=[*MODES])
     dtype: list[str] = option(["float32"], "float32, bfloat16, float16.")
@@ -54,11 +53,7 @@ class BenchmarkArguments(OutputArguments):
 
 def settings_of(args: BenchmarkArguments) -> list[tuple[SelectionSchedule, Setting]]:
     """Return what is measured: each schedule at each setting."""
-    schedules = []
-    for text, keep_rate in itertools.product(args.schedule, args.keep_rate):
-        schedule = SelectionSchedule.parse(text, keep_rate)
-        if schedule not in schedules:  # a schedule with own rates is the same at all of `--keep_rate`
-            schedules.append(schedule)
+    schedules = [SelectionSchedule.parse(text) for text in args.schedule]
     settings = []
     for mode, dtype, image_size, batch_size, texts_per_image, schedule in itertools.product(
         args.mode, args.dtype, args.image_size, args.batch_size, args.texts_per_image, schedules

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -122,7 +122,6 @@ def run_vllm(script: Path, job: dict, device: str) -> dict:
 
 def token_rows(args: GpuArguments) -> Iterator[dict]:
     """Compare greedy answers of tiny models in float32, with selection inside the tower and after it."""
-    sys.path.insert(0, str(HELPERS))  # the models of the tests
     from served_vlms import NUM_TOKENS, Selection, ServedVlm
 
     selection = Selection("2:image:0.5", visual_tokens=6, scorer="divprune")
@@ -181,7 +180,6 @@ def speed_rows(args: GpuArguments) -> Iterator[dict]:
 
 def save_llava(folder: Path, tiny: bool) -> int:
     """Save the configuration and the processor of a LLaVA, without weights, and return the side of its images."""
-    sys.path.insert(0, str(HELPERS))
     from tiny_vlm_processors import make_llava_processor
     from tiny_vlms import IMAGE
 

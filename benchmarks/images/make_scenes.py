@@ -40,7 +40,8 @@ MAX_WORDS = 4
 HELD_OUT = {"validation": 0.2, "test": 0.1}  # share of the names
 
 NUM_THINGS = (2, 4)  # in a scene
-SMALLEST, LARGEST = 0.2, 0.5  # longer side of an image, as a share of the scene's side
+SMALLEST = 0.2  # longer side of an image, as a share of the scene's side
+LARGEST = 0.5
 NUM_TRIES = 60  # attempts to find a free place before the image is made smaller
 CLEARLY_LARGER = 1.7  # smallest ratio of areas
 # The axis of each relation, and the direction from the reference to the object on that axis.

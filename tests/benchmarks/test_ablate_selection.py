@@ -24,7 +24,9 @@ def test_an_evaluation_describes_what_each_selection_layer_keeps(tmp_path):
 @pytest.fixture
 def arguments(tmp_path):
     data = write_task("grounding", tmp_path)
-    options = "--script=run_grounding.py --metric=eval_mean_iou --variants text unpruned"
+    variants = {"text": "--schedule 2:text:0.1", "unpruned": "--schedule unpruned"}
+    (tmp_path / "variants.json").write_text(json.dumps(variants))
+    options = f"--script=run_grounding.py --metric=eval_mean_iou --variants_file={tmp_path / 'variants.json'}"
     folders = [f"--output_dir={tmp_path / 'runs'}", f"--output_json={tmp_path / 'rows.json'}"]
     return [*options.split(), "--seeds=3", *folders, "--", *data, *OPTIONS, "--schedule=3:text:0.5"]
 

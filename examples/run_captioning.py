@@ -57,10 +57,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if trainer.is_in_train:
             return scores
         first_truths = [own_truths[0] for own_truths in truths]
-        if trainer.is_world_process_zero():
-            pairs = zip(truths, captions, strict=True)
-            predictions = [{"captions": own_truths, "prediction": caption} for own_truths, caption in pairs]
-            write_predictions(training_args.output_dir, rows, ["source", "image_id"], predictions)
+        pairs = zip(truths, captions, strict=True)
+        predictions = [{"captions": own_truths, "prediction": caption} for own_truths, caption in pairs]
+        write_predictions(training_args.output_dir, rows, ["source", "image_id"], predictions)
         titles = [f"{caption} (true: {truth})" for caption, truth in zip(captions, first_truths)]
         draw_predictions(trainer, titles)
         return {

@@ -41,11 +41,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         scores = metric.compute(predictions=boxes, references=truths)
         if trainer.is_in_train:
             return scores
-        if trainer.is_world_process_zero():
-            predictions = ({"prediction": [round(number, 2) for number in box]} for box in boxes)
-            write_predictions(
-                training_args.output_dir, rows, ["source", "question_id", "expression", "box"], predictions
-            )
+        columns = ["source", "question_id", "expression", "box"]
+        predictions = ({"prediction": [round(number, 2) for number in box]} for box in boxes)
+        write_predictions(training_args.output_dir, rows, columns, predictions)
         draw_predictions(trainer, column_of(rows, "expression"), boxes=boxes)
         groups = accuracy_by_group(metric, boxes, truths, rows)
         return {**scores, **groups, **diagnose_selection(trainer), "samples": len(rows)}

@@ -45,11 +45,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         accuracy = fmean(own == label for own, label in zip(chosen, labels))
         if trainer.is_in_train:
             return {"accuracy": accuracy}
-        if trainer.is_world_process_zero():
-            columns = ["source", "question_id", "statement", "label"]
-            pairs = zip(chosen, probabilities)
-            judgements = [{"prediction": own, "probability": probability} for own, probability in pairs]
-            write_predictions(training_args.output_dir, rows, columns, judgements)
+        columns = ["source", "question_id", "statement", "label"]
+        pairs = zip(chosen, probabilities)
+        judgements = [{"prediction": own, "probability": probability} for own, probability in pairs]
+        write_predictions(training_args.output_dir, rows, columns, judgements)
         titles = []
         for statement, probability, label in zip(column_of(rows, "statement"), probabilities, labels):
             titles.append(f"{statement}: {probability:.0%} (true: {bool(label)})")

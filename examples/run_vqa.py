@@ -55,10 +55,9 @@ def train_question_answering(
         scores = metric.compute(predictions=answers, references=references)
         if trainer.is_in_train:
             return scores
-        if trainer.is_world_process_zero():
-            columns = ["source", "question_id", "question", "answers"]
-            predictions = [{"prediction": answer} for answer in answers]
-            write_predictions(training_args.output_dir, rows, columns, predictions)
+        columns = ["source", "question_id", "question", "answers"]
+        predictions = [{"prediction": answer} for answer in answers]
+        write_predictions(training_args.output_dir, rows, columns, predictions)
         truths = [most_common_answer(each) for each in references]
         titles = []
         for question, answer, truth in zip(column_of(rows, "question"), answers, truths):

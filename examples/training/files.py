@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from accelerate import PartialState
 from datasets import Dataset
 
 from modeling_trips import TripsProcessor
@@ -12,10 +13,10 @@ from modeling_trips.inspection.files import whole_file
 from trips_examples.data.images import without_decoding
 
 
-def write_whole(path: str | Path, content: str | bytes):
+def write_whole(path: str | Path, text: str):
     """Write a file atomically, and make its folder."""
     with whole_file(path) as partial:
-        partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, value):
@@ -30,9 +31,11 @@ def texts_of(sequences: np.ndarray, processor: TripsProcessor) -> list[str]:
 
 def write_predictions(folder: str | Path, dataset: Dataset, columns: list[str], predictions: Iterable[dict]):
     """
-    Write `predictions.jsonl` with an object per row: these columns, `image` (or `images`), the prediction, and `kind`
-    if present. An image is its path, or its `image_id` if the data hold it encoded.
+    Write `predictions.jsonl` in the main process with an object per row: these columns, `image` (or `images`), the
+    prediction, and `kind` if present. An image is its path, or its `image_id` if the data hold it encoded.
     """
+    if not PartialState().is_main_process:
+        return
     if "kind" in dataset.column_names:
         columns = [*columns, "kind"]
     image_columns = ["images", "image_ids"] if "images" in dataset.column_names else ["image", "image_id"]

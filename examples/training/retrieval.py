@@ -63,7 +63,7 @@ class RetrievalTrainer(ImageGroupedTrainer):
         first correct one, to `predictions.jsonl`.
         """
         metrics, rankings = self.search(dataset)
-        if not self.is_in_train and self.is_world_process_zero():
+        if not self.is_in_train:
             self._write_rankings(dataset, rankings["t2i"])
         return {**metrics, "samples": len(dataset), "images": len(rankings["i2t"].candidates)}
 

@@ -55,7 +55,6 @@ class DataArguments:
     validation_scenes: int = option(1000, "Number of validation scenes.")
     test_scenes: int | None = option(None, "Default: as many as --validation_scenes.")
     skip_bad_rows: bool = option(False, "Skip and count unusable rows instead of stopping.")
-    lowercase: bool = option(False, "Train a tokenizer from scratch that lower-cases all texts.")
     max_train_samples: int | None = option(None, "Truncate the training split.")
     max_eval_samples: int | None = option(None, "Truncate the validation and test splits.")
 
@@ -125,5 +124,4 @@ class DataArguments:
             return
         dataset = data["train"] if "train" in data else data["validation"]
         for column in columns:
-            for text in texts_of_column(dataset, column):
-                yield text.lower() if self.lowercase else text
+            yield from texts_of_column(dataset, column)

@@ -78,7 +78,8 @@ def answers_of(
     """Return the best answer to each question: `answer` and `score`, its probability."""
     answerer = TripsVisualQuestionAnsweringPipeline(model=model, processor=processor)
     inputs = processor(images=image, text=questions, image_index=[0] * len(questions), return_tensors="pt")
-    return [best for best, *_ in answerer.forward({"inputs": {**inputs, "schedule": schedule}}, top_k=1)["outputs"]]
+    outputs = answerer.forward({"inputs": {**inputs, "schedule": schedule}}, top_k=1)
+    return [answers[0] for answers in outputs["outputs"]]
 
 
 @torch.no_grad()

@@ -77,7 +77,8 @@ def karpathy_rows(dataset: dict) -> SplitRows:
     for image in dataset["images"]:
         split = "train" if image["split"] == "restval" else image["split"]
         captions = [sentence["raw"] for sentence in image["sentences"]]
-        yield split, {"image": str(Path(image.get("filepath", ""), image["filename"])), "captions": captions}
+        path = Path(image.get("filepath", ""), image["filename"])
+        yield split, {"image": str(path), "captions": captions}
 
 
 def nlvr2_rows(statements: list[dict]) -> SplitRows:
@@ -169,8 +170,10 @@ def main(argv: list[str] | None = None):
         needed = next(forms for forms in CONVERSIONS if set(forms) & set(values))
         raise ValueError(f"--files has {', '.join(values)}. Give one data set at a time: {' and '.join(needed)}.")
     lines = defaultdict(list)
+    own_name = Path(args.files[-1]).stem
     for split, row in CONVERSIONS[forms](*(values[form] for form in forms)):
-        lines[split or Path(args.files[-1]).stem].append(json.dumps(row, ensure_ascii=False) + "\n")
+        line = json.dumps(row, ensure_ascii=False)
+        lines[split or own_name].append(f"{line}\n")
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     for name, of_split in lines.items():

@@ -84,7 +84,8 @@ def print_what_was_learnt(metrics: dict[str, dict[str, float]]):
         rates = (metrics[stage][f"test_accuracy_{group}"] for group in groups)
         print(f"  {title:<38}" + "".join(f"{rate:>13.1%}" for rate in rates))
     (name,) = (name for name in metrics["model"] if name.endswith("_patch_precision"))
-    before, after = metrics["pruned"][name], metrics["model"][name]
+    before = metrics["pruned"][name]
+    after = metrics["model"][name]
     chance = metrics["model"]["test_patch_precision_at_random"]
     title = "Kept patches that lie in the region of their question"
     print(f"{title}: {before:.0%} before training, {after:.0%} after it, {chance:.0%} at random")
@@ -100,9 +101,13 @@ def main(argv: list[str] | None = None):
     ask.main(["--model", str(folder / "model"), "--picture", str(folder / "kept_patches.png")])
     print_what_was_learnt(metrics)
     minutes = (time.perf_counter() - began) / 60
-    accuracies = {f"{stage}_{kind}": metrics[stage][f"test_accuracy_{kind}"] for stage in STAGES for kind in KINDS}
-    own = {"precision": "bfloat16 mixed" if args.bf16 else "float32", "minutes": round(minutes, 1)}
-    write_json(folder / "results.json", {**provenance(seed=args.seed), **own, **accuracies})
+    results: dict[str, Any] = provenance(seed=args.seed)
+    results["precision"] = "bfloat16 mixed" if args.bf16 else "float32"
+    results["minutes"] = round(minutes, 1)
+    for stage in STAGES:
+        for kind in KINDS:
+            results[f"{stage}_{kind}"] = metrics[stage][f"test_accuracy_{kind}"]
+    write_json(folder / "results.json", results)
     print(f"Model: {folder / 'model'}   Total: {minutes:.1f} minutes")
 
 

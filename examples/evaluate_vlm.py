@@ -175,7 +175,9 @@ def make_rows(name: str, questions: Dataset, args: EvaluationArguments) -> list[
     path = Path(args.output_json)
     stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     settings = {setting: getattr(args, setting) for setting in SETTINGS}
-    runs = [(UNPRUNED, None), *((selection, number) for number in args.visual_tokens for selection in args.selections)]
+    runs: list[tuple[str, int | None]] = [(UNPRUNED, None)]
+    for number in args.visual_tokens:
+        runs += [(selection, number) for selection in args.selections]
     rows: list[dict] = []
     for selection, visual_tokens in tqdm(runs, desc="selections"):
         keep_rate = 1.0

@@ -39,8 +39,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         "no_repeat_ngram_size": task_args.no_repeat_ngram_size,
     }
     # The captions of an image share its prompt, so that each image has one text.
-    arguments = model_args, data_args, training_args
-    model, processor, data = start_run(TripsForConditionalGeneration, "captions", *arguments, group_size=1)
+    model, processor, data = start_run(
+        TripsForConditionalGeneration, "captions", model_args, data_args, training_args, group_size=1
+    )
     unwritable = warn_of_unwritable_texts(data, "caption", processor, split_words)
     longest = training_args.generation_max_length or model.config.decoder_config.max_position_embeddings
     model.generation_config.update(max_new_tokens=longest, max_length=None, **writing)

@@ -30,14 +30,17 @@ from trips_examples.training.trainer import ImageGroupedTrainer
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, task_args, data_args, training_args = parse_arguments(OPTIONS, argv)
-    arguments = model_args, data_args, training_args
-    model, processor, data = start_run(TripsForVisualGrounding, "grounding", *arguments, **config_fields(task_args))
+    model, processor, data = start_run(
+        TripsForVisualGrounding, "grounding", model_args, data_args, training_args, **config_fields(task_args)
+    )
     metric = GroundingAccuracy()
 
     def metrics_of(prediction: EvalPrediction) -> dict[str, float]:
-        rows, truths = trainer.eval_dataset, column_of(trainer.eval_dataset, "box")
+        rows = trainer.eval_dataset
+        truths = column_of(rows, "box")
         sizes = [image_size(row) for row in rows]
-        boxes = processor.post_process_grounding(torch.from_numpy(prediction.predictions), sizes).tolist()
+        outputs = torch.from_numpy(prediction.predictions)
+        boxes = processor.post_process_grounding(outputs, sizes).tolist()
         scores = metric.compute(predictions=boxes, references=truths)
         if trainer.is_in_train:
             return scores

@@ -31,9 +31,14 @@ from trips_examples.training.trainer import ImageGroupedTrainer
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args = parse_arguments(OPTIONS, argv)
-    arguments = model_args, data_args, training_args
     model, processor, data = start_run(
-        TripsForImagesAndTextClassification, "nlvr2", *arguments, num_images=2, num_labels=2
+        TripsForImagesAndTextClassification,
+        "nlvr2",
+        model_args,
+        data_args,
+        training_args,
+        num_images=2,
+        num_labels=2,
     )
 
     def metrics_of(prediction: EvalPrediction) -> dict[str, float]:

@@ -29,8 +29,15 @@ from trips_examples.training.runs import parse_arguments, train_and_evaluate
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, task_args, data_args, training_args = parse_arguments(OPTIONS, argv)
-    arguments, weights = (model_args, data_args, training_args), config_fields(task_args)
-    model, processor, data = start_run(TripsForPreTraining, "captions", *arguments, load=load_pairs, **weights)
+    model, processor, data = start_run(
+        TripsForPreTraining,
+        "captions",
+        model_args,
+        data_args,
+        training_args,
+        load=load_pairs,
+        **config_fields(task_args),
+    )
     collator = PretrainingCollator(
         processor,
         masks_words=model.config.mlm_weight > 0,

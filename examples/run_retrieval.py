@@ -25,8 +25,9 @@ from trips_examples.training.runs import parse_arguments, train_and_evaluate
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, task_args, data_args, training_args = parse_arguments(OPTIONS, argv)
-    arguments = model_args, data_args, training_args
-    model, processor, data = start_run(TripsForRetrieval, "captions", *arguments, **config_fields(task_args))
+    model, processor, data = start_run(
+        TripsForRetrieval, "captions", model_args, data_args, training_args, **config_fields(task_args)
+    )
     trainer = RetrievalTrainer(
         model=model,
         args=training_args,

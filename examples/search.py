@@ -53,7 +53,9 @@ def main(argv: list[str] | None = None):
     if finder.table.count_rows("error IS NULL") == 0:
         raise ValueError(f"{args.table} has no image yet. Wait for index_images.py, or look at the faults it names.")
     if args.image:
-        found = finder.nearest(finder.evaluator.index_images([decode_image(args.image)]), args.k, args.probes)
+        image = decode_image(args.image)
+        features = finder.evaluator.index_images([image])
+        found = finder.nearest(features, args.k, args.probes)
     else:
         texts = finder.describe_texts(args.text)
         found = finder.nearest(texts.embeds, max(args.k, args.rerank_k), args.probes)

@@ -95,7 +95,8 @@ class GuideCollator:
     """Collator of prompts, and of what the teacher needs: masks of the regions, or prompts with answers."""
 
     def __init__(self, processor: ProcessorMixin, teacher: str):
-        self.processor, self.teacher = processor, teacher
+        self.processor = processor
+        self.teacher = teacher
 
     def encode(self, images: list[PIL.Image.Image], questions: list[str], answers=(), **options) -> dict:
         conversations = [question_about(*pair) for pair in zip(images, questions)]
@@ -144,7 +145,8 @@ class GuidedModel(nn.Module):
 
     def __init__(self, guide: TextGuide, model: PreTrainedModel, args: GuideArguments):
         super().__init__()
-        self.guide, self.args = guide, args
+        self.guide = guide
+        self.args = args
         self.frozen = (model,)  # a tuple keeps it out of parameters, checkpoints and data parallelism
 
     def forward(
@@ -183,7 +185,14 @@ class GuidedModel(nn.Module):
         num_losses = is_counted.sum()
         recalls = targets_of_candidates(targets, selection.kept_indices).sum(dim=-1)
         has_target = targets.sum(dim=-1) > 0
-        sums = (loss, num_losses, recalls.sum(), has_target.sum(), (~is_used).sum(), torch.tensor(len(is_used)))
+        sums = (
+            loss,
+            num_losses,
+            recalls.sum(),
+            has_target.sum(),
+            (~is_used).sum(),
+            torch.tensor(len(is_used)),
+        )
         sums = torch.stack([value.detach().float().to(loss.device) for value in sums])
         return {"loss": loss / num_losses.clamp(min=1), "sums": sums}
 
@@ -233,9 +242,9 @@ class GuideTrainer(FiniteTrainer):
     def _save(self, output_dir: str | None = None, state_dict=None):
         if not self.args.should_save:
             return
-        guide, folder = self.model.guide, Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self.args.output_dir)
         (folder / "README.md").unlink(missing_ok=True)  # an older guide's
-        guide.save_pretrained(folder)
+        self.model.guide.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
         guide = self.model.guide

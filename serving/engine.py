@@ -68,7 +68,10 @@ def num_bytes(image_cache: TripsImageCache) -> int:
 def joined(image_caches: list[TripsImageCache]) -> TripsImageCache:
     """Return one cache of the images of several, which have one size."""
     first = image_caches[0]
-    tensors = {name: torch.cat([each.tensors[name] for each in image_caches]) for name in first.tensors}
+    tensors = {}
+    for name in first.tensors:
+        parts = [each.tensors[name] for each in image_caches]
+        tensors[name] = torch.cat(parts)
     return replace(first, **tensors)
 
 
@@ -208,7 +211,8 @@ class Engine:
         return method(items, inputs)
 
     def _answer(self, items: list[Item], inputs: dict) -> list[list[dict]]:
-        answers = self.pipeline.forward({"inputs": inputs}, top_k=items[0].top_k)["outputs"]
+        outputs = self.pipeline.forward({"inputs": inputs}, top_k=items[0].top_k)
+        answers = outputs["outputs"]
         if not items[0].kept_patches:
             return answers
         selection = self.model.model(**inputs).selection
@@ -243,7 +247,9 @@ class Engine:
     def _image_inputs(self, items: list[Item]) -> dict:
         """Return the states of the images of items, and the row of each item in them. Each image is encoded once."""
         images = {item.image.key: item.image for item in items}
-        states = {key: image.states or self.cache.get(key) for key, image in images.items()}
+        states = {}
+        for key, image in images.items():
+            states[key] = image.states or self.cache.get(key)
         missing = [key for key in images if states[key] is None]
         IMAGE_CACHES.labels("cache").inc(len(images) - len(missing))
         IMAGE_CACHES.labels("computed").inc(len(missing))
@@ -291,7 +297,8 @@ class Batcher:
                 self._arrived.clear()
                 continue
             kind = next(iter(self._waiting.values())).kind
-            batch = [result for result, item in self._waiting.items() if item.kind == kind][: self.max_size]
+            results_of_kind = [result for result, item in self._waiting.items() if item.kind == kind]
+            batch = results_of_kind[: self.max_size]
             items = [self._waiting.pop(result) for result in batch]
             values = await to_thread.run_sync(self.compute, items)
             for result, value in zip(batch, values):

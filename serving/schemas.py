@@ -20,9 +20,11 @@ EXAMPLE_IMAGE = (
 
 def read_base64(value: object) -> object:
     """Decode base64 or a data URL."""
-    if isinstance(value, str):
-        return base64.b64decode(value.partition(",")[2] if value.startswith("data:") else value, validate=True)
-    return value
+    if not isinstance(value, str):
+        return value
+    if value.startswith("data:"):
+        _, _, value = value.partition(",")
+    return base64.b64decode(value, validate=True)
 
 
 FILES = "JPEG, PNG, WebP, GIF or BMP."
@@ -128,9 +130,11 @@ ENDPOINTS = {
 
 def describe(title: str, requests: dict[str, type[BaseModel]]) -> dict:
     """Return the OpenAPI document of a service with these endpoints."""
-    models = [ErrorReply, *requests.values(), *(ENDPOINTS[name].reply for name in requests)]
+    replies = [ENDPOINTS[name].reply for name in requests]
+    models = [ErrorReply, *requests.values(), *replies]
     references, schemas = models_json_schema(
-        [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
+        [(model, "validation") for model in models],
+        ref_template="#/components/schemas/{model}",
     )
 
     def content(model: type[BaseModel]) -> dict:

@@ -48,10 +48,10 @@ def create_app() -> Starlette:
     except Exception as error:
         if not isinstance(error, (HTTPException, OSError, RuntimeError, StrictDataclassError, ValueError)):
             traceback.print_exc()
-        given = ", ".join(f"{name}={value}" for name, value in os.environ.items() if name.startswith(PREFIX))
+        given = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(PREFIX)]
         reason = " ".join(str(error).split())
         failure = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"], FAILURE)
-        failure.write_text(f"The service cannot start with {given}: {reason}")
+        failure.write_text(f"The service cannot start with {', '.join(given)}: {reason}")
         os.kill(os.getppid(), signal.SIGTERM)
         sys.exit(1)
 
@@ -85,6 +85,7 @@ class Service:
         self.settings = settings
         models = request_models(settings)
         self.models = {name: model for name, model in models.items() if name in engine.endpoints}
+        self.paths = ", ".join(f"/{name}" for name in self.models)
         self.batcher = Batcher(engine.compute, settings.max_batch_size)
         self.slots = asyncio.Semaphore(settings.queue)
         self.buffered_bytes = 0
@@ -113,15 +114,13 @@ class Service:
     async def lifespan(self, app: Starlette):
         async with create_task_group() as tasks:
             tasks.start_soon(self.batcher.run)
-            names = ", ".join(f"/{name}" for name in self.models)
-            print(f"Ready to answer {names}", flush=True)
+            print(f"Ready to answer {self.paths}", flush=True)
             yield
             tasks.cancel_scope.cancel()
         self.engine.decoder.close()
 
     def refuse_path(self, request: Request, error: Exception) -> Response:
-        names = ", ".join(f"/{name}" for name in self.models)
-        message = f"Unknown path. This checkpoint supports {names}; see the page /."
+        message = f"Unknown path. This checkpoint supports {self.paths}; see the page /."
         return JSONResponse({"error": message}, 404)
 
     async def answer(self, request: Request) -> Response:
@@ -196,7 +195,9 @@ class Service:
         files = {f"images.{row}": file for row, file in enumerate(inputs.get("images", []))}
         if "image" in inputs:
             files["image"] = inputs["image"]
-        images = {field: self.engine.find_image(file, decodes=kept_patches) for field, file in files.items()}
+        images = {}
+        for field, file in files.items():
+            images[field] = self.engine.find_image(file, decodes=kept_patches)
         (text_field,) = {"questions", "prompts", "texts"} & inputs.keys()
         texts = inputs[text_field]
         tokens = self.engine.prepare_texts(text_field, texts)

@@ -19,6 +19,9 @@ from modeling_trips import TripsProcessor
 from trips_examples.data.images import first_rows, read_image
 
 
+Images = list[PIL.Image.Image]
+
+
 class ImageGroupedSampler(Sampler[int]):
     """
     Sampler of rows in random order, with up to `group_size` rows of one image (or pair of images) next to each other,
@@ -27,7 +30,9 @@ class ImageGroupedSampler(Sampler[int]):
     """
 
     def __init__(self, image_ids: Sequence[Hashable], group_size: int, seed: int = 0):
-        self.group_size, self.seed, self.epoch = group_size, seed, 0
+        self.group_size = group_size
+        self.seed = seed
+        self.epoch = 0
         rows_by_image = defaultdict(list)
         for row, image_id in enumerate(image_ids):
             rows_by_image[image_id].append(row)
@@ -72,14 +77,14 @@ class ImageBatchCollator:
             raise ValueError(f"{str(error).rstrip('.')}. The batch is: {', '.join(sources)}.") from error
         return {**inputs, "sources": sources}
 
-    def encode(self, images: list[PIL.Image.Image], image_index: list, rows: list[dict]) -> dict[str, torch.Tensor]:
+    def encode(self, images: Images, image_index: list, rows: list[dict]) -> dict[str, torch.Tensor]:
         """Return the inputs and labels of the model. Row i has image `image_index[i]`."""
         raise NotImplementedError
 
-    def inputs(self, images: list[PIL.Image.Image], image_index: list, texts: list[str]) -> dict[str, torch.Tensor]:
+    def inputs(self, images: Images, image_index: list, texts: list[str]) -> dict[str, torch.Tensor]:
         return dict(self.processor(images=images, text=texts, image_index=image_index, return_tensors="pt"))
 
-    def boxes(self, images: list[PIL.Image.Image], image_index: list, boxes: list) -> torch.Tensor:
+    def boxes(self, images: Images, image_index: list, boxes: list) -> torch.Tensor:
         """Return boxes as the models take them, and zeros in place of None."""
         encoded = torch.zeros(len(boxes), 4)
         places = []
@@ -95,7 +100,7 @@ class ImageBatchCollator:
             encoded[places] = self.processor.encode_boxes(known_boxes, sizes)
         return encoded
 
-    def distinct_images(self, rows: list[dict]) -> tuple[list[PIL.Image.Image], list]:
+    def distinct_images(self, rows: list[dict]) -> tuple[Images, list]:
         """Return the distinct images of the rows, upright and RGB, and the index of each row's image or images."""
         image_ids: list[str] = []
         rows_of_images: list[dict] = []  # each with one image and its source
@@ -121,7 +126,7 @@ class VqaCollator(ImageBatchCollator):
 
     training: bool = False
 
-    def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
+    def encode(self, images: Images, image_index: list[int], rows: list[dict]) -> dict:
         inputs = self.inputs(images, image_index, [row["question"] for row in rows])
         if not self.training:
             most_common = [max(row["answers"], key=row["answers"].count) for row in rows]
@@ -154,7 +159,7 @@ class CaptionCollator(ImageBatchCollator):
     training: bool = False
     prompt: str = ""
 
-    def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
+    def encode(self, images: Images, image_index: list[int], rows: list[dict]) -> dict:
         labels = self.processor.encode_answers([row["caption"] for row in rows])
         if self.training:
             inputs = dict(self.processor(images=images, text=[self.prompt] * len(images), return_tensors="pt"))
@@ -169,7 +174,7 @@ class CaptionCollator(ImageBatchCollator):
 class GroundingCollator(ImageBatchCollator):
     """Collator from rows of `TASKS["grounding"]` to inputs of [`TripsForVisualGrounding`]."""
 
-    def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
+    def encode(self, images: Images, image_index: list[int], rows: list[dict]) -> dict:
         inputs = self.inputs(images, image_index, [row["expression"] for row in rows])
         inputs["labels"] = self.boxes(images, image_index, [row["box"] for row in rows])
         return inputs
@@ -182,7 +187,7 @@ class Nlvr2Collator(ImageBatchCollator):
     left image `image_index[i, 0]` and the right image `image_index[i, 1]`.
     """
 
-    def encode(self, images: list[PIL.Image.Image], image_index: list[list[int]], rows: list[dict]) -> dict:
+    def encode(self, images: Images, image_index: list[list[int]], rows: list[dict]) -> dict:
         inputs = self.inputs(images, image_index, [row["statement"] for row in rows])
         inputs["labels"] = torch.tensor([row["label"] for row in rows])
         return inputs
@@ -195,7 +200,7 @@ class RetrievalCollator(ImageBatchCollator):
     numbers of the images, equal in all processes.
     """
 
-    def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
+    def encode(self, images: Images, image_index: list[int], rows: list[dict]) -> dict:
         inputs = self.inputs(images, image_index, [row["caption"] for row in rows])
         distinct_ids = dict.fromkeys(row["image_id"] for row in rows)
         inputs["image_ids"] = torch.tensor([number_of(image_id) for image_id in distinct_ids])
@@ -228,7 +233,7 @@ class PretrainingCollator(RetrievalCollator):
             torch.default_generator.manual_seed(number_of(rows_and_seed))
             return super().__call__(rows)
 
-    def encode(self, images: list[PIL.Image.Image], image_index: list[int], rows: list[dict]) -> dict:
+    def encode(self, images: Images, image_index: list[int], rows: list[dict]) -> dict:
         inputs = super().encode(images, image_index, rows)
         if self.masks_words:
             inputs |= self.masked_words(inputs["input_ids"])

@@ -267,7 +267,8 @@ class RowReader:
             except BadRowError as error:
                 found = [{"source": source, "reason": error.reason, "detail": error.detail}]
             rows += [{**row, "stamps": stamps} for row in found]
-        return {name: [row.get(name) for row in rows] for name in {**self.task.features, **CHECKED}}
+        columns = {**self.task.features, **CHECKED}
+        return {name: [row.get(name) for row in rows] for name in columns}
 
     def stamps(self, record: dict) -> list[str]:
         """Return the stamps of the files of a record's images."""
@@ -407,5 +408,6 @@ def with_fitting_texts(data: DatasetDict, task: str, processor: TripsProcessor, 
     for split, dataset in data.items():
         faults = check_fit(dataset, task, processor)
         settle([faults[place] for place in sorted(faults)], split, len(dataset), skip)
-        fitting[split] = dataset.select([place for place in range(len(dataset)) if place not in faults])
+        good = [place for place in range(len(dataset)) if place not in faults]
+        fitting[split] = dataset.select(good)
     return DatasetDict(fitting)

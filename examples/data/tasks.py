@@ -79,7 +79,8 @@ def text_of(value: Any, column: str) -> str:
     """Return the stripped text of a value, or `""` if it is missing or has no visible character."""
     if is_missing(value):
         return ""
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value in (math.inf, -math.inf):
+    is_text_or_number = isinstance(value, (str, int, float)) and not isinstance(value, bool)
+    if not is_text_or_number or value in (math.inf, -math.inf):
         raise BadRowError(f"{column} is not text", reprlib.repr(value))
     text = str(value).strip()
     if text != printable(text):

@@ -119,7 +119,11 @@ class Finder:
         images = {each.source: decode_untrusted_image(each.image) for each in readable}
         if text is None or not images:
             return images
-        inputs = self.processor(images=list(images.values()), text=[text] * len(images), return_tensors="pt")
+        inputs = self.processor(
+            images=list(images.values()),
+            text=[text] * len(images),
+            return_tensors="pt",
+        )
         selection = self.model.match(**inputs.to(self.model.device)).selection
         if not selection:
             return images

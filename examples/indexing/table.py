@@ -77,7 +77,11 @@ def fingerprint_of(model: Retriever, processor: TripsProcessor) -> Fingerprint:
             if path.suffix in (".onnx", ".data", ".xml", ".bin"):
                 digest.update(path.name.encode())
                 digest.update(path.read_bytes())
-    return Fingerprint(model=checkpoint, schedule=str(vision_config.schedule), digest=digest.hexdigest()[:32])
+    return Fingerprint(
+        model=checkpoint,
+        schedule=str(vision_config.schedule),
+        digest=digest.hexdigest()[:32],
+    )
 
 
 def open_table(uri: str, fingerprint: Fingerprint, dim: int | None = None) -> lance.LanceDataset:

@@ -35,7 +35,11 @@ def generation_options(task_options: Mapping) -> dict:
 
 def question_about(image: PIL.Image.Image, text: str) -> list[dict]:
     """Return the conversation of one question about an image."""
-    return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
+    content = [
+        {"type": "image", "image": image},
+        {"type": "text", "text": text},
+    ]
+    return [{"role": "user", "content": content}]
 
 
 def parts_of(conversation: list[dict]) -> list[dict]:

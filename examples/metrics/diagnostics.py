@@ -55,7 +55,10 @@ def written_texts(texts: Iterable[str], processor: TripsProcessor) -> dict[str, 
     token_ids = processor.tokenizer(different, add_special_tokens=False, verbose=False)["input_ids"]
     decoded = processor.post_process_answers(token_ids)
     unknown = processor.tokenizer.unk_token_id
-    return {text: None if unknown in row else result for text, row, result in zip(different, token_ids, decoded)}
+    written = {}
+    for text, row, result in zip(different, token_ids, decoded):
+        written[text] = None if unknown in row else result
+    return written
 
 
 def most_tokens(data: DatasetDict, column: str, processor: TripsProcessor) -> int:

@@ -45,5 +45,5 @@ class GroundingAccuracy(evaluate.Metric):
         boxes = torch.tensor(predictions, dtype=torch.float64)
         true_boxes = torch.tensor(references, dtype=torch.float64)
         iou = paired_box_iou(boxes, true_boxes)
-        is_right = iou >= threshold
-        return {"accuracy": is_right.double().mean().item(), "mean_iou": iou.mean().item()}
+        is_right = (iou >= threshold).double()
+        return {"accuracy": is_right.mean().item(), "mean_iou": iou.mean().item()}

@@ -134,8 +134,12 @@ def check_options(arguments: Iterable[str], known: set[str], replaced: dict[str,
 
 def checkpoints_in(folder: str | Path) -> list[Path]:
     """Return the folders of checkpoints, the latest first."""
-    folders = [path for path in Path(folder).glob("checkpoint-*") if path.name.partition("-")[2].isdecimal()]
-    return sorted(folders, key=lambda path: int(path.name.partition("-")[2]), reverse=True)
+    steps = {}
+    for path in Path(folder).glob("checkpoint-*"):
+        _, _, step = path.name.partition("-")
+        if step.isdecimal():
+            steps[path] = int(step)
+    return sorted(steps, key=steps.__getitem__, reverse=True)
 
 
 def written_checkpoints(folder: str | Path) -> list[Path]:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Hashable, Iterable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict
@@ -111,12 +112,12 @@ def log_start(
     args: TrainingArguments,
 ):
     """Log the initial weights, the median (height, width) of the images in pixels, and what decides a step."""
-    height, width = processor.image_processor.size["height"], processor.image_processor.size["width"]
-    images = f"images to {width}x{height}"
+    resized = processor.image_processor.size
+    images = f"images to {resized['width']}x{resized['height']}"
     if sizes:
         median_height = median(size[0] for size in sizes)
         median_width = median(size[1] for size in sizes)
-        images = f"images {median_width:g}x{median_height:g} to {width}x{height}"
+        images = f"images {median_width:g}x{median_height:g} to {resized['width']}x{resized['height']}"
     logger.info("Start: %s, %.1f million parameters; %s", start, model.num_parameters() / 1e6, images)
     logger.info(
         "Steps of %d texts per process, up to %d of an image; learning rate %g (towers: %s); %s",
@@ -178,7 +179,7 @@ def check_resumed(config: TripsConfig, args: TrainingArguments):
     """
     folder = Path(args.resume_from_checkpoint)
     state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
-    values = {}  # of the checkpoint and of this run
+    values: dict[str, tuple[Any, Any]] = {}  # of the checkpoint and of this run
     if (folder / "config.json").exists():  # FSDP writes none
         stored = TripsConfig.from_pretrained(folder)
         values["schedule"] = (str(stored.vision_config.schedule), str(config.vision_config.schedule))

@@ -100,7 +100,8 @@ class MomentumTeacher(nn.Module):
         **others,
     ) -> TeacherOutput:
         """Compute the teacher's output for a batch. Arguments are those of [`TripsForPreTraining`]."""
-        teacher, config = self.model.eval(), self.model.config
+        teacher = self.model.eval()
+        config = teacher.config
         output: dict = {}
         image_cache = teacher.model.encode_images(pixel_values, schedule=schedule)
         # An objective of weight 0 does not need the teacher.

@@ -103,7 +103,10 @@ class ModelArguments:
 
 def config_fields(arguments) -> dict:
     """Return the fields of `TripsConfig` that the given options set. `--schedule` sets those of the selection."""
-    fields = {name: value for name, value in vars(arguments).items() if name in CONFIG_FIELDS and value is not None}
+    fields = {}
+    for name, value in vars(arguments).items():
+        if name in CONFIG_FIELDS and value is not None:
+            fields[name] = value
     schedule = getattr(arguments, "schedule", None)
     if schedule is not None:
         from modeling_trips import SelectionSchedule  # slow to import

@@ -15,7 +15,8 @@ from modeling_trips.inspection.files import whole_file
 from trips_examples.data.images import read_image
 
 
-TRUE_COLOR, PREDICTED_COLOR = "#2b8a3e", "#1864ab"  # kept patches have orange outlines
+TRUE_COLOR = "#2b8a3e"  # kept patches have orange outlines
+PREDICTED_COLOR = "#1864ab"
 SIDE = 240  # pixels of a drawn image
 TITLE_LINES = 3
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values", "image_index")

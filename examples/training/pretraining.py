@@ -245,8 +245,10 @@ class PretrainingTrainer(RetrievalTrainer):
         """Return the metrics of retrieval by features and matching, and the means of the losses over batches."""
         metrics = {}
         if self.model.config.itc_weight > 0:
-            metrics = {**self.search(dataset)[0], "chance_r1": 1 / len(set(column_of(dataset, "image_id")))}
-        model, losses = self.model_to_evaluate(), defaultdict(list)
+            metrics, _ = self.search(dataset)
+            metrics["chance_r1"] = 1 / len(set(column_of(dataset, "image_id")))
+        model = self.model_to_evaluate()
+        losses = defaultdict(list)
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(0)  # of the negatives, so that they do not depend on the training
             is_quiet = self.args.disable_tqdm or not self.args.should_log

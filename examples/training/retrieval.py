@@ -39,7 +39,8 @@ class RetrievalTrainer(ImageGroupedTrainer):
 
     def search(self, dataset: Dataset) -> tuple[dict[str, float], dict[str, Ranking]]:
         """Search among all images and captions of a data set, in both directions."""
-        args, model = self.args, self.model_to_evaluate()
+        args = self.args
+        model = self.model_to_evaluate()
         evaluator = RetrievalEvaluator(
             model,
             self.processing_class,

@@ -247,11 +247,15 @@ def train_and_evaluate(trainer: FiniteTrainer) -> dict[str, float]:
 @contextmanager
 def _on_test_split(trainer: FiniteTrainer) -> Iterator[None]:
     """Switch the trainer's evaluation to the test split and the folder `test` inside the context."""
-    eval_dataset, output_dir = trainer.eval_dataset, trainer.args.output_dir
-    trainer.eval_dataset, trainer.args.output_dir = trainer.test_dataset, str(Path(output_dir) / "test")
+    eval_dataset = trainer.eval_dataset
+    output_dir = trainer.args.output_dir
+    test_folder = Path(output_dir) / "test"
+    test_folder.mkdir(exist_ok=True)
+    trainer.eval_dataset = trainer.test_dataset
+    trainer.args.output_dir = str(test_folder)
     trainer._eval_dataloaders = {}  # persistent workers have the validation split
-    Path(trainer.args.output_dir).mkdir(exist_ok=True)
     try:
         yield
     finally:
-        trainer.eval_dataset, trainer.args.output_dir = eval_dataset, output_dir
+        trainer.eval_dataset = eval_dataset
+        trainer.args.output_dir = output_dir

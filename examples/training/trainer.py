@@ -139,7 +139,12 @@ class FiniteTrainer(Trainer):
     """
 
     def __init__(self, *args, data: Mapping[str, Any], **kwargs):
-        super().__init__(*args, train_dataset=data.get("train"), eval_dataset=data.get("validation"), **kwargs)
+        super().__init__(
+            *args,
+            train_dataset=data.get("train"),
+            eval_dataset=data.get("validation"),
+            **kwargs,
+        )
         self.test_dataset = data.get("test")
         self.add_callback(FiniteCallback())
         self.add_callback(DurationCallback())

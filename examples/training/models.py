@@ -183,8 +183,8 @@ def check_resumed(config: TripsConfig, args: TrainingArguments):
     if (folder / "config.json").exists():  # FSDP writes none
         stored = TripsConfig.from_pretrained(folder)
         values["schedule"] = (str(stored.vision_config.schedule), str(config.vision_config.schedule))
-        values["selection_gate"] = (stored.selection_gate, config.selection_gate)
-        values["selection_imitation"] = (stored.selection_imitation, config.selection_imitation)
+        for name in ("selection_gate", "selection_loss_weight", "selection_imitation"):
+            values[name] = (getattr(stored, name), getattr(config, name))
     for entry in state.log_history:
         if "unpruned_share" in entry:  # by `PhasesCallback`; the last one counts
             values["unpruned_share"] = (entry["unpruned_share"], args.unpruned_share)

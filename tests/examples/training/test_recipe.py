@@ -120,15 +120,15 @@ def test_a_run_that_resumes_across_the_phases_ends_as_an_uninterrupted_one(step,
 def test_a_resumed_run_goes_on_with_the_options_of_its_checkpoint_or_says_so(tmp_path, caplog):
     """Other defaults, as of a newer version, are refused; options on the command line may differ."""
     write_task("vqa", tmp_path)
-    gate = "--selection_gate=0.5"
+    learnt = ["--selection_gate=0.5", "--selection_loss_weight=0.25"]
     saved = ["--save_strategy=steps", "--save_steps=2", "--do_eval=False"]
-    train(tmp_path / "out", *PHASES, gate, *saved)
+    train(tmp_path / "out", *PHASES, *learnt, *saved)
     resumed = [*saved, f"--resume_from_checkpoint={tmp_path / 'out' / 'checkpoint-2'}"]
-    for option in (*PHASES[:3], gate):
-        others = [word for word in (*PHASES, gate) if word != option]
+    for option in (*PHASES[:3], *learnt):
+        others = [word for word in (*PHASES, *learnt) if word != option]
         with pytest.raises(ValueError, match=option.replace("=", " ")):
             train(tmp_path / "out", *others, *resumed)
-    train(tmp_path / "other", *PHASES, gate, *resumed, "--schedule=3:image:0.5")
+    train(tmp_path / "other", *PHASES, *learnt, *resumed, "--schedule=3:image:0.5")
     (message,) = (record.message for record in caplog.records if "was trained with" in record.message)
     assert "2:text:0.3,3:text:0.3" in message and "3:image:0.5" in message
 

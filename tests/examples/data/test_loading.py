@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from bad_rows import GOOD as GOOD_ROWS
-from bad_rows import PATCH_SIZE, BadRow, bad_rows, tokenizer, write_images
+from bad_rows import PATCH_SIZE, bad_rows, tokenizer, write_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loading import encoded, load, write
@@ -81,45 +81,49 @@ FILES = {
 }
 
 
-def in_folder(value, folder):
-    return [in_folder(each, folder) for each in value] if isinstance(value, list) else value.format(folder=folder)
-
-
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
 @pytest.mark.parametrize("task", FILES)
 def test_file_of_each_format(folder, suffix, task):
     records, expected = FILES[task]
+    expected = json.loads(json.dumps(expected).replace("{folder}", str(folder)))
     file = write(folder / f"train.{suffix}", records)
     loaded = load(task, train_file=file, validation_file=str(file))
     assert list(loaded) == ["train", "validation"]
     rows = loaded["train"]
     assert rows.features == TASKS[task].features
-    numbers = [f"train.{suffix} row {number}" for number in expected["source"]]
-    ids = {name: in_folder(expected[name], folder) for name in expected.keys() & {"image_id", "image_ids"}}
-    assert {name: rows[name][:] for name in expected} == {**expected, **ids, "source": numbers}
+    assert rows["source"][:] == [f"train.{suffix} row {number}" for number in expected["source"]]
+    for name in expected.keys() - {"source"}:
+        assert rows[name][:] == expected[name]
     first, last = rows[0]["images"] if task == "nlvr2" else (rows[0]["image"], rows[-1]["image"])
-    assert first.size == A and first.mode == "L"  # as it is stored
+    assert first.size == A
+    assert first.mode == "L"  # as it is stored
     assert last.tobytes() == PIL.Image.open(folder / "b.png").tobytes()
 
 
 def test_the_lists_of_albef(folder):
-    questions = [{"question_id": 5, "question": "what?", "answer": ["2", "two"], "image": "a.png", "dataset": "vqa"}]
-    (row,) = load("vqa", train_file=write(folder / "vqa_train.json", questions))["train"]
-    assert (row["question_id"], row["answers"]) == ("5", ["2", "two"])
-    statements = [{"sentence": "left", "label": label, "images": ["a.png", "b.png"]} for label in ("False", "True")]
-    rows = load("nlvr2", train_file=write(folder / "nlvr_train.json", statements))["train"]
-    assert rows["label"][:] == [0, 1] and rows["statement"][:] == ["left", "left"]
+    question = {"question_id": 5, "question": "what?", "answer": ["2", "two"], "image": "a.png", "dataset": "vqa"}
+    (row,) = load("vqa", train_file=write(folder / "vqa_train.json", [question]))["train"]
+    assert row["question_id"] == "5"
+    assert row["answers"] == ["2", "two"]
+    statement = {"sentence": "left", "label": "False", "images": ["a.png", "b.png"]}
+    (row,) = load("nlvr2", train_file=write(folder / "nlvr_train.json", [statement]))["train"]
+    assert row["statement"] == "left"
+    assert row["label"] == 0
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
 def test_bad_rows_are_skipped_and_counted(folder, suffix, caplog):
-    bad = [{**GOOD[0], "image": "none.png"}, {**GOOD[0], "question": " "}, {**GOOD[0], "image_id": 8}]
-    file = write(folder / f"train.{suffix}", [bad[0], GOOD[0], bad[0], bad[1], GOOD[2], bad[2]])
+    first, _, third = GOOD
+    without_image = {**first, "image": "none.png"}
+    without_question = {**first, "question": " "}
+    other_image = {**first, "image_id": third["image_id"]}
+    records = [without_image, first, without_image, without_question, third, other_image]
+    file = write(folder / f"train.{suffix}", records)
     rows = load("vqa", train_file=file, skip_bad_rows=True)["train"]
-    # Row 6 has the image_id of row 5 for another image.
-    assert rows["source"][:] == [f"train.{suffix} row {number}" for number in (2, 5)]
+    assert rows["source"][:] == [f"train.{suffix} row 2", f"train.{suffix} row 5"]
     assert f"Skipped 4 of the 6 rows of train.{suffix} (missing image: 2, " in caplog.text
-    assert "no question: 1" in caplog.text and "image_id of two images: 1" in caplog.text
+    assert "no question: 1" in caplog.text
+    assert "image_id of two images: 1" in caplog.text
 
 
 STRAY = "image,question,answer\na.png,what?,red\na.png,{}\na.png,why?,blue\na.png,{}\na.png,who?,red\n"
@@ -141,12 +145,12 @@ def test_rows_of_csv_that_quotes_or_commas_swallow_are_named(folder, content, nu
         load("vqa", train_file=folder / "train.csv", skip_bad_rows=True)
 
 
-@pytest.mark.parametrize("image", ["{}", "{}.jpe", "{}.heic"])
-@pytest.mark.parametrize(("first", "last"), [('{},what?,"red', '{},what?,red"'), ('{},"what?,red', '{},what?",red')])
-def test_swallowed_rows_are_named_whatever_the_images_are_called(tmp_path, image, first, last):
-    lines = ["image,question,answer", *(f"{image.format(number)},what?,red" for number in range(10))]
-    lines[4] = first.format(image.format(3))
-    lines[7] = last.format(image.format(6))
+@pytest.mark.parametrize("suffix", ["", ".jpe", ".heic"])
+def test_swallowed_rows_are_named_whatever_the_images_are_called(tmp_path, suffix):
+    lines = [f"{number}{suffix},what?,red" for number in range(10)]
+    lines.insert(0, "image,question,answer")
+    lines[4] = f'3{suffix},what?,"red'
+    lines[7] = f'6{suffix},what?,red"'
     file = tmp_path / "train.csv"
     file.write_text("\n".join(lines))
     with pytest.raises(ValueError, match="row 4"):
@@ -177,8 +181,9 @@ def test_names_that_occur_twice_are_refused(folder):
 
 
 def test_one_image_in_two_spellings_of_its_path(folder):
-    rows = load("vqa", train_file=write(folder / "t.jsonl", [{**GOOD[0], "image": x} for x in ("a.png", "./a.png")]))
-    assert len(set(rows["train"]["image_id"])) == 1
+    records = [{**GOOD[0], "image": "a.png"}, {**GOOD[0], "image": "./a.png"}]
+    first, second = load("vqa", train_file=write(folder / "train.jsonl", records))["train"]
+    assert first["image_id"] == second["image_id"]
 
 
 def test_texts_in_csv_are_kept(folder):
@@ -198,8 +203,9 @@ def test_byte_order_mark(folder, suffix):
 
 def test_a_changed_file_is_read_again(folder):
     for answer in ("red", "blue"):
-        rows = load("vqa", train_file=write(folder / "train.jsonl", [{**GOOD[0], "answer": answer}]))
-        assert rows["train"]["answers"][0] == [answer]
+        file = write(folder / "train.jsonl", [{**GOOD[0], "answer": answer}])
+        (row,) = load("vqa", train_file=file)["train"]
+        assert row["answers"] == [answer]
 
 
 def test_image_root(folder):
@@ -215,9 +221,15 @@ def test_files_that_cannot_be_read(folder):
     for name in ("none.json", "folder.jsonl"):
         with pytest.raises(FileNotFoundError, match=name):
             load("vqa", train_file=folder / name)
-    contents = {"a.txt": "", "b.json": "[{]", "c.parquet": "x", "d.csv": "image\n\xff", "e.jsonl": '{"image": "\xff"}'}
+    contents = {
+        "a.txt": b"",
+        "b.json": b"[{]",
+        "c.parquet": b"x",
+        "d.csv": b"image\n\xff",
+        "e.jsonl": b'{"image": "\xff"}',
+    }
     for name, content in contents.items():
-        (folder / name).write_bytes(content.encode("latin-1"))
+        (folder / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name} .*[cC]onvert"):
             load("vqa", train_file=folder / name)
     with pytest.raises(ValueError, match="empty.jsonl"):
@@ -244,14 +256,20 @@ def test_contradicting_arguments(task, given, option):
 @pytest.mark.parametrize("kind", ["struct", "binary", "large_binary"])
 def test_parquet_with_encoded_images(folder, kind):
     """Pandas, Spark and img2dataset write plain bytes. Rows with equal bytes share their image."""
-    struct = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
-    kind_of = {"struct": struct, "binary": pyarrow.binary(), "large_binary": pyarrow.large_binary()}[kind]
-    a, b = ((folder / name).read_bytes() for name in ("a.png", "b.png"))
+    a = (folder / "a.png").read_bytes()
+    b = (folder / "b.png").read_bytes()
     if kind == "struct":
-        a, b = ({"bytes": content, "path": None} for content in (a, b))
+        a = {"bytes": a, "path": None}
+        b = {"bytes": b, "path": None}
+        image_type = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+    else:
+        image_type = pyarrow.binary() if kind == "binary" else pyarrow.large_binary()
     file = folder / "train.parquet"
-    captions = {"captions": [["one", "two"], ["three"], ["four"], ["five"]]}
-    pyarrow.parquet.write_table(pyarrow.table({"image": pyarrow.array([a, b, None, a], kind_of), **captions}), file)
+    columns = {
+        "image": pyarrow.array([a, b, None, a], image_type),
+        "captions": [["one", "two"], ["three"], ["four"], ["five"]],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
     with pytest.raises(ValueError, match="row 3: no image"):
         load("captions", train_file=file)
     rows = load("captions", train_file=file, skip_bad_rows=True)["train"]
@@ -260,55 +278,72 @@ def test_parquet_with_encoded_images(folder, kind):
     assert first == second == third != other
     assert rows[2]["image"].tobytes() == PIL.Image.open(folder / "b.png").tobytes()
 
-    both = pyarrow.array([[a, b], [b, a]], pyarrow.list_(kind_of))
-    pyarrow.parquet.write_table(pyarrow.table({"images": both, "statement": ["s", "t"], "label": [0, 1]}), file)
-    rows = load("nlvr2", train_file=file)["train"]
-    assert rows[0]["image_ids"] == rows[1]["image_ids"][::-1]
-    assert [[image.size for image in pair] for pair in rows["images"]] == [[A, B], [B, A]]
+    columns = {
+        "images": pyarrow.array([[a, b], [b, a]], pyarrow.list_(image_type)),
+        "statement": ["s", "t"],
+        "label": [0, 1],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    first, second = load("nlvr2", train_file=file)["train"]
+    assert first["image_ids"] == second["image_ids"][::-1]
+    assert [image.size for image in first["images"]] == [A, B]
+    assert [image.size for image in second["images"]] == [B, A]
 
 
 @pytest.fixture
 def table(folder):
-    answers = [[{"answer": "red", "answer_id": i} for i in range(10)], [{"answer": "no", "answer_id": 0}]]
-    columns = {"question_id": [5, 6], "question": ["what?", ""], "answers": answers}
-    images = [encoded(folder / "a.png")] * 2
-    return datasets.Dataset.from_dict({"image": images, **columns}).cast_column("image", datasets.Image())
+    columns = {
+        "image": [encoded(folder / "a.png")] * 2,
+        "question_id": [5, 6],
+        "question": ["what?", ""],
+        "answers": [[{"answer": "red", "answer_id": 0}] * 10, [{"answer": "no", "answer_id": 0}]],
+    }
+    return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
 
 
 def test_hub(folder, table):
-    (folder / "repository").mkdir()
-    table.select([0]).to_parquet(folder / "repository" / "train-0.parquet")
-    table.to_parquet(folder / "repository" / "validation-0.parquet")
-    name = str(folder / "repository")
+    repository = folder / "repository"
+    repository.mkdir()
+    table.select([0]).to_parquet(repository / "train-0.parquet")
+    table.to_parquet(repository / "validation-0.parquet")
+    name = str(repository)
     with pytest.raises(ValueError, match="repository validation row 2: no question"):
         load("vqa", name)
     for split, rows in load("vqa", name, skip_bad_rows=True).items():
         assert rows.features == TASKS["vqa"].features
-        assert rows["source"][:] == [f"{name} {split} row 1"]
-        assert (rows[0]["question_id"], rows[0]["answers"], rows[0]["image"].size) == ("5", ["red"] * 10, A)
+        (row,) = rows
+        assert row["source"] == f"{name} {split} row 1"
+        assert row["question_id"] == "5"
+        assert row["answers"] == ["red"] * 10
+        assert row["image"].size == A
 
     swapped = load("vqa", name, train_split="validation", validation_split="train", skip_bad_rows=True)
     assert swapped["train"]["source"][0] == f"{name} validation row 1"
     with pytest.raises(ValueError, match="'testA'.*validation_split"):
         load("vqa", name, validation_split="testA")
-    (folder / "repository" / "train-0.parquet").unlink()
+    (repository / "train-0.parquet").unlink()
     assert list(load("vqa", name, skip_bad_rows=True)) == ["validation"]
 
 
 @pytest.mark.parametrize("has_splits", [True, False])
 def test_folders_of_save_to_disk(folder, table, has_splits):
     table = table.select([0])
-    saved = datasets.DatasetDict(train=table, validation=table) if has_splits else table
-    saved.save_to_disk(folder / "saved")
-    assert list(load("vqa", str(folder / "saved"))) == (["train", "validation"] if has_splits else ["train"])
+    splits = ["train"]
+    if has_splits:
+        splits.append("validation")
+        table = datasets.DatasetDict(train=table, validation=table)
+    table.save_to_disk(folder / "saved")
+    assert list(load("vqa", str(folder / "saved"))) == splits
 
 
 def test_imagefolder(folder):
-    (folder / "images" / "train").mkdir(parents=True)
-    (folder / "a.png").rename(folder / "images" / "train" / "a.png")
-    (folder / "images" / "train" / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "caption": "one"}))
+    train = folder / "images" / "train"
+    train.mkdir(parents=True)
+    (folder / "a.png").rename(train / "a.png")
+    (train / "metadata.jsonl").write_text('{"file_name": "a.png", "caption": "one"}')
     (row,) = load("captions", str(folder / "images"))["train"]
-    assert (row["caption"], row["image"].size) == ("one", A)
+    assert row["caption"] == "one"
+    assert row["image"].size == A
 
 
 # Bad rows
@@ -329,8 +364,10 @@ def processor():
 
 def write_bad(folder, task, rows) -> str:
     """Write a file with a good row 1, followed by the bad rows."""
+    lines = [json.dumps(GOOD_ROWS[task])]
+    lines += [row.line for row in rows]
     file = folder / "rows.jsonl"
-    file.write_text("\n".join([json.dumps(GOOD_ROWS[task]), *(row.line for row in rows)]))
+    file.write_text("\n".join(lines))
     return str(file)
 
 
@@ -353,17 +390,20 @@ def collate(processor, task, dataset):
 @each_task
 def test_a_run_names_them_before_training(task, folder, processor):
     rows = bad_rows(task)
-    source, faults = DataArguments(train_file=write_bad(folder, task, rows)), []
+    source = DataArguments(train_file=write_bad(folder, task, rows))
+    faults = []
     data = load_task_dataset(task, source, patch_size=PATCH_SIZE, faults=faults)
     assert {fault.source: fault.reason for fault in faults} == expected(rows, "reading")
     with pytest.raises(ValueError, match=f"{len(faults)} of the {len(rows) + 1} rows of rows.jsonl") as raised:
         load_task_dataset(task, source, patch_size=PATCH_SIZE)
-    assert [line.strip() for line in str(raised.value).splitlines()[1:6]] == list(map(str, faults[:5]))
+    for fault in faults[:5]:
+        assert str(fault) in str(raised.value)
 
     unfit = expected(rows, "tokenizer")
     with pytest.raises(ValueError, match=f"{len(unfit)} of the .* rows of train") as raised:
         with_fitting_texts(data, task, processor, skip=False)
-    assert all(f"{source}: {reason} (" in str(raised.value) for source, reason in unfit.items())
+    for place, reason in unfit.items():
+        assert f"{place}: {reason} (" in str(raised.value)
     data = with_fitting_texts(data, task, processor, skip=True)
     assert data["train"]["source"][:] == ["rows.jsonl row 1"]
     assert collate(processor, task, data["train"]) == {}
@@ -371,14 +411,13 @@ def test_a_run_names_them_before_training(task, folder, processor):
 
 def test_a_repaired_or_damaged_image_is_checked_again(folder):
     """The rows are the same, and their result is cached."""
-    source = DataArguments(
-        train_file=write_bad(folder, "vqa", [BadRow({**GOOD_ROWS["vqa"], "image": "text.png"}, "")])
-    )
-    damaged, whole = (folder / "text.png").read_bytes(), (folder / "good.png").read_bytes()
-    for content, num_faults in ((damaged, 1), (whole, 0), (damaged, 1)):
-        (folder / "text.png").write_bytes(content)
+    good = GOOD_ROWS["vqa"]
+    file = write(folder / "rows.jsonl", [good, {**good, "image": "good.jpg"}])
+    whole = (folder / "good.jpg").read_bytes()
+    for content, num_faults in ((b"damaged", 1), (whole, 0), (b"damaged", 1)):
+        (folder / "good.jpg").write_bytes(content)
         faults = []
-        load_task_dataset("vqa", source, faults=faults)
+        load_task_dataset("vqa", DataArguments(train_file=str(file)), faults=faults)
         assert len(faults) == num_faults
 
 
@@ -397,8 +436,10 @@ def test_a_stream_names_them_all_in_the_same_words(folder, processor):
     stream = PairStream(shards, processor=processor, max_bad_share=1.0, log_folder=folder)
     pairs = list(islice(stream, 2))  # the second pass begins after all rows
     assert [pair["source"] for pair in pairs] == ["rows.jsonl row 1"] * 2
-    lines = (folder / "bad_pairs-00000.jsonl").read_text().splitlines()
-    named = {pair["source"]: pair["error"].partition(" (")[0] for pair in map(json.loads, lines)}
+    named = {}
+    for line in (folder / "bad_pairs-00000.jsonl").read_text().splitlines():
+        pair = json.loads(line)
+        named[pair["source"]] = pair["error"].partition(" (")[0]
     assert named == expected(rows, "reading", "tokenizer")
 
 

@@ -18,22 +18,19 @@ def processor():
 
 def test_words_are_masked_at_the_rates_of_bert_and_special_tokens_never(processor):
     tokenizer = processor.tokenizer
-    changed = Counter()
-    for start in range(60):
-        rows = [{**row, "source": f"{start} {row['source']}"} for row in make_rows(50)]
-        batch = PretrainingCollator(processor)(rows)
-        ids, masked, labels = batch["input_ids"], batch["mlm_input_ids"], batch["mlm_labels"]
-        special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
-        chosen = labels != -100
-        assert not (chosen & special).any() and torch.equal(labels[chosen], ids[chosen])
-        assert torch.equal(masked[~chosen], ids[~chosen])
-        changed["words"] += int((~special).sum())
-        changed["chosen"] += int(chosen.sum())
-        changed["mask"] += int((masked[chosen] == tokenizer.mask_token_id).sum())
-        changed["kept"] += int((masked[chosen] == ids[chosen]).sum())
-    assert changed["chosen"] / changed["words"] == pytest.approx(0.15, abs=0.01)
-    assert changed["mask"] / changed["chosen"] == pytest.approx(0.8, abs=0.03)
-    assert changed["kept"] / changed["chosen"] == pytest.approx(0.1, abs=0.03)  # some random words equal the original
+    rows = make_rows(3000)
+    batch = PretrainingCollator(processor)(rows)
+    ids = batch["input_ids"]
+    labels = batch["mlm_labels"]
+    is_special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
+    is_chosen = labels != -100
+    assert not (is_chosen & is_special).any()
+    assert torch.equal(labels[is_chosen], ids[is_chosen])
+    assert torch.equal(batch["mlm_input_ids"][~is_chosen], ids[~is_chosen])
+    chosen = batch["mlm_input_ids"][is_chosen]
+    assert is_chosen[~is_special].float().mean() == pytest.approx(0.15, abs=0.01)
+    assert (chosen == tokenizer.mask_token_id).float().mean() == pytest.approx(0.8, abs=0.03)
+    assert (chosen == ids[is_chosen]).float().mean() == pytest.approx(0.1, abs=0.03)  # a random word may be the same
 
 
 def test_what_is_drawn_depends_on_the_seed_and_the_rows_alone(processor):
@@ -52,26 +49,27 @@ def test_what_is_drawn_depends_on_the_seed_and_the_rows_alone(processor):
 
 def test_a_cut_caption_is_a_prompt_and_what_follows(processor):
     tokenizer = processor.tokenizer
+    rows = make_rows(600)
+    batch = PretrainingCollator(processor)(rows + make_rows(1, "a {} picture of a wall on the left"))
+    mask = batch["attention_mask"].bool()
+    prompt_mask = batch["prompt_attention_mask"].bool()
     cuts = Counter()
-    for start in range(20):
-        rows = [{**row, "source": f"{start} {row['source']}"} for row in make_rows(30)] + make_rows(1, "a {}")
-        batch = PretrainingCollator(processor)(rows)
-        for ids, prompt, mask, labels in zip(
-            batch["input_ids"], batch["prompt_input_ids"], batch["prompt_attention_mask"], batch["labels"]
-        ):
-            whole = tokenizer.decode(ids, skip_special_tokens=True).split()
-            prompt, labels = prompt[mask.bool()].tolist(), labels[labels != -100].tolist()
-            assert prompt == tokenizer(tokenizer.decode(prompt, skip_special_tokens=True))["input_ids"]
-            assert labels[-1] == tokenizer.sep_token_id
-            beginning, rest = tokenizer.decode(prompt[1:-1]).split(), tokenizer.decode(labels[:-1]).split()
-            assert beginning and rest and beginning + rest == whole
-            cuts[len(whole), len(beginning)] += 1
+    for row in range(len(rows)):
+        caption = batch["input_ids"][row, mask[row]].tolist()
+        prompt = batch["prompt_input_ids"][row, prompt_mask[row]].tolist()
+        labels = batch["labels"][row]
+        rest = labels[labels != -100].tolist()  # ends with [SEP]
+        assert prompt[:-1] + rest == caption
+        beginning = tokenizer.decode(prompt, skip_special_tokens=True)
+        assert prompt == tokenizer(beginning)["input_ids"]
+        cuts[len(beginning.split())] += 1
     # "red from the left to the right" has seven words: every cut happens, about as often.
-    assert {cut for length, cut in cuts if length == 7} == set(range(1, 7))
-    assert min(cuts[7, cut] for cut in range(1, 7)) > 60 and cuts[2, 1] == 20
+    assert set(cuts) == {1, 2, 3, 4, 5, 6}
+    assert min(cuts.values()) > 60
 
 
 def test_a_caption_of_one_word_is_not_cut(processor):
-    batch = PretrainingCollator(processor)(make_rows(2, "{}") + make_rows(1))
-    assert (batch["labels"][:2] == -100).all() and (batch["labels"][2] != -100).any()
+    batch = PretrainingCollator(processor)(make_rows(2, "{}") + make_rows(1, "a {}"))
+    assert (batch["labels"][:2] == -100).all()
     assert torch.equal(batch["prompt_input_ids"][:2, :3], batch["input_ids"][:2, :3])
+    assert (batch["labels"][2] != -100).any()

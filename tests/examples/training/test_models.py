@@ -42,11 +42,12 @@ def test_another_image_size_shows_the_whole_image(image_processor, processor, tm
 def test_images_are_resized_to_the_size_of_the_model(processor):
     config = TripsConfig(vision_config={"image_size": [32, 64], "patch_size": [8, 8]})
     wide = make_processor(processor.tokenizer, config)
-    image = PIL.Image.new("RGB", (40, 30))
-    assert wide(images=image, text="red", return_tensors="pt")["pixel_values"].shape == (1, 3, 32, 64)
+    inputs = wide(images=PIL.Image.new("RGB", (40, 30)), text="red", return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, 32, 64)
     assert wide.patch_size == 8
+    config = TripsConfig(vision_config={"image_size": 64, "patch_size": [8, 16]})
     with pytest.raises(ValueError, match="`patch_size`"):
-        make_processor(processor.tokenizer, TripsConfig(vision_config={"image_size": 64, "patch_size": [8, 16]}))
+        make_processor(processor.tokenizer, config)
 
 
 @pytest.mark.filterwarnings("error:.*max_length")
@@ -66,29 +67,34 @@ def parts(tmp_path_factory) -> dict[str, str]:
 
 
 def start_from(parts: dict[str, str], **options) -> TripsForQuestionAnswering:
-    fields = {"schedule": "3:text:0.5", "num_fusion_layers": 1, "image_size": 48, **options}
-    args = ModelArguments(**parts, **fields)
+    args = ModelArguments(**parts, schedule="3:text:0.5", num_fusion_layers=1, image_size=48, **options)
     torch.manual_seed(0)
     return make_model(TripsForQuestionAnswering, args, *load_start(args))
 
 
 def test_frozen_layers_need_no_backward_pass(parts):
-    models = {"free": start_from(parts), "frozen": start_from(parts, freeze_vision_layers=2)}
-    ids, pixels = torch.tensor([[2, 5, 6, 3]]), torch.randn(1, 3, 48, 48)
-    recorded = {name: [] for name in models}
-    losses = {}
-    for name, model in models.items():
-        for layer in model.base_model.vision_model.layers:
-            layer.register_forward_pre_hook(lambda _, args, name=name: recorded[name].append(args[0].requires_grad))
-        losses[name] = model(input_ids=ids, pixel_values=pixels, labels=ids).loss
-    assert losses["frozen"].item() == losses["free"].item()
-    # Inputs of each layer. The third layer is trained.
-    assert recorded == {"free": [True] * 3, "frozen": [False] * 3}
-    losses["frozen"].backward()
-    tower = models["frozen"].base_model.vision_model
-    still = [*tower.embeddings.parameters(), *tower.layers[:2].parameters()]
-    assert still and all(weight.grad is None for weight in still)
-    assert all(weight.grad is not None for weight in tower.layers[2].parameters())
+    ids = torch.tensor([[2, 5, 6, 3]])
+    pixel_values = torch.randn(1, 3, 48, 48)
+    free = start_from(parts)
+    expected = free(input_ids=ids, pixel_values=pixel_values, labels=ids).loss
+
+    frozen = start_from(parts, freeze_vision_layers=2)
+    tower = frozen.base_model.vision_model
+    needs_gradient = []
+
+    def note_input(layer, args):
+        needs_gradient.append(args[0].requires_grad)
+
+    for layer in tower.layers:
+        layer.register_forward_pre_hook(note_input)
+    loss = frozen(input_ids=ids, pixel_values=pixel_values, labels=ids).loss
+    assert loss.item() == expected.item()
+    assert needs_gradient == [False, False, False]
+    loss.backward()
+    for parameter in (*tower.embeddings.parameters(), *tower.layers[:2].parameters()):
+        assert parameter.grad is None
+    for parameter in tower.layers[2].parameters():
+        assert parameter.grad is not None
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])
@@ -101,9 +107,11 @@ def test_missing_decoder_starts_from_the_text_encoder(num_layers, processor, tmp
     processor.save_pretrained(tmp_path)
     args = ModelArguments(model=str(tmp_path))
     model = make_model(TripsForQuestionAnswering, args, *load_start(args))
-    text, decoder = model.model.text_model, model.decoder
-    torch.testing.assert_close(decoder.embeddings.word_embeddings.weight, text.embeddings.word_embeddings.weight)
-    assert model.lm_head.decoder.weight is decoder.embeddings.word_embeddings.weight
+    text = model.model.text_model
+    decoder = model.decoder
+    words = decoder.embeddings.word_embeddings.weight
+    assert model.lm_head.decoder.weight is words
+    torch.testing.assert_close(words, text.embeddings.word_embeddings.weight)
     uppermost = text.encoder.layer[-num_layers:]
     for layer, source in zip(decoder.encoder.layer, uppermost):
         weights = layer.state_dict()
@@ -116,14 +124,11 @@ def test_missing_decoder_starts_from_the_text_encoder(num_layers, processor, tmp
     assert (again.decoder.encoder.layer[0].output.dense.weight == 1).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The schedule
-
-
-@pytest.mark.parametrize(("guidance", "texts", "warns"), [("text", 1, False), ("text", 4, True), ("image", 4, False)])
+@pytest.mark.parametrize("guidance, texts, warns", [("text", 1, False), ("text", 4, True), ("image", 4, False)])
 def test_a_schedule_that_costs_more_than_no_pruning_has_a_warning(guidance, texts, warns, caplog):
     """Text scores in an early layer make the layers behind it compute an image once for each of its texts."""
-    log_costs(TripsConfig.from_preset("tiny", selection_guidance=guidance), 2 * texts, texts, text_length=6)
+    config = TripsConfig.from_preset("tiny", selection_guidance=guidance)
+    log_costs(config, 2 * texts, texts, text_length=6)
     assert any(record.levelname == "WARNING" for record in caplog.records) == warns
 
 
@@ -134,5 +139,6 @@ def test_starting_another_task_names_new_and_unused_parts(processor, tmp_path, c
     caplog.set_level("INFO")
     args = ModelArguments(model=str(tmp_path))
     make_model(TripsForVisualGrounding, args, *load_start(args))
-    assert "new: box_head" in caplog.text and "left out: decoder" in caplog.text
+    assert "new: box_head" in caplog.text
+    assert "left out: decoder" in caplog.text
     assert "UNEXPECTED" not in caplog.text + capfd.readouterr().err

@@ -13,29 +13,27 @@ from trips_examples.training.momentum import FeatureQueue, MomentumTeacher
 def test_the_teacher_is_a_moving_average():
     model = make_model()
     teacher = MomentumTeacher(model, momentum=0.75, queue_size=8)
-    start = {name: value.clone() for name, value in model.named_parameters()}
+    starts = [parameter.clone() for parameter in model.parameters()]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1.0)
     teacher.update(model)
     teacher.update(model)
-    for name, value in teacher.model.named_parameters():
-        torch.testing.assert_close(value, start[name] + 1 - 0.75**2)
-        assert not value.requires_grad
+    for parameter, start in zip(teacher.model.parameters(), starts):
+        torch.testing.assert_close(parameter, start + 1 - 0.75**2)
+        assert not parameter.requires_grad
     teacher.update(model.to(torch.bfloat16))
-    for name, value in teacher.model.named_parameters():
-        torch.testing.assert_close(value, start[name] + 1 - 0.75**3, rtol=0, atol=0.01)
-        assert value.dtype == torch.float32
-    teacher.update(model, momentum=0.0)
-    assert all(torch.equal(a, b.float()) for a, b in zip(teacher.model.parameters(), model.parameters()))
+    for parameter, start in zip(teacher.model.parameters(), starts):
+        torch.testing.assert_close(parameter, start + 1 - 0.75**3, rtol=0, atol=0.01)
+        assert parameter.dtype == torch.float32
 
 
 def test_a_queue_overwrites_its_oldest_rows():
     queue = FeatureQueue(size=4, dim=1)
-    for start, count in ((0, 3), (3, 2), (5, 4)):
-        ids = torch.arange(start, start + count)
+    for ids in torch.arange(9).split((3, 2, 4)):
         queue.push(ids[:, None].float() * 10, ids)
-    assert queue.ids.tolist() == [8, 5, 6, 7] and queue.features[:, 0].tolist() == [80, 50, 60, 70]
+    assert queue.ids.tolist() == [8, 5, 6, 7]
+    assert queue.features[:, 0].tolist() == [80, 50, 60, 70]
     assert queue.position == 1
     with pytest.raises(ValueError, match="4 rows"):
         queue.push(torch.zeros(5, 1), torch.arange(5))
@@ -43,21 +41,30 @@ def test_a_queue_overwrites_its_oldest_rows():
 
 def test_distilled_targets_by_hand():
     """One query, three candidates, one of which is absent."""
-    queries, teachers = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
-    candidates = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-    ids = torch.tensor([5, 6, -1])
-    loss = retrieval_loss(queries, torch.tensor([5]), candidates, ids, 0.5, teachers, teacher_weight=0.4)
-    student, teacher = log_softmax(torch.tensor([2.0, 0.0]), 0), softmax(torch.tensor([0.0, 2.0]), 0)
+    loss = retrieval_loss(
+        torch.tensor([[1.0, 0.0]]),
+        torch.tensor([5]),
+        torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]),
+        torch.tensor([5, 6, -1]),
+        0.5,
+        torch.tensor([[0.0, 1.0]]),
+        teacher_weight=0.4,
+    )
+    student = log_softmax(torch.tensor([2.0, 0.0]), dim=0)
+    teacher = softmax(torch.tensor([0.0, 2.0]), dim=0)
     target = 0.4 * teacher + 0.6 * torch.tensor([1.0, 0.0])
     torch.testing.assert_close(loss, -(target * student).sum())
 
 
 def test_distilled_words_by_hand():
-    logits, teacher = torch.tensor([[[1.0, 0.0], [3.0, 1.0]]]), torch.tensor([[[0.0, 2.0], [9.0, 9.0]]])
+    logits = torch.tensor([[[1.0, 0.0], [3.0, 1.0]]])
+    teacher_logits = torch.tensor([[[0.0, 2.0], [9.0, 9.0]]])
     labels = torch.tensor([[0, -100]])
-    student = log_softmax(logits[0, 0], 0)
-    target = 0.4 * softmax(teacher[0, 0], 0) + 0.6 * torch.tensor([1.0, 0.0])
-    torch.testing.assert_close(masked_language_loss(logits, labels, teacher, 0.4), -(target * student).sum())
+    student = log_softmax(logits[0, 0], dim=0)
+    teacher = softmax(teacher_logits[0, 0], dim=0)
+    target = 0.4 * teacher + 0.6 * torch.tensor([1.0, 0.0])
+    loss = masked_language_loss(logits, labels, teacher_logits, 0.4)
+    torch.testing.assert_close(loss, -(target * student).sum())
     torch.testing.assert_close(masked_language_loss(logits, labels), -student[0])
     assert masked_language_loss(logits, torch.full((1, 2), -100)) == 0
 
@@ -65,7 +72,8 @@ def test_distilled_words_by_hand():
 @torch.no_grad()
 def test_past_batches_are_candidates_and_equal_ids_are_partners():
     """Against an explicit softmax over the batch's and the past batch's features."""
-    model, batch = make_model(itm_weight=0.0, mlm_weight=0.0, prefix_lm_weight=0.0), make_batch()
+    model = make_model(itm_weight=0.0, mlm_weight=0.0, prefix_lm_weight=0.0)
+    batch = make_batch()
     teacher = MomentumTeacher(model, queue_size=10)
     for parameter in teacher.model.parameters():
         parameter.add_(0.05 * torch.randn_like(parameter))  # differs from the student
@@ -74,30 +82,33 @@ def test_past_batches_are_candidates_and_equal_ids_are_partners():
     actual = model.eval()(**teacher.teach(again, 0.3)).itc_loss
 
     def features(owner):
-        images = owner.vision_proj(owner.model.vision_model(batch["pixel_values"]).pooler_output)
-        texts = owner.text_proj(owner.model.text_model(batch["input_ids"], batch["attention_mask"]).pooler_output)
-        return normalize(images, dim=-1), normalize(texts, dim=-1)
+        image_states = owner.model.vision_model(batch["pixel_values"]).pooler_output
+        text_states = owner.model.text_model(batch["input_ids"], batch["attention_mask"]).pooler_output
+        images = normalize(owner.vision_proj(image_states), dim=-1)
+        texts = normalize(owner.text_proj(text_states), dim=-1)
+        return images, texts
 
-    (images, texts), (teacher_images, teacher_texts) = features(model), features(teacher.model)
-    image_ids, text_ids = torch.tensor([4, 8, 1, 4, 9, 6]), torch.tensor([4, 4, 8, 1, 8, 4, 4, 9, 6, 9])
-    directions = [
-        (images, teacher_images, image_ids[:3], teacher_texts.repeat(2, 1), text_ids),
-        (texts, teacher_texts, text_ids[:5], teacher_images.repeat(2, 1), image_ids),
-    ]
-    losses = []
-    for queries, teachers, query_ids, candidates, candidate_ids in directions:
+    def loss(queries, teacher_queries, query_ids, candidates, candidate_ids):
+        candidates = candidates.repeat(2, 1)  # those of the batch, and the same ones of the past batch
         student = log_softmax(queries @ candidates.T / 0.07, dim=-1)
-        guesses = softmax(teachers @ candidates.T / 0.07, dim=-1)
+        guesses = softmax(teacher_queries @ candidates.T / 0.07, dim=-1)
         same = (query_ids[:, None] == candidate_ids).float()
-        targets = 0.3 * guesses + 0.7 * same / same.sum(1, keepdim=True)
-        losses.append(-(targets * student).sum(-1).mean())
-    torch.testing.assert_close(actual, sum(losses) / 2, rtol=1e-4, atol=1e-4)
+        targets = 0.3 * guesses + 0.7 * same / same.sum(dim=1, keepdim=True)
+        return -(targets * student).sum(dim=-1).mean()
+
+    images, texts = features(model)
+    teacher_images, teacher_texts = features(teacher.model)
+    image_ids = torch.tensor([4, 8, 1, 4, 9, 6])
+    text_ids = torch.tensor([4, 4, 8, 1, 8, 4, 4, 9, 6, 9])
+    image_loss = loss(images, teacher_images, image_ids[:3], teacher_texts, text_ids)
+    text_loss = loss(texts, teacher_texts, text_ids[:5], teacher_images, image_ids)
+    torch.testing.assert_close(actual, (image_loss + text_loss) / 2, rtol=1e-4, atol=1e-4)
 
 
 def test_a_teacher_goes_on_where_it_was_saved(tmp_path):
-    model, batch = make_model().train(), make_batch()
+    model = make_model().train()
     teacher = MomentumTeacher(model, queue_size=8)
-    teacher.push(teacher.teach(batch, 0.4)["teacher"])
+    teacher.push(teacher.teach(make_batch(), 0.4)["teacher"])
     with torch.no_grad():
         next(model.parameters()).add_(1.0)
     teacher.update(model)
@@ -105,7 +116,7 @@ def test_a_teacher_goes_on_where_it_was_saved(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["momentum.safetensors"]
     again = MomentumTeacher(make_model(), queue_size=8)
     again.load(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(teacher.state_dict().values(), again.state_dict().values()))
+    torch.testing.assert_close(again.state_dict(), teacher.state_dict(), rtol=0, atol=0)
     with pytest.raises(FileNotFoundError, match="momentum.safetensors"):
         again.load(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="images.features"):
@@ -116,9 +127,11 @@ def test_a_teacher_goes_on_where_it_was_saved(tmp_path):
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_a_teacher_looks_as_its_student_does(schedule):
     """With the student's weights it gives the student's outputs, for every guidance."""
-    model, batch = make_model(**schedule), make_batch()
-    for own in (None, UNPRUNED):
-        actual = MomentumTeacher(model, queue_size=8).teach({**batch, "schedule": own}, 0.4)["teacher"]
-        outputs = model(**batch, schedule=own)
+    model = make_model(**schedule)
+    teacher = MomentumTeacher(model, queue_size=8)
+    for current in (None, UNPRUNED):
+        batch = {**make_batch(), "schedule": current}
+        actual = teacher.teach(batch, 0.4)["teacher"]
+        outputs = model(**batch)
         for name in ("image_embeds", "text_embeds", "mlm_logits"):
             torch.testing.assert_close(getattr(actual, name), outputs[name])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from toy_pairs import make_rows, make_tokenizer
+from transformers import HfArgumentParser
 
 from modeling_trips import TripsConfig, TripsForPreTraining
 from trips_examples.data.collators import PretrainingCollator
@@ -20,19 +21,27 @@ def processor():
     return make_processor(make_tokenizer(), TripsConfig.from_preset("tiny"))
 
 
-def make_trainer(processor, folder: Path, **options) -> PretrainingTrainer:
+def make_trainer(processor, folder: Path, config_fields: dict | None = None, **options) -> PretrainingTrainer:
+    """Return a trainer of 20 rows. `options` are fields of the arguments of training or of pre-training."""
+    defaults = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "texts_per_image": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "queue_size": 16,
+        "teacher_start_steps": 0,
+    }
+    parser = HfArgumentParser((TripsTrainingArguments, PretrainingArguments))
+    args, task_args = parser.parse_dict({**defaults, **options})
     torch.manual_seed(0)
-    config_fields = options.pop("config_fields", {})
     config = TripsConfig.from_preset(
-        "tiny", text_config={"vocab_size": len(processor.tokenizer)}, projection_dim=16, **config_fields
+        "tiny", text_config={"vocab_size": len(processor.tokenizer)}, projection_dim=16, **(config_fields or {})
     )
-    task = {"queue_size": 16, "teacher_start_steps": 0}
-    task |= {name: options.pop(name) for name in PretrainingArguments.__dataclass_fields__ if name in options}
-    defaults = {"per_device_train_batch_size": 4, "report_to": "none", "texts_per_image": 1}
     return PretrainingTrainer(
         model=TripsForPreTraining(config),
-        args=TripsTrainingArguments(output_dir=str(folder), disable_tqdm=True, **{**defaults, **options}),
-        task_args=PretrainingArguments(**task),
+        args=args,
+        task_args=task_args,
         data={"train": Dataset.from_list(make_rows(20))},
         data_collator=PretrainingCollator(processor),
         processing_class=processor,
@@ -40,23 +49,23 @@ def make_trainer(processor, folder: Path, **options) -> PretrainingTrainer:
 
 
 def test_the_teacher_follows_each_step_of_the_optimizer(processor, tmp_path):
-    options = {"max_steps": 3, "save_strategy": "no", "gradient_accumulation_steps": 2}
-    trainer = make_trainer(processor, tmp_path, **options)
+    trainer = make_trainer(processor, tmp_path, max_steps=3, save_strategy="no", gradient_accumulation_steps=2)
     trainer.teacher.momentum = 0.75
-    name, parameter = next(iter(trainer.model.named_parameters()))
-    history, expected = [], parameter.detach().clone()
     original = trainer.teacher.update
+    expected = trainer.model.itm_head.weight.detach().clone()
+    history = []
 
     def update(model, momentum):
-        history.append(dict(model.named_parameters())[name].detach().clone())
+        history.append(model.itm_head.weight.detach().clone())
         original(model, momentum)
 
     trainer.teacher.update = update
     trainer.train()
-    assert len(history) == 3 and not torch.equal(history[0], history[2])
-    for value in history:
-        expected = 0.75 * expected + 0.25 * value
-    torch.testing.assert_close(dict(trainer.teacher.model.named_parameters())[name], expected)
+    assert len(history) == 3
+    assert not torch.equal(history[0], history[2])
+    for weight in history:
+        expected = 0.75 * expected + 0.25 * weight
+    torch.testing.assert_close(trainer.teacher.model.itm_head.weight, expected)
 
 
 def test_the_teacher_gains_weight_over_an_epoch(processor, tmp_path):
@@ -75,18 +84,18 @@ def test_the_teacher_gains_weight_over_an_epoch(processor, tmp_path):
 
 
 def test_teacher_equals_the_model_before_it_starts(processor, tmp_path):
-    options = {"max_steps": 3, "save_strategy": "no", "warmup_steps": 0, "teacher_start_steps": 2}
-    trainer = make_trainer(processor, tmp_path, **options)
-    seen, forward = [], trainer.teacher.forward
+    trainer = make_trainer(processor, tmp_path, max_steps=3, save_strategy="no", warmup_steps=0, teacher_start_steps=2)
+    forward = trainer.teacher.forward
+    steps = []
 
     def watched(**inputs):
-        weights = zip(trainer.teacher.model.parameters(), trainer.model.parameters())
-        seen.append((trainer.state.global_step, all(torch.equal(*pair) for pair in weights)))
+        steps.append(trainer.state.global_step)
+        assert all(map(torch.equal, trainer.teacher.model.parameters(), trainer.model.parameters()))
         return forward(**inputs)
 
     trainer.teacher.forward = watched
     trainer.train()
-    assert seen == [(2, True)]  # only the third step calls it
+    assert steps == [2]  # only the third step calls it
     assert not torch.equal(trainer.teacher.model.itm_head.weight, trainer.model.itm_head.weight)
     assert (trainer.teacher.texts.ids != -1).sum() == 4
 
@@ -95,19 +104,21 @@ def test_towers_have_learning_rates_of_their_own(processor, tmp_path):
     def groups(**options) -> dict[str, tuple[float, float]]:
         """Return the learning rate and weight decay by parameter."""
         trainer = make_trainer(processor, tmp_path, max_steps=1, learning_rate=1e-4, **options)
-        names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
-        found = [
-            (names.pop(id(parameter)), (group["lr"], group["weight_decay"]))
-            for group in trainer.create_optimizer().param_groups
-            for parameter in group["params"]
-        ]
+        names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+        found = {}
+        for group in trainer.create_optimizer().param_groups:
+            for parameter in group["params"]:
+                found[names.pop(parameter)] = (group["lr"], group["weight_decay"])
         assert not names
-        return dict(found)
+        return found
 
-    towers = {"vision_model": 1e-5, "text_model": 2e-5}
     expected = {}
     for name, (rate, decay) in groups().items():
-        expected[name] = next((towers[part] for part in name.split(".") if part in towers), rate), decay
+        if ".vision_model." in name:
+            rate = 1e-5
+        elif ".text_model." in name:
+            rate = 2e-5
+        expected[name] = (rate, decay)
     assert groups(tower_learning_rate=[1e-5, 2e-5]) == expected
 
 
@@ -125,6 +136,8 @@ def test_each_objective_is_logged(processor, tmp_path):
 def test_no_teacher_file_without_a_teacher(processor, tmp_path):
     trainer = make_trainer(processor, tmp_path, max_steps=1, save_steps=1, momentum_teacher=False)
     trainer.train()
-    assert trainer.teacher is None and not list(tmp_path.rglob("momentum.safetensors"))
+    assert trainer.teacher is None
+    assert not list(tmp_path.rglob("momentum.safetensors"))
     only_matching = {"itc_weight": 0.0, "mlm_weight": 0.0}
-    assert make_trainer(processor, tmp_path, max_steps=1, config_fields=only_matching).teacher is None
+    trainer = make_trainer(processor, tmp_path, only_matching, max_steps=1)
+    assert trainer.teacher is None

@@ -3,17 +3,20 @@
 import json
 
 import pytest
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, Image, List
 
 from trips_examples.training.files import write_predictions
 
 
 def test_predictions_are_written_with_columns_and_image(tmp_path):
-    files = [{"path": "a.png", "bytes": None}, {"path": None, "bytes": b"png"}]
-    features = Features({"answers": [Value("string")], "source": Value("string"), "image_id": Value("string")})
-    rows = {"answers": [["é"], []], "source": ["row 1", "row 2"], "image_id": ["a", "b"], "image": files}
-    rows = Dataset.from_dict(rows, features=Features({**features, "image": Image()}))
-    write_predictions(tmp_path, rows, ["source", "answers"], ({"prediction": text} for text in "ab"))
+    columns = {
+        "answers": [["é"], []],
+        "source": ["row 1", "row 2"],
+        "image_id": ["a", "b"],
+        "image": [{"path": "a.png", "bytes": None}, {"path": None, "bytes": b"png"}],
+    }
+    rows = Dataset.from_dict(columns).cast_column("image", Image())
+    write_predictions(tmp_path, rows, ["source", "answers"], [{"prediction": "a"}, {"prediction": "b"}])
     lines = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     assert lines[0] == '{"source": "row 1", "answers": ["é"], "image": "a.png", "prediction": "a"}'
     assert json.loads(lines[1]) == {"source": "row 2", "answers": [], "image": "b", "prediction": "b"}
@@ -24,6 +27,7 @@ def test_predictions_are_written_with_columns_and_image(tmp_path):
 def test_both_images_of_a_statement_are_named(tmp_path):
     pair = [{"path": "left.png", "bytes": None}, {"path": None, "bytes": b"png"}]
     rows = Dataset.from_dict({"images": [pair], "image_ids": [["l", "r"]], "label": [1]})
-    write_predictions(tmp_path, rows.cast_column("images", List(Image())), ["label"], [{"prediction": 1}])
+    rows = rows.cast_column("images", List(Image()))
+    write_predictions(tmp_path, rows, ["label"], [{"prediction": 1}])
     line = json.loads((tmp_path / "predictions.jsonl").read_text())
     assert line == {"label": 1, "images": ["left.png", "r"], "prediction": 1}

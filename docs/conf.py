@@ -6,7 +6,8 @@ import textwrap
 from pathlib import Path
 
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+DOCS = Path(__file__).resolve().parent
+sys.path[:0] = [str(DOCS), str(DOCS.parent)]
 
 import tables  # noqa: E402
 
@@ -44,8 +45,15 @@ REFERENCE = re.compile(r"\[(`[^`\n]+`)\]")
 
 def docstring_as_rst(app, what, name, obj, options, lines: list[str]):
     """Make code blocks, links and references of Markdown those of reStructuredText, in place."""
-    text = FENCE.sub(lambda code: f"{code[1]}::\n\n{textwrap.indent(code[2], '    ')}\n", "\n".join(lines))
-    text = SECTION.sub(r"\n\n\1", REFERENCE.sub(r"\1", LINK.sub(r"`\1 <\2>`__", text)))
+
+    def block(code: re.Match) -> str:
+        indented = textwrap.indent(code[2], "    ")
+        return f"{code[1]}::\n\n{indented}\n"
+
+    text = FENCE.sub(block, "\n".join(lines))
+    text = LINK.sub(r"`\1 <\2>`__", text)
+    text = REFERENCE.sub(r"\1", text)
+    text = SECTION.sub(r"\n\n\1", text)
     lines[:] = text.splitlines()
 
 

@@ -100,7 +100,9 @@ def execute(run: Run, args: AblationArguments) -> dict:
     if run.results_file.exists():
         row = json.loads(run.results_file.read_text())
         if row["options"] != list(run.options):
-            raise ValueError(f"{run.folder} holds a run of {row['options']}: choose another --output_dir.")
+            raise ValueError(
+                f"{run.folder} holds a run with other options, {shlex.join(row['options'])}. Choose another --output_dir."
+            )
         return row
     run.folder.mkdir(parents=True, exist_ok=True)
     script, *options = run.options

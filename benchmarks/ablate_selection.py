@@ -100,9 +100,8 @@ def execute(run: Run, args: AblationArguments) -> dict:
     if run.results_file.exists():
         row = json.loads(run.results_file.read_text())
         if row["options"] != list(run.options):
-            raise ValueError(
-                f"{run.folder} holds a run with other options, {shlex.join(row['options'])}. Choose another --output_dir."
-            )
+            others = shlex.join(row["options"])
+            raise ValueError(f"{run.folder} holds a run with other options, {others}. Choose another --output_dir.")
         return row
     run.folder.mkdir(parents=True, exist_ok=True)
     script, *options = run.options

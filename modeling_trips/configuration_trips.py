@@ -225,8 +225,13 @@ class TripsVisionConfig(PreTrainedConfig):
         teaches the scores of the last selection layer which tokens it misses: see [`attend`]. If a text
         scores that layer, the kept ones are drawn by their scores in training ([`draw_kept`]); they are the best in
         evaluation. The loss is that of the kept tokens alone. 0 turns the gate off, as `"random"` needs.
+    selection_imitation (`bool`, *optional*, defaults to `False`):
+        Whether, in training passes of a [`TripsModel`] that run unpruned (`schedule=UNPRUNED`), the scores of the
+        layers that a text scores learn where the fusion encoder looks: see [`imitation_loss`]. Its weight is
+        `selection_loss_weight`. Pruning then begins with a choice that is already the text's.
     guidance_hidden_size (`int`, *optional*):
-        Width of the text guidance. A `selection_projection` layer is added only if it differs from `hidden_size`.
+        Width of the text guidance. A `selection_projection` layer is added only if it differs from `hidden_size`, or
+        with `selection_imitation`, which teaches it.
         `None` means `hidden_size`; [`TripsConfig`] sets it to the width of its text encoder.
 
     Example:
@@ -262,6 +267,7 @@ class TripsVisionConfig(PreTrainedConfig):
     selection_guidance: str | list[str] | tuple[str, ...] = "text"
     fuse_inattentive_tokens: bool = True
     selection_gate: float | int = probability(default=0.0)
+    selection_imitation: bool = False
     guidance_hidden_size: int | None = None
 
     def __post_init__(self, **kwargs):
@@ -281,6 +287,11 @@ class TripsVisionConfig(PreTrainedConfig):
         keep_rates = _one_per_layer("keep_rate", self.keep_rate, self.selection_layers)
         selections = tuple(map(LayerSelection, guidances, keep_rates))
         return SelectionSchedule(layers=tuple(self.selection_layers), selections=selections)
+
+    @property
+    def projects_guidance(self) -> bool:
+        """Whether the text guidance passes a `selection_projection`."""
+        return self.selection_imitation or self.guidance_hidden_size not in (None, self.hidden_size)
 
     @property
     def patch_shape(self) -> tuple[int, int]:
@@ -435,6 +446,7 @@ PART_FIELDS = {
     "keep_rate": "vision_config",
     "selection_guidance": "vision_config",
     "selection_gate": "vision_config",
+    "selection_imitation": "vision_config",
     "fuse_inattentive_tokens": "vision_config",
     "image_size": "vision_config",
     "fusion_type": "fusion_encoder_config",
@@ -480,10 +492,6 @@ class TripsConfig(PreTrainedConfig):
     selection_loss_weight (`float`, *optional*, defaults to 0.5):
         Weight of the selection supervision in training, if regions are given: of a text's scores by its region, of an
         image's scores by the union of the regions of its texts. 0 turns it off.
-    selection_imitation (`bool`, *optional*, defaults to `False`):
-        Whether, in training passes that run unpruned (`schedule=UNPRUNED`), the scores of the layers that a text
-        scores learn where the fusion encoder looks: the attention of the text's [CLS] to the patches in its last
-        layer, with weight `selection_loss_weight`. Pruning then begins with a choice that is already the text's.
     num_images (`int`, *optional*, defaults to 2):
         Images per text of [`TripsForImagesAndTextClassification`].
     attention_loss_weight (`float`, *optional*, defaults to 0.0):
@@ -536,7 +544,6 @@ class TripsConfig(PreTrainedConfig):
     prefix_lm_weight: float | int = not_negative(default=1.0)
     answer_ranking: Literal["likelihood", "albef"] = "likelihood"
     selection_loss_weight: float | int = not_negative(default=0.5)
-    selection_imitation: bool = False
     num_images: int = positive(default=2)
     attention_loss_weight: float | int = not_negative(default=0.0)
     initializer_range: float = not_negative(default=0.02)
@@ -549,6 +556,7 @@ class TripsConfig(PreTrainedConfig):
     keep_rate = _part_field("keep_rate")
     selection_guidance = _part_field("selection_guidance")
     selection_gate = _part_field("selection_gate")
+    selection_imitation = _part_field("selection_imitation")
     fuse_inattentive_tokens = _part_field("fuse_inattentive_tokens")
     image_size = _part_field("image_size")
     fusion_type = _part_field("fusion_type")
@@ -621,7 +629,7 @@ class TripsConfig(PreTrainedConfig):
         for name, value, needed in fields:
             if value != needed:
                 raise ValueError(f"`{name}` must be {needed} with `fusion_type={fusion.fusion_type!r}`, got {value}.")
-        if self.selection_imitation and fusion.fusion_type != "cross_attention":
+        if vision.selection_imitation and fusion.fusion_type != "cross_attention":
             raise ValueError(
                 f"`selection_imitation` needs `fusion_type='cross_attention'`, got {fusion.fusion_type!r}."
             )

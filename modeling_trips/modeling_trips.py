@@ -97,7 +97,8 @@ class TripsModelOutput(ModelOutput):
     hidden_states, attentions, cross_attentions (`tuple(torch.FloatTensor)`, *optional*):
         Of the fusion encoder; of the whole sequence in a single stream, which has no `cross_attentions`.
     selection_losses (`torch.FloatTensor` of shape `(num_texts,)`, *optional*):
-        The `selection_loss` of each text; 0 without a region. In training, if regions are given.
+        In training: the `selection_loss` of each text, 0 without a region, if regions are given; in unpruned passes
+        with `selection_imitation` its `imitation_loss`.
     text_model_output (`BaseModelOutputWithPooling`):
         Output of the text encoder. Its `pooler_output` is the text guidance t, except in a single stream.
     vision_model_output (`TripsVisionModelOutput`):
@@ -198,6 +199,7 @@ class TripsModel(TripsPreTrainedModel):
             # CODEPATH: with `selection_imitation`, scores learn from training passes that run unpruned.
             if self.training and self.config.selection_imitation and not schedule.layers:
                 scored_layers = self.vision_model.config.schedule.text_layers
+                text_embeds = text_embeds.detach()  # the text encoder learns from the other losses alone
             vision = self.vision_model(
                 pixel_values=pixel_values,
                 text_embeds=text_embeds,

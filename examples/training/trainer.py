@@ -107,7 +107,7 @@ class ZeroGradientCallback(TrainerCallback):
         if self.trainer.schedule is None:
             return
         for name, parameter in model.named_parameters():
-            if "selection_projection" in name and parameter.requires_grad:
+            if "selection_projection" in name and parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
 
@@ -250,7 +250,11 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
         text_rate = self.args.tower_learning_rate[-1]
         named_parameters = list((model or self.model).named_parameters())
         for tower, rate in (("vision_model", vision_rate), ("text_model", text_rate)):
-            of_tower = {parameter for name, parameter in named_parameters if tower in name.split(".")}
+            of_tower = {
+                parameter
+                for name, parameter in named_parameters
+                if tower in name.split(".") and "selection_projection" not in name  # which is new
+            }
             for group in list(optimizer.param_groups):
                 own = [parameter for parameter in group["params"] if parameter in of_tower]
                 group["params"] = [parameter for parameter in group["params"] if parameter not in of_tower]

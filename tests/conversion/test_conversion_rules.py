@@ -23,29 +23,35 @@ RULES = (
 
 def test_rules_rename_split_and_leave_out():
     source = {"blocks.1.qkv": torch.arange(6.0), "old_norm": torch.ones(3), "queue": torch.zeros(1)}
-    targets = {"layer.0.query": (2,), "layer.0.value": (2,), "norm.weight": (3,), "head": (4,), "types": (2,)}
+    shapes = {
+        "layer.0.query": torch.Size([2]),
+        "layer.0.value": torch.Size([2]),
+        "norm.weight": torch.Size([3]),
+        "head": torch.Size([4]),
+        "types": torch.Size([2]),
+    }
     plan = ConversionPlan(
         TripsModel, TripsConfig(), RULES, left_out={"queue": "a queue"}, new=("head",), zero=("types",)
     )
-    weights, report = convert_weights(source, plan, {name: torch.Size(shape) for name, shape in targets.items()})
+    weights, report = convert_weights(source, plan, shapes)
     assert {name: value.tolist() for name, value in weights.items()} == {
         "layer.0.query": [0, 1],
         "layer.0.value": [4, 5],
         "norm.weight": [1, 1, 1],
         "types": [0, 0],
     }
-    assert (report.used, report.left_out) == (["blocks.1.qkv", "old_norm"], {"queue": "a queue"})
-    assert (report.filled, report.new) == (["layer.0.query", "layer.0.value", "norm.weight"], ["head"])
+    assert report.used == ["blocks.1.qkv", "old_norm"]
+    assert report.left_out == {"queue": "a queue"}
+    assert report.filled == ["layer.0.query", "layer.0.value", "norm.weight"]
+    assert report.new == ["head"]
     assert report.zero == ["types"]
 
 
 def test_all_problems_are_named_at_once():
     source = {"blocks.1.qkv": torch.zeros(9), "surprise": torch.zeros(1)}
-    targets = {"layer.0.query": (2,), "norm.weight": (3,), "head": (4,)}
+    shapes = {"layer.0.query": torch.Size([2]), "norm.weight": torch.Size([3]), "head": torch.Size([4])}
     with pytest.raises(ConversionError) as error:
-        convert_weights(
-            source, ConversionPlan(TripsModel, TripsConfig(), RULES), {k: torch.Size(v) for k, v in targets.items()}
-        )
+        convert_weights(source, ConversionPlan(TripsModel, TripsConfig(), RULES), shapes)
     for name in ("old_norm", "surprise", "head", "blocks.1.qkv"):
         assert name in str(error.value)
 
@@ -55,9 +61,11 @@ def test_control_characters_in_names_are_escaped():
     plan = ConversionPlan(TripsModel, TripsConfig(), RULES, left_out={"(?s)queue.*": "a queue"})
     with pytest.raises(ConversionError) as error:
         convert_weights({hostile[2:]: torch.zeros(1)}, plan, {})
-    assert r"eue\x1b[2J\n\udc80" in str(error.value) and "\x1b" not in str(error.value)
+    assert r"eue\x1b[2J\n\udc80" in str(error.value)
+    assert "\x1b" not in str(error.value)
     _, report = convert_weights({hostile: torch.zeros(1)}, plan, {})
-    assert r"left out, a queue: 1 (queue\x1b[2J\n\udc80)" in str(report) and "\x1b" not in str(report)
+    assert r"left out, a queue: 1 (queue\x1b[2J\n\udc80)" in str(report)
+    assert "\x1b" not in str(report)
 
 
 def test_a_small_file_does_not_make_a_model_larger_than_the_memory():

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from schedules import schedule_of
-from tiny_models import kept_by as kept
 from tiny_retrieval import images
 from tiny_single_stream import HEADS, IDS, MASK, randomize
 from transformers import ViltConfig, ViltForQuestionAnswering, ViltModel
@@ -42,41 +40,44 @@ def run_vilt(vilt):
     states = vilt(IDS, MASK, pixel_values=images(4)).last_hidden_state
     torch.manual_seed(0)
     _, _, (places, _) = vilt.embeddings.visual_embed(images(4), torch.ones(4, 16, 16), max_image_length=-1)
-    order = (places[..., 0] * 4 + places[..., 1]).argsort(dim=1)
-    text, class_token, patches = states.split((5, 1, states.shape[1] - 6), dim=1)
-    return text, torch.cat((class_token, patches.gather(1, order.unsqueeze(-1).expand(-1, -1, 16))), dim=1)
+    rows, columns = places.unbind(dim=-1)
+    order = (rows * 4 + columns).argsort(dim=1)
+    text = states[:, :5]
+    class_token = states[:, 5:6]
+    patches = states[:, 6:].gather(1, order.unsqueeze(-1).expand(-1, -1, 16))
+    return text, torch.cat((class_token, patches), dim=1)
 
 
+@pytest.mark.parametrize("selection", [{"keep_rate": 1.0, "selection_layers": [2, 3]}, {"selection_layers": []}])
 @torch.no_grad()
-def test_without_selection_it_is_vilt():
+def test_without_selection_it_is_vilt(selection):
     vilt = make_vilt()
     text, image = run_vilt(vilt)
-    for selection in ({"keep_rate": 1.0, "selection_layers": [2, 3]}, {"selection_layers": []}):
-        model, report = from_vilt(vilt, **selection)
-        assert not report.new and report.left_out.keys() == {"pooler.dense.weight", "pooler.dense.bias"}
-        output = model(IDS, images(4), MASK)
-        torch.testing.assert_close(output.last_hidden_state, text, rtol=0, atol=1e-5)
-        torch.testing.assert_close(output.vision_model_output.last_hidden_state, image, rtol=0, atol=1e-5)
-        torch.testing.assert_close(output.vision_model_output.pooler_output, image[:, 0], rtol=0, atol=1e-5)
-        assert output.selection == ()
+    model, report = from_vilt(vilt, **selection)
+    assert report.new == []
+    assert report.left_out.keys() == {"pooler.dense.weight", "pooler.dense.bias"}
+    output = model(IDS, images(4), MASK)
+    torch.testing.assert_close(output.last_hidden_state, text, rtol=0, atol=1e-5)
+    torch.testing.assert_close(output.vision_model_output.last_hidden_state, image, rtol=0, atol=1e-5)
+    torch.testing.assert_close(output.vision_model_output.pooler_output, image[:, 0], rtol=0, atol=1e-5)
+    assert output.selection == ()
 
 
 @pytest.mark.parametrize("guidance", ["text", "image"])
 @torch.no_grad()
 def test_with_selection_it_is_vilt_with_patch_selection(guidance):
     vilt = make_vilt()
-    schedule = {"selection_layers": [2, 3], "keep_rate": 0.5}
-    model, _ = from_vilt(vilt, selection_guidance=guidance, **schedule)
+    model, _ = from_vilt(vilt, selection_layers=[2, 3], keep_rate=0.5, selection_guidance=guidance)
     output = model(IDS, images(4), MASK)
-    apply_patch_selection(vilt, schedule_of([2, 3], 0.5, guidance))
+    apply_patch_selection(vilt, model.config.vision_config.schedule)
     with record_patch_selection(vilt) as selections:
-        states = vilt(IDS, MASK, pixel_values=images(4)).last_hidden_state
-    assert kept(output) == [entry.kept_indices.tolist() for entry in selections]
-    for entry, expected in zip(output.selection, selections):
-        assert torch.equal(entry.candidate_indices, expected.candidate_indices)
-        torch.testing.assert_close(entry.scores, expected.scores, rtol=0, atol=1e-5)
-    joint = torch.cat((output.last_hidden_state, output.vision_model_output.last_hidden_state), dim=1)
-    torch.testing.assert_close(joint, states, rtol=0, atol=1e-5)
+        expected = vilt(IDS, MASK, pixel_values=images(4)).last_hidden_state
+    for entry, expected_entry in zip(output.selection, selections, strict=True):
+        assert torch.equal(entry.kept_indices, expected_entry.kept_indices)
+        assert torch.equal(entry.candidate_indices, expected_entry.candidate_indices)
+        torch.testing.assert_close(entry.scores, expected_entry.scores, rtol=0, atol=1e-5)
+    states = torch.cat((output.last_hidden_state, output.vision_model_output.last_hidden_state), dim=1)
+    torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("model_class", HEADS)
@@ -86,6 +87,6 @@ def test_vilt_with_a_head_starts_any_head(model_class):
     model, report = from_vilt(vilt, model_class, selection_layers=[2], decoder_config=decoder)
     assert {name.partition(".")[0] for name in report.left_out} == {"vilt", "classifier"}  # of ViLT itself: the pooler
     assert {name.partition(".")[0] for name in report.new} <= {"decoder", "lm_head", "classifier", "box_head"}
-    expected = run_vilt(vilt.vilt)[0]
+    expected, _ = run_vilt(vilt.vilt)
     states = model.model(IDS, images(4), MASK, schedule=UNPRUNED).last_hidden_state
     torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)

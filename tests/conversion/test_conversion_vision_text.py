@@ -1,7 +1,6 @@
 """Weights of ViT, DeiT, CLIP, BERT and RoBERTa in TRIPS give the same outputs."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,16 +11,20 @@ from modeling_trips import TripsForQuestionAnswering, TripsForRetrieval, TripsMo
 
 
 def make_vision(kind: str) -> PreTrainedModel:
-    fields = {**LAYERS, **IMAGES, **({"mlp_ratio": 2} if kind == "dinov2" else {})}
+    fields = {**LAYERS, **IMAGES}
+    if kind == "dinov2":
+        fields["mlp_ratio"] = 2
     if kind == "clip":
         text = {**LAYERS, "num_hidden_layers": 1, "vocab_size": 20}
         fields = {"vision_config": fields, "text_config": text}
-    return make_random(AutoModel.from_config(AutoConfig.for_model(kind, **fields)))
+    config = AutoConfig.for_model(kind, **fields)
+    return make_random(AutoModel.from_config(config))
 
 
-def make_text(kind: str, **fields) -> PreTrainedModel:
-    sizes = {"vocab_size": 50, "max_position_embeddings": 12, "num_hidden_layers": 5}
-    return make_random(AutoModel.from_config(AutoConfig.for_model(kind, **{**LAYERS, **sizes, **fields})))
+def make_text(kind: str, num_hidden_layers: int = 5, hidden_size: int = 32) -> PreTrainedModel:
+    sizes = {**LAYERS, "hidden_size": hidden_size, "vocab_size": 50, "max_position_embeddings": 12}
+    config = AutoConfig.for_model(kind, num_hidden_layers=num_hidden_layers, **sizes)
+    return make_random(AutoModel.from_config(config))
 
 
 def join(vision, text, model_class=TripsModel, **options):
@@ -65,8 +68,10 @@ def test_text_encoder_matches_the_lower_layers_of_its_source(kind):
 def test_fusion_layers_start_from_the_next_layers_of_the_text_encoder():
     text = make_text("bert", num_hidden_layers=14)
     model, report = join(make_vision("vit"), text)
-    assert model.config.text_config.num_hidden_layers == model.config.fusion_encoder_config.num_hidden_layers == 7
-    source, fusion = text.state_dict(), model.fusion_model.state_dict()
+    assert model.config.text_config.num_hidden_layers == 7
+    assert model.config.fusion_encoder_config.num_hidden_layers == 7
+    source = text.state_dict()
+    fusion = model.fusion_model.state_dict()
     shared = [name for name in fusion if "crossattention" not in name]
     assert len(shared) == 7 * 16
     for name in shared:
@@ -77,19 +82,27 @@ def test_fusion_layers_start_from_the_next_layers_of_the_text_encoder():
 
 def test_decoder_starts_from_the_upper_text_layers():
     text = make_text("roberta")
-    options = {"decoder_from_text": True, "decoder_config": {"num_hidden_layers": 2}}
-    model, report = join(make_vision("vit"), text, TripsForQuestionAnswering, **options)
-    source, decoder = text.state_dict(), model.decoder.state_dict()
+    vision = make_vision("vit")
+    model, report = join(
+        vision,
+        text,
+        TripsForQuestionAnswering,
+        decoder_from_text=True,
+        decoder_config={"num_hidden_layers": 2},
+    )
+    source = text.state_dict()
+    decoder = model.decoder.state_dict()
     for number in (0, 1):
-        name = f"encoder.layer.{number}.attention.self.query.weight"
-        assert torch.equal(decoder[name], source[name.replace(f"layer.{number}.", f"layer.{number + 3}.")])
-    table = source["embeddings.position_embeddings.weight"]
-    assert torch.equal(decoder["embeddings.position_embeddings.weight"], table[2:])
+        query = decoder[f"encoder.layer.{number}.attention.self.query.weight"]
+        assert torch.equal(query, source[f"encoder.layer.{number + 3}.attention.self.query.weight"])
+    positions = source["embeddings.position_embeddings.weight"]
+    assert torch.equal(decoder["embeddings.position_embeddings.weight"], positions[2:])
     assert torch.equal(model.lm_head.decoder.weight, source["embeddings.word_embeddings.weight"])
     new = {name for name in report.new if name.startswith("decoder.")}
     assert new == {f"decoder.{name}" for name in decoder if "crossattention" in name}
-    assert (model.config.decoder_start_token_id, model.config.decoder_config.eos_token_id) == (0, 2)
-    _, report = join(make_vision("vit"), text, TripsForQuestionAnswering)
+    assert model.config.decoder_start_token_id == 0
+    assert model.config.decoder_config.eos_token_id == 2
+    _, report = join(vision, text, TripsForQuestionAnswering)
     assert "decoder.encoder.layer.0.attention.self.query.weight" in report.new
 
 
@@ -100,8 +113,9 @@ def test_towers_load_from_folders_and_new_weights_are_logged(tmp_path, caplog):
     text.save_pretrained(tmp_path / "bert")
     model, report = join(tmp_path / "vit", str(tmp_path / "bert"), TripsForRetrieval)
     from_memory, _ = join(vision, text, TripsForRetrieval)
-    for (name, weight), expected in zip(model.state_dict().items(), from_memory.state_dict().values()):
-        assert name in report.new or torch.equal(weight, expected), name
+    expected = from_memory.state_dict()
+    for name, weight in model.state_dict().items():
+        assert name in report.new or torch.equal(weight, expected[name]), name
     assert report.left_out["vision.classifier.weight"] == "heads of the vision model"
     assert report.left_out["text.cls.predictions.bias"] == "heads of the text model"
     assert "model.vision_model.selection_projection.weight" in report.new  # text and vision differ in width
@@ -112,13 +126,14 @@ def test_towers_load_from_folders_and_new_weights_are_logged(tmp_path, caplog):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["vit", "deit", "clip_vision_model", "dinov2"])
 def test_vision_tower_of_another_resolution(kind):
-    vision, text = make_vision(kind), make_text("bert")
-    (native, _), (larger, _) = join(vision, text), join(vision, text, image_size=24)
-    pixel_values = torch.randn(2, 3, 24, 24)
+    vision = make_vision(kind)
+    text = make_text("bert")
+    native, _ = join(vision, text)
+    larger, _ = join(vision, text, image_size=24)
     assert larger.config.vision_config.grid_size == (6, 6)
-    assert_close(
-        larger.vision_model(pixel_values).last_hidden_state, native.vision_model(pixel_values).last_hidden_state
-    )
+    pixel_values = torch.randn(2, 3, 24, 24)
+    expected = native.vision_model(pixel_values)
+    assert_close(larger.vision_model(pixel_values).last_hidden_state, expected.last_hidden_state)
 
 
 POOLING_FILES = {
@@ -127,17 +142,19 @@ POOLING_FILES = {
 }
 
 
-def write_pooling(folder: Path, config: dict):
-    (folder / "1_Pooling").mkdir(exist_ok=True)
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(config), encoding="utf-8")
-
-
 def test_pooling_mode_is_read_from_the_folder(tmp_path):
-    text, vision = make_text("bert", num_hidden_layers=1), make_vision("vit")
+    vision = make_vision("vit")
+    text = make_text("bert", num_hidden_layers=1)
+
+    def pooling_mode_with(text, **options) -> str:
+        model, _ = join(vision, text, **options)
+        return model.config.text_config.pooling_mode
+
     text.save_pretrained(tmp_path)
-    assert join(vision, tmp_path)[0].config.text_config.pooling_mode == "cls"
+    assert pooling_mode_with(tmp_path) == "cls"
+    (tmp_path / "1_Pooling").mkdir()
     for mode, config in POOLING_FILES.items():
-        write_pooling(tmp_path, config)
-        assert join(vision, tmp_path)[0].config.text_config.pooling_mode == mode
-    assert join(vision, text)[0].config.text_config.pooling_mode == "cls"  # a model has no folder
-    assert join(vision, text, pooling_mode="mean")[0].config.text_config.pooling_mode == "mean"
+        (tmp_path / "1_Pooling/config.json").write_text(json.dumps(config), encoding="utf-8")
+        assert pooling_mode_with(tmp_path) == mode
+    assert pooling_mode_with(text) == "cls"  # a model has no folder
+    assert pooling_mode_with(text, pooling_mode="mean") == "mean"

@@ -13,11 +13,7 @@ def guidances_of(config: TripsVisionConfig) -> dict[int, str]:
 
 def schedule_of(layers, keep_rate=0.7, guidance="text") -> SelectionSchedule:
     """Return a schedule with one rate and one guidance for all layers, or one for each."""
-    rates = [keep_rate] * len(layers) if isinstance(keep_rate, (int, float)) else keep_rate
-    guidances = [guidance] * len(layers) if isinstance(guidance, str) else guidance
-    settings = [LayerSelection(own, rate) for own, rate in zip(guidances, rates)]
-    return SelectionSchedule(tuple(layers), tuple(settings))
-
-
-def guidances_in(schedule: SelectionSchedule) -> list[str]:
-    return [selection.guidance for selection in schedule.selections]
+    rates = keep_rate if isinstance(keep_rate, list) else [keep_rate] * len(layers)
+    guidances = guidance if isinstance(guidance, list) else [guidance] * len(layers)
+    selections = [LayerSelection(guidance=guidance, keep_rate=rate) for guidance, rate in zip(guidances, rates)]
+    return SelectionSchedule(tuple(layers), tuple(selections))

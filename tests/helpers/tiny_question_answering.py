@@ -55,7 +55,8 @@ def inputs_of(row):
 
 def log_probability(model, row, answer):
     """Compute the log-probability of an answer (a list of ids) to question `row`, token by token."""
-    total, written = 0.0, [START]
+    total = 0.0
+    written = [START]
     for token in answer:
         logits = model(**inputs_of(row), decoder_input_ids=torch.tensor([written])).logits[0, -1]
         total += logits.double().log_softmax(-1)[token].item()

@@ -1,7 +1,7 @@
 """A tiny model for retrieval, with six captions of four images and helpers for its losses."""
 
 import torch
-from tiny_models import TEXTS, kept_by
+from tiny_models import TEXTS
 
 from modeling_trips import TripsConfig
 from modeling_trips.modeling_trips_pretraining import TripsForRetrieval
@@ -12,7 +12,6 @@ MASK = (TEXTS != 0).long()
 IMAGE_INDEX = torch.tensor([1, 0, 1, 2, 3, 0])
 IMAGE_IDS = torch.tensor([7, 4, 5, 7])
 PAIR_IDS = IMAGE_IDS[IMAGE_INDEX]
-kept = kept_by
 
 
 def make_config(dropout=0.0, selection_guidance="text", pooling_mode="cls", vocab_size=20, decoder_layers=1, **fields):
@@ -53,8 +52,8 @@ def make_model(**fields):
     return TripsForRetrieval(make_config(**fields)).eval()
 
 
-def images(count=4):
-    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+def images(count=4, size=16):
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
 def captions():
@@ -72,10 +71,6 @@ def matched_alone(model, text, image):
     """Run the whole model on one text without padding and one image."""
     states = model.model(TEXTS[text : text + 1, : int(MASK[text].sum())], images()[image : image + 1])
     return model.itm_head(states.last_hidden_state[0, 0])
-
-
-def gradients(model):
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 def calls_of(module, run_model):

@@ -16,16 +16,16 @@ from modeling_trips.inspection.diagnostics import (
 )
 
 
-def selection_of(*kept: list[int], scores=None) -> TripsSelection:
-    candidates = None if scores is None else torch.arange(scores.shape[1]).expand(scores.shape)
-    return TripsSelection(torch.tensor(kept), scores, candidates)
+def selection_of(*kept: list[int]) -> TripsSelection:
+    return TripsSelection(torch.tensor(kept), scores=None, candidate_indices=None)
 
 
-def test_entropy_is_one_for_equal_scores_and_zero_for_a_single_winner():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_entropy_is_one_for_equal_scores_and_zero_for_a_single_winner(dtype):
     scores = torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.0, 1.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0]])
-    for dtype in (torch.float32, torch.bfloat16):
-        entropy = score_entropy(selection_of([0], scores=scores.to(dtype)))
-        torch.testing.assert_close(entropy, torch.tensor([1.0, 0.0, 0.5]))  # float32
+    candidates = torch.arange(4).expand(3, 4)
+    selection = TripsSelection(candidates[:, :1], scores=scores.to(dtype), candidate_indices=candidates)
+    torch.testing.assert_close(score_entropy(selection), torch.tensor([1.0, 0.0, 0.5]))  # float32
 
 
 def test_fused_tokens_are_not_kept_patches():
@@ -46,7 +46,9 @@ def test_patch_precision_uses_centers_and_region_recall_uses_areas():
     assert patch_precision(patches, torch.tensor([5.0, 0.0, 20.0, 8.0])) == 0.25
     # Of the region of 16 x 8 pixels, 12 x 8 are in kept patches.
     assert region_recall(patches, torch.tensor([12.0, 0.0, 28.0, 8.0])) == 0.75
-    assert patch_precision(patches[:0], patches[0]) == region_recall(patches[:0], patches[0]) == 0.0
+    nothing = patches[:0]
+    assert patch_precision(nothing, patches[0]) == 0.0
+    assert region_recall(nothing, patches[0]) == 0.0
 
 
 def test_sensitivity_to_the_image_compares_rows_of_different_images():
@@ -61,11 +63,14 @@ def test_sensitivity_to_the_image_compares_rows_of_different_images():
 def test_sensitivities_are_said_in_words(value, words):
     (text,) = describe_sensitivities(value, None)
     assert text == f"Two texts about one image keep {words} patches ({value:.2f})."
-    assert len(describe_sensitivities(value, value)) == 2 and describe_sensitivities(None, None) == []
+    assert len(describe_sensitivities(value, value)) == 2
+    assert describe_sensitivities(None, None) == []
 
 
 def test_a_text_that_is_ignored_has_an_advice():
     by_text = SelectionSchedule.parse("6:image:0.5,9:text:0.25")
     (line,) = advice(by_text, 0.03)
-    assert "0.03" in line and "--schedule 6:image:0.5,9:image:0.25 " in line
-    assert advice(by_text, 0.2) == [] == advice(SelectionSchedule.parse("9:image:0.25"), 0.0)
+    assert "0.03" in line
+    assert "--schedule 6:image:0.5,9:image:0.25 " in line
+    assert advice(by_text, 0.2) == []
+    assert advice(SelectionSchedule.parse("9:image:0.25"), 0.0) == []

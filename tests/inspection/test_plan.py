@@ -3,7 +3,6 @@
 from statistics import mean
 
 import pytest
-from schedules import guidances_in
 
 from modeling_trips import UNPRUNED, SelectionSchedule, TripsConfig
 from modeling_trips.inspection.cost import forward_cost
@@ -18,7 +17,6 @@ def test_plan_matches_exhaustive_search():
     num_texts = 3
     budget = 0.9
     config = TripsConfig.from_preset("tiny", vision_config={"num_hidden_layers": 3})
-    front = plan_selection(config, [num_texts], 6, budget)
     unpruned = forward_cost(config, 6, UNPRUNED).macs(num_texts)
     found = {}
     for schedule in candidate_schedules(config):
@@ -26,27 +24,34 @@ def test_plan_matches_exhaustive_search():
         ratio = cost.macs(num_texts) / unpruned
         if cost.tokens[-1] >= MIN_TOKENS and ratio <= budget:
             mean_tokens = mean([*cost.tokens, cost.tokens[-1], cost.tokens[-1]])  # two fusion layers
-            found[schedule] = ratio, mean_tokens
+            found[schedule] = (ratio, mean_tokens)
     assert len(found) > 20
 
-    def is_worse(pair: tuple[float, float], other: tuple[float, float]) -> bool:
-        (ratio, tokens), (other_ratio, other_tokens) = pair, other
-        keeps_more_for_less = other_ratio <= ratio and other_tokens > tokens
-        keeps_the_same_for_less = other_ratio < ratio and other_tokens == tokens
-        return keeps_more_for_less or keeps_the_same_for_less
-
-    pairs = set(found.values())
-    best = {pair for pair in pairs if not any(is_worse(pair, other) for other in pairs)}
+    # Cheapest first, and of equally cheap ones that with most tokens: each of the best keeps more than all before it.
+    best = set()
+    most_tokens = 0
+    for ratio, mean_tokens in sorted(found.values(), key=lambda pair: (pair[0], -pair[1])):
+        if mean_tokens > most_tokens:
+            best.add((ratio, mean_tokens))
+            most_tokens = mean_tokens
+    front = plan_selection(config, [num_texts], 6, budget)
     assert {(row.ratio, row.mean_tokens) for row in front} == best
     assert {found[row.schedule] for row in front} == best
 
 
+def guidances_of(schedule: SelectionSchedule) -> list[str]:
+    return [selection.guidance for selection in schedule.selections]
+
+
 def test_more_texts_per_image_select_later():
     for_one_text = plan_selection(BASE, [1], 40, 0.8)[-1].schedule
+    assert guidances_of(for_one_text) == ["text"]
+    assert for_one_text.layers[0] <= 5
     for_ten_texts = plan_selection(BASE, [10], 40, 0.8)[-1].schedule
-    assert guidances_in(for_one_text) == ["text"] and for_one_text.layers[0] <= 5
-    guidances = guidances_in(for_ten_texts)
-    assert (guidances[0], guidances[-1]) == ("image", "text") and for_ten_texts.layers[-1] >= 11
+    first, *_, last = guidances_of(for_ten_texts)
+    assert first == "image"
+    assert last == "text"
+    assert for_ten_texts.layers[-1] >= 11
     for_both = plan_selection(BASE, [1, 10], 40, 0.8)[-1]
     assert max(for_both.ratios.values()) <= 0.8
 
@@ -60,8 +65,8 @@ def test_documented_schedules_are_candidates():
 def test_single_stream_shares_no_layer():
     config = TripsConfig.from_preset("tiny", fusion_type="single_stream")
     for schedule in candidate_schedules(config):
-        assert set(guidances_in(schedule)) == {"text"}
-    schedules = [SelectionSchedule.parse(text) for text in ("2:text:0.5", "2:image:0.5")]
+        assert set(guidances_of(schedule)) == {"text"}
+    schedules = [SelectionSchedule.parse("2:text:0.5"), SelectionSchedule.parse("2:image:0.5")]
     by_text, by_image = plan_schedules(config, schedules, [1, 10], 6)
     assert by_text.cost == by_image.cost
     assert by_text.cost.per_image == forward_cost(config, 6, UNPRUNED).per_image  # patch embeddings

@@ -67,17 +67,22 @@ def test_wrong_value_is_refused_when_a_config_is_made(config_class, fields):
 
 def test_defaults_are_the_papers():
     config = TripsConfig()
-    vision, text = config.vision_config, config.text_config
+    vision = config.vision_config
     assert rates_of(vision) == {5: 0.7, 10: 0.7}
-    assert (vision.selection_guidance, vision.fuse_inattentive_tokens) == ("text", True)
-    assert (vision.num_hidden_layers, vision.hidden_size, vision.patch_size) == (12, 768, 16)
-    assert (text.num_hidden_layers, config.fusion_encoder_config.num_hidden_layers) == (6, 6)
+    assert vision.selection_guidance == "text"
+    assert vision.fuse_inattentive_tokens
+    assert vision.num_hidden_layers == 12
+    assert vision.hidden_size == 768
+    assert vision.patch_size == 16
+    assert config.text_config.num_hidden_layers == 6
+    assert config.fusion_encoder_config.num_hidden_layers == 6
 
 
 def test_preset_overrides_are_merged_field_by_field_and_do_not_leak():
     before = TripsConfig.from_preset("tiny").to_dict()
     changed = TripsConfig.from_preset("tiny", keep_rate=0.123, image_size=96, text_config={"vocab_size": 99})
-    assert (changed.vision_config.keep_rate, changed.vision_config.image_size) == (0.123, 96)
+    assert changed.vision_config.keep_rate == 0.123
+    assert changed.vision_config.image_size == 96
     assert changed.text_config.vocab_size == 99
     assert changed.text_config.hidden_size == 128  # the rest of the part stays the preset's
     assert changed.decoder_config.vocab_size == 99  # and dependent fields change too
@@ -90,11 +95,13 @@ def test_parts_take_what_they_share_from_the_text_config():
         text_config={"vocab_size": 50, "hidden_size": 36, "num_hidden_layers": 2, "pad_token_id": 7},
         decoder_config={"bos_token_id": 5, "vocab_size": 60},
     )
-    fusion, decoder = config.fusion_encoder_config, config.decoder_config
+    fusion = config.fusion_encoder_config
     assert (fusion.hidden_size, fusion.encoder_hidden_size, fusion.num_hidden_layers) == (36, 24, 6)
+    decoder = config.decoder_config
     assert (decoder.hidden_size, decoder.encoder_hidden_size, decoder.vocab_size) == (36, 36, 60)
     assert config.vision_config.guidance_hidden_size == 36
-    assert (config.pad_token_id, config.decoder_start_token_id) == (7, 5)
+    assert config.pad_token_id == 7
+    assert config.decoder_start_token_id == 5
 
 
 def test_round_trip_through_a_file(tmp_path):
@@ -103,24 +110,33 @@ def test_round_trip_through_a_file(tmp_path):
     loaded = TripsConfig.from_pretrained(tmp_path)
     assert loaded.to_diff_dict() == config.to_diff_dict()
     vision = loaded.vision_config
-    assert (vision.keep_rate, vision.selection_layers, vision.selection_guidance) == ([0.3], [2], "image")
-    assert vision.fuse_inattentive_tokens is False
-    assert type(loaded.vision_config) is TripsVisionConfig and type(loaded.text_config) is TripsTextConfig
+    assert vision.keep_rate == [0.3]
+    assert vision.selection_layers == [2]
+    assert vision.selection_guidance == "image"
+    assert not vision.fuse_inattentive_tokens
+    assert type(vision) is TripsVisionConfig
+    assert type(loaded.text_config) is TripsTextConfig
     # A part can be read from the file of the whole.
     assert TripsVisionConfig.from_pretrained(tmp_path).to_diff_dict() == config.vision_config.to_diff_dict()
 
 
 def test_selection_fields_are_those_of_the_vision_config():
-    config = TripsConfig(**{**SMALL, "vision_config": {**SMALL["vision_config"], "keep_rate": 0.5}})
-    assert config.keep_rate == config.vision_config.keep_rate == 0.5
-    config.keep_rate, config.selection_gate = 0.25, 0.1
-    assert rates_of(config.vision_config) == {2: 0.25} and config.vision_config.selection_gate == 0.1
+    config = TripsConfig(**SMALL)
+    config.keep_rate = 0.25
+    config.selection_gate = 0.1
+    assert config.keep_rate == 0.25
+    assert rates_of(config.vision_config) == {2: 0.25}
+    assert config.vision_config.selection_gate == 0.1
     assert not {"keep_rate", "selection_gate"} & config.to_dict().keys()
+
+
+def test_selection_fields_can_be_given_beside_a_part():
     config = TripsConfig(**SMALL, keep_rate=0.25, selection_layers=[1, 3])
     assert rates_of(config.vision_config) == {1: 0.25, 3: 0.25}
     assert config.vision_config.hidden_size == 16  # the given part is kept but for the selection
     config = TripsConfig(vision_config=TripsVisionConfig(hidden_size=24, num_attention_heads=2), selection_layers=[1])
-    assert (config.vision_config.hidden_size, config.vision_config.selection_layers) == (24, [1])
+    assert config.vision_config.hidden_size == 24
+    assert config.vision_config.selection_layers == [1]
     config = TripsConfig(vision_config={"num_hidden_layers": 3}, selection_layers=[2])  # the default ones do not fit
     assert rates_of(config.vision_config) == {2: 0.7}
 
@@ -139,6 +155,7 @@ def test_a_start_token_out_of_the_vocabulary_is_refused_by_heads_that_write(old_
     with pytest.raises(ValueError, match="decoder_start_token_id"):
         head(TripsConfig.from_pretrained(old_checkpoint, prefix_lm_weight=1.0))
     ends = {"bos_token_id": 1, "eos_token_id": 2}  # the fix that the error suggests
-    loaded = head.from_pretrained(old_checkpoint, decoder_config=ends, decoder_start_token_id=1)
-    assert (loaded.config.decoder_start_token_id, loaded.config.decoder_config.eos_token_id) == (1, 2)
-    assert loaded.config.decoder_config.num_hidden_layers == 1
+    config = head.from_pretrained(old_checkpoint, decoder_config=ends, decoder_start_token_id=1).config
+    assert config.decoder_start_token_id == 1
+    assert config.decoder_config.eos_token_id == 2
+    assert config.decoder_config.num_hidden_layers == 1

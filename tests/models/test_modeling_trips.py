@@ -14,13 +14,16 @@ CASE = Case(TripsModel)
 
 
 def test_a_checkpoint_is_the_same_for_every_selection(tmp_path):
-    model, inputs = CASE.make_model(), CASE.make_inputs()
+    model = CASE.make_model()
+    inputs = CASE.make_inputs()
     model.save_pretrained(tmp_path)
     unpruned, report = TripsModel.from_pretrained(tmp_path, selection_layers=[], output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"]
-    assert unpruned(**inputs).vision_model_output.last_hidden_state.shape[1] == 65
-    states = model(**inputs, schedule=UNPRUNED).last_hidden_state
-    torch.testing.assert_close(unpruned(**inputs).last_hidden_state, states)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    outputs = unpruned(**inputs)
+    assert outputs.vision_model_output.last_hidden_state.shape[1] == 65
+    expected = model(**inputs, schedule=UNPRUNED)
+    torch.testing.assert_close(outputs.last_hidden_state, expected.last_hidden_state)
 
 
 def lengths_of(outputs) -> list[int]:
@@ -28,31 +31,37 @@ def lengths_of(outputs) -> list[int]:
 
 
 def test_a_changed_field_of_the_vision_tower_takes_effect_and_is_what_is_saved(tmp_path):
-    model, inputs = CASE.make_model(), CASE.make_inputs()
+    model = CASE.make_model()
+    inputs = CASE.make_inputs()
     assert lengths_of(model(**inputs)) == [39, 24]
     vision = model.config.vision_config
-    vision.keep_rate, vision.selection_guidance = 0.25, ["image", "text"]
+    vision.keep_rate = 0.25
+    vision.selection_guidance = ["image", "text"]
     changed = model(**inputs)
-    assert lengths_of(changed) == [16, 5] and model.encode_images(inputs["pixel_values"]).next_layer == 3
+    assert lengths_of(changed) == [16, 5]
+    assert model.encode_images(inputs["pixel_values"]).next_layer == 3
     model.save_pretrained(tmp_path)
     loaded = TripsModel.from_pretrained(tmp_path)
     assert kept_by(loaded(**inputs)) == kept_by(changed)
-    for name, value in (("keep_rate", 1.5), ("keep_rate", [0.5]), ("selection_layers", [1, 4])):
-        before = getattr(vision, name)
-        with pytest.raises(ValueError, match=name):
-            setattr(vision, name, value)
-            model(**inputs)
-        setattr(vision, name, before)
+
+
+@pytest.mark.parametrize(("name", "value"), [("keep_rate", 1.5), ("keep_rate", [0.5]), ("selection_layers", [1, 4])])
+def test_a_field_of_the_vision_tower_with_a_wrong_value_is_refused(name, value):
+    model = CASE.make_model()
+    with pytest.raises(ValueError, match=name):
+        setattr(model.config.vision_config, name, value)
+        model(**CASE.make_inputs())
 
 
 @each_model
 @torch.no_grad()
 def test_a_schedule_of_a_pass_is_that_of_a_configuration_and_changes_none(case):
-    fields = {"selection_layers": [2, 3], "keep_rate": [0.5, 0.25], "selection_guidance": ["image", "text"]}
-    model, other, inputs = case.make_model(), case.make_model(**fields), case.make_inputs()
-    schedule = SelectionSchedule.parse("2:image:0.5,3:text:0.25")
+    model = case.make_model()
+    other = case.make_model(selection_layers=[2, 3], keep_rate=[0.5, 0.25], selection_guidance=["image", "text"])
+    inputs = case.make_inputs()
     before = model(**inputs)
-    outputs, expected = model(**inputs, schedule=schedule), other(**inputs)
+    outputs = model(**inputs, schedule=SelectionSchedule.parse("2:image:0.5,3:text:0.25"))
+    expected = other(**inputs)
     assert kept_by(outputs) == kept_by(expected) != kept_by(before)
     assert torch.equal(main_output(outputs), main_output(expected))
     assert torch.equal(main_output(model(**inputs)), main_output(before))
@@ -69,8 +78,10 @@ def test_generation_takes_a_schedule(case):
 
 
 def test_threads_share_a_model_with_schedules_of_their_own():
-    model, inputs = CASE.make_model(), CASE.make_inputs()
-    schedules = [None, UNPRUNED, *map(SelectionSchedule.parse, ("1:image:0.5", "2:text:0.2,3:text:0.5"))]
+    model = CASE.make_model()
+    inputs = CASE.make_inputs()
+    texts = ("1:image:0.5", "2:text:0.2,3:text:0.5")
+    schedules = [None, UNPRUNED, *(SelectionSchedule.parse(text) for text in texts)]
 
     def run(schedule):
         with torch.no_grad():
@@ -88,7 +99,8 @@ def test_threads_share_a_model_with_schedules_of_their_own():
 
 @each_model
 def test_wrong_inputs_are_refused_by_name(case):
-    model, inputs = case.make_model(), case.make_inputs()
+    model = case.make_model()
+    inputs = case.make_inputs()
     if case.model_class is TripsForRetrieval:  # without losses it compares all images with all texts
         inputs["return_loss"] = True
     images = inputs["pixel_values"].flatten(0, -4)
@@ -100,8 +112,8 @@ def test_wrong_inputs_are_refused_by_name(case):
         ("input_ids", {"input_ids": None}),
     ]
     if "image_cache" in signature(case.model_class.forward).parameters:
-        image_cache = getattr(model, "model", model).encode_images(images)
-        wrong += [("image_cache", {"pixel_values": None}), ("image_cache", {"image_cache": image_cache})]
+        wrong.append(("image_cache", {"pixel_values": None}))
+        wrong.append(("image_cache", {"image_cache": model.base_model.encode_images(images)}))
     for name, changed in wrong:
         with pytest.raises(ValueError, match=name):
             model(**{**inputs, **changed})

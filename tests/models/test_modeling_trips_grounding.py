@@ -86,10 +86,12 @@ def test_autocast_does_not_round_places():
     for layer in (head.query, head.key, head.layers[2]):
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.zeros_(layer.bias)
-    center = torch.tensor([0.7123, 0.3001])
+    state = torch.ones(1, WIDTH)
+    tokens = torch.ones(1, 4, IMAGE_WIDTH)
+    centers = torch.tensor([0.7123, 0.3001]).expand(1, 4, 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        boxes, _ = head(torch.ones(1, WIDTH), torch.ones(1, 4, IMAGE_WIDTH), center.expand(1, 4, 2))
-    torch.testing.assert_close(boxes, torch.tensor([[*center, 0.5, 0.5]]), rtol=0, atol=1e-5)
+        boxes, _ = head(state, tokens, centers)
+    torch.testing.assert_close(boxes, torch.tensor([[0.7123, 0.3001, 0.5, 0.5]]), rtol=0, atol=1e-5)
 
 
 def test_bad_inputs_are_refused():

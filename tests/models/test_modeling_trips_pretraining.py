@@ -5,9 +5,9 @@ from itertools import combinations
 import pytest
 import torch
 from naive_reference import NaiveVisionTower
-from schedules import guidances_of, rates_of
+from tiny_models import gradients_of
 from tiny_pretraining import SCHEDULES, WEIGHTS, make_batch, make_model
-from tiny_retrieval import make_config
+from tiny_retrieval import images, make_config
 from torch.nn.functional import cross_entropy, log_softmax, normalize
 from two_processes import results_of
 
@@ -26,14 +26,16 @@ from modeling_trips.modeling_trips_pretraining import matching_pairs
     ],
 )
 def test_a_weight_of_zero_skips_an_objective_and_images_are_encoded_once(off, unused):
-    model, batch = make_model(**({off: 0.0} if off else {})), make_batch()
-    parts = {"embeddings": model.model.vision_model.embeddings, "decoder": model.decoder}
-    parts |= {"mlm_score": model.mlm_score, "itm_head": model.itm_head, "vision_proj": model.vision_proj}
+    model = make_model() if off is None else make_model(**{off: 0.0})
+    heads = ("decoder", "mlm_score", "itm_head", "vision_proj")
+    parts = {name: getattr(model, name) for name in heads}
+    parts["embeddings"] = model.model.vision_model.embeddings
     called = []
     for name, part in parts.items():
         part.register_forward_hook(lambda *_, name=name: called.append(name))
-    model(**batch).loss.backward()
-    assert called.count("embeddings") == 1 and {*called} == parts.keys() - unused
+    model(**make_batch()).loss.backward()
+    assert called.count("embeddings") == 1
+    assert set(called) == parts.keys() - unused
     without_gradient = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.grad is None}
     assert without_gradient - {"text_proj"} == unused
 
@@ -42,11 +44,12 @@ def test_a_weight_of_zero_skips_an_objective_and_images_are_encoded_once(off, un
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_with_the_unused_parameters_frozen_every_parameter_has_a_gradient(on, schedule):
     weights = {name: 0.0 for name in WEIGHTS if name not in on}
-    model = make_model(text_width=48, **weights, **schedule)
-    projection = model.model.vision_model.selection_projection  # text and vision differ in width
+    model = make_model(text_width=48, **weights, **schedule)  # text and vision differ in width
+    unused = model.unused_parameters()
+    projection = model.model.vision_model.selection_projection.weight
     text_selects = set(on) != {"itc_weight"}
-    assert text_selects == all(projection.weight is not parameter for parameter in model.unused_parameters())
-    for parameter in model.unused_parameters():
+    assert text_selects == all(parameter is not projection for parameter in unused)
+    for parameter in unused:
         parameter.requires_grad_(False)
     model(**make_batch()).loss.backward()
     missing = [name for name, value in model.named_parameters() if value.requires_grad and value.grad is None]
@@ -60,25 +63,32 @@ def test_captions_that_are_too_short_to_be_cut_add_nothing():
     assert model(**batch).prefix_lm_loss == 0
 
 
-def part_of(batch: dict[str, torch.Tensor], first_half: bool) -> dict[str, torch.Tensor]:
+def part_of(batch: dict[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
     """Return two captions of image 0 with three masked words, or the three others with two masked words."""
-    texts, images = (slice(2), slice(1)) if first_half else (slice(2, None), slice(1, None))
+    texts = (slice(2), slice(2, None))[rank]
+    images = (slice(1), slice(1, None))[rank]
     part = {name: value[images if name in ("pixel_values", "image_ids") else texts] for name, value in batch.items()}
-    return {**part, "image_index": part["image_index"] - (0 if first_half else 1)}
+    part["image_index"] = part["image_index"] - rank
+    return part
 
 
 def losses_and_gradients(rank: int | None = None) -> dict[str, torch.Tensor]:
     """Return those of a whole batch or of its half, with an image that both halves hold and with unnamed images."""
     results = {}
     for image_ids in (torch.tensor([4, 9, 4]), None):
-        batch = {name: value for name, value in make_batch().items() if name != "image_ids"}
-        batch |= {} if image_ids is None else {"image_ids": image_ids}
+        batch = make_batch()
+        del batch["image_ids"]
+        if image_ids is not None:
+            batch["image_ids"] = image_ids
+        if rank is not None:
+            batch = part_of(batch, rank)
         model = make_model(itm_weight=0.0)  # whose negatives are drawn among those of a process
-        outputs = model(**(batch if rank is None else part_of(batch, rank == 0)))
+        outputs = model(**batch)
         outputs.loss.backward()
-        values = {name: outputs[name].detach() for name in ("itc_loss", "mlm_loss", "prefix_lm_loss")}
-        values |= {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
-        results |= {f"{name}, {image_ids}": value for name, value in values.items()}
+        for name in ("itc_loss", "mlm_loss", "prefix_lm_loss"):
+            results[f"{name}, {image_ids}"] = outputs[name].detach()
+        for name, gradient in gradients_of(model).items():
+            results[f"{name}, {image_ids}"] = gradient
     return results
 
 
@@ -102,17 +112,10 @@ def naive_losses(model: TripsForPreTraining, batch: dict[str, torch.Tensor]) -> 
     """
     Compute the losses of each text and pair alone, without padding, with the naive tower. All images are distinct.
     """
-    trips, vision = model.model, model.config.vision_config
-    tower = NaiveVisionTower(
-        dict(trips.vision_model.named_parameters()),
-        rates_of(vision),
-        vision.num_hidden_layers,
-        vision.num_attention_heads,
-        vision.patch_shape,
-        vision.grid_size,
-        guidance=guidances_of(vision),
-    )
-    images, index = batch["pixel_values"], batch["image_index"].tolist()
+    trips = model.model
+    tower = NaiveVisionTower(dict(trips.vision_model.named_parameters()), model.config.vision_config)
+    images = batch["pixel_values"]
+    index = batch["image_index"].tolist()
 
     def rows_of(ids: str, mask: str) -> list[torch.Tensor]:
         return [row[: int(length)] for row, length in zip(batch[ids], batch[mask].sum(1))]
@@ -125,10 +128,8 @@ def naive_losses(model: TripsForPreTraining, batch: dict[str, torch.Tensor]) -> 
     texts = rows_of("input_ids", "attention_mask")
     text_states = torch.cat([trips.text_model(text[None]).last_hidden_state[:, 0] for text in texts])
     image_states = torch.stack([states[0] for states, _ in tower(images)])
-    text_features, image_features = (
-        normalize(projection(states), dim=-1)
-        for projection, states in ((model.text_proj, text_states), (model.vision_proj, image_states))
-    )
+    text_features = normalize(model.text_proj(text_states), dim=-1)
+    image_features = normalize(model.vision_proj(image_states), dim=-1)
     logits = text_features @ image_features.T / model.temp()
     per_text = torch.stack([-log_softmax(row, dim=0)[image] for row, image in zip(logits, index)])
     per_image = []
@@ -139,10 +140,9 @@ def naive_losses(model: TripsForPreTraining, batch: dict[str, torch.Tensor]) -> 
 
     torch.manual_seed(0)
     pairs = matching_pairs(logits[:, index], batch["image_ids"][index])
-    matched = [
-        model.itm_head(fused(texts[text], index[pair])[0, 0])
-        for text, pair in zip(pairs.text_index.tolist(), pairs.image_index.tolist())
-    ]
+    matched = []
+    for text, pair in zip(pairs.text_index.tolist(), pairs.image_index.tolist()):
+        matched.append(model.itm_head(fused(texts[text], index[pair])[0, 0]))
     itm_loss = cross_entropy(torch.stack(matched), pairs.labels)
 
     words = []
@@ -157,14 +157,21 @@ def naive_losses(model: TripsForPreTraining, batch: dict[str, torch.Tensor]) -> 
         states = model.decoder(inputs[None], encoder_hidden_states=fused(text, image), use_cache=False)
         guesses = model.lm_head(states.last_hidden_state)[0]
         continued += [cross_entropy(guess, label) for guess, label in zip(guesses, labels)]
-    means = torch.stack(words).mean(), torch.stack(continued).mean()
-    return dict(zip(("itc_loss", "itm_loss", "mlm_loss", "prefix_lm_loss"), (itc_loss, itm_loss, *means)))
+    return {
+        "itc_loss": itc_loss,
+        "itm_loss": itm_loss,
+        "mlm_loss": torch.stack(words).mean(),
+        "prefix_lm_loss": torch.stack(continued).mean(),
+    }
+
+
+def total_of(losses: dict[str, torch.Tensor]) -> torch.Tensor:
+    return sum(WEIGHTS[name.replace("loss", "weight")] * loss for name, loss in losses.items())
 
 
 def gradients(model: TripsForPreTraining, losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
-    total = sum(weight * loss for weight, loss in zip(WEIGHTS.values(), losses.values()))
     names, parameters = zip(*model.named_parameters())
-    return dict(zip(names, torch.autograd.grad(total, parameters, allow_unused=True)))
+    return dict(zip(names, torch.autograd.grad(total_of(losses), parameters, allow_unused=True)))
 
 
 @pytest.mark.slow
@@ -174,15 +181,14 @@ def test_losses_and_gradients_equal_those_of_loops(schedule):
     config = make_config(**schedule, **WEIGHTS)
     config.vision_config.image_size = 12
     model = TripsForPreTraining(config).eval().double()
-    images = torch.randn(3, 3, 12, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    batch = {**make_batch(), "pixel_values": images}
+    batch = make_batch()
+    batch["pixel_values"] = images(3, size=12).double()
     torch.manual_seed(0)
     outputs = model(**batch)
     expected = naive_losses(model, batch)
     losses = {name: outputs[name].double() for name in expected}  # that of words is computed in full precision
-    weighted = sum(weight * loss for weight, loss in zip(WEIGHTS.values(), losses.values()))
-    torch.testing.assert_close(outputs.loss.double(), weighted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(outputs.loss.double(), total_of(losses), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
-    actual_gradients, expected_gradients = gradients(model, losses), gradients(model, expected)
+    actual_gradients = gradients(model, losses)
     assert all(gradient is not None for gradient in actual_gradients.values())
-    torch.testing.assert_close(actual_gradients, expected_gradients, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual_gradients, gradients(model, expected), rtol=1e-4, atol=1e-5)

@@ -14,7 +14,6 @@ from tiny_question_answering import (
     QUESTIONS,
     START,
     WEIGHTS,
-    images,
     inputs,
     inputs_of,
     log_probability,
@@ -28,19 +27,16 @@ from modeling_trips.modeling_trips import token_nll
 @torch.no_grad()
 def test_loss_is_the_weighted_log_likelihood_per_token():
     model = make_model()
-    labels, index, weights = LABELS, QUESTION_INDEX, WEIGHTS
-    output = model(**inputs(), labels=labels, text_index=index, loss_weights=weights)
-    expected = -sum(
-        weight * log_probability(model, row, tokens_of(answer))
-        for row, answer, weight in zip(index.tolist(), labels, weights.tolist())
-    )
-    num_tokens = 19  # of seven answers of three tokens, two are one token shorter
-    torch.testing.assert_close(output.loss.item(), expected / num_tokens, rtol=1e-5, atol=0)
+    answers = {"labels": LABELS, "text_index": QUESTION_INDEX, "loss_weights": WEIGHTS}
+    output = model(**inputs(), **answers)
     assert output.logits.shape == (7, 3, 12)
-    per_batch = model(
-        **inputs(), labels=labels, text_index=index, loss_weights=weights, num_items_in_batch=torch.tensor(50)
-    )
-    torch.testing.assert_close(per_batch.loss.item(), expected / 50, rtol=1e-5, atol=0)
+    total = 0.0
+    for row, answer, weight in zip(QUESTION_INDEX.tolist(), LABELS, WEIGHTS.tolist()):
+        total -= weight * log_probability(model, row, tokens_of(answer))
+    num_tokens = 19  # of seven answers of three tokens, two are one token shorter
+    assert output.loss.item() == pytest.approx(total / num_tokens, rel=1e-5)
+    per_batch = model(**inputs(), **answers, num_items_in_batch=torch.tensor(50))
+    assert per_batch.loss.item() == pytest.approx(total / 50, rel=1e-5)
 
 
 def test_loss_of_no_labels_is_nan_as_of_the_heads_of_transformers():
@@ -83,10 +79,10 @@ def test_beam_search_with_enough_beams_is_the_exhaustive_search():
     for stop in range(length):
         answers += [(*prefix, END) for prefix in itertools.product(others, repeat=stop)]
     answers += itertools.product(others, repeat=length)  # cut off before the end token
-    ids = torch.full((len(answers), length), -100)
-    for row, answer in enumerate(answers):
-        ids[row, : len(answer)] = torch.tensor(answer)
     assert len(answers) == 1 + 9 + 81 + 729
+    labels = torch.full((len(answers), length), -100)
+    for row, answer in enumerate(answers):
+        labels[row, : len(answer)] = torch.tensor(answer)
     output = model.generate(
         **inputs(),
         max_new_tokens=length,
@@ -95,27 +91,32 @@ def test_beam_search_with_enough_beams_is_the_exhaustive_search():
         return_dict_in_generate=True,
         output_scores=True,
     )
+    text_index = torch.zeros(len(answers), dtype=torch.long)
     for row in range(4):
-        logits = model(**inputs_of(row), labels=ids, text_index=torch.zeros(len(ids), dtype=torch.long)).logits
-        scores = -token_nll(logits, ids).sum(-1)
-        assert tuple(output.sequences[row, 1:].tolist())[: len(answers[scores.argmax()])] == answers[scores.argmax()]
+        logits = model(**inputs_of(row), labels=labels, text_index=text_index).logits
+        scores = -token_nll(logits, labels).sum(-1)
+        best = answers[scores.argmax()]
+        assert output.sequences[row, 1 : 1 + len(best)].tolist() == list(best)
         torch.testing.assert_close(output.sequences_scores[row], scores.max(), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
 def test_images_or_texts_encoded_ahead_give_the_same_answers_and_ranking():
-    model, options = make_model(), {"num_beams": 3, "max_new_tokens": 6}
-    cached = {name: value for name, value in inputs().items() if name != "pixel_values"}
-    cached["image_cache"] = model.model.encode_images(images())
-    encoded = {"encoder_outputs": model.model(**inputs()), "attention_mask": MASK}
-    expected, ranking_expected = model.generate(**inputs(), **options), model.rank_answers(ANSWERS, **inputs())
+    model = make_model()
+    options = {"num_beams": 3, "max_new_tokens": 6}
+    expected = model.generate(**inputs(), **options)
+    expected_ranking = model.rank_answers(ANSWERS, **inputs())
+    cached = inputs()
+    cached["image_cache"] = model.model.encode_images(cached.pop("pixel_values"))
+    encoder_outputs = model.model(**inputs())
     for _ in range(2):
         assert torch.equal(model.generate(**cached, **options), expected)
-        assert torch.equal(model.generate(QUESTIONS, **encoded, **options), expected)
+        answers = model.generate(QUESTIONS, attention_mask=MASK, encoder_outputs=encoder_outputs, **options)
+        assert torch.equal(answers, expected)
     for answers in (ANSWERS, ANSWERS.masked_fill(ANSWERS == -100, PAD)):
         ranking = model.rank_answers(answers, answers_per_step=2, **cached)
-        assert torch.equal(ranking.answer_indices, ranking_expected.answer_indices)
-        torch.testing.assert_close(ranking.scores, ranking_expected.scores)
+        assert torch.equal(ranking.answer_indices, expected_ranking.answer_indices)
+        torch.testing.assert_close(ranking.scores, expected_ranking.scores)
 
 
 @torch.no_grad()
@@ -127,11 +128,11 @@ def test_ranking_in_two_stages(k):
     ranking = model.rank_answers(answers, k=k, **inputs())
     differs = False
     for row in range(4):
-        first = model(**inputs_of(row), decoder_input_ids=torch.tensor([[START]])).logits[0, 0].softmax(-1)
-        by_first = sorted(range(5), key=lambda i: -first[answers[i, 0]].item())
-        scores = {i: log_probability(model, row, tokens_of(answers[i])) for i in range(5)}
-        expected = sorted(by_first[:k], key=lambda i: -scores[i])
-        assert ranking.answer_indices[row].tolist() == expected
-        assert ranking.scores[row].tolist() == pytest.approx([scores[i] for i in expected], rel=1e-5)
-        differs |= set(expected) != set(sorted(scores, key=lambda i: -scores[i])[:k])
+        logits = model(**inputs_of(row), decoder_input_ids=torch.tensor([[START]])).logits[0, 0]
+        scores = torch.tensor([log_probability(model, row, tokens_of(answer)) for answer in answers])
+        finalists = logits[answers[:, 0]].topk(k).indices
+        best_first = finalists[scores[finalists].argsort(descending=True)]
+        assert torch.equal(ranking.answer_indices[row], best_first)
+        torch.testing.assert_close(ranking.scores[row], scores[best_first], rtol=1e-5, atol=0)
+        differs |= set(best_first.tolist()) != set(scores.topk(k).indices.tolist())
     assert differs  # from scoring all answers in full

@@ -6,7 +6,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from schedules import rates_of
-from tiny_models import kept_by as kept
+from tiny_models import kept_by
 from tiny_retrieval import images
 from tiny_single_stream import IDS, MASK, make_config, make_model
 
@@ -20,36 +20,47 @@ from modeling_trips import (
 
 def naive_layer_norm(module, states):
     centered = states - states.mean(-1, keepdim=True)
-    return centered / (centered.square().mean(-1, keepdim=True) + module.eps).sqrt() * module.weight + module.bias
+    variance = centered.square().mean(-1, keepdim=True)
+    return centered / (variance + module.eps).sqrt() * module.weight + module.bias
 
 
 def naive_run(model, ids, image):
     """Run one text without padding and one image. Return the states of the text and the kept patches of each layer."""
-    config, tower = model.config.vision_config, model.vision_model
+    config = model.config.vision_config
+    tower = model.vision_model
     text = model.text_model(ids[None]).last_hidden_state[0]
     embeddings, _ = tower.embeddings(image[None])
     image = embeddings[0]
     types = tower.modality_embeddings.weight
-    tokens = list(text + types[0]) + list(image + types[1])
-    first, original, selections = len(text) + 1, list(range(len(image) - 1)), []
+    tokens = torch.cat((text + types[0], image + types[1]))
+    first = len(text) + 1  # the first candidate
+    original = list(range(len(image) - 1))
+    selections = []
+    guide = {"text": 0, "image": len(text)}[config.selection_guidance]
     width = config.hidden_size // config.num_attention_heads
     for number, layer in enumerate(tower.layers, start=1):
-        attention, normed = layer.attention, naive_layer_norm(layer.layernorm_before, torch.stack(tokens))
-        query, key, value = (getattr(attention, f"{part}_proj")(normed).split(width, dim=1) for part in "qkv")
+        attention = layer.attention
+        normed = naive_layer_norm(layer.layernorm_before, tokens)
+        query = attention.q_proj(normed).split(width, dim=1)
+        key = attention.k_proj(normed).split(width, dim=1)
+        value = attention.v_proj(normed).split(width, dim=1)
         mixed = [(q @ k.T / math.sqrt(width)).softmax(dim=1) @ v for q, k, v in zip(query, key, value)]
-        tokens = list(torch.stack(tokens) + attention.o_proj(torch.cat(mixed, dim=1)))
+        tokens = tokens + attention.o_proj(torch.cat(mixed, dim=1))
         if number in rates_of(config):
-            guide = {"text": 0, "image": len(text)}[config.selection_guidance]
-            heads = [(k[first:] @ q[guide] / math.sqrt(width)).softmax(dim=0) for q, k in zip(query, key)]
-            scores = (sum(heads) / len(heads)).tolist()
+            by_head = [(k[first:] @ q[guide] / math.sqrt(width)).softmax(dim=0) for q, k in zip(query, key)]
+            scores = sum(by_head) / len(by_head)
             num_kept = math.ceil(rates_of(config)[number] * len(scores))
-            kept = sorted(sorted(range(len(scores)), key=lambda i: -scores[i])[:num_kept])
-            fused = sum(scores[i] * tokens[first + i] for i in range(len(scores)) if i not in kept)
-            selections.append([original[i] for i in kept])
-            tokens, original = tokens[:first] + [tokens[first + i] for i in kept] + [fused], selections[-1] + [-1]
-        states = torch.stack(tokens)
-        tokens = list(states + layer.mlp(naive_layer_norm(layer.layernorm_after, states)))
-    return naive_layer_norm(tower.layernorm, torch.stack(tokens))[: len(text)], selections
+            ranked = scores.argsort(descending=True).tolist()
+            kept = sorted(ranked[:num_kept])
+            rest = ranked[num_kept:]
+            candidates = tokens[first:]
+            fused = scores[rest] @ candidates[rest]
+            tokens = torch.cat((tokens[:first], candidates[kept], fused[None]))
+            original = [original[i] for i in kept]
+            selections.append(original)
+            original = original + [-1]
+        tokens = tokens + layer.mlp(naive_layer_norm(layer.layernorm_after, tokens))
+    return naive_layer_norm(tower.layernorm, tokens)[: len(text)], selections
 
 
 @pytest.mark.parametrize("guidance", ["text", "image"])
@@ -61,7 +72,7 @@ def test_selection_follows_the_formula_for_each_pair_alone(guidance):
         length = int(MASK[row].sum())
         states, selections = naive_run(model, IDS[row, :length], images(4)[row].double())
         torch.testing.assert_close(output.last_hidden_state[row, :length], states)
-        assert [entry[row] for entry in kept(output)] == selections
+        assert [entry[row] for entry in kept_by(output)] == selections
 
 
 @pytest.mark.parametrize(

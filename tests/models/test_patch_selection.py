@@ -153,8 +153,10 @@ def test_the_selection_loss_by_hand():
 def test_the_target_is_no_way_for_the_gradient():
     """The target is constant, so that the gradient of the logits is the difference."""
     logits = torch.tensor([[0.3, -0.2, 0.9, 0.1]], requires_grad=True)
-    wanted = torch.tensor([[0.5, 0.5, 0.0, 0.0]])
+    targets = torch.tensor([[0.5, 0.5, 0.0, 0.0]])
     scores = logits.softmax(dim=-1)
-    selection_loss(scores, torch.arange(4)[None], wanted).sum().backward()
-    target = (wanted * scores.sqrt()).detach()
-    torch.testing.assert_close(logits.grad, scores.detach() - target / target.sum())
+    selection_loss(scores, torch.arange(4)[None], targets).sum().backward()
+    scores = scores.detach()
+    pulled_to = targets * scores.sqrt()
+    pulled_to = pulled_to / pulled_to.sum()
+    torch.testing.assert_close(logits.grad, scores - pulled_to)

@@ -92,13 +92,16 @@ def test_answers_are_those_of_a_beam_search_with_their_probabilities(oracle):
     assert oracle(IMAGES[0], QUESTIONS[0]) == oracle(IMAGES[0], QUESTIONS[0], top_k=5)
 
 
-def test_beams_become_answers_by_hand():
+def test_beams_end_at_their_first_end_token():
     labels = torch.tensor([[0, 5, 2, 0], [2, 0, 0, 0], [5, 0, 3, 2]])
     assert without_rest(labels, 2).tolist() == [[0, 5, 2, -100], [2, -100, -100, -100], [5, 0, 3, 2]]
     assert without_rest(labels, [3, 5]).tolist() == [[0, 5, -100, -100], [2, 0, 0, 0], [5, -100, -100, -100]]
     assert torch.equal(without_rest(labels, None), labels)
-    pairs = [("", 0.5), ("no", 0.125), ("yes", 0.0625), ("yes", 0.125)]  # of one question
-    assert best_answers(pairs) == [{"score": 0.1875, "answer": "yes"}, {"score": 0.125, "answer": "no"}]
+
+
+def test_probabilities_of_equal_answers_add_up_and_an_empty_one_counts_alone():
+    beams = [("", 0.5), ("no", 0.125), ("yes", 0.0625), ("yes", 0.125)]  # of one question
+    assert best_answers(beams) == [{"score": 0.1875, "answer": "yes"}, {"score": 0.125, "answer": "no"}]
     assert best_answers([("", 0.5), ("", 0.25)]) == [{"score": 0.75, "answer": ""}]
 
 
@@ -168,9 +171,9 @@ def test_answers_can_be_picked_from_a_list(oracle):
     picked = oracle(IMAGES[0], QUESTIONS[:2], answers=answers, top_k=3)
     inputs = oracle.processor(images=IMAGES[0], text=QUESTIONS[:2], image_index=[0, 0], return_tensors="pt")
     ranking = oracle.model.rank_answers(oracle.processor.encode_answers(answers), **inputs)
-    for row, question in enumerate(picked):
-        assert [answer["answer"] for answer in question] == [answers[i] for i in ranking.answer_indices[row, :3]]
-        assert [answer["score"] for answer in question] == pytest.approx(ranking.scores[row, :3].exp().tolist())
+    for found, indices, scores in zip(picked, ranking.answer_indices, ranking.scores.exp(), strict=True):
+        expected = [{"answer": answers[i], "score": score.item()} for i, score in zip(indices, scores)]
+        assert_same(found, expected[:3])
 
 
 def test_captions_are_what_the_model_writes_after_the_prompt(captioner):

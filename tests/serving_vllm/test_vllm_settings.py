@@ -118,11 +118,11 @@ def test_pooling_that_fits_is_accepted(folders, capsys, name, number):
 
 def test_the_published_form_of_internvl(tmp_path, capsys):
     store_internvl_chat(BY_NAME["internvl"].make(), tmp_path)
-    options = [tmp_path, "--trust-remote-code", "--keep_rate", "0.25"]
+    options = [str(tmp_path), "--trust-remote-code", "--keep_rate", "0.25"]
     assert printed_overrides(capsys, *options)["architectures"] == ["TripsInternVLChatModel"]
     for option, value in (("--visual_scorer", "prompt"), ("--schedule", "1:image:0.5")):
         with pytest.raises(SystemExit):
-            main([str(word) for word in [*options, option, value]])
+            main([*options, option, value])
         assert value in capsys.readouterr().err
 
 

@@ -30,22 +30,26 @@ class Module(NamedTuple):
 
 def modules() -> dict[str, Module]:
     """Return the modules of the package, the examples and the service, by name."""
-    paths = {_name(package, path): path for package, root in ROOTS.items() for path in sorted(root.rglob("*.py"))}
+    paths = {}
+    for package, root in ROOTS.items():
+        for path in sorted(root.rglob("*.py")):
+            paths[_name(package, path)] = path
     trees = {name: ast.parse(path.read_text("utf-8")) for name, path in paths.items()}
     return {name: Module(name, path, trees[name], _imports(name, path, trees)) for name, path in paths.items()}
 
 
 def _name(package: str, path: Path) -> str:
     parts = path.relative_to(ROOTS[package]).with_suffix("").parts
-    return ".".join((package, *(part for part in parts if part != "__init__")))
+    return ".".join([package, *parts]).removesuffix(".__init__")
 
 
 def _imports(name: str, path: Path, trees: dict[str, ast.Module]) -> dict[str, set[str]]:
+    package = name.split(".")
+    if path.name != "__init__.py":
+        package.pop()
     found: dict[str, set[str]] = {}
     for node in ast.walk(trees[name]):
-        for module, imported in _imported(
-            node, name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
-        ):
+        for module, imported in _imported(node, package):
             inner = f"{module}.{imported}"  # `from package import module` imports the module
             target = inner if inner in trees else module
             if target in trees:
@@ -57,11 +61,12 @@ def _imports(name: str, path: Path, trees: dict[str, ast.Module]) -> dict[str, s
 
 
 def _imported(node: ast.AST, package: list[str]) -> list[tuple[str, str]]:
-    """Yield the (module, name) pairs that a statement imports."""
+    """Return the (module, name) pairs that a statement imports."""
     if isinstance(node, ast.Import):
         return [(alias.name, "") for alias in node.names]
     if not isinstance(node, ast.ImportFrom):
         return []
-    parents = package[: len(package) - node.level + 1] if node.level else []
-    module = ".".join([*parents, *filter(None, [node.module])])
-    return [(module, alias.name) for alias in node.names]
+    parts = package[: len(package) - node.level + 1] if node.level else []
+    if node.module is not None:
+        parts = [*parts, node.module]
+    return [(".".join(parts), alias.name) for alias in node.names]

@@ -66,18 +66,29 @@ class LoopbackHub(ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
 
-    def client_environment(self, home: Path, token: str = "hf_ada") -> dict[str, str]:
+    def client_environment(self, home: Path) -> dict[str, str]:
         """Return environment variables that point a client to this Hub, with a separate cache."""
-        variables = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-        return {**variables, "HF_TOKEN": token, "NO_PROXY": "127.0.0.1"}
+        return {
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(home),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_TOKEN": "hf_ada",
+            "NO_PROXY": "127.0.0.1",
+        }
 
     def connect(self, monkeypatch: pytest.MonkeyPatch, home: Path):
         """Apply `client_environment` to the running process, whose client has already read its environment."""
         for name, value in self.client_environment(home).items():
             monkeypatch.setenv(name, value)
-        template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
-        settings = {"ENDPOINT": self.url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_CACHE": str(home / "hub")}
-        settings |= {"HF_TOKEN_PATH": str(home / "token"), "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+        settings = {
+            "ENDPOINT": self.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": self.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(home / "hub"),
+            "HF_TOKEN_PATH": str(home / "token"),
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+        }
         for name, value in settings.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # created once, with the address at that time
@@ -129,25 +140,28 @@ class _Handler(BaseHTTPRequestHandler):
         return {**facts, "siblings": [{"rfilename": path} for path in repository.files]}
 
     def list_tree(self, repo_id: str, folder: str | None):
-        files = self.server.repositories[repo_id].files
-        found = {path: content for path, content in files.items() if path.startswith(folder or "")}
-        tree = [
-            {"type": "file", "path": path, "size": len(text), "oid": git_hash(text)} for path, text in found.items()
-        ]
-        return (tree, 200, {}) if tree else ({"error": "none"}, 404, {"X-Error-Code": "EntryNotFound"})
+        tree = []
+        for path, content in self.server.repositories[repo_id].files.items():
+            if path.startswith(folder or ""):
+                tree.append({"type": "file", "path": path, "size": len(content), "oid": git_hash(content)})
+        if not tree:
+            return {"error": "none"}, 404, {"X-Error-Code": "EntryNotFound"}
+        return tree, 200, {}
 
     def preupload(self, repo_id: str):
         files = json.loads(self.body)["files"]
         return {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]}
 
     def commit(self, repo_id: str):
-        repository, files = self.server.repositories[repo_id], dict(self.server.repositories[repo_id].files)
-        for operation in map(json.loads, self.body.splitlines()):
-            path = operation["value"].get("path")
+        repository = self.server.repositories[repo_id]
+        files = dict(repository.files)
+        for line in self.body.splitlines():
+            operation = json.loads(line)
+            value = operation["value"]
             if operation["key"] == "file":
-                files[path] = base64.b64decode(operation["value"]["content"])
+                files[value["path"]] = base64.b64decode(value["content"])
             elif operation["key"] == "deletedFile":
-                del files[path]
+                del files[value["path"]]
         repository.commits.append(files)
         return {"commitOid": repository.sha, "commitUrl": f"{self.server.url}/{repo_id}/commit/{repository.sha}"}
 

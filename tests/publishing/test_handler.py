@@ -47,16 +47,26 @@ def ask(handler: EndpointHandler, parameters=None, **inputs):
     return handler(json.loads(json.dumps({"inputs": {**INPUTS, **inputs}, "parameters": parameters})))
 
 
-def test_answers_are_those_of_model_and_pipeline(handlers):
-    answers = ["red", "teal", "picture"]
-    for parameters in ({}, {"top_k": 2, "answers": answers}, {"max_new_tokens": 64, "num_beams": 3}):
-        assert ask(handlers[QA], parameters) == handlers[QA].pipeline(IMAGE, TEXTS[0], **parameters)
+@pytest.mark.parametrize(
+    "parameters", [{}, {"top_k": 2, "answers": ["red", "teal", "picture"]}, {"max_new_tokens": 64, "num_beams": 3}]
+)
+def test_answers_are_those_of_the_pipeline(parameters, handlers):
+    handler = handlers[QA]
+    assert ask(handler, parameters) == handler.pipeline(IMAGE, TEXTS[0], **parameters)
+
+
+def test_captions_are_those_of_the_pipeline(handlers):
+    handler = handlers[WRITER]
     parameters = {"max_new_tokens": 2, "num_beams": 2}
-    assert ask(handlers[WRITER], parameters) == handlers[WRITER].pipeline(IMAGE, prompt=TEXTS[0], **parameters)
-    retrieval = handlers[RETRIEVAL].pipeline
-    batch = retrieval.processor(images=IMAGE, text=TEXTS, image_index=[0, 0, 0], return_tensors="pt")
-    scores = retrieval.model.match(**batch).itm_logits.softmax(-1)[:, 1].tolist()
-    assert ask(handlers[RETRIEVAL]) == {"scores": scores}
+    assert ask(handler, parameters) == handler.pipeline(IMAGE, prompt=TEXTS[0], **parameters)
+
+
+def test_scores_are_the_probabilities_that_texts_match(handlers):
+    handler = handlers[RETRIEVAL]
+    processor = handler.pipeline.processor
+    inputs = processor(images=IMAGE, text=TEXTS, image_index=[0, 0, 0], return_tensors="pt")
+    probabilities = handler.pipeline.model.match(**inputs).itm_logits.softmax(-1)
+    assert ask(handler) == {"scores": probabilities[:, 1].tolist()}
 
 
 @pytest.mark.parametrize(
@@ -70,26 +80,32 @@ def test_answers_are_those_of_model_and_pipeline(handlers):
         # These run code.
         *((name, {"custom_generate": "folder", "trust_remote_code": True}) for name in HANDLED),
         *((name, {"generate_kwargs": {"custom_generate": "folder"}}) for name in HANDLED),
-        (QA, "top_k"),
     ],
 )
 def test_unsupported_parameters_raise(name, parameters, handlers):
-    with pytest.raises(ValueError, match=next(iter(parameters)) if isinstance(parameters, dict) else "parameters"):
+    with pytest.raises(ValueError, match=next(iter(parameters))):
         ask(handlers[name], parameters)
 
 
+def test_parameters_that_are_no_object_raise(handlers):
+    with pytest.raises(ValueError, match="parameters"):
+        ask(handlers[QA], "top_k")
+
+
 @pytest.mark.parametrize(
-    ("name", "inputs"),
+    ("name", "field", "value"),
     [
-        (QA, {"question": ["red?"] * (MAX_TEXTS + 1)}),
-        (QA, {"question": None}),
-        (WRITER, {"prompt": ["a", "b"]}),
-        *((RETRIEVAL, {"texts": texts}) for texts in (["red"] * (MAX_TEXTS + 1), [], [1])),
+        (QA, "question", ["red?"] * (MAX_TEXTS + 1)),
+        (QA, "question", None),
+        (WRITER, "prompt", ["a", "b"]),
+        (RETRIEVAL, "texts", ["red"] * (MAX_TEXTS + 1)),
+        (RETRIEVAL, "texts", []),
+        (RETRIEVAL, "texts", [1]),
     ],
 )
-def test_texts_are_bounded(name, inputs, handlers):
-    with pytest.raises(ValueError, match=f"inputs.{next(iter(inputs))}"):
-        ask(handlers[name], **inputs)
+def test_texts_are_bounded(name, field, value, handlers):
+    with pytest.raises(ValueError, match=f"inputs.{field}"):
+        ask(handlers[name], **{field: value})
 
 
 BAD_IMAGES = {

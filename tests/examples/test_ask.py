@@ -42,7 +42,8 @@ def test_answers_draws_and_compares_without_any_option(tmp_path):
     assert "0.005 of the tokens after layer 2" in result.stdout
     assert result.stdout.count(" times as fast") == 2
     with PIL.Image.open(tmp_path / "outputs/kept_patches.png") as picture:  # the original and a panel per question
-        assert picture.width > 1000 and len(picture.convert("RGB").getcolors(10**6)) > 20
+        assert picture.width > 1000
+        assert len(picture.convert("RGB").getcolors(10**6)) > 20
 
 
 def test_images_that_are_none_are_named_without_a_program_being_started(tmp_path, monkeypatch):
@@ -70,7 +71,9 @@ def test_asks_a_model_that_keeps_all_patches(tmp_path, capsys):
     options = ["--image", str(tmp_path / "picture.png"), "--question", "is there a circle?"]
     ask.main([*options, "--model", str(tmp_path / "unpruned"), "--picture", str(tmp_path / "kept.png")])
     printed = capsys.readouterr().out
-    assert printed.count("  is there a circle? ") == 1 and "It keeps" not in printed and "rate" not in printed
+    assert printed.count("  is there a circle? ") == 1
+    assert "It keeps" not in printed
+    assert "rate" not in printed
     assert not (tmp_path / "kept.png").exists()
 
 

@@ -94,9 +94,11 @@ def test_a_folder_of_any_vilt_converts_and_computes_the_same(vilt_arguments, tok
     folder = vilt_arguments["checkpoint"]
     save_vilt(folder, tokenizer, name)
     report = convert(vilt_arguments, schedule="unpruned")
-    assert report.new == [] and set(load_file(folder / "model.safetensors")) <= {*report.used, *report.left_out}
+    assert report.new == []
+    assert set(load_file(folder / "model.safetensors")) <= {*report.used, *report.left_out}
     model, loading = TripsModel.from_pretrained(vilt_arguments["output_dir"], output_loading_info=True)
-    assert not any(loading.values()) and model.config.fusion_encoder_config.fusion_type == "single_stream"
+    assert not any(loading.values())
+    assert model.config.fusion_encoder_config.fusion_type == "single_stream"
     processor = TripsProcessor.from_pretrained(vilt_arguments["output_dir"])
     images = [Image.fromarray(np.random.default_rng(seed).integers(0, 256, (16, 16, 3), np.uint8)) for seed in (0, 1)]
     inputs = processor(images=images, text=["is it red?", "is it a red circle or a person?"], return_tensors="pt")
@@ -119,7 +121,8 @@ def test_the_processor_is_vilts_in_another_resolution(vilt_arguments, tokenizer)
     assert model.vision_model.embeddings.position_embeddings.shape == (1, 26, 32)
     processor = TripsProcessor.from_pretrained(vilt_arguments["output_dir"])
     assert processor.image_processor.image_mean == processor.image_processor.image_std == (0.5, 0.5, 0.5)
-    assert processor.image_processor.size == {"height": 20, "width": 20} and processor.patch_size == 4
+    assert processor.image_processor.size == {"height": 20, "width": 20}
+    assert processor.patch_size == 4
     assert processor.tokenizer.get_vocab() == tokenizer.get_vocab()
     assert processor.tokenizer.model_max_length == 32
     assert processor(text=TEXTS)["input_ids"] == tokenizer(TEXTS, padding=True)["input_ids"]

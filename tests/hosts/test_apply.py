@@ -58,7 +58,8 @@ def snapshot(model: nn.Module) -> dict:
 @each_host
 def test_removing_selection_leaves_no_trace(host):
     model = host.make_model()
-    expected, before = host.run(model), snapshot(model)
+    expected = host.run(model)
+    before = snapshot(model)
     host.apply(model)
     assert not torch.equal(host.run(model), expected)
     kept_by(host, model)
@@ -73,12 +74,14 @@ def test_removing_selection_leaves_no_trace(host):
 @each_host
 def test_checkpoints_have_the_same_names_and_load_without_selection(host, tmp_path):
     model = host.make_model()
-    expected, parameters = host.run(model), dict(model.named_parameters())
+    expected = host.run(model)
+    parameters = dict(model.named_parameters())
     keys = list(model.state_dict())
     host.apply(model)
     assert list(model.state_dict()) == keys
     named = dict(model.named_parameters())
-    assert list(named) == list(parameters) and all(named[name] is parameters[name] for name in named)
+    assert list(named) == list(parameters)
+    assert all(named[name] is parameters[name] for name in named)
     if isinstance(model, PreTrainedModel):
         model.save_pretrained(tmp_path)
         plain = type(model).from_pretrained(tmp_path).eval()
@@ -114,7 +117,8 @@ def test_bfloat16_keeps_nearly_the_same_patches(host):
     model.to(torch.bfloat16)
     inputs = {name: x.to(torch.bfloat16) if x.is_floating_point() else x for name, x in host.inputs.items()}
     output = host.run(model, inputs)
-    assert output.dtype == torch.bfloat16 and output.isfinite().all()
+    assert output.dtype == torch.bfloat16
+    assert output.isfinite().all()
     for actual, indices in zip(kept_by(host, model, inputs), expected):
         common = sum(len(set(a) & set(b)) for a, b in zip(actual.tolist(), indices.tolist()))
         assert common >= 0.8 * sum(len(set(b)) for b in indices.tolist())
@@ -126,11 +130,13 @@ def test_what_was_set_meanwhile_stays():
     enable_checkpointing(model)
     HOSTS["clip"].apply(model)
     layers = model.vision_model.encoder.layers
-    assert layers[0].gradient_checkpointing and not layers[0].training
+    assert layers[0].gradient_checkpointing
+    assert not layers[0].training
     model.train()
     model.gradient_checkpointing_disable()  # Transformers 5.24 has another name, too
     remove_patch_selection(model)
-    assert layers[0].training and not layers[0].gradient_checkpointing
+    assert layers[0].training
+    assert not layers[0].gradient_checkpointing
 
 
 @pytest.mark.parametrize("name", ["blip_vqa", "blip_captioning", "clip", "siglip"])
@@ -138,7 +144,8 @@ def test_what_was_set_meanwhile_stays():
 def test_hidden_states_of_the_vision_tower_get_shorter(name, recorded_before):
     """Transformers hooks layers by class at the first request."""
     model = HOSTS[name].make_model()
-    tower, num_prefix = model.vision_model, int(name != "siglip")
+    tower = model.vision_model
+    num_prefix = int(name != "siglip")
     if recorded_before:
         tower(PIXELS, output_hidden_states=True)
     HOSTS[name].apply(model)
@@ -153,7 +160,8 @@ def test_hidden_states_of_the_vision_tower_get_shorter(name, recorded_before):
 def test_importing_loads_no_model_modules():
     code = "import sys, modeling_trips; old = {*sys.modules}; import modeling_trips.hosts; print({*sys.modules} - old)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "modeling_trips.hosts" in result.stdout and not re.search(r"\.models\.|'timm", result.stdout)
+    assert "modeling_trips.hosts" in result.stdout
+    assert not re.search(r"\.models\.|'timm", result.stdout)
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,8 @@ def test_the_card_names_the_training(tmp_path):
     guide.save_pretrained(tmp_path)
     for folder in (tmp_path, tmp_path / "again"):  # the facts are part of the guide
         card = ModelCard.load(folder / "README.md")
-        assert "3:text:0.11" in card.text and "ada/llava" in card.text and "More Information" not in card.text
+        assert "3:text:0.11" in card.text
+        assert "ada/llava" in card.text
+        assert "More Information" not in card.text
         assert (card.data.library_name, card.data.base_model) == ("trips-transformers", "ada/llava")
         TextGuide.from_pretrained(folder).save_pretrained(tmp_path / "again")

@@ -49,7 +49,8 @@ def file(request, tmp_path) -> str:
 
 
 def test_an_image_is_the_same_by_every_road(file):
-    content, processor = open(file, "rb").read(), make_processor()
+    content = open(file, "rb").read()
+    processor = make_processor()
     expected = np.asarray(decode_image(file))
     for image in (decode_image(content), decode_untrusted_image(file), decode_untrusted_image(content)):
         np.testing.assert_array_equal(image, expected)
@@ -98,4 +99,5 @@ def test_untrusted_images_have_limits(tmp_path):
 
 def test_images_of_captions_come_once():
     rows, image_of_text = first_rows(["b", "a", "b", "c", "a"])
-    assert rows == [0, 1, 3] and image_of_text == [0, 1, 0, 2, 1]
+    assert rows == [0, 1, 3]
+    assert image_of_text == [0, 1, 0, 2, 1]

@@ -51,7 +51,9 @@ def test_a_fingerprint_is_of_weights_schedule_and_pixels(checkpoint, tmp_path):
         return fingerprint_of(model, processor)
 
     own = fingerprint()
-    assert own == fingerprint() and own.model == checkpoint and own.schedule == "2:text:0.5,3:text:0.5"
+    assert own == fingerprint()
+    assert own.model == checkpoint
+    assert own.schedule == "2:text:0.5,3:text:0.5"
     copy = save_model(tmp_path / "copy")
     assert fingerprint(copy).digest == own.digest  # under any name
     model, processor = load_model(copy)
@@ -77,7 +79,8 @@ def test_the_index_has_all_rows_and_is_made_anew_when_rows_come(table):
     table = add(add(table, range(300)), range(300, 600), broken=400)
     build_index(table, fewest=300)
     table = open_table(table.uri, OWN)
-    assert indexed(table) == 600 and table.stats.dataset_stats()["num_fragments"] == 1
+    assert indexed(table) == 600
+    assert table.stats.dataset_stats()["num_fragments"] == 1
     version = table.latest_version
     build_index(table, fewest=300)
     assert open_table(table.uri, OWN).version == version

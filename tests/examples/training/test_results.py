@@ -43,7 +43,8 @@ def test_the_results_begin_with_what_matters(run):
         assert kept == "2:text:0.3,3:text:0.3 keeps 7 of 64 patches."
         for what, line in zip(("text", "image"), sensitivities):
             assert f"({results[f'{split}_layer3_{what}_sensitivity']:.2f})" in line
-        assert results["schedule"] == "2:text:0.3,3:text:0.3" and results["precision"] == "float32"
+        assert results["schedule"] == "2:text:0.3,3:text:0.3"
+        assert results["precision"] == "float32"
     assert {"test_accuracy", "eval_accuracy", "train_loss"} <= json.loads(
         (run / "all_results.json").read_text()
     ).keys()
@@ -54,7 +55,8 @@ def test_few_lines_are_printed_at_the_end(run, capsys):
     run_vqa.main([*options, "--do_train=False", "--do_eval=False", "--disable_tqdm=False"])
     printed = capsys.readouterr().out
     lines = printed[printed.index("Test, 15 rows: accuracy ") :].splitlines()
-    assert len(lines) <= 6 and "exact_match" not in printed
+    assert len(lines) <= 6
+    assert "exact_match" not in printed
     assert lines[-1] == f"All metrics: {run / 'again' / 'test_results.json'}"
 
 

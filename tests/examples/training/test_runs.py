@@ -53,12 +53,15 @@ PARTS = ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.p
 def test_incomplete_checkpoints_are_skipped(name, size, args, tmp_path, caplog):
     for step in (2, 10):
         write_checkpoint(tmp_path / f"checkpoint-{step}")
-    assert checkpoint_to_resume(args) == str(tmp_path / "checkpoint-10") and not caplog.records
+    assert checkpoint_to_resume(args) == str(tmp_path / "checkpoint-10")
+    assert not caplog.records
     path = tmp_path / "checkpoint-10" / name
     path.unlink() if size is None else os.truncate(path, size)
     assert checkpoint_to_resume(args) == str(tmp_path / "checkpoint-2")
     (record,) = caplog.records
-    assert record.levelname == "WARNING" and str(path.parent) in record.message and name in record.message
+    assert record.levelname == "WARNING"
+    assert str(path.parent) in record.message
+    assert name in record.message
     args.resume_from_checkpoint = str(path.parent)
     with pytest.raises(ValueError, match=name):
         checkpoint_to_resume(args)

@@ -12,12 +12,16 @@ from trips_examples.training import models
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(tmp_path, monkeypatch):
     """The losses are finite: only the last gradient is not."""
-    steps, make_model = [], models.make_model
+    steps = []
+    make_model = models.make_model
+
+    def poison(gradient: torch.Tensor) -> torch.Tensor:
+        steps.append(len(steps) + 1)
+        return gradient if steps == [1] else gradient * torch.inf
 
     def poisoned(*args, **kwargs):
         model = make_model(*args, **kwargs)
-        bias = model.lm_head.decoder.bias
-        bias.register_hook(lambda grad: steps.append(1) or (grad if len(steps) == 1 else grad * torch.inf))
+        model.lm_head.decoder.bias.register_hook(poison)
         return model
 
     monkeypatch.setattr(models, "make_model", poisoned)
@@ -57,4 +61,5 @@ def test_with_the_unused_parameters_frozen_every_parameter_has_a_gradient(case, 
     missing = [name for name, value in model.named_parameters() if value.requires_grad and value.grad is None]
     if not selection:
         missing += [name for name, value in model.named_parameters() if not value.grad.any()]
-    assert missing == [] and all(parameter.grad is None for parameter in unused)
+    assert missing == []
+    assert all(parameter.grad is None for parameter in unused)

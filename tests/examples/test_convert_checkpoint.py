@@ -71,7 +71,7 @@ def test_the_folder_loads_and_computes_what_albef_does(arguments, sizes, capsys)
     assert model.config.decoder_start_token_id == processor.tokenizer.cls_token_id
     assert model.config.decoder_config.eos_token_id == processor.tokenizer.sep_token_id
     written = json.loads((folder / "conversion_report.json").read_text())
-    assert {*written["used"], *written["left_out"]} == set(weights_of(arguments))
+    assert {*written["used"], *written["left_out"]} == weights_of(arguments).keys()
     assert str(report) in capsys.readouterr().out
 
 
@@ -81,7 +81,8 @@ def test_the_options_set_schedule_and_resolution(arguments):
     assert str(model.config.vision_config.schedule) == "3:image:0.5,8:image:0.6"
     assert model.model.vision_model.embeddings.position_embeddings.shape == (1, 26, 16)
     processor = TripsProcessor.from_pretrained(arguments["output_dir"])
-    assert processor.image_processor.size == {"height": 20, "width": 20} and processor.patch_size == 4
+    assert processor.image_processor.size == {"height": 20, "width": 20}
+    assert processor.patch_size == 4
 
 
 def test_images_are_prepared_as_albef_does(arguments):
@@ -96,13 +97,13 @@ def test_images_are_prepared_as_albef_does(arguments):
 
 def clean(text: str, task: str) -> str:
     """Clean a text as ALBEF does: lower case, split at hyphens and slashes, no other punctuation."""
-    letters = [letter for letter in text.lower() if letter not in ",.'!?\"()*#:;~"]
-    text = " ".join("".join(" " if letter in "-/" else letter for letter in letters).split())
+    text = text.lower().translate(str.maketrans("-/", "  ", ",.'!?\"()*#:;~"))
+    text = " ".join(text.split())
     return text if task == "question-answering" else text.replace("<person>", "person")
 
 
 @pytest.mark.parametrize(
-    ("task", "head"), [("question-answering", "TripsForQuestionAnswering"), ("retrieval", "TripsForRetrieval")]
+    "task, head", [("question-answering", "TripsForQuestionAnswering"), ("retrieval", "TripsForRetrieval")]
 )
 def test_texts_are_prepared_as_albef_does(arguments, tokenizer, sizes, task, head):
     torch.save({"model": random_checkpoint(task, sizes)}, arguments["checkpoint"])
@@ -125,7 +126,7 @@ def test_texts_are_in_lower_case_whatever_the_tokenizer_does(tokenizer, tmp_path
     )
     cased.backend_tokenizer.pre_tokenizer = WhitespaceSplit()  # and no normalizer
     cased.save_pretrained(tmp_path)
-    expected = [tokenizer.cls_token_id, *(vocabulary[word] for word in ("red", "circle"))]
+    expected = [tokenizer.cls_token_id, vocabulary["red"], vocabulary["circle"]]
     assert load_albef_tokenizer(str(tmp_path))("RED Circle")["input_ids"] == expected
 
 
@@ -146,7 +147,8 @@ def test_a_file_that_holds_more_than_data_is_refused_and_runs_nothing(arguments,
     torch.save({"model": {}, "args": Touch(tmp_path / "ran")}, arguments["checkpoint"])
     with pytest.raises(ValueError, match="vqa.pth"):
         convert(arguments)
-    assert not (tmp_path / "ran").exists() and not arguments["output_dir"].exists()
+    assert not (tmp_path / "ran").exists()
+    assert not arguments["output_dir"].exists()
 
 
 @pytest.mark.slow

@@ -19,24 +19,32 @@ def processor():
     return make_processor(train_tokenizer(["the red left right square"]), TripsConfig.from_preset("tiny"))
 
 
-def row(box: list[float], expression: str = "the left square", image_id: str = "a") -> dict:
+def row(image_id: str, box: list[int]) -> dict:
     """Return a row with an image of 100 x 50 pixels (width x height), red in the box and black elsewhere."""
     image = PIL.Image.new("RGB", (100, 50))
-    image.paste("red", [round(number) for number in box])
-    source, encoded_image = f"toy row {image_id}", {"bytes": encoded(image), "path": None}
-    return {"image": encoded_image, "image_id": image_id, "expression": expression, "box": box, "source": source}
+    image.paste("red", box)
+    return {
+        "image": {"bytes": encoded(image), "path": None},
+        "image_id": image_id,
+        "expression": "the left square",
+        "box": box,
+        "source": f"toy row {image_id}",
+    }
 
 
 def red_box(pixels: torch.Tensor) -> list[float]:
     """Return the relative box (center_x, center_y, width, height) of red pixels in `pixel_values` (3, 64, 64)."""
     ys, xs = torch.nonzero(pixels[0] > 0.5, as_tuple=True)
-    x0, y0, x1, y1 = xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
-    return [float(number) / 128 for number in (x0 + x1, y0 + y1, 2 * (x1 - x0), 2 * (y1 - y0))]
+    x0 = xs.min().item() / 64
+    x1 = (xs.max().item() + 1) / 64
+    y0 = ys.min().item() / 64
+    y1 = (ys.max().item() + 1) / 64
+    return [(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0]
 
 
 def test_labels_are_where_the_pixels_are_after_resizing(processor):
     """Images are resized from 100 x 50 to 64 x 64 pixels, and the label is compared with the red pixels."""
-    rows = [row([10, 5, 40, 25]), row([60, 20, 90, 45], "the right square", "b"), row([0, 0, 100, 20], "the", "c")]
+    rows = [row("a", [10, 5, 40, 25]), row("b", [60, 20, 90, 45]), row("c", [0, 0, 100, 20])]
     batch = GroundingCollator(processor)(rows)
     for pixels, label in zip(batch["pixel_values"], batch["labels"], strict=True):
         assert label.tolist() == pytest.approx(red_box(pixels), abs=0.02)
@@ -44,12 +52,18 @@ def test_labels_are_where_the_pixels_are_after_resizing(processor):
 
 def test_accuracy_counts_boxes_from_half_overlap_on():
     metric = evaluate.load(str(EXAMPLES / "metrics/grounding_accuracy.py"))
-    true_box = [0.0, 0.0, 10.0, 10.0]
-    # IoU of 1, 50 / 100, 25 / 175 and 0
-    boxes = [true_box, [0.0, 0.0, 10.0, 5.0], [5.0, 5.0, 15.0, 15.0], [20.0, 20.0, 30.0, 30.0]]
-    result = metric.compute(predictions=boxes, references=[true_box] * 4)
-    assert result["accuracy"] == 0.5 and result["mean_iou"] == pytest.approx((1 + 0.5 + 25 / 175) / 4)
-    assert metric.compute(predictions=boxes, references=[true_box] * 4, threshold=0.51)["accuracy"] == 0.25
+    references = [[0.0, 0.0, 10.0, 10.0]] * 4
+    predictions = [
+        [0.0, 0.0, 10.0, 10.0],
+        [0.0, 0.0, 10.0, 5.0],  # IoU of 50 / 100
+        [5.0, 5.0, 15.0, 15.0],  # 25 / 175
+        [20.0, 20.0, 30.0, 30.0],
+    ]
+    result = metric.compute(predictions=predictions, references=references)
+    assert result["accuracy"] == 0.5
+    assert result["mean_iou"] == pytest.approx((1 + 0.5 + 25 / 175) / 4)
+    result = metric.compute(predictions=predictions, references=references, threshold=0.51)
+    assert result["accuracy"] == 0.25
     with pytest.raises(ValueError, match="at least one"):
         metric.compute(predictions=[], references=[])
 

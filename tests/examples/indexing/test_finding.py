@@ -1,6 +1,7 @@
 """Embedding and search, against numpy and the model on single pairs."""
 
 import logging
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -44,16 +45,21 @@ def finder(checkpoint, collection) -> Finder:
 
 
 def image_of(source: str) -> PIL.Image.Image:
-    """Return an image of the collection."""
-    number = source.rpartition(" ")[2] if " row " in source else source.rpartition("/")[2].removesuffix(".png")
-    return decode_image(encoded(int(number) + (19 if " row " in source else 0)))
+    """Return an image of the collection. The first row has the image number 20."""
+    if " row " in source:
+        number = 19 + int(source.rpartition(" ")[2])
+    else:
+        number = int(Path(source).stem)
+    return decode_image(encoded(number))
 
 
 def test_broken_images_are_named_and_have_a_row_without_a_vector(finder, collection):
     folder, _ = collection
     rows = finder.table.to_table(filter="error IS NOT NULL").to_pylist()
-    assert {row["source"] for row in rows} == {f"{folder}/images/{name}" for name in ("broken.png", "untrusted.tiff")}
-    assert all(row["vector"] is None and "unreadable image" in row["error"] for row in rows)
+    assert {row["source"] for row in rows} == {f"{folder}/images/broken.png", f"{folder}/images/untrusted.tiff"}
+    for row in rows:
+        assert row["vector"] is None
+        assert "unreadable image" in row["error"]
 
 
 def test_the_nearest_are_those_of_numpy(finder):
@@ -63,13 +69,14 @@ def test_the_nearest_are_those_of_numpy(finder):
     for query, row in zip(texts.embeds.numpy(), finder.nearest(texts.embeds, 5)):
         similarities = vectors @ query
         order = np.argsort(-similarities, kind="stable")[:5]
-        assert [each.source for each in row] == [rows["source"][int(place)].as_py() for place in order]
+        assert [each.source for each in row] == rows["source"].take(order).to_pylist()
         assert [each.similarity for each in row] == pytest.approx(similarities[order].tolist(), abs=1e-5)
     for number in (3, 33):
         image = decode_image(encoded(number))
         ((best, *_),) = finder.nearest(finder.evaluator.index_images([image]), 3)
         assert image_of(best.source).tobytes() == image.tobytes()
-        assert best.similarity == pytest.approx(1, abs=1e-5) and best.score is None
+        assert best.similarity == pytest.approx(1, abs=1e-5)
+        assert best.score is None
 
 
 @torch.no_grad()
@@ -78,16 +85,20 @@ def test_the_order_after_matching_is_that_of_pairs_one_by_one(finder):
     found = finder.nearest(texts.embeds, 8)
     ranked = finder.rerank(texts, found)
     assert ranked != found
+    temperature = finder.model.temp().item()
     for text, before, after in zip(TEXTS, found, ranked):
-        scores = {}
+        expected = []
         for each in before:
             inputs = finder.processor(images=image_of(each.source), text=text, return_tensors="pt")
             logits = finder.model.match(**inputs).itm_logits[0]
-            scores[each.source] = (logits[1] - logits[0]).item() + each.similarity / finder.model.temp().item()
-        assert [each.source for each in after] == sorted(scores, key=scores.get, reverse=True)
-        assert [each.score for each in after] == pytest.approx(sorted(scores.values(), reverse=True), abs=1e-3)
-        log_odds = torch.tensor([each.score - each.similarity / finder.model.temp().item() for each in after])
-        assert [each.match for each in after] == pytest.approx(log_odds.sigmoid().tolist(), abs=1e-3)
+            log_odds = logits[1] - logits[0]
+            score = log_odds.item() + each.similarity / temperature
+            expected.append((score, log_odds.sigmoid().item(), each.source))
+        expected.sort(reverse=True)
+        for each, (score, match, source) in zip(after, expected, strict=True):
+            assert each.source == source
+            assert each.score == pytest.approx(score, abs=1e-3)
+            assert each.match == pytest.approx(match, abs=1e-3)
 
 
 def test_images_that_are_gone_are_left_out_and_named(checkpoint, tmp_path, caplog):
@@ -101,15 +112,16 @@ def test_images_that_are_gone_are_left_out_and_named(checkpoint, tmp_path, caplo
     with caplog.at_level(logging.WARNING):
         (ranked,) = finder.rerank(texts, found)
     assert len(found[0]) == 3
-    assert {each.source for each in ranked} == {f"{tmp_path}/images/{number}.png" for number in (0, 2)}
+    assert {each.source for each in ranked} == {f"{tmp_path}/images/0.png", f"{tmp_path}/images/2.png"}
     assert f"{tmp_path}/images/1.png" in caplog.text
 
 
 def test_a_search_in_a_table_without_images_says_so(checkpoint, tmp_path):
     model, processor = load_model(checkpoint)
-    uri, picture = str(tmp_path / "t.lance"), tmp_path / "found.png"
+    uri = str(tmp_path / "t.lance")
     open_table(uri, fingerprint_of(model, processor), model.config.projection_dim)
-    for query in (["--text", "a"], ["--image", str(EXAMPLES / "scene.png")]):
+    picture = tmp_path / "found.png"
+    for query in ("--text=a", f"--image={EXAMPLES / 'scene.png'}"):
         with pytest.raises(ValueError, match="no image"):
-            search.main(["--model", checkpoint, "--table", uri, "--picture", str(picture), *query])
+            search.main([f"--model={checkpoint}", f"--table={uri}", f"--picture={picture}", query])
     assert not picture.exists()

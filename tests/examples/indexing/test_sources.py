@@ -7,18 +7,19 @@ from tiny_collection import encoded, write_images, write_tar
 from trips_examples.indexing.sources import find_images, new_rows_of, rows_of
 
 
-def rows(*places) -> list[dict]:
-    return [row for shard in find_images([str(place) for place in places]) for row in rows_of(shard)]
+def rows(*places, image_root: str | None = None) -> list[dict]:
+    shards = find_images([str(place) for place in places], image_root)
+    return [row for shard in shards for row in rows_of(shard)]
 
 
 def test_a_folder_has_its_image_files_and_those_of_its_folders(tmp_path, monkeypatch):
     write_images(tmp_path / "a", [1])
     write_images(tmp_path / "a/b", [2])
     (tmp_path / "a/notes.txt").write_text("no image")
-    paths = [str(tmp_path / "a/1.png"), str(tmp_path / "a/b/2.png")]
     found = rows(tmp_path / "a")
-    assert [row["source"] for row in found] == paths
-    assert [row["image"] for row in found] == [{"bytes": None, "path": path} for path in paths]
+    for row, path in zip(found, (f"{tmp_path}/a/1.png", f"{tmp_path}/a/b/2.png"), strict=True):
+        assert row["source"] == path
+        assert row["image"] == {"bytes": None, "path": path}
     monkeypatch.chdir(tmp_path)
     assert rows("a", "a/b", tmp_path) == found  # under any spelling of the path, and each once
 
@@ -27,36 +28,44 @@ def test_rows_may_name_files_and_be_broken(tmp_path):
     write_images(tmp_path, [1])
     (tmp_path / "rows.jsonl").write_text('{"image": "1.png"}\n{"image": \n{"caption": "none"}\n')
     first, second, third = rows(tmp_path / "rows.jsonl")
-    assert first["image"] == {"bytes": None, "path": str(tmp_path / "1.png")} and first["error"] is None
-    assert second["source"] == f"{tmp_path}/rows.jsonl row 2" and "broken JSON" in second["error"]
-    assert "no image" in third["error"] and third["image"] is None
+    assert first["image"] == {"bytes": None, "path": str(tmp_path / "1.png")}
+    assert first["error"] is None
+    assert second["source"] == f"{tmp_path}/rows.jsonl row 2"
+    assert "broken JSON" in second["error"]
+    assert third["image"] is None
+    assert "no image" in third["error"]
 
 
 def test_paths_of_rows_are_relative_to_a_root_and_an_image_of_several_rows_is_given_once(tmp_path):
-    write_images(tmp_path / "images", [1, 2])
-    (tmp_path / "data").mkdir()
-    file = tmp_path / "data/train.jsonl"
-    file.write_text("".join(f'{{"image": "{n}.png", "question": "?", "answer": "a"}}\n' for n in (1, 1, 2, 1)))
-    found = [row for shard in find_images([str(file)], str(tmp_path / "images")) for row in rows_of(shard)]
-    assert [row["image"]["path"] for row in found] == [str(tmp_path / "images" / f"{n}.png") for n in (1, 2)]
-    assert [row["source"] for row in found] == [f"{file} row 1", f"{file} row 3"]
+    images = write_images(tmp_path / "images", [1, 2])
+    file = tmp_path / "train.jsonl"
+    lines = [f'{{"image": "{number}.png", "question": "?", "answer": "a"}}' for number in (1, 1, 2, 1)]
+    file.write_text("\n".join(lines))
+    first, second = rows(file, image_root=str(images))
+    assert first["image"]["path"] == str(images / "1.png")
+    assert first["source"] == f"{file} row 1"
+    assert second["image"]["path"] == str(images / "2.png")
+    assert second["source"] == f"{file} row 3"
     with pytest.raises(FileNotFoundError, match="nowhere"):
         find_images([str(file)], "nowhere")
 
 
 def test_shards_may_be_torn_and_use_a_name_twice(tmp_path):
-    names = {"a.png": encoded(1), "b.png": encoded(2), "c.txt": b"no image", "./a.png": encoded(3)}
-    whole = write_tar(tmp_path / "0.tar", names)
+    files = {"a.png": encoded(1), "b.png": encoded(2), "c.txt": b"no image", "./a.png": encoded(3)}
+    whole = write_tar(tmp_path / "0.tar", files)
     (tmp_path / "1.tar").write_bytes(whole.read_bytes()[:1000])
     found = rows(tmp_path / "{0..1}.tar")
     assert len({row["id"] for row in found}) == len(found)
     assert [row["source"] for row in found if row["image"]][:2] == [f"{whole}/a", f"{whole}/b"]
     assert f"{whole}/c" in [row["source"] for row in found if row["error"]]
-    assert "broken tar file" in found[-1]["error"] and found[-1]["source"].startswith(f"{tmp_path}/1.tar")
+    assert found[-1]["source"].startswith(f"{tmp_path}/1.tar")
+    assert "broken tar file" in found[-1]["error"]
 
 
 def test_what_is_done_is_not_read_again(tmp_path):
     (shard,) = find_images([str(write_images(tmp_path, range(40)))])
-    ids = [row["id"] for row in rows_of(shard)]
-    assert [row["id"] for row in new_rows_of(shard, np.array([], "S32"))] == ids
-    assert [row["id"] for row in new_rows_of(shard, np.sort(np.array(ids[3:], "S32")))] == ids[:3]
+    expected = list(rows_of(shard))
+    nothing = np.array([], "S32")
+    assert list(new_rows_of(shard, nothing)) == expected
+    done = np.array([row["id"] for row in expected[3:]], "S32")
+    assert list(new_rows_of(shard, np.sort(done))) == expected[:3]

@@ -14,17 +14,16 @@ from modeling_trips.hosts import prune_inputs
 from trips_examples.lmms.generation import VisionLanguageModel, encode, generation_options
 
 
-FAMILIES = ["llava", "qwen2_5_vl"]
 PLACEHOLDERS = {"llava": "<image> ", "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|> "}
 OPTIONS = {"max_new_tokens": 6}
 QUESTIONS = ["what color is it ?", "which one is the same ?", "what is it ?"]
-each_family = pytest.mark.parametrize("family", FAMILIES)
+each_family = pytest.mark.parametrize("family", PLACEHOLDERS)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict:
-    names = [*FAMILIES, "idefics3", "paligemma"]
-    return {name: save_tiny_vlm(name, tmp_path_factory.mktemp(name)) for name in names}
+    families = ("llava", "qwen2_5_vl", "idefics3", "paligemma")
+    return {family: save_tiny_vlm(family, tmp_path_factory.mktemp(family)) for family in families}
 
 
 @pytest.fixture(scope="module")
@@ -33,62 +32,57 @@ def images() -> list[list[PIL.Image.Image]]:
     return [[noise(40, 40)], [noise(64, 30), noise(48, 48)], []]
 
 
+@pytest.fixture(scope="module")
 def conversations(images) -> list[list[dict]]:
-    return [conversation(text, *own) for text, own in zip(QUESTIONS, images)]
-
-
-def answers_by_hand(folder, family: str, images, generate) -> list[str]:
-    """Generate the answer to each question alone, with a prompt written by hand."""
-    processor = AutoProcessor.from_pretrained(folder)
-    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
-    answers = []
-    for text, own in zip(QUESTIONS, images):
-        prompt = f"<s>{PLACEHOLDERS[family] * len(own)}{text} "
-        inputs = processor(text=prompt, images=own or None, return_tensors="pt")
-        with torch.no_grad():
-            tokens = generate(model, inputs)[0]
-        answers.append(processor.decode(tokens, skip_special_tokens=True).strip())
-    return answers
+    return [conversation(question, *shown) for question, shown in zip(QUESTIONS, images)]
 
 
 @each_family
 @pytest.mark.parametrize("visual_tokens", [None, 5])
-def test_answers_match_generate_with_and_without_selection(family, visual_tokens, folders, images):
-    def generate(model, inputs):
+@torch.no_grad()
+def test_answers_match_generate_with_and_without_selection(family, visual_tokens, folders, images, conversations):
+    """Each question alone, with a prompt written by hand."""
+    processor = AutoProcessor.from_pretrained(folders[family])
+    model = AutoModelForImageTextToText.from_pretrained(folders[family]).eval()
+    expected = []
+    for question, shown in zip(QUESTIONS, images):
+        prompt = f"<s>{PLACEHOLDERS[family] * len(shown)}{question} "
+        inputs = processor(text=prompt, images=shown or None, return_tensors="pt")
         if visual_tokens is not None:
             inputs = prune_inputs(model, inputs, visual_tokens=visual_tokens)
-        return model.generate(**inputs, **OPTIONS, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-
-    expected = answers_by_hand(folders[family], family, images, generate)
-    assert len({*expected}) == 3
-    vlm, asked = VisionLanguageModel(folders[family], visual_tokens=visual_tokens), conversations(images)
-    for size in (1, 3):
-        batches = [asked[start : start + size] for start in range(0, 3, size)]
-        assert [answer for batch in batches for answer in vlm.answer(batch, OPTIONS)] == expected
+        (tokens,) = model.generate(**inputs, **OPTIONS, do_sample=False)
+        answer = processor.decode(tokens[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        expected.append(answer.strip())
+    assert len(set(expected)) == 3
+    vlm = VisionLanguageModel(folders[family], visual_tokens=visual_tokens)
+    assert vlm.answer(conversations, OPTIONS) == expected
+    for asked, answer in zip(conversations, expected):
+        assert vlm.answer([asked], OPTIONS) == [answer]
 
 
 @each_family
-def test_visual_tokens_are_counted(family, folders, images):
+def test_visual_tokens_are_counted(family, folders, conversations):
     def count(vlm) -> float:
-        vlm.answer(conversations(images), OPTIONS)
+        vlm.answer(conversations, OPTIONS)
         return vlm.visual_tokens_per_image
 
+    # Images of 40 x 40, 64 x 30 and 48 x 48 pixels, in units of 8 x 8.
+    whole = 64 if family == "llava" else pytest.approx((5 * 5 + 8 * 4 + 6 * 6) / 3)
+    quarter = 16 if family == "llava" else pytest.approx((7 + 8 + 9) / 3)
     vlm = VisionLanguageModel(folders[family])
     assert vlm.visual_tokens_per_image is None
-    # Images of 40 x 40, 64 x 30 and 48 x 48 pixels, in units of 8 x 8.
-    assert count(vlm) == (64 if family == "llava" else pytest.approx((5 * 5 + 8 * 4 + 6 * 6) / 3))
+    assert count(vlm) == whole
+    assert count(VisionLanguageModel(folders[family], "2:image:0.25")) == quarter
     assert count(VisionLanguageModel(folders[family], "2:image:0.5", visual_tokens=4)) == 4
-    vlm = VisionLanguageModel(folders[family], "2:image:0.25")
-    assert count(vlm) == (16 if family == "llava" else pytest.approx((7 + 8 + 9) / 3))
 
 
-def test_prompt_without_a_chat_template(folders, images, tmp_path):
+def test_prompt_without_a_chat_template(folders, images, conversations, tmp_path):
     folder = save_tiny_vlm("llava", tmp_path / "plain", make_llava_processor(chat_template=None))
     vlm = VisionLanguageModel(folder)
-    encoded = encode(vlm.processor, conversations(images))
+    encoded = encode(vlm.processor, conversations)
     expected = vlm.processor(text=f"<image><image>{QUESTIONS[1]}", images=images[1])["input_ids"][0]
     assert encoded["input_ids"][1].tolist() == expected
-    assert all(VisionLanguageModel(folders["paligemma"]).answer(conversations(images)[:1], OPTIONS))
+    assert all(VisionLanguageModel(folders["paligemma"]).answer(conversations[:1], OPTIONS))
 
 
 @pytest.mark.parametrize(
@@ -102,43 +96,50 @@ def test_prompt_without_a_chat_template(folders, images, tmp_path):
 def test_options_of_a_task(task_options, expected):
     foreign = {"custom_generate": "mallory/foreign", "trust_remote_code": True, "assistant_model": "mallory/foreign"}
     options = generation_options({**task_options, **foreign})
-    assert expected.items() <= options.items() and not foreign.keys() & options.keys()
+    assert expected.items() <= options.items()
+    assert not foreign.keys() & options.keys()
 
 
-def test_an_answer_ends_at_the_stops_of_a_task_except_a_blank_line(folders, images):
-    vlm, asked, options = VisionLanguageModel(folders["llava"]), conversations(images)[2:], {"max_new_tokens": 30}
-    words = vlm.answer(asked, options)[0].split()
+def test_an_answer_ends_at_the_stops_of_a_task_except_a_blank_line(folders, conversations):
+    vlm = VisionLanguageModel(folders["llava"])
+    asked = conversations[2:]
+    (answer,) = vlm.answer(asked, {"max_new_tokens": 30})
+    words = answer.split()
     stop = next(word for word in words if word != words[0])
-    (answer,) = vlm.answer(asked, {**options, "until": ["\n\n", stop]})
+    (answer,) = vlm.answer(asked, {"max_new_tokens": 30, "until": ["\n\n", stop]})
     assert answer.split() == words[: words.index(stop)]
     vlm.processor.tokenizer.backend_tokenizer.decoder = decoders.Replace(stop, "\n\n")
-    assert "\n\n" in vlm.answer(asked, {**options, "until": "\n\n"})[0]
+    (answer,) = vlm.answer(asked, {"max_new_tokens": 30, "until": "\n\n"})
+    assert "\n\n" in answer
 
 
-def test_lower_resolution_interpolates_position_embeddings(folders, images):
-    for family, edges in (("llava", {"shortest_edge": 16}), ("paligemma", {"height": 16, "width": 16})):
-        vlm = VisionLanguageModel(folders[family])
-        whole = encode(vlm.processor, conversations(images)[:1])
-        vlm.lower_resolution(visual_tokens=16)
-        reduced = encode(vlm.processor, conversations(images)[:1])
-        pixels = vlm.processor.image_processor(
-            images[0], size=edges, crop_size={"height": 16, "width": 16}, return_tensors="pt"
-        )["pixel_values"]
-        assert torch.equal(reduced["pixel_values"], pixels)
-        assert whole["input_ids"].shape[1] - reduced["input_ids"].shape[1] == 64 - 16
-        tower = AutoModelForImageTextToText.from_pretrained(folders[family]).eval().model.vision_tower
-        with torch.no_grad():
-            expected = tower(pixels, interpolate_pos_encoding=True).last_hidden_state
-            assert torch.equal(vlm.model.model.vision_tower(pixels).last_hidden_state, expected)
-        vlm.answer(conversations(images)[:1], OPTIONS)
-        assert vlm.visual_tokens_per_image == 16
+@pytest.mark.parametrize(
+    "family, size", [("llava", {"shortest_edge": 16}), ("paligemma", {"height": 16, "width": 16})]
+)
+@torch.no_grad()
+def test_lower_resolution_interpolates_position_embeddings(family, size, folders, images, conversations):
+    vlm = VisionLanguageModel(folders[family])
+    whole = encode(vlm.processor, conversations[:1])
+    vlm.lower_resolution(visual_tokens=16)
+    reduced = encode(vlm.processor, conversations[:1])
+    assert whole["input_ids"].shape[1] - reduced["input_ids"].shape[1] == 64 - 16
+    inputs = vlm.processor.image_processor(
+        images[0], size=size, crop_size={"height": 16, "width": 16}, return_tensors="pt"
+    )
+    pixels = inputs["pixel_values"]
+    assert torch.equal(reduced["pixel_values"], pixels)
+    tower = AutoModelForImageTextToText.from_pretrained(folders[family]).eval().model.vision_tower
+    expected = tower(pixels, interpolate_pos_encoding=True).last_hidden_state
+    assert torch.equal(vlm.model.model.vision_tower(pixels).last_hidden_state, expected)
+    vlm.answer(conversations[:1], OPTIONS)
+    assert vlm.visual_tokens_per_image == 16
 
 
-def test_lower_resolution_of_images_of_any_size(folders, images):
+def test_lower_resolution_of_images_of_any_size(folders):
     vlm = VisionLanguageModel(folders["qwen2_5_vl"])
     vlm.lower_resolution(visual_tokens=20)
-    asked = conversations([[noise(64, 64)], [noise(64, 32), noise(16, 24)], []])
-    grids = encode(vlm.processor, asked)["image_grid_thw"]
+    asked = conversation(QUESTIONS[1], noise(64, 64), noise(64, 32), noise(16, 24))
+    grids = encode(vlm.processor, [asked])["image_grid_thw"]
     # 8 x 8 units become 4 x 4, and 4 x 8 become 3 x 7. The small image does not change.
     assert (grids[:, 1:] // 2).tolist() == [[4, 4], [3, 7], [3, 2]]
     for visual_tokens, expected in ((16, 1), (79, 1), (80, 5), (160, 10)):  # a tile has 16 tokens
@@ -156,8 +157,8 @@ def test_code_and_pickles_of_a_checkpoint_are_not_loaded(tmp_path):
     folder = save_tiny_vlm("llava", tmp_path / "foreign")
     config = json.loads((folder / "config.json").read_text())
     reference = f"{tmp_path}--foreign.Foreign"
-    code = {"AutoConfig": reference, "AutoModelForImageTextToText": reference}
-    config |= {"model_type": "foreign", "auto_map": code}
+    config["model_type"] = "foreign"
+    config["auto_map"] = {"AutoConfig": reference, "AutoModelForImageTextToText": reference}
     (tmp_path / "foreign.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError):

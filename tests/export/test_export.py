@@ -15,7 +15,6 @@ from modeling_trips.export.running import assemble
 
 
 SIZES = [1, 2, 6]
-BACKENDS = ["onnx", "openvino"]
 
 
 def in_parts(model):
@@ -29,8 +28,10 @@ def assert_same(parts, model, case):
     """Compare at several numbers of texts, and at another length than in tracing."""
     for num_texts in SIZES:
         inputs = case.make_inputs(num_texts)
-        inputs["input_ids"], inputs["attention_mask"] = inputs["input_ids"][:, :4], inputs["attention_mask"][:, :4]
-        outputs, expected = parts(**inputs), model(**inputs)
+        for name in ("input_ids", "attention_mask"):
+            inputs[name] = inputs[name][:, :4]
+        outputs = parts(**inputs)
+        expected = model(**inputs)
         torch.testing.assert_close(main_output(outputs), main_output(expected), rtol=1e-4, atol=1e-4)
         assert kept_by(outputs) == kept_by(expected)
 
@@ -41,7 +42,8 @@ def test_parts_match_the_whole_model(case):
     model = case.make_model()
     parts = in_parts(model)
     assert isinstance(parts, case.model_class)
-    assert parts.device.type == "cpu" and parts.dtype == torch.float32
+    assert parts.device.type == "cpu"
+    assert parts.dtype == torch.float32
     assert_same(parts, model, case)
 
 
@@ -73,7 +75,8 @@ def test_generate_uses_the_cache(answerers, options):
 
 def test_answers_are_ranked(answerers):
     model, exported = answerers
-    ranking, expected = (one.rank_answers(ANSWERS, k=3, answers_per_step=2, **inputs()) for one in (exported, model))
+    ranking = exported.rank_answers(ANSWERS, k=3, answers_per_step=2, **inputs())
+    expected = model.rank_answers(ANSWERS, k=3, answers_per_step=2, **inputs())
     assert torch.equal(ranking.answer_indices, expected.answer_indices)
     torch.testing.assert_close(ranking.scores, expected.scores, rtol=1e-4, atol=1e-4)
 
@@ -82,19 +85,22 @@ def test_answers_are_ranked(answerers):
 @torch.no_grad()
 def test_retrieval_matches_pairs_and_compares_features(tmp_path):
     (case,) = [case for case in CASES if case.model_class is TripsForRetrieval]
-    model, given = case.make_model(), case.make_inputs(4)
+    model = case.make_model()
     export_model(model, tmp_path, "openvino")
     exported = load_exported(tmp_path)
     assert_same(exported, model, case)
-    index = {"text_index": torch.tensor([3, 0, 0]), "image_index": torch.tensor([1, 1, 2])}
-    for name, arguments in {
-        "match": {**given, **index},
-        "get_image_features": {"pixel_values": given["pixel_values"]},
-        "get_text_features": {name: given[name] for name in ("input_ids", "attention_mask")},
-    }.items():
-        outputs, expected = getattr(exported, name)(**arguments), getattr(model, name)(**arguments)
-        field = "itm_logits" if name == "match" else "pooler_output"
-        torch.testing.assert_close(outputs[field], expected[field], rtol=1e-4, atol=1e-4)
+
+    inputs = case.make_inputs(4)
+    pairs = {"text_index": torch.tensor([3, 0, 0]), "image_index": torch.tensor([1, 1, 2])}
+    images = {"pixel_values": inputs["pixel_values"]}
+    texts = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+
+    def check(actual, expected):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+    check(exported.match(**inputs, **pairs).itm_logits, model.match(**inputs, **pairs).itm_logits)
+    check(exported.get_image_features(**images).pooler_output, model.get_image_features(**images).pooler_output)
+    check(exported.get_text_features(**texts).pooler_output, model.get_text_features(**texts).pooler_output)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,17 +123,18 @@ def test_unsupported_inputs_raise(answerers, changes, message):
 
 
 def test_unsupported_backends_dtypes_and_models_raise(tmp_path):
-    (pretraining,) = [case for case in CASES if case.model_class is TripsForPreTraining]
     model = CASES[0].make_model()
-    for arguments, message in (
-        ((model, tmp_path, "onnx", "bf16"), "'onnx' and 'bf16'"),
-        ((model, tmp_path, "tensorrt"), "'tensorrt'"),
-        ((model, tmp_path, "openvino", "fp32", []), "Calibration"),
-        ((pretraining.make_model(), tmp_path), "TripsForPreTraining"),
-        ((model.vision_model, tmp_path), "TripsVisionModel"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            export_model(*arguments)
+    (pretraining,) = [case for case in CASES if case.model_class is TripsForPreTraining]
+    with pytest.raises(ValueError, match="'onnx' and 'bf16'"):
+        export_model(model, tmp_path, "onnx", "bf16")
+    with pytest.raises(ValueError, match="'tensorrt'"):
+        export_model(model, tmp_path, "tensorrt")
+    with pytest.raises(ValueError, match="Calibration"):
+        export_model(model, tmp_path, "openvino", "fp32", [])
+    with pytest.raises(ValueError, match="TripsForPreTraining"):
+        export_model(pretraining.make_model(), tmp_path)
+    with pytest.raises(ValueError, match="TripsVisionModel"):
+        export_model(model.vision_model, tmp_path)
     with pytest.raises(FileNotFoundError):
         load_exported(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -28,7 +28,6 @@ class Sizes(NamedTuple):
 
 
 TINY = Sizes()
-BASE = Sizes(768, 12, 3072, 16, 24, 30522, 512, 256)
 
 
 def affine(name: str, num_out: int, num_in: int) -> dict[str, tuple]:
@@ -39,18 +38,21 @@ def norm(name: str, width: int) -> dict[str, tuple]:
     return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 
-def vit_shapes(sizes: Sizes, name: str = "visual_encoder") -> dict[str, tuple]:
-    width, patch = sizes.width, sizes.patch_size
+def vit_shapes(sizes: Sizes) -> dict[str, tuple]:
+    width = sizes.width
+    name = "visual_encoder"
     shapes = {
         f"{name}.cls_token": (1, 1, width),
         f"{name}.pos_embed": (1, 1 + sizes.grid**2, width),
-        f"{name}.patch_embed.proj.weight": (width, 3, patch, patch),
+        f"{name}.patch_embed.proj.weight": (width, 3, sizes.patch_size, sizes.patch_size),
         f"{name}.patch_embed.proj.bias": (width,),
     }
     for i in range(sizes.num_vision_layers):
         block = f"{name}.blocks.{i}"
-        shapes |= norm(f"{block}.norm1", width) | affine(f"{block}.attn.qkv", 3 * width, width)
-        shapes |= affine(f"{block}.attn.proj", width, width) | norm(f"{block}.norm2", width)
+        shapes |= norm(f"{block}.norm1", width)
+        shapes |= affine(f"{block}.attn.qkv", 3 * width, width)
+        shapes |= affine(f"{block}.attn.proj", width, width)
+        shapes |= norm(f"{block}.norm2", width)
         shapes |= affine(f"{block}.mlp.fc1", sizes.intermediate, width)
         shapes |= affine(f"{block}.mlp.fc2", width, sizes.intermediate)
     return shapes | norm(f"{name}.norm", width)
@@ -70,14 +72,16 @@ def bert_shapes(sizes: Sizes, name: str, num_layers: int, first_fusion_layer: in
         f"{name}.embeddings.word_embeddings.weight": (sizes.vocab, width),
         f"{name}.embeddings.position_embeddings.weight": (sizes.max_length, width),
         f"{name}.embeddings.token_type_embeddings.weight": (2, width),
-    } | norm(f"{name}.embeddings.LayerNorm", width)
+    }
+    shapes |= norm(f"{name}.embeddings.LayerNorm", width)
     for i in range(num_layers):
         layer = f"{name}.encoder.layer.{i}"
         shapes |= attention_shapes(f"{layer}.attention", width)
         if i >= first_fusion_layer:
             shapes |= attention_shapes(f"{layer}.crossattention", width)
         shapes |= affine(f"{layer}.intermediate.dense", sizes.intermediate, width)
-        shapes |= affine(f"{layer}.output.dense", width, sizes.intermediate) | norm(f"{layer}.output.LayerNorm", width)
+        shapes |= affine(f"{layer}.output.dense", width, sizes.intermediate)
+        shapes |= norm(f"{layer}.output.LayerNorm", width)
     return shapes
 
 
@@ -90,7 +94,7 @@ def prediction_shapes(sizes: Sizes, name: str) -> dict[str, tuple]:
     }
 
 
-def checkpoint_shapes(task: str, sizes: Sizes = TINY) -> dict[str, tuple]:
+def checkpoint_shapes(task: str, sizes: Sizes) -> dict[str, tuple]:
     """Return the shapes of a "pretraining", "retrieval" (or RefCOCO) or "question-answering" checkpoint, by key."""
     text = "text_encoder.bert" if task == "pretraining" else "text_encoder"
     shapes = vit_shapes(sizes) | bert_shapes(sizes, text, sizes.num_text_layers, sizes.first_fusion_layer)
@@ -102,13 +106,14 @@ def checkpoint_shapes(task: str, sizes: Sizes = TINY) -> dict[str, tuple]:
         shapes |= affine("text_proj", sizes.projection, sizes.width)
     if task == "pretraining":
         shapes |= prediction_shapes(sizes, "text_encoder")
-    momentum = {key.replace(".", "_m.", 1): shape for key, shape in shapes.items()}
+    shapes |= {key.replace(".", "_m.", 1): shape for key, shape in shapes.items()}  # momentum
     if task == "question-answering":
-        return shapes | momentum
-    queues = {"image_queue": (sizes.projection, 4), "text_queue": (sizes.projection, 4), "queue_ptr": (1,)}
+        return shapes
+    shapes |= {"image_queue": (sizes.projection, 4), "text_queue": (sizes.projection, 4), "queue_ptr": (1,)}
     if task == "retrieval":
-        queues["idx_queue"] = (1, 4)
-    return shapes | momentum | queues | affine("itm_head", 2, sizes.width) | {"temp": ()}
+        shapes["idx_queue"] = (1, 4)
+    shapes |= affine("itm_head", 2, sizes.width)
+    return shapes | {"temp": ()}
 
 
 def random_checkpoint(task: str, sizes: Sizes = TINY) -> dict[str, torch.Tensor]:
@@ -135,7 +140,8 @@ class Albef:
     """ALBEF with the state dict `weights` of a checkpoint."""
 
     def __init__(self, weights: dict[str, torch.Tensor], sizes: Sizes = TINY):
-        self.weights, self.sizes = weights, sizes
+        self.weights = weights
+        self.sizes = sizes
         self.text = "text_encoder.bert" if "text_encoder.bert.embeddings.LayerNorm.bias" in weights else "text_encoder"
 
     def linear(self, name, states):
@@ -146,23 +152,24 @@ class Albef:
 
     def attend(self, query, key, value, allowed=None):
         """softmax(q k^T / sqrt(d)) v per head, then the heads side by side. `allowed` broadcasts to (b, h, q, k)."""
-        query, key, value = (
-            states.unflatten(-1, (self.sizes.num_heads, -1)).transpose(1, 2) for states in (query, key, value)
-        )
-        scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+
+        def heads(states):
+            return states.unflatten(-1, (self.sizes.num_heads, -1)).transpose(1, 2)
+
+        scores = heads(query) @ heads(key).transpose(-1, -2)
+        scores = scores / (self.sizes.width / self.sizes.num_heads) ** 0.5
         if allowed is not None:
             scores = scores.masked_fill(~allowed, float("-inf"))
-        return (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+        attended = scores.softmax(-1) @ heads(value)
+        return attended.transpose(1, 2).flatten(2)
 
     def image_states(self, pixel_values):
-        weights, name = self.weights, "visual_encoder"
-        patch = f"{name}.patch_embed.proj"
-        patches = conv2d(
-            pixel_values, weights[f"{patch}.weight"], weights[f"{patch}.bias"], stride=self.sizes.patch_size
-        )
-        patches = patches.flatten(2).transpose(1, 2)
-        states = torch.cat([weights[f"{name}.cls_token"].expand(len(patches), -1, -1), patches], dim=1)
-        states = states + weights[f"{name}.pos_embed"]
+        name = "visual_encoder"
+        kernel = self.weights[f"{name}.patch_embed.proj.weight"]
+        bias = self.weights[f"{name}.patch_embed.proj.bias"]
+        patches = conv2d(pixel_values, kernel, bias, stride=self.sizes.patch_size).flatten(2).transpose(1, 2)
+        class_token = self.weights[f"{name}.cls_token"].expand(len(patches), -1, -1)
+        states = torch.cat([class_token, patches], dim=1) + self.weights[f"{name}.pos_embed"]
         for i in range(self.sizes.num_vision_layers):
             block = f"{name}.blocks.{i}"
             qkv = self.linear(f"{block}.attn.qkv", self.norm(f"{block}.norm1", states, 1e-6))
@@ -179,10 +186,9 @@ class Albef:
         return self.norm(f"{name}.LayerNorm", states, 1e-12)
 
     def bert_attention(self, name, states, source, allowed):
-        query, key, value = (
-            self.linear(f"{name}.self.{part}", x)
-            for part, x in (("query", states), ("key", source), ("value", source))
-        )
+        query = self.linear(f"{name}.self.query", states)
+        key = self.linear(f"{name}.self.key", source)
+        value = self.linear(f"{name}.self.value", source)
         attended = self.linear(f"{name}.output.dense", self.attend(query, key, value, allowed))
         return self.norm(f"{name}.output.LayerNorm", attended + states, 1e-12)
 
@@ -203,8 +209,9 @@ class Albef:
 
     def fused_states(self, input_ids, attention_mask, pixel_values):
         numbers = range(self.sizes.first_fusion_layer, self.sizes.num_text_layers)
-        states, image_states = self.text_states(input_ids, attention_mask), self.image_states(pixel_values)
-        return self.bert_layers(self.text, numbers, states, attention_mask[:, None, None].bool(), image_states)
+        states = self.text_states(input_ids, attention_mask)
+        allowed = attention_mask[:, None, None].bool()
+        return self.bert_layers(self.text, numbers, states, allowed, source=self.image_states(pixel_values))
 
     def image_features(self, pixel_values):
         return normalize(self.linear("vision_proj", self.image_states(pixel_values)[:, 0]), dim=-1)
@@ -249,11 +256,10 @@ class Albef:
         first, candidates = first[:, answer_ids[:, 1]].topk(k)
         scores = []
         for row, ids in enumerate(answer_ids[candidates]):
-            question = [
-                inputs[row].expand(k, *inputs[row].shape) for inputs in (input_ids, attention_mask, pixel_values)
-            ]
-            log_probs = self.decoder_logits(*question, answer_ids=ids).log_softmax(-1)
-            of_tokens = log_probs[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
-            scores.append(first[row] + (of_tokens * (ids[:, 1:] != 0)).sum(1))
+            rows = [row] * k
+            logits = self.decoder_logits(input_ids[rows], attention_mask[rows], pixel_values[rows], ids)
+            labels = ids[:, 1:]
+            log_probs = logits[:, :-1].log_softmax(-1).gather(2, labels[..., None])[..., 0]
+            scores.append(first[row] + (log_probs * (labels != 0)).sum(1))
         probabilities, order = torch.stack(scores).softmax(-1).topk(k)
         return candidates.gather(1, order), probabilities

@@ -1,4 +1,4 @@
-"""Published checkpoints give bit-identical results without this project, from a folder and from a Hub."""
+"""Saved checkpoints give bit-identical results without this project."""
 
 import json
 import os
@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi
-from loopback_hub import LoopbackHub
 from PIL import Image
 from places import ROOT
 
@@ -95,17 +93,3 @@ def test_a_folder_serves_strangers(checkpoints, image, expected, clean_python, t
     assert differences(results, expected) == []
     for head, folder in checkpoints.items():
         assert_same_repository(tmp_path / "results" / head, folder)
-
-
-@pytest.mark.release
-def test_a_hub_serves_strangers(checkpoints, image, expected, clean_python, tmp_path, monkeypatch):
-    with LoopbackHub() as hub:
-        hub.connect(monkeypatch, tmp_path / "publisher")
-        api = HfApi(endpoint=hub.url, token="hf_ada")
-        for head, folder in checkpoints.items():
-            api.create_repo(f"ada/{head}")
-            api.upload_folder(repo_id=f"ada/{head}", folder_path=folder)
-        environment = hub.client_environment(tmp_path / "home", token="")
-        results = run_stranger([clean_python, "-I"], "ada/{}", checkpoints, image, tmp_path / "results", **environment)
-    assert not results.pop("project")
-    assert differences(results, expected) == []

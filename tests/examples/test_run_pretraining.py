@@ -15,9 +15,8 @@ from trips_examples.training.pretraining import stream_positions
 
 @pytest.mark.slow
 def test_learns_the_toy_data_and_leaves_a_model_for_other_scripts(files, tmp_path):
-    metrics = run_pretraining.main(
-        command(files, tmp_path, "--max_steps=100", "--per_device_train_batch_size=18", "--save_steps=50")[1:]
-    )
+    _, *options = command(files, tmp_path, "--max_steps=100", "--per_device_train_batch_size=18", "--save_steps=50")
+    metrics = run_pretraining.main(options)
     assert metrics["eval_chance_r1"] == pytest.approx(1 / 6)
     for name in ("i2t_r1", "t2i_r1"):
         assert metrics[f"eval_features_{name}"] > 1 / 6 + 0.3, (name, metrics)
@@ -28,8 +27,8 @@ def test_learns_the_toy_data_and_leaves_a_model_for_other_scripts(files, tmp_pat
     # The teacher and its queues are in the checkpoints, not in the model that is published.
     teachers = {path.parent.name for path in tmp_path.rglob("momentum*.safetensors")}
     assert teachers == {"checkpoint-50", "checkpoint-100"}
-    weights = (load_file(folder / "model.safetensors") for folder in (tmp_path, tmp_path / "checkpoint-100"))
-    assert next(weights).keys() == next(weights).keys()
+    weights = load_file(tmp_path / "model.safetensors")
+    assert weights.keys() == load_file(tmp_path / "checkpoint-100/model.safetensors").keys()
     processor = TripsProcessor.from_pretrained(tmp_path)
     model, info = TripsForRetrieval.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
@@ -41,15 +40,28 @@ def test_learns_the_toy_data_and_leaves_a_model_for_other_scripts(files, tmp_pat
 
 
 def test_a_stream_of_shards(stream, folder, tmp_path):
-    validation = [f"--validation_file={folder / 'pairs.jsonl'}", "--do_eval=True"]
-    options = ["--max_steps=4", "--save_steps=2", "--logging_steps=2", "--prefix_lm_weight=0", "--itm_weight=0.5"]
-    options += ["--teacher_start_steps=0"]
-    metrics = run_pretraining.main(command(stream, tmp_path, *validation, *options)[1:])
-    assert "eval_itm_loss" in metrics and "eval_prefix_lm_loss" not in metrics
+    _, *options = command(
+        stream,
+        tmp_path,
+        f"--validation_file={folder / 'pairs.jsonl'}",
+        "--do_eval=True",
+        "--max_steps=4",
+        "--save_steps=2",
+        "--logging_steps=2",
+        "--prefix_lm_weight=0",
+        "--itm_weight=0.5",
+        "--teacher_start_steps=0",
+    )
+    metrics = run_pretraining.main(options)
+    assert "eval_itm_loss" in metrics
+    assert "eval_prefix_lm_loss" not in metrics
     config = TripsForPreTraining.from_pretrained(tmp_path).config
-    assert (config.itc_weight, config.itm_weight, config.prefix_lm_weight) == (1.0, 0.5, 0.0)
+    assert config.itc_weight == 1.0
+    assert config.itm_weight == 0.5
+    assert config.prefix_lm_weight == 0.0
     state = json.loads((tmp_path / "checkpoint-4/stream_0.json").read_text())
-    assert [position["seen"] for position in stream_positions(state["loader"])] == [24]
+    (position,) = stream_positions(state["loader"])
+    assert position["seen"] == 24
     log = json.loads((tmp_path / "checkpoint-4/trainer_state.json").read_text())["log_history"]
     assert [entry["pairs"] for entry in log if "loss" in entry] == [12, 24]
     # URLs identify the images of a stream in the queue.

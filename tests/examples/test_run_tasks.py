@@ -49,15 +49,15 @@ def backbone(tmp_path_factory) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "steps"), [("captions", 120), ("nlvr2", 150), ("grounding", 200)])
 def test_learns_the_toy_data_and_leaves_a_model_that_is_loaded(task, steps, tmp_path):
-    data, folder = write_task(task, tmp_path), tmp_path / "out"
-    options = [*OPTIONS, f"--max_steps={steps}", "--per_device_train_batch_size=10", f"--output_dir={folder}"]
-    metrics = main_of(task)([*data, *options])
+    folder = tmp_path / "out"
+    options = [*write_task(task, tmp_path), *OPTIONS, "--per_device_train_batch_size=10"]
+    metrics = main_of(task)([*options, f"--max_steps={steps}", f"--output_dir={folder}"])
     metric = "eval_accuracy" if task == "grounding" else f"eval_{METRICS[task]}"
     assert metrics[metric] == pytest.approx(1.0, abs=1e-3)
     rows = predictions(folder)
     assert {row["source"] for row in rows} == {f"rows.jsonl row {number}" for number in range(1, len(rows) + 1)}
-    loaded = [f"--model={folder}", "--do_train=False", f"--output_dir={tmp_path / 'again'}"]
-    assert main_of(task)([*data, *options, *loaded])[metric] == metrics[metric]
+    again = main_of(task)([*options, f"--model={folder}", "--do_train=False", f"--output_dir={tmp_path / 'again'}"])
+    assert again[metric] == metrics[metric]
     assert predictions(tmp_path / "again") == rows
 
 
@@ -66,14 +66,16 @@ def test_gradient_accumulation_equals_the_larger_batch(task, backbone, tmp_path)
     """Compare micro-batches of 1 and of 4 rows in the same order; captions and answers differ in length."""
     data = write_task(task, tmp_path)
     options = [*data, *OPTIONS, backbone, "--max_steps=2", "--optim=sgd", "--do_eval=False", "--texts_per_image=1"]
-    for name, size, times in (("whole", 4, 1), ("parts", 1, 4)):
+    whole = tmp_path / "whole"
+    parts = tmp_path / "parts"
+    for folder, size, times in ((whole, 4, 1), (parts, 1, 4)):
         sizes = [f"--per_device_train_batch_size={size}", f"--gradient_accumulation_steps={times}"]
-        main_of(task)([*options, *sizes, "--logging_steps=1", f"--output_dir={tmp_path / name}"])
-    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
-    for name, weight in whole.items():
-        torch.testing.assert_close(parts[name], weight, rtol=1e-4, atol=2e-6, msg=name)
-    whole, parts = (losses_of(tmp_path / name) for name in ("whole", "parts"))
-    assert len(whole) == 2 and parts == pytest.approx(whole, rel=1e-4)
+        main_of(task)([*options, *sizes, "--logging_steps=1", f"--output_dir={folder}"])
+    weights = load_file(parts / "model.safetensors")
+    expected = load_file(whole / "model.safetensors")
+    torch.testing.assert_close(weights, expected, rtol=1e-4, atol=2e-6)
+    assert len(losses_of(whole)) == 2
+    assert losses_of(parts) == pytest.approx(losses_of(whole), rel=1e-4)
 
 
 @each_task
@@ -81,10 +83,11 @@ def test_every_task_starts_from_a_vision_tower_and_a_text_encoder(task, tmp_path
     parts = [*write_parts(tmp_path), "--schedule=2:text:0.7", "--image_size=32", "--freeze_vision_layers=1"]
     options = [*write_task(task, tmp_path), *OPTIONS, *parts, "--max_steps=1", f"--output_dir={tmp_path / 'out'}"]
     assert f"eval_{METRICS[task]}" in main_of(task)(options)
-    weights, tower = load_file(tmp_path / "out" / "model.safetensors"), ViTModel.from_pretrained(tmp_path / "vit")
-    for number, is_kept in ((0, True), (2, False)):
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    tower = ViTModel.from_pretrained(tmp_path / "vit")
+    for number, is_frozen in ((0, True), (2, False)):
         weight = weights[f"model.vision_model.layers.{number}.mlp.fc1.weight"]
-        assert torch.equal(weight, tower.layers[number].mlp.fc1.weight) == is_kept
+        assert torch.equal(weight, tower.layers[number].mlp.fc1.weight) == is_frozen
 
 
 @each_task
@@ -93,32 +96,48 @@ def test_the_test_split_is_reported_beside_the_validation_split(task, backbone, 
     _, validation = write_task(task, tmp_path)
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
     (tmp_path / "test.jsonl").write_text("\n".join(lines[:3]))
-    options = [validation, f"--test_file={tmp_path / 'test.jsonl'}", *OPTIONS, backbone, "--do_train=False"]
-    metrics = main_of(task)(
-        [*options, "--generation_max_length=5", "--num_pictures=2", f"--output_dir={tmp_path / 'out'}"]
-    )
-    assert (tmp_path / "out" / "predictions.png").is_file()
+    out = tmp_path / "out"
+    options = [
+        validation,
+        f"--test_file={tmp_path / 'test.jsonl'}",
+        *OPTIONS,
+        backbone,
+        "--do_train=False",
+        "--generation_max_length=5",
+        "--num_pictures=2",
+        f"--output_dir={out}",
+    ]
+    metrics = main_of(task)(options)
+    assert (out / "predictions.png").is_file()
     assert not any(name.startswith("train") for name in metrics)
-    assert metrics["eval_samples"] == len(predictions(tmp_path / "out")) == len(lines)
-    rows = predictions(tmp_path / "out" / "test")
+    assert metrics["eval_samples"] == len(predictions(out)) == len(lines)
+    rows = predictions(out / "test")
     assert metrics["test_samples"] == len(rows) == 3
-    assert all(row["source"].startswith("test.jsonl") for row in rows)
-    assert all(Path(path).is_file() for row in rows for path in row.get("images") or [row["image"]])
-    for split in ("eval", "test"):
-        results = json.loads((tmp_path / f"out/{split}_results.json").read_text())
+    for row in rows:
+        assert row["source"].startswith("test.jsonl")
+        assert all(Path(path).is_file() for path in row.get("images") or [row["image"]])
+    for split, other in (("eval", "test"), ("test", "eval")):
+        results = json.loads((out / f"{split}_results.json").read_text())
         assert f"{split}_{METRICS[task]}" in results
-        assert task == "grounding" or {f"{split}_collapsed", f"{split}_different_predictions"} <= results.keys()
-        assert not [name for name in results if name.startswith({"eval": "test_", "test": "eval_"}[split])]
-    without = main_of(task)([*options, "--do_predict=False", f"--output_dir={tmp_path / 'without'}"])
-    assert not [name for name in without if name.startswith("test_")]
+        if task != "grounding":
+            assert {f"{split}_collapsed", f"{split}_different_predictions"} <= results.keys()
+        assert not any(name.startswith(f"{other}_") for name in results)
+    metrics = main_of(task)([*options, "--do_predict=False", f"--output_dir={tmp_path / 'without'}"])
+    assert not any(name.startswith("test_") for name in metrics)
 
 
 @pytest.mark.slow
 @each_task
 def test_two_processes_evaluate_each_row_once(task, backbone, tmp_path):
     """With 5 or 10 rows in batches of 3 on 2 processes, repeated rows of the last batch must be removed."""
-    data = write_task(task, tmp_path)
-    options = [*data, *OPTIONS, backbone, "--do_train=False", "--per_device_eval_batch_size=3", "--use_cpu=True"]
+    options = [
+        *write_task(task, tmp_path),
+        *OPTIONS,
+        backbone,
+        "--do_train=False",
+        "--per_device_eval_batch_size=3",
+        "--use_cpu=True",
+    ]
     one = main_of(task)([*options, f"--output_dir={tmp_path / 'one'}"])
     run(*TWO_PROCESSES, str(EXAMPLES / f"{SCRIPTS[task]}.py"), *options, f"--output_dir={tmp_path / 'two'}")
     rows = predictions(tmp_path / "one")
@@ -154,5 +173,5 @@ def test_collator_of_pairs_decodes_each_image_once_and_keeps_left_and_right():
     assert batch["image_index"].tolist() == [[0, 1], [1, 1], [2, 0]]
     assert batch["labels"].tolist() == [1, 0, 1]
     red, blue, green = batch["pixel_values"].mean(dim=(2, 3))
-    assert red.argmax() == 0 and green.argmax() == 1 and blue.argmax() == 2
+    assert [red.argmax(), green.argmax(), blue.argmax()] == [0, 1, 2]
     assert batch["sources"] == ["toy row red-blue", "toy row blue-blue", "toy row green-red"]

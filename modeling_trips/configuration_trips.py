@@ -225,13 +225,8 @@ class TripsVisionConfig(PreTrainedConfig):
         teaches the scores of the last selection layer which tokens it misses: see [`attend`]. If a text
         scores that layer, the kept ones are drawn by their scores in training ([`draw_kept`]); they are the best in
         evaluation. The loss is that of the kept tokens alone. 0 turns the gate off, as `"random"` needs.
-    selection_imitation (`bool`, *optional*, defaults to `False`):
-        Whether, in training passes of a [`TripsModel`] that run unpruned (`schedule=UNPRUNED`), the scores of the
-        layers that a text scores learn where the fusion encoder looks: see [`imitation_loss`]. Its weight is
-        `selection_loss_weight`. Pruning then begins with a choice that is already the text's.
     guidance_hidden_size (`int`, *optional*):
-        Width of the text guidance. A `selection_projection` layer is added only if it differs from `hidden_size`, or
-        with `selection_imitation`, which teaches it.
+        Width of the text guidance. A `selection_projection` layer is added only if it differs from `hidden_size`.
         `None` means `hidden_size`; [`TripsConfig`] sets it to the width of its text encoder.
 
     Example:
@@ -267,7 +262,6 @@ class TripsVisionConfig(PreTrainedConfig):
     selection_guidance: str | list[str] | tuple[str, ...] = "text"
     fuse_inattentive_tokens: bool = True
     selection_gate: float | int = probability(default=0.0)
-    selection_imitation: bool = False
     guidance_hidden_size: int | None = None
 
     def __post_init__(self, **kwargs):
@@ -287,11 +281,6 @@ class TripsVisionConfig(PreTrainedConfig):
         keep_rates = _one_per_layer("keep_rate", self.keep_rate, self.selection_layers)
         selections = tuple(map(LayerSelection, guidances, keep_rates))
         return SelectionSchedule(layers=tuple(self.selection_layers), selections=selections)
-
-    @property
-    def projects_guidance(self) -> bool:
-        """Whether the text guidance passes a `selection_projection`."""
-        return self.selection_imitation or self.guidance_hidden_size not in (None, self.hidden_size)
 
     @property
     def patch_shape(self) -> tuple[int, int]:
@@ -446,7 +435,6 @@ PART_FIELDS = {
     "keep_rate": "vision_config",
     "selection_guidance": "vision_config",
     "selection_gate": "vision_config",
-    "selection_imitation": "vision_config",
     "fuse_inattentive_tokens": "vision_config",
     "image_size": "vision_config",
     "fusion_type": "fusion_encoder_config",
@@ -556,7 +544,6 @@ class TripsConfig(PreTrainedConfig):
     keep_rate = _part_field("keep_rate")
     selection_guidance = _part_field("selection_guidance")
     selection_gate = _part_field("selection_gate")
-    selection_imitation = _part_field("selection_imitation")
     fuse_inattentive_tokens = _part_field("fuse_inattentive_tokens")
     image_size = _part_field("image_size")
     fusion_type = _part_field("fusion_type")
@@ -629,10 +616,6 @@ class TripsConfig(PreTrainedConfig):
         for name, value, needed in fields:
             if value != needed:
                 raise ValueError(f"`{name}` must be {needed} with `fusion_type={fusion.fusion_type!r}`, got {value}.")
-        if vision.selection_imitation and fusion.fusion_type != "cross_attention":
-            raise ValueError(
-                f"`selection_imitation` needs `fusion_type='cross_attention'`, got {fusion.fusion_type!r}."
-            )
 
     def check_start_token(self):
         """Raise a `ValueError` if the start token of the heads that write is outside of the decoder's vocabulary."""

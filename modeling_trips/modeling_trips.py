@@ -97,8 +97,8 @@ class TripsModelOutput(ModelOutput):
     hidden_states, attentions, cross_attentions (`tuple(torch.FloatTensor)`, *optional*):
         Of the fusion encoder; of the whole sequence in a single stream, which has no `cross_attentions`.
     selection_losses (`torch.FloatTensor` of shape `(num_texts,)`, *optional*):
-        In training: the `selection_loss` of each text, 0 without a region, if regions are given; in unpruned passes
-        with `selection_imitation` its `imitation_loss`.
+        In training: the `selection_loss` of each text, 0 without a region, if regions are given; its `imitation_loss`
+        with `scored_layers`.
     text_model_output (`BaseModelOutputWithPooling`):
         Output of the text encoder. Its `pooler_output` is the text guidance t, except in a single stream.
     vision_model_output (`TripsVisionModelOutput`):
@@ -164,6 +164,7 @@ class TripsModel(TripsPreTrainedModel):
         image_cache: TripsImageCache | None = None,
         regions: torch.FloatTensor | None = None,
         schedule: SelectionSchedule | None = None,
+        scored_layers: tuple[int, ...] = (),
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsModelOutput:
         """
@@ -175,10 +176,12 @@ class TripsModel(TripsPreTrainedModel):
                 `text_model`. Repeat a text that has several images. The other arguments are those of `forward`.
             text_embeds (`torch.Tensor` of shape `(num_pairs, hidden_size)`, *optional*): The text guidance t. By
                 default it is pooled from `text_states`.
+            scored_layers (`tuple[int]`, *optional*, defaults to `()`): Layers, numbered from 1, that the schedule does
+                not name. Their text scores learn where the fusion encoder looks, see [`imitation_loss`]; two towers
+                and a fusion by cross-attention have it.
         """
         if schedule is None:
             schedule = self.vision_model.config.schedule
-        scored_layers: tuple[int, ...] = ()
         # CODEPATH: ALBEF and mPLUG have two towers and a fusion encoder, ViLT a single stream.
         if self.fusion_model is None:
             vision = self.vision_model(
@@ -196,10 +199,6 @@ class TripsModel(TripsPreTrainedModel):
         else:
             if text_embeds is None:
                 text_embeds = self.text_model.pooled(text_states, attention_mask)
-            # CODEPATH: with `selection_imitation`, scores learn from training passes that run unpruned.
-            if self.training and self.config.selection_imitation and not schedule.layers:
-                scored_layers = self.vision_model.config.schedule.text_layers
-                text_embeds = text_embeds.detach()  # the text encoder learns from the other losses alone
             vision = self.vision_model(
                 pixel_values=pixel_values,
                 text_embeds=text_embeds,

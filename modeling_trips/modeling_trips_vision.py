@@ -449,8 +449,6 @@ class TripsVisionLayer(GradientCheckpointingLayer):
         if selection is not None:
             num_tokens = hidden_states.shape[1] - key_info.num_probed
             key = key[:, :, texts.num_tokens_before : num_tokens]  # (num_rows, num_heads, num_candidates, head_dim)
-            if selection.keep_rate == 1:
-                key = key.detach()  # who only scores learns to ask, and leaves the image as it is
             key = select_rows(key, texts.image_index)  # (num_texts, num_heads, num_candidates, head_dim)
             scores = self.score_candidates(query, key, selection, texts)
         if selection is not None and selection.keep_rate < 1:
@@ -705,10 +703,6 @@ class TripsVisionEmbeddings(nn.Module):
         return self.dropout(embeddings), grid_size
 
 
-class TripsSelectionProjection(nn.Linear):
-    """Text guidance -> the width of the vision tower."""
-
-
 @auto_docstring(
     custom_intro="""
     A Vision Transformer with text-relevant patch selection. Without `text_embeds` it is an image encoder whose patches
@@ -732,10 +726,9 @@ class TripsVisionModel(TripsPreTrainedModel):
         # CODEPATH: CLIP normalises the embeddings before the first layer, ViT and DeiT do not.
         if config.use_pre_layernorm:
             self.pre_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        # CODEPATH: selection adds parameters only if text and vision differ in width, or for imitation.
-        if config.projects_guidance:
-            guidance_hidden_size = config.guidance_hidden_size or config.hidden_size
-            self.selection_projection = TripsSelectionProjection(guidance_hidden_size, config.hidden_size)
+        # CODEPATH: selection adds parameters only if text and vision differ in width.
+        if config.guidance_hidden_size not in (None, config.hidden_size):
+            self.selection_projection = nn.Linear(config.guidance_hidden_size, config.hidden_size)
         self.layers = nn.ModuleList(TripsVisionLayer(config) for _ in range(config.num_hidden_layers))
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         # Another way to choose patches than to keep the best and, in training, the gate.
@@ -747,8 +740,6 @@ class TripsVisionModel(TripsPreTrainedModel):
         if isinstance(module, TripsVisionEmbeddings):
             init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
             init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
-        if isinstance(module, TripsSelectionProjection) and module.in_features == module.out_features:
-            init.eye_(module.weight)  # it begins as if it was not there
 
     def unused_modules(self) -> list[nn.Module]:
         # Without supervision, only the gate and the weights of fused tokens give the text a gradient.

@@ -183,11 +183,12 @@ def check_resumed(config: TripsConfig, args: TrainingArguments):
     if (folder / "config.json").exists():  # FSDP writes none
         stored = TripsConfig.from_pretrained(folder)
         values["schedule"] = (str(stored.vision_config.schedule), str(config.vision_config.schedule))
-        for name in ("selection_gate", "selection_loss_weight", "selection_imitation"):
+        for name in ("selection_gate", "selection_loss_weight"):
             values[name] = (getattr(stored, name), getattr(config, name))
     for entry in state.log_history:
         if "unpruned_share" in entry:  # by `PhasesCallback`; the last one counts
             values["unpruned_share"] = (entry["unpruned_share"], args.unpruned_share)
+            values["imitation_share"] = (entry["imitation_share"], args.imitation_share)
     has_same_epochs = args.max_steps <= 0 and state.num_train_epochs == math.ceil(args.num_train_epochs)
     if not has_same_epochs:
         values["max_steps"] = (state.max_steps, args.max_steps)

@@ -27,7 +27,6 @@ BY_TEXT = "9:text:0.25"
 BY_IMAGE = "6:image:0.5,9:image:0.5"
 SCHEDULES = {"vqa": QUESTIONS, "nlvr2": BY_TEXT, "grounding": BY_TEXT, "captioning": BY_IMAGE, "retrieval": BY_IMAGE}
 GATES = {"vqa": 0.2, "nlvr2": 0.2}  # boxes have regions
-IMITATES = {"vqa"}  # whose unpruned steps teach the scores where the fusion encoder looks
 
 TRAINING = {  # of a model from towers, of a TRIPS checkpoint
     "per_device_train_batch_size": (60, 60),
@@ -38,6 +37,9 @@ TRAINING = {  # of a model from towers, of a TRIPS checkpoint
     "bf16": (None, None),  # where the device computes in it: less than half the time, equal losses
 }
 
+# The last quarter of the unpruned steps teaches the scores where the fusion encoder looks. From the first step on, it
+# kept questions from being learnt.
+IMITATION = {"vqa": {"imitation_share": 0.25, "selection_loss_weight": 1.0}}
 UNPRUNED_SHARE = 0.6  # of the steps of a new model that is to be pruned: 750 of 1,250
 
 
@@ -65,8 +67,8 @@ def recipe(task: str | None, typed: dict, on_cpu: bool = False) -> dict:
             defaults |= ON_CPU
     if task in GATES and "random" not in typed.get("schedule", ""):  # random scores learn nothing
         defaults["selection_gate"] = GATES[task]
-    if task in IMITATES and is_new and "fusion_type" not in typed:
-        defaults["selection_imitation"] = True
+    if is_new and "fusion_type" not in typed:
+        defaults |= IMITATION.get(task, {})
     if task == "grounding":
         defaults["attention_loss_weight"] = 2.0
     if "num_train_epochs" in typed:

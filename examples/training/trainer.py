@@ -58,14 +58,12 @@ class PhasesCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
-        config = trainer.model.config
-        schedule = config.vision_config.schedule
-        phases = str(schedule)
+        phases = str(trainer.model.config.vision_config.schedule)
         if trainer.unpruned_steps:
             unpruned = f"steps 1 to {trainer.unpruned_steps} unpruned"
-            if config.selection_imitation and schedule.text_layers:
-                unpruned += ", while the scores learn where the fusion encoder looks"
-            phases = f"{unpruned}, then {schedule}"
+            if trainer.imitation_steps:
+                unpruned += f", in the last {trainer.imitation_steps} the scores learn where the fusion encoder looks"
+            phases = f"{unpruned}, then {phases}"
         logger.info(
             "Training of %d steps: %s; regions used for: %s. Its time follows after step %d",
             state.max_steps,
@@ -74,7 +72,8 @@ class PhasesCallback(TrainerCallback):
             state.global_step + 1 + DurationCallback.num_steps,
         )
         # `check_resumed` reads it from checkpoints.
-        state.log_history.append({"unpruned_share": args.unpruned_share, "step": state.global_step})
+        shares = {"unpruned_share": args.unpruned_share, "imitation_share": args.imitation_share}
+        state.log_history.append({**shares, "step": state.global_step})
 
     def on_step_begin(self, args, state, control, **kwargs):
         if 0 < state.global_step == self.trainer.unpruned_steps:
@@ -188,6 +187,9 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
         self.train_sampler: ImageGroupedSampler | None = None
         for parameter in self.model.unused_parameters():
             parameter.requires_grad_(False)
+        fusion_type = self.model.config.fusion_type
+        if self.args.imitation_share > 0 and fusion_type != "cross_attention":
+            raise ValueError(f"--imitation_share needs --fusion_type cross_attention, got {fusion_type}. Give 0.")
         self.add_callback(PhasesCallback(self))
         self.add_callback(SamplerEpochCallback(self))
         self.add_callback(ZeroGradientCallback(self))
@@ -199,6 +201,13 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
             return 0
         steps = self.state.max_steps
         return max(0, min(round(self.args.unpruned_share * steps), steps - 1))
+
+    @property
+    def imitation_steps(self) -> int:
+        """The number of last unpruned steps in which the scores of the text learn where the fusion encoder looks."""
+        if not self.model.config.vision_config.schedule.text_layers:
+            return 0
+        return round(self.args.imitation_share * self.unpruned_steps)
 
     @property
     def schedule(self) -> SelectionSchedule | None:
@@ -274,6 +283,9 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         inputs = {"schedule": self.schedule, **inputs}
+        steps_to_pruning = self.unpruned_steps - self.state.global_step
+        if model.training and 0 < steps_to_pruning <= self.imitation_steps:
+            inputs["scored_layers"] = self.model.config.vision_config.schedule.text_layers
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         selector = self.model.base_model.vision_model.selector
         if model.training and selector is not None:

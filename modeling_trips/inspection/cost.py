@@ -98,8 +98,8 @@ def _count_tower(
     tokens_per_layer = []
     macs["image"] += _patch_embedding(config)
     owner = "text" if joint_length else "image"
-    if not joint_length and schedule.first_text_layer and config.projects_guidance:
-        macs["text"] += (config.guidance_hidden_size or width) * width
+    if not joint_length and schedule.first_text_layer and config.guidance_hidden_size not in (None, width):
+        macs["text"] += config.guidance_hidden_size * width
     for number in range(1, config.num_hidden_layers + 1):
         macs[owner] += _attention(width, joint_length + tokens)
         if number in selecting:

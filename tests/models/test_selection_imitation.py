@@ -1,27 +1,22 @@
-"""Unpruned training passes teach the scores where the fusion encoder looks."""
+"""Unpruned passes in training teach the scores where the fusion encoder looks."""
 
 import pytest
 import torch
-from huggingface_hub.errors import StrictDataclassClassValidationError
-from tiny_models import CASES, gradients_of, make_config
+from tiny_models import CASES, gradients_of
 
-from modeling_trips import UNPRUNED, SelectionSchedule, TripsConfig, TripsModel
+from modeling_trips import UNPRUNED, SelectionSchedule, TripsModel
 from modeling_trips.patch_selection import imitation_loss, squared_attention
 
 
 MODEL = next(case for case in CASES if case.model_class is TripsModel)
 QUESTIONS = next(case for case in CASES if case.model_class.__name__ == "TripsForQuestionAnswering")
-SCHEDULE = SelectionSchedule.parse("1:text:0.5")
-FIELDS = SCHEDULE.config_fields
+SCORED = {"schedule": UNPRUNED, "scored_layers": (1,)}
+FIELDS = SelectionSchedule.parse("1:text:0.5").config_fields
 
 
-def make_model(case=MODEL, attention="sdpa", imitates=True, **fields):
-    return case.make_model(attention, **{**FIELDS, "selection_imitation": imitates, **fields})
-
-
-def unpruned_outputs(model, inputs, **kwargs):
+def outputs_in_training(model, inputs, **kwargs):
     with torch.no_grad():
-        return model.train()(**inputs, schedule=UNPRUNED, **kwargs)
+        return model.train()(**inputs, **kwargs)
 
 
 def test_a_head_that_looks_at_one_place_counts_most():
@@ -45,9 +40,9 @@ def test_the_loss_is_zero_where_scores_equal_the_attention():
 
 def test_the_loss_compares_the_pruned_model_s_scores_with_the_attention_of_the_text_s_cls():
     inputs = MODEL.make_inputs()
-    model = make_model(attention="eager")
-    outputs = unpruned_outputs(model, inputs, output_attentions=True)
-    scores = model(**inputs).selection[0].scores  # batch normalisation as in training
+    model = MODEL.make_model("eager", **FIELDS)
+    outputs = outputs_in_training(model, inputs, **SCORED, output_attentions=True)
+    scores = outputs_in_training(model, inputs).selection[0].scores
     of_cls = outputs.cross_attentions[-1][:, :, 0, 1:]  # (num_texts, num_heads, num_patches)
     expected = imitation_loss(scores, of_cls.square().mean(dim=1))
     torch.testing.assert_close(outputs.selection_losses, expected)
@@ -58,67 +53,42 @@ def test_outputs_are_those_without_it_and_texts_of_an_image_share_its_row(attent
     inputs = MODEL.make_inputs()
     inputs["pixel_values"] = inputs["pixel_values"][:2]
     inputs["image_index"] = torch.tensor([0, 1, 1, 0])
-    outputs = unpruned_outputs(make_model(attention=attention), inputs)
-    expected = unpruned_outputs(make_model(attention=attention, imitates=False), inputs)
+    model = MODEL.make_model(attention, **FIELDS)
+    outputs = outputs_in_training(model, inputs, **SCORED)
+    expected = outputs_in_training(model, inputs, schedule=UNPRUNED)
     assert torch.equal(outputs.last_hidden_state, expected.last_hidden_state)
     assert outputs.vision_model_output.last_hidden_state.shape[0] == 2
     assert outputs.selection_losses.shape == (4,)
     assert expected.selection_losses is None
     inputs["pixel_values"] = inputs["pixel_values"][inputs.pop("image_index")]
-    repeated = unpruned_outputs(make_model(attention=attention), inputs)
+    repeated = outputs_in_training(model, inputs, **SCORED)
     torch.testing.assert_close(outputs.selection_losses, repeated.selection_losses)
 
 
-def test_padding_on_the_left_changes_nothing():
+def test_padding_changes_nothing():
     inputs = MODEL.make_inputs()
-    model = make_model()
-    one = {name: tensor[3:4] for name, tensor in inputs.items()}  # of four tokens
-    without = {**one, "input_ids": one["input_ids"][:, :4], "attention_mask": one["attention_mask"][:, :4]}
-    right = unpruned_outputs(model, one)
-    torch.testing.assert_close(unpruned_outputs(model, without).selection_losses, right.selection_losses)
+    model = MODEL.make_model(**FIELDS)
+    padded = {name: tensor[3:4] for name, tensor in inputs.items()}  # four tokens and one of padding
+    without = {**padded, "input_ids": padded["input_ids"][:, :4], "attention_mask": padded["attention_mask"][:, :4]}
+    on_the_left = {name: padded[name].roll(1, dims=1) for name in ("input_ids", "attention_mask")}
+    expected = outputs_in_training(model, without, **SCORED).selection_losses
+    torch.testing.assert_close(outputs_in_training(model, padded, **SCORED).selection_losses, expected)
+    left = outputs_in_training(model, {**padded, **on_the_left}, **SCORED).selection_losses
+    assert left.isfinite().all()
 
 
 def test_only_what_scores_learns_from_it():
     inputs = QUESTIONS.make_inputs(training=True)
     gradients = {}
     for weight in (0.0, 1.0):
-        model = make_model(QUESTIONS).train()
+        model = QUESTIONS.make_model(**FIELDS).train()
         model.config.selection_loss_weight = weight
-        outputs = model(**inputs, schedule=UNPRUNED)
+        outputs = model(**inputs, **SCORED)
         outputs.loss.backward()
         gradients[weight] = gradients_of(model)
     assert outputs.selection_loss > 0
-    changed = set()
     for name, gradient in gradients[1.0].items():
-        if not torch.allclose(gradient, gradients[0.0][name], atol=1e-7):
-            changed.add(name.removeprefix("model.vision_model.").rpartition(".")[0])
-    assert changed == {"selection_projection", "layers.0.attention.q_proj"}
-
-
-def test_a_projection_that_imitation_adds_begins_as_if_it_was_not_there():
-    fields = {"hidden_size": 48, "num_attention_heads": 4}  # as wide as the text
-    inputs = MODEL.make_inputs()
-    without = make_model(imitates=False, **fields)
-    model = make_model(**fields)
-    report = model.load_state_dict(without.state_dict(), strict=False)
-    assert all("selection_projection" in name for name in report.missing_keys) and report.missing_keys
-    assert torch.equal(model(**inputs).last_hidden_state, without(**inputs).last_hidden_state)
-
-
-def test_pruned_passes_and_evaluation_have_no_such_loss():
-    inputs = MODEL.make_inputs()
-    model = make_model()
-    assert model.train()(**inputs).selection_losses is None
-    assert model.eval()(**inputs, schedule=UNPRUNED).selection_losses is None
-
-
-def test_a_schedule_without_text_has_none():
-    model = make_model(**SelectionSchedule.parse("1:image:0.5").config_fields)
-    assert unpruned_outputs(model, MODEL.make_inputs()).selection_losses is None
-
-
-@pytest.mark.parametrize("fusion_type", ["skip_connected", "single_stream"])
-def test_a_fusion_without_cross_attention_is_refused(fusion_type):
-    config = make_config(fusion_type=fusion_type)
-    with pytest.raises(StrictDataclassClassValidationError, match="selection_imitation"):
-        TripsConfig.from_dict({**config.to_dict(), "selection_imitation": True})
+        if name.startswith(("decoder.", "lm_head.", "model.fusion_model.", "model.vision_model.layers.1.")):
+            torch.testing.assert_close(gradient, gradients[0.0][name], msg=name)
+    of_queries = "model.vision_model.layers.0.attention.q_proj.weight"
+    assert not torch.allclose(gradients[1.0][of_queries], gradients[0.0][of_queries])

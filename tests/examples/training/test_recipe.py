@@ -44,9 +44,9 @@ def test_the_gate_teaches_scores_that_can_learn(tmp_path):
 
 
 def test_the_scores_of_a_new_model_with_cross_attention_imitate_its_attention():
-    assert recipe("vqa", OWN)["selection_imitation"]
-    assert "selection_imitation" not in recipe("vqa", {**OWN, "model": "mine"})
-    assert "selection_imitation" not in recipe("vqa", {**OWN, "fusion_type": "single_stream"})
+    assert recipe("vqa", OWN)["imitation_share"] > 0
+    assert "imitation_share" not in recipe("vqa", {**OWN, "model": "mine"})
+    assert "imitation_share" not in recipe("vqa", {**OWN, "fusion_type": "single_stream"})
 
 
 def test_another_text_model_keeps_the_vision_tower():

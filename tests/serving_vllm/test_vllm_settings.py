@@ -97,6 +97,7 @@ def test_the_helper_reads_a_guide(folders, tmp_path, capsys):
         ("smolvlm", "--schedule 1:image:0.5 --visual_tokens 9", "1:image:0.5"),
         ("gemma3", "--visual_tokens 9", "gemma3"),
         ("paligemma", "--visual_tokens 9", "whole prompt"),
+        ("qwen3_5", "--visual_tokens 9", "bfloat16"),
         ("glm4v", "--visual_tokens 9", "glm4v"),
     ],
 )

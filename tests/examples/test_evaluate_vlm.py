@@ -23,33 +23,49 @@ def checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def questions(checkpoint, tmp_path_factory) -> Path:
     """Return a file of questions with the unpruned model's answers as truth, except the last."""
-    folder, rows = tmp_path_factory.mktemp("questions"), []
+    folder = tmp_path_factory.mktemp("questions")
     vlm = VisionLanguageModel(checkpoint, device="cpu")
+    rows = []
     for number in range(4):
-        noise(64, 64, seed=number).save(folder / f"{number}.png")
-        (answer,) = vlm.answer([conversation("what color ?", noise(64, 64, seed=number))], {"max_new_tokens": 32})
-        rows.append({"image": f"{number}.png", "question": "what color ?", "answer": answer if number < 3 else "x"})
+        image = noise(64, 64, seed=number)
+        image.save(folder / f"{number}.png")
+        (answer,) = vlm.answer([conversation("what color ?", image)], {"max_new_tokens": 32})
+        rows.append({"image": f"{number}.png", "question": "what color ?", "answer": answer})
+    rows[-1]["answer"] = "x"
     (folder / "val.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder / "val.jsonl"
 
 
 def test_questions_are_evaluated_once(checkpoint, questions, tmp_path, capsys, monkeypatch):
     """A selection that the model does not support is named."""
-    options = ["--model", checkpoint, "--validation_file", questions, "--instruction", "", "--device", "cpu"]
-    options += ["--selections", "exit_prompt", "fewer_pixels", "--visual_tokens", "8"]
-    options = [*map(str, options), "--batch_size=2", f"--output_json={tmp_path / 'rows.json'}"]
+    options = [
+        f"--model={checkpoint}",
+        f"--validation_file={questions}",
+        "--instruction=",
+        "--device=cpu",
+        "--selections",
+        "exit_prompt",
+        "fewer_pixels",
+        "--visual_tokens=8",
+        "--batch_size=2",
+        f"--output_json={tmp_path / 'rows.json'}",
+    ]
     unpruned, pruned, smaller = evaluate_vlm.main(options)
-    assert unpruned["score"] == 0.75 and unpruned["num_samples"] == 4
+    assert unpruned["score"] == 0.75
+    assert unpruned["num_samples"] == 4
     assert unpruned["score_error"] == pytest.approx(math.sqrt(4 * 0.75 * 0.25 / 3) / 2)
-    assert unpruned["different_predictions"] >= 1 and unpruned["questions"].startswith("val.jsonl")
+    assert unpruned["different_predictions"] >= 1
+    assert unpruned["questions"].startswith("val.jsonl")
     assert unpruned["visual_tokens_per_image"] == 17 * 16  # 17 tiles
     assert pruned["visual_tokens_per_image"] == 17  # a share of each tile is at least one token
     assert 0 <= pruned["score"] <= 1
-    assert "Idefics3" in smaller["not_supported"] and smaller["not_supported"] in capsys.readouterr().out
+    assert "Idefics3" in smaller["not_supported"]
+    assert smaller["not_supported"] in capsys.readouterr().out
     with monkeypatch.context() as patch:
         patch.setattr(evaluate_vlm, "evaluate", None)  # it would be called for another row
         assert evaluate_vlm.main(options) == json.loads((tmp_path / "rows.json").read_text())
-    assert [row["num_samples"] for row in evaluate_vlm.main([*options, "--limit=2"])[:2]] == [2, 2]
+    limited, *_ = evaluate_vlm.main([*options, "--limit=2"])
+    assert limited["num_samples"] == 2
     questions.write_text(questions.read_text().replace('"x"', '"y"'))
     assert len(evaluate_vlm.main(options)) == 3
     assert len(json.loads((tmp_path / "rows.json").read_text())) == 9  # for other settings, and for other questions
@@ -57,21 +73,27 @@ def test_questions_are_evaluated_once(checkpoint, questions, tmp_path, capsys, m
 
 def test_every_selection_keeps_about_the_same_number(questions, tmp_path):
     checkpoint = save_tiny_vlm("llava", tmp_path / "checkpoint")
-    TextGuide.for_model(AutoModelForImageTextToText.from_pretrained(checkpoint)).save_pretrained(tmp_path / "guide")
-    options = ["--model", checkpoint, "--validation_file", questions, "--guide", tmp_path / "guide", "--device", "cpu"]
-    options += ["--limit", 2, "--output_json", tmp_path / "rows.json", "--visual_tokens", 576, 8]
-    rows = evaluate_vlm.main([*map(str, options)])
-    assert [row["selection"] for row in rows] == ["unpruned", *SELECTIONS]
-    assert [row["visual_tokens_per_image"] for row in rows[1:]] == pytest.approx([8] * len(SELECTIONS), abs=2)
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    TextGuide.for_model(model).save_pretrained(tmp_path / "guide")
+    options = [
+        f"--model={checkpoint}",
+        f"--validation_file={questions}",
+        f"--guide={tmp_path / 'guide'}",
+        "--device=cpu",
+        "--limit=2",
+        f"--output_json={tmp_path / 'rows.json'}",
+        "--visual_tokens",
+        "576",
+        "8",
+    ]
+    unpruned, *rows = evaluate_vlm.main(options)
+    assert [row["selection"] for row in rows] == list(SELECTIONS)
+    for row in rows:
+        assert row["visual_tokens_per_image"] == pytest.approx(8, abs=2)
 
 
 def make_args(**options) -> EvaluationArguments:
-    return EvaluationArguments(**{"model": "model", "validation_file": "val.jsonl", "layer": 2, **options})
-
-
-def make_row(selection: str, visual_tokens: int | None = 16, score=None, tokens: float = 16.0, **fields) -> dict:
-    row = {"selection": selection, "visual_tokens": visual_tokens, **fields}
-    return row if score is None else row | {"score": score, "score_error": 0.01, "visual_tokens_per_image": tokens}
+    return EvaluationArguments(model="model", validation_file="val.jsonl", layer=2, **options)
 
 
 def test_the_default_layer_is_a_third_of_the_way_or_that_of_the_guide(tmp_path):
@@ -100,15 +122,16 @@ def test_selections_and_numbers_are_checked():
 
 
 def test_table_is_relative_to_the_unpruned_model(capsys):
-    rows = [
-        make_row("unpruned", None, 0.5, tokens=64.0),
-        make_row("exit_prompt", score=0.4),
-        make_row("tower_image", score=0.6, tokens=15.0),
-        make_row("fewer_pixels", not_supported="Tiles."),
-    ]
-    evaluate_vlm.print_table(rows)
-    _, _, *lines = capsys.readouterr().out.splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")][1:] for line in lines[:3]]
-    assert cells[0] == ["all", "64.0", "50.0 ± 1.0", "100.0"]
-    assert cells[1:] == [["16", "16.0", "40.0 ± 1.0", "80.0"], ["16", "15.0", "60.0 ± 1.0", "120.0"]]
-    assert "Tiles." in lines[-1]
+    unpruned = {"selection": "unpruned", "visual_tokens": None, "score": 0.5}
+    at_exit = {"selection": "exit_prompt", "visual_tokens": 16, "score": 0.4}
+    in_tower = {"selection": "tower_image", "visual_tokens": 16, "score": 0.6}
+    refused = {"selection": "fewer_pixels", "visual_tokens": 16, "not_supported": "Tiles."}
+    for row, tokens in ((unpruned, 64.0), (at_exit, 16.0), (in_tower, 15.0)):
+        row["score_error"] = 0.01
+        row["visual_tokens_per_image"] = tokens
+    evaluate_vlm.print_table([unpruned, at_exit, in_tower, refused])
+    printed = capsys.readouterr().out
+    assert "| unpruned | all | 64.0 | 50.0 ± 1.0 | 100.0 |" in printed
+    assert "| exit_prompt | 16 | 16.0 | 40.0 ± 1.0 | 80.0 |" in printed
+    assert "| tower_image | 16 | 15.0 | 60.0 ± 1.0 | 120.0 |" in printed
+    assert "Tiles." in printed

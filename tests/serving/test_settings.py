@@ -19,7 +19,8 @@ def test_settings_come_from_the_environment():
         }
     )
     assert settings.model == "org/model"
-    assert settings.queue == 7 and settings.max_texts == Settings(model="m").max_texts
+    assert settings.queue == 7
+    assert settings.max_texts == Settings(model="m").max_texts
     assert settings.allowed_hosts == ["a.org", "*.b.org"]
     assert settings.schedule == "1:image:0.5,2:text:0.3"
 
@@ -32,6 +33,7 @@ def test_the_traceback_of_scripts_is_not_a_setting():
 @pytest.mark.parametrize(
     "name, value",
     [
+        ("TRIPS_MODEL", ""),
         ("TRIPS_QUEUE", "0"),
         ("TRIPS_READ_TIMEOUT", "nan"),
         ("TRIPS_CACHE_BYTES", "-1"),

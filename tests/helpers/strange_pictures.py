@@ -21,46 +21,55 @@ def bomb(width: int, height: int) -> bytes:
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     pixels = zlib.compress(b"\0" * 100_000)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    chunks = [chunk(b"IHDR", header), chunk(b"IDAT", pixels), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 def scan_bomb(side: int, num_scans: int) -> bytes:
     """Return a progressive JPEG with `num_scans` refinements of a few bytes; each needs a pass over all blocks."""
     source = encoded(PIL.Image.new("L", (side, side), 128), "JPEG", progressive=True, quality=50)
-    tables, position = b"", 2
+    tables = b""
+    position = 2
     while (marker := source[position + 1]) != 0xDA:
         length = 2 + int.from_bytes(source[position + 2 : position + 4], "big")
-        tables += source[position : position + length] if marker in (0xDB, 0xC2) else b""
+        if marker in (0xDB, 0xC2):
+            tables += source[position : position + length]
         position += length
 
     def huffman_table(kind: int, value: int) -> bytes:
-        return b"\xff\xc4" + struct.pack(">HB", 20, kind << 4) + bytes([1] + [0] * 15 + [value])
+        num_codes = bytes([1] + [0] * 15)  # by length: one code of one bit
+        return b"\xff\xc4" + struct.pack(">HB", 20, kind << 4) + num_codes + bytes([value])
 
     def scan(start: int, end: int, low: int) -> bytes:
         return b"\xff\xda" + struct.pack(">HBBBBBB", 8, 1, 1, 0, start, end, low)
 
-    blocks = ((side + 7) // 8) ** 2
-    bits = ("0" + "1" * 14) * -(-blocks // 32767)
+    num_blocks = ((side + 7) // 8) ** 2
+    bits = ("0" + "1" * 14) * -(-num_blocks // 32767)
     bits += "1" * (-len(bits) % 8)
     runs = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")
-    first = scan(0, 0, 1) + b"\0" * ((blocks + 7) // 8)
-    refinements = (scan(1, 63, 1) + runs) * num_scans
-    return b"\xff\xd8" + tables + huffman_table(0, 0) + huffman_table(1, 0xE0) + first + refinements + b"\xff\xd9"
+    first = scan(0, 0, 1) + b"\0" * ((num_blocks + 7) // 8)
+    refinement = scan(1, 63, 1) + runs
+    tables += huffman_table(0, 0) + huffman_table(1, 0xE0)
+    return b"\xff\xd8" + tables + first + refinement * num_scans + b"\xff\xd9"
 
 
 def gif_with_comment(num_bytes: int) -> bytes:
     gif = encoded(PIL.Image.new("P", (20, 20)), "GIF")
-    frame = gif.index(b",", 13 + (3 << (gif[10] % 8 + 1)))
-    blocks = b"".join(bytes([255]) + b"c" * 255 for _ in range(num_bytes // 255))
-    return gif[:frame] + b"!\xfe" + blocks + b"\0" + gif[frame:]
+    num_colors = 2 ** (gif[10] % 8 + 1)
+    frame = gif.index(b",", 13 + 3 * num_colors)
+    block = bytes([255]) + b"c" * 255
+    comment = b"!\xfe" + block * (num_bytes // 255) + b"\0"
+    return gif[:frame] + comment + gif[frame:]
 
 
 def run_length_bmp() -> bytes:
-    header = struct.pack("<IiiHHIIiiII", 40, 20, 20, 1, 8, 1, 42, 2835, 2835, 2, 2)
+    info = struct.pack("<IiiHHIIiiII", 40, 20, 20, 1, 8, 1, 42, 2835, 2835, 2, 2)
     palette = bytes([0, 0, 0, 0, 255, 255, 255, 0])
-    pixels = b"\x14\x01\0\0" * 20 + b"\0\x01"
-    offset = 14 + len(header) + len(palette)
-    return b"BM" + struct.pack("<IHHI", offset + len(pixels), 0, 0, offset) + header + palette + pixels
+    row = b"\x14\x01\0\0"  # 20 times color 1, end of the row
+    pixels = row * 20 + b"\0\x01"
+    offset = 14 + len(info) + len(palette)
+    header = struct.pack("<IHHI", offset + len(pixels), 0, 0, offset)
+    return b"BM" + header + info + palette + pixels
 
 
 def jpeg_with(image: PIL.Image.Image, marker: bytes, content: bytes) -> bytes:
@@ -78,6 +87,10 @@ def animated_webp(canvas: tuple[int, int], frame: tuple[int, int]) -> bytes:
         return (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
 
     pixels = encoded(PIL.Image.new("RGB", frame), "WEBP", lossless=True)[12:]
-    chunks = chunk(b"VP8X", b"\2\0\0\0" + size(*canvas)) + chunk(b"ANIM", b"\0" * 6)
-    chunks += chunk(b"ANMF", b"\0" * 6 + size(*frame) + b"\1\0\0\0" + pixels)
-    return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WEBP" + chunks
+    chunks = [
+        chunk(b"VP8X", b"\2\0\0\0" + size(*canvas)),
+        chunk(b"ANIM", b"\0" * 6),
+        chunk(b"ANMF", b"\0" * 6 + size(*frame) + b"\1\0\0\0" + pixels),
+    ]
+    content = b"WEBP" + b"".join(chunks)
+    return b"RIFF" + struct.pack("<I", len(content)) + content

@@ -12,9 +12,10 @@ from transformers import TorchAoConfig
 each_form = pytest.mark.parametrize("case", [*CASES[:2], *CASES[-2:]], ids=str)
 
 
-def assert_same_outputs(model, expected, case, **tolerance):
-    outputs, expected = model(**case.make_inputs()), expected(**case.make_inputs())
-    torch.testing.assert_close(main_output(outputs), main_output(expected), **tolerance)
+def assert_same_outputs(model, expected_model, case, rtol=0, atol=0):
+    outputs = model(**case.make_inputs())
+    expected = expected_model(**case.make_inputs())
+    torch.testing.assert_close(main_output(outputs), main_output(expected), rtol=rtol, atol=atol)
     assert kept_by(outputs) == kept_by(expected)
 
 
@@ -25,38 +26,42 @@ def test_int8_is_close_and_its_checkpoint_is_smaller_and_gives_the_same(case, tm
     model.save_pretrained(tmp_path / "float32")
     quantization_config = TorchAoConfig(Int8DynamicActivationInt8WeightConfig())
     quantized = case.model_class.from_pretrained(tmp_path / "float32", quantization_config=quantization_config)
-    outputs, expected = quantized(**case.make_inputs()), model(**case.make_inputs())
+    outputs = quantized(**case.make_inputs())
+    expected = model(**case.make_inputs())
     error = main_output(outputs) - main_output(expected)
     assert 0 < error.square().mean().sqrt() < 0.3 * main_output(expected).std()
     assert share_of_kept(outputs, expected) > 0.95
     quantized.save_pretrained(tmp_path / "int8")
-    size, size_before = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("int8", "float32"))
+    size = (tmp_path / "int8/model.safetensors").stat().st_size
+    size_before = (tmp_path / "float32/model.safetensors").stat().st_size
     assert size < 0.7 * size_before  # embeddings, norms and biases keep their four bytes
-    assert_same_outputs(case.model_class.from_pretrained(tmp_path / "int8"), quantized, case, rtol=0, atol=0)
+    assert_same_outputs(case.model_class.from_pretrained(tmp_path / "int8"), quantized, case)
 
 
 @each_form
 def test_adapters_alone_are_trained_and_give_the_same_saved_loaded_and_merged(case, tmp_path):
-    model = case.make_model()
-    tied = [name.removesuffix(".weight") for name in model.all_tied_weights_keys]  # merging would change both
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", exclude_modules=tied)).train()
+    base = case.make_model()
+    tied = [name.removesuffix(".weight") for name in base.all_tied_weights_keys]  # merging would change both
+    lora_config = LoraConfig(r=4, target_modules="all-linear", exclude_modules=tied)
+    adapted = get_peft_model(base, lora_config).train()
     frozen = {name: tensor.clone() for name, tensor in adapted.state_dict().items() if "lora_" not in name}
     optimizer = torch.optim.AdamW([weight for weight in adapted.parameters() if weight.requires_grad], lr=1e-2)
     losses = []
     for _ in range(10):
-        losses.append(loss_of(adapted(**case.make_inputs(training=True))))
-        losses[-1].backward()
+        loss = loss_of(adapted(**case.make_inputs(training=True)))
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.1
     state = adapted.eval().state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in frozen.items())
     assert all(state[name].norm() > 0 for name in state if "lora_B" in name)  # they began as zeros
 
-    base = case.make_model()
+    model = case.make_model()
     if case is CASES[0]:
-        assert kept_by(adapted(**case.make_inputs())) != kept_by(base(**case.make_inputs()))  # they select patches
-    adapted.save_pretrained(tmp_path / "adapter")
-    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    assert_same_outputs(loaded, adapted, case, rtol=0, atol=0)
+        assert kept_by(adapted(**case.make_inputs())) != kept_by(model(**case.make_inputs()))  # they select patches
+    adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(model, tmp_path).eval()
+    assert_same_outputs(loaded, adapted, case)
     assert_same_outputs(loaded.merge_and_unload(), adapted, case, rtol=1e-4, atol=1e-5)

@@ -55,9 +55,10 @@ def library(keep_rate: float = 0.25) -> TripsVisualQuestionAnsweringPipeline:
 
 
 def check_answers(found: list[list[dict]], expected: list[list[dict]]):
-    assert [[one["answer"] for one in row] for row in found] == [[one["answer"] for one in row] for row in expected]
-    for row, own in zip(found, expected):
-        assert [one["score"] for one in row] == pytest.approx([one["score"] for one in own], abs=1e-4)
+    for answers, expected_answers in zip(found, expected, strict=True):
+        for one, expected_one in zip(answers, expected_answers, strict=True):
+            assert one["answer"] == expected_one["answer"]
+            assert one["score"] == pytest.approx(expected_one["score"], abs=1e-4)
 
 
 def test_concurrent_answers_match_the_library(service):
@@ -71,20 +72,21 @@ def test_concurrent_answers_match_the_library(service):
 
 def test_a_data_url_is_an_image_and_kept_patches_are_those_of_the_library(service):
     image = picture("red")
-    plain = service.post("answer", ask("red")).json()
-    url = service.post("answer", {**ask("red"), "image": f"data:image/png;base64,{as_text(image)}"}).json()
-    check_answers(url["answers"], plain["answers"])
+    url = f"data:image/png;base64,{as_text(image)}"
     pipeline = library()
     for _ in range(2):  # also of an image whose states are cached
-        found = service.post("answer", ask("red", kept_patches=True, top_k=2)).json()["answers"]
+        reply = service.post("answer", ask("red", image=url, kept_patches=True, top_k=2))
+        found = reply.json()["answers"]
         check_answers(found, pipeline(image, QUESTIONS, top_k=2))
         for question, (best, other) in zip(QUESTIONS, found):
             inputs = pipeline.processor(images=image, text=question, return_tensors="pt")
             (kept,) = pipeline.model.model(**inputs).selection
             (boxes,) = pipeline.processor.patch_boxes(kept.kept_indices, [(64, 64)])
-            assert best["kept_patches"] == boxes.tolist() and "kept_patches" not in other
+            assert best["kept_patches"] == boxes.tolist()
+            assert "kept_patches" not in other
 
 
+HEAD = b"POST /answer HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 AS_JSON = {"headers": {"content-type": "application/json"}}
 BAD = {
     "invalid JSON": ({"content": b"{", **AS_JSON}, 400),
@@ -98,13 +100,10 @@ BAD = {
     "too many questions": ({"json": ask("red", questions=["a"] * 5)}, "questions"),
     "a question of too many tokens": ({"json": ask("red", questions=["a", "is " * 500])}, "questions.1"),
     "an unknown field": ({"json": ask("red", n=1)}, "n"),
-    "many unknown fields": (
-        {"content": b"{" + b",".join(b'"%d":0' % n for n in range(15_000)) + b"}", **AS_JSON},
-        "0",
-    ),
-    "a path": ({"json": {**ask("red"), "image": "/etc/passwd"}}, "image"),
-    "a URL": ({"json": {**ask("red"), "image": "http://127.0.0.1/x.png"}}, "image"),
-    "a bomb": ({"json": {**ask("red"), "image": as_text(bomb(30_000, 30_000))}}, 413),
+    "many unknown fields": ({"json": dict.fromkeys(map(str, range(15_000)), 0)}, "0"),
+    "a path": ({"json": ask("red", image="/etc/passwd")}, "image"),
+    "a URL": ({"json": ask("red", image="http://127.0.0.1/x.png")}, "image"),
+    "a bomb": ({"json": ask("red", image=as_text(bomb(30_000, 30_000)))}, 413),
     "a large body": ({"content": b"x" * 300_001, **AS_JSON}, 413),
     "an enormous body": ({"content": (b"x" * 65_536 for _ in range(200)), **AS_JSON}, 413),
     "a pickle": ({"content": b"\x80\x04N.", "headers": {"content-type": "application/vnd.bentoml+pickle"}}, 415),
@@ -119,10 +118,15 @@ def test_bad_requests_are_rejected(service, name):
     except (httpx.WriteError, httpx.ReadError):
         assert name == "an enormous body"  # the service stopped listening
     else:
-        assert reply.status_code == (422 if isinstance(expected, str) else expected), reply.text
-        assert reply.json()["error"] and "Traceback" not in reply.text and ".py" not in reply.text
-        if isinstance(expected, str):
-            assert reply.json()["error"].startswith(f"{expected}: ")
+        error = reply.json()["error"]
+        if isinstance(expected, int):
+            assert reply.status_code == expected, error
+        else:  # the name of a field
+            assert reply.status_code == 422, error
+            assert error.startswith(f"{expected}: ")
+        assert error
+        assert "Traceback" not in reply.text
+        assert ".py" not in reply.text
     assert service.post("answer", ask("red")).status_code == 200
 
 
@@ -135,7 +139,8 @@ def test_documented_client(service, monkeypatch, capsys):
     assert set(modules) <= sys.stdlib_module_names
     monkeypatch.chdir(ROOT)
     exec(client.replace("127.0.0.1:3000", f"127.0.0.1:{service.port}"), {})
-    assert [line.split()[-2] for line in capsys.readouterr().out.splitlines()] == ["purple", "no"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-2] for line in lines] == ["purple", "no"]
 
 
 def test_documented_command_sends_a_photo(service, tmp_path):
@@ -170,9 +175,10 @@ def test_other_places_and_methods(service):
     ):
         reply = httpx.request(method, f"{service.url}/{path}")
         assert reply.status_code == status, path
-        assert status == 200 or reply.json()["error"]
-    rebound = {"headers": {"host": "evil.example"}}
-    assert service.post("answer", ask("red"), **rebound).status_code == 400
+        if status != 200:
+            assert reply.json()["error"]
+    reply = service.post("answer", ask("red"), headers={"host": "evil.example"})
+    assert reply.status_code == 400
     # Metrics for every unknown path would fill the memory.
     for number in range(20):
         assert httpx.get(f"{service.url}/made-up-{number}").status_code == 404
@@ -182,11 +188,15 @@ def test_other_places_and_methods(service):
 def test_page_loads_nothing_from_other_hosts(service):
     page = httpx.get(service.url)
     policy = page.headers["content-security-policy"]
-    assert policy.startswith("default-src 'none'") and "http" not in policy and "*" not in policy
+    assert policy.startswith("default-src 'none'")
+    assert "http" not in policy
+    assert "*" not in policy
+    assert "://" not in page.text
     names = re.findall(r'(?:src|href)="\./([^"]*)"', page.text)
     assert {"page.css", "page.js", "docs.json"} == set(names)
-    for text in [page.text, *(httpx.get(f"{service.url}/{name}").raise_for_status().text for name in names)]:
-        assert "://" not in text
+    for name in names:
+        reply = httpx.get(f"{service.url}/{name}").raise_for_status()
+        assert "://" not in reply.text
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -199,32 +209,37 @@ def test_the_page_answers_about_an_uploaded_image(service, tmp_path):
     path.write_bytes(encoded(picture("red")))
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        page, requests, problems = browser.new_page(), [], []
+        page = browser.new_page()
+        requests = []
         page.on("request", lambda request: requests.append(request.url))
-        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        messages = []
+        page.on("console", messages.append)
         page.goto(service.url)
         page.set_input_files("input[name=image]", path)
         page.fill("textarea[name=questions]", "\n".join(QUESTIONS))
         page.wait_for_selector("label img")
         page.click("button")
         page.wait_for_selector("figure:nth-of-type(3) canvas")
-        answer, title = page.inner_text("pre"), page.title()
-        faded = page.evaluate("[...document.querySelector('canvas').getContext('2d').getImageData(0, 0, 64, 64).data]")
+        answer = page.inner_text("pre")
+        title = page.title()
+        pixels = page.evaluate(
+            "[...document.querySelector('canvas').getContext('2d').getImageData(0, 0, 64, 64).data]"
+        )
+        problems = [message.text for message in messages if message.type == "error"]
         browser.close()
-    pixels = [faded[row : row + 4] for row in range(0, len(faded), 4)]
-    assert (
-        0 < sum(pixel[3] == 255 for pixel in pixels) < len(pixels) / 2
-    )  # the service keeps a quarter, and draws the rest faded
+    opacities = pixels[3::4]
+    assert 0 < opacities.count(255) < len(opacities) / 2  # the service keeps a quarter, and draws the rest faded
     (best, *_), *_ = library()(picture("red"), QUESTIONS, top_k=1)
-    assert f'"{best["answer"]}"' in answer and CHECKPOINT.name in title and not problems
-    assert {url.split("/")[2] for url in requests if not url.startswith("data:")} == {f"127.0.0.1:{service.port}"}
+    assert f'"{best["answer"]}"' in answer
+    assert CHECKPOINT.name in title
+    assert not problems
+    assert all(url.startswith((service.url, "data:")) for url in requests)
 
 
 def test_slow_bodies_time_out(service):
-    head = b"POST /answer HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
     slow = [socket.create_connection(("127.0.0.1", service.port), timeout=30) for _ in range(50)]
     for connection in slow:
-        connection.sendall(head)
+        connection.sendall(HEAD % 9 + b"{")
     assert service.post("answer", ask("blue")).status_code == 200
     for connection in slow:
         assert connection.recv(1000).startswith(b"HTTP/1.1 408")
@@ -259,63 +274,62 @@ def test_slow_clients_do_not_reach_the_service_behind_the_proxy(service, tmp_pat
     """50 clients send bodies byte by byte, 50 never read their replies; all have one address. Another has no delay."""
     port = free_port()
     proxy = (ROOT / "serving/nginx.conf").read_text()
-    proxy = proxy.replace("127.0.0.1:8080", f"127.0.0.1:{port}").replace("127.0.0.1:3000", f"127.0.0.1:{service.port}")
+    proxy = proxy.replace("127.0.0.1:8080", f"127.0.0.1:{port}")
+    proxy = proxy.replace("127.0.0.1:3000", f"127.0.0.1:{service.port}")
     (tmp_path / "proxy.conf").write_text(proxy)
-    folders = "".join(
-        f"{name}_temp_path {tmp_path}/{name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    )
+    names = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    folders = "".join(f"{name}_temp_path {tmp_path}/{name};" for name in names)
     (tmp_path / "nginx.conf").write_text(
         f"daemon off; pid {tmp_path}/pid; events {{}} "
         f"http {{ access_log off; {folders} include {tmp_path}/proxy.conf; }}"
     )
-    started = subprocess.Popen([NGINX, "-e", tmp_path / "errors", "-c", tmp_path / "nginx.conf"])
     worker = psutil.Process(service.process.pid)
     processes = [worker, *worker.children(recursive=True)]
-    head = b"POST /answer HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
-    page = b"GET /page.js HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000
-    honest = httpx.Client(transport=httpx.HTTPTransport(local_address="127.0.0.2"), timeout=30)
 
     def num_connections() -> int:
         found = [one for process in processes for one in process.net_connections("tcp")]
         return sum(one.status == psutil.CONN_ESTABLISHED and one.laddr.port == service.port for one in found)
 
+    nginx = subprocess.Popen([NGINX, "-e", tmp_path / "errors", "-c", tmp_path / "nginx.conf"])
     try:
         until = time.monotonic() + 30
         while not (tmp_path / "pid").exists():
-            assert time.monotonic() < until and started.poll() is None
+            assert time.monotonic() < until
+            assert nginx.poll() is None
             time.sleep(0.1)
-        slow = [socket.create_connection(("127.0.0.1", port)) for _ in range(100)]
-        for number, connection in enumerate(slow):
+        sending = [socket.create_connection(("127.0.0.1", port)) for _ in range(50)]
+        for connection in sending:
             connection.setblocking(False)
-            connection.send(head if number < 50 else page)
+            connection.send(HEAD % 99)
+        asking = [socket.create_connection(("127.0.0.1", port)) for _ in range(50)]
+        for connection in asking:
+            connection.setblocking(False)
+            connection.send(b"GET /page.js HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)
+        honest = httpx.Client(transport=httpx.HTTPTransport(local_address="127.0.0.2"), timeout=30)
         for _ in range(4):
-            for connection in slow[:50]:
+            for connection in sending:
                 with contextlib.suppress(OSError):  # more than 20 of an address are refused
                     connection.send(b" ")
             reply = honest.post(f"http://127.0.0.1:{port}/answer", json=ask("red"))
-            assert reply.status_code == 200 and num_connections() <= 1
+            assert reply.status_code == 200
+            assert num_connections() <= 1
             time.sleep(1)
-        refused = sum(b" 429 " in connection.recv(100) for connection in slow[:50] if readable(connection))
-        assert refused >= 30
+        answered, _, _ = select.select(sending, [], [], 0)
+        refused = [connection for connection in answered if b" 429 " in connection.recv(100)]
+        assert len(refused) >= 30
     finally:
-        started.terminate()
-        started.wait(30)
+        nginx.terminate()
+        nginx.wait(30)
     assert service.post("answer", ask("red")).status_code == 200
-
-
-def readable(connection: socket.socket) -> bool:
-    return bool(select.select([connection], [], [], 0)[0])
 
 
 def test_requests_of_clients_that_left_are_not_computed(tmp_path):
     with RunningService(tmp_path / "log", max_batch_size=1) as service:
-        body = json.dumps(ask("red", questions=[f"is it {number}?" for number in range(32)], top_k=10)).encode()
-        head = (
-            b"POST /answer HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-        )
+        questions = [f"is it {number}?" for number in range(32)]
+        body = json.dumps(ask("red", questions=questions, top_k=10)).encode()
         leaving = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(60)]
         for connection in leaving:
-            connection.sendall(head % len(body) + body)
+            connection.sendall(HEAD % len(body) + body)
         until = time.monotonic() + 300
         while service.metric("trips_requests_in_progress") < 40:
             assert time.monotonic() < until
@@ -329,13 +343,19 @@ def test_requests_of_clients_that_left_are_not_computed(tmp_path):
 
 def test_random_requests_from_the_openapi_document(service, tmp_path):
     pytest.importorskip("schemathesis")
-    checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
-    command = [os.path.join(os.path.dirname(sys.executable), "schemathesis"), "run", f"{service.url}/docs.json"]
-    options = ["--checks", checks, "--max-examples", "300", "--phases", "examples,fuzzing", "--mode", "all"]
-    result = subprocess.run(
-        [*command, *options, "--include-path", "/answer", "--seed", "1", "--no-color"],
-        capture_output=True, text=True, cwd=tmp_path,
-    )  # fmt: skip
+    command = [
+        os.path.join(os.path.dirname(sys.executable), "schemathesis"),
+        "run",
+        f"{service.url}/docs.json",
+        "--checks=not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance",
+        "--max-examples=300",
+        "--phases=examples,fuzzing",
+        "--mode=all",
+        "--include-path=/answer",
+        "--seed=1",
+        "--no-color",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     assert service.post("answer", ask("green")).status_code == 200
     assert "Traceback" not in service.log.read_text()
@@ -351,16 +371,16 @@ def test_large_images_delay_only_decoding(tmp_path):
             assert service.post("answer", ask("red")).status_code == 200
             return time.monotonic() - start
 
-        lone = [seconds() for _ in range(6)][1:]
+        seconds()  # the first one is slower
+        lone = [seconds() for _ in range(5)]
         with ThreadPoolExecutor(16) as pool:
-            waiting = [pool.submit(service.post, "answer", {**ask("red"), "image": large}) for _ in range(16)]
+            waiting = [pool.submit(service.post, "answer", ask("red", image=large)) for _ in range(16)]
             times = []
             while not all(one.done() for one in waiting):
                 times.append(seconds())
         replies = [one.result() for one in waiting]
-        refused = [reply for reply in replies if reply.status_code == 503]
-        assert refused and {reply.status_code for reply in replies} <= {200, 503}
-        assert all(reply.headers["retry-after"] == "1" and reply.json()["error"] for reply in refused)
+        assert {reply.status_code for reply in replies} <= {200, 503}
+        check_refused([reply for reply in replies if reply.status_code == 503])
         assert statistics.median(times) < 5 * max(lone)
         assert service.post("answer", ask("blue")).status_code == 200
         assert "Traceback" not in service.log.read_text()
@@ -377,19 +397,25 @@ def test_incomplete_body_does_not_delay_shutdown(tmp_path):
         assert time.monotonic() - start < 20
 
 
+def check_refused(replies: list[httpx.Response]):
+    assert replies
+    for reply in replies:
+        assert reply.headers["retry-after"] == "1"
+        assert reply.json()["error"]
+
+
 @pytest.mark.parametrize(
-    "given",
-    [{"model": "no-one/nothing"}, {"model": ""}, {"device": "warp", "workers": 2}, {"queue": 0}],
+    "name, value, workers", [("model", "no-one/nothing", 1), ("device", "warp", 2), ("queue", 0, 1)]
 )
-def test_broken_service_exits_with_an_error(tmp_path, given):
-    service = RunningService(tmp_path / "log", **given)
+def test_broken_service_exits_with_an_error(tmp_path, name, value, workers):
+    service = RunningService(tmp_path / "log", workers=workers, **{name: value})
     service.start()
     try:
         assert service.process.wait(300) == 1
     finally:
         service.process.kill()
     last = service.log.read_text().splitlines()[-1]
-    assert f"TRIPS_{list(given)[0].upper()}={list(given.values())[0]}" in last
+    assert f"TRIPS_{name.upper()}={value}" in last
 
 
 def test_full_queue_rejects_further_requests(tmp_path):
@@ -398,10 +424,12 @@ def test_full_queue_rejects_further_requests(tmp_path):
             replies = list(pool.map(lambda _: service.post("answer", ask("red")), range(96)))
         answered = [reply for reply in replies if reply.status_code == 200]
         refused = [reply for reply in replies if reply.status_code == 503]
-        assert len(answered) >= 4 and refused and len(answered) + len(refused) == 96
-        assert all(reply.headers["retry-after"] == "1" and reply.json()["error"] for reply in refused)
-        best = library(keep_rate=0.005)(picture("red"), QUESTIONS, top_k=1)[0][0]["answer"]
-        assert {reply.json()["answers"][0][0]["answer"] for reply in answered} == {best}
+        assert len(answered) >= 4
+        assert len(answered) + len(refused) == 96
+        check_refused(refused)
+        expected = library(keep_rate=0.005)(picture("red"), QUESTIONS, top_k=1)
+        for reply in answered:
+            check_answers(reply.json()["answers"], expected)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -411,20 +439,20 @@ def test_shutdown_drains_accepted_requests(tmp_path, workers):
             waiting = [pool.submit(service.post, "answer", ask(color, top_k=10)) for color in COLORS * 3]
             until = time.monotonic() + 300
             while (accepted := service.metric("trips_requests_in_progress")) < 8:
-                assert time.monotonic() < until and not all(one.done() for one in waiting)
+                assert time.monotonic() < until
+                assert not all(one.done() for one in waiting)
             service.process.send_signal(signal.SIGTERM)
             outcomes = [one.exception() or one.result().status_code for one in waiting]
         assert service.process.wait(300) == 0
         # Connections without a complete request are closed; requests in flight are answered.
-        assert {one for one in outcomes if isinstance(one, int)} == {200} and outcomes.count(200) >= accepted
+        assert outcomes.count(200) >= accepted
         assert all(one == 200 or isinstance(one, httpx.TransportError) for one in outcomes), outcomes
 
 
 def test_killed_worker_is_replaced(tmp_path):
     with RunningService(tmp_path / "log") as service:
-        (worker,) = [
-            one for one in psutil.Process(service.process.pid).children() if "spawn_main" in " ".join(one.cmdline())
-        ]
+        children = psutil.Process(service.process.pid).children()
+        (worker,) = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
         worker.kill()
         until = time.monotonic() + 600
         while service.process.poll() is None and (not service.is_ready() or worker.is_running()):

@@ -28,14 +28,16 @@ def image(tmp_path_factory) -> Path:
     return path
 
 
-def run_stranger(python: list[str], source: str, checkpoints, image: Path, folder: Path, **environment) -> dict:
+def run_stranger(python: list, checkpoints, image: Path, folder: Path, **environment) -> dict:
     folder.mkdir()
-    configs = {head: json.loads((path / "config.json").read_text()) for head, path in checkpoints.items()}
+    auto_classes = {}
+    for head, path in checkpoints.items():
+        auto_map = json.loads((path / "config.json").read_text())["auto_map"]
+        auto_classes[head] = [name for name in auto_map if name in MODELS]
+    source = next(iter(checkpoints.values())).parent
     result = subprocess.run(
         [*python, STRANGER, source, image, folder],
-        input=json.dumps(
-            {head: [name for name in config["auto_map"] if name in MODELS] for head, config in configs.items()}
-        ),
+        input=json.dumps(auto_classes),
         env={**os.environ, "HF_HOME": str(folder / "home"), **environment},  # a fresh cache of remote code
         cwd=folder,
         capture_output=True,
@@ -50,30 +52,25 @@ def expected(checkpoints, image, tmp_path_factory) -> dict:
     """Return the results of an environment with this project."""
     folder = tmp_path_factory.mktemp("project") / "results"
     python = [sys.executable, "-c", WITH_PROJECT]
-    results = run_stranger(python, source_of(checkpoints), checkpoints, image, folder, PYTHONPATH=str(ROOT))
+    results = run_stranger(python, checkpoints, image, folder, PYTHONPATH=str(ROOT))
     assert results.pop("project")
     return results
 
 
-def source_of(checkpoints) -> str:
-    folder = next(iter(checkpoints.values())).parent
-    assert all(path == folder / name for name, path in checkpoints.items())
-    return f"{folder}/{{}}"
-
-
-def differences(actual, expected, where: str = "results") -> list[str]:
-    """Return the paths at which two nested results differ; tensors must be bit-identical."""
+def assert_identical(actual, expected, where: str = "results"):
+    """Compare nested results, whose tensors must be bit-identical."""
     if isinstance(expected, dict):
-        if actual.keys() != expected.keys():
-            return [f"{where}: {actual.keys() ^ expected.keys()}"]
-        return [found for key in expected for found in differences(actual[key], expected[key], f"{where}[{key!r}]")]
-    if isinstance(expected, (list, tuple)):
-        if len(actual) != len(expected):
-            return [f"{where}: {len(actual)} != {len(expected)} entries"]
-        pairs = enumerate(zip(actual, expected))
-        return [found for i, pair in pairs for found in differences(*pair, f"{where}[{i}]")]
-    same = torch.equal(actual, expected) if isinstance(expected, torch.Tensor) else actual == expected
-    return [] if same else [where]
+        assert actual.keys() == expected.keys(), where
+        for key, value in expected.items():
+            assert_identical(actual[key], value, f"{where}[{key!r}]")
+    elif isinstance(expected, list):
+        assert len(actual) == len(expected), where
+        for index, value in enumerate(expected):
+            assert_identical(actual[index], value, f"{where}[{index}]")
+    elif isinstance(expected, torch.Tensor):
+        assert torch.equal(actual, expected), where
+    else:
+        assert actual == expected, where
 
 
 def assert_same_repository(again: Path, folder: Path):
@@ -82,14 +79,15 @@ def assert_same_repository(again: Path, folder: Path):
     for path in folder.iterdir():
         if path.name not in ("config.json", "tokenizer_config.json"):  # loading adds fields to these files
             assert (again / path.name).read_bytes() == path.read_bytes(), path
-    config, config_again = (json.loads((path / "config.json").read_text()) for path in (folder, again))
+    config = json.loads((folder / "config.json").read_text())
+    config_again = json.loads((again / "config.json").read_text())
     for name in ("architectures", "auto_map", "custom_pipelines"):
         assert config_again.get(name) == config.get(name), folder
 
 
 def test_a_folder_serves_strangers(checkpoints, image, expected, clean_python, tmp_path):
-    results = run_stranger([clean_python, "-I"], source_of(checkpoints), checkpoints, image, tmp_path / "results")
+    results = run_stranger([clean_python, "-I"], checkpoints, image, tmp_path / "results")
     assert not results.pop("project")
-    assert differences(results, expected) == []
+    assert_identical(results, expected)
     for head, folder in checkpoints.items():
         assert_same_repository(tmp_path / "results" / head, folder)

@@ -1,5 +1,7 @@
 """Values that are not finite, and parameters that data parallelism freezes."""
 
+import json
+
 import pytest
 import torch
 from tiny_models import each_model, loss_of
@@ -41,6 +43,21 @@ def test_an_evaluation_that_is_not_finite_stops(checkpoints, tmp_path):
     with pytest.raises(FloatingPointError, match="eval_loss"):
         run_vqa.main([*options, f"--output_dir={tmp_path / 'run'}"])
     assert not (tmp_path / "run" / "eval_results.json").exists()
+
+
+def test_scores_imitate_the_attention_in_the_last_unpruned_steps(tmp_path):
+    shares = ["--unpruned_share=0.5", "--imitation_share=0.5", "--max_steps=8", "--logging_steps=1"]
+    schedule = "--schedule=2:text:0.5"
+    options = [*write_task("vqa", tmp_path), *OPTIONS, *shares, schedule, "--do_eval=False", "--do_predict=False"]
+    run_vqa.main([*options, f"--output_dir={tmp_path / 'run'}"])
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "selection_loss" in entry] == [3, 4]
+
+
+def test_imitation_without_cross_attention_is_refused(tmp_path):
+    options = [*write_task("vqa", tmp_path), *OPTIONS, "--fusion_type=single_stream", "--imitation_share=0.5"]
+    with pytest.raises(ValueError, match="imitation_share"):
+        run_vqa.main([*options, f"--output_dir={tmp_path / 'run'}"])
 
 
 SELECTIONS = [{}, {"keep_rate": 1.0}, {"selection_guidance": "image"}, {"selection_guidance": "random"}]

@@ -259,11 +259,7 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
         text_rate = self.args.tower_learning_rate[-1]
         named_parameters = list((model or self.model).named_parameters())
         for tower, rate in (("vision_model", vision_rate), ("text_model", text_rate)):
-            of_tower = {
-                parameter
-                for name, parameter in named_parameters
-                if tower in name.split(".") and "selection_projection" not in name  # which is new
-            }
+            of_tower = {parameter for name, parameter in named_parameters if tower in name.split(".")}
             for group in list(optimizer.param_groups):
                 own = [parameter for parameter in group["params"] if parameter in of_tower]
                 group["params"] = [parameter for parameter in group["params"] if parameter not in of_tower]

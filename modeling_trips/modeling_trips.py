@@ -220,8 +220,12 @@ class TripsModel(TripsPreTrainedModel):
             fused_states = fused.last_hidden_state
             selection = selection_rows(vision.selection, vision.image_index)
         selection_losses = None
+        if scored_layers:
+            attention = class_states(fused.image_attention[-1], attention_mask)[:, 1:]  # (num_texts, num_patches)
+            losses = [imitation_loss(scores, attention) for scores in vision.unpruned_scores]
+            selection_losses = torch.stack(losses).mean(dim=0)
         # CODEPATH: a weight of 0 turns the loss off, and so does evaluation.
-        if regions is not None and self.training and self.config.selection_loss_weight > 0 and schedule.layers:
+        elif regions is not None and self.training and self.config.selection_loss_weight > 0:
             selection_losses = self.selection_losses(
                 selection=selection,
                 regions=regions,
@@ -230,10 +234,6 @@ class TripsModel(TripsPreTrainedModel):
                 image_index=image_index,
                 image_cache=image_cache,
             )
-        elif scored_layers:
-            attention = class_states(fused.image_attention[-1], attention_mask)[:, 1:]  # (num_texts, num_patches)
-            losses = [imitation_loss(scores, attention) for scores in vision.unpruned_scores]
-            selection_losses = torch.stack(losses).mean(dim=0)
         return TripsModelOutput(
             last_hidden_state=fused_states,
             selection=selection,
@@ -372,7 +372,7 @@ class TripsSeq2SeqLMOutput(Seq2SeqLMOutput):
         `config.selection_loss_weight * selection_loss`. NaN, as of Transformers' heads, if all labels are -100 and
         `num_items_in_batch` does not count other ones.
     selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
-        Selection supervision. In training, if `regions` are given.
+        Selection supervision. In training, if `regions` or `scored_layers` are given.
     selection (`tuple(TripsSelection)`, *optional*):
         What each selection layer kept. `None` if `encoder_outputs` were given without it.
     """

@@ -38,7 +38,7 @@ TRAINING = {  # of a model from towers, of a TRIPS checkpoint
 }
 
 # The last quarter of the unpruned steps teaches the scores where the fusion encoder looks. From the first step on, it
-# kept questions from being learnt.
+# slowed the learning of answers.
 IMITATION = {"vqa": {"imitation_share": 0.25, "selection_loss_weight": 1.0}}
 UNPRUNED_SHARE = 0.6  # of the steps of a new model that is to be pruned: 750 of 1,250
 

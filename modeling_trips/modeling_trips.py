@@ -177,9 +177,13 @@ class TripsModel(TripsPreTrainedModel):
             text_embeds (`torch.Tensor` of shape `(num_pairs, hidden_size)`, *optional*): The text guidance t. By
                 default it is pooled from `text_states`.
             scored_layers (`tuple[int]`, *optional*, defaults to `()`): Layers, numbered from 1, that the schedule does
-                not name. Their text scores learn where the fusion encoder looks, see [`imitation_loss`]; two towers
-                and a fusion by cross-attention have it.
+                not name. Their text scores learn where the fusion encoder looks, see [`imitation_loss`].
+
+        Raises:
+            ValueError: There are `scored_layers`, and `fusion_type` is not `"cross_attention"`.
         """
+        if scored_layers and self.config.fusion_type != "cross_attention":
+            raise ValueError(f"`scored_layers` need `fusion_type='cross_attention'`, got {self.config.fusion_type!r}.")
         if schedule is None:
             schedule = self.vision_model.config.schedule
         # CODEPATH: ALBEF and mPLUG have two towers and a fusion encoder, ViLT a single stream.

@@ -77,6 +77,13 @@ def test_padding_changes_nothing():
     assert left.isfinite().all()
 
 
+@pytest.mark.parametrize("fusion_type", ["skip_connected", "single_stream"])
+def test_other_fusions_are_refused(fusion_type):
+    model = MODEL.make_model(fusion_type=fusion_type)
+    with pytest.raises(ValueError, match="scored_layers"):
+        model(**MODEL.make_inputs(), **SCORED)
+
+
 def test_only_what_scores_learns_from_it():
     inputs = QUESTIONS.make_inputs(training=True)
     gradients = {}

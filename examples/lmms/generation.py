@@ -92,7 +92,7 @@ class VisionLanguageModel:
         schedule (`str`, *optional*, defaults to `"unpruned"`): Selection inside the vision tower.
         visual_tokens (`int`, *optional*): Number of visual tokens per image in the language model.
         keep_rate (`float`, *optional*): Share of an image's visual tokens, instead of a number.
-        scorer (`str`, *optional*, defaults to `"prompt"`): Scorer of these tokens.
+        scorer (`str`, *optional*, defaults to `"divprune"`): Scorer of these tokens.
         guide (`str`, *optional*): Folder or Hub repository of a `TextGuide`, for a layer that is scored by the text.
         resolution_tokens (`int`, *optional*): Reduce images to about this number of visual tokens.
         device (`str` or `torch.device`, *optional*): Device. Default: a GPU if there is one.
@@ -109,7 +109,7 @@ class VisionLanguageModel:
         schedule: str = "unpruned",
         visual_tokens: int | None = None,
         keep_rate: float | None = None,
-        scorer: str = "prompt",
+        scorer: str = "divprune",
         guide: str | None = None,
         resolution_tokens: int | None = None,
         device: str | torch.device | None = None,

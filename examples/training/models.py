@@ -14,7 +14,14 @@ from transformers import AutoImageProcessor, PreTrainedTokenizerBase, TrainerSta
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 
-from modeling_trips import UNPRUNED, TripsConfig, TripsPreTrainedModel, TripsProcessor, TripsVisionConfig
+from modeling_trips import (
+    UNPRUNED,
+    SelectionSchedule,
+    TripsConfig,
+    TripsPreTrainedModel,
+    TripsProcessor,
+    TripsVisionConfig,
+)
 from modeling_trips.conversion.processors import load_tokenizer, make_processor
 from modeling_trips.conversion.vision_text import make_vision_text_model, vision_text_config
 from modeling_trips.inspection.cost import forward_cost
@@ -24,6 +31,7 @@ from trips_examples.data.loading import load_task_dataset, with_fitting_texts
 from trips_examples.data.tasks import TASKS
 from trips_examples.data.vocabulary import train_tokenizer
 from trips_examples.training.options import DataArguments, ModelArguments, config_fields
+from trips_examples.training.recipe import MANY_QUESTIONS, QUESTIONS
 
 
 logger = logging.getLogger(__name__)
@@ -82,8 +90,6 @@ def start_run(
         task_fields: Fields of `TripsConfig` that the task sets.
     """
     config, processor = load_start(model_args, data_args.scene_size, **task_fields)
-    if training_args.do_train and training_args.resume_from_checkpoint is not None:
-        check_resumed(config, training_args)
     if load is None:
         data = load_data(task, data_args, training_args, config.vision_config.patch_shape[0])
     else:
@@ -96,11 +102,17 @@ def start_run(
     if sizes and model_args.image_size is None and model_args.max_image_size is not None:
         fit_image_size(config, processor, sizes, model_args.max_image_size)
     fitting = with_fitting_texts(loaded, task, processor, skip=data_args.skip_bad_rows)
+    if rows is not None:
+        group_size = group_size or training_args.texts_per_image
+        counts = texts_of_images(rows, TASKS[task].text, group_size, processor)
+        if model_args.schedule == QUESTIONS and "schedule" not in training_args.typed:
+            choose_schedule(config, *counts)
+    if training_args.do_train and training_args.resume_from_checkpoint is not None:
+        check_resumed(config, training_args)
     model = make_model(model_class, model_args, config, processor)
     log_start(model, processor, model_args.start, sizes, training_args)
     if rows is not None:
-        group_size = group_size or training_args.texts_per_image
-        log_costs(config, *texts_of_images(rows, TASKS[task].text, group_size, processor))
+        log_costs(config, *counts)
     return model, processor, {**data, **fitting}
 
 
@@ -337,6 +349,30 @@ def _set_ends(config: TripsConfig, tokenizer: PreTrainedTokenizerBase):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The schedule
+
+
+def choose_schedule(config: TripsConfig, texts_per_image: float, texts_in_batch: float, text_length: int):
+    """
+    Let the image choose the patches if the texts of an image, of which the data have `texts_per_image`, would take
+    more operations by choosing their own. Log the operations of both.
+    """
+    by_text = config.vision_config.schedule
+    by_image = SelectionSchedule.parse(MANY_QUESTIONS)
+    macs = {}
+    for schedule in (UNPRUNED, by_text, by_image):
+        macs[schedule] = forward_cost(config, text_length, schedule).macs(texts_per_image)
+    chosen = min(by_text, by_image, key=macs.get)
+    logger.info(
+        "With %.1f texts per image, %s takes %.2f times the operations of the unpruned model, %s %.2f times: %s",
+        texts_per_image,
+        by_text,
+        macs[by_text] / macs[UNPRUNED],
+        by_image,
+        macs[by_image] / macs[UNPRUNED],
+        chosen,
+    )
+    for name, value in chosen.config_fields.items():
+        setattr(config.vision_config, name, value)
 
 
 def log_costs(config: TripsConfig, texts_per_image: float, texts_in_batch: float, text_length: int):

@@ -49,7 +49,7 @@ def apply_patch_selection(
     schedule: SelectionSchedule | str | None = None,
     visual_tokens: int | None = None,
     keep_rate: float | None = None,
-    scorer: str | Scorer = "prompt",
+    scorer: str | Scorer = "divprune",
     guide: TextGuide | None = None,
 ):
     """
@@ -91,7 +91,7 @@ def apply_patch_selection(
         keep_rate (`float`, *optional*):
             Generative models only: share of an image's visual tokens for the language model, in (0, 1], instead of a
             number. Take it where images differ in size, as in Qwen-VL.
-        scorer (`str` or `Callable`, *optional*, defaults to `"prompt"`):
+        scorer (`str` or `Callable`, *optional*, defaults to `"divprune"`):
             Scorer of these tokens, as in [`prune_inputs`].
         guide (`TextGuide`, *optional*):
             Generative models only: turns the prompt into the query of the layer that is scored by the text.

@@ -28,7 +28,7 @@ def prune_inputs(
     inputs: Mapping,
     visual_tokens: int | None = None,
     keep_rate: float | None = None,
-    scorer: str | Scorer = "prompt",
+    scorer: str | Scorer = "divprune",
 ) -> dict:
     """
     Encode the images of a prompt and drop visual tokens, before `model(**inputs)` or `model.generate(**inputs)`.
@@ -46,14 +46,14 @@ def prune_inputs(
         visual_tokens (`int`, *optional*): Number of visual tokens to keep per image. Where images differ in size, one
             with fewer keeps all. In SmolVLM, Idefics3 and InternVL, which cut an image into tiles, it counts per tile.
         keep_rate (`float`, *optional*): Share of the visual tokens to keep per image, in (0, 1], instead of a number.
-        scorer (`str` or `Callable`, *optional*, defaults to `"prompt"`): `"prompt"` (relevance to the prompt, with
-            diversity), `"divprune"` (diversity), `"cdpruner"` (relevance to the prompt and diversity), `"vispruner"`
-            (the tower's attention and diversity), `"random"`, `"pooling"`, or a function of the features, the prompt's
-            embeddings (both with one row per image), their mask and the number to keep, which returns positions and
-            features; if it has an argument `attention`, it also gets that of the tower. The prompt is the text after
-            the last image, or all text if none follows, without labels, special tokens and what the processor writes
-            around an image. Put images before the question: chat templates add text after an image, which then is the
-            prompt.
+        scorer (`str` or `Callable`, *optional*, defaults to `"divprune"`): `"divprune"` (diversity), `"prompt"`
+            (relevance to the prompt, with diversity), `"cdpruner"` (relevance to the prompt and diversity),
+            `"vispruner"` (the tower's attention and diversity), `"random"`, `"pooling"`, or a function of the
+            features, the prompt's embeddings (both with one row per image), their mask and the number to keep, which
+            returns positions and features; if it has an argument `attention`, it also gets that of the tower. The
+            prompt is the text after the last image, or all text if none follows, without labels, special tokens and
+            what the processor writes around an image. A scorer that reads it needs the images before the question:
+            chat templates add text after an image, which then is the prompt.
 
     Returns:
         `dict`: The inputs with shorter sequences, and `mm_encoder_outputs` instead of the images. Inputs without

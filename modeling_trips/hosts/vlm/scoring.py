@@ -247,8 +247,8 @@ def middles(num_parts: int, side: int) -> torch.Tensor:
 
 
 SCORERS: dict[str, Scorer] = {
-    "prompt": select_by_prompt,
     "divprune": select_by_divprune,
+    "prompt": select_by_prompt,
     "cdpruner": select_by_cdpruner,
     "vispruner": select_by_vispruner,
     "random": select_at_random,

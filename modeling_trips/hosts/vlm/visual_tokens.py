@@ -24,7 +24,7 @@ class ExitSelection:
 
     visual_tokens: int | None = None
     keep_rate: float | None = None
-    scorer: str | Scorer = "prompt"
+    scorer: str | Scorer = "divprune"
 
     def __post_init__(self):
         if self.visual_tokens is not None and self.keep_rate is not None:

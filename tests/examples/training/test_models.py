@@ -9,14 +9,16 @@ from toy_pairs import write_parts
 from transformers import BlipImageProcessor, CLIPImageProcessor, DeiTImageProcessor
 
 from modeling_trips import (
+    SelectionSchedule,
     TripsConfig,
     TripsForQuestionAnswering,
     TripsForVisualGrounding,
     TripsProcessor,
 )
 from trips_examples.data.vocabulary import train_tokenizer
-from trips_examples.training.models import load_start, log_costs, make_model, make_processor
+from trips_examples.training.models import choose_schedule, load_start, log_costs, make_model, make_processor
 from trips_examples.training.options import ModelArguments
+from trips_examples.training.recipe import MANY_QUESTIONS, QUESTIONS
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +132,13 @@ def test_a_schedule_that_costs_more_than_no_pruning_has_a_warning(guidance, text
     config = TripsConfig.from_preset("tiny", selection_guidance=guidance)
     log_costs(config, 2 * texts, texts, text_length=6)
     assert any(record.levelname == "WARNING" for record in caplog.records) == warns
+
+
+@pytest.mark.parametrize("texts, chosen", [(1, QUESTIONS), (30, MANY_QUESTIONS)])
+def test_the_cheaper_default_for_the_texts_of_an_image_is_taken(texts, chosen):
+    config = TripsConfig.from_preset("base", **SelectionSchedule.parse(QUESTIONS).config_fields)
+    choose_schedule(config, texts, texts, text_length=9)
+    assert str(config.vision_config.schedule) == chosen
 
 
 def test_starting_another_task_names_new_and_unused_parts(processor, tmp_path, caplog, capfd):

@@ -50,7 +50,8 @@ class DurationCallback(TrainerCallback):
 
 class PhasesCallback(TrainerCallback):
     """
-    Log the phases of a training, and forget the best checkpoint of the unpruned phase where pruning begins.
+    Log the phases of a training, train the late layers from the imitation on, and forget the best checkpoint of the
+    unpruned phase where pruning begins.
     """
 
     def __init__(self, trainer: "ImageGroupedTrainer"):
@@ -76,7 +77,11 @@ class PhasesCallback(TrainerCallback):
         state.log_history.append({**shares, "step": state.global_step})
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if 0 < state.global_step == self.trainer.unpruned_steps:
+        trainer = self.trainer
+        is_late = state.global_step >= trainer.unpruned_steps - trainer.imitation_steps
+        for layer in trainer.late_layers:
+            layer.requires_grad_(is_late)
+        if 0 < state.global_step == trainer.unpruned_steps:
             state.best_metric = None
             state.best_global_step = None
             state.best_model_checkpoint = None
@@ -95,8 +100,8 @@ class SamplerEpochCallback(TrainerCallback):
 
 class ZeroGradientCallback(TrainerCallback):
     """
-    Give what only the selection uses a gradient of zero in unpruned steps: FSDP resumes no parameter without an
-    optimizer state.
+    Give what only the selection uses, and late layers, a gradient of zero in unpruned steps: FSDP resumes no parameter
+    without an optimizer state.
     """
 
     def __init__(self, trainer: "ImageGroupedTrainer"):
@@ -105,8 +110,15 @@ class ZeroGradientCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if self.trainer.schedule is None:
             return
+        waiting = []
         for name, parameter in model.named_parameters():
-            if "selection_projection" in name and parameter.requires_grad and parameter.grad is None:
+            if "selection_projection" in name and parameter.requires_grad:
+                waiting.append(parameter)
+        if self.trainer.is_fsdp_enabled:
+            for layer in self.trainer.late_layers:
+                waiting += layer.parameters()
+        for parameter in waiting:
+            if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
 
@@ -190,9 +202,25 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
         fusion_type = self.model.config.fusion_type
         if self.args.imitation_share > 0 and fusion_type != "cross_attention":
             raise ValueError(f"--imitation_share needs --fusion_type cross_attention, got {fusion_type}. Give 0.")
+        self.late_layers = self._take_late_layers()
         self.add_callback(PhasesCallback(self))
         self.add_callback(SamplerEpochCallback(self))
         self.add_callback(ZeroGradientCallback(self))
+
+    def _take_late_layers(self) -> list[nn.Module]:
+        """
+        Return the frozen layers of the vision tower from the first that a text scores on, where scores imitate. The
+        optimizer takes them, too: trained from the imitation on, they let the scores learn.
+        """
+        first_layer = self.model.config.vision_config.schedule.first_text_layer
+        if self.args.imitation_share == 0 or first_layer is None:
+            return []
+        late_layers = []
+        for layer in self.model.base_model.vision_model.layers[first_layer - 1 :]:
+            if not any(parameter.requires_grad for parameter in layer.parameters()):
+                layer.requires_grad_(True)
+                late_layers.append(layer)
+        return late_layers
 
     @property
     def unpruned_steps(self) -> int:

@@ -61,7 +61,7 @@ def test_the_command_line_wins():
     typed = ["--train_file=train.jsonl", "--schedule=9:text:0.3", "--learning_rate=1e-4", "--max_steps=7"]
     model, _, training = run_vqa.OPTIONS.parse_args_into_dataclasses(typed)
     assert model.schedule == "9:text:0.3"
-    assert model.freeze_vision_layers == 5
+    assert model.freeze_vision_layers == 6
     assert training.learning_rate == 1e-4
     assert training.max_steps == 7
     assert training.per_device_train_batch_size == 60

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import each_model, loss_of
 from toy_tasks import OPTIONS, write_task
 
@@ -52,6 +53,26 @@ def test_scores_imitate_the_attention_in_the_last_unpruned_steps(tmp_path):
     run_vqa.main([*options, f"--output_dir={tmp_path / 'run'}"])
     history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in history if "selection_loss" in entry] == [3, 4]
+
+
+def test_a_frozen_layer_that_a_text_scores_is_trained_from_the_imitation_on(tmp_path):
+    """Steps 3 and 4 of 8 imitate; layer 2 scores. A run that resumes before them ends as an uninterrupted one."""
+    shares = ["--unpruned_share=0.5", "--imitation_share=0.5", "--max_steps=8", "--schedule=2:text:0.5"]
+    options = [*write_task("vqa", tmp_path), *OPTIONS, *shares, "--freeze_vision_layers=2", "--save_total_limit=9"]
+    options += ["--do_eval=False", "--do_predict=False", "--save_strategy=steps", "--save_steps=1"]
+    options += [f"--output_dir={tmp_path / 'run'}"]
+    run_vqa.main(options)
+
+    def layer_after(step: int, number: int) -> torch.Tensor:
+        weights = load_file(tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors")
+        return weights[f"model.vision_model.layers.{number - 1}.attention.k_proj.weight"]
+
+    assert torch.equal(layer_after(1, number=1), layer_after(8, number=1))
+    assert torch.equal(layer_after(1, number=2), layer_after(2, number=2))
+    assert not torch.equal(layer_after(2, number=2), layer_after(3, number=2))
+    uninterrupted = layer_after(8, number=2)
+    run_vqa.main([*options, f"--resume_from_checkpoint={tmp_path / 'run' / 'checkpoint-1'}"])
+    assert torch.equal(layer_after(8, number=2), uninterrupted)
 
 
 def test_imitation_without_cross_attention_is_refused(tmp_path):

@@ -100,4 +100,4 @@ def draw_selections(rows: Rows, path: Path):
 
 if __name__ == "__main__":
     draw(read("pictures"), DOCS / "accuracy_over_operations.png")
-    draw_selections(read("vlm_answers"), DOCS / "vlm_answers.png")
+    draw_selections(read("vlm_methods"), DOCS / "vlm_methods.png")

@@ -38,8 +38,7 @@ TRAINING = {  # of a model from towers, of a TRIPS checkpoint
     "bf16": (None, None),  # where the device computes in it: less than half the time, equal losses
 }
 
-# The last quarter of the unpruned steps teaches the scores where the fusion encoder looks. From the first step on, it
-# slowed the learning of answers.
+# The last quarter of the unpruned steps teaches the scores where the fusion encoder looks.
 IMITATION = {"vqa": {"imitation_share": 0.25, "selection_loss_weight": 1.0}}
 UNPRUNED_SHARE = 0.5455  # of the steps of a new model that is to be pruned: 600 of 1,100
 

@@ -70,7 +70,7 @@ def test_the_figure_is_drawn_from_the_rows(pictures, tmp_path):
 
 
 def test_a_selection_that_is_new_in_the_rows_is_drawn(tmp_path):
-    rows = tables.read("vlm_answers")
+    rows = tables.read("vlm_methods")
     new = [{**row, "selection": "another"} for row in rows if row["selection"] == "FastV"]
     figure.draw_selections(rows, tmp_path / "old.png")
     figure.draw_selections(rows + new, tmp_path / "new.png")

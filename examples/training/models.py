@@ -104,15 +104,15 @@ def start_run(
     fitting = with_fitting_texts(loaded, task, processor, skip=data_args.skip_bad_rows)
     if rows is not None:
         group_size = group_size or training_args.texts_per_image
-        counts = texts_of_images(rows, TASKS[task].text, group_size, processor)
+        texts_per_image, texts_in_batch, text_length = texts_of_images(rows, TASKS[task].text, group_size, processor)
         if model_args.schedule == QUESTIONS and "schedule" not in training_args.typed:
-            choose_schedule(config, *counts)
+            choose_schedule(config, texts_per_image, text_length)
     if training_args.do_train and training_args.resume_from_checkpoint is not None:
         check_resumed(config, training_args)
     model = make_model(model_class, model_args, config, processor)
     log_start(model, processor, model_args.start, sizes, training_args)
     if rows is not None:
-        log_costs(config, *counts)
+        log_costs(config, texts_per_image, texts_in_batch, text_length)
     return model, processor, {**data, **fitting}
 
 
@@ -351,7 +351,7 @@ def _set_ends(config: TripsConfig, tokenizer: PreTrainedTokenizerBase):
 # The schedule
 
 
-def choose_schedule(config: TripsConfig, texts_per_image: float, texts_in_batch: float, text_length: int):
+def choose_schedule(config: TripsConfig, texts_per_image: float, text_length: int):
     """
     Let the image choose the patches if the texts of an image, of which the data have `texts_per_image`, would take
     more operations by choosing their own. Log the operations of both.

@@ -209,17 +209,16 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
 
     def _take_late_layers(self) -> list[nn.Module]:
         """
-        Return the frozen layers of the vision tower from the first that a text scores on, where scores imitate. The
-        optimizer takes them, too: trained from the imitation on, they let the scores learn.
+        Return the frozen layers in which a text's scores will imitate. They are trained from the imitation on, so the
+        optimizer takes them, too.
         """
-        first_layer = self.model.config.vision_config.schedule.first_text_layer
-        if self.args.imitation_share == 0 or first_layer is None:
-            return []
         late_layers = []
-        for layer in self.model.base_model.vision_model.layers[first_layer - 1 :]:
-            if not any(parameter.requires_grad for parameter in layer.parameters()):
-                layer.requires_grad_(True)
-                late_layers.append(layer)
+        if self.args.imitation_share > 0:
+            for number in self.model.config.vision_config.schedule.text_layers:
+                layer = self.model.base_model.vision_model.layers[number - 1]
+                if not any(parameter.requires_grad for parameter in layer.parameters()):
+                    layer.requires_grad_(True)
+                    late_layers.append(layer)
         return late_layers
 
     @property

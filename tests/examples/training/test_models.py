@@ -137,7 +137,7 @@ def test_a_schedule_that_costs_more_than_no_pruning_has_a_warning(guidance, text
 @pytest.mark.parametrize("texts, chosen", [(1, QUESTIONS), (30, MANY_QUESTIONS)])
 def test_the_cheaper_default_for_the_texts_of_an_image_is_taken(texts, chosen):
     config = TripsConfig.from_preset("base", **SelectionSchedule.parse(QUESTIONS).config_fields)
-    choose_schedule(config, texts, texts, text_length=9)
+    choose_schedule(config, texts, text_length=9)
     assert str(config.vision_config.schedule) == chosen
 
 

@@ -172,7 +172,7 @@ class TrainingOptions(RunOptions):
     weight_decay: float = option(0.05, "Weight decay, except for biases and norms.")
     texts_per_image: int = option(4, "Texts of an image that may share a training batch.")
     num_pictures: int = option(0, "Number of predictions to draw, with the kept patches.")
-    unpruned_share: float = option(0.0, "Share of unpruned first steps. Default of a model without --model: 0.5455.")
+    unpruned_share: float = option(0.0, "Share of unpruned first steps. Default of a model without --model: 0.6.")
     imitation_share: float = option(0.0, "Share of the unpruned steps, the last, in which scores imitate attention.")
 
     def __post_init__(self):

@@ -16,36 +16,41 @@ from tables import DOCS, SETTINGS, Rows, group, percents, read
 
 PANELS = {"operations_1": "one text per image", "operations_5": "five texts per image"}
 MARKERS = "os^"
-COLORS = ("#000000", "#d9480f", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by the color-blind
+# Told apart by the color-blind.
+COLORS = ("#000000", "#d9480f", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
-def draw_contestant(axes: Axes, rows: Rows, cost: str, color: str):
+def style_of(number: int) -> dict[str, str]:
+    """Return color and marker of the line with this number."""
+    return {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number // len(COLORS)]}
+
+
+def draw_contestant(axes: Axes, rows: Rows, cost: str, style: dict[str, str]):
     """Draw the points of a contestant, joined in the order of their operations."""
     points = []
     for (schedule, pixels, _), runs in group(rows, ["schedule", "pixels", "steps"]).items():
         results = [100 * row["test_accuracy"] for row in runs]
         point = (runs[0][cost], mean(results))
         points.append(point)
-        axes.vlines(point[0], min(results), max(results), color=color)
+        axes.vlines(point[0], min(results), max(results), color=style["color"])
         label = f"{pixels} px" if schedule == "unpruned" else f"{runs[0]['patches']} patches"
-        axes.text(*point, f"   {label}", fontsize=7, color=color)
+        axes.text(*point, f"   {label}", fontsize=7, color=style["color"])
     operations, accuracies = zip(*sorted(points))
     axes.plot(
         operations,
         accuracies,
-        color=color,
-        marker="o",
         label=rows[0]["contestant"],
+        **style,
     )
 
 
-def draw_panel(axes: Axes, rows: Rows, cost: str, colors: dict[tuple, str]):
+def draw_panel(axes: Axes, rows: Rows, cost: str, styles: dict[tuple, dict[str, str]]):
     """Draw all contestants on pictures of one kind, for a number of texts per image."""
     contestants = group(rows, ["contestant"])
     unpruned = mean(100 * row["test_accuracy"] for row in contestants[("unpruned",)])
     axes.axhspan(unpruned - 1, unpruned, color="#dddddd")
     for name, runs in contestants.items():
-        draw_contestant(axes, runs, cost, colors[name])
+        draw_contestant(axes, runs, cost, styles[name])
     axes.set_title(f"{rows[0]['pictures']}, {PANELS[cost]}")
     axes.set_xlabel("operations, unpruned = 1")
     axes.set_ylabel("right answers, %")
@@ -54,7 +59,7 @@ def draw_panel(axes: Axes, rows: Rows, cost: str, colors: dict[tuple, str]):
 
 def draw(rows: Rows, path: Path):
     """Draw a row for each kind of pictures with a panel for each number of texts per image."""
-    colors = dict(zip(group(rows, ["contestant"]), COLORS))
+    styles = {name: style_of(number) for number, name in enumerate(group(rows, ["contestant"]))}
     kinds = group(rows, ["pictures"])
     figure = Figure(figsize=(10, 4 * len(kinds)), layout="constrained")
     panels = figure.subplots(
@@ -65,7 +70,7 @@ def draw(rows: Rows, path: Path):
     )
     for row_of_panels, runs in zip(panels, kinds.values()):
         for axes, cost in zip(row_of_panels, PANELS):
-            draw_panel(axes, runs, cost, colors)
+            draw_panel(axes, runs, cost, styles)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=120)
@@ -87,9 +92,8 @@ def draw_selections(rows: Rows, path: Path):
         axes.plot(
             operations,
             accuracies,
-            color=COLORS[number % len(COLORS)],
-            marker=MARKERS[number // len(COLORS)],
             label=SETTINGS["words"]["selection"].get(name, name),
+            **style_of(number),
         )
     axes.set_xlabel("operations of a question, unpruned = 1")
     axes.set_ylabel("right answers, %")

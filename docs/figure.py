@@ -22,7 +22,8 @@ COLORS = ("#000000", "#d9480f", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56
 
 def style_of(number: int) -> dict[str, str]:
     """Return color and marker of the line with this number."""
-    return {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number // len(COLORS)]}
+    marker_number, color_number = divmod(number, len(COLORS))
+    return {"color": COLORS[color_number], "marker": MARKERS[marker_number]}
 
 
 def draw_contestant(axes: Axes, rows: Rows, cost: str, style: dict[str, str]):
@@ -59,7 +60,9 @@ def draw_panel(axes: Axes, rows: Rows, cost: str, styles: dict[tuple, dict[str, 
 
 def draw(rows: Rows, path: Path):
     """Draw a row for each kind of pictures with a panel for each number of texts per image."""
-    styles = {name: style_of(number) for number, name in enumerate(group(rows, ["contestant"]))}
+    styles = {}
+    for number, name in enumerate(group(rows, ["contestant"])):
+        styles[name] = style_of(number)
     kinds = group(rows, ["pictures"])
     figure = Figure(figsize=(10, 4 * len(kinds)), layout="constrained")
     panels = figure.subplots(

@@ -107,12 +107,11 @@ def start_run(
         texts_per_image, texts_in_batch, text_length = texts_of_images(rows, TASKS[task].text, group_size, processor)
         if model_args.schedule == QUESTIONS and "schedule" not in training_args.typed:
             choose_schedule(config, texts_per_image, text_length)
+        log_costs(config, texts_per_image, texts_in_batch, text_length)
     if training_args.do_train and training_args.resume_from_checkpoint is not None:
         check_resumed(config, training_args)
     model = make_model(model_class, model_args, config, processor)
     log_start(model, processor, model_args.start, sizes, training_args)
-    if rows is not None:
-        log_costs(config, texts_per_image, texts_in_batch, text_length)
     return model, processor, {**data, **fitting}
 
 

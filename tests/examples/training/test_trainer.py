@@ -1,4 +1,4 @@
-"""Values that are not finite, and parameters that data parallelism freezes."""
+"""Values that are not finite, imitation, and parameters that data parallelism freezes."""
 
 import json
 

@@ -277,7 +277,7 @@ def _questions(items: list[Item], split: str, grid: int, rng: random.Random) -> 
     """
     Return `QUESTIONS_PER_KIND` questions of each kind, or fewer if the items do not allow them; in the test split,
     half of them in new wordings. Where a color and a form are named, others share each of them, so that neither tells
-    (but in scenes of up to 2 x 2 cells).
+    (but in scenes of up to 2 x 2 cells, from which a new model learns presence).
     """
     questions = []
     first_new = rng.randrange(2)
@@ -301,7 +301,7 @@ def _questions(items: list[Item], split: str, grid: int, rng: random.Random) -> 
 def _askable(items: list[Item], least: int) -> list[tuple[str, int, list[tuple]]]:
     """
     Return kinds of questions, how many of each to ask, and what they can be about: name, answer and region. A name of
-    a color and a form is asked for if `least` shapes have each of them.
+    a color and a form is asked for if `least` shapes have each of them. With `least=1`, absent names have one of them.
     """
     times: Counter[str] = Counter()
     for item in items:
@@ -319,10 +319,14 @@ def _askable(items: list[Item], least: int) -> list[tuple[str, int, list[tuple]]
         if times[item.name] == 1 and times[item.color] >= least and times[item.shape] >= least:
             marks.append((item.name, item.mark, box))
             present.append((item.name, "yes", box))
-    repeated_colors = [color for color in COLORS if times[color] >= least]
-    repeated_shapes = [shape for shape in SHAPES if times[shape] >= least]
-    names = {f"{color} {shape}" for color, shape in itertools.product(repeated_colors, repeated_shapes)}
-    absent = [(name, "no", None) for name in sorted(names - times.keys())]
+    if least == 1:
+        absent_names = _absent(items)
+    else:
+        repeated_colors = [color for color in COLORS if times[color] >= least]
+        repeated_shapes = [shape for shape in SHAPES if times[shape] >= least]
+        names = {f"{color} {shape}" for color, shape in itertools.product(repeated_colors, repeated_shapes)}
+        absent_names = names - times.keys()
+    absent = [(name, "no", None) for name in sorted(absent_names)]
     return [
         ("color", QUESTIONS_PER_KIND, colors),
         ("shape", QUESTIONS_PER_KIND, shapes),

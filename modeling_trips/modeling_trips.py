@@ -39,7 +39,6 @@ from .modeling_trips_text import (
     TripsLMHead,
     TripsTextModel,
     accept_former_cache_name,
-    class_states,
 )
 from .modeling_trips_vision import (
     SHARED_ARGS,
@@ -52,7 +51,7 @@ from .modeling_trips_vision import (
     select_rows,
     selection_rows,
 )
-from .patch_selection import imitation_loss, region_targets, selection_loss, union_of_targets
+from .patch_selection import RelevanceGradient, region_targets, selection_loss, union_of_targets
 from .pipeline_trips import TripsImageToTextPipeline, TripsVisualQuestionAnsweringPipeline
 
 
@@ -97,8 +96,8 @@ class TripsModelOutput(ModelOutput):
     hidden_states, attentions, cross_attentions (`tuple(torch.FloatTensor)`, *optional*):
         Of the fusion encoder; of the whole sequence in a single stream, which has no `cross_attentions`.
     selection_losses (`torch.FloatTensor` of shape `(num_texts,)`, *optional*):
-        In training: the `selection_loss` of each text, 0 without a region, if regions are given; its `imitation_loss`
-        with `scored_layers`.
+        In training: the `selection_loss` of each text, 0 without a region, if regions are given. With `scored_layers`,
+        0, and its backward pass teaches the scores, see [`RelevanceGradient`].
     text_model_output (`BaseModelOutputWithPooling`):
         Output of the text encoder. Its `pooler_output` is the text guidance t, except in a single stream.
     vision_model_output (`TripsVisionModelOutput`):
@@ -177,15 +176,16 @@ class TripsModel(TripsPreTrainedModel):
             text_embeds (`torch.Tensor` of shape `(num_pairs, hidden_size)`, *optional*): The text guidance t. By
                 default it is pooled from `text_states`.
             scored_layers (`tuple[int]`, *optional*, defaults to `()`): Layers, numbered from 1, that the schedule does
-                not name. Their text scores learn where the fusion encoder looks, see [`imitation_loss`].
+                not name. Their text scores learn which patches the other losses need, see [`RelevanceGradient`].
 
         Raises:
-            ValueError: There are `scored_layers`, and `fusion_type` is not `"cross_attention"`.
+            ValueError: There are `scored_layers` in a single stream.
         """
-        if scored_layers and self.config.fusion_type != "cross_attention":
-            raise ValueError(f"`scored_layers` need `fusion_type='cross_attention'`, got {self.config.fusion_type!r}.")
+        if scored_layers and self.fusion_model is None:
+            raise ValueError("`scored_layers` need a fusion encoder, got `fusion_type='single_stream'`.")
         if schedule is None:
             schedule = self.vision_model.config.schedule
+        selection_losses = None
         # CODEPATH: ALBEF and mPLUG have two towers and a fusion encoder, ViLT a single stream.
         if self.fusion_model is None:
             vision = self.vision_model(
@@ -212,24 +212,29 @@ class TripsModel(TripsPreTrainedModel):
                 scored_layers=scored_layers,
                 **kwargs,
             )
+            image_states = vision.last_hidden_state
+            states_index = vision.image_index
+            if scored_layers:
+                image_states = select_rows(image_states, states_index)  # each text has a gradient of its own
+                states_index = None
+                losses_of_layers = []
+                for scores in vision.unpruned_scores:
+                    image_states, losses = RelevanceGradient.apply(image_states, scores)
+                    losses_of_layers.append(losses)
+                selection_losses = torch.stack(losses_of_layers).mean(dim=0)
             fused = self.fusion_model(
                 inputs_embeds=text_states,
-                encoder_hidden_states=vision.last_hidden_state,
+                encoder_hidden_states=image_states,
                 attention_mask=attention_mask,
-                image_index=vision.image_index,
+                image_index=states_index,
                 probed=vision.probed,
-                output_image_attention=len(scored_layers) > 0,
                 **kwargs,
             )
             fused_states = fused.last_hidden_state
             selection = selection_rows(vision.selection, vision.image_index)
-        selection_losses = None
-        if scored_layers:
-            attention = class_states(fused.image_attention[-1], attention_mask)[:, 1:]  # (num_texts, num_patches)
-            losses = [imitation_loss(scores, attention) for scores in vision.unpruned_scores]
-            selection_losses = torch.stack(losses).mean(dim=0)
         # CODEPATH: a weight of 0 turns the loss off, and so does evaluation.
-        elif regions is not None and self.training and self.config.selection_loss_weight > 0:
+        has_supervision = regions is not None and self.training and self.config.selection_loss_weight > 0
+        if has_supervision and not scored_layers:
             selection_losses = self.selection_losses(
                 selection=selection,
                 regions=regions,

@@ -46,7 +46,7 @@ from .modeling_trips_vision import (
     select_rows,
     split_heads,
 )
-from .patch_selection import KeyInfo, gather_tokens, squared_attention
+from .patch_selection import KeyInfo, gather_tokens
 
 
 # Name of the keys and values in `generate` and in outputs: "cache" since Transformers 5.24.
@@ -153,16 +153,13 @@ class TripsTextSelfAttention(nn.Module):
         key_info: KeyInfo,
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """`source_states` give keys and values. The last result is there with `output_image_attention=True`."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`source_states` give keys and values."""
         query = split_heads(self.query(hidden_states), self.head_dim)
         key, value = self.key_value(source_states, cache)
         key = select_rows(key, key_info.index)  # (batch_size, num_heads, num_keys, head_dim)
         value = select_rows(value, key_info.index)
         key_info = key_info.select_rows(key_info.index)
-        image_attention = None
-        if self.is_cross_attention and kwargs.get("output_image_attention"):
-            image_attention = squared_attention(query, key, self.scaling)  # (batch_size, num_queries, num_keys)
         implementation = None
         # Flash attention would also drop queries by its mask, which is of shape (batch_size, key_length).
         if self.is_cross_attention and isinstance(key_info.mask, torch.Tensor) and key_info.mask.dim() == 2:
@@ -180,7 +177,7 @@ class TripsTextSelfAttention(nn.Module):
             **kwargs,
         )
         attn_output = attn_output.reshape(hidden_states.shape).contiguous()
-        return attn_output, attn_weights, image_attention
+        return attn_output, attn_weights
 
 
 class TripsTextCrossAttention(TripsTextSelfAttention):
@@ -230,7 +227,7 @@ class TripsTextAttention(nn.Module):
         key_info: KeyInfo,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        attn_output, _, _ = self.self(hidden_states, source_states, key_info, **kwargs)
+        attn_output, _ = self.self(hidden_states, source_states, key_info, **kwargs)
         return self.output(attn_output, hidden_states)
 
 
@@ -407,11 +404,7 @@ class TripsTextModel(TripsPreTrainedModel):
 class TripsFusionModel(TripsPreTrainedModel):
     config: TripsFusionConfig
     main_input_name = "inputs_embeds"
-    _can_record_outputs = {
-        **CROSS_OUTPUTS,
-        # One entry per layer, see `squared_attention`.
-        "image_attention": OutputRecorder(TripsTextCrossAttention, index=2, layer_name="crossattention"),
-    }
+    _can_record_outputs = CROSS_OUTPUTS
 
     def __init__(self, config: TripsFusionConfig):
         super().__init__(config)

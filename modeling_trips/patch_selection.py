@@ -485,33 +485,33 @@ def divergence(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return (torch.xlogy(targets, targets) - targets * scores.log()).sum(dim=-1)
 
 
-# Imitation of the fusion encoder's attention by the scores
+# Relevance of the image tokens to the loss
 
 
-@torch.no_grad()
-def squared_attention(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
+class RelevanceGradient(torch.autograd.Function):
     """
-    Return where tokens look: the mean over the heads of their squared attention, `(batch_size, num_queries,
-    num_keys)`, float32 or wider. By the square, heads that look at one place count more than those that look
-    everywhere.
-
-    Args:
-        query (`torch.Tensor` of shape `(batch_size, num_heads, num_queries, head_dim)`)
-        key (`torch.Tensor` of shape `(batch_size, num_heads, num_keys, head_dim)`)
-        scaling (`float`): Factor of the dot products.
+    Image states of texts as they are, with a loss of 0 for each text. In the backward pass of this loss, the scores
+    get the gradient of their cross-entropy with the *relevance* of the candidates: -g . h for the state h of a
+    candidate and the gradient g of the other losses, 0 where that is negative, normalized over the candidates. To
+    first order, it is the part of the loss that the candidate takes off.
     """
-    logits = query @ key.transpose(2, 3)  # (batch_size, num_heads, num_queries, num_keys)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scaling
-    return logits.softmax(dim=-1).square().mean(dim=1)
 
+    @staticmethod
+    def forward(ctx, states, scores):
+        """
+        Args:
+            states (`torch.Tensor` of shape `(num_texts, 1 + num_candidates, hidden_size)`): [CLS], then candidates.
+            scores (`torch.Tensor` of shape `(num_texts, num_candidates)`)
+        """
+        ctx.save_for_backward(states, scores)
+        return states.view_as(states), scores.new_zeros(len(scores))
 
-def imitation_loss(scores: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
-    """
-    Return the Kullback-Leibler divergence of the scores from the attention to the same candidates, `(num_texts,)`.
-
-    Args:
-        scores (`torch.Tensor` of shape `(num_texts, num_candidates)`)
-        attention (`torch.Tensor` of shape `(num_texts, num_candidates)`): Not negative; rows need not sum to 1.
-    """
-    targets = attention / attention.sum(dim=-1, keepdim=True)
-    return (torch.xlogy(targets, targets) - targets * log_scores(scores)).sum(dim=-1)
+    @staticmethod
+    def backward(ctx, grad_states, grad_losses):
+        states, scores = ctx.saved_tensors
+        gradient_dot_state = (grad_states * states).to(scores.dtype).sum(dim=-1)
+        relevance = -gradient_dot_state[:, 1:].clamp(max=0)
+        total = relevance.sum(dim=-1, keepdim=True)
+        targets = relevance / total.clamp(min=torch.finfo(total.dtype).tiny)
+        grad_scores = -grad_losses[:, None] * targets / scores.clamp(min=LOWEST_SCORE)
+        return grad_states, grad_scores

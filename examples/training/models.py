@@ -199,7 +199,7 @@ def check_resumed(config: TripsConfig, args: TrainingArguments):
     for entry in state.log_history:
         if "unpruned_share" in entry:  # by `PhasesCallback`; the last one counts
             values["unpruned_share"] = (entry["unpruned_share"], args.unpruned_share)
-            values["imitation_share"] = (entry["imitation_share"], args.imitation_share)
+            values["relevance_share"] = (entry["relevance_share"], args.relevance_share)
     has_same_epochs = args.max_steps <= 0 and state.num_train_epochs == math.ceil(args.num_train_epochs)
     if not has_same_epochs:
         values["max_steps"] = (state.max_steps, args.max_steps)

@@ -62,7 +62,7 @@ class ModelArguments:
     max_image_size: int | None = option(None, "In place of --image_size: that of the images, at most this.")
     schedule: str | None = option(None, SCHEDULE_HELP)
     selection_gate: float | None = option(None, "Share of dropped tokens that run in training, to learn from answers.")
-    selection_loss_weight: float | None = option(None, "Weight of selection supervision and imitation.")
+    selection_loss_weight: float | None = option(None, "Weight of selection supervision and relevance.")
     fusion_type: str | None = option(None, "cross_attention, skip_connected (mPLUG) or single_stream (ViLT).")
 
     def __post_init__(self):
@@ -173,14 +173,14 @@ class TrainingOptions(RunOptions):
     texts_per_image: int = option(4, "Texts of an image that may share a training batch.")
     num_pictures: int = option(0, "Number of predictions to draw, with the kept patches.")
     unpruned_share: float = option(0.0, "Share of unpruned first steps. Default of a model without --model: 0.6.")
-    imitation_share: float = option(0.0, "Share of the unpruned steps, the last, in which scores imitate attention.")
+    relevance_share: float = option(0.0, "Share of the unpruned steps, the last, in which scores learn relevance.")
 
     def __post_init__(self):
         super().__post_init__()
         if not 0 <= self.unpruned_share < 1:
             raise ValueError(f"--unpruned_share must be in [0, 1), got {self.unpruned_share}.")
-        if not 0 <= self.imitation_share <= 1:
-            raise ValueError(f"--imitation_share must be in [0, 1], got {self.imitation_share}.")
+        if not 0 <= self.relevance_share <= 1:
+            raise ValueError(f"--relevance_share must be in [0, 1], got {self.relevance_share}.")
         if self.tower_learning_rate is not None and len(self.tower_learning_rate) > 2:
             raise ValueError(f"--tower_learning_rate takes one or two values, got {self.tower_learning_rate}.")
 

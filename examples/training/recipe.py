@@ -38,8 +38,8 @@ TRAINING = {  # of a model from towers, of a TRIPS checkpoint
     "bf16": (None, None),  # where the device computes in it: less than half the time, equal losses
 }
 
-# The last quarter of the unpruned steps teaches the scores where the fusion encoder looks.
-IMITATION = {"vqa": {"imitation_share": 0.25, "selection_loss_weight": 1.0}}
+# The last quarter of the unpruned steps teaches the scores which patches the answers need.
+RELEVANCE = {"vqa": {"relevance_share": 0.25, "selection_loss_weight": 1.0}}
 UNPRUNED_SHARE = 0.6  # of the steps of a new model that is to be pruned: 750 of 1,250
 
 
@@ -68,7 +68,7 @@ def recipe(task: str | None, typed: dict, on_cpu: bool = False) -> dict:
     if task in GATES and "random" not in typed.get("schedule", ""):  # random scores learn nothing
         defaults["selection_gate"] = GATES[task]
     if is_new and "fusion_type" not in typed:
-        defaults |= IMITATION.get(task, {})
+        defaults |= RELEVANCE.get(task, {})
     if task == "grounding":
         defaults["attention_loss_weight"] = 2.0
     if "num_train_epochs" in typed:

@@ -50,8 +50,8 @@ class DurationCallback(TrainerCallback):
 
 class PhasesCallback(TrainerCallback):
     """
-    Log the phases of a training, train the late layers from the imitation on, and forget the best checkpoint of the
-    unpruned phase where pruning begins.
+    Log the phases of a training, train the late layers from where scores learn relevance, and forget the best
+    checkpoint of the unpruned phase where pruning begins.
     """
 
     def __init__(self, trainer: "ImageGroupedTrainer"):
@@ -62,8 +62,8 @@ class PhasesCallback(TrainerCallback):
         phases = str(trainer.model.config.vision_config.schedule)
         if trainer.unpruned_steps:
             unpruned = f"steps 1 to {trainer.unpruned_steps} unpruned"
-            if trainer.imitation_steps:
-                unpruned += f", in the last {trainer.imitation_steps} the scores learn where the fusion encoder looks"
+            if trainer.relevance_steps:
+                unpruned += f", in the last {trainer.relevance_steps} the scores learn which patches matter"
             phases = f"{unpruned}, then {phases}"
         logger.info(
             "Training of %d steps: %s; regions used for: %s. Its time follows after step %d",
@@ -73,12 +73,12 @@ class PhasesCallback(TrainerCallback):
             state.global_step + 1 + DurationCallback.num_steps,
         )
         # `check_resumed` reads it from checkpoints.
-        shares = {"unpruned_share": args.unpruned_share, "imitation_share": args.imitation_share}
+        shares = {"unpruned_share": args.unpruned_share, "relevance_share": args.relevance_share}
         state.log_history.append({**shares, "step": state.global_step})
 
     def on_step_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
-        is_late = state.global_step >= trainer.unpruned_steps - trainer.imitation_steps
+        is_late = state.global_step >= trainer.unpruned_steps - trainer.relevance_steps
         for layer in trainer.late_layers:
             layer.requires_grad_(is_late)
         if 0 < state.global_step == trainer.unpruned_steps:
@@ -200,8 +200,8 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
         for parameter in self.model.unused_parameters():
             parameter.requires_grad_(False)
         fusion_type = self.model.config.fusion_type
-        if self.args.imitation_share > 0 and fusion_type != "cross_attention":
-            raise ValueError(f"--imitation_share needs --fusion_type cross_attention, got {fusion_type}. Give 0.")
+        if self.args.relevance_share > 0 and fusion_type == "single_stream":
+            raise ValueError("--relevance_share needs a fusion encoder, got --fusion_type single_stream. Give 0.")
         self.late_layers = self._take_late_layers()
         self.add_callback(PhasesCallback(self))
         self.add_callback(SamplerEpochCallback(self))
@@ -209,11 +209,11 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
 
     def _take_late_layers(self) -> list[nn.Module]:
         """
-        Return the frozen layers in which a text's scores will imitate. They are trained from the imitation on, so the
+        Return the frozen layers in which a text's scores will learn relevance. They are trained from then on, so the
         optimizer takes them, too.
         """
         late_layers = []
-        if self.args.imitation_share > 0:
+        if self.args.relevance_share > 0:
             for number in self.model.config.vision_config.schedule.text_layers:
                 layer = self.model.base_model.vision_model.layers[number - 1]
                 if not any(parameter.requires_grad for parameter in layer.parameters()):
@@ -230,11 +230,11 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
         return max(0, min(round(self.args.unpruned_share * steps), steps - 1))
 
     @property
-    def imitation_steps(self) -> int:
-        """The number of last unpruned steps in which the scores of the text learn where the fusion encoder looks."""
+    def relevance_steps(self) -> int:
+        """The number of last unpruned steps in which the scores of the text learn relevance."""
         if not self.model.config.vision_config.schedule.text_layers:
             return 0
-        return round(self.args.imitation_share * self.unpruned_steps)
+        return round(self.args.relevance_share * self.unpruned_steps)
 
     @property
     def schedule(self) -> SelectionSchedule | None:
@@ -307,7 +307,7 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         inputs = {"schedule": self.schedule, **inputs}
         steps_to_pruning = self.unpruned_steps - self.state.global_step
-        if model.training and 0 < steps_to_pruning <= self.imitation_steps:
+        if model.training and 0 < steps_to_pruning <= self.relevance_steps:
             inputs["scored_layers"] = self.model.config.vision_config.schedule.text_layers
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         selector = self.model.base_model.vision_model.selector

@@ -149,11 +149,11 @@ def test_two_processes_match_one_in_run_vqa(name, options, one_process, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
-def test_processes_resume_before_imitation_and_pruning_begin(name, options, tmp_path):
-    """Of three unpruned steps the last one imitates; a frozen layer is trained from it on."""
+def test_processes_resume_before_relevance_and_pruning_begin(name, options, tmp_path):
+    """Of three unpruned steps in the last one scores learn; a frozen layer is trained from it on."""
     script, saves = str(ROOT / "examples" / "run_vqa.py"), ["--save_strategy=steps", "--save_steps=2"]
-    imitates = ["--schedule=2:text:0.5", "--imitation_share=0.34", "--freeze_vision_layers=2"]
-    words = [*options, *imitates, *saves, "--save_total_limit=3", "--do_eval=False", f"--output_dir={tmp_path}"]
+    relevance = ["--schedule=2:text:0.5", "--relevance_share=0.34", "--freeze_vision_layers=2"]
+    words = [*options, *relevance, *saves, "--save_total_limit=3", "--do_eval=False", f"--output_dir={tmp_path}"]
     launch(name, script, *words)
     expected = load_file(tmp_path / "model.safetensors")
     launch(name, script, *words, f"--resume_from_checkpoint={tmp_path / 'checkpoint-2'}")

@@ -43,10 +43,10 @@ def test_the_gate_teaches_scores_that_can_learn(tmp_path):
         train(tmp_path / "out", "--selection_gate=0.2", "--schedule=2:random:0.5")
 
 
-def test_the_scores_of_a_new_model_with_cross_attention_imitate_its_attention():
-    assert recipe("vqa", OWN)["imitation_share"] > 0
-    assert "imitation_share" not in recipe("vqa", {**OWN, "model": "mine"})
-    assert "imitation_share" not in recipe("vqa", {**OWN, "fusion_type": "single_stream"})
+def test_the_scores_of_a_new_model_learn_relevance():
+    assert recipe("vqa", OWN)["relevance_share"] > 0
+    assert "relevance_share" not in recipe("vqa", {**OWN, "model": "mine"})
+    assert "relevance_share" not in recipe("vqa", {**OWN, "fusion_type": "single_stream"})
 
 
 def test_another_text_model_keeps_the_vision_tower():

@@ -1,4 +1,4 @@
-"""Values that are not finite, imitation, and parameters that data parallelism freezes."""
+"""Values that are not finite, relevance, and parameters that data parallelism freezes."""
 
 import json
 
@@ -46,8 +46,8 @@ def test_an_evaluation_that_is_not_finite_stops(checkpoints, tmp_path):
     assert not (tmp_path / "run" / "eval_results.json").exists()
 
 
-def test_scores_imitate_the_attention_in_the_last_unpruned_steps(tmp_path):
-    shares = ["--unpruned_share=0.5", "--imitation_share=0.5", "--max_steps=8", "--logging_steps=1"]
+def test_scores_learn_relevance_in_the_last_unpruned_steps(tmp_path):
+    shares = ["--unpruned_share=0.5", "--relevance_share=0.5", "--max_steps=8", "--logging_steps=1"]
     schedule = "--schedule=2:text:0.5"
     options = [*write_task("vqa", tmp_path), *OPTIONS, *shares, schedule, "--do_eval=False", "--do_predict=False"]
     run_vqa.main([*options, f"--output_dir={tmp_path / 'run'}"])
@@ -55,9 +55,9 @@ def test_scores_imitate_the_attention_in_the_last_unpruned_steps(tmp_path):
     assert [entry["step"] for entry in history if "selection_loss" in entry] == [3, 4]
 
 
-def test_a_frozen_layer_that_a_text_scores_is_trained_from_the_imitation_on(tmp_path):
-    """Steps 3 and 4 of 8 imitate; layer 2 scores. A run that resumes before them ends as an uninterrupted one."""
-    shares = ["--unpruned_share=0.5", "--imitation_share=0.5", "--max_steps=8", "--schedule=2:text:0.5"]
+def test_a_frozen_layer_that_a_text_scores_is_trained_while_its_scores_learn(tmp_path):
+    """In steps 3 and 4 of 8, layer 2 scores. A run that resumes before them ends as an uninterrupted one."""
+    shares = ["--unpruned_share=0.5", "--relevance_share=0.5", "--max_steps=8", "--schedule=2:text:0.5"]
     options = [*write_task("vqa", tmp_path), *OPTIONS, *shares, "--freeze_vision_layers=2", "--save_total_limit=9"]
     options += ["--do_eval=False", "--do_predict=False", "--save_strategy=steps", "--save_steps=1"]
     options += [f"--output_dir={tmp_path / 'run'}"]
@@ -75,9 +75,9 @@ def test_a_frozen_layer_that_a_text_scores_is_trained_from_the_imitation_on(tmp_
     assert torch.equal(layer_after(8, number=2), uninterrupted)
 
 
-def test_imitation_without_cross_attention_is_refused(tmp_path):
-    options = [*write_task("vqa", tmp_path), *OPTIONS, "--fusion_type=single_stream", "--imitation_share=0.5"]
-    with pytest.raises(ValueError, match="imitation_share"):
+def test_relevance_in_a_single_stream_is_refused(tmp_path):
+    options = [*write_task("vqa", tmp_path), *OPTIONS, "--fusion_type=single_stream", "--relevance_share=0.5"]
+    with pytest.raises(ValueError, match="relevance_share"):
         run_vqa.main([*options, f"--output_dir={tmp_path / 'run'}"])
 
 

@@ -1,0 +1,128 @@
+"""Unpruned passes in training teach the scores which patches the loss needs."""
+
+import pytest
+import torch
+from tiny_models import CASES, gradients_of
+
+from modeling_trips import UNPRUNED, SelectionSchedule, TripsModel
+from modeling_trips.patch_selection import RelevanceGradient
+
+
+MODEL = next(case for case in CASES if case.model_class is TripsModel)
+QUESTIONS = next(case for case in CASES if case.model_class.__name__ == "TripsForQuestionAnswering")
+SCORED = {"schedule": UNPRUNED, "scored_layers": (1,)}
+FIELDS = SelectionSchedule.parse("1:text:0.5").config_fields
+
+
+def outputs_in_training(model, inputs, **kwargs):
+    with torch.no_grad():
+        return model.train()(**inputs, **kwargs)
+
+
+def test_the_scores_learn_from_the_relevance_of_the_candidates():
+    """By hand: -g . h is 3, 1, and -2, which counts as 0; so the targets are 0.75, 0.25 and 0."""
+    states = torch.tensor([[[1.0, 1.0], [1.0, 2.0], [0.5, 0.0], [-1.0, 1.0]]], requires_grad=True)
+    gradient = torch.tensor([[[5.0, 5.0], [-1.0, -1.0], [-2.0, 7.0], [-1.0, 1.0]]])
+    scores = torch.tensor([[0.2, 0.3, 0.5]], requires_grad=True)
+    same, losses = RelevanceGradient.apply(states, scores)
+    assert torch.equal(same, states)
+    assert losses.tolist() == [0]
+    (same * gradient).sum().backward(retain_graph=True)
+    assert torch.equal(states.grad, gradient)
+    assert not scores.grad.any()  # no loss of its own, nothing to learn
+    scores.grad = None
+    ((same * gradient).sum() + 2 * losses.sum()).backward()
+    torch.testing.assert_close(scores.grad, torch.tensor([[-2 * 0.75 / 0.2, -2 * 0.25 / 0.3, 0.0]]))
+
+
+def test_a_text_without_relevant_candidates_teaches_nothing():
+    states = torch.ones(1, 3, 2, requires_grad=True)
+    scores = torch.tensor([[0.4, 0.6]], requires_grad=True)
+    same, losses = RelevanceGradient.apply(states, scores)
+    (same.sum() + losses.sum()).backward()
+    assert scores.grad.tolist() == [[0, 0]]
+
+
+def test_gradients_are_those_of_the_cross_entropy_with_the_relevance_of_each_text():
+    """Texts of an image share its row in the tower, and each has a relevance of its own."""
+    inputs = MODEL.make_inputs()
+    inputs["pixel_values"] = inputs["pixel_values"][:2]
+    inputs["image_index"] = torch.tensor([0, 1, 1, 0])
+    model = MODEL.make_model("eager", **FIELDS).train()
+
+    def other_losses(last_hidden_state: torch.Tensor) -> torch.Tensor:
+        return last_hidden_state.square().sum(dim=(1, 2)) * torch.arange(1, 5)
+
+    repeated = {**inputs, "pixel_values": inputs["pixel_values"][inputs["image_index"]]}
+    del repeated["image_index"]
+    image_states = []
+    hook = model.fusion_model.register_forward_pre_hook(
+        lambda module, args, kwargs: image_states.append(kwargs["encoder_hidden_states"]), with_kwargs=True
+    )
+    unpruned = model(**repeated, schedule=UNPRUNED)
+    hook.remove()
+    (states,) = image_states
+    (gradient,) = torch.autograd.grad(other_losses(unpruned.last_hidden_state).sum(), states)
+    relevance = (-gradient * states).sum(dim=-1)[:, 1:].clamp(min=0).detach()
+    targets = relevance / relevance.sum(dim=-1, keepdim=True)
+    scores = model(**repeated).selection[0].scores
+    loss = -(targets * scores.log()).sum()
+    weight = model.vision_model.layers[0].attention.q_proj.weight
+    (expected,) = torch.autograd.grad(loss, weight)
+
+    gradients = []
+    for share in (0, 1):
+        outputs = model(**inputs, **SCORED)
+        losses = other_losses(outputs.last_hidden_state) + share * outputs.selection_losses
+        gradients.append(torch.autograd.grad(losses.sum(), weight)[0])
+    torch.testing.assert_close(gradients[1] - gradients[0], expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_outputs_are_those_without_it_and_texts_of_an_image_share_its_row(attention):
+    inputs = MODEL.make_inputs()
+    inputs["pixel_values"] = inputs["pixel_values"][:2]
+    inputs["image_index"] = torch.tensor([0, 1, 1, 0])
+    model = MODEL.make_model(attention, **FIELDS)
+    outputs = outputs_in_training(model, inputs, **SCORED)
+    expected = outputs_in_training(model, inputs, schedule=UNPRUNED)
+    assert torch.equal(outputs.last_hidden_state, expected.last_hidden_state)
+    assert outputs.vision_model_output.last_hidden_state.shape[0] == 2
+    assert outputs.selection_losses.shape == (4,)
+    assert expected.selection_losses is None
+
+
+def test_padding_changes_nothing():
+    inputs = MODEL.make_inputs()
+    model = MODEL.make_model(**FIELDS).train()
+    padded = {name: tensor[3:4] for name, tensor in inputs.items()}  # four tokens and one of padding
+    without = {**padded, "input_ids": padded["input_ids"][:, :4], "attention_mask": padded["attention_mask"][:, :4]}
+    weight = model.vision_model.layers[0].attention.q_proj.weight
+    gradients = []
+    for texts in (without, padded):
+        outputs = model(**texts, **SCORED)
+        loss = outputs.last_hidden_state[:, :4].square().sum() + outputs.selection_losses.sum()
+        gradients.append(torch.autograd.grad(loss, weight)[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_a_single_stream_is_refused():
+    model = MODEL.make_model(fusion_type="single_stream")
+    with pytest.raises(ValueError, match="scored_layers"):
+        model(**MODEL.make_inputs(), **SCORED)
+
+
+def test_only_what_scores_learns_from_it():
+    inputs = QUESTIONS.make_inputs(training=True)
+    gradients = {}
+    for weight in (0.0, 1.0):
+        model = QUESTIONS.make_model(**FIELDS).train()
+        model.config.selection_loss_weight = weight
+        outputs = model(**inputs, **SCORED)
+        outputs.loss.backward()
+        gradients[weight] = gradients_of(model)
+    for name, gradient in gradients[1.0].items():
+        if name.startswith(("decoder.", "lm_head.", "model.fusion_model.", "model.vision_model.layers.1.")):
+            torch.testing.assert_close(gradient, gradients[0.0][name], msg=name)
+    of_queries = "model.vision_model.layers.0.attention.q_proj.weight"
+    assert not torch.allclose(gradients[1.0][of_queries], gradients[0.0][of_queries])

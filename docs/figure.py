@@ -75,7 +75,7 @@ def draw(rows: Rows, path: Path):
         for axes, cost in zip(row_of_panels, PANELS):
             draw_panel(axes, runs, cost, styles)
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=120)
 
 

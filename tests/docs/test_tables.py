@@ -28,7 +28,7 @@ def pictures(tmp_path, monkeypatch):
                 "seed": seed,
             }
             rows.append(row)
-    shared = {"pictures": "cards", "pixels": 112, "steps": 1250, "unpruned_steps": 750}
+    shared = {"pictures": "cards", "pixels": 112, "precision": "float32", "steps": 1250, "unpruned_steps": 750}
     (tmp_path / "pictures.json").write_text(json.dumps({"shared": shared, "rows": rows}))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
 

@@ -2,7 +2,7 @@ r"""
 Make a small model from nothing that answers questions about busy scenes, and the same with one of 144 patches: models
 like `examples/trips-tiny-scenes-unpruned` and `examples/trips-tiny-scenes`.
 
-    python benchmarks/make_pair.py                               # a quarter of an hour on 2 CPU cores
+    python benchmarks/make_pair.py --bf16                  # a quarter of an hour, where a CPU computes in bfloat16
     python benchmarks/make_pair.py --seed 1 --output_dir pair1
 
 1. `tower`: each patch of the vision tower names color, form and mark of the shape that covers it, as a pretrained

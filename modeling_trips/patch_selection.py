@@ -509,7 +509,7 @@ class RelevanceGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_states, grad_losses):
         states, scores = ctx.saved_tensors
-        gradient_dot_state = (grad_states * states).to(scores.dtype).sum(dim=-1)
+        gradient_dot_state = (grad_states.to(scores.dtype) * states).sum(dim=-1)
         relevance = -gradient_dot_state[:, 1:].clamp(max=0)
         total = relevance.sum(dim=-1, keepdim=True)
         targets = relevance / total.clamp(min=torch.finfo(total.dtype).tiny)

@@ -24,6 +24,7 @@ from transformers import set_seed
 
 from modeling_trips import UNPRUNED, TripsConfig, TripsForQuestionAnswering, TripsProcessor
 from modeling_trips.inspection.files import whole_folder
+from trips_examples import demo
 from trips_examples.data.busy_scenes import CELL_SIZE, COLORS, MARKS, SHAPES, Item, draw_scene
 from trips_examples.data.source import option
 from trips_examples.data.vocabulary import BUNDLED_WORDS
@@ -38,7 +39,7 @@ SCENES_PER_STEP = 12
 TOWER_LEARNING_RATE = 1.5e-3
 LEARNING_RATE = 1e-3
 ALL_PATCHES = {"schedule": "unpruned"}
-ONE_PATCH = {"schedule": "2:text:0.005", "selection_gate": 0.2}
+ONE_PATCH = demo.STAGES["model"]
 
 
 @dataclass

@@ -43,12 +43,13 @@ def test_a_text_without_relevant_candidates_teaches_nothing():
     assert scores.grad.tolist() == [[0, 0]]
 
 
-def test_gradients_are_those_of_the_cross_entropy_with_the_relevance_of_each_text():
+@pytest.mark.parametrize("fusion_type", ["cross_attention", "skip_connected"])
+def test_gradients_are_those_of_the_cross_entropy_with_the_relevance_of_each_text(fusion_type):
     """Texts of an image share its row in the tower, and each has a relevance of its own."""
     inputs = MODEL.make_inputs()
     inputs["pixel_values"] = inputs["pixel_values"][:2]
     inputs["image_index"] = torch.tensor([0, 1, 1, 0])
-    model = MODEL.make_model("eager", **FIELDS).train()
+    model = MODEL.make_model("eager", **FIELDS, fusion_type=fusion_type).train()
 
     def other_losses(last_hidden_state: torch.Tensor) -> torch.Tensor:
         return last_hidden_state.square().sum(dim=(1, 2)) * torch.arange(1, 5)
@@ -97,7 +98,11 @@ def test_padding_changes_nothing():
     model = MODEL.make_model(**FIELDS).train()
     padded = {name: tensor[3:4] for name, tensor in inputs.items()}  # four tokens and one of padding
     without = {**padded, "input_ids": padded["input_ids"][:, :4], "attention_mask": padded["attention_mask"][:, :4]}
+    on_the_left = {name: padded[name].roll(1, dims=1) for name in ("input_ids", "attention_mask")}
     weight = model.vision_model.layers[0].attention.q_proj.weight
+    outputs = model(**{**padded, **on_the_left}, **SCORED)
+    (left,) = torch.autograd.grad(outputs.last_hidden_state.square().sum() + outputs.selection_losses.sum(), weight)
+    assert left.isfinite().all()
     gradients = []
     for texts in (without, padded):
         outputs = model(**texts, **SCORED)

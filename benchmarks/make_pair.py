@@ -28,16 +28,13 @@ from trips_examples import demo
 from trips_examples.data.busy_scenes import CELL_SIZE, COLORS, MARKS, SHAPES, Item, draw_scene
 from trips_examples.data.source import option
 from trips_examples.data.vocabulary import BUNDLED_WORDS
-from trips_examples.run_vqa import train_question_answering
 from trips_examples.training.models import train_processor
-from trips_examples.training.options import DataArguments, ModelArguments, make_parser, run_script
-from trips_examples.training.runs import TripsTrainingArguments
+from trips_examples.training.options import make_parser, run_script
 
 
 NAMES = {"color": tuple(COLORS), "shape": SHAPES, "mark": tuple(MARKS)}
 SCENES_PER_STEP = 12
 TOWER_LEARNING_RATE = 1.5e-3
-LEARNING_RATE = 1e-3
 ALL_PATCHES = {"schedule": "unpruned"}
 ONE_PATCH = demo.STAGES["model"]
 
@@ -120,35 +117,6 @@ def make_tower(folder: Path, args: PairArguments):
         processor.save_pretrained(partial)
 
 
-def train_stage(start: Path, folder: Path, args: PairArguments, max_steps: int, batch_size: int, grid: int, **options):
-    """Train on the questions of all kinds about busy scenes, and print the accuracy on test scenes."""
-    print(f"\n{folder}, from {start}")
-    metrics = train_question_answering(
-        ModelArguments(str(start), image_size=grid * CELL_SIZE, selection_loss_weight=0.0, **options),
-        DataArguments(
-            "busy_scenes",
-            grid=grid,
-            train_scenes=args.train_scenes,
-            validation_scenes=8,
-            test_scenes=args.test_scenes,
-        ),
-        TripsTrainingArguments(
-            output_dir=str(folder),
-            seed=args.seed,
-            bf16=args.bf16,
-            do_eval=False,
-            max_steps=max_steps,
-            per_device_train_batch_size=batch_size,
-            texts_per_image=8,
-            learning_rate=LEARNING_RATE,
-            adam_beta2=0.999,
-            save_strategy="no",
-            logging_steps=100,
-        ),
-    )
-    print(f"{folder}: {metrics['test_accuracy']:.1%}")
-
-
 def main(argv: list[str] | None = None):
     (args,) = make_parser(PairArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
@@ -165,7 +133,8 @@ def main(argv: list[str] | None = None):
     )
     for start, stage, max_steps, batch_size, grid, options in stages:
         if not (stage / "test_results.json").exists():
-            train_stage(start, stage, args, max_steps, batch_size, grid, **options)
+            metrics = demo.train_stage(start, stage, args, max_steps, batch_size, grid, **options)
+            print(f"{stage}: {metrics['test_accuracy']:.1%}")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from typing import Any
 
 from modeling_trips.inspection.provenance import provenance
 from trips_examples import ask
-from trips_examples.data.busy_scenes import KINDS
+from trips_examples.data.busy_scenes import CELL_SIZE, KINDS
 from trips_examples.run_vqa import train_question_answering
 from trips_examples.training.files import write_json
 from trips_examples.training.options import DataArguments, ModelArguments
@@ -49,25 +49,42 @@ STAGES = {"unpruned": {}, "pruned": PRUNED, "model": {**PRUNED, "selection_gate"
 TITLES = {"unpruned": "all patches", "pruned": "pruned, before training", "model": "pruned, trained from answers"}
 
 
-def run_stage(name: str, args: DemoArguments) -> dict[str, float]:
-    """Evaluate a model, which is trained before if it is the last, and return the metrics."""
-    folder = Path(args.folder) / name
-    print(f"\n{name}: {folder}")
+def train_stage(
+    start: Path,
+    folder: Path,
+    args: Any,
+    max_steps: int,
+    batch_size: int = 64,
+    grid: int = 4,
+    do_train: bool = True,
+    **options,
+) -> dict[str, float]:
+    """
+    Train a model on questions about busy scenes of `grid` x `grid` cells, or only evaluate it, and return the metrics.
+
+    Args:
+        args: With the fields `seed`, `bf16`, `train_scenes` and `test_scenes` of [`DemoArguments`].
+        options: Of the model, as in `ModelArguments`.
+    """
+    print(f"\n{folder}, from {start}")
     return train_question_answering(
-        ModelArguments(str(START), selection_loss_weight=0.0, **STAGES[name]),
+        ModelArguments(str(start), image_size=grid * CELL_SIZE, selection_loss_weight=0.0, **options),
         DataArguments(
-            "busy_scenes", train_scenes=args.train_scenes, validation_scenes=8, test_scenes=args.test_scenes
+            "busy_scenes",
+            grid=grid,
+            train_scenes=args.train_scenes,
+            validation_scenes=8,
+            test_scenes=args.test_scenes,
         ),
         TripsTrainingArguments(
             output_dir=str(folder),
             seed=args.seed,
             bf16=args.bf16,
-            do_train=name == "model",
+            do_train=do_train,
             do_eval=False,
-            max_steps=args.max_steps,
-            # All questions of an image stand in one batch and share its computation.
-            per_device_train_batch_size=64,
-            texts_per_image=8,
+            max_steps=max_steps,
+            per_device_train_batch_size=batch_size,
+            texts_per_image=8,  # all questions of an image stand in one batch and share its computation
             learning_rate=1e-3,
             adam_beta2=0.999,
             save_strategy="no",
@@ -96,7 +113,10 @@ def main(argv: list[str] | None = None):
     (args,) = OPTIONS.parse_args_into_dataclasses(args=argv)
     folder = Path(args.folder)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
-    metrics = {stage: run_stage(stage, args) for stage in STAGES}
+    metrics = {}
+    for stage, options in STAGES.items():
+        is_last = stage == "model"
+        metrics[stage] = train_stage(START, folder / stage, args, args.max_steps, do_train=is_last, **options)
     print()
     ask.main(["--model", str(folder / "model"), "--picture", str(folder / "kept_patches.png")])
     print_what_was_learnt(metrics)

@@ -64,18 +64,21 @@ def draw(rows: Rows, path: Path):
     for number, name in enumerate(group(rows, ["contestant"])):
         styles[name] = style_of(number)
     kinds = group(rows, ["pictures"])
-    figure = Figure(figsize=(10, 4 * len(kinds)), layout="constrained")
+    figure = Figure(figsize=(10, 3.5 * len(kinds)), layout="constrained")
     panels = figure.subplots(
         nrows=len(kinds),
         ncols=len(PANELS),
         sharex=True,
+        sharey=True,
         squeeze=False,
     )
     for row_of_panels, runs in zip(panels, kinds.values()):
         for axes, cost in zip(row_of_panels, PANELS):
             draw_panel(axes, runs, cost, styles)
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    handles = {}  # by their labels
+    for axes in panels[:, 0]:
+        handles |= {line.get_label(): line for line in axes.get_lines()}
+    figure.legend(handles=handles.values(), loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=120)
 
 

@@ -1,9 +1,9 @@
 """
 Draw accuracy over operations from the rows of `docs/results`: `python docs/figure.py`.
 
-In the figure of drawn pictures, a point is the mean over the seeds of rows that are equal in contestant, schedule,
-pixels and steps; its line goes from the smallest to the largest. The gray band is one point below the unpruned model.
-In the figure of generative models, a point is the mean over the seeds of a selection with a budget of tokens.
+In the figure of drawn pictures, a point is one training, and a line joins those of a contestant. The gray band is one
+point below the unpruned model. In the figure of generative models, a point is the mean over the seeds of a selection
+with a budget of tokens.
 """
 
 from pathlib import Path
@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from tables import DOCS, SETTINGS, Rows, group, percents, read
 
 
+# Rows of `pictures.json` that one figure compares: trainings with equal steps from one start.
+COMPARED = {"pictures": "emoji scenes", "steps": 1250, "seed": 42, "precision": "bfloat16 mixed"}
 PANELS = {"operations_1": "one text per image", "operations_5": "five texts per image"}
 MARKERS = "os^"
 # Told apart by the color-blind.
@@ -26,59 +28,50 @@ def style_of(number: int) -> dict[str, str]:
     return {"color": COLORS[color_number], "marker": MARKERS[marker_number]}
 
 
-def draw_contestant(axes: Axes, rows: Rows, cost: str, style: dict[str, str]):
-    """Draw the points of a contestant, joined in the order of their operations."""
-    points = []
-    for (schedule, pixels, _), runs in group(rows, ["schedule", "pixels", "steps"]).items():
-        results = [100 * row["test_accuracy"] for row in runs]
-        point = (runs[0][cost], mean(results))
-        points.append(point)
-        axes.vlines(point[0], min(results), max(results), color=style["color"])
-        label = f"{pixels} px" if schedule == "unpruned" else f"{runs[0]['patches']} patches"
-        axes.text(*point, f"   {label}", fontsize=7, color=style["color"])
-    operations, accuracies = zip(*sorted(points))
-    axes.plot(
-        operations,
-        accuracies,
-        label=rows[0]["contestant"],
-        **style,
-    )
+def size_of(row: dict) -> str:
+    """Return in words what the model of a row reads."""
+    if row["schedule"] == "unpruned":
+        return f"{row['pixels']} px"
+    return f"{row['patches']} patches"
 
 
-def draw_panel(axes: Axes, rows: Rows, cost: str, styles: dict[tuple, dict[str, str]]):
-    """Draw all contestants on pictures of one kind, for a number of texts per image."""
+def draw_panel(axes: Axes, rows: Rows, cost: str):
+    """Draw all contestants for a number of texts per image."""
     contestants = group(rows, ["contestant"])
-    unpruned = mean(100 * row["test_accuracy"] for row in contestants[("unpruned",)])
+    unpruned = max(100 * row["test_accuracy"] for row in contestants[("unpruned",)])
     axes.axhspan(unpruned - 1, unpruned, color="#dddddd")
-    for name, runs in contestants.items():
-        draw_contestant(axes, runs, cost, styles[name])
-    axes.set_title(f"{rows[0]['pictures']}, {PANELS[cost]}")
+    for number, ((name,), runs) in enumerate(contestants.items()):
+        runs = sorted(runs, key=lambda row: row[cost])
+        operations = [row[cost] for row in runs]
+        accuracies = [100 * row["test_accuracy"] for row in runs]
+        style = style_of(number)
+        label = name
+        if len(runs) == 1:
+            label = f"{name} ({size_of(runs[0])})"
+        else:
+            for row, *point in zip(runs, operations, accuracies):
+                axes.annotate(
+                    size_of(row), point, xytext=(6, 6), textcoords="offset points", fontsize=7, color=style["color"]
+                )
+        axes.plot(
+            operations,
+            accuracies,
+            label=label,
+            **style,
+        )
+    axes.set_title(PANELS[cost])
     axes.set_xlabel("operations, unpruned = 1")
     axes.set_ylabel("right answers, %")
-    axes.margins(x=0.15)  # for the labels
+    axes.margins(x=0.1)  # for the names of the points
 
 
 def draw(rows: Rows, path: Path):
-    """Draw a row for each kind of pictures with a panel for each number of texts per image."""
-    styles = {}
-    for number, name in enumerate(group(rows, ["contestant"])):
-        styles[name] = style_of(number)
-    kinds = group(rows, ["pictures"])
-    figure = Figure(figsize=(10, 3.5 * len(kinds)), layout="constrained")
-    panels = figure.subplots(
-        nrows=len(kinds),
-        ncols=len(PANELS),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-    )
-    for row_of_panels, runs in zip(panels, kinds.values()):
-        for axes, cost in zip(row_of_panels, PANELS):
-            draw_panel(axes, runs, cost, styles)
-    handles = {}  # by their labels
-    for axes in panels[:, 0]:
-        handles |= {line.get_label(): line for line in axes.get_lines()}
-    figure.legend(handles=handles.values(), loc="outside lower center", ncols=3)
+    """Draw a panel for each number of texts per image."""
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    panels = figure.subplots(ncols=len(PANELS), sharex=True, sharey=True)
+    for axes, cost in zip(panels, PANELS):
+        draw_panel(axes, rows, cost)
+    figure.legend(handles=panels[0].get_legend_handles_labels()[0], loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=120)
 
 
@@ -109,5 +102,6 @@ def draw_selections(rows: Rows, path: Path):
 
 
 if __name__ == "__main__":
-    draw(read("pictures"), DOCS / "accuracy_over_operations.png")
+    compared = [row for row in read("pictures") if COMPARED.items() <= row.items()]
+    draw(compared, DOCS / "accuracy_over_operations.png")
     draw_selections(read("vlm_methods"), DOCS / "vlm_methods.png")

@@ -31,7 +31,7 @@ from trips_examples.data.loading import load_task_dataset, with_fitting_texts
 from trips_examples.data.tasks import TASKS
 from trips_examples.data.vocabulary import train_tokenizer
 from trips_examples.training.options import DataArguments, ModelArguments, config_fields
-from trips_examples.training.recipe import MANY_QUESTIONS, QUESTIONS
+from trips_examples.training.recipe import BY_TEXT, MANY_QUESTIONS
 
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def start_run(
     if rows is not None:
         group_size = group_size or training_args.texts_per_image
         texts_per_image, texts_in_batch, text_length = texts_of_images(rows, TASKS[task].text, group_size, processor)
-        if model_args.schedule == QUESTIONS and "schedule" not in training_args.typed:
+        if task == "vqa" and model_args.schedule == BY_TEXT and "schedule" not in training_args.typed:
             choose_schedule(config, texts_per_image, text_length)
         log_costs(config, texts_per_image, texts_in_batch, text_length)
     if training_args.do_train and training_args.resume_from_checkpoint is not None:

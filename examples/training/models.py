@@ -31,7 +31,7 @@ from trips_examples.data.loading import load_task_dataset, with_fitting_texts
 from trips_examples.data.tasks import TASKS
 from trips_examples.data.vocabulary import train_tokenizer
 from trips_examples.training.options import DataArguments, ModelArguments, config_fields
-from trips_examples.training.recipe import BY_TEXT, MANY_QUESTIONS
+from trips_examples.training.recipe import FEW, MANY_TEXTS
 
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def start_run(
     if rows is not None:
         group_size = group_size or training_args.texts_per_image
         texts_per_image, texts_in_batch, text_length = texts_of_images(rows, TASKS[task].text, group_size, processor)
-        if task == "vqa" and model_args.schedule == BY_TEXT and "schedule" not in training_args.typed:
+        if model_args.schedule == FEW and "schedule" not in training_args.typed:
             choose_schedule(config, texts_per_image, text_length)
         log_costs(config, texts_per_image, texts_in_batch, text_length)
     if training_args.do_train and training_args.resume_from_checkpoint is not None:
@@ -356,7 +356,7 @@ def choose_schedule(config: TripsConfig, texts_per_image: float, text_length: in
     more operations by choosing their own. Log the operations of both.
     """
     by_text = config.vision_config.schedule
-    by_image = SelectionSchedule.parse(MANY_QUESTIONS)
+    by_image = SelectionSchedule.parse(MANY_TEXTS)
     macs = {}
     for schedule in (UNPRUNED, by_text, by_image):
         macs[schedule] = forward_cost(config, text_length, schedule).macs(texts_per_image)

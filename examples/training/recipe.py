@@ -19,14 +19,14 @@ COPIES = {"vision_model_name_or_path": "towers/dinov2-small", "text_model_name_o
 NEW = {"num_fusion_layers": 2, "freeze_vision_layers": 6, "max_image_size": 224}
 ON_CPU = {"max_image_size": 112}  # a step takes a third of the time
 
-# Of 12 layers. A text keeps few patches, early, so that what runs once per text is short; the gate or regions teach it
-# which. A prompt or a search has no text that says where to look: the image scores, in two steps.
-BY_TEXT = "6:text:0.0625"
+# Of 12 layers. A text keeps few patches, early, so that what runs once per text is short; the gate teaches it which.
+# Few patches show where a thing is, not where it ends: boxes keep a quarter, late. A prompt or a search has no text that
+# says where to look: the image scores, in two steps.
+FEW = "6:text:0.0625"
+MANY_TEXTS = "9:image:0.25"  # they share the image's: fewer operations from seven per image on at 112 px
+BOXES = "9:text:0.25"
 BY_IMAGE = "6:image:0.5,9:image:0.5"
-SCHEDULES = {"vqa": BY_TEXT, "nlvr2": BY_TEXT, "grounding": BY_TEXT, "captioning": BY_IMAGE, "retrieval": BY_IMAGE}
-# Questions share the image's patches where that takes fewer operations, from seven per image on at 112 px. Boxes do
-# not: the image's patches lose several points there.
-MANY_QUESTIONS = "9:image:0.25"
+SCHEDULES = {"vqa": FEW, "nlvr2": FEW, "grounding": BOXES, "captioning": BY_IMAGE, "retrieval": BY_IMAGE}
 GATES = {"vqa": 0.2, "nlvr2": 0.2}  # boxes have regions
 
 TRAINING = {  # of a model from towers, of a TRIPS checkpoint

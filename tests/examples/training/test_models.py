@@ -18,7 +18,7 @@ from modeling_trips import (
 from trips_examples.data.vocabulary import train_tokenizer
 from trips_examples.training.models import choose_schedule, load_start, log_costs, make_model, make_processor
 from trips_examples.training.options import ModelArguments
-from trips_examples.training.recipe import BY_TEXT, MANY_QUESTIONS
+from trips_examples.training.recipe import FEW, MANY_TEXTS
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +134,9 @@ def test_a_schedule_that_costs_more_than_no_pruning_has_a_warning(guidance, text
     assert any(record.levelname == "WARNING" for record in caplog.records) == warns
 
 
-@pytest.mark.parametrize("texts, chosen", [(1, BY_TEXT), (30, MANY_QUESTIONS)])
+@pytest.mark.parametrize("texts, chosen", [(1, FEW), (30, MANY_TEXTS)])
 def test_the_cheaper_default_for_the_texts_of_an_image_is_taken(texts, chosen):
-    config = TripsConfig.from_preset("base", **SelectionSchedule.parse(BY_TEXT).config_fields)
+    config = TripsConfig.from_preset("base", **SelectionSchedule.parse(FEW).config_fields)
     choose_schedule(config, texts, text_length=9)
     assert str(config.vision_config.schedule) == chosen
 

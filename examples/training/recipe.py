@@ -39,7 +39,7 @@ TRAINING = {  # of a model from towers, of a TRIPS checkpoint
 }
 
 # The last quarter of the unpruned steps teaches the scores which patches the answers need.
-RELEVANCE = {"vqa": {"relevance_share": 0.25, "selection_loss_weight": 1.0}}
+RELEVANCE = {"relevance_share": 0.25, "selection_loss_weight": 1.0}
 UNPRUNED_SHARE = 0.6  # of the steps of a new model that is to be pruned: 750 of 1,250
 
 
@@ -67,8 +67,8 @@ def recipe(task: str | None, typed: dict, on_cpu: bool = False) -> dict:
             defaults |= ON_CPU
     if task in GATES and "random" not in typed.get("schedule", ""):  # random scores learn nothing
         defaults["selection_gate"] = GATES[task]
-    if is_new and "fusion_type" not in typed:
-        defaults |= RELEVANCE.get(task, {})
+    if is_new and task in GATES and "fusion_type" not in typed:
+        defaults |= RELEVANCE
     if task == "grounding":
         defaults["attention_loss_weight"] = 2.0
     if "num_train_epochs" in typed:

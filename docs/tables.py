@@ -29,7 +29,7 @@ Line = dict[str, str]  # the cells of a line of a table by their headers
 
 
 def read(name: str) -> Rows:
-    """Return the rows of a file, which has the fields that are equal in nearly all of them once. No file has no rows."""
+    """Return the rows of a file, which has the fields that are equal in nearly all of them once. No file: no rows."""
     path = RESULTS / f"{name}.json"
     if not path.exists():
         return []

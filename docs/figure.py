@@ -35,6 +35,19 @@ def size_of(row: dict) -> str:
     return f"{row['patches']} patches"
 
 
+def name_points(axes: Axes, rows: Rows, cost: str, color: str):
+    """Write beside each point what its model reads."""
+    for row in rows:
+        axes.annotate(
+            size_of(row),
+            xy=(row[cost], 100 * row["test_accuracy"]),
+            xytext=(6, 6),
+            textcoords="offset points",
+            fontsize=7,
+            color=color,
+        )
+
+
 def draw_panel(axes: Axes, rows: Rows, cost: str):
     """Draw all contestants for a number of texts per image."""
     contestants = group(rows, ["contestant"])
@@ -42,20 +55,15 @@ def draw_panel(axes: Axes, rows: Rows, cost: str):
     axes.axhspan(unpruned - 1, unpruned, color="#dddddd")
     for number, ((name,), runs) in enumerate(contestants.items()):
         runs = sorted(runs, key=lambda row: row[cost])
-        operations = [row[cost] for row in runs]
-        accuracies = [100 * row["test_accuracy"] for row in runs]
         style = style_of(number)
         label = name
         if len(runs) == 1:
             label = f"{name} ({size_of(runs[0])})"
         else:
-            for row, *point in zip(runs, operations, accuracies):
-                axes.annotate(
-                    size_of(row), point, xytext=(6, 6), textcoords="offset points", fontsize=7, color=style["color"]
-                )
+            name_points(axes, runs, cost, style["color"])
         axes.plot(
-            operations,
-            accuracies,
+            [row[cost] for row in runs],
+            [100 * row["test_accuracy"] for row in runs],
             label=label,
             **style,
         )
@@ -68,10 +76,19 @@ def draw_panel(axes: Axes, rows: Rows, cost: str):
 def draw(rows: Rows, path: Path):
     """Draw a panel for each number of texts per image."""
     figure = Figure(figsize=(10, 5), layout="constrained")
-    panels = figure.subplots(ncols=len(PANELS), sharex=True, sharey=True)
+    panels = figure.subplots(
+        ncols=len(PANELS),
+        sharex=True,
+        sharey=True,
+    )
     for axes, cost in zip(panels, PANELS):
         draw_panel(axes, rows, cost)
-    figure.legend(handles=panels[0].get_legend_handles_labels()[0], loc="outside lower center", ncols=2)
+    handles, _ = panels[0].get_legend_handles_labels()
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=2,
+    )
     figure.savefig(path, dpi=120)
 
 

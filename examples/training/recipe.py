@@ -20,8 +20,8 @@ NEW = {"num_fusion_layers": 2, "freeze_vision_layers": 6, "max_image_size": 224}
 ON_CPU = {"max_image_size": 112}  # a step takes a third of the time
 
 # Of 12 layers. A text keeps few patches, early, so that what runs once per text is short; the gate teaches it which.
-# Few patches show where a thing is, not where it ends: boxes keep a quarter, late. A prompt or a search has no text that
-# says where to look: the image scores, in two steps.
+# Few patches show where a thing is, not where it ends: boxes keep a quarter, late. A prompt or a search has no text
+# that says where to look: the image scores, in two steps.
 FEW = "6:text:0.0625"
 MANY_TEXTS = "9:image:0.25"  # they share the image's: fewer operations from seven per image on at 112 px
 BOXES = "9:text:0.25"

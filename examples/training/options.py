@@ -7,7 +7,7 @@ imports nothing of it.
 import os
 import sys
 import traceback
-from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass
 
@@ -40,6 +40,28 @@ CONFIG_FIELDS = {
     "prefix_lm_weight",
 }
 SCHEDULE_HELP = "Layers that select patches, scorer, share kept: 6:image:0.5,9:text:0.5. Or: unpruned."
+# Options for experiments. Only `--help_all` shows them.
+RARE = {
+    "num_fusion_layers",
+    "freeze_vision_layers",
+    "tokenizer",
+    "max_image_size",
+    "selection_loss_weight",
+    "fusion_type",
+    "dataset_config_name",
+    "grid",
+    "train_scenes",
+    "validation_scenes",
+    "test_scenes",
+    "do_eval",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "adam_beta2",
+    "logging_steps",
+    "save_total_limit",
+    "relevance_share",
+}
 # Options of earlier versions, and what to type in their place.
 REPLACED = dict.fromkeys(
     ("selection_layers", "selection_guidance", "keep_rate"),
@@ -50,6 +72,8 @@ REPLACED = dict.fromkeys(
 @dataclass
 class ModelArguments:
     """Options of the initial weights and of the patch selection."""
+
+    _argument_group_name = "model and selection"
 
     model: str | None = option(None, "TRIPS checkpoint. Default: pretrained towers for own data, else from scratch.")
     vision_model_name_or_path: str | None = option(None, "ViT, DeiT, CLIP or DINOv2; also needs a text model.")
@@ -120,6 +144,8 @@ class RunOptions:
     `TrainingArguments`: [`parse_arguments`] turns these into [`RunArguments`].
     """
 
+    _argument_group_name = "training"
+
     output_dir: str | None = option("outputs", "Folder of checkpoints and results.")
     do_train: bool = option(True, "Train the model.")
     do_eval: bool = option(True, "Evaluate at the end.")
@@ -189,6 +215,8 @@ class TrainingOptions(RunOptions):
 class CaptioningArguments:
     """Options of run_captioning.py."""
 
+    _argument_group_name = "captions"
+
     prompt: str = option("a picture of ", "Text that the image is pruned and fused with.")
     length_penalty: float = option(1.0, "Of beam search: above 0 prefers long captions, below 0 short ones.")
     no_repeat_ngram_size: int = option(0, "Forbid repeated n-grams of this size (0 disables).")
@@ -198,12 +226,16 @@ class CaptioningArguments:
 class GroundingArguments:
     """Options of run_grounding.py."""
 
+    _argument_group_name = "boxes"
+
     attention_loss_weight: float | None = option(None, "Weight of attention supervision by the boxes. Default: 0.")
 
 
 @dataclass
 class RetrievalArguments:
     """Options of run_retrieval.py: losses, and reranking in evaluation."""
+
+    _argument_group_name = "retrieval"
 
     itc_weight: float | None = option(None, "Weight of the contrastive loss. Default: 1.")
     itm_weight: float | None = option(None, "Weight of the matching loss. Default: 1.")
@@ -213,6 +245,8 @@ class RetrievalArguments:
 @dataclass
 class PretrainingArguments(RetrievalArguments):
     """Options of run_pretraining.py: objectives, momentum teacher, streams, and reranking in evaluation."""
+
+    _argument_group_name = "pre-training"
 
     mlm_weight: float | None = option(None, "Weight of masked language modeling.")
     prefix_lm_weight: float | None = option(None, "Weight of prefix language modeling.")
@@ -275,6 +309,9 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
         values = "" if action.nargs == 0 else f" {self._format_args(action, action.dest.upper())}"
         return ", ".join(names) + values
 
+    def _get_help_string(self, action) -> str:
+        return action.help if action.default is None else super()._get_help_string(action)
+
 
 class Parser(HfArgumentParser):
     """
@@ -303,8 +340,13 @@ class Parser(HfArgumentParser):
             action.help += f" On own data, without a start: {value}"
             value_on_cpu = of_recipe_on_cpu[action.dest]
             action.help += "." if value_on_cpu == value else f", on a CPU {value_on_cpu}."
+        is_whole = {RunOptions, TrainingOptions}.isdisjoint(classes)  # with the options of Transformers' `Trainer`
+        for action in self._actions:
+            is_negation = action.const is False  # --no_do_train beside --do_train
+            if is_negation or (action.dest in RARE and not is_whole):
+                action.help = SUPPRESS
         if self.trains:
-            self.add_argument("--help_all", action="help", help="Show the options of Transformers' Trainer, too.")
+            self.add_argument("--help_all", action="help", help="Show the options for experiments and Trainer's, too.")
 
     def check(self):
         """

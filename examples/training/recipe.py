@@ -12,7 +12,7 @@ TOWERS = {
     "vision_model_name_or_path": "facebook/dinov2-small",
     "text_model_name_or_path": "sentence-transformers/all-MiniLM-L6-v2",
 }
-# Copies that benchmarks/images/make_towers.py writes into the working directory.
+# Copies that examples/make_towers.py writes into the working directory.
 COPIES = {"vision_model_name_or_path": "towers/dinov2-small", "text_model_name_or_path": "towers/minilm"}
 
 # Of a model from these towers. One layer more that is trained from the first step on slowed the learning of answers.

@@ -222,13 +222,15 @@ def test_an_option_of_earlier_versions_names_the_new_form(option):
         make_parser(ModelArguments, description="").parse_args_into_dataclasses([option])
 
 
-def test_help_all_lists_the_options_of_transformers():
-    parser = make_parser(TrainingOptions, description="")
-    assert "optim_target_modules" not in parser.format_help()
+def test_help_all_lists_the_options_of_experiments_and_of_transformers():
+    parser = make_parser(ModelArguments, TrainingOptions, description="")
+    short = parser.format_help()
+    assert "training:" in short and "--learning_rate" in short
+    assert not {"--adam_beta2", "--fusion_type", "--optim_target_modules"} & set(short.split())
     with pytest.raises(SystemExit) as exit, contextlib.redirect_stdout(io.StringIO()) as printed:
         parse_arguments(parser, ["--help_all"])
     assert exit.value.code == 0
-    assert "optim_target_modules" in printed.getvalue()
+    assert {"--adam_beta2", "--fusion_type", "--optim_target_modules"} <= set(printed.getvalue().split())
 
 
 def test_bundled_tasks_share_a_vocabulary():

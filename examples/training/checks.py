@@ -188,10 +188,12 @@ def is_disk_full(error: BaseException | None) -> bool:
     PyTorch only that its stream failed, or that a file is shorter than what was written.
     """
     signs = ("No space left on device", "iostream error", "] . unexpected pos ")
-    while error is not None:
+    seen: list[BaseException] = []  # an exception can be its own cause
+    while error is not None and error not in seen:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
         if any(sign in str(error) for sign in signs):
             return True
+        seen.append(error)
         error = error.__cause__ or error.__context__
     return False

@@ -77,8 +77,25 @@ def wrong_configuration():
     TripsConfig(keep_rate=2.0)
 
 
+def circle_of_causes():
+    inner = OSError("damaged")
+    try:
+        try:
+            raise inner
+        except OSError as error:
+            raise RuntimeError from error
+    except RuntimeError:
+        raise inner from None
+
+
 @pytest.mark.parametrize(
-    ("main", "word"), [(wrong_option, "huge"), (missing_file, "nowhere.txt"), (wrong_configuration, "`keep_rate`")]
+    ("main", "word"),
+    [
+        (wrong_option, "huge"),
+        (missing_file, "nowhere.txt"),
+        (wrong_configuration, "`keep_rate`"),
+        (circle_of_causes, "damaged"),
+    ],
 )
 def test_errors_of_the_user_end_a_script_in_one_line(main, word, monkeypatch):
     with pytest.raises(SystemExit) as exit:

@@ -11,7 +11,7 @@ from statistics import mean
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from tables import DOCS, SETTINGS, Rows, group, percents, read
+from tables import DOCS, Rows, group, percents, read
 
 
 # Rows of `pictures.json` that one figure compares: trainings with equal steps from one start.
@@ -108,7 +108,7 @@ def draw_selections(rows: Rows, path: Path):
         axes.plot(
             operations,
             accuracies,
-            label=SETTINGS["words"]["selection"].get(name, name),
+            label=name,
             **style_of(number),
         )
     axes.set_xlabel("operations of a question, unpruned = 1")

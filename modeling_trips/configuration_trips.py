@@ -15,7 +15,7 @@
 Configurations of TRIPS: the whole model, and its vision tower, text encoder, fusion encoder and decoder.
 
 Every use of a checkpoint begins with this module, which checks the release of Transformers before it imports what old
-releases lack. It imports no sibling, since old releases copy only the siblings of the first module.
+releases lack. Old releases copy only the siblings of this first module, so the one that it imports has none.
 """
 
 # ruff: noqa: E402
@@ -27,16 +27,15 @@ require_version(TRANSFORMERS, f'Run `pip install -U "{TRANSFORMERS}"`.')
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.utils import auto_docstring
 from transformers.utils.type_validators import activation_fn_key, interval, probability
 
+from .schedule_trips import UNPRUNED, LayerSelection, SelectionSchedule
 
-GUIDANCES = ("text", "image", "random")
 
 # Kinds of validated fields.
 positive = interval(min=1)
@@ -69,130 +68,6 @@ def _one_per_layer(field: str, value, layers: Sequence[int]) -> list:
             f"`{field}` must be one value or one per selection layer, got {value} for the layers {layers}."
         )
     return values
-
-
-class LayerSelection(NamedTuple):
-    """
-    Settings of one selection layer.
-
-    Args:
-        guidance (`str`, *optional*, defaults to `"text"`): What scores the candidates: `"text"`, `"image"` or
-            `"random"`.
-        keep_rate (`float`, *optional*, defaults to 0.7): Share of the candidates that is kept, in (0, 1].
-    """
-
-    guidance: str = "text"
-    keep_rate: float = 0.7
-
-
-@dataclass(frozen=True, slots=True)
-class SelectionSchedule:
-    """
-    The layers that select patches, what scores the patches, and how many are kept. `SelectionSchedule()` keeps all.
-
-    Its text form is one entry per layer, `layer:guidance:keep_rate`, as in `5:image:0.7,12:text:0.3`. `str` prints it
-    and `parse` reads it.
-
-    Args:
-        layers (`tuple[int, ...]`): Numbers of the layers, from 1, ascending. One with a keep rate of 1.0 is left out.
-        selections (`tuple[LayerSelection, ...]`): Settings of each of them.
-
-    Attributes:
-        by_layer (`dict[int, LayerSelection]`): The settings by layer.
-
-    Raises:
-        ValueError: Layers are not ascending, or a setting is out of its range.
-    """
-
-    layers: tuple[int, ...] = ()
-    selections: tuple[LayerSelection, ...] = ()
-    by_layer: dict[int, LayerSelection] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self):
-        layers = list(self.layers)
-        is_ascending = layers == sorted(set(layers))
-        if not is_ascending or min(layers, default=1) < 1 or len(layers) != len(self.selections):
-            raise ValueError(f"`selection_layers` must be numbers from 1, ascending without repetition, got {layers}.")
-        for guidance, keep_rate in self.selections:
-            if guidance not in GUIDANCES:
-                raise ValueError(
-                    f"`selection_guidance` must be one of {', '.join(map(repr, GUIDANCES))}, got {guidance!r}."
-                )
-            if not 0 < keep_rate <= 1:
-                raise ValueError(f"`keep_rate` must be in (0, 1], got {keep_rate}.")
-        by_layer = {layer: selection for layer, selection in zip(layers, self.selections) if selection.keep_rate < 1}
-        object.__setattr__(self, "layers", tuple(by_layer))
-        object.__setattr__(self, "selections", tuple(by_layer.values()))
-        object.__setattr__(self, "by_layer", by_layer)
-
-    @classmethod
-    def parse(cls, text: str, keep_rate: float = 0.7) -> "SelectionSchedule":
-        """
-        Args:
-            text (`str`): The text form. `"5,10"` and `"5:image,10"` leave out the guidance `"text"` or the common keep
-                rate. `"unpruned"` selects nothing.
-            keep_rate (`float`, *optional*, defaults to 0.7): Keep rate of the entries without one.
-
-        Raises:
-            ValueError: An entry has another form.
-        """
-        if text == str(UNPRUNED):
-            return UNPRUNED
-        layers = []
-        selections = []
-        for entry in text.split(","):
-            layer, _, settings = entry.strip().partition(":")
-            guidance, _, rate = settings.partition(":")
-            try:
-                layers.append(int(layer))
-                selections.append(LayerSelection(guidance=guidance or "text", keep_rate=float(rate or keep_rate)))
-            except ValueError as error:
-                raise ValueError(
-                    f"A schedule has entries layer:guidance:keep_rate, as in 5:image:0.7,12:text:0.3, got {entry!r}."
-                ) from error
-        return cls(tuple(layers), tuple(selections))
-
-    def __str__(self) -> str:
-        entries = []
-        for layer, selection in self.by_layer.items():
-            entries.append(f"{layer}:{selection.guidance}:{selection.keep_rate}")
-        return ",".join(entries) or "unpruned"
-
-    def check_fits(self, num_layers: int):
-        """Raises a `ValueError` if a layer is behind the last one of a tower with `num_layers`."""
-        if max(self.layers, default=1) > num_layers:
-            raise ValueError(
-                f"`selection_layers` must be in 1..{num_layers} (numbered from 1), got {list(self.layers)}."
-            )
-
-    @property
-    def first_text_layer(self) -> int | None:
-        """Number of the first layer that a text scores, where the text-independent part ends; `None` without one."""
-        return min(self.text_layers, default=None)
-
-    @property
-    def text_layers(self) -> tuple[int, ...]:
-        """Numbers of the layers that a text scores."""
-        return tuple(layer for layer, selection in self.by_layer.items() if selection.guidance == "text")
-
-    def before(self, layer: int | None) -> "SelectionSchedule":
-        """The part of the schedule below a layer; all of it for `None`."""
-        if layer is None:
-            return self
-        num_below = sum(selection_layer < layer for selection_layer in self.layers)
-        return SelectionSchedule(layers=self.layers[:num_below], selections=self.selections[:num_below])
-
-    @property
-    def config_fields(self) -> dict:
-        """Fields of [`TripsVisionConfig`], with one guidance and one rate per layer."""
-        return {
-            "selection_layers": list(self.layers),
-            "keep_rate": [selection.keep_rate for selection in self.selections],
-            "selection_guidance": [selection.guidance for selection in self.selections],
-        }
-
-
-UNPRUNED = SelectionSchedule()
 
 
 @auto_docstring(custom_intro="Configuration of a [`TripsVisionModel`]: a ViT with text-relevant patch selection.")

@@ -103,12 +103,12 @@ def _count_tower(
     for number in range(1, config.num_hidden_layers + 1):
         macs[owner] += _attention(width, joint_length + tokens)
         if number in selecting:
-            guidance, keep_rate = selecting[number]
-            if guidance == "text" and not joint_length:
+            selection = selecting[number]
+            if selection.guidance == "text" and not joint_length:
                 owner = "text"
                 macs[owner] += width**2  # the query
             candidates = tokens - 1  # all but [CLS]
-            num_kept = num_kept_tokens(candidates, keep_rate)
+            num_kept = num_kept_tokens(candidates, selection.keep_rate)
             if num_kept < candidates:
                 tokens = 1 + num_kept + num_fused
                 macs[owner] += num_fused * candidates * width

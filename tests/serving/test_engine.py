@@ -211,7 +211,7 @@ def test_broken_checkpoints_raise(tmp_path, name):
 
 
 def test_schedule_of_other_layers_raises(folder):
-    with pytest.raises(StrictDataclassError, match="selection_layers"):
+    with pytest.raises(StrictDataclassError, match="schedule"):
         Engine(Settings(model=folder, schedule="99:text:0.5"))
     with pytest.raises(ValueError, match="fast"):
         Engine(Settings(model=folder, schedule="fast=5:text:0.3"))

@@ -96,8 +96,10 @@ class TripsModelOutput(ModelOutput):
     hidden_states, attentions, cross_attentions (`tuple(torch.FloatTensor)`, *optional*):
         Of the fusion encoder; of the whole sequence in a single stream, which has no `cross_attentions`.
     selection_losses (`torch.FloatTensor` of shape `(num_texts,)`, *optional*):
-        In training: the `selection_loss` of each text, 0 without a region, if regions are given. With `scored_layers`,
-        0, and its backward pass teaches the scores, see [`RelevanceGradient`].
+        In training: the `selection_loss` of each text, 0 without a region, if regions are given.
+    relevance_losses (`torch.FloatTensor` of shape `(num_texts,)`, *optional*):
+        With `scored_layers`: a loss whose backward pass teaches the scores, see [`RelevanceGradient`]. Its values are
+        known after that, and 0 before.
     text_model_output (`BaseModelOutputWithPooling`):
         Output of the text encoder. Its `pooler_output` is the text guidance t, except in a single stream.
     vision_model_output (`TripsVisionModelOutput`):
@@ -110,6 +112,7 @@ class TripsModelOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
     cross_attentions: tuple[torch.FloatTensor, ...] | None = None
     selection_losses: torch.FloatTensor | None = None
+    relevance_losses: torch.FloatTensor | None = None
     text_model_output: BaseModelOutputWithPooling | None = None
     vision_model_output: TripsVisionModelOutput | None = None
 
@@ -186,6 +189,7 @@ class TripsModel(TripsPreTrainedModel):
         if schedule is None:
             schedule = self.vision_model.config.schedule
         selection_losses = None
+        relevance_losses = None
         # CODEPATH: ALBEF and mPLUG have two towers and a fusion encoder, ViLT a single stream.
         if self.fusion_model is None:
             vision = self.vision_model(
@@ -217,11 +221,9 @@ class TripsModel(TripsPreTrainedModel):
             if scored_layers:
                 image_states = select_rows(image_states, states_index)  # each text has a gradient of its own
                 states_index = None
-                losses_of_layers = []
                 for scores in vision.unpruned_scores:
                     image_states, losses = RelevanceGradient.apply(image_states, scores)
-                    losses_of_layers.append(losses)
-                selection_losses = torch.stack(losses_of_layers).mean(dim=0)
+                    relevance_losses = losses
             fused = self.fusion_model(
                 inputs_embeds=text_states,
                 encoder_hidden_states=image_states,
@@ -250,6 +252,7 @@ class TripsModel(TripsPreTrainedModel):
             attentions=fused.attentions,
             cross_attentions=fused.get("cross_attentions"),
             selection_losses=selection_losses,
+            relevance_losses=relevance_losses,
             vision_model_output=vision,
         )
 
@@ -381,12 +384,15 @@ class TripsSeq2SeqLMOutput(Seq2SeqLMOutput):
         `config.selection_loss_weight * selection_loss`. NaN, as of Transformers' heads, if all labels are -100 and
         `num_items_in_batch` does not count other ones.
     selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
-        Selection supervision. In training, if `regions` or `scored_layers` are given.
+        Selection supervision. In training, if `regions` are given.
+    relevance_losses (`torch.FloatTensor` of shape `(num_texts,)`, *optional*):
+        As in [`TripsModelOutput`]. Their mean over the label tokens is a part of the loss.
     selection (`tuple(TripsSelection)`, *optional*):
         What each selection layer kept. `None` if `encoder_outputs` were given without it.
     """
 
     selection_loss: torch.FloatTensor | None = None
+    relevance_losses: torch.FloatTensor | None = None
     selection: tuple[TripsSelection, ...] | None = None
 
 
@@ -527,6 +533,7 @@ class TripsForConditionalGeneration(TripsWritingModel, GenerationMixin):
         logits = self.lm_head(decoded.last_hidden_state)
         loss = None
         selection_loss = None
+        relevance_losses = encoder_outputs.get("relevance_losses")
         if labels is not None:
             token_counts = (labels != -100).sum(dim=-1)  # (num_labels,)
             num_tokens = kwargs.get("num_items_in_batch")
@@ -534,15 +541,18 @@ class TripsForConditionalGeneration(TripsWritingModel, GenerationMixin):
                 num_tokens = token_counts.sum()
             selection_losses = select_rows(encoder_outputs.get("selection_losses"), text_index)
             selection_loss = mean_over_items(selection_losses, token_counts, num_tokens)
+            relevance_loss = mean_over_items(select_rows(relevance_losses, text_index), token_counts, num_tokens)
             loss = weighted_sum(
                 [
                     (1.0, label_loss(logits, labels, num_tokens, loss_weights)),
                     (self.config.selection_loss_weight, selection_loss),
+                    (1.0, relevance_loss),
                 ]
             )
         return TripsSeq2SeqLMOutput(
             loss=loss,
             selection_loss=selection_loss,
+            relevance_losses=relevance_losses,
             logits=logits,
             **{CACHE_NAME: decoded.get(CACHE_NAME)},
             decoder_hidden_states=decoded.hidden_states,

@@ -37,6 +37,8 @@ class TripsForImagesAndTextClassificationOutput(ModelOutput):
         Transformers' heads, if all labels are -100 and `num_items_in_batch` does not count other ones.
     selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
         Selection supervision, the mean over texts and images. Returned in training, if regions are given.
+    relevance_losses (`torch.FloatTensor` of shape `(num_texts * num_images,)`, *optional*):
+        As in [`TripsModelOutput`]. Their mean is a part of the loss.
     logits (`torch.FloatTensor` of shape `(num_texts, config.num_labels)`):
         Scores of the classes, before the softmax.
     selection (`tuple(TripsSelection)`):
@@ -46,6 +48,7 @@ class TripsForImagesAndTextClassificationOutput(ModelOutput):
 
     loss: torch.FloatTensor | None = None
     selection_loss: torch.FloatTensor | None = None
+    relevance_losses: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
     selection: tuple[TripsSelection, ...] | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
@@ -173,25 +176,31 @@ class TripsForImagesAndTextClassification(TripsPreTrainedModel):
         if labels is not None:
             labels = labels.to(logits.device)
             num_items = kwargs.get("num_items_in_batch")
-            selection_losses = fused.selection_losses
-            if selection_losses is not None:
-                selection_losses = selection_losses.view(num_texts, self.num_images).mean(dim=1)
-            selection_loss = mean_over_items(selection_losses, labels != -100, num_items)
+            selection_losses = self.mean_over_images(fused.selection_losses)
+            relevance_losses = self.mean_over_images(fused.relevance_losses)
+            is_labeled = labels != -100
+            selection_loss = mean_over_items(selection_losses, is_labeled, num_items)
             loss = weighted_sum(
                 [
                     (1.0, fixed_cross_entropy(logits.float(), labels, num_items)),
                     (self.config.selection_loss_weight, selection_loss),
+                    (1.0, mean_over_items(relevance_losses, is_labeled, num_items)),
                 ]
             )
         return TripsForImagesAndTextClassificationOutput(
             loss=loss,
             selection_loss=selection_loss,
+            relevance_losses=fused.relevance_losses,
             logits=logits,
             selection=fused.selection,
             hidden_states=fused.hidden_states,
             attentions=fused.attentions,
             cross_attentions=fused.cross_attentions,
         )
+
+    def mean_over_images(self, losses: torch.Tensor | None) -> torch.Tensor | None:
+        """Return the mean loss of the images of each text, `(num_texts,)`; `None` stays `None`."""
+        return None if losses is None else losses.view(-1, self.num_images).mean(dim=1)
 
 
 def _flatten_images(

@@ -7,6 +7,7 @@ The functions never form a full attention map. Shapes depend on shapes and rates
 """
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -488,23 +489,28 @@ def divergence(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 # Relevance of the image tokens to the loss
 
 
+WEIGHTS = os.environ.get("TRIPS_RELEVANCE_WEIGHTS", "text")  # being compared: text, share, sum
+
+
 class RelevanceGradient(torch.autograd.Function):
     """
-    Image states of texts as they are, with a loss of 0 for each text. In the backward pass of this loss, the scores
-    get the gradient of their cross-entropy with the *relevance* of the candidates: -g . h for the state h of a
-    candidate and the gradient g of the other losses, 0 where that is negative, normalized over the candidates. To
-    first order, it is the part of the loss that the candidate takes off.
+    Image states as they are, with a loss for each row. In the backward pass of this loss, the scores get the gradient
+    of their cross-entropy with the *relevance* of the candidates: -g . h for the state h of a candidate and the
+    gradient g of the other losses, 0 where that is negative, normalized over the candidates. To first order, it is the
+    part of the loss that the candidate takes off. The value of the loss, 0 before, is this cross-entropy afterwards.
     """
 
     @staticmethod
     def forward(ctx, states, scores):
         """
         Args:
-            states (`torch.Tensor` of shape `(num_texts, 1 + num_candidates, hidden_size)`): [CLS], then candidates.
-            scores (`torch.Tensor` of shape `(num_texts, num_candidates)`)
+            states (`torch.Tensor` of shape `(num_rows, 1 + num_candidates, hidden_size)`): [CLS], then candidates.
+            scores (`torch.Tensor` of shape `(num_rows, num_candidates)`)
         """
+        losses = scores.new_zeros(len(scores))
         ctx.save_for_backward(states, scores)
-        return states.view_as(states), scores.new_zeros(len(scores))
+        ctx.losses = losses.detach()  # the same memory
+        return states.view_as(states), losses
 
     @staticmethod
     def backward(ctx, grad_states, grad_losses):
@@ -513,5 +519,11 @@ class RelevanceGradient(torch.autograd.Function):
         relevance = -gradient_dot_state[:, 1:].clamp(max=0)
         total = relevance.sum(dim=-1, keepdim=True)
         targets = relevance / total.clamp(min=torch.finfo(total.dtype).tiny)
-        grad_scores = -grad_losses[:, None] * targets / scores.clamp(min=LOWEST_SCORE)
+        ctx.losses.copy_(-(targets * log_scores(scores)).sum(dim=-1))
+        weights = grad_losses[:, None]
+        if WEIGHTS == "share":
+            weights = weights.sum() * total / total.sum().clamp(min=torch.finfo(total.dtype).tiny)
+        elif WEIGHTS == "sum":
+            weights = total
+        grad_scores = -weights * targets / scores.clamp(min=LOWEST_SCORE)
         return grad_states, grad_scores

@@ -171,6 +171,18 @@ class SelectionSchedule:
         num_below = sum(selection_layer < layer for selection_layer in self.layers)
         return SelectionSchedule(layers=self.layers[:num_below], selections=self.selections[:num_below])
 
+    def with_keep_rate(self, keep_rate: float) -> "SelectionSchedule":
+        """
+        Return the schedule with another keep rate in its only layer. 1.0 is unpruned.
+
+        Raises:
+            ValueError: There are several layers or none, or the rate is not in (0, 1].
+        """
+        if len(self.layers) != 1:
+            raise ValueError(f"`keep_rate` needs a schedule of one selection layer, got {self}. Give a schedule.")
+        selection = self.selections[0]._replace(keep_rate=keep_rate)
+        return SelectionSchedule(layers=self.layers, selections=(selection,))
+
     @property
     def config_fields(self) -> dict:
         """Fields of [`TripsVisionConfig`], with one guidance and one rate per layer."""

@@ -31,6 +31,7 @@ from trips_examples.data.loading import load_task_dataset, with_fitting_texts
 from trips_examples.data.tasks import TASKS
 from trips_examples.data.vocabulary import train_tokenizer
 from trips_examples.training.options import DataArguments, ModelArguments, config_fields
+from trips_examples.training.phases import options_of_phases
 from trips_examples.training.recipe import FEW, MANY_TEXTS
 
 
@@ -198,8 +199,8 @@ def check_resumed(config: TripsConfig, args: TrainingArguments):
             values[name] = (getattr(stored, name), getattr(config, name))
     for entry in state.log_history:
         if "unpruned_share" in entry:  # by `PhasesCallback`; the last one counts
-            values["unpruned_share"] = (entry["unpruned_share"], args.unpruned_share)
-            values["relevance_share"] = (entry["relevance_share"], args.relevance_share)
+            for name, value in options_of_phases(args).items():
+                values[name] = (entry.get(name, value), value)
     has_same_epochs = args.max_steps <= 0 and state.num_train_epochs == math.ceil(args.num_train_epochs)
     if not has_same_epochs:
         values["max_steps"] = (state.max_steps, args.max_steps)

@@ -31,7 +31,7 @@ def facts_of(trainer: FiniteTrainer) -> dict[str, Any]:
         return {}
     return {
         "regions_used_for": trainer.regions_used_for,
-        "unpruned_steps": trainer.unpruned_steps,
+        "unpruned_steps": trainer.phases.unpruned_steps,
         "schedule": str(trainer.model.config.vision_config.schedule),
     }
 

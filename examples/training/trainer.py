@@ -15,11 +15,12 @@ from torch import nn
 from torch.utils.data import Sampler
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
-from modeling_trips import UNPRUNED, SelectionSchedule
+from modeling_trips import SelectionSchedule
 from trips_examples.data.collators import ImageBatchCollator, ImageGroupedSampler
 from trips_examples.data.images import column_of
 from trips_examples.metrics.diagnostics import REGION_COLUMNS
 from trips_examples.training.models import image_keys
+from trips_examples.training.phases import Phases, options_of_phases
 
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class DurationCallback(TrainerCallback):
 class PhasesCallback(TrainerCallback):
     """
     Log the phases of a training, train the late layers from where scores learn relevance, and forget the best
-    checkpoint of the unpruned phase where pruning begins.
+    checkpoint of the unpruned steps where pruning begins.
     """
 
     def __init__(self, trainer: "ImageGroupedTrainer"):
@@ -59,29 +60,21 @@ class PhasesCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
-        phases = str(trainer.model.config.vision_config.schedule)
-        if trainer.unpruned_steps:
-            unpruned = f"steps 1 to {trainer.unpruned_steps} unpruned"
-            if trainer.relevance_steps:
-                unpruned += f", in the last {trainer.relevance_steps} the scores learn which patches matter"
-            phases = f"{unpruned}, then {phases}"
         logger.info(
             "Training of %d steps: %s; regions used for: %s. Its time follows after step %d",
             state.max_steps,
-            phases,
+            trainer.phases,
             trainer.regions_used_for,
             state.global_step + 1 + DurationCallback.num_steps,
         )
         # `check_resumed` reads it from checkpoints.
-        shares = {"unpruned_share": args.unpruned_share, "relevance_share": args.relevance_share}
-        state.log_history.append({**shares, "step": state.global_step})
+        state.log_history.append({**options_of_phases(args), "step": state.global_step})
 
     def on_step_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
-        is_late = state.global_step >= trainer.unpruned_steps - trainer.relevance_steps
         for layer in trainer.late_layers:
-            layer.requires_grad_(is_late)
-        if 0 < state.global_step == trainer.unpruned_steps:
+            layer.requires_grad_(state.global_step + 1 >= trainer.phases.first_relevance_step)
+        if 0 < state.global_step == trainer.phases.unpruned_steps:
             state.best_metric = None
             state.best_global_step = None
             state.best_model_checkpoint = None
@@ -108,7 +101,7 @@ class ZeroGradientCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if self.trainer.schedule is None:
+        if self.trainer.schedule.layers:
             return
         waiting = []
         for name, parameter in model.named_parameters():
@@ -199,9 +192,7 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
         self.train_sampler: ImageGroupedSampler | None = None
         for parameter in self.model.unused_parameters():
             parameter.requires_grad_(False)
-        fusion_type = self.model.config.fusion_type
-        if self.args.relevance_share > 0 and fusion_type == "single_stream":
-            raise ValueError("--relevance_share needs a fusion encoder, got --fusion_type single_stream. Give 0.")
+        self.check_relevance()
         self.late_layers = self._take_late_layers()
         self.add_callback(PhasesCallback(self))
         self.add_callback(SamplerEpochCallback(self))
@@ -213,7 +204,7 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
         optimizer takes them, too.
         """
         late_layers = []
-        if self.args.relevance_share > 0:
+        if self.learns_relevance:
             for number in self.model.config.vision_config.schedule.text_layers:
                 layer = self.model.base_model.vision_model.layers[number - 1]
                 if not any(parameter.requires_grad for parameter in layer.parameters()):
@@ -222,26 +213,37 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
         return late_layers
 
     @property
-    def unpruned_steps(self) -> int:
-        """The number of first steps of the training that run unpruned. The last step is pruned."""
-        if not self.model.config.vision_config.schedule.layers:
-            return 0
-        steps = self.state.max_steps
-        return max(0, min(round(self.args.unpruned_share * steps), steps - 1))
+    def learns_relevance(self) -> bool:
+        """Whether scores learn relevance in some steps."""
+        return self.args.relevance_share > 0 or self.args.relevance_interval > 0
+
+    def check_relevance(self):
+        """Raise a `ValueError` if options about relevance or rates do not fit the model."""
+        config = self.model.config
+        if self.learns_relevance and config.fusion_type == "single_stream":
+            raise ValueError(
+                "--relevance_share and --relevance_interval need a fusion encoder, got --fusion_type single_stream. "
+                "Give 0."
+            )
 
     @property
-    def relevance_steps(self) -> int:
-        """The number of last unpruned steps in which the scores of the text learn relevance."""
-        if not self.model.config.vision_config.schedule.text_layers:
-            return 0
-        return round(self.args.relevance_share * self.unpruned_steps)
+    def phases(self) -> Phases:
+        """The phases of the training."""
+        return Phases(
+            schedule=self.model.config.vision_config.schedule,
+            max_steps=self.state.max_steps,
+            seed=self.args.seed,
+            **options_of_phases(self.args),
+        )
 
     @property
-    def schedule(self) -> SelectionSchedule | None:
-        """The schedule of this step, or of the evaluation after it: unpruned, or None for the configuration's."""
-        step = self.state.global_step + int(self.model.training)
-        is_unpruned = self.is_in_train and self.unpruned_steps > 0 and step <= self.unpruned_steps
-        return UNPRUNED if is_unpruned else None
+    def schedule(self) -> SelectionSchedule:
+        """The schedule of this step, or of the evaluation after it."""
+        if not self.is_in_train:
+            return self.phases.schedule
+        if self.model.training:
+            return self.phases.of(self.state.global_step + 1).schedule
+        return self.phases.evaluated_after(self.state.global_step)
 
     @property
     def regions_used_for(self) -> str:
@@ -306,9 +308,8 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         inputs = {"schedule": self.schedule, **inputs}
-        steps_to_pruning = self.unpruned_steps - self.state.global_step
-        if model.training and 0 < steps_to_pruning <= self.relevance_steps:
-            inputs["scored_layers"] = self.model.config.vision_config.schedule.text_layers
+        if model.training and self.phases.of(self.state.global_step + 1).learns_relevance:
+            inputs["scored_layers"] = self.phases.schedule.text_layers
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         selector = self.model.base_model.vision_model.selector
         if model.training and selector is not None:
@@ -316,6 +317,8 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
         for name in self.logged_losses:
             if outputs.get(name) is not None:
                 self.losses[name].append(outputs[name].detach())
+        if outputs.get("relevance_losses") is not None:  # the backward pass fills them in
+            self.losses["relevance_loss"].append(outputs["relevance_losses"])
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args, **kwargs):
@@ -328,7 +331,7 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
         """Return the mean of each loss over steps and processes."""
         means = {}
         for name, values in losses.items():
-            own_mean = torch.stack(values).mean()
+            own_mean = torch.stack([value.mean() for value in values]).mean()
             means[name] = self.accelerator.gather(own_mean).mean().item()
         return means
 
@@ -339,8 +342,7 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         inputs.pop("sources", None)
-        if self.schedule is not None:
-            inputs["schedule"] = self.schedule
+        inputs["schedule"] = self.schedule
         if self.model.can_generate():
             result = super().prediction_step(model, inputs, *args, **kwargs)
             self.model.generation_config.max_length = None  # avoids a warning about `max_new_tokens`

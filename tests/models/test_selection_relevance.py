@@ -1,5 +1,7 @@
 """Unpruned passes in training teach the scores which patches the loss needs."""
 
+import math
+
 import pytest
 import torch
 from tiny_models import CASES, gradients_of
@@ -26,13 +28,14 @@ def test_the_scores_learn_from_the_relevance_of_the_candidates():
     scores = torch.tensor([[0.2, 0.3, 0.5]], requires_grad=True)
     same, losses = RelevanceGradient.apply(states, scores)
     assert torch.equal(same, states)
-    assert losses.tolist() == [0]
+    assert losses.tolist() == [0]  # not known yet
     (same * gradient).sum().backward(retain_graph=True)
     assert torch.equal(states.grad, gradient)
     assert not scores.grad.any()  # no loss of its own, nothing to learn
     scores.grad = None
     ((same * gradient).sum() + 2 * losses.sum()).backward()
     torch.testing.assert_close(scores.grad, torch.tensor([[-2 * 0.75 / 0.2, -2 * 0.25 / 0.3, 0.0]]))
+    assert losses.item() == pytest.approx(-0.75 * math.log(0.2) - 0.25 * math.log(0.3))
 
 
 def test_a_text_without_relevant_candidates_teaches_nothing():
@@ -74,7 +77,7 @@ def test_gradients_are_those_of_the_cross_entropy_with_the_relevance_of_each_tex
     gradients = []
     for share in (0, 1):
         outputs = model(**inputs, **SCORED)
-        losses = other_losses(outputs.last_hidden_state) + share * outputs.selection_losses
+        losses = other_losses(outputs.last_hidden_state) + share * outputs.relevance_losses
         gradients.append(torch.autograd.grad(losses.sum(), weight)[0])
     torch.testing.assert_close(gradients[1] - gradients[0], expected, atol=1e-5, rtol=1e-4)
 
@@ -89,8 +92,8 @@ def test_outputs_are_those_without_it_and_texts_of_an_image_share_its_row(attent
     expected = outputs_in_training(model, inputs, schedule=UNPRUNED)
     assert torch.equal(outputs.last_hidden_state, expected.last_hidden_state)
     assert outputs.vision_model_output.last_hidden_state.shape[0] == 2
-    assert outputs.selection_losses.shape == (4,)
-    assert expected.selection_losses is None
+    assert outputs.relevance_losses.shape == (4,)
+    assert expected.relevance_losses is None
 
 
 def test_padding_changes_nothing():
@@ -101,12 +104,12 @@ def test_padding_changes_nothing():
     on_the_left = {name: padded[name].roll(1, dims=1) for name in ("input_ids", "attention_mask")}
     weight = model.vision_model.layers[0].attention.q_proj.weight
     outputs = model(**{**padded, **on_the_left}, **SCORED)
-    (left,) = torch.autograd.grad(outputs.last_hidden_state.square().sum() + outputs.selection_losses.sum(), weight)
+    (left,) = torch.autograd.grad(outputs.last_hidden_state.square().sum() + outputs.relevance_losses.sum(), weight)
     assert left.isfinite().all()
     gradients = []
     for texts in (without, padded):
         outputs = model(**texts, **SCORED)
-        loss = outputs.last_hidden_state[:, :4].square().sum() + outputs.selection_losses.sum()
+        loss = outputs.last_hidden_state[:, :4].square().sum() + outputs.relevance_losses.sum()
         gradients.append(torch.autograd.grad(loss, weight)[0])
     torch.testing.assert_close(gradients[1], gradients[0])
 
@@ -118,16 +121,17 @@ def test_a_single_stream_is_refused():
 
 
 def test_only_what_scores_learns_from_it():
+    """Also where selection supervision by regions is off."""
     inputs = QUESTIONS.make_inputs(training=True)
     gradients = {}
-    for weight in (0.0, 1.0):
+    for options in (SCORED, {"schedule": UNPRUNED}):
         model = QUESTIONS.make_model(**FIELDS).train()
-        model.config.selection_loss_weight = weight
-        outputs = model(**inputs, **SCORED)
+        model.config.selection_loss_weight = 0.0
+        outputs = model(**inputs, **options)
         outputs.loss.backward()
-        gradients[weight] = gradients_of(model)
-    for name, gradient in gradients[1.0].items():
+        gradients[len(options)] = gradients_of(model)
+    for name, gradient in gradients[2].items():
         if name.startswith(("decoder.", "lm_head.", "model.fusion_model.", "model.vision_model.layers.1.")):
-            torch.testing.assert_close(gradient, gradients[0.0][name], msg=name)
+            torch.testing.assert_close(gradient, gradients[1][name], msg=name)
     of_queries = "model.vision_model.layers.0.attention.q_proj.weight"
-    assert not torch.allclose(gradients[1.0][of_queries], gradients[0.0][of_queries])
+    assert not torch.allclose(gradients[2][of_queries], gradients[1][of_queries])

@@ -52,7 +52,7 @@ def test_scores_learn_relevance_in_the_last_unpruned_steps(tmp_path):
     options = [*write_task("vqa", tmp_path), *OPTIONS, *shares, schedule, "--do_eval=False", "--do_predict=False"]
     run_vqa.main([*options, f"--output_dir={tmp_path / 'run'}"])
     history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
-    assert [entry["step"] for entry in history if "selection_loss" in entry] == [3, 4]
+    assert [entry["step"] for entry in history if "relevance_loss" in entry] == [3, 4]
 
 
 def test_a_frozen_layer_that_a_text_scores_is_trained_while_its_scores_learn(tmp_path):

@@ -1,0 +1,103 @@
+"""The phases of a training: with which schedule a step runs, and whether its scores learn relevance."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainingArguments
+
+from modeling_trips import UNPRUNED, SelectionSchedule
+
+
+OPTIONS = ("unpruned_share", "relevance_share", "relevance_interval", "keep_rates")
+
+
+def options_of_phases(args: TrainingArguments) -> dict[str, Any]:
+    """Return the options of a training that decide its phases, by name."""
+    return {name: getattr(args, name) for name in OPTIONS}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """
+    What holds in a step.
+
+    Args:
+        schedule ([`SelectionSchedule`]): How the vision layers select in it.
+        learns_relevance (`bool`): Whether the scores of the model's selection layers learn, unpruned, which patches
+            the loss needs.
+    """
+
+    schedule: SelectionSchedule
+    learns_relevance: bool = False
+
+
+@dataclass(frozen=True)
+class Phases:
+    """
+    The phases of a training: unpruned steps, in the last of which the scores learn relevance, then pruned steps, of
+    which every `relevance_interval`-th does the same. Steps are numbered from 1.
+
+    Args:
+        schedule ([`SelectionSchedule`]): That of the model.
+        max_steps (`int`): Steps of the training.
+        unpruned_share (`float`): Share of first steps that run unpruned. The last step is pruned.
+        relevance_share (`float`): Share of the unpruned steps, the last ones, in which the scores learn relevance.
+        relevance_interval (`int`): Number of pruned steps of which the first one learns relevance. 0: none.
+        keep_rates (`Sequence[float]`): Rates of which each pruned step draws one. Empty: the schedule's.
+        seed (`int`): Seed of these draws, which depend on nothing but it and the step.
+    """
+
+    schedule: SelectionSchedule
+    max_steps: int
+    unpruned_share: float = 0.0
+    relevance_share: float = 0.0
+    relevance_interval: int = 0
+    keep_rates: Sequence[float] = ()
+    seed: int = 0
+
+    @property
+    def unpruned_steps(self) -> int:
+        """Number of first steps that run unpruned."""
+        if not self.schedule.layers:
+            return 0
+        return max(0, min(round(self.unpruned_share * self.max_steps), self.max_steps - 1))
+
+    @property
+    def first_relevance_step(self) -> int | None:
+        """The first step in which scores learn relevance."""
+        relevance_steps = round(self.relevance_share * self.unpruned_steps)
+        if relevance_steps > 0:
+            return self.unpruned_steps - relevance_steps + 1
+        return self.unpruned_steps + 1 if self.relevance_interval > 0 else None
+
+    def of(self, step: int) -> Phase:
+        """Return the phase of a step."""
+        pruned_step = step - self.unpruned_steps  # from 1
+        if pruned_step <= 0:
+            first = self.first_relevance_step
+            return Phase(UNPRUNED, learns_relevance=first is not None and step >= first)
+        if self.relevance_interval > 0 and (pruned_step - 1) % self.relevance_interval == 0:
+            return Phase(UNPRUNED, learns_relevance=True)
+        if not self.keep_rates:
+            return Phase(self.schedule)
+        keep_rate = random.Random(f"{self.seed} {step}").choice(self.keep_rates)
+        return Phase(self.schedule.with_keep_rate(keep_rate))
+
+    def evaluated_after(self, step: int) -> SelectionSchedule:
+        """Return the schedule of an evaluation after a step: unpruned, or the model's."""
+        return UNPRUNED if 0 < step <= self.unpruned_steps else self.schedule
+
+    def __str__(self) -> str:
+        parts = []
+        if self.unpruned_steps:
+            parts.append(f"steps 1 to {self.unpruned_steps} unpruned")
+            if self.first_relevance_step is not None and self.first_relevance_step <= self.unpruned_steps:
+                parts.append(f"from step {self.first_relevance_step} on the scores learn which patches matter")
+        pruned = f"then {self.schedule}" if parts else str(self.schedule)
+        if self.keep_rates:
+            pruned += f" with rates of {', '.join(f'{rate:g}' for rate in self.keep_rates)}"
+        if self.relevance_interval:
+            pruned += f", one step in {self.relevance_interval} unpruned, in which the scores learn"
+        return ", ".join([*parts, pruned])

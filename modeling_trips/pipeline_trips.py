@@ -215,14 +215,14 @@ class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
         if top_k < 1:
             raise ValueError(f"`top_k` must be at least 1, got {top_k}.")
         if answers is None:
-            return {"outputs": self._write_answers(batch["inputs"], top_k, **generate_kwargs)}
+            return self._write_answers(batch["inputs"], top_k, **generate_kwargs)
         if generate_kwargs:
             names = ", ".join(f"`{name}`" for name in generate_kwargs)
             raise ValueError(f"{names} cannot be combined with `answers`, which are ranked and not generated.")
-        return {"outputs": self._rank_answers(answers, batch["inputs"], top_k)}
+        return self._rank_answers(answers, batch["inputs"], top_k)
 
-    def _write_answers(self, inputs, top_k: int, num_beams: int = 1, **generate_kwargs) -> list[list[dict]]:
-        """Return for each question the answers among the `top_k` sequences of a beam search."""
+    def _write_answers(self, inputs, top_k: int, num_beams: int = 1, **generate_kwargs) -> dict:
+        """Return for each question the answers among the `top_k` sequences of a beam search, and the selection."""
         attention_mask = inputs["attention_mask"]
         encoder_outputs = self.model.get_encoder()(**inputs)
         sequences = self.model.generate(
@@ -241,10 +241,11 @@ class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
         texts = self.processor.post_process_answers(sequences)
         pairs = list(zip(texts, scores.exp().tolist()))
         starts = range(0, len(pairs), top_k)
-        return [best_answers(pairs[start : start + top_k]) for start in starts]
+        outputs = [best_answers(pairs[start : start + top_k]) for start in starts]
+        return {"outputs": outputs, "selection": encoder_outputs.selection}
 
-    def _rank_answers(self, answers: list[str], inputs, top_k: int) -> list[list[dict]]:
-        """Return for each question the `top_k` best of the given answers."""
+    def _rank_answers(self, answers: list[str], inputs, top_k: int) -> dict:
+        """Return for each question the `top_k` best of the given answers, and the selection."""
         answer_ids = self.processor.encode_answers(answers).to(self.device)
         ranking = self.model.rank_answers(answer_ids, k=max(top_k, 128), **inputs)  # at least as many as by default
         indices = ranking.answer_indices[:, :top_k].tolist()
@@ -253,7 +254,7 @@ class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
         for indices_of_text, scores_of_text in zip(indices, scores):
             pairs = zip(indices_of_text, scores_of_text)
             ranked.append([{"score": score, "answer": answers[index]} for index, score in pairs])
-        return ranked
+        return {"outputs": ranked, "selection": ranking.selection}
 
 
 class TripsImageToTextPipeline(TripsPipeline):

@@ -6,7 +6,7 @@ import io
 import json
 import logging
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
 
@@ -61,18 +61,20 @@ class Item:
         return self.endpoint, self.top_k, self.kept_patches, self.image is None
 
 
+def tensors_of(image_cache: TripsImageCache) -> list[torch.Tensor]:
+    """Return the tensors of a cache in the order of its `map`."""
+    of_layers = [tensor for layer in image_cache.selection for tensor in layer.to_tuple()]
+    return [*image_cache.tensors.values(), *of_layers]
+
+
 def num_bytes(image_cache: TripsImageCache) -> int:
-    return sum(value.nbytes for value in image_cache.tensors.values())
+    return sum(tensor.nbytes for tensor in tensors_of(image_cache))
 
 
 def joined(image_caches: list[TripsImageCache]) -> TripsImageCache:
     """Return one cache of the images of several, which have one size."""
-    first = image_caches[0]
-    tensors = {}
-    for name in first.tensors:
-        parts = [each.tensors[name] for each in image_caches]
-        tensors[name] = torch.cat(parts)
-    return replace(first, **tensors)
+    parts = zip(*(tensors_of(each) for each in image_caches))
+    return image_caches[0].map(lambda _: torch.cat(next(parts)))
 
 
 class ImageCaches:
@@ -213,10 +215,8 @@ class Engine:
     def _answer(self, items: list[Item], inputs: dict) -> list[list[dict]]:
         outputs = self.pipeline.forward({"inputs": inputs}, top_k=items[0].top_k)
         answers = outputs["outputs"]
-        if not items[0].kept_patches:
-            return answers
-        selection = self.model.model(**inputs).selection
-        if selection:
+        selection = outputs["selection"]
+        if selection and items[0].kept_patches:
             sizes = [item.image.size for item in items]
             boxes_per_item = self.processor.patch_boxes(selection[-1].kept_indices, sizes)
             for answers_of_item, boxes in zip(answers, boxes_per_item):
@@ -256,7 +256,6 @@ class Engine:
         if missing:
             pixel_values = torch.cat([images[key].pixel_values for key in missing])
             computed = self.model.base_model.encode_images(pixel_values.to(self.model.device))
-            computed = replace(computed, selection=())
             for row, key in enumerate(missing):
                 states[key] = computed[row : row + 1].map(torch.clone)  # memory of its own
                 self.cache.put(key, states[key])

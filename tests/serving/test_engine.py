@@ -131,6 +131,36 @@ def test_answers_of_a_schedule(tmp_path, schedule):
             assert [one["score"] for one in answers] == pytest.approx(scores, abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    "schedule", ["2:text:0.2", "1:image:0.5", "1:image:0.5,3:text:0.2", "1:image:0.5,2:image:0.5"]
+)
+@torch.no_grad()
+def test_kept_patches_are_those_of_the_library_in_one_pass(tmp_path, schedule):
+    folder = save(tmp_path, TripsForQuestionAnswering)
+    engine = Engine(Settings(model=folder, schedule=schedule))
+    passes = []
+    engine.model.model.fusion_model.register_forward_hook(lambda *args: passes.append(args))
+    fields = SelectionSchedule.parse(schedule).config_fields
+    model = TripsForQuestionAnswering.from_pretrained(folder, **fields).eval()
+    processor = TripsProcessor.from_pretrained(folder)
+    sizes = [(image.height, image.width) for image in IMAGES]
+    for states in ("computed", "cached"):
+        items = []
+        for item, (image, _) in zip(make_items(engine, "answer", PAIRS), PAIRS):
+            assert (item.image.states is not None) == (states == "cached")
+            item.image.size = sizes[image]
+            items.append(replace(item, kept_patches=True))
+        passes.clear()
+        found = engine.compute(items)
+        assert len(passes) == 1
+        for (image, text), answers in zip(PAIRS, found, strict=True):
+            inputs = processor(images=IMAGES[image], text=TEXTS[text], return_tensors="pt")
+            kept = model.model(**inputs).selection[-1].kept_indices
+            (boxes,) = processor.patch_boxes(kept, [sizes[image]])
+            assert len(boxes) > 0
+            assert answers[0]["kept_patches"] == boxes.tolist()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return save(tmp_path_factory.mktemp("model"), TripsForQuestionAnswering)

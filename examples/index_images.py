@@ -62,6 +62,7 @@ from trips_examples.data.streams import hub_shards
 from trips_examples.data.tasks import BadRowError
 from trips_examples.indexing import table as tables
 from trips_examples.indexing.sources import Shard, find_images, new_rows_of
+from trips_examples.training.files import only_writer
 
 
 NAMED = 20  # largest number of unusable images to name
@@ -130,7 +131,7 @@ def main(argv: list[str] | None = None):
     state = PartialState(cpu=is_on_cpu, timeout=timedelta(days=7))  # processes wait for the slowest
     fingerprint = tables.fingerprint_of(*tables.load_model(args.model, args.schedule))
     model, processor = tables.load_model(args.model, args.schedule, args.dtype, args.device)
-    with tables.only_writer(args.table) if state.is_main_process else nullcontext():
+    with only_writer(args.table) if state.is_main_process else nullcontext():
         with state.main_process_first():
             table = tables.open_table(args.table, fingerprint, model.config.projection_dim)
             retried = "error IS NOT NULL" if args.retry_broken else "error LIKE 'missing image%'"

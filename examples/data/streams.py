@@ -158,11 +158,14 @@ def find_shards(
     `https://...`, `s3://...`, or `pipe:command`. Image paths in rows are relative to `image_root`, or else to the
     folder of the file. A `FileNotFoundError` for a path that does not exist names the `option`.
     """
-    from webdataset.shardlists import expand_urls
-
     names: list[str] = []
     for pattern in patterns:
-        names += expand_urls(pattern) if "{" in pattern else [pattern]
+        if "{" in pattern:
+            from webdataset.shardlists import expand_urls  # an extra
+
+            names += expand_urls(pattern)
+        else:
+            names.append(pattern)
     shards: list[TarShard | FileShard] = []
     for name in names:
         is_remote = "://" in name or name.startswith("pipe:")

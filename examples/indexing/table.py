@@ -5,10 +5,8 @@ Commits are atomic. A process that is killed before its commit leaves files that
 image that cannot be used also has a row, with an `error` and no vector.
 """
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +14,6 @@ from typing import NamedTuple
 import lance
 import pyarrow as pa
 import torch
-from filelock import FileLock, Timeout
 
 from modeling_trips import SelectionSchedule, TripsForPreTraining, TripsForRetrieval, TripsProcessor
 from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint, load_processor
@@ -112,21 +109,6 @@ def open_table(uri: str, fingerprint: Fingerprint, dim: int | None = None) -> la
 
 def table_schema(dim: int) -> pa.Schema:
     return ROW_SCHEMA.append(pa.field("vector", pa.list_(pa.float32(), dim)))
-
-
-@contextlib.contextmanager
-def only_writer(uri: str) -> Iterator[None]:
-    """Hold a lock beside a local table, whatever link or URI names it. A table on an object store has no lock."""
-    if "://" in uri and not uri.startswith("file://"):
-        yield
-        return
-    path = Path(uri.removeprefix("file://")).expanduser().resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(f"{path}.lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise BlockingIOError(f"Another process is writing {uri}. Wait until it ends, or stop it.") from error
 
 
 def add_rows(table: lance.LanceDataset, rows: pa.Table) -> lance.LanceDataset:

@@ -1,12 +1,14 @@
 """Files of a run: results and predictions. A file is whole or absent."""
 
+import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from accelerate import PartialState
 from datasets import Dataset
+from filelock import FileLock, Timeout
 
 from modeling_trips import TripsProcessor
 from modeling_trips.inspection.files import whole_file
@@ -22,6 +24,21 @@ def write_whole(path: str | Path, text: str):
 def write_json(path: str | Path, value):
     """Write indented JSON atomically."""
     write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def only_writer(uri: str) -> Iterator[None]:
+    """Hold a lock beside a local file or folder, whatever link or URI names it. An object store has no lock."""
+    if "://" in uri and not uri.startswith("file://"):
+        yield
+        return
+    path = Path(uri.removeprefix("file://")).expanduser().resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(f"{path}.lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise BlockingIOError(f"Another process is writing {uri}. Wait until it ends, or stop it.") from error
 
 
 def texts_of(sequences: np.ndarray, processor: TripsProcessor) -> list[str]:

@@ -14,10 +14,10 @@ from trips_examples.indexing.table import (
     build_index,
     fingerprint_of,
     load_model,
-    only_writer,
     open_table,
     table_schema,
 )
+from trips_examples.training.files import only_writer
 
 
 DIM = 32

@@ -98,8 +98,10 @@ class TripsModelOutput(ModelOutput):
     selection_losses (`torch.FloatTensor` of shape `(num_texts,)`, *optional*):
         In training: the `selection_loss` of each text, 0 without a region, if regions are given.
     relevance_losses (`torch.FloatTensor` of shape `(num_texts,)`, *optional*):
-        With `scored_layers`: a loss whose backward pass teaches the scores, see [`RelevanceGradient`]. Its values are
-        known after that, and 0 before.
+        In training with layers that only score: the loss that teaches them, see [`RelevanceGradient`]. It is 0.
+    relevance_values (`tuple(torch.FloatTensor)`, *optional*):
+        What it stands for, one entry per layer: the cross-entropy of the scores of a text, or an image, with the
+        relevance. It is known after the backward pass, and 0 before.
     text_model_output (`BaseModelOutputWithPooling`):
         Output of the text encoder. Its `pooler_output` is the text guidance t, except in a single stream.
     vision_model_output (`TripsVisionModelOutput`):
@@ -113,6 +115,7 @@ class TripsModelOutput(ModelOutput):
     cross_attentions: tuple[torch.FloatTensor, ...] | None = None
     selection_losses: torch.FloatTensor | None = None
     relevance_losses: torch.FloatTensor | None = None
+    relevance_values: tuple[torch.FloatTensor, ...] | None = None
     text_model_output: BaseModelOutputWithPooling | None = None
     vision_model_output: TripsVisionModelOutput | None = None
 
@@ -166,7 +169,6 @@ class TripsModel(TripsPreTrainedModel):
         image_cache: TripsImageCache | None = None,
         regions: torch.FloatTensor | None = None,
         schedule: SelectionSchedule | None = None,
-        scored_layers: tuple[int, ...] = (),
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsModelOutput:
         """
@@ -178,18 +180,17 @@ class TripsModel(TripsPreTrainedModel):
                 `text_model`. Repeat a text that has several images. The other arguments are those of `forward`.
             text_embeds (`torch.Tensor` of shape `(num_pairs, hidden_size)`, *optional*): The text guidance t. By
                 default it is pooled from `text_states`.
-            scored_layers (`tuple[int]`, *optional*, defaults to `()`): Layers, numbered from 1, that the schedule does
-                not name. Their text scores learn which patches the other losses need, see [`RelevanceGradient`].
 
         Raises:
-            ValueError: There are `scored_layers` in a single stream.
+            ValueError: The layers only score, in a single stream.
         """
-        if scored_layers and self.fusion_model is None:
-            raise ValueError("`scored_layers` need a fusion encoder, got `fusion_type='single_stream'`.")
         if schedule is None:
             schedule = self.vision_model.config.schedule
+        if schedule.scores_only and self.fusion_model is None:
+            raise ValueError(f"A layer that only scores needs a fusion encoder, got {schedule} in a single stream.")
         selection_losses = None
         relevance_losses = None
+        relevance_values = None
         # CODEPATH: ALBEF and mPLUG have two towers and a fusion encoder, ViLT a single stream.
         if self.fusion_model is None:
             vision = self.vision_model(
@@ -213,17 +214,13 @@ class TripsModel(TripsPreTrainedModel):
                 image_index=image_index,
                 image_cache=image_cache,
                 schedule=schedule,
-                scored_layers=scored_layers,
                 **kwargs,
             )
             image_states = vision.last_hidden_state
             states_index = vision.image_index
-            if scored_layers:
-                image_states = select_rows(image_states, states_index)  # each text has a gradient of its own
-                states_index = None
-                for scores in vision.unpruned_scores:
-                    image_states, losses = RelevanceGradient.apply(image_states, scores)
-                    relevance_losses = losses
+            if schedule.scores_only and self.training:
+                taught = self.teach_relevance(vision, schedule)
+                image_states, states_index, relevance_losses, relevance_values = taught
             fused = self.fusion_model(
                 inputs_embeds=text_states,
                 encoder_hidden_states=image_states,
@@ -233,10 +230,12 @@ class TripsModel(TripsPreTrainedModel):
                 **kwargs,
             )
             fused_states = fused.last_hidden_state
-            selection = selection_rows(vision.selection, vision.image_index)
+            selection = vision.selection
+            if not schedule.scores_only:  # there, a row per text if a text scores
+                selection = selection_rows(selection, vision.image_index)
         # CODEPATH: a weight of 0 turns the loss off, and so does evaluation.
         has_supervision = regions is not None and self.training and self.config.selection_loss_weight > 0
-        if has_supervision and not scored_layers:
+        if has_supervision and not schedule.scores_only:
             selection_losses = self.selection_losses(
                 selection=selection,
                 regions=regions,
@@ -253,8 +252,31 @@ class TripsModel(TripsPreTrainedModel):
             cross_attentions=fused.get("cross_attentions"),
             selection_losses=selection_losses,
             relevance_losses=relevance_losses,
+            relevance_values=relevance_values,
             vision_model_output=vision,
         )
+
+    def teach_relevance(
+        self, vision: TripsVisionModelOutput, schedule: SelectionSchedule
+    ) -> tuple[torch.Tensor, torch.LongTensor | None, torch.Tensor, tuple[torch.Tensor, ...]]:
+        """
+        Return the image states for the fusion encoder, the row of each text in them, and `relevance_losses` and
+        `relevance_values` of [`TripsModelOutput`]. The texts of an image share the gradient of its states where the
+        image scores; where a text scores, each has its own.
+        """
+        image_states = vision.last_hidden_state
+        image_index = vision.image_index
+        losses = []
+        values = []
+        scored = list(zip(schedule.selections, vision.selection))
+        for settings, layer in sorted(scored, key=lambda pair: pair[0].guidance):  # "image" before "text"
+            if settings.guidance == "text":
+                image_states = select_rows(image_states, image_index)
+                image_index = None
+            values.append(torch.zeros_like(layer.scores[:, 0]))
+            image_states, losses_of_rows = RelevanceGradient.apply(image_states, layer.scores, values[-1])
+            losses.append(select_rows(losses_of_rows, image_index))
+        return image_states, image_index, torch.stack(losses).mean(dim=0), tuple(values)
 
     def grid_of(self, pixel_values: torch.Tensor | None, image_cache: TripsImageCache | None) -> tuple[int, int]:
         """Return the patches of each image, down and across."""
@@ -385,14 +407,14 @@ class TripsSeq2SeqLMOutput(Seq2SeqLMOutput):
         `num_items_in_batch` does not count other ones.
     selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
         Selection supervision. In training, if `regions` are given.
-    relevance_losses (`torch.FloatTensor` of shape `(num_texts,)`, *optional*):
-        As in [`TripsModelOutput`]. Their mean over the label tokens is a part of the loss.
+    relevance_values (`tuple(torch.FloatTensor)`, *optional*):
+        As in [`TripsModelOutput`]. The mean of its `relevance_losses` over the label tokens is a part of the loss.
     selection (`tuple(TripsSelection)`, *optional*):
         What each selection layer kept. `None` if `encoder_outputs` were given without it.
     """
 
     selection_loss: torch.FloatTensor | None = None
-    relevance_losses: torch.FloatTensor | None = None
+    relevance_values: tuple[torch.FloatTensor, ...] | None = None
     selection: tuple[TripsSelection, ...] | None = None
 
 
@@ -533,7 +555,6 @@ class TripsForConditionalGeneration(TripsWritingModel, GenerationMixin):
         logits = self.lm_head(decoded.last_hidden_state)
         loss = None
         selection_loss = None
-        relevance_losses = encoder_outputs.get("relevance_losses")
         if labels is not None:
             token_counts = (labels != -100).sum(dim=-1)  # (num_labels,)
             num_tokens = kwargs.get("num_items_in_batch")
@@ -541,7 +562,8 @@ class TripsForConditionalGeneration(TripsWritingModel, GenerationMixin):
                 num_tokens = token_counts.sum()
             selection_losses = select_rows(encoder_outputs.get("selection_losses"), text_index)
             selection_loss = mean_over_items(selection_losses, token_counts, num_tokens)
-            relevance_loss = mean_over_items(select_rows(relevance_losses, text_index), token_counts, num_tokens)
+            relevance_losses = select_rows(encoder_outputs.get("relevance_losses"), text_index)
+            relevance_loss = mean_over_items(relevance_losses, token_counts, num_tokens)
             loss = weighted_sum(
                 [
                     (1.0, label_loss(logits, labels, num_tokens, loss_weights)),
@@ -552,7 +574,7 @@ class TripsForConditionalGeneration(TripsWritingModel, GenerationMixin):
         return TripsSeq2SeqLMOutput(
             loss=loss,
             selection_loss=selection_loss,
-            relevance_losses=relevance_losses,
+            relevance_values=encoder_outputs.get("relevance_values"),
             logits=logits,
             **{CACHE_NAME: decoded.get(CACHE_NAME)},
             decoder_hidden_states=decoded.hidden_states,

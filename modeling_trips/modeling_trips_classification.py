@@ -37,8 +37,8 @@ class TripsForImagesAndTextClassificationOutput(ModelOutput):
         Transformers' heads, if all labels are -100 and `num_items_in_batch` does not count other ones.
     selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
         Selection supervision, the mean over texts and images. Returned in training, if regions are given.
-    relevance_losses (`torch.FloatTensor` of shape `(num_texts * num_images,)`, *optional*):
-        As in [`TripsModelOutput`]. Their mean is a part of the loss.
+    relevance_values (`tuple(torch.FloatTensor)`, *optional*):
+        As in [`TripsModelOutput`]. The mean of its `relevance_losses` is a part of the loss.
     logits (`torch.FloatTensor` of shape `(num_texts, config.num_labels)`):
         Scores of the classes, before the softmax.
     selection (`tuple(TripsSelection)`):
@@ -48,7 +48,7 @@ class TripsForImagesAndTextClassificationOutput(ModelOutput):
 
     loss: torch.FloatTensor | None = None
     selection_loss: torch.FloatTensor | None = None
-    relevance_losses: torch.FloatTensor | None = None
+    relevance_values: tuple[torch.FloatTensor, ...] | None = None
     logits: torch.FloatTensor | None = None
     selection: tuple[TripsSelection, ...] | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
@@ -190,7 +190,7 @@ class TripsForImagesAndTextClassification(TripsPreTrainedModel):
         return TripsForImagesAndTextClassificationOutput(
             loss=loss,
             selection_loss=selection_loss,
-            relevance_losses=fused.relevance_losses,
+            relevance_values=fused.relevance_values,
             logits=logits,
             selection=fused.selection,
             hidden_states=fused.hidden_states,

@@ -131,8 +131,8 @@ class TripsVisualGroundingOutput(ModelOutput):
         1 - generalized IoU of predicted box and label, per box.
     selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
         Selection supervision by the boxes. Returned in training, if a layer is scored by the text or the image.
-    relevance_losses (`torch.FloatTensor` of shape `(num_texts,)`, *optional*):
-        As in [`TripsModelOutput`]. Their mean is a part of the loss.
+    relevance_values (`tuple(torch.FloatTensor)`, *optional*):
+        As in [`TripsModelOutput`]. The mean of its `relevance_losses` is a part of the loss.
     attention_loss (`torch.FloatTensor` of shape `()`, *optional*):
         Attention supervision of the box head. Returned in training, unless its weight is 0.
     pred_boxes (`torch.FloatTensor` of shape `(num_texts, 4)`):
@@ -146,7 +146,7 @@ class TripsVisualGroundingOutput(ModelOutput):
     l1_loss: torch.FloatTensor | None = None
     giou_loss: torch.FloatTensor | None = None
     selection_loss: torch.FloatTensor | None = None
-    relevance_losses: torch.FloatTensor | None = None
+    relevance_values: tuple[torch.FloatTensor, ...] | None = None
     attention_loss: torch.FloatTensor | None = None
     pred_boxes: torch.FloatTensor | None = None
     selection: tuple[TripsSelection, ...] | None = None
@@ -328,7 +328,7 @@ class TripsForVisualGrounding(TripsPreTrainedModel):
             l1_loss=l1_loss,
             giou_loss=giou_loss,
             selection_loss=selection_loss,
-            relevance_losses=outputs.relevance_losses,
+            relevance_values=outputs.relevance_values,
             attention_loss=attention_loss,
             pred_boxes=pred_boxes,
             selection=outputs.selection,

@@ -261,6 +261,11 @@ def matching_loss(logits: torch.Tensor, labels: torch.LongTensor, weights: torch
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+    return mean_over_pairs(losses, weights)
+
+
+def mean_over_pairs(losses: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return the weighted mean of the losses of the pairs of all processes. Both are of shape `(num_pairs,)`."""
     return (losses * weights).sum() / mean_count(weights.sum())
 
 
@@ -372,6 +377,8 @@ class TripsRetrievalOutput(ModelOutput):
     selection_loss (`torch.FloatTensor` of shape `()`, *optional*):
         Selection supervision of the texts in their own images, the mean over the texts. Returned in training, if
         regions are given and there is a matching loss.
+    relevance_values (`tuple(torch.FloatTensor)`, *optional*):
+        As in [`TripsModelOutput`], of the pairs of the matching loss, which carries its gradient.
     logits_per_image (`torch.FloatTensor` of shape `(num_images, num_texts)`, *optional*):
         Similarity of each image to each text of this process, divided by the temperature.
     logits_per_text (`torch.FloatTensor` of shape `(num_texts, num_images)`, *optional*):
@@ -396,6 +403,7 @@ class TripsRetrievalOutput(ModelOutput):
     itc_loss: torch.FloatTensor | None = None
     itm_loss: torch.FloatTensor | None = None
     selection_loss: torch.FloatTensor | None = None
+    relevance_values: tuple[torch.FloatTensor, ...] | None = None
     logits_per_image: torch.FloatTensor | None = None
     logits_per_text: torch.FloatTensor | None = None
     itm_logits: torch.FloatTensor | None = None
@@ -414,7 +422,9 @@ class TripsMatchingOutput(ModelOutput):
         Scores of the pairs. `itm_logits.softmax(-1)[:, 1]` is the probability of a match.
     selection (`tuple(TripsSelection)`):
         Kept patches of each pair's image, one entry per selection layer.
-    selection_losses (`torch.FloatTensor` of shape `(num_pairs,)`, *optional*):
+    selection_losses, relevance_losses (`torch.FloatTensor` of shape `(num_pairs,)`, *optional*):
+        As in [`TripsModelOutput`].
+    relevance_values (`tuple(torch.FloatTensor)`, *optional*):
         As in [`TripsModelOutput`].
     """
 
@@ -424,6 +434,8 @@ class TripsMatchingOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
     cross_attentions: tuple[torch.FloatTensor, ...] | None = None
     selection_losses: torch.FloatTensor | None = None
+    relevance_losses: torch.FloatTensor | None = None
+    relevance_values: tuple[torch.FloatTensor, ...] | None = None
 
 
 MATCHING_ARGS = r"""
@@ -588,6 +600,8 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
             attentions=fused.attentions,
             cross_attentions=fused.cross_attentions,
             selection_losses=fused.selection_losses,
+            relevance_losses=fused.relevance_losses,
+            relevance_values=fused.relevance_values,
         )
 
     def compare(self, text_outputs, image_outputs) -> TripsRetrievalOutput:
@@ -689,12 +703,16 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
             **kwargs,
         )
         true_pairs = torch.arange(num_texts, device=pair_ids.device)
+        itm_loss = matching_loss(matched.itm_logits, pairs.labels, pairs.weights)
+        if matched.relevance_losses is not None:
+            itm_loss = itm_loss + mean_over_pairs(matched.relevance_losses, pairs.weights)  # 0, but for its gradient
         return replace(
             outputs,
-            itm_loss=matching_loss(matched.itm_logits, pairs.labels, pairs.weights),
+            itm_loss=itm_loss,
             itm_logits=matched.itm_logits,
             selection=selection_rows(matched.selection, true_pairs),
             selection_loss=supervision_loss(matched.selection_losses, true_pairs),
+            relevance_values=matched.relevance_values,
         )
 
 

@@ -46,6 +46,7 @@ from .patch_selection import (
     TokenChoice,
     TokenSelector,
     attend,
+    choose_tokens,
     num_kept_tokens,
     random_scores,
     score_tokens,
@@ -63,9 +64,8 @@ regions (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
     as [`TripsProcessor.encode_boxes`] returns them; a box without area if it is not known. In training they supervise
     the selection, see `selection_loss_weight`.
 schedule (`SelectionSchedule`, *optional*):
-    How the vision layers select in this pass, in place of the configuration's.
-scored_layers (`tuple[int]`, *optional*, defaults to `()`):
-    Layers, numbered from 1, that the schedule does not name: they keep all, and the text's scores are returned.
+    How the vision layers select in this pass, in place of the configuration's. In training with one whose layers only
+    score, their scores learn which patches the loss needs, see [`RelevanceGradient`].
 text_embeds (`torch.FloatTensor` of shape `(num_texts, guidance_hidden_size)`, *optional*):
     The text guidance t: the [CLS] output of the text encoder. Without it the image guides itself.
 text_states (`torch.FloatTensor` of shape `(num_texts, text_length, hidden_size)`):
@@ -403,6 +403,21 @@ class GuidingTexts(NamedTuple):
         return self.embeds is not None or self.length > 0
 
 
+class ScoredTokens(NamedTuple):
+    """
+    What a selection layer makes of its candidates.
+
+    Args:
+        scores (`torch.Tensor` of shape `(num_texts, num_candidates)`): float32 or wider.
+        choice ([`TokenChoice`]): Those that it keeps.
+        has_own_rows (`bool`): Whether the states have a row per text now. A layer that only scores leaves them shared.
+    """
+
+    scores: torch.Tensor
+    choice: TokenChoice
+    has_own_rows: bool
+
+
 class TripsVisionLayer(GradientCheckpointingLayer):
     """
     A pre-norm ViT layer that selects patches between attention and MLP (paper, section 3.2): the MLP already runs on
@@ -426,7 +441,7 @@ class TripsVisionLayer(GradientCheckpointingLayer):
         selector: TokenSelector,
         selection: LayerSelection | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None, TokenChoice | None]:
+    ) -> tuple[torch.Tensor, ScoredTokens | None]:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(num_rows, texts.length + 1 + num_candidates, hidden_size)`)
@@ -434,33 +449,33 @@ class TripsVisionLayer(GradientCheckpointingLayer):
             texts ([`GuidingTexts`]): With `image_index`, attention runs once per row, selection and MLP once per text.
             selector ([`TokenSelector`]): Chooses by the scores.
             selection ([`LayerSelection`], *optional*): What scores the candidates and how many are kept. By default
-                the layer does not select. At a keep rate of 1 it only scores.
-
-        Returns:
-            `(hidden_states, scores, choice)`; `scores` is `None` without `selection`, `choice` if all are kept.
+                the layer does not select, and nothing is scored.
         """
         residual = hidden_states
         hidden_states = self.layernorm_before(hidden_states)
         attn_output, _, query, key = self.attention(hidden_states, key_info, **kwargs)
         hidden_states = residual + self.dropout(attn_output)
 
-        scores = None
-        choice = None
+        scored = None
         if selection is not None:
             num_tokens = hidden_states.shape[1] - key_info.num_probed
             key = key[:, :, texts.num_tokens_before : num_tokens]  # (num_rows, num_heads, num_candidates, head_dim)
             key = select_rows(key, texts.image_index)  # (num_texts, num_heads, num_candidates, head_dim)
             scores = self.score_candidates(query, key, selection, texts)
-        if selection is not None and selection.keep_rate < 1:
-            choice = selector.choose(scores, selection.keep_rate)
-            hidden_states = select_rows(hidden_states, texts.image_index)
-            hidden_states = selector.shorten(hidden_states, scores, choice, self.config.fuse_inattentive_tokens)
+            if selection.only_scores:
+                scored = ScoredTokens(scores, choose_tokens(scores, keep_rate=1.0), has_own_rows=False)
+            else:
+                scored = ScoredTokens(scores, selector.choose(scores, selection.keep_rate), has_own_rows=True)
+                hidden_states = select_rows(hidden_states, texts.image_index)
+                hidden_states = selector.shorten(
+                    hidden_states, scores, scored.choice, self.config.fuse_inattentive_tokens
+                )
 
         residual = hidden_states
         hidden_states = self.layernorm_after(hidden_states)
         hidden_states = self.mlp(hidden_states)
         hidden_states = residual + self.dropout(hidden_states)
-        return hidden_states, scores, choice
+        return hidden_states, scored
 
     def score_candidates(
         self, query: torch.Tensor, key: torch.Tensor, selection: LayerSelection, texts: GuidingTexts
@@ -572,24 +587,23 @@ class ImageTokens(NamedTuple):
             for a fused token.
         key_info ([`KeyInfo`]): What attention needs to know about them.
         selection (`tuple(TripsSelection)`): What the layers before kept.
-        unpruned_scores (`tuple(torch.Tensor)`): Scores of the layers before that kept all.
     """
 
     states: torch.Tensor
     indices: torch.Tensor
     key_info: KeyInfo
     selection: tuple[TripsSelection, ...] = ()
-    unpruned_scores: tuple[torch.Tensor, ...] = ()
 
-    def after(
-        self, states: torch.Tensor, scores: torch.Tensor, choice: TokenChoice, texts: GuidingTexts
-    ) -> "ImageTokens":
-        """Return the tokens after a layer with this result. With `texts.image_index`, each text has its own row."""
+    def after(self, states: torch.Tensor, scored: ScoredTokens, texts: GuidingTexts) -> "ImageTokens":
+        """Return the tokens after a layer with this result. `texts.image_index` is the row of each text before it."""
+        choice = scored.choice
         indices = select_rows(self.indices, texts.image_index)
         indices = indices.to(choice.kept.device)  # layers may be on several devices
         selection = TripsSelection(
-            kept_indices=indices.gather(1, choice.kept), scores=scores, candidate_indices=indices
+            kept_indices=indices.gather(1, choice.kept), scores=scored.scores, candidate_indices=indices
         )
+        if not scored.has_own_rows:
+            return self._replace(states=states, selection=(*self.selection, selection))
         if choice.gate is None:
             key_info = self.key_info.select_rows(texts.image_index)
         else:
@@ -600,7 +614,6 @@ class ImageTokens(NamedTuple):
             indices=next_candidates(selection, num_candidates),
             key_info=key_info,
             selection=(*selection_rows(self.selection, texts.image_index), selection),
-            unpruned_scores=self.unpruned_scores,
         )
 
 
@@ -634,23 +647,21 @@ class ProbedTokens(NamedTuple):
 class TripsVisionModelOutput(BaseModelOutputWithPooling):
     r"""
     selection (`tuple(TripsSelection)`):
-        One entry per selection layer with a keep rate below 1, in the order of the layers.
+        One entry per layer of the schedule, in their order. That of a layer which only scores has one row per text if
+        a text scores it.
     hidden_states, attentions (`tuple(torch.FloatTensor)`, *optional*):
         They get shorter after each selection layer. With `image_index` they have one row per image up to the first
         layer that a text guides, and one per text after. With `image_cache`, they begin where it ends.
     image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
         The row of each text in the other fields. `None` where text i has row i: without `image_index`, and where a
-        text guides a layer.
+        text guides a layer that selects.
     probed ([`ProbedTokens`], *optional*):
         In training with `selection_gate`, the dropped tokens that took part for the gate.
-    unpruned_scores (`tuple(torch.FloatTensor)` of shape `(num_texts, num_candidates)`):
-        The scores of each of the `scored_layers`.
     """
 
     selection: tuple[TripsSelection, ...] | None = None
     image_index: torch.LongTensor | None = None
     probed: ProbedTokens | None = None
-    unpruned_scores: tuple[torch.FloatTensor, ...] | None = None
 
 
 class TripsVisionEmbeddings(nn.Module):
@@ -810,20 +821,17 @@ class TripsVisionModel(TripsPreTrainedModel):
         schedule: SelectionSchedule,
         texts: GuidingTexts,
         stop: int | None = None,
-        scored_layers: tuple[int, ...] = (),
         **kwargs: Unpack[TransformersKwargs],
     ) -> ImageTokens:
         """
         Run the layers from `image_cache.next_layer` up to the one before `stop`, or all the others. The first layer
-        that `texts` score gives each text a row of its own. In `scored_layers` they score and all tokens are kept.
+        that selects by the scores of `texts` gives each text a row of its own.
         """
         tokens = self.first_tokens(image_cache, texts)
         gated_layer = self.gated_layer(schedule, num_patches=math.prod(image_cache.grid_size))
         end = len(self.layers) + 1
         for number in range(image_cache.next_layer or end, stop or end):
             selection = schedule.by_layer.get(number)
-            if number in scored_layers:
-                selection = LayerSelection(guidance="text", keep_rate=1.0)
             is_scored_by_text = selection is not None and selection.guidance == "text"
             # Up to the first layer that they score, texts of an image share its row.
             layer_texts = texts if is_scored_by_text else texts._replace(image_index=None)
@@ -836,7 +844,7 @@ class TripsVisionModel(TripsPreTrainedModel):
             else:
                 selector = TokenSelector()
             layer = self.layers[number - 1]
-            states, scores, choice = layer(
+            states, scored = layer(
                 tokens.states,
                 key_info=tokens.key_info,
                 texts=layer_texts,
@@ -844,14 +852,12 @@ class TripsVisionModel(TripsPreTrainedModel):
                 selection=selection,
                 **kwargs,
             )
-            if choice is None:
+            if scored is None:
                 tokens = tokens._replace(states=states)
-                if scores is not None:
-                    tokens = tokens._replace(unpruned_scores=(*tokens.unpruned_scores, scores))
                 continue
-            tokens = tokens.after(states, scores, choice, layer_texts)
+            tokens = tokens.after(states, scored, layer_texts)
             tokens = self.mask_padding(tokens, texts)
-            if is_scored_by_text:
+            if is_scored_by_text and scored.has_own_rows:
                 texts = texts._replace(image_index=None)
         return tokens
 
@@ -878,7 +884,8 @@ class TripsVisionModel(TripsPreTrainedModel):
         """
         is_learning = self.training and torch.is_grad_enabled()
         # CODEPATH: the gate takes part in training only.
-        if not is_learning or self.config.selection_gate == 0 or not schedule.layers:
+        is_pruned = bool(schedule.layers) and not schedule.scores_only
+        if not is_learning or self.config.selection_gate == 0 or not is_pruned:
             return None
         num_candidates = num_patches
         last = None
@@ -914,7 +921,6 @@ class TripsVisionModel(TripsPreTrainedModel):
         image_index: torch.LongTensor | None = None,
         image_cache: TripsImageCache | None = None,
         schedule: SelectionSchedule | None = None,
-        scored_layers: tuple[int, ...] = (),
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsVisionModelOutput:
         check_image_source(pixel_values, image_cache)
@@ -930,13 +936,13 @@ class TripsVisionModel(TripsPreTrainedModel):
             check_counts(text_embeds.shape[0], image_cache.hidden_states.shape[0], image_index)
         # CODEPATH: a text takes part only where it guides or scores a layer.
         is_guided = text_embeds is not None and schedule.first_text_layer is not None
-        takes_part = is_guided or len(scored_layers) > 0
-        if takes_part and self.selection_projection is not None:
+        if is_guided and self.selection_projection is not None:
             text_embeds = self.selection_projection(text_embeds)
         texts = GuidingTexts()
-        if takes_part:
+        if is_guided:
             texts = GuidingTexts(embeds=text_embeds, image_index=image_index)
-        tokens = self.run_layers(image_cache, schedule, texts=texts, scored_layers=scored_layers, **kwargs)
+        tokens = self.run_layers(image_cache, schedule, texts=texts, **kwargs)
+        has_own_rows = is_guided and not schedule.scores_only
         hidden_states = self.layernorm(tokens.states)
         probed = None
         if tokens.key_info.gate is not None:
@@ -947,9 +953,8 @@ class TripsVisionModel(TripsPreTrainedModel):
             last_hidden_state=hidden_states,
             pooler_output=hidden_states[:, 0],
             selection=tokens.selection,
-            image_index=None if is_guided else image_index,
+            image_index=None if has_own_rows else image_index,
             probed=probed,
-            unpruned_scores=tokens.unpruned_scores,
         )
 
 

@@ -494,23 +494,23 @@ WEIGHTS = os.environ.get("TRIPS_RELEVANCE_WEIGHTS", "text")  # being compared: t
 
 class RelevanceGradient(torch.autograd.Function):
     """
-    Image states as they are, with a loss for each row. In the backward pass of this loss, the scores get the gradient
-    of their cross-entropy with the *relevance* of the candidates: -g . h for the state h of a candidate and the
-    gradient g of the other losses, 0 where that is negative, normalized over the candidates. To first order, it is the
-    part of the loss that the candidate takes off. The value of the loss, 0 before, is this cross-entropy afterwards.
+    Image states as they are, with a loss of 0 for each row. In the backward pass of this loss, the scores get the
+    gradient of their cross-entropy with the *relevance* of the candidates: -g . h for the state h of a candidate and
+    the gradient g of the other losses, 0 where that is negative, normalized over the candidates. To first order, it is
+    the part of the loss that the candidate takes off. The backward pass also writes the cross-entropy to `values`.
     """
 
     @staticmethod
-    def forward(ctx, states, scores):
+    def forward(ctx, states, scores, values):
         """
         Args:
             states (`torch.Tensor` of shape `(num_rows, 1 + num_candidates, hidden_size)`): [CLS], then candidates.
             scores (`torch.Tensor` of shape `(num_rows, num_candidates)`)
+            values (`torch.Tensor` of shape `(num_rows,)`)
         """
-        losses = scores.new_zeros(len(scores))
         ctx.save_for_backward(states, scores)
-        ctx.losses = losses.detach()  # the same memory
-        return states.view_as(states), losses
+        ctx.values = values
+        return states.view_as(states), scores.new_zeros(len(scores))
 
     @staticmethod
     def backward(ctx, grad_states, grad_losses):
@@ -519,11 +519,11 @@ class RelevanceGradient(torch.autograd.Function):
         relevance = -gradient_dot_state[:, 1:].clamp(max=0)
         total = relevance.sum(dim=-1, keepdim=True)
         targets = relevance / total.clamp(min=torch.finfo(total.dtype).tiny)
-        ctx.losses.copy_(-(targets * log_scores(scores)).sum(dim=-1))
+        ctx.values.copy_(-(targets * log_scores(scores)).sum(dim=-1))
         weights = grad_losses[:, None]
         if WEIGHTS == "share":
             weights = weights.sum() * total / total.sum().clamp(min=torch.finfo(total.dtype).tiny)
         elif WEIGHTS == "sum":
             weights = total
         grad_scores = -weights * targets / scores.clamp(min=LOWEST_SCORE)
-        return grad_states, grad_scores
+        return grad_states, grad_scores, None

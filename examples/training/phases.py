@@ -1,4 +1,4 @@
-"""The phases of a training: with which schedule a step runs, and whether its scores learn relevance."""
+"""The phases of a training: the schedule of each step, which says whether its scores learn relevance."""
 
 import random
 from collections.abc import Sequence
@@ -16,21 +16,6 @@ OPTIONS = ("unpruned_share", "relevance_share", "relevance_interval", "keep_rate
 def options_of_phases(args: TrainingArguments) -> dict[str, Any]:
     """Return the options of a training that decide its phases, by name."""
     return {name: getattr(args, name) for name in OPTIONS}
-
-
-@dataclass(frozen=True)
-class Phase:
-    """
-    What holds in a step.
-
-    Args:
-        schedule ([`SelectionSchedule`]): How the vision layers select in it.
-        learns_relevance (`bool`): Whether the scores of the model's selection layers learn, unpruned, which patches
-            the loss needs.
-    """
-
-    schedule: SelectionSchedule
-    learns_relevance: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,18 +57,18 @@ class Phases:
             return self.unpruned_steps - relevance_steps + 1
         return self.unpruned_steps + 1 if self.relevance_interval > 0 else None
 
-    def of(self, step: int) -> Phase:
-        """Return the phase of a step."""
+    def schedule_of(self, step: int) -> SelectionSchedule:
+        """Return the schedule of a step. One whose layers only score teaches them relevance."""
         pruned_step = step - self.unpruned_steps  # from 1
         if pruned_step <= 0:
             first = self.first_relevance_step
-            return Phase(UNPRUNED, learns_relevance=first is not None and step >= first)
+            return UNPRUNED if first is None or step < first else self.schedule.scoring()
         if self.relevance_interval > 0 and (pruned_step - 1) % self.relevance_interval == 0:
-            return Phase(UNPRUNED, learns_relevance=True)
+            return self.schedule.scoring()
         if not self.keep_rates:
-            return Phase(self.schedule)
+            return self.schedule
         keep_rate = random.Random(f"{self.seed} {step}").choice(self.keep_rates)
-        return Phase(self.schedule.with_keep_rate(keep_rate))
+        return self.schedule.with_keep_rate(keep_rate)
 
     def evaluated_after(self, step: int) -> SelectionSchedule:
         """Return the schedule of an evaluation after a step: unpruned, or the model's."""

@@ -242,7 +242,7 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
         if not self.is_in_train:
             return self.phases.schedule
         if self.model.training:
-            return self.phases.of(self.state.global_step + 1).schedule
+            return self.phases.schedule_of(self.state.global_step + 1)
         return self.phases.evaluated_after(self.state.global_step)
 
     @property
@@ -308,8 +308,6 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         inputs = {"schedule": self.schedule, **inputs}
-        if model.training and self.phases.of(self.state.global_step + 1).learns_relevance:
-            inputs["scored_layers"] = self.phases.schedule.text_layers
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         selector = self.model.base_model.vision_model.selector
         if model.training and selector is not None:
@@ -317,8 +315,7 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
         for name in self.logged_losses:
             if outputs.get(name) is not None:
                 self.losses[name].append(outputs[name].detach())
-        if outputs.get("relevance_losses") is not None:  # the backward pass fills them in
-            self.losses["relevance_loss"].append(outputs["relevance_losses"])
+        self.losses["relevance_loss"] += outputs.get("relevance_values") or ()  # the backward pass fills them in
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args, **kwargs):
@@ -331,6 +328,8 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
         """Return the mean of each loss over steps and processes."""
         means = {}
         for name, values in losses.items():
+            if not values:
+                continue
             own_mean = torch.stack([value.mean() for value in values]).mean()
             means[name] = self.accelerator.gather(own_mean).mean().item()
         return means

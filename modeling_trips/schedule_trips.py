@@ -86,7 +86,7 @@ class SelectionSchedule:
         by_layer (`dict[int, LayerSelection]`): The settings by layer.
 
     Raises:
-        ValueError: Layers are not ascending, or a setting is out of its range.
+        ValueError: Layers are not ascending, a setting is out of its range, or only some of the layers select.
     """
 
     layers: tuple[int, ...] = ()
@@ -103,6 +103,10 @@ class SelectionSchedule:
             selection.check()
             if selection.keep_rate < 1 or selection.only_scores:
                 by_layer[layer] = selection
+        if len({selection.only_scores for selection in by_layer.values()}) > 1:
+            raise ValueError(
+                f"All layers of a schedule only score, or none, got {','.join(map(str, self.selections))}."
+            )
         object.__setattr__(self, "layers", tuple(by_layer))
         object.__setattr__(self, "selections", tuple(by_layer.values()))
         object.__setattr__(self, "by_layer", by_layer)
@@ -153,7 +157,7 @@ class SelectionSchedule:
 
     @property
     def scores_only(self) -> bool:
-        """Whether there are layers, and all of them only score."""
+        """Whether there are layers, which only score."""
         return bool(self.layers) and all(selection.only_scores for selection in self.selections)
 
     def scoring(self) -> "SelectionSchedule":

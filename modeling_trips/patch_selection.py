@@ -7,7 +7,6 @@ The functions never form a full attention map. Shapes depend on shapes and rates
 """
 
 import math
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -489,9 +488,6 @@ def divergence(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 # Relevance of the image tokens to the loss
 
 
-WEIGHTS = os.environ.get("TRIPS_RELEVANCE_WEIGHTS", "text")  # being compared: text, share, sum
-
-
 class RelevanceGradient(torch.autograd.Function):
     """
     Image states as they are, with a loss of 0 for each row. In the backward pass of this loss, the scores get the
@@ -520,10 +516,5 @@ class RelevanceGradient(torch.autograd.Function):
         total = relevance.sum(dim=-1, keepdim=True)
         targets = relevance / total.clamp(min=torch.finfo(total.dtype).tiny)
         ctx.values.copy_(-(targets * log_scores(scores)).sum(dim=-1))
-        weights = grad_losses[:, None]
-        if WEIGHTS == "share":
-            weights = weights.sum() * total / total.sum().clamp(min=torch.finfo(total.dtype).tiny)
-        elif WEIGHTS == "sum":
-            weights = total
-        grad_scores = -weights * targets / scores.clamp(min=LOWEST_SCORE)
+        grad_scores = -grad_losses[:, None] * targets / scores.clamp(min=LOWEST_SCORE)
         return grad_states, grad_scores, None

@@ -72,12 +72,12 @@ def test_scoring_schedule_scores_by_the_same_and_keeps_all():
     assert UNPRUNED.scoring() == UNPRUNED
 
 
-@pytest.mark.parametrize("settings", ["0.25", "score"])
+@pytest.mark.parametrize("settings", ["0.5", "score"])
 def test_texts_share_what_is_before_the_first_layer_that_they_score(settings):
-    schedule = SelectionSchedule.parse(f"2:image:0.5,6:text:{settings},9:text:0.5")
+    schedule = SelectionSchedule.parse(f"2:image:{settings},6:text:{settings},9:text:{settings}")
     assert schedule.text_layers == (6, 9)
     assert schedule.first_text_layer == 6
-    assert str(schedule.before(6)) == "2:image:0.5"
+    assert str(schedule.before(6)) == f"2:image:{settings}"
     assert schedule.before(None) == schedule
     assert SelectionSchedule.parse("2:image:0.5").first_text_layer is None
 

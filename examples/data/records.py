@@ -153,32 +153,11 @@ def _refuse_other_separators(header: Sequence[str]):
 
 def _swallowed_line(record: dict[str, str | None]) -> str | None:
     """Return a line of a record of CSV that is a row of its own, which stray quotes made part of a cell, or None."""
-    cells = [cell for cell in record.values() if cell is not None]
-    for cell in cells:
-        for line in cell.splitlines()[1:]:
+    for cell in record.values():
+        for line in (cell or "").splitlines()[1:]:
             if "," in line and _LINE_WITH_IMAGE.match(line):
                 return line
-    # Images may lack a known suffix: then, without its quotes, the record reads as several whole rows.
-    lines = _without_quotes(cells)
-    rows = [line.split(",") for line in lines]
-    if len(rows) < 2 or any(len(row) != len(record) for row in rows):
-        return None
-    # Two lines of one caption read as two rows, too, if their commas happen to fit. Names of images are alike.
-    place = next((place for place, column in enumerate(record) if "image" in column or "file" in column), None)
-    if place is None:
-        return None
-    names = [row[place].strip() for row in rows]
-    kinds = {(Path(name).suffix.lower(), " " in name, name.isdigit()) for name in names}
-    return lines[1] if len(kinds) == 1 else None
-
-
-def _without_quotes(cells: list[str]) -> list[str]:
-    """Return the lines of a record of CSV as they would be without quotes, but for commas in cells of one line."""
-    written = []
-    for cell in cells:
-        has_one_line = len(cell.splitlines()) < 2
-        written.append(cell.replace(",", "") if has_one_line else cell)
-    return ",".join(written).splitlines()
+    return None
 
 
 def _read_parquet(file: Path) -> NumberedRecords:

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -97,23 +96,6 @@ def test_the_first_click_answers(app):
     assert [row[1].split()[0] for row in table["data"]] == ["dot", "ring", "purple", "no"]
     assert figure["plot"].startswith("data:image/")
     assert app.url in app.log.read_text() and "public" not in app.log.read_text()
-
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
-def test_the_first_click_in_a_browser_answers(app):
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        opened = browser.new_page()
-        opened.goto(app.url)
-        opened.get_by_role("button", name="Look").click()
-        opened.wait_for_selector("text=/dot \\(/")
-        opened.wait_for_selector(".matplotlib img")
-        assert opened.get_by_text("Error", exact=True).count() == 0
-        browser.close()
 
 
 def test_mistakes_of_visitors_are_named(app, tmp_path):

@@ -2,15 +2,14 @@
 
 import json
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import PIL.Image
 import pytest
 import torch
+from killed import kill_when
 from places import EXAMPLES, HELPERS
 from safetensors.torch import load_file
 from tiny_processors import make_bert_tokenizer
@@ -141,15 +140,8 @@ def test_killed_and_resumed_ends_with_the_weights_of_a_run_left_alone(data, tmp_
     run(script, *options_of(data, tmp_path / "alone", *options))
 
     killed = [script, *options_of(data, tmp_path / "killed", *options)]
-    process = subprocess.Popen([sys.executable, *killed], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     # The trainer state is written last and marks a complete checkpoint.
-    deadline = time.monotonic() + 240
-    while not (tmp_path / "killed/checkpoint-4/trainer_state.json").exists():
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_when((tmp_path / "killed/checkpoint-4/trainer_state.json").exists, [sys.executable, *killed])
     assert not (tmp_path / "killed/model.safetensors").exists()
 
     last_step = max(int(path.name.split("-")[1]) for path in (tmp_path / "killed").glob("checkpoint-*"))

@@ -1,9 +1,11 @@
-"""Commands that are killed while they run."""
+"""Commands that are killed while they run, with the processes that they started."""
 
 import os
 import subprocess
 import time
 from collections.abc import Callable
+
+import psutil
 
 
 def kill_when(is_time: Callable[[], bool], command: list[str]):
@@ -16,5 +18,9 @@ def kill_when(is_time: Callable[[], bool], command: list[str]):
             assert process.poll() is None and time.monotonic() < until, f"exit code {process.poll()}"
             time.sleep(0.002)
     finally:
-        process.kill()
-        process.wait()
+        family = [process]
+        if process.poll() is None:  # torchrun starts its processes in separate sessions, so that they survive it
+            family += psutil.Process(process.pid).children(recursive=True)
+        for member in family:
+            member.kill()
+            member.wait()

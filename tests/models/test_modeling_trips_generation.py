@@ -1,6 +1,7 @@
 """`generate`, which all classes that write inherit: greedy search, caches, shared images and saved options."""
 
 import torch
+from tiny_models import each_generator
 from tiny_question_answering import END, PAD, START, inputs, make_config
 from transformers import GenerationConfig
 
@@ -46,6 +47,31 @@ def test_greedy_search_writes_the_likeliest_token_and_says_how_likely():
         ended |= token == END
     assert torch.equal(output.sequences, written)
     assert len({tuple(row) for row in written.tolist()}) > 1
+
+
+@each_generator
+@torch.no_grad()
+def test_caches_rows_and_beams_agree(case):
+    """As the tests of `GenerationTesterMixin` ask, which Transformers' source distribution lacks."""
+    model = case.make_model()
+    batch = case.make_inputs()
+    batch.pop("decoder_input_ids")
+
+    def generate(batch=batch, **options):
+        return model.generate(**batch, max_new_tokens=5, min_new_tokens=5, **options)
+
+    for options in ({}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}):
+        expected = generate(**options)
+        assert torch.equal(generate(use_cache=False, **options), expected)
+        assert torch.equal(generate(cache_implementation="static", **options), expected)
+        last_row = {name: tensor[-1:] for name, tensor in batch.items()}
+        assert torch.equal(generate(last_row, **options), expected[-options.get("num_return_sequences", 1) :])
+    sampled = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        sampled.append(generate(do_sample=True, num_return_sequences=3))
+    assert sampled[0].shape == (12, 6)
+    assert torch.equal(*sampled)
 
 
 def test_a_cache_is_continued():

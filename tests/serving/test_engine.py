@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from random_checkpoint import save_random_checkpoint
 from safetensors.torch import load_file, save_file
 from starlette.exceptions import HTTPException
-from strange_pictures import bomb, encoded
+from strange_pictures import encoded
 from tiny_retrieval import images, make_model
 
 
@@ -183,10 +183,7 @@ def test_long_texts_raise(engine):
     [
         (b"", 422),
         (encoded(PIL.Image.new("RGB", (40, 40)), "TIFF"), 415),
-        (encoded(PIL.Image.effect_noise((60, 60), 50))[:-200], 422),
         (encoded(PIL.Image.new("RGB", (101, 100))), 413),
-        (bomb(2**31 - 1, 2**31 - 1), 413),
-        (b"GIF89a\x01\0\x01\0\0\0\0" + b"!\xfe" + (b"\xff" + b"x" * 255) * 300 + b"\0", 422),
     ],
 )
 def test_bad_images_raise(engine, data, status):

@@ -3,9 +3,10 @@
 new class is tested once it is registered; one whose inputs or labels are its own needs a tester of its name.
 
 A test of the suites that does not fit is replaced by one of the same name and purpose. Of Transformers' mixins, only
-`ModelTesterMixin` runs. `GenerationTesterMixin` is an empty stub, as the source distribution lacks it;
-tests/models/test_modeling_trips_generation.py tests generation. Those for pipelines, FSDP and tensor parallelism need
-files that are missing, too, the one for training only has token ids, and the one for memory has no tests.
+`ModelTesterMixin` runs. `GenerationTesterMixin` is an empty stub, as the source distribution lacks tests/generation;
+tests/models/test_modeling_trips_generation.py checks in its place that caches, rows, beams and draws agree. Those for
+pipelines, FSDP and tensor parallelism need files that are missing, too, the one for training only has token ids, and
+the one for memory has no tests.
 """
 
 import unittest

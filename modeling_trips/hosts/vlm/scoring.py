@@ -1,8 +1,7 @@
 """
 Scorers of visual tokens: by the prompt, published methods by their names, at random, or by pooling.
 
-The methods are written from their papers. `tests/hosts/test_scoring.py` compares them with slow references, and
-`tests/hosts/test_scoring_authors.py` with the authors' functions where clones of their repositories are there.
+The methods are written from their papers. `tests/hosts/test_scoring.py` compares them with slow references.
 """
 
 import math

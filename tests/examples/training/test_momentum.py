@@ -6,7 +6,7 @@ from tiny_pretraining import SCHEDULES, make_batch, make_model
 from torch.nn.functional import log_softmax, normalize, softmax
 
 from modeling_trips import UNPRUNED
-from modeling_trips.modeling_trips_pretraining import masked_language_loss, retrieval_loss
+from modeling_trips.modeling_trips_pretraining import masked_language_loss
 from trips_examples.training.momentum import FeatureQueue, MomentumTeacher
 
 
@@ -37,23 +37,6 @@ def test_a_queue_overwrites_its_oldest_rows():
     assert queue.position == 1
     with pytest.raises(ValueError, match="4 rows"):
         queue.push(torch.zeros(5, 1), torch.arange(5))
-
-
-def test_distilled_targets_by_hand():
-    """One query, three candidates, one of which is absent."""
-    loss = retrieval_loss(
-        torch.tensor([[1.0, 0.0]]),
-        torch.tensor([5]),
-        torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]),
-        torch.tensor([5, 6, -1]),
-        0.5,
-        torch.tensor([[0.0, 1.0]]),
-        teacher_weight=0.4,
-    )
-    student = log_softmax(torch.tensor([2.0, 0.0]), dim=0)
-    teacher = softmax(torch.tensor([0.0, 2.0]), dim=0)
-    target = 0.4 * teacher + 0.6 * torch.tensor([1.0, 0.0])
-    torch.testing.assert_close(loss, -(target * student).sum())
 
 
 def test_distilled_words_by_hand():

@@ -4,12 +4,11 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
+from killed import kill_when
 from places import ROOT
 from safetensors.torch import load_file
 from toy_pairs import TWO_PROCESSES, command, write_parts
@@ -44,16 +43,7 @@ def assert_equal(folder: Path, expected: Path, *names: str):
 
 def killed_and_resumed(words: list[str], folder: Path) -> str:
     """Kill a run with its workers after its first complete checkpoint, resume it, and return the output."""
-    process = subprocess.Popen([sys.executable, *words], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
-    while not (folder / "checkpoint-4/trainer_state.json").exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
-    # torchrun starts its processes in separate sessions, so that they survive it.
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for member in family:
-        member.kill()
-    psutil.wait_procs(family)
+    kill_when((folder / "checkpoint-4/trainer_state.json").exists, [sys.executable, *words])
     assert not (folder / "model.safetensors").exists()
     return run(*words, "--resume_from_checkpoint=last")
 

@@ -6,6 +6,7 @@ rows, data sets on the Hub. A shard yields records, or faults in their place, in
 import glob
 import json
 import random
+import sys
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,10 +40,42 @@ IMAGE_COLUMNS = ("image", *IMAGE_SUFFIXES, "image_path", "file_name")
 CAPTION_COLUMNS = ("captions", "caption", "text", "txt")
 ID_COLUMNS = ("image_id", "sha256", "md5", "url")
 FEWEST_TO_JUDGE = 100  # pairs before the share of bad pairs is checked
-MAX_MEMBER_BYTES = 1 << 28  # of a file in a tar file: 50 million pixels of 4 bytes have 200 MB
+# Limits of tar files, because a small compressed one may hold a huge file.
+MAX_PAIR_BYTES = 1 << 28  # 50 million pixels of 4 bytes have 200 MB
+MAX_TEXT_BYTES = 1 << 20  # of a pair's JSON or text, which take more memory when they are parsed
+MAX_HEADER_BYTES = 1 << 16  # of a name or of attributes that do not fit into a header of 512 bytes
+EXTENSION_TYPES = (b"L", b"K", b"x", b"g", b"X")  # of such headers
+MAX_READS_PAST_END = 100  # `tarfile` skips a file, however large its header says it is, in reads of 10 KB
+MAX_BLOCK_BYTES = 1 << 30  # of a shuffled block
 
 
 # Shards
+
+
+@dataclass
+class EndingFile:
+    """A file that raises a `ReadError` for a reader that goes on past its end."""
+
+    file: Any
+    reads_past_end: int = 0
+
+    def read(self, size: int) -> bytes:
+        block = self.file.read(size)
+        self.reads_past_end += not block
+        if self.reads_past_end > MAX_READS_PAST_END:
+            raise tarfile.ReadError("it ends before its last file")
+        return block
+
+
+class SmallHeader(tarfile.TarInfo):
+    """A member of a tar file with bounded attributes, which `tarfile` reads into memory."""
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in EXTENSION_TYPES and header.size > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header has {header.size:,} bytes, more than {MAX_HEADER_BYTES:,}")
+        return header
 
 
 @dataclass(frozen=True)
@@ -58,7 +91,10 @@ class TarShard:
         from webdataset.gopen import gopen
 
         try:
-            with gopen(self.name) as file, tarfile.open(fileobj=file, mode="r|*") as tar:
+            with (
+                gopen(self.name) as file,
+                tarfile.open(fileobj=EndingFile(file), mode="r|*", tarinfo=SmallHeader) as tar,
+            ):
                 yield from self._pairs(tar)
                 end: Any = tar.fileobj  # after the first of two blocks of zeros, or a broken header
                 if end.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -69,10 +105,19 @@ class TarShard:
         except Exception as error:  # broken files and connections raise any type of error
             yield Fault(self.name, "broken tar file", printable(str(error)))
 
+    def _files(self, tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+        for member in tar:
+            tar.members.clear()  # which grow with the file
+            tar.pax_headers.clear()
+            if member.issparse():
+                raise tarfile.ReadError(f"{member.name} is a sparse file")
+            if member.isfile():
+                yield member
+
     def _pairs(self, tar: tarfile.TarFile) -> Iterator[dict | Fault]:
         from webdataset.tariterators import base_plus_ext
 
-        files = ((*base_plus_ext(member.name), member) for member in tar if member.isfile())
+        files = ((*base_plus_ext(member.name), member) for member in self._files(tar))
         for key, files_of_pair in groupby(files, key=itemgetter(0)):
             if key is None:  # a file without a suffix
                 continue
@@ -87,17 +132,21 @@ class TarShard:
 def _contents(tar: tarfile.TarFile, files: Iterable[tuple[str, str, tarfile.TarInfo]]) -> dict[str, bytes]:
     """Return the contents of a pair's files, (name, suffix, member), by suffix. Files of no use are not read."""
     contents = {}
+    left = MAX_PAIR_BYTES
     for _, suffix, member in files:
         suffix = suffix.lower()
         if suffix in contents:
             raise BadRowError("a file twice", member.name)
-        is_used = suffix in ("json", "txt", *IMAGE_SUFFIXES)
-        if is_used and member.size > MAX_MEMBER_BYTES:  # a small compressed file may hold a huge one
-            raise BadRowError(
-                "a file too large", f"{member.name}: {member.size:,} bytes, more than {MAX_MEMBER_BYTES:,}"
-            )
+        contents[suffix] = b""
+        is_text = suffix in ("json", "txt")
+        if not is_text and suffix not in IMAGE_SUFFIXES:
+            continue
+        limit = min(left, MAX_TEXT_BYTES) if is_text else left
+        if member.size > limit:
+            raise BadRowError("a file too large", f"{member.name}: {member.size:,} bytes, more than {limit:,}")
+        left -= member.size
         file: Any = tar.extractfile(member)
-        contents[suffix] = file.read() if is_used else b""
+        contents[suffix] = file.read()
     return contents
 
 
@@ -206,7 +255,8 @@ class PairStream(TorchIterableDataset):
         shards (`Sequence[Shard]`): with fewer shards than processes, each process reads all of them and takes its
             share of the records. A process uses at most one worker per shard.
         seed (`int`, *optional*, defaults to 0): seed of the order of shards and records, and of the captions.
-        buffer_size (`int`, *optional*, defaults to 1000): number of records in a shuffled block, at least 1.
+        buffer_size (`int`, *optional*, defaults to 1000): number of records in a shuffled block, at least 1. A block
+            ends earlier if its records take more than 1 GiB.
         process_index, num_processes (`int`, *optional*): rank and number of training processes.
         image_column, caption_column (`str`, *optional*): by default the first of `IMAGE_COLUMNS` and of
             `CAPTION_COLUMNS` that a record has.
@@ -239,24 +289,28 @@ class PairStream(TorchIterableDataset):
         self.seen = 0  # records of all passes
         self.bad = 0
         self.last_fault: Fault | None = None
-        self.records: IterableDataset | None = None  # of the current pass
-        self.start: dict | None = None  # state of a saved position
+        self.block_start: dict | None = None  # state of `datasets` before the current block, None at a pass's start
+        self.given = 0  # records of the current block
 
     def state_dict(self) -> dict:
-        """Return the position: the pass, the numbers of records seen and of bad ones, and the state of `datasets`."""
+        """
+        Return the position: the pass, the numbers of records seen and of bad ones, the state of `datasets` before the
+        current block, and the number of its records that were given.
+        """
         return {
             "pass_number": self.pass_number,
             "seen": self.seen,
             "bad": self.bad,
-            "records": self.start if self.records is None else self.records.state_dict(),
+            "block_start": self.block_start,
+            "given": self.given,
         }
 
     def load_state_dict(self, state: dict):
         self.pass_number = state["pass_number"]
         self.seen = state["seen"]
         self.bad = state["bad"]
-        self.records = None
-        self.start = state["records"]
+        self.block_start = state["block_start"]
+        self.given = state["given"]
 
     def __iter__(self) -> Iterator[dict]:
         worker = get_worker_info()
@@ -269,32 +323,34 @@ class PairStream(TorchIterableDataset):
             records = self.records_of_pass()
             if worker_id >= records.num_shards:  # other workers read all shards
                 return
-            if self.start is not None:
-                records.load_state_dict(self.start)
-            self.records = records
-            self.start = None
-            for record in records:
-                row = self._row(record["record"])
-                self.seen += 1
-                if isinstance(row, Fault):
-                    self.bad += 1
-                    self._note(row)
-                else:
-                    yield row
+            if self.block_start is not None:
+                records.load_state_dict(self.block_start)
+            for block in blocks(records, self.buffer_size):
+                random.Random(f"{self.seed}-{self.pass_number}-{block[0]['place']}").shuffle(block)
+                for record in block[self.given :]:
+                    row = self._row(record["record"])
+                    self.given += 1
+                    self.seen += 1
+                    if isinstance(row, Fault):
+                        self.bad += 1
+                        self._note(row)
+                    else:
+                        yield row
+                self.block_start = records.state_dict()
+                self.given = 0
+                block.clear()  # before the next one is read
             self._judge(fewest=0)
+            self.block_start = None
             self.pass_number += 1
 
     def records_of_pass(self) -> IterableDataset:
-        """Return this process's records of a pass, shuffled in blocks of `buffer_size`."""
+        """Return this process's records of a pass."""
         shards = list(self.shards)
         random.Random(f"{self.seed}-{self.pass_number}").shuffle(shards)
         records = IterableDataset.from_generator(read_shards, gen_kwargs={"shards": shards})
         if len(shards) < self.num_processes:
-            records = split_dataset_by_node(records, self.process_index, self.num_processes)
-        else:
-            records = records.shard(self.num_processes, self.process_index)
-        seed = f"{self.seed}-{self.pass_number}"
-        return records.map(shuffled, batched=True, batch_size=self.buffer_size, fn_kwargs={"seed": seed})
+            return split_dataset_by_node(records, self.process_index, self.num_processes)
+        return records.shard(self.num_processes, self.process_index)
 
     def _row(self, record: dict | Fault) -> dict | Fault:
         if isinstance(record, Fault):
@@ -361,11 +417,33 @@ def read_shards(shards: list[Shard]) -> Iterator[dict]:
             yield {"place": f"{shard.name} {number}", "record": record}
 
 
-def shuffled(block: dict[str, list], seed: str) -> dict[str, list]:
-    """Shuffle a block of records. The seed and the place of its first record determine the order."""
-    order = list(range(len(block["place"])))
-    random.Random(f"{seed}-{block['place'][0]}").shuffle(order)
-    return {name: [values[index] for index in order] for name, values in block.items()}
+def blocks(records: Iterable[dict], length: int) -> Iterator[list[dict]]:
+    """Yield blocks of so many records, or fewer if they take more than `MAX_BLOCK_BYTES`."""
+    block = []
+    taken = 0
+    for record in records:
+        block.append(record)
+        taken += num_bytes(record)
+        if len(block) == length or taken > MAX_BLOCK_BYTES:
+            yield block
+            block = []
+            taken = 0
+    if block:
+        yield block
+
+
+def num_bytes(record: dict) -> int:
+    """Return the memory that a record takes, with all that it holds."""
+    total = 0
+    waiting: list[Any] = [record]
+    while waiting:
+        value = waiting.pop()
+        total += sys.getsizeof(value)
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+    return total
 
 
 def _first_filled(columns: dict, names: Iterable[str]) -> str | None:

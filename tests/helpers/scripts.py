@@ -5,9 +5,12 @@ import faulthandler
 import io
 import json
 import os
+import resource
 import runpy
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 
 
@@ -20,10 +23,10 @@ class Ended:
     message: str = ""
 
 
-def run_scripts(commands: list[list[str]], seconds: int = 120, **environment: str) -> list[Ended]:
+def run_scripts(commands: list[list[str]], seconds: int = 60, **environment: str) -> list[Ended]:
     """
     Run scripts of the examples, each with its name and options, as `python -m trips_examples.NAME OPTIONS`. An
-    exception that is not caught, or a script that does not end in `seconds`, fails with its traceback.
+    exception that is not caught, or a script that takes more than `seconds` of a processor, fails with its traceback.
     """
     process = subprocess.run(
         [sys.executable, __file__, json.dumps(commands), str(seconds)],
@@ -31,7 +34,7 @@ def run_scripts(commands: list[list[str]], seconds: int = 120, **environment: st
         capture_output=True,
         text=True,
         errors="surrogateescape",
-        timeout=seconds * len(commands) + 60,
+        timeout=1800,
     )
     assert process.returncode == 0, process.stderr[-5000:]
     return [Ended(**json.loads(line)) for line in process.stdout.splitlines()]
@@ -53,6 +56,8 @@ def _run(name: str, *options: str) -> Ended:
 
 if __name__ == "__main__":
     _, all_commands, limit = sys.argv
+    faulthandler.register(signal.SIGXCPU, chain=True)
     for command in json.loads(all_commands):
-        faulthandler.dump_traceback_later(int(limit), exit=True)
+        limit_of_process = int(time.process_time()) + int(limit)
+        resource.setrlimit(resource.RLIMIT_CPU, (limit_of_process, resource.RLIM_INFINITY))
         print(json.dumps(vars(_run(*command))), flush=True)

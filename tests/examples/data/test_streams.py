@@ -5,15 +5,18 @@ import io
 import json
 import tarfile
 import tracemalloc
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
 import PIL.Image
 import pytest
 from datasets import Dataset, Features, Image, Value
+from scripts import run_scripts
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from trips_examples.data.streams import FileShard, PairStream, find_shards, hub_shards
+from trips_examples.data import streams
+from trips_examples.data.streams import FileShard, PairStream, TarShard, find_shards, hub_shards
 from trips_examples.indexing.sources import rows_of
 
 
@@ -308,23 +311,106 @@ def test_the_json_of_a_tar_file_names_no_local_file(tmp_path, column):
     assert row["error"] is not None
 
 
-def test_a_huge_file_in_a_small_tar_file_is_not_read(tmp_path):
-    member = tarfile.TarInfo("bomb.png")
-    member.size = 300 << 20
-    good = write_tar(tmp_path / "good.tar", [{"png": encoded(), "txt": "good"}])
-    with gzip.open(tmp_path / "a.tar.gz", "wb", compresslevel=1) as file:
-        file.write(member.tobuf())
-        for _ in range(300):
-            file.write(bytes(1 << 20))
-        file.write(good.read_bytes())
-    (shard,) = find_shards([str(tmp_path / "a.tar.gz")])
+def forged(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """Return the header of a member that says more than the file has."""
+    member = tarfile.TarInfo(name)
+    member.size = size
+    member.type = kind
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+@pytest.mark.parametrize("size", [1 << 40, -512, -(1 << 40)])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("b.png", tarfile.REGTYPE),
+        ("b.mp4", tarfile.REGTYPE),
+        ("b.png", b"Z"),  # an unknown type is skipped
+        ("b.png", tarfile.GNUTYPE_LONGNAME),
+        ("b.png", tarfile.XHDTYPE),
+        ("b.png", tarfile.XGLTYPE),
+        ("b.png", tarfile.GNUTYPE_SPARSE),
+    ],
+)
+def test_a_forged_size_ends_a_shard(name, kind, size, suffix, tmp_path):
+    pairs = write_tar(tmp_path / "good.tar", [{"txt": "a"}, {"txt": "not known to be whole"}])
+    content = pairs.read_bytes()[:2048] + forged(name, size, kind) + bytes(2048)
+    path = tmp_path / f"forged{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix == ".tar.gz" else content)
+    record, *_, last = TarShard(str(path))
+    assert record["caption"] == "a"
+    assert last.reason == "broken tar file"
+
+
+@pytest.mark.slow
+def test_a_training_ends_at_a_forged_shard(tmp_path):
+    (tmp_path / "forged.tar").write_bytes(forged("a.png", 1 << 62) + bytes(2048))
+    options = ["--preset=tiny", "--tokenizer=examples/trips-tiny-scenes", f"--output_dir={tmp_path / 'out'}"]
+    options += ["--use_cpu=True", "--do_eval=False", "--max_steps=1", f"--train_shards={tmp_path / 'forged.tar'}"]
+    (ended,) = run_scripts([["run_pretraining", *options]])
+    assert ended.code == 1
+    assert "forged.tar" in ended.message
+
+
+def zipped_zeros(path: Path, files: dict[str, int], kind: bytes = tarfile.REGTYPE) -> TarShard:
+    """Return a small tar file of zeros with these names and sizes in MiB."""
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        for name, size in files.items():
+            file.write(forged(name, size << 20, kind))
+            for _ in range(size):
+                file.write(bytes(1 << 20))
+        file.write(bytes(1024))
+    return TarShard(str(path))
+
+
+def most_memory(records: Iterable) -> int:
+    """Return the most bytes that Python holds while records are read one by one."""
     tracemalloc.start()
-    fault, record = shard
+    for _ in records:
+        pass
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert fault.source.endswith("/bomb")
-    assert record["caption"] == "good"
-    assert most < 16 << 20
+    return most
+
+
+def test_the_files_of_a_pair_are_bounded_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(streams, "MAX_PAIR_BYTES", 8 << 20)
+    files = {"a.png": 30, "b.png": 5, "b.jpg": 5, "c.txt": 2, "d.png": 5, "d.txt": 1}
+    shard = zipped_zeros(tmp_path / "zeros.tar.gz", files)
+    *faults, good = shard
+    assert [Path(fault.source).name for fault in faults] == ["a", "b", "c"]
+    assert {fault.reason for fault in faults} == {"a file too large"}
+    assert len(good["image"]) == 5 << 20
+    assert most_memory(shard) < 20 << 20
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_long_headers_of_a_tar_file_are_not_read(kind, tmp_path):
+    shard = zipped_zeros(tmp_path / "zeros.tar.gz", {"a.png": 30}, kind)
+    assert most_memory(shard) < 5 << 20
+
+
+def test_a_shuffled_block_is_bounded(tmp_path, monkeypatch):
+    buffer = io.BytesIO()
+    PIL.Image.new("RGB", (512, 680)).save(buffer, "BMP")  # 1 MB
+    path = write_tar(tmp_path / "large.tar", [{"bmp": buffer.getvalue(), "txt": "a"} for _ in range(20)])
+    monkeypatch.setattr(streams, "MAX_BLOCK_BYTES", 4_000_000)
+    assert most_memory(islice(PairStream([TarShard(str(path))]), 20)) < 9_000_000
+
+
+def test_a_block_that_ends_early_resumes(tars, monkeypatch):
+    monkeypatch.setattr(streams, "MAX_BLOCK_BYTES", 2000)
+    stream = PairStream(find_shards([tars]))
+    rows = captions(take(stream, 40))
+    assert set(rows[:26]) == ALL
+    for done in range(1, 30):
+        stream = PairStream(find_shards([tars]))
+        take(stream, done)
+        state = json.loads(json.dumps(stream.state_dict()))
+        resumed = PairStream(find_shards([tars]))
+        resumed.load_state_dict(state)
+        assert captions(take(resumed, 8)) == rows[done : done + 8]
 
 
 def test_too_many_bad_pairs_stop_the_stream(tmp_path):

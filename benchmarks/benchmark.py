@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from measuring import OutputArguments, run_benchmark
 from tqdm.auto import tqdm
 
-from modeling_trips import SelectionSchedule
 from modeling_trips.configuration_trips import PRESETS
 from modeling_trips.inspection.speed import MODES, Setting, measure
 from trips_examples.data.source import option
@@ -51,12 +50,11 @@ class BenchmarkArguments(OutputArguments):
     seed: int = option(0, "Seed of weights and inputs.")
 
 
-def settings_of(args: BenchmarkArguments) -> list[tuple[SelectionSchedule, Setting]]:
+def settings_of(args: BenchmarkArguments) -> list[Setting]:
     """Return what is measured: each schedule at each setting."""
-    schedules = [SelectionSchedule.parse(text) for text in args.schedule]
     settings = []
     for mode, dtype, image_size, batch_size, texts_per_image, schedule in itertools.product(
-        args.mode, args.dtype, args.image_size, args.batch_size, args.texts_per_image, schedules
+        args.mode, args.dtype, args.image_size, args.batch_size, args.texts_per_image, args.schedule
     ):
         setting = Setting(
             preset=args.preset,
@@ -71,9 +69,9 @@ def settings_of(args: BenchmarkArguments) -> list[tuple[SelectionSchedule, Setti
             compile=args.compile,
             clock=args.clock,
             config_fields=json.loads(args.config_fields),
-            **schedule.config_fields,
+            schedule=schedule,
         )
-        settings.append((schedule, setting))
+        settings.append(setting)
     return settings
 
 
@@ -94,10 +92,9 @@ def print_table(rows: list[dict], args: BenchmarkArguments):
 
 def main(argv: list[str] | None = None) -> list[dict]:
     def measure_all(args: BenchmarkArguments) -> Iterator[dict]:
-        for schedule, setting in tqdm(settings_of(args), desc="settings"):
+        for setting in tqdm(settings_of(args), desc="settings"):
             has_gate = "selection_gate" in setting.config_fields
-            row = {"schedule": str(schedule), "gate": "yes" if has_gate else "no"}
-            yield row | measure(setting, args.warmup, args.repeats)
+            yield {"gate": "yes" if has_gate else "no"} | measure(setting, args.warmup, args.repeats)
 
     return run_benchmark(
         arguments_class=BenchmarkArguments,

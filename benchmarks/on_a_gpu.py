@@ -27,7 +27,6 @@ from measuring import OutputArguments, run_benchmark
 from tqdm.auto import tqdm
 from transformers import LlavaConfig
 
-from modeling_trips import SelectionSchedule
 from modeling_trips.inspection.speed import MODES, Setting, measure
 from modeling_trips.serving_vllm.settings import ARCHITECTURES
 from trips_examples.data.source import option
@@ -82,7 +81,7 @@ def encoder_rows(args: GpuArguments) -> Iterator[dict]:
             dtype="bfloat16",
             device=args.device,
             **KINDS[kind],
-            **SelectionSchedule.parse(schedules[texts_per_image]).config_fields,
+            schedule=schedules[texts_per_image],
         )
         row = {"part": "encoder", "kind": kind, "schedule": schedules[texts_per_image]}
         try:

@@ -26,7 +26,6 @@ TRANSFORMERS = "transformers>=5.20,<6"  # as in pyproject.toml
 require_version(TRANSFORMERS, f'Run `pip install -U "{TRANSFORMERS}"`.')
 
 import copy
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -57,17 +56,30 @@ def _as_pair(field: str, size: int | list[int] | tuple[int, int]) -> tuple[int, 
     return pair
 
 
-def _one_per_layer(field: str, value, layers: Sequence[int]) -> list:
-    """Return the values of a field that has one value for all selection layers, or one for each."""
-    if isinstance(value, (list, tuple)):
-        values = list(value)
-    else:
-        values = [value] * len(layers)
-    if len(values) != len(layers):
-        raise ValueError(
-            f"`{field}` must be one value or one per selection layer, got {value} for the layers {layers}."
-        )
-    return values
+SCHEDULE = "5:text:0.7,10:text:0.7"  # of the paper
+
+
+def _part_of_schedule(name: str) -> property:
+    """Return the property in the place of a field of earlier versions."""
+
+    def refuse(config, value=None):
+        raise ValueError(f"`{name}` is a part of `schedule`, as in schedule={SCHEDULE!r}.")
+
+    return property(refuse, refuse)
+
+
+def _schedule_of_lists(selection_layers=(5, 10), keep_rate=0.7, selection_guidance="text") -> str:
+    """Return the schedule of a configuration of earlier versions: values for all layers, or one for each."""
+    layers = list(selection_layers)
+    columns = [layers]
+    for name, values in (("selection_guidance", selection_guidance), ("keep_rate", keep_rate)):
+        if not isinstance(values, (list, tuple)):
+            values = [values] * len(layers)
+        if len(values) != len(layers):
+            raise ValueError(f"`{name}` must be one value or one per selection layer, got {len(values)} values.")
+        columns.append(values)
+    entries = [f"{layer}:{guidance}:{rate}" for layer, guidance, rate in zip(*columns)]
+    return ",".join(entries) or str(UNPRUNED)
 
 
 @auto_docstring(custom_intro="Configuration of a [`TripsVisionModel`]: a ViT with text-relevant patch selection.")
@@ -84,15 +96,13 @@ class TripsVisionConfig(PreTrainedConfig):
         Whether the patch embedding has a bias. CLIP has none.
     use_pre_layernorm (`bool`, *optional*, defaults to `False`):
         Whether the embeddings are normalised before the first layer, as in CLIP.
-    selection_layers (`list[int]`, *optional*, defaults to `[5, 10]`):
-        Layers that select patches, numbered from 1, ascending. An empty list is a plain ViT.
-    keep_rate (`float` or `list[float]`, *optional*, defaults to 0.7):
-        Share of the candidate tokens that a selection layer keeps, in (0, 1]: one rate, or one per layer. 1.0 turns a
-        layer's selection off.
-    selection_guidance (`str` or `list[str]`, *optional*, defaults to `"text"`):
-        What scores the patches: `"text"` (the text's [CLS]), `"image"` (the ViT's own [CLS]), or `"random"`; one for
-        all selection layers, or one per layer. `"random"` draws from PyTorch's generator for each image, in evaluation
-        as well. All texts of an image share its computation up to the first layer that a text guides.
+    schedule (`str` or [`SelectionSchedule`], *optional*, defaults to `"5:text:0.7,10:text:0.7"`):
+        Layers that select patches, numbered from 1, ascending, what scores the patches there, and the share of the
+        candidate tokens that is kept, in (0, 1]. `"text"` is the text's [CLS], `"image"` the ViT's own; `"random"`
+        draws from PyTorch's generator for each image, in evaluation as well. All texts of an image share its
+        computation up to the first layer that a text scores. `"unpruned"` is a plain ViT. It is read as a
+        [`SelectionSchedule`]. The lists of earlier versions (`selection_layers`, `keep_rate`, `selection_guidance`)
+        are still read.
     fuse_inattentive_tokens (`bool`, *optional*, defaults to `True`):
         Whether the tokens that are not kept become one fused token, or are dropped.
     selection_gate (`float`, *optional*, defaults to 0.0):
@@ -109,7 +119,7 @@ class TripsVisionConfig(PreTrainedConfig):
     ```python
     >>> from modeling_trips import TripsVisionConfig, TripsVisionModel
 
-    >>> configuration = TripsVisionConfig(selection_layers=[2, 4, 8], keep_rate=0.7)
+    >>> configuration = TripsVisionConfig(schedule="2:image:0.7,8:text:0.3")
     >>> model = TripsVisionModel(configuration)
     ```"""
 
@@ -132,30 +142,30 @@ class TripsVisionConfig(PreTrainedConfig):
     patch_embedding_type: Literal["linear", "convolutional"] = "linear"
     patch_bias: bool = True
     use_pre_layernorm: bool = False
-    selection_layers: list[int] | tuple[int, ...] = (5, 10)
-    keep_rate: float | int | list[float | int] | tuple[float | int, ...] = 0.7
-    selection_guidance: str | list[str] | tuple[str, ...] = "text"
+    schedule: str | SelectionSchedule = SCHEDULE
     fuse_inattentive_tokens: bool = True
     selection_gate: float | int = probability(default=0.0)
     guidance_hidden_size: int | None = None
 
+    selection_layers = _part_of_schedule("selection_layers")
+    keep_rate = _part_of_schedule("keep_rate")
+    selection_guidance = _part_of_schedule("selection_guidance")
+
     def __post_init__(self, **kwargs):
-        self.selection_layers = list(self.selection_layers)
+        old_names = kwargs.keys() & {"selection_layers", "keep_rate", "selection_guidance"}
+        old_fields = {name: kwargs.pop(name) for name in old_names}
+        if old_fields and str(self.schedule) == SCHEDULE:
+            self.schedule = _schedule_of_lists(**old_fields)
         self.architectures = self.architectures or []  # the Auto classes search it for the one of two models
         super().__post_init__(**kwargs)
 
-    @property
-    def schedule(self) -> SelectionSchedule:
-        """
-        The selection fields as one value. The tower reads it in each forward pass, so that changed fields take effect.
+    def __setattr__(self, name: str, value):
+        if name == "schedule" and isinstance(value, str):
+            value = SelectionSchedule.parse(value)
+        super().__setattr__(name, value)
 
-        Raises:
-            ValueError: A field is out of its range.
-        """
-        guidances = _one_per_layer("selection_guidance", self.selection_guidance, self.selection_layers)
-        keep_rates = _one_per_layer("keep_rate", self.keep_rate, self.selection_layers)
-        selections = tuple(map(LayerSelection, guidances, keep_rates))
-        return SelectionSchedule(layers=tuple(self.selection_layers), selections=selections)
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "schedule": str(self.schedule)}
 
     @property
     def patch_shape(self) -> tuple[int, int]:
@@ -306,9 +316,7 @@ class TripsDecoderConfig(TripsTextConfig):
 OWN_TEXT_FIELDS = {"num_hidden_layers", "is_decoder", "pooling_mode"}
 # Fields of parts that are also fields of the whole.
 PART_FIELDS = {
-    "selection_layers": "vision_config",
-    "keep_rate": "vision_config",
-    "selection_guidance": "vision_config",
+    "schedule": "vision_config",
     "selection_gate": "vision_config",
     "fuse_inattentive_tokens": "vision_config",
     "image_size": "vision_config",
@@ -368,7 +376,7 @@ class TripsConfig(PreTrainedConfig):
     ```python
     >>> from modeling_trips import TripsConfig, TripsModel
 
-    >>> configuration = TripsConfig.from_preset("tiny", keep_rate=0.5)
+    >>> configuration = TripsConfig.from_preset("tiny", schedule="2:text:0.1")
     >>> model = TripsModel(configuration)
     ```"""
 
@@ -415,9 +423,10 @@ class TripsConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     decoder_start_token_id: int | None = None
 
-    selection_layers = _part_field("selection_layers")
-    keep_rate = _part_field("keep_rate")
-    selection_guidance = _part_field("selection_guidance")
+    schedule = _part_field("schedule")
+    selection_layers = _part_of_schedule("selection_layers")
+    keep_rate = _part_of_schedule("keep_rate")
+    selection_guidance = _part_of_schedule("selection_guidance")
     selection_gate = _part_field("selection_gate")
     fuse_inattentive_tokens = _part_field("fuse_inattentive_tokens")
     image_size = _part_field("image_size")
@@ -517,8 +526,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "image_size": 64,
             "patch_size": 8,
             "patch_embedding_type": "convolutional",
-            "selection_layers": [2, 3],
-            "keep_rate": 0.5,
+            "schedule": "2:text:0.5,3:text:0.5",
             "initializer_range": 0.08,  # about 128 ** -0.5; 0.02 suits widths of about 768 and is far slower here
         },
         "text_config": {

@@ -64,9 +64,7 @@ class LayerSelection(NamedTuple):
         if not 0 < self.keep_rate <= 1:
             raise ValueError(f"`keep_rate` must be in (0, 1], got {self.keep_rate}.")
         if self.only_scores and (self.guidance == "random" or self.keep_rate < 1):
-            raise ValueError(
-                f"A layer that only scores needs guidance 'text' or 'image' and keep rate 1.0, got {self}."
-            )
+            raise ValueError(f"A layer that only scores needs 'text' or 'image' and keep rate 1.0, got {self}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,15 +184,6 @@ class SelectionSchedule:
             raise ValueError(f"`keep_rate` needs a schedule of one selection layer, got {self}. Give a schedule.")
         selection = self.selections[0]._replace(keep_rate=keep_rate)
         return SelectionSchedule(layers=self.layers, selections=(selection,))
-
-    @property
-    def config_fields(self) -> dict:
-        """Fields of [`TripsVisionConfig`], with one guidance and one rate per layer."""
-        return {
-            "selection_layers": list(self.layers),
-            "keep_rate": [selection.keep_rate for selection in self.selections],
-            "selection_guidance": [selection.guidance for selection in self.selections],
-        }
 
 
 UNPRUNED = SelectionSchedule()

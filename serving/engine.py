@@ -16,7 +16,7 @@ from anyio import to_thread
 from prometheus_client import Counter
 from starlette.exceptions import HTTPException
 
-from modeling_trips import SelectionSchedule, TripsImageCache
+from modeling_trips import TripsImageCache
 from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint, load_processor
 from modeling_trips.untrusted_images import IsolatedDecoder
 
@@ -125,9 +125,7 @@ class Engine:
     def _load(self) -> Any:
         settings = self.settings
         if not is_exported(settings.model):
-            fields = {}
-            if settings.schedule:
-                fields = SelectionSchedule.parse(settings.schedule).config_fields
+            fields = {"schedule": settings.schedule} if settings.schedule else {}
             model = load_checkpoint(settings.model, revision=settings.revision, dtype=settings.dtype, **fields)
             device = settings.device
             if device == "auto":

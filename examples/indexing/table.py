@@ -15,7 +15,7 @@ import lance
 import pyarrow as pa
 import torch
 
-from modeling_trips import SelectionSchedule, TripsForPreTraining, TripsForRetrieval, TripsProcessor
+from modeling_trips import TripsForPreTraining, TripsForRetrieval, TripsProcessor
 from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint, load_processor
 from trips_examples.indexing.sources import ROW_SCHEMA
 
@@ -43,7 +43,7 @@ def load_model(
     Load a checkpoint with a head for retrieval, or an exported one, in evaluation mode. `schedule` replaces that of
     the checkpoint (`5:image:0.7,12:text:0.3`), and `dtype` that of the stored weights; an exported model has neither.
     """
-    options = SelectionSchedule.parse(schedule).config_fields if schedule else {}
+    options = {"schedule": schedule} if schedule else {}
     if dtype != "auto":
         options["dtype"] = dtype
     if not is_exported(checkpoint):

@@ -5,10 +5,11 @@ Checks of options that a script makes at once, before it imports what takes seco
 import difflib
 import errno
 import functools
-import json
 import re
 from collections.abc import Iterable
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import huggingface_hub
 import transformers
@@ -21,46 +22,24 @@ from trips_examples.training.recipe import TOWERS
 
 # The schedule
 
-SCHEDULE_FORM = "layer:guidance:keep_rate with the guidance text, image or random, as in 6:image:0.5,9:text:0.5"
-SCHEDULE_ENTRY = re.compile(r"([1-9]\d*)(?::(text|image|random)?(?::([\d.]+(?:e-?\d+)?)?)?)?")
-# Vision layers of starts that have no configuration in a folder.
-PRESETS = {"tiny": 4, "small": 12, "base": 12}
-KNOWN_LAYERS = {**PRESETS, "facebook/dinov2-small": 12}
+
+@functools.cache
+def schedule_module() -> ModuleType:
+    """Return `modeling_trips.schedule_trips` without the package around it, whose import takes seconds."""
+    package = find_spec("modeling_trips")
+    path = Path(package.origin).with_name("schedule_trips.py")
+    spec = spec_from_file_location("modeling_trips.schedule_trips", path)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def check_schedule(text: str) -> int:
-    """
-    Return the last layer of a `--schedule`, 0 of an unpruned one. `SelectionSchedule.parse` reads the same texts, but
-    takes seconds to import.
-
-    Raises:
-        ValueError: The schedule has another form, or a value is out of its range.
-    """
-    last_layer = 0
-    if text == "unpruned":
-        return last_layer
-    for entry in text.split(","):
-        found = SCHEDULE_ENTRY.fullmatch(entry.strip())
-        if found is None:
-            raise ValueError(f"--schedule has entries {SCHEDULE_FORM}, or is unpruned. Got {entry!r}.")
-        layer, _, keep_rate = found.groups()
-        if int(layer) <= last_layer:
-            raise ValueError(f"--schedule must name its layers in ascending order, got {text}.")
-        if keep_rate is not None and not 0 < float(keep_rate) <= 1:
-            raise ValueError(f"--schedule must have keep rates in (0, 1], got {keep_rate}.")
-        last_layer = int(layer)
-    return last_layer
-
-
-def check_layers(schedule: str, start: str):
-    """Raise a `ValueError` if a schedule has a layer behind the last one of a preset or model, if that is known."""
-    num_layers = KNOWN_LAYERS.get(start)
-    path = Path(start, "config.json")
-    if path.is_file():
-        config = json.loads(path.read_text(encoding="utf-8"))
-        num_layers = (config.get("vision_config") or config).get("num_hidden_layers")
-    if num_layers is not None and check_schedule(schedule) > num_layers:
-        raise ValueError(f"--schedule must have layers in 1..{num_layers} for {start}, got {schedule}.")
+def check_schedule(text: str):
+    """Raise a `ValueError` that names the option if a `--schedule` has another form, or a value out of its range."""
+    try:
+        schedule_module().SelectionSchedule.parse(text)
+    except ValueError as error:
+        raise ValueError(f"--schedule {text}: {error}") from error
 
 
 # Names of models

@@ -167,6 +167,7 @@ def load_start(
     else:
         config, processor = _start_from_scratch(args, scene_size, fields)
     num_layers = config.vision_config.num_hidden_layers
+    config.vision_config.schedule.check_fits(num_layers)
     num_frozen = args.freeze_vision_layers or 0
     if not 0 <= num_frozen <= num_layers:
         raise ValueError(f"--freeze_vision_layers must be in 0..{num_layers} for this tower, got {num_frozen}.")
@@ -371,8 +372,7 @@ def choose_schedule(config: TripsConfig, texts_per_image: float, text_length: in
         macs[by_image] / macs[UNPRUNED],
         chosen,
     )
-    for name, value in chosen.config_fields.items():
-        setattr(config.vision_config, name, value)
+    config.vision_config.schedule = chosen
 
 
 def log_costs(config: TripsConfig, texts_per_image: float, texts_in_batch: float, text_length: int):

@@ -16,8 +16,6 @@ from transformers.hf_argparser import HfArgumentParser
 
 from trips_examples.data.source import DataArguments, option
 from trips_examples.training.checks import (
-    PRESETS,
-    check_layers,
     check_model,
     check_options,
     check_output,
@@ -30,6 +28,7 @@ from trips_examples.training.recipe import SCHEDULES, UNPRUNED_SHARE, recipe
 
 # Options that are fields of `TripsConfig`.
 CONFIG_FIELDS = {
+    "schedule",
     "selection_gate",
     "selection_loss_weight",
     "attention_loss_weight",
@@ -96,20 +95,16 @@ class ModelArguments:
             raise ValueError("--model and --vision_model_name_or_path exclude each other. Give one.")
         if self.num_fusion_layers is not None and not self.starts_from_parts:
             raise ValueError("--num_fusion_layers needs --vision_model_name_or_path.")
-        if self.preset is not None and self.preset not in PRESETS:
-            raise ValueError(f"--preset must be one of {', '.join(PRESETS)}, got {self.preset}.")
         if self.selection_gate is not None and not 0 <= self.selection_gate <= 1:
             raise ValueError(f"--selection_gate must be in [0, 1], got {self.selection_gate}.")
         if self.schedule is not None:
             check_schedule(self.schedule)
 
     def check_start(self):
-        """Raise an error for a model or tokenizer that cannot be read, or a schedule with more layers than it has."""
+        """Raise an error for a model or tokenizer that cannot be read."""
         for name in ("model", "vision_model_name_or_path", "text_model_name_or_path", "tokenizer"):
             if getattr(self, name) is not None:
                 check_model(f"--{name}", getattr(self, name))
-        if self.schedule is not None:
-            check_layers(self.schedule, self.model or self.vision_model_name_or_path or self.preset or "tiny")
 
     @property
     def starts_from_parts(self) -> bool:
@@ -124,17 +119,8 @@ class ModelArguments:
 
 
 def config_fields(arguments) -> dict:
-    """Return the fields of `TripsConfig` that the given options set. `--schedule` sets those of the selection."""
-    fields = {}
-    for name, value in vars(arguments).items():
-        if name in CONFIG_FIELDS and value is not None:
-            fields[name] = value
-    schedule = getattr(arguments, "schedule", None)
-    if schedule is not None:
-        from modeling_trips import SelectionSchedule  # slow to import
-
-        fields |= SelectionSchedule.parse(schedule).config_fields
-    return fields
+    """Return the fields of `TripsConfig` that the given options set."""
+    return {name: value for name, value in vars(arguments).items() if name in CONFIG_FIELDS and value is not None}
 
 
 @dataclass

@@ -37,16 +37,12 @@ def blip_plan(
         source (`dict[str, torch.Tensor]`): State dict of the model.
         blip_config ([`BlipConfig`]): Configuration of the model.
         image_size (`int`, *optional*): New resolution, for which positions are interpolated.
-        selection: Fields of [`TripsConfig`] that set the selection. Default guidance: `"image"`.
+        selection: Fields of [`TripsConfig`] that set the selection. Default: the paper's, by the image.
 
     Raises:
         ConversionError: The guidance is `"text"` in any layer.
     """
-    selection = {"selection_guidance": "image"} | selection
-    if "text" in selection["selection_guidance"]:  # as the one for all layers, or as one of several
-        raise ConversionError(
-            "`selection_guidance` cannot be 'text', because BLIP has no text-only layers. Use 'image'."
-        )
+    selection = {"schedule": "5:image:0.7,10:image:0.7"} | selection
     vision = blip_config.vision_config
     text = blip_config.text_config
     config = make_config(
@@ -65,6 +61,9 @@ def blip_plan(
         },
         **selection,
     )
+    schedule = config.vision_config.schedule
+    if schedule.text_layers:
+        raise ConversionError(f"BLIP has no text-only layers to score by the text. Use 'image', got {schedule}.")
     grid = TripsVisionConfig(image_size=vision.image_size, patch_size=vision.patch_size).grid_size
     embeddings = "text_decoder.bert.embeddings.word_embeddings.weight"
     lm_rules, left_out, tied = lm_head_rules("lm_head", "text_decoder.cls.predictions", embeddings, source)

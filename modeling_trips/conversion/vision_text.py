@@ -82,7 +82,7 @@ def from_vision_text_pretrained(
         pooling_mode (`str`, *optional*): `"cls"` or `"mean"`, see [`TripsTextConfig`]. Default: `"mean"` for a model
             of Sentence Transformers that has it, else `"cls"`.
         output_loading_info (`bool`, *optional*, defaults to `False`): Also return the report.
-        fields: Other fields of [`TripsConfig`], such as `keep_rate`.
+        fields: Other fields of [`TripsConfig`], such as `schedule`.
 
     Returns:
         The model in evaluation mode, or `(model, ConversionReport)`.

@@ -12,7 +12,6 @@ import json
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -58,16 +57,9 @@ def main(argv: list[str] | None = None):
         help=f"JSONL file whose first {NUM_CALIBRATION_ROWS} rows calibrate 8-bit activations (int8).",
     )
     parser.add_argument("--image_root", help="Root of the paths in --calibration_file. Default: its folder.")
-    parser.add_argument(
-        "--keep_rate",
-        type=float,
-        nargs="+",
-        help="Share of the tokens kept: one value, or one per layer. 1.0: unpruned.",
-    )
+    parser.add_argument("--schedule", help="In place of the checkpoint's: 6:image:0.5,9:text:0.5, or unpruned.")
     args = parser.parse_args(argv)
-    fields: dict[str, Any] = {}
-    if args.keep_rate is not None:
-        fields["keep_rate"] = args.keep_rate if len(args.keep_rate) > 1 else args.keep_rate[0]
+    fields = {} if args.schedule is None else {"schedule": args.schedule}
     model = load_checkpoint(args.model, dtype="float32", **fields)
     processor = load_processor(args.model, model.config)
     calibration = None

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from ..configuration_trips import SelectionSchedule
 from ..modeling_trips_vision import TripsSelection
+from ..schedule_trips import SelectionSchedule
 from .blip import BlipCaptioner, BlipWithText, remove_text_guidance
 from .host import Host
 from .layers import ModuleWrapper, SelectionLayer, SelectionPass, lookup, selecting_layers

@@ -14,7 +14,7 @@ from inspect import signature
 import torch
 from transformers import PreTrainedModel
 
-from ..configuration_trips import SelectionSchedule
+from ..schedule_trips import SelectionSchedule
 from .vision import VisionTower
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from ..configuration_trips import LayerSelection, SelectionSchedule
+from ..schedule_trips import LayerSelection, SelectionSchedule
 from .layers import SelectionLayer, check_forward, library_name
 
 
@@ -58,6 +58,8 @@ class Host:
                 + ("" if last == len(self.layers) else f" Layers from {last + 1} on need all tokens.")
             )
         for selection in schedule.selections:
+            if selection.only_scores:
+                raise ValueError(f"Layers of {name} must have a keep rate, got {schedule}.")
             if selection.guidance not in self.guidances:
                 raise ValueError(f"Layers of {name} must be scored by {' or '.join(self.guidances)}, got {schedule}.")
             if selection.guidance == "text" and self.no_text is not None:

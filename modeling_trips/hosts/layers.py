@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..configuration_trips import LayerSelection
 from ..modeling_trips_vision import TripsSelection
 from ..patch_selection import (
     FUSED_TOKEN,
@@ -17,6 +16,7 @@ from ..patch_selection import (
     random_scores,
     score_tokens,
 )
+from ..schedule_trips import LayerSelection
 
 
 PADDING = -2  # index of a unit that a shorter row of a record lacks

@@ -5,7 +5,6 @@ from torch import nn
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 
-from ..configuration_trips import SelectionSchedule
 from ..patch_selection import (
     TokenChoice,
     TokenSelector,
@@ -15,6 +14,7 @@ from ..patch_selection import (
     positions_of,
     score_tokens,
 )
+from ..schedule_trips import SelectionSchedule
 from .host import Host
 from .layers import ModuleWrapper, Projections, SelectionLayer, SelectionPass
 

@@ -17,7 +17,8 @@ from modeling_trips import TripsConfig, TripsPreTrainedModel, TripsProcessor
 
 EXPORT_MANIFEST = "export.json"
 # Fields of a configuration that count parts or list them. Each part has at least one weight.
-COUNTS = ("num_hidden_layers", "num_images", "num_labels", "selection_layers", "keep_rate", "selection_guidance")
+COUNTS = ("num_hidden_layers", "num_images", "num_labels", "schedule")
+COUNTS += ("selection_layers", "keep_rate", "selection_guidance")  # of earlier versions, in place of the schedule
 MAX_SEQUENCES = 64  # beams and returned sequences of a generation
 
 
@@ -56,7 +57,7 @@ def load_checkpoint(
         name (`str` or `Path`): Folder or Hub repository of a checkpoint.
         heads (`Sequence[type]`, *optional*): Accepted model classes. By default every model of this project.
         revision (`str`, *optional*, defaults to `"main"`): Branch, tag or commit on the Hub.
-        options: Passed to `from_pretrained`, such as `dtype` or `keep_rate`.
+        options: Passed to `from_pretrained`, such as `dtype` or `schedule`.
 
     Raises:
         OSError: There is no such checkpoint.
@@ -121,6 +122,7 @@ def _check_counts(name: str | Path, revision: str) -> int:
     for fields in (content, *sub_configs):
         for field in COUNTS:
             value: Any = fields.get(field, 0)
+            value = value.split(",") if isinstance(value, str) else value
             number = len(value) if isinstance(value, list) else value
             if not isinstance(number, int | float):
                 continue

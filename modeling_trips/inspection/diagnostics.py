@@ -7,8 +7,8 @@ import math
 
 import torch
 
-from ..configuration_trips import SelectionSchedule
 from ..modeling_trips_vision import TripsSelection
+from ..schedule_trips import SelectionSchedule
 
 
 SAME = 0.1  # sensitivity below which the choice does not depend on the text or image

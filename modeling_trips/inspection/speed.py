@@ -36,9 +36,7 @@ class Setting:
     batch_size: int  # images
     texts_per_image: int  # which share its cached image states
     text_length: int  # tokens
-    selection_layers: list[int]
-    keep_rate: float | list[float]  # one value, or one per layer
-    selection_guidance: str | list[str] = "text"  # one value, or one per layer
+    schedule: str
     mode: str = "forward"
     dtype: str = "float32"  # of weights and images
     attn_implementation: str = "sdpa"
@@ -58,9 +56,7 @@ class Setting:
         config = TripsConfig.from_preset(
             self.preset,
             vision_config={"image_size": self.image_size},
-            selection_layers=self.selection_layers,
-            keep_rate=self.keep_rate,
-            selection_guidance=self.selection_guidance,
+            schedule=self.schedule,
             **self.config_fields,
         )
         dtype = getattr(torch, self.dtype)
@@ -96,10 +92,10 @@ def make_step(setting: Setting, model: Callable, inputs: dict[str, Any]) -> Call
     return step
 
 
-def count_macs(setting: Setting, keep_rate: float | list[float]) -> int:
+def count_macs(setting: Setting, schedule: str) -> int:
     """Count the MACs of all matrix products and convolutions of one step on the meta device."""
     # The counter needs eager attention.
-    model = replace(setting, keep_rate=keep_rate, attn_implementation="eager").make_model("meta")
+    model = replace(setting, schedule=schedule, attn_implementation="eager").make_model("meta")
     with FlopCounterMode(display=False) as counter:
         make_step(setting, model, setting.make_inputs(model))()
     return counter.get_total_flops() // 2
@@ -166,7 +162,7 @@ def measure(setting: Setting, warmup: int, repeats: int) -> dict:
         steps, warmup, repeats, clock=setting.clock, device=setting.device, prepare=model.zero_grad
     )
     latency = {name: statistics.median(values) for name, values in seconds.items()}
-    macs = {"pruned": count_macs(setting, setting.keep_rate), "unpruned": count_macs(setting, 1.0)}
+    macs = {"pruned": count_macs(setting, setting.schedule), "unpruned": count_macs(setting, "unpruned")}
     return {
         **asdict(setting),
         "macs": macs["pruned"],

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from transformers import PreTrainedConfig
 
-from ..configuration_trips import SelectionSchedule
 from ..hosts.vlm.families import Family
 from ..hosts.vlm.guide import TextGuide
 from ..hosts.vlm.visual_tokens import ExitSelection, text_after_images
 from ..hosts.vlm.wrapper import check_generative
 from ..patch_selection import num_kept_tokens
+from ..schedule_trips import SelectionSchedule
 
 
 # Architecture of vLLM for each type of model.
@@ -71,8 +71,8 @@ class ServingSettings:
         if self.visual_scorer not in SCORERS:
             raise ValueError(f"`visual_scorer` must be one of {', '.join(SCORERS)}, got {self.visual_scorer!r}.")
         tower = SelectionSchedule.parse(self.schedule)
-        if any(selection.guidance not in ("text", "image") for selection in tower.selections):
-            raise ValueError(f"Layers in vLLM must be scored by the text or the image, got {tower}.")
+        if any(selection.guidance == "random" or selection.only_scores for selection in tower.selections):
+            raise ValueError(f"Layers in vLLM must keep a share scored by the text or the image, got {tower}.")
         object.__setattr__(self, "tower", tower)
         at_exit = ExitSelection(self.visual_tokens, self.keep_rate, self.visual_scorer)
         object.__setattr__(self, "at_exit", at_exit)

@@ -18,9 +18,6 @@ def test_a_schedule_has_a_guidance_and_a_rate_per_layer(tmp_path, capsys):
     rows = json.loads(path.read_text())
     assert [row["schedule"] for row in rows] == schedules * 2
     assert [row["texts_per_image"] for row in rows] == [1, 1, 3, 3]
-    assert rows[0]["selection_layers"] == [2, 4]
-    assert rows[0]["selection_guidance"] == ["image", "text"]
-    assert rows[0]["keep_rate"] == [0.5, 0.25]
     assert rows[0]["tokens_per_layer"] == [65, 34, 34, 11]
     for row in rows:
         assert row["config_fields"] == fields

@@ -16,7 +16,7 @@ TASKS = ["question-answering", "retrieval", "pretraining"]
 def convert_albef(source, **options):
     options = {
         "num_attention_heads": TINY.num_heads,
-        "keep_rate": 1.0,
+        "schedule": "unpruned",
         "bos_token_id": 1,
         "eos_token_id": 2,
         **options,

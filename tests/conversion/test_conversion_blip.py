@@ -21,7 +21,7 @@ def blip() -> BlipForQuestionAnswering:
 
 
 def convert_blip(blip, **options):
-    plan = blip_plan(blip.state_dict(), blip.config, **{"selection_layers": [2], "keep_rate": 1.0, **options})
+    plan = blip_plan(blip.state_dict(), blip.config, **{"schedule": "unpruned", **options})
     model = TripsForQuestionAnswering(plan.config).eval()
     return model, load_converted(model, blip.state_dict(), plan)
 
@@ -48,14 +48,14 @@ def test_converted_blip_gives_the_same_outputs(blip):
 
 @torch.no_grad()
 def test_blip_selection_is_scored_by_the_image(blip, tmp_path):
-    model, _ = convert_blip(blip, keep_rate=0.5)
+    model, _ = convert_blip(blip, schedule="2:image:0.5")
     model.save_pretrained(tmp_path)
     model = TripsForQuestionAnswering.from_pretrained(tmp_path)
-    assert model.config.vision_config.selection_guidance == "image"
+    assert str(model.config.schedule) == "2:image:0.5"
     pixel_values = torch.randn(1, 3, 16, 16).expand(2, -1, -1, -1)
     (selection,) = model.model(input_ids=torch.tensor([[5, 6], [9, 8]]), pixel_values=pixel_values).selection
     first, second = selection.kept_indices
     assert len(first) == 8
     assert torch.equal(first, second)
-    with pytest.raises(ConversionError, match="`selection_guidance` cannot be 'text'"):
-        convert_blip(blip, selection_guidance="text")
+    with pytest.raises(ConversionError, match="text-only"):
+        convert_blip(blip, schedule="2:text:0.5")

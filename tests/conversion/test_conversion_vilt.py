@@ -48,12 +48,11 @@ def run_vilt(vilt):
     return text, torch.cat((class_token, patches), dim=1)
 
 
-@pytest.mark.parametrize("selection", [{"keep_rate": 1.0, "selection_layers": [2, 3]}, {"selection_layers": []}])
 @torch.no_grad()
-def test_without_selection_it_is_vilt(selection):
+def test_without_selection_it_is_vilt():
     vilt = make_vilt()
     text, image = run_vilt(vilt)
-    model, report = from_vilt(vilt, **selection)
+    model, report = from_vilt(vilt, schedule="unpruned")
     assert report.new == []
     assert report.left_out.keys() == {"pooler.dense.weight", "pooler.dense.bias"}
     output = model(IDS, images(4), MASK)
@@ -67,7 +66,7 @@ def test_without_selection_it_is_vilt(selection):
 @torch.no_grad()
 def test_with_selection_it_is_vilt_with_patch_selection(guidance):
     vilt = make_vilt()
-    model, _ = from_vilt(vilt, selection_layers=[2, 3], keep_rate=0.5, selection_guidance=guidance)
+    model, _ = from_vilt(vilt, schedule=f"2:{guidance}:0.5,3:{guidance}:0.5")
     output = model(IDS, images(4), MASK)
     apply_patch_selection(vilt, model.config.vision_config.schedule)
     with record_patch_selection(vilt) as selections:
@@ -84,7 +83,7 @@ def test_with_selection_it_is_vilt_with_patch_selection(guidance):
 def test_vilt_with_a_head_starts_any_head(model_class):
     vilt = make_vilt(ViltForQuestionAnswering, num_labels=3)
     decoder = {"num_hidden_layers": 1, "bos_token_id": 1, "eos_token_id": 2}
-    model, report = from_vilt(vilt, model_class, selection_layers=[2], decoder_config=decoder)
+    model, report = from_vilt(vilt, model_class, schedule="2", decoder_config=decoder)
     assert {name.partition(".")[0] for name in report.left_out} == {"vilt", "classifier"}  # of ViLT itself: the pooler
     assert {name.partition(".")[0] for name in report.new} <= {"decoder", "lm_head", "classifier", "box_head"}
     expected, _ = run_vilt(vilt.vilt)

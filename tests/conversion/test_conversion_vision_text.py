@@ -28,7 +28,7 @@ def make_text(kind: str, num_hidden_layers: int = 5, hidden_size: int = 32) -> P
 
 
 def join(vision, text, model_class=TripsModel, **options):
-    options = {"selection_layers": [2], "keep_rate": 1.0, **options}
+    options = {"schedule": "unpruned", **options}
     return from_vision_text_pretrained(model_class, vision, text, output_loading_info=True, **options)
 
 

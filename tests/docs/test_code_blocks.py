@@ -10,7 +10,7 @@ from albef_reference import TINY, random_checkpoint
 from documents import DOCUMENTS, NOT_RUN, PAGES
 from places import EXAMPLES
 
-from modeling_trips import TripsConfig, TripsForQuestionAnswering
+from modeling_trips import UNPRUNED, TripsConfig, TripsForQuestionAnswering
 from modeling_trips.hosts.apply import HOSTS
 from trips_examples import convert_checkpoint
 from trips_examples.data.tasks import TASKS
@@ -61,11 +61,11 @@ def test_python_blocks_run_as_they_stand_and_what_they_say_is_so(document, demo_
         exec(code, names)
     if str(document) == "docs/use.md":
         assert len(names["boxes"]) == 2 and Path("kept.png").stat().st_size > 1000
-        assert names["keeps_all"].config.vision_config.keep_rate == 1.0
-        assert names["faster"].config.vision_config.keep_rate == [0.5, 0.7]
+        assert names["keeps_all"].config.schedule == UNPRUNED
+        assert str(names["faster"].config.schedule) == "1:image:0.5,3:text:0.7"
         assert names["vilt"].config.fusion_encoder_config.fusion_type == "single_stream"
     elif str(document) == "docs/weights.md":
-        assert names["retriever"].config.vision_config.keep_rate == [0.7, 0.7, 0.3]
+        assert str(names["retriever"].config.schedule) == "5:image:0.7,10:image:0.7,12:text:0.3"
     elif str(document) == "docs/vlm.md":  # ceil(.7 * 144), ceil(.7 * 102)
         assert [layer.kept_indices.shape[1] for layer in names["kept"]] == [101, 72]
 

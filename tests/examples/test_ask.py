@@ -65,7 +65,7 @@ def test_a_checkpoint_with_another_head_is_refused(tmp_path):
 def test_asks_a_model_that_keeps_all_patches(tmp_path, capsys):
     """About an image of another size and mode. There are no kept patches, and nothing to compare."""
     PIL.Image.new("RGBA", (150, 90), "teal").save(tmp_path / "picture.png")
-    unpruned = TripsForQuestionAnswering.from_pretrained(ask.CHECKPOINT, keep_rate=1.0)
+    unpruned = TripsForQuestionAnswering.from_pretrained(ask.CHECKPOINT, schedule="unpruned")
     unpruned.save_pretrained(tmp_path / "unpruned")
     TripsProcessor.from_pretrained(ask.CHECKPOINT).save_pretrained(tmp_path / "unpruned")
     options = ["--image", str(tmp_path / "picture.png"), "--question", "is there a circle?"]

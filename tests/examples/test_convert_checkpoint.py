@@ -58,7 +58,7 @@ def weights_of(arguments):
 def test_the_folder_loads_and_computes_what_albef_does(arguments, sizes, capsys):
     report = convert(arguments)
     folder = arguments["output_dir"]
-    model, loading = TripsForQuestionAnswering.from_pretrained(folder, keep_rate=1.0, output_loading_info=True)
+    model, loading = TripsForQuestionAnswering.from_pretrained(folder, schedule="unpruned", output_loading_info=True)
     assert not any(loading.values())
     albef = Albef(weights_of(arguments), sizes)
     processor = TripsProcessor.from_pretrained(folder)

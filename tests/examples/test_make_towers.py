@@ -52,7 +52,7 @@ def test_packaged_models_become_towers(tmp_path):
     assert json.loads((vision / "preprocessor_config.json").read_text())["image_mean"] == [0.485, 0.456, 0.406]
     dinov2 = Dinov2Model.from_pretrained(vision)
     for side in (224, 518):
-        model = from_vision_text_pretrained(TripsModel, vision, text, image_size=side, keep_rate=1.0)
+        model = from_vision_text_pretrained(TripsModel, vision, text, image_size=side, schedule="unpruned")
         pixel_values = torch.randn(1, 3, side, side)
         assert_close(model.vision_model(pixel_values).last_hidden_state, dinov2(pixel_values).last_hidden_state)
     assert model.config.text_config.pooling_mode == "mean"

@@ -47,11 +47,11 @@ def test_parts_match_the_whole_model(case):
     assert_same(parts, model, case)
 
 
-@pytest.mark.parametrize("guidance", [["image", "text"], "image"])
+@pytest.mark.parametrize("schedule", ["1:image:0.6,3:text:0.6", "1:image:0.6,3:image:0.6"])
 @torch.no_grad()
-def test_schedules_with_image_guidance_first(guidance):
+def test_schedules_with_image_guidance_first(schedule):
     """The image cache holds selections."""
-    model = CASES[0].make_model(selection_guidance=guidance)
+    model = CASES[0].make_model(schedule=schedule)
     assert_same(in_parts(model), model, CASES[0])
 
 

@@ -18,7 +18,7 @@ from trips_examples.data.images import read_image
 
 
 CHECKPOINT = EXAMPLES / "trips-tiny-scenes"
-KEEP_RATE = 0.005
+SCHEDULE = "2:text:0.005"
 WAYS = [("onnx", "fp32", False), ("openvino", "int8", True)]
 
 
@@ -35,7 +35,7 @@ def questions() -> tuple[list[str], list[Image.Image]]:
 
 
 def load_model() -> TripsForQuestionAnswering:
-    return TripsForQuestionAnswering.from_pretrained(CHECKPOINT, keep_rate=KEEP_RATE).eval()
+    return TripsForQuestionAnswering.from_pretrained(CHECKPOINT, schedule=SCHEDULE).eval()
 
 
 def answers_of(model, processor, texts, images) -> tuple[list[str], list[torch.Tensor]]:
@@ -75,7 +75,7 @@ def exported(request, tmp_path_factory, calibration_file):
     backend, dtype, is_calibrated = request.param
     folder = tmp_path_factory.mktemp("export") / "model"
     options = ["--model", str(CHECKPOINT), "--output_dir", str(folder)]
-    options += ["--backend", backend, "--dtype", dtype, "--keep_rate", str(KEEP_RATE)]
+    options += ["--backend", backend, "--dtype", dtype, "--schedule", SCHEDULE]
     if is_calibrated:
         options += ["--calibration_file", str(calibration_file)]
     main(options)

@@ -40,7 +40,7 @@ def use_checkpoint(source: str, image: str, head: str, auto_classes: list[str], 
     processor.save_pretrained(folder)  # before it is used, which changes the padding of the tokenizer
     inputs = processor(images=Image.open(image), text=TEXTS, image_index=[0, 0], return_tensors="pt")
     config = AutoConfig.from_pretrained(source, trust_remote_code=True)
-    results = {"inputs": dict(inputs), "keep_rate": config.vision_config.keep_rate}
+    results = {"inputs": dict(inputs), "schedule": str(config.vision_config.schedule)}
     for auto_class in auto_classes:
         torch.manual_seed(0)  # for missing weights in the checkpoint of another head
         model = getattr(transformers, auto_class).from_pretrained(source, trust_remote_code=True)

@@ -143,8 +143,7 @@ def make_config(dropout: float = 0.0, fusion_type: str = "cross_attention", **vi
             "patch_embedding_type": "convolutional",
             "initializer_range": 0.2,
             "attention_probs_dropout_prob": dropout,
-            "selection_layers": [1, 3],
-            "keep_rate": 0.6,
+            "schedule": "1:text:0.6,3:text:0.6",
             **vision,
         },
         text_config={

@@ -9,7 +9,7 @@ from modeling_trips import TripsConfig, TripsForPreTraining
 # The paper's schedule, and one with layers scored by the image before a last layer scored by the text.
 SCHEDULES = [
     {},
-    {"selection_layers": [2, 3, 4], "keep_rate": [0.7, 0.7, 0.3], "selection_guidance": ["image", "image", "text"]},
+    {"schedule": "2:image:0.7,3:image:0.7,4:text:0.3"},
 ]
 WEIGHTS = {"itc_weight": 0.5, "itm_weight": 2.0, "mlm_weight": 3.0, "prefix_lm_weight": 5.0}
 

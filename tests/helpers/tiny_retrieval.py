@@ -14,7 +14,7 @@ IMAGE_IDS = torch.tensor([7, 4, 5, 7])
 PAIR_IDS = IMAGE_IDS[IMAGE_INDEX]
 
 
-def make_config(dropout=0.0, selection_guidance="text", pooling_mode="cls", vocab_size=20, decoder_layers=1, **fields):
+def make_config(dropout=0.0, pooling_mode="cls", vocab_size=20, decoder_layers=1, **fields):
     return TripsConfig(
         vision_config={
             "hidden_size": 16,
@@ -24,9 +24,7 @@ def make_config(dropout=0.0, selection_guidance="text", pooling_mode="cls", voca
             "image_size": 16,
             "patch_size": 4,
             "initializer_range": 0.4,
-            "selection_layers": [2, 3],
-            "keep_rate": 0.5,
-            "selection_guidance": selection_guidance,
+            "schedule": "2:text:0.5,3:text:0.5",
         },
         text_config={
             "vocab_size": vocab_size,

@@ -28,7 +28,7 @@ def randomize(model):
 
 def make_config(**fields):
     """Return a configuration with 16 patches -> 8 and 1 fused -> ceil(4.5) = 5 and 1 fused."""
-    fields = {"selection_layers": [2, 3], "keep_rate": 0.5, **fields}
+    fields = {"schedule": "2:text:0.5,3:text:0.5", **fields}
     return TripsConfig(
         vision_config={
             "hidden_size": 16,

@@ -12,7 +12,7 @@ CLIP_STYLE = {"use_pre_layernorm": True, "hidden_act": "quick_gelu", "patch_bias
 
 def make_model(attn_implementation="sdpa", **fields):
     """Return a tower with random parameters, including biases and norms."""
-    config = TripsVisionConfig(**{**SIZES, **GRID, "selection_layers": [2], "keep_rate": 0.5, **fields})
+    config = TripsVisionConfig(**{**SIZES, **GRID, "schedule": "2:text:0.5", **fields})
     model = TripsVisionModel._from_config(config, attn_implementation=attn_implementation).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

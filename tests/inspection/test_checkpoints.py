@@ -33,7 +33,7 @@ def changed(saved, folder, name: str, parent: str | None, field: str, value):
         ("config.json", "vision_config", "intermediate_size", 2**40),
         ("config.json", None, "num_labels", 10**7),
         ("config.json", None, "num_images", 10**6),
-        ("config.json", "vision_config", "selection_layers", list(range(1, 10**6))),
+        ("config.json", "vision_config", "schedule", ",".join(map(str, range(1, 10**6)))),
         ("generation_config.json", None, "num_beams", 10**5),
     ],
 )

@@ -96,7 +96,7 @@ def test_padding_batch_and_order_change_nothing_for_a_text(case):
 @pytest.mark.parametrize("as_cache", [False, True], ids=["pixels", "image_cache"])
 @pytest.mark.parametrize(
     "selection",
-    [{}, {"selection_guidance": "image"}, {"selection_guidance": ["image", "text"]}, {"keep_rate": 1.0}],
+    [{}, *({"schedule": text} for text in ("1:image:0.6,3:image:0.6", "1:image:0.6,3:text:0.6", "unpruned"))],
     ids=str,
 )
 def test_shared_images_and_image_caches_equal_repeated_images(case, selection, as_cache):

@@ -71,7 +71,7 @@ def batches(case):
     [
         # Pre-training is left out, because its model only returns losses.
         *((case, {}) for case in CASES if case.model_class is not TripsForPreTraining),
-        (CASES[0], {"selection_guidance": "image"}),
+        (CASES[0], {"schedule": "1:image:0.6,3:image:0.6"}),
     ],
     ids=str,
 )
@@ -89,7 +89,7 @@ def test_every_model_is_one_graph_for_all_batches_of_a_shape(case, fields):
 @torch.no_grad()
 def test_one_graph_serves_all_image_caches_of_a_schedule():
     torch._dynamo.reset()
-    model = CASES[0].make_model(selection_guidance=["image", "text"])
+    model = CASES[0].make_model(schedule="1:image:0.6,3:text:0.6")
     compiled, graphs = compile_and_count(model)
     for inputs in batches(CASES[0]):
         expected = model(**inputs)

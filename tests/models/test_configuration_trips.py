@@ -1,10 +1,13 @@
 """Configuration: errors of invalid fields, presets, round trips and selection fields."""
 
+import json
+
 import pytest
 from huggingface_hub.errors import StrictDataclassError
 from schedules import rates_of
 
 from modeling_trips import (
+    SelectionSchedule,
     TripsConfig,
     TripsForConditionalGeneration,
     TripsForPreTraining,
@@ -23,7 +26,7 @@ SMALL = {
         "intermediate_size": 16,
         "image_size": 8,
         "patch_size": 4,
-        "selection_layers": [2],
+        "schedule": "2",
     },
     "text_config": {
         "vocab_size": 12,
@@ -39,12 +42,11 @@ SMALL = {
 
 # The class and an invalid field, the last given one, which the error names.
 WRONG_VALUES = [
+    (TripsVisionConfig, {"schedule": 5}),
+    (TripsVisionConfig, {"schedule": "5:text:0.7:1"}),
+    (TripsVisionConfig, {"schedule": "13:text:0.7"}),
+    (TripsVisionConfig, {"keep_rate": [0.7]}),  # of an earlier version, as the next two
     (TripsVisionConfig, {"keep_rate": 0.0}),
-    (TripsVisionConfig, {"keep_rate": float("nan")}),
-    (TripsVisionConfig, {"keep_rate": [0.7]}),
-    (TripsVisionConfig, {"selection_layers": [0, 3]}),
-    (TripsVisionConfig, {"selection_layers": [13]}),
-    (TripsVisionConfig, {"selection_layers": [10, 5]}),
     (TripsVisionConfig, {"selection_guidance": ["text"]}),
     (TripsVisionConfig, {"selection_gate": 1.5}),
     (TripsVisionConfig, {"num_attention_heads": 7}),
@@ -52,7 +54,8 @@ WRONG_VALUES = [
     (TripsVisionConfig, {"image_size": 240, "patch_embedding_type": "convolutional", "patch_size": 24}),
     (TripsFusionConfig, {"skip_stride": 0}),
     (TripsFusionConfig, {"fusion_type": "skip_connected", "skip_stride": 6}),
-    (TripsConfig, {"keep_rate": 1.5}),
+    (TripsConfig, {"schedule": "13"}),
+    (TripsConfig, {"selection_layers": [2, 4]}),  # a part of the schedule
     (TripsConfig, {"itc_weight": float("nan")}),
     (TripsConfig, {"num_images": 0}),
     (TripsConfig, {"fusion_encoder_config": {"hidden_size": 384}}),
@@ -61,7 +64,7 @@ WRONG_VALUES = [
 
 @pytest.mark.parametrize("config_class, fields", WRONG_VALUES, ids=lambda value: str(value)[:40])
 def test_wrong_value_is_refused_when_a_config_is_made(config_class, fields):
-    with pytest.raises((StrictDataclassError, ValueError), match=f"{[*fields][-1]}|schedule"):
+    with pytest.raises((StrictDataclassError, ValueError), match=[*fields][-1]):
         config_class(**fields)
 
 
@@ -69,7 +72,7 @@ def test_defaults_are_the_papers():
     config = TripsConfig()
     vision = config.vision_config
     assert rates_of(vision) == {5: 0.7, 10: 0.7}
-    assert vision.selection_guidance == "text"
+    assert str(config.schedule) == "5:text:0.7,10:text:0.7"
     assert vision.fuse_inattentive_tokens
     assert vision.num_hidden_layers == 12
     assert vision.hidden_size == 768
@@ -80,8 +83,8 @@ def test_defaults_are_the_papers():
 
 def test_preset_overrides_are_merged_field_by_field_and_do_not_leak():
     before = TripsConfig.from_preset("tiny").to_dict()
-    changed = TripsConfig.from_preset("tiny", keep_rate=0.123, image_size=96, text_config={"vocab_size": 99})
-    assert changed.vision_config.keep_rate == 0.123
+    changed = TripsConfig.from_preset("tiny", schedule="2:text:0.123", image_size=96, text_config={"vocab_size": 99})
+    assert str(changed.vision_config.schedule) == "2:text:0.123"
     assert changed.vision_config.image_size == 96
     assert changed.text_config.vocab_size == 99
     assert changed.text_config.hidden_size == 128  # the rest of the part stays the preset's
@@ -105,14 +108,13 @@ def test_parts_take_what_they_share_from_the_text_config():
 
 
 def test_round_trip_through_a_file(tmp_path):
-    config = TripsConfig(**SMALL, keep_rate=[0.3], selection_guidance="image", fuse_inattentive_tokens=False)
+    config = TripsConfig(**SMALL, schedule="2:image:0.3", fuse_inattentive_tokens=False)
     config.save_pretrained(tmp_path)
     loaded = TripsConfig.from_pretrained(tmp_path)
     assert loaded.to_diff_dict() == config.to_diff_dict()
     vision = loaded.vision_config
-    assert vision.keep_rate == [0.3]
-    assert vision.selection_layers == [2]
-    assert vision.selection_guidance == "image"
+    assert vision.schedule == SelectionSchedule.parse("2:image:0.3")
+    assert json.loads((tmp_path / "config.json").read_text())["vision_config"]["schedule"] == "2:image:0.3"
     assert not vision.fuse_inattentive_tokens
     assert type(vision) is TripsVisionConfig
     assert type(loaded.text_config) is TripsTextConfig
@@ -122,23 +124,65 @@ def test_round_trip_through_a_file(tmp_path):
 
 def test_selection_fields_are_those_of_the_vision_config():
     config = TripsConfig(**SMALL)
-    config.keep_rate = 0.25
+    config.schedule = "2:text:0.25"
     config.selection_gate = 0.1
-    assert config.keep_rate == 0.25
+    assert config.schedule == SelectionSchedule.parse("2:text:0.25")
     assert rates_of(config.vision_config) == {2: 0.25}
     assert config.vision_config.selection_gate == 0.1
-    assert not {"keep_rate", "selection_gate"} & config.to_dict().keys()
+    assert not {"schedule", "selection_gate"} & config.to_dict().keys()
 
 
 def test_selection_fields_can_be_given_beside_a_part():
-    config = TripsConfig(**SMALL, keep_rate=0.25, selection_layers=[1, 3])
+    config = TripsConfig(**SMALL, schedule="1:text:0.25,3:text:0.25")
     assert rates_of(config.vision_config) == {1: 0.25, 3: 0.25}
     assert config.vision_config.hidden_size == 16  # the given part is kept but for the selection
-    config = TripsConfig(vision_config=TripsVisionConfig(hidden_size=24, num_attention_heads=2), selection_layers=[1])
+    config = TripsConfig(vision_config=TripsVisionConfig(hidden_size=24, num_attention_heads=2), schedule="1")
     assert config.vision_config.hidden_size == 24
-    assert config.vision_config.selection_layers == [1]
-    config = TripsConfig(vision_config={"num_hidden_layers": 3}, selection_layers=[2])  # the default ones do not fit
+    assert str(config.vision_config.schedule) == "1:text:0.7"
+    config = TripsConfig(vision_config={"num_hidden_layers": 3}, schedule="2")  # the default ones do not fit
     assert rates_of(config.vision_config) == {2: 0.7}
+
+
+@pytest.mark.parametrize(
+    ("lists", "expected"),
+    [
+        ({"selection_layers": [2, 3], "keep_rate": 1.0, "selection_guidance": "text"}, "unpruned"),
+        ({"selection_layers": [], "keep_rate": 0.7, "selection_guidance": "text"}, "unpruned"),
+        ({"selection_layers": [2], "keep_rate": 0.005, "selection_guidance": "text"}, "2:text:0.005"),
+        (
+            {
+                "selection_layers": [1, 2, 3],
+                "keep_rate": [0.5, 1.0, 0.0625],
+                "selection_guidance": ["image", "text", "text"],
+            },
+            "1:image:0.5,3:text:0.0625",
+        ),
+        ({"selection_layers": [2, 3]}, "2:text:0.7,3:text:0.7"),
+    ],
+)
+def test_the_lists_of_an_earlier_version_are_read_and_replaced(lists, expected, tmp_path):
+    TripsConfig(**SMALL).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text())
+    del content["vision_config"]["schedule"]
+    content["vision_config"] |= lists
+    path.write_text(json.dumps(content))
+    config = TripsConfig.from_pretrained(tmp_path)
+    assert str(config.schedule) == expected
+    assert not lists.keys() & config.vision_config.to_dict().keys()
+    assert str(TripsConfig.from_pretrained(tmp_path, schedule="1:image:0.5").schedule) == "1:image:0.5"
+    config.save_pretrained(tmp_path)
+    assert str(TripsConfig.from_pretrained(tmp_path).schedule) == expected
+
+
+def test_a_field_of_an_earlier_version_cannot_be_set(tmp_path):
+    config = TripsConfig(**SMALL)
+    config.save_pretrained(tmp_path)
+    for part in (config, config.vision_config):
+        with pytest.raises(ValueError, match="schedule"):
+            part.keep_rate = 0.5
+    with pytest.raises(ValueError, match="schedule"):
+        TripsConfig.from_pretrained(tmp_path, selection_layers=[1, 2])
 
 
 @pytest.fixture(scope="module")

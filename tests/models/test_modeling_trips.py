@@ -17,7 +17,7 @@ def test_a_checkpoint_is_the_same_for_every_selection(tmp_path):
     model = CASE.make_model()
     inputs = CASE.make_inputs()
     model.save_pretrained(tmp_path)
-    unpruned, report = TripsModel.from_pretrained(tmp_path, selection_layers=[], output_loading_info=True)
+    unpruned, report = TripsModel.from_pretrained(tmp_path, schedule="unpruned", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     outputs = unpruned(**inputs)
@@ -35,8 +35,7 @@ def test_a_changed_field_of_the_vision_tower_takes_effect_and_is_what_is_saved(t
     inputs = CASE.make_inputs()
     assert lengths_of(model(**inputs)) == [39, 24]
     vision = model.config.vision_config
-    vision.keep_rate = 0.25
-    vision.selection_guidance = ["image", "text"]
+    vision.schedule = "1:image:0.25,3:text:0.25"
     changed = model(**inputs)
     assert lengths_of(changed) == [16, 5]
     assert model.encode_images(inputs["pixel_values"]).next_layer == 3
@@ -45,11 +44,11 @@ def test_a_changed_field_of_the_vision_tower_takes_effect_and_is_what_is_saved(t
     assert kept_by(loaded(**inputs)) == kept_by(changed)
 
 
-@pytest.mark.parametrize(("name", "value"), [("keep_rate", 1.5), ("keep_rate", [0.5]), ("selection_layers", [1, 4])])
-def test_a_field_of_the_vision_tower_with_a_wrong_value_is_refused(name, value):
+@pytest.mark.parametrize(("schedule", "word"), [("1:text:1.5", "keep_rate"), ("1,4", "1..3")])
+def test_a_wrong_schedule_of_the_configuration_is_refused(schedule, word):
     model = CASE.make_model()
-    with pytest.raises(ValueError, match=f"{name}|schedule"):
-        setattr(model.config.vision_config, name, value)
+    with pytest.raises(ValueError, match=word):
+        model.config.schedule = schedule
         model(**CASE.make_inputs())
 
 
@@ -57,7 +56,7 @@ def test_a_field_of_the_vision_tower_with_a_wrong_value_is_refused(name, value):
 @torch.no_grad()
 def test_a_schedule_of_a_pass_is_that_of_a_configuration_and_changes_none(case):
     model = case.make_model()
-    other = case.make_model(selection_layers=[2, 3], keep_rate=[0.5, 0.25], selection_guidance=["image", "text"])
+    other = case.make_model(schedule="2:image:0.5,3:text:0.25")
     inputs = case.make_inputs()
     before = model(**inputs)
     outputs = model(**inputs, schedule=SelectionSchedule.parse("2:image:0.5,3:text:0.25"))
@@ -74,7 +73,7 @@ def test_generation_takes_a_schedule(case):
     inputs = {name: tensor for name, tensor in case.make_inputs().items() if name not in case.inputs}
     options = {"max_new_tokens": 4, "num_beams": 2}
     answers = case.make_model().generate(**inputs, **options, schedule=UNPRUNED)
-    assert torch.equal(answers, case.make_model(keep_rate=1.0).generate(**inputs, **options))
+    assert torch.equal(answers, case.make_model(schedule="unpruned").generate(**inputs, **options))
 
 
 def test_threads_share_a_model_with_schedules_of_their_own():

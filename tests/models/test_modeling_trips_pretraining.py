@@ -103,8 +103,8 @@ def test_two_processes_with_unequal_numbers_of_words_give_the_losses_and_gradien
 
 
 SCHEDULES_OF_LOOPS = {
-    "text": {"selection_guidance": "text", "keep_rate": 0.5},
-    "image_then_text": {"selection_guidance": ["image", "text"], "keep_rate": [0.7, 0.3]},
+    "text": {"schedule": "2:text:0.5,3:text:0.5"},
+    "image_then_text": {"schedule": "2:image:0.7,3:text:0.3"},
 }
 
 

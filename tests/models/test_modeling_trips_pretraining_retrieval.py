@@ -97,7 +97,7 @@ def test_temperature_is_clamped_when_it_is_used(value, used):
 
 
 def test_texts_are_taught_what_to_see_of_their_own_images():
-    model = make_model(selection_guidance=["image", "text"]).train()
+    model = make_model(schedule="2:image:0.5,3:text:0.5").train()
     centers = torch.rand(len(TEXTS), 2)
     regions = torch.cat([centers, torch.full_like(centers, 0.5)], dim=-1)
     output = run(model, regions=regions)

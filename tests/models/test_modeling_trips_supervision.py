@@ -54,8 +54,8 @@ def test_it_is_a_part_of_the_loss_in_training_alone():
 
 
 def test_random_layers_have_no_loss():
-    assert make_model(selection_guidance="random")(**batch()).selection_loss is None
-    outputs = make_model(selection_guidance=["random", "text"])(**batch())
+    assert make_model(schedule="1:random:0.6,3:random:0.6")(**batch()).selection_loss is None
+    outputs = make_model(schedule="1:random:0.6,3:text:0.6")(**batch())
     last = outputs.selection[1]
     expected = selection_loss(last.scores, last.candidate_indices, region_targets(BOXES[:4], (8, 8)))
     num_tokens = (ANSWERS[:4] != -100).sum(dim=1)
@@ -65,7 +65,7 @@ def test_random_layers_have_no_loss():
 def test_the_image_is_supervised_by_all_regions_of_its_texts():
     """The targets of two texts are the left and right half: the layer scored by the image should keep both."""
     halves = torch.tensor([[0.25, 0.5, 0.5, 1.0], [0.75, 0.5, 0.5, 1.0]])
-    model = make_model(selection_guidance=["image", "text"])
+    model = make_model(schedule="1:image:0.6,3:text:0.6")
     outputs = model.model(
         input_ids=TEXTS[:2],
         attention_mask=MASK[:2],
@@ -81,7 +81,7 @@ def test_the_image_is_supervised_by_all_regions_of_its_texts():
 
 
 def test_a_cached_image_is_supervised_too():
-    model = make_model(selection_guidance=["image", "text"], patch_embedding_type="linear").model
+    model = make_model(schedule="1:image:0.6,3:text:0.6", patch_embedding_type="linear").model
     pixel_values = IMAGES[:3, 0]
     texts = {
         "input_ids": TEXTS[:4],
@@ -144,14 +144,14 @@ def test_a_statement_is_taught_in_each_of_its_images():
     assert plain.selection_loss is None
 
 
-@pytest.mark.parametrize("keep_rate", [0.5, 1.0])
-def test_attention_loss_is_a_part_of_the_loss_in_training_alone(keep_rate):
+@pytest.mark.parametrize("schedule", ["1:text:0.5,3:text:0.5", "unpruned"])
+def test_attention_loss_is_a_part_of_the_loss_in_training_alone(schedule):
     inputs = boxes_to_be_found()
-    model = make_model(TripsForVisualGrounding, attention_loss_weight=2.0, keep_rate=keep_rate)
+    model = make_model(TripsForVisualGrounding, attention_loss_weight=2.0, schedule=schedule)
     outputs = model(**inputs)
     assert outputs.attention_loss > 0
     assert model.eval()(**inputs).attention_loss is None
-    without = make_model(TripsForVisualGrounding, keep_rate=keep_rate)(**inputs)
+    without = make_model(TripsForVisualGrounding, schedule=schedule)(**inputs)
     assert without.attention_loss is None
     torch.testing.assert_close(outputs.loss - without.loss, 2 * outputs.attention_loss)
 

@@ -12,17 +12,17 @@ from modeling_trips.patch_selection import TokenSelector
 
 
 CASES = {
-    "last_layer": {"selection_layers": [3], "keep_rate": 0.3},
-    "every_layer": {"selection_layers": [1, 2, 3], "keep_rate": 0.7},
-    "rate_per_layer": {"selection_layers": [1, 3], "keep_rate": [0.8, 0.25]},
-    "nothing_dropped_below_1": {"selection_layers": [2, 3], "keep_rate": [0.9, 0.5]},  # ceil(0.9 * 6) = 6
-    "no_selection": {"selection_layers": []},
-    "image_guidance": {"selection_guidance": "image", "selection_layers": [1, 3]},
-    "text_then_image": {"selection_guidance": ["text", "image"], "selection_layers": [1, 2], "keep_rate": [0.7, 0.5]},
-    "text_at_the_door": {"selection_guidance": ["image", "text"], "selection_layers": [2, 3], "keep_rate": [0.7, 0.3]},
-    "no_fusing": {"fuse_inattentive_tokens": False, "selection_layers": [1, 3]},
-    "clip_style": {**CLIP_STYLE, "selection_layers": [1, 2]},
-    "text_of_another_width": {"guidance_hidden_size": 5, "selection_layers": [1, 2]},
+    "last_layer": {"schedule": "3:text:0.3"},
+    "every_layer": {"schedule": "1,2,3"},
+    "rate_per_layer": {"schedule": "1:text:0.8,3:text:0.25"},
+    "nothing_dropped_below_1": {"schedule": "2:text:0.9,3:text:0.5"},  # ceil(0.9 * 6) = 6
+    "no_selection": {"schedule": "unpruned"},
+    "image_guidance": {"schedule": "1:image:0.5,3:image:0.5"},
+    "text_then_image": {"schedule": "1:text:0.7,2:image:0.5"},
+    "text_at_the_door": {"schedule": "2:image:0.7,3:text:0.3"},
+    "no_fusing": {"fuse_inattentive_tokens": False, "schedule": "1:text:0.5,3:text:0.5"},
+    "clip_style": {**CLIP_STYLE, "schedule": "1:text:0.5,2:text:0.5"},
+    "text_of_another_width": {"guidance_hidden_size": 5, "schedule": "1:text:0.5,2:text:0.5"},
     "oblong_patches": {"patch_size": [4, 2]},
 }
 RESOLUTIONS = {"larger": (16, 12), "wider": (4, 20)}
@@ -72,30 +72,22 @@ def test_equals_the_naive_reference(fields):
 
 @pytest.mark.parametrize("size", RESOLUTIONS.values(), ids=RESOLUTIONS)
 def test_equals_the_naive_reference_at_other_resolutions(size):
-    model = make_model(selection_layers=[1, 3], keep_rate=0.6).double()
+    model = make_model(schedule="1:text:0.6,3:text:0.6").double()
     assert_equals_reference(model, images(size=size, dtype=torch.float64), texts(dtype=torch.float64))
 
 
 def test_without_a_text_the_image_guides_itself():
-    model = make_model(selection_layers=[1, 3]).double()
+    model = make_model(schedule="1:text:0.5,3:text:0.5").double()
     assert_equals_reference(model, images(dtype=torch.float64), None)
 
 
-BY_IMAGE_THEN_TEXT = {"selection_layers": [1, 3], "selection_guidance": ["image", "text"], "keep_rate": [0.5, 0.5]}
+BY_IMAGE_THEN_TEXT = "1:image:0.5,3:text:0.5"
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"keep_rate": [0.4, 0.5]},
-        {"selection_layers": [], "selection_guidance": "text", "keep_rate": 0.5},
-        {"selection_guidance": ["random", "text"]},
-    ],
-    ids=str,
-)
-def test_an_image_cache_of_other_settings_before_the_text_is_refused(fields):
-    model = make_model(**BY_IMAGE_THEN_TEXT)
-    changed = make_model(**{**BY_IMAGE_THEN_TEXT, **fields})
+@pytest.mark.parametrize("schedule", ["1:image:0.4,3:text:0.5", "unpruned", "1:random:0.5,3:text:0.5"])
+def test_an_image_cache_of_other_settings_before_the_text_is_refused(schedule):
+    model = make_model(schedule=BY_IMAGE_THEN_TEXT)
+    changed = make_model(schedule=schedule)
     for source, target in ((model, changed), (changed, model)):
         image_cache = source.encode_images(images(2))
         with pytest.raises(ValueError):
@@ -103,16 +95,16 @@ def test_an_image_cache_of_other_settings_before_the_text_is_refused(fields):
 
 
 def test_an_image_cache_of_other_settings_behind_the_text_is_used():
-    model = make_model(**BY_IMAGE_THEN_TEXT)
+    model = make_model(schedule=BY_IMAGE_THEN_TEXT)
     image_cache = model.encode_images(images(2))
-    model.config.keep_rate = [0.5, 0.4]
+    model.config.schedule = "1:image:0.5,3:text:0.4"
     expected = model(images(2), texts(2))
     output = model(image_cache=image_cache, text_embeds=texts(2))
     torch.testing.assert_close(output.last_hidden_state, expected.last_hidden_state)
 
 
 def test_captured_outputs_have_the_shrinking_shapes():
-    model = make_model(selection_layers=[1, 3], keep_rate=0.5, attn_implementation="eager")
+    model = make_model(schedule="1:text:0.5,3:text:0.5", attn_implementation="eager")
     output = model(images(), texts(), output_hidden_states=True, output_attentions=True)
     # 6 candidates -> 3 kept and 1 fused -> 2 kept and 1 fused. The MLP of a selection layer is on the short sequence.
     lengths = [7, 5, 5, 4]
@@ -139,7 +131,7 @@ def test_convolutional_stem_gives_the_same_grid():
 
 @pytest.mark.parametrize("training", [False, True])
 def test_random_guidance_keeps_other_patches_of_each_image(training):
-    model = make_model(image_size=32, selection_guidance="random", selection_layers=[1], keep_rate=0.6)
+    model = make_model(image_size=32, schedule="1:random:0.6")
     output = model.train(training)(images(4, (32, 32)), texts(4))
     kept = output.selection[0].kept_indices
     assert kept.shape == (4, 39)  # ceil(0.6 * 64)
@@ -156,15 +148,15 @@ def make_inputs():
 
 
 @pytest.mark.parametrize(
-    ("guidance", "rows"),
+    ("schedule", "rows"),
     [
-        (["image", "text"], [(2, 2), (2, 2), (2, 4)]),  # patches are chosen between a layer's two halves
-        (["text", "image"], [(2, 2), (2, 4), (4, 4)]),
+        ("2:image:0.6,3:text:0.6", [(2, 2), (2, 2), (2, 4)]),  # patches are chosen between a layer's two halves
+        ("2:text:0.6,3:image:0.6", [(2, 2), (2, 4), (4, 4)]),
     ],
     ids=str,
 )
-def test_layers_run_once_per_image_until_a_text_guides(guidance, rows):
-    model = CASE.make_model(selection_layers=[2, 3], selection_guidance=guidance)
+def test_layers_run_once_per_image_until_a_text_guides(schedule, rows):
+    model = CASE.make_model(schedule=schedule)
     inputs = make_inputs()
     for layer, (rows_of_attention, rows_of_mlp) in zip(model.vision_model.layers, rows, strict=True):
         assert calls_of(layer.attention.k_proj, lambda: model(**inputs)) == [rows_of_attention]
@@ -172,10 +164,10 @@ def test_layers_run_once_per_image_until_a_text_guides(guidance, rows):
 
 
 @pytest.mark.parametrize(
-    ("fields", "rows"), [({"selection_guidance": "image"}, 2), ({"keep_rate": 1.0}, 2), ({}, 4)], ids=str
+    ("schedule", "rows"), [("1:image:0.6,3:image:0.6", 2), ("unpruned", 2), ("1:text:0.6,3:text:0.6", 4)]
 )
-def test_keys_and_values_of_untouched_image_tokens_are_projected_once_per_image(fields, rows):
-    model = CASE.make_model(**fields)
+def test_keys_and_values_of_untouched_image_tokens_are_projected_once_per_image(schedule, rows):
+    model = CASE.make_model(schedule=schedule)
     cross = model.fusion_model.encoder.layer[0].crossattention.self
     for projection in (cross.key, cross.value):
         assert calls_of(projection, lambda: model(**make_inputs())) == [rows]

@@ -36,7 +36,7 @@ def naive_run(model, ids, image):
     first = len(text) + 1  # the first candidate
     original = list(range(len(image) - 1))
     selections = []
-    guide = {"text": 0, "image": len(text)}[config.selection_guidance]
+    guide = {"text": 0, "image": len(text)}[config.schedule.selections[0].guidance]
     width = config.hidden_size // config.num_attention_heads
     for number, layer in enumerate(tower.layers, start=1):
         attention = layer.attention
@@ -66,7 +66,7 @@ def naive_run(model, ids, image):
 @pytest.mark.parametrize("guidance", ["text", "image"])
 @torch.no_grad()
 def test_selection_follows_the_formula_for_each_pair_alone(guidance):
-    model = make_model(selection_guidance=guidance, selection_layers=[1, 3]).double()
+    model = make_model(schedule=f"1:{guidance}:0.5,3:{guidance}:0.5").double()
     output = model(IDS, images(4).double(), MASK)
     for row in range(4):
         length = int(MASK[row].sum())

@@ -62,7 +62,7 @@ def test_autocast_computes_in_half_precision(case, dtype):
 
 
 @each_model
-@pytest.mark.parametrize("fields", [{"selection_gate": 0.3}, {"selection_guidance": "random"}], ids=str)
+@pytest.mark.parametrize("fields", [{"selection_gate": 0.3}, {"schedule": "1:random:0.6,3:random:0.6"}], ids=str)
 def test_gradient_checkpointing_changes_no_gradient(case, fields):
     inputs = case.make_inputs(training=True)
 
@@ -84,5 +84,5 @@ def test_gradient_checkpointing_changes_no_gradient(case, fields):
     assert num_calls == 2 * num_calls_expected  # each layer was computed again for the backward pass
     torch.testing.assert_close(loss, loss_expected)
     torch.testing.assert_close(gradients, gradients_expected, rtol=1e-4, atol=1e-5)
-    if case.fusion_type != "single_stream" and "selection_guidance" not in fields:  # it is reached by texts' scores
+    if case.fusion_type != "single_stream" and "schedule" not in fields:  # it is reached by texts' scores
         assert any(name.endswith("selection_projection.weight") for name in gradients)

@@ -41,7 +41,7 @@ def keeps_the_best(monkeypatch):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_the_loss_is_that_of_the_pruned_model(case, guidance, attention):
     inputs = case.make_inputs(training=True)
-    fields = {"attn_implementation": attention, "selection_guidance": guidance}
+    fields = {"attn_implementation": attention, "schedule": f"1:{guidance}:0.6,3:{guidance}:0.6"}
     expected_loss, expected_gradients, expected = loss_and_gradients(case, inputs, **fields)
     loss, gradients, outputs = loss_and_gradients(case, inputs, **fields, selection_gate=0.3)
     assert torch.equal(loss, expected_loss)
@@ -147,7 +147,11 @@ def test_texts_of_one_image_accumulate_as_texts_of_their_own(guidance):
     repeated = {**inputs, "pixel_values": image.expand(4, -1, -1, -1)}
     shared = {**inputs, "pixel_values": image, "image_index": torch.zeros(4, dtype=torch.long)}
     # Nothing drawn, no batch norm.
-    fields = {"selection_gate": 1.0, "patch_embedding_type": "linear", "selection_guidance": guidance}
+    fields = {
+        "selection_gate": 1.0,
+        "patch_embedding_type": "linear",
+        "schedule": f"1:{guidance}:0.6,3:{guidance}:0.6",
+    }
     _, expected, _ = loss_and_gradients(QUESTIONS, repeated, **fields)
     _, gradients, _ = loss_and_gradients(QUESTIONS, shared, **fields)
     for name, value in expected.items():
@@ -166,11 +170,13 @@ def test_only_training_with_gradients_has_a_gate():
         assert kept_by(model.train()(**inputs)) == expected
 
 
-@pytest.mark.parametrize("guidance", [["text", "text"], ["image", "text"], ["image", "image"], ["text", "random"]])
+@pytest.mark.parametrize("guidances", [("text", "text"), ("image", "text"), ("image", "image"), ("text", "random")])
 @pytest.mark.parametrize("shared", [False, True])
-def test_the_last_layer_that_drops_patches_learns(guidance, shared):
+def test_the_last_layer_that_drops_patches_learns(guidances, shared):
+    first, second = guidances
     # The second layer keeps all by rounding: ceil(0.99 * (39 + 1)) = 40.
-    model = QUESTIONS.make_model(selection_gate=0.3, selection_guidance=guidance, keep_rate=[0.6, 0.99]).model.train()
+    schedule = f"1:{first}:0.6,3:{second}:0.99"
+    model = QUESTIONS.make_model(selection_gate=0.3, schedule=schedule).model.train()
     inputs = Case(TripsModel).make_inputs()
     if shared:
         inputs["pixel_values"] = inputs["pixel_values"][:2]
@@ -188,9 +194,9 @@ def test_the_last_layer_that_drops_patches_learns(guidance, shared):
     assert (vision.probed.gate.grad[:, 1:] != 0).all()
 
 
-@pytest.mark.parametrize("fields", [{"keep_rate": 0.99}, {"selection_guidance": "random"}], ids=str)
-def test_training_without_a_layer_that_can_learn_is_refused(fields):
-    model = QUESTIONS.make_model(selection_gate=0.3, **fields).train()
+@pytest.mark.parametrize("settings", ["text:0.99", "random:0.6"])
+def test_training_without_a_layer_that_can_learn_is_refused(settings):
+    model = QUESTIONS.make_model(selection_gate=0.3, schedule=f"1:{settings},3:{settings}").train()
     inputs = QUESTIONS.make_inputs(training=True)
     with pytest.raises(ValueError, match="selection_gate"):
         model(**inputs)
@@ -207,7 +213,7 @@ def test_checkpointing_that_would_compute_something_else_is_refused(options):
 
 @each_guidance
 def test_a_text_tries_other_tokens_than_the_best_in_training(guidance):
-    model = QUESTIONS.make_model(selection_guidance=guidance, selection_gate=0.3).train()
+    model = QUESTIONS.make_model(schedule=f"1:{guidance}:0.6,3:{guidance}:0.6", selection_gate=0.3).train()
     inputs = QUESTIONS.make_inputs(training=True)
     first = kept_by(model(**inputs))
     second = kept_by(model(**inputs))

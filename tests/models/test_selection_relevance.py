@@ -13,7 +13,7 @@ from modeling_trips.patch_selection import RelevanceGradient
 MODEL = next(case for case in CASES if case.model_class is TripsModel)
 QUESTIONS = next(case for case in CASES if case.model_class.__name__ == "TripsForQuestionAnswering")
 SCORED = {"schedule": SelectionSchedule.parse("1:text:score")}
-FIELDS = SelectionSchedule.parse("1:text:0.5").config_fields
+FIELDS = {"schedule": "1:text:0.5"}
 
 
 def outputs_in_training(model, inputs, **kwargs):

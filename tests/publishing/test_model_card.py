@@ -92,5 +92,5 @@ def test_the_code_of_every_head_runs(name, tmp_path, capsys):
 
 
 def test_the_selection_is_that_of_a_run(tmp_path):
-    save_random_checkpoint(tmp_path, TripsForQuestionAnswering, TEXTS, selection_layers=[1, 4], keep_rate=[0.9, 0.5])
+    save_random_checkpoint(tmp_path, TripsForQuestionAnswering, TEXTS, schedule="1:text:0.9,4:text:0.5")
     assert "| 1 | text | 0.9 |\n| 4 | text | 0.5 |" in card_of(tmp_path).text

@@ -18,7 +18,6 @@ from tiny_retrieval import images, make_model
 pytest.importorskip("granian")
 
 from modeling_trips import (  # noqa: E402
-    SelectionSchedule,
     TripsForConditionalGeneration,
     TripsForQuestionAnswering,
     TripsForRetrieval,
@@ -58,8 +57,8 @@ def make_items(engine: Engine, name: str, pairs, top_k=1) -> list[Item]:
 
 PAIRS = [(0, 0), (1, 2), (0, 1), (1, 0), (0, 0)]
 SCHEDULES = [
-    {"selection_layers": [2, 3], "keep_rate": 0.5},
-    {"selection_layers": [1, 3], "keep_rate": 0.5, "selection_guidance": ["image", "text"]},
+    {"schedule": "2:text:0.5,3:text:0.5"},
+    {"schedule": "1:image:0.5,3:text:0.5"},
 ]
 
 
@@ -115,9 +114,9 @@ def test_captions(tmp_path):
 
 @pytest.mark.parametrize("schedule", [None, "unpruned", "1:image:0.5,3:text:0.2"])
 def test_answers_of_a_schedule(tmp_path, schedule):
-    folder = save(tmp_path, TripsForQuestionAnswering, selection_layers=[2], keep_rate=0.5)
+    folder = save(tmp_path, TripsForQuestionAnswering, schedule="2:text:0.5")
     engine = Engine(Settings(model=folder, schedule=schedule))
-    changes = {} if schedule is None else SelectionSchedule.parse(schedule).config_fields
+    changes = {} if schedule is None else {"schedule": schedule}
     model = TripsForQuestionAnswering.from_pretrained(folder, **changes)
     pipeline = TripsVisualQuestionAnsweringPipeline(model=model, processor=TripsProcessor.from_pretrained(folder))
     for top_k in (1, 2):
@@ -140,8 +139,7 @@ def test_kept_patches_are_those_of_the_library_in_one_pass(tmp_path, schedule):
     engine = Engine(Settings(model=folder, schedule=schedule))
     passes = []
     engine.model.model.fusion_model.register_forward_hook(lambda *args: passes.append(args))
-    fields = SelectionSchedule.parse(schedule).config_fields
-    model = TripsForQuestionAnswering.from_pretrained(folder, **fields).eval()
+    model = TripsForQuestionAnswering.from_pretrained(folder, schedule=schedule).eval()
     processor = TripsProcessor.from_pretrained(folder)
     sizes = [(image.height, image.width) for image in IMAGES]
     for states in ("computed", "cached"):

@@ -48,9 +48,9 @@ def ask(color: str, **fields) -> dict:
     return {"image": as_text(picture(color)), "questions": QUESTIONS, **fields}
 
 
-def library(keep_rate: float = 0.25) -> TripsVisualQuestionAnsweringPipeline:
-    """Return the pipeline of the checkpoint at the keep rate of the shared service."""
-    model = TripsForQuestionAnswering.from_pretrained(CHECKPOINT, keep_rate=keep_rate)
+def library(schedule: str = "2:text:0.25") -> TripsVisualQuestionAnsweringPipeline:
+    """Return the pipeline of the checkpoint at the schedule of the shared service."""
+    model = TripsForQuestionAnswering.from_pretrained(CHECKPOINT, schedule=schedule)
     return TripsVisualQuestionAnsweringPipeline(model=model, processor=TripsProcessor.from_pretrained(CHECKPOINT))
 
 
@@ -427,7 +427,7 @@ def test_full_queue_rejects_further_requests(tmp_path):
         assert len(answered) >= 4
         assert len(answered) + len(refused) == 96
         check_refused(refused)
-        expected = library(keep_rate=0.005)(picture("red"), QUESTIONS, top_k=1)
+        expected = library("2:text:0.005")(picture("red"), QUESTIONS, top_k=1)
         for reply in answered:
             check_answers(reply.json()["answers"], expected)
 

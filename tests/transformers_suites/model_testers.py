@@ -25,8 +25,7 @@ VISION_FIELDS = {
     "intermediate_size": 37,
     "image_size": 16,
     "patch_size": 4,
-    "selection_layers": [1, 2],
-    "keep_rate": 0.5,
+    "schedule": "1:text:0.5,2:text:0.5",
 }
 # Tokens before each layer and after the last: [CLS] and 16 patches; [CLS], 8 patches and a fused token; [CLS], 5 of
 # these 9 and a fused token.
@@ -65,7 +64,7 @@ class TripsVisionModelTester:
 
     def get_config(self):
         # The first layer scores states that no kernel has rounded, so that all kernels select the same patches.
-        fields = {**VISION_FIELDS, "selection_layers": [1], "guidance_hidden_size": TEXT_FIELDS["hidden_size"]}
+        fields = {**VISION_FIELDS, "schedule": "1:text:0.5", "guidance_hidden_size": TEXT_FIELDS["hidden_size"]}
         return TripsVisionConfig(**fields)
 
     def prepare_config_and_inputs_for_common(self):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.vision_utils import get_vision_window_index
 
-from ...configuration_trips import LayerSelection
+from ...schedule_trips import LayerSelection
 from ..host import Host
 from ..layers import SelectionPass, library_name, lookup
 from .tower import CURRENT_PASS, ClipTowerLayer, InternvlLayer, PackedLayer, restore_units, selecting

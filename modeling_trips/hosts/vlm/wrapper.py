@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from ...configuration_trips import SelectionSchedule
 from ...modeling_trips_vision import TripsSelection
+from ...schedule_trips import SelectionSchedule
 from ..layers import check_forward, pad_units, selecting_layers
 from .families import Family
 from .guide import TextGuide

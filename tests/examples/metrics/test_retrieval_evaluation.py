@@ -24,9 +24,9 @@ def make_images() -> list[PIL.Image.Image]:
     return [PIL.Image.fromarray(image.numpy()) for image in pixels]
 
 
-def make_evaluator(batch_size: int = 3, selection_guidance: str = "text"):
+def make_evaluator(batch_size: int = 3, guidance: str = "text"):
     tokenizer = train_tokenizer(TEXTS)
-    config = make_config(selection_guidance=selection_guidance, keep_rate=0.5)
+    config = make_config(schedule=f"2:{guidance}:0.5,3:{guidance}:0.5")
     config.text_config.vocab_size = len(tokenizer)
     torch.manual_seed(0)
     model = TripsForRetrieval(config).eval()

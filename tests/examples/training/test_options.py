@@ -13,11 +13,10 @@ import pytest
 import torch
 from places import ROOT
 
-from modeling_trips import SelectionSchedule, TripsConfig
+from modeling_trips import TripsConfig
 from trips_examples.data.busy_scenes import busy_records
 from trips_examples.data.tasks import TASKS
 from trips_examples.data.vocabulary import BUNDLED_WORDS, train_tokenizer
-from trips_examples.training.checks import PRESETS as KNOWN_PRESETS
 from trips_examples.training.checks import check_schedule
 from trips_examples.training.options import (
     DataArguments,
@@ -74,7 +73,7 @@ def missing_file():
 
 
 def wrong_configuration():
-    TripsConfig(keep_rate=2.0)
+    TripsConfig(schedule="5:text:2.0")
 
 
 def circle_of_causes():
@@ -136,7 +135,7 @@ HUB = "http://127.0.0.1:9"  # nobody answers there
 OWN = "--train_file=examples/scene.png"
 WRONG = {  # options, and what the error names
     "--schedule=2:text:a_half": "2:text:a_half",
-    "--schedule=99:text:0.5 --preset=tiny": "1..4",
+    "--schedule=6:text:1.2.3": "--schedule 6:text:1.2.3",
     f"{OWN} --schedule=99:text:0.5": "make_towers.py",
     "--keep_rate=0.5": "--schedule",
     "--schedul=2:text:0.5": "Did you mean --schedule?",
@@ -196,35 +195,10 @@ def test_a_training_refuses_unknown_options(option):
         parse_arguments(make_parser(ModelArguments, TrainingOptions, description=""), [option])
 
 
-SCHEDULE_TEXTS = ["unpruned", "2:text:0.3", "6:image:0.5,9:text:0.5", "5,10", "3:image", "3::0.5", "12:random:1e-2"]
-WRONG_SCHEDULES = [
-    "",
-    "2:text:2",
-    "2:text:0",
-    "2:txet:0.5",
-    "0:text:0.5",
-    "9:text:0.5,6:image:0.5",
-    "2:text:0.5:1",
-    "a",
-    "2:text:nan",
-]
-
-
-@pytest.mark.parametrize("text", [*SCHEDULE_TEXTS, *WRONG_SCHEDULES])
-def test_a_schedule_is_checked_at_once_as_the_models_read_it(text):
-    try:
-        SelectionSchedule.parse(text)
-        is_right = True
-    except ValueError:
-        is_right = False
-    assert is_right == (text in SCHEDULE_TEXTS)
-    with contextlib.nullcontext() if is_right else pytest.raises(ValueError, match="--schedule"):
-        check_schedule(text)
-
-
-def test_the_layers_of_the_presets_are_known():
-    for name, num_layers in KNOWN_PRESETS.items():
-        assert TripsConfig.from_preset(name).vision_config.num_hidden_layers == num_layers
+def test_a_wrong_schedule_names_the_option_and_the_value():
+    check_schedule("6:image:0.5,9:text:0.5")
+    with pytest.raises(ValueError, match="--schedule 6:text:1.2.3"):
+        check_schedule("6:text:1.2.3")
 
 
 def test_a_schedule_sets_the_fields_of_the_configuration():

@@ -81,8 +81,8 @@ def test_relevance_in_a_single_stream_is_refused(tmp_path):
         run_vqa.main([*options, f"--output_dir={tmp_path / 'run'}"])
 
 
-SELECTIONS = [{}, {"keep_rate": 1.0}, {"selection_guidance": "image"}, {"selection_guidance": "random"}]
-SELECTIONS += [{"selection_layers": []}, {"fuse_inattentive_tokens": False}]
+SELECTIONS = [{}, {"schedule": "unpruned"}, {"schedule": "1:image:0.6,3:image:0.6"}]
+SELECTIONS += [{"schedule": "1:random:0.6,3:random:0.6"}, {"fuse_inattentive_tokens": False}]
 
 
 @each_model

@@ -33,7 +33,7 @@ def error_of(script: str, options: list[str]) -> str:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_check_the_model_before_the_data(script, options):
     assert "rows.jsonl" in error_of(script, options)
-    assert "keep rates" in error_of(script, [*options, "--schedule=2:text:2"])
+    assert "--schedule 2:text:2" in error_of(script, [*options, "--schedule=2:text:2"])
 
 
 @pytest.mark.parametrize(

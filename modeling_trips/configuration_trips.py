@@ -110,6 +110,8 @@ class TripsVisionConfig(PreTrainedConfig):
         teaches the scores of the last selection layer which tokens it misses: see [`attend`]. If a text
         scores that layer, the kept ones are drawn by their scores in training ([`draw_kept`]); they are the best in
         evaluation. The loss is that of the kept tokens alone. 0 turns the gate off, as `"random"` needs.
+    trained_keep_rates (`list[float]`, *optional*):
+        Keep rates that the model was trained with. A call with a `keep_rate` outside of them is a warning, once.
     guidance_hidden_size (`int`, *optional*):
         Width of the text guidance. A `selection_projection` layer is added only if it differs from `hidden_size`.
         `None` means `hidden_size`; [`TripsConfig`] sets it to the width of its text encoder.
@@ -145,6 +147,7 @@ class TripsVisionConfig(PreTrainedConfig):
     schedule: str | SelectionSchedule = SCHEDULE
     fuse_inattentive_tokens: bool = True
     selection_gate: float | int = probability(default=0.0)
+    trained_keep_rates: list[float | int] | None = None
     guidance_hidden_size: int | None = None
 
     selection_layers = _part_of_schedule("selection_layers")

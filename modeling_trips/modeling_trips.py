@@ -48,6 +48,7 @@ from .modeling_trips_vision import (
     TripsSingleStreamModel,
     TripsVisionModel,
     TripsVisionModelOutput,
+    resolve_schedule,
     select_rows,
     selection_rows,
 )
@@ -169,6 +170,7 @@ class TripsModel(TripsPreTrainedModel):
         image_cache: TripsImageCache | None = None,
         regions: torch.FloatTensor | None = None,
         schedule: SelectionSchedule | None = None,
+        keep_rate: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsModelOutput:
         """
@@ -184,8 +186,7 @@ class TripsModel(TripsPreTrainedModel):
         Raises:
             ValueError: The layers only score, in a single stream.
         """
-        if schedule is None:
-            schedule = self.vision_model.config.schedule
+        schedule = resolve_schedule(self.vision_model.config, schedule, keep_rate)
         if schedule.scores_only and self.fusion_model is None:
             raise ValueError(f"A layer that only scores needs a fusion encoder, got {schedule} in a single stream.")
         selection_losses = None
@@ -323,6 +324,7 @@ class TripsModel(TripsPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         regions: torch.FloatTensor | None = None,
         schedule: SelectionSchedule | None = None,
+        keep_rate: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsModelOutput:
         r"""
@@ -354,6 +356,7 @@ class TripsModel(TripsPreTrainedModel):
             image_cache=image_cache,
             regions=regions,
             schedule=schedule,
+            keep_rate=keep_rate,
             **kwargs,
         )
         outputs.text_model_output = text_output
@@ -516,6 +519,7 @@ class TripsForConditionalGeneration(TripsWritingModel, GenerationMixin):
         text_index: torch.LongTensor | None = None,
         regions: torch.FloatTensor | None = None,
         schedule: SelectionSchedule | None = None,
+        keep_rate: float | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsSeq2SeqLMOutput:
@@ -530,6 +534,7 @@ class TripsForConditionalGeneration(TripsWritingModel, GenerationMixin):
                 inputs_embeds=inputs_embeds,
                 regions=regions,
                 schedule=schedule,
+                keep_rate=keep_rate,
                 **kwargs,
             )
         elif not isinstance(encoder_outputs, ModelOutput):

@@ -122,6 +122,7 @@ class TripsForImagesAndTextClassification(TripsPreTrainedModel):
         labels: torch.LongTensor | None = None,
         regions: torch.FloatTensor | None = None,
         schedule: SelectionSchedule | None = None,
+        keep_rate: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsForImagesAndTextClassificationOutput:
         r"""
@@ -166,6 +167,7 @@ class TripsForImagesAndTextClassification(TripsPreTrainedModel):
             image_cache=image_cache,
             regions=regions,
             schedule=schedule,
+            keep_rate=keep_rate,
             **kwargs,
         )
 

@@ -267,6 +267,7 @@ class TripsForVisualGrounding(TripsPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.FloatTensor | None = None,
         schedule: SelectionSchedule | None = None,
+        keep_rate: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsVisualGroundingOutput:
         r"""
@@ -292,6 +293,7 @@ class TripsForVisualGrounding(TripsPreTrainedModel):
             inputs_embeds=inputs_embeds,
             regions=labels,
             schedule=schedule,
+            keep_rate=keep_rate,
             **kwargs,
         )
         vision = outputs.vision_model_output

@@ -40,6 +40,7 @@ from .modeling_trips_vision import (
     TripsSelection,
     TripsVisionModelOutput,
     check_counts,
+    resolve_schedule,
     select_rows,
     selection_rows,
 )
@@ -422,7 +423,9 @@ class TripsMatchingOutput(ModelOutput):
         Scores of the pairs. `itm_logits.softmax(-1)[:, 1]` is the probability of a match.
     selection (`tuple(TripsSelection)`):
         Kept patches of each pair's image, one entry per selection layer.
-    selection_losses, relevance_losses (`torch.FloatTensor` of shape `(num_pairs,)`, *optional*):
+    selection_losses (`torch.FloatTensor` of shape `(num_pairs,)`, *optional*):
+        As in [`TripsModelOutput`].
+    relevance_losses (`torch.FloatTensor` of shape `(num_pairs,)`, *optional*):
         As in [`TripsModelOutput`].
     relevance_values (`tuple(torch.FloatTensor)`, *optional*):
         As in [`TripsModelOutput`].
@@ -541,6 +544,7 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         pixel_values: torch.FloatTensor | None = None,
         image_cache: TripsImageCache | None = None,
         schedule: SelectionSchedule | None = None,
+        keep_rate: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TripsVisionModelOutput:
         r"""
@@ -548,6 +552,7 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
             The output of the vision tower without a text. Its `pooler_output`, of shape `(num_images, projection_dim)`
             and float32 or wider, holds the normalized features.
         """
+        schedule = resolve_schedule(self.config.vision_config, schedule, keep_rate)
         vision_outputs = self.model.vision_model(
             pixel_values=pixel_values, image_cache=image_cache, schedule=schedule, **kwargs
         )
@@ -572,8 +577,10 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         text_states: torch.FloatTensor | None = None,
         text_index: torch.LongTensor | None = None,
         schedule: SelectionSchedule | None = None,
+        keep_rate: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TripsMatchingOutput:
+        schedule = resolve_schedule(self.config.vision_config, schedule, keep_rate)
         if (input_ids is None) == (text_states is None):
             raise ValueError("Specify exactly one of `input_ids` and `text_states`.")
         if text_states is None:
@@ -755,6 +762,7 @@ class TripsForRetrieval(TripsContrastiveModel):
         return_loss: bool | None = None,
         regions: torch.FloatTensor | None = None,
         schedule: SelectionSchedule | None = None,
+        keep_rate: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TripsRetrievalOutput:
         r"""
@@ -772,6 +780,7 @@ class TripsForRetrieval(TripsContrastiveModel):
         (2, 2)
         ```
         """
+        schedule = resolve_schedule(self.config.vision_config, schedule, keep_rate)
         if return_loss is None:
             return_loss = image_ids is not None
         text_outputs = self.get_text_features(
@@ -912,6 +921,7 @@ class TripsForPreTraining(TripsContrastiveModel, TripsWritingModel):
         teacher_weight: float = 0.0,
         regions: torch.FloatTensor | None = None,
         schedule: SelectionSchedule | None = None,
+        keep_rate: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TripsForPreTrainingOutput:
         r"""
@@ -928,6 +938,7 @@ class TripsForPreTraining(TripsContrastiveModel, TripsWritingModel):
         ['itc_loss', 'itm_loss']
         ```
         """
+        schedule = resolve_schedule(self.config.vision_config, schedule, keep_rate)
         config = self.config
         image_cache = self.model.encode_images(pixel_values, schedule=schedule, **kwargs)
         text_outputs = self.get_text_features(

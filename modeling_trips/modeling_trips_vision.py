@@ -34,7 +34,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring
+from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -53,6 +53,8 @@ from .patch_selection import (
 )
 
 
+logger = logging.get_logger(__name__)
+
 # Arguments of the models' `forward`, for those that have them
 SHARED_ARGS = r"""
 image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
@@ -66,6 +68,9 @@ regions (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
 schedule (`SelectionSchedule`, *optional*):
     How the vision layers select in this pass, in place of the configuration's. In training with one whose layers only
     score, their scores learn which patches the loss needs, see [`RelevanceGradient`].
+keep_rate (`float`, *optional*):
+    Share of the patches to keep in this pass, in (0, 1], in place of that of the schedule, which must have one layer.
+    1.0 keeps all. A rate outside of those that the model was trained with (`trained_keep_rates`) is a warning, once.
 text_embeds (`torch.FloatTensor` of shape `(num_texts, guidance_hidden_size)`, *optional*):
     The text guidance t: the [CLS] output of the text encoder. Without it the image guides itself.
 text_states (`torch.FloatTensor` of shape `(num_texts, text_length, hidden_size)`):
@@ -258,6 +263,29 @@ def check_image_source(pixel_values: torch.Tensor | None, image_cache: object | 
     if (pixel_values is None) == (image_cache is None):
         found = "neither" if image_cache is None else "both"
         raise ValueError(f"Specify exactly one of `pixel_values` and `image_cache`, got {found}.")
+
+
+def resolve_schedule(
+    config: TripsVisionConfig, schedule: SelectionSchedule | None, keep_rate: float | None = None
+) -> SelectionSchedule:
+    """
+    Return the schedule of a pass, by default the configuration's, at another keep rate if that is given.
+
+    Raises:
+        ValueError: A layer does not exist, or `keep_rate` is out of its range or for another number of layers than 1.
+    """
+    schedule = config.schedule if schedule is None else schedule
+    schedule.check_fits(config.num_hidden_layers)
+    if keep_rate is None:
+        return schedule
+    schedule = schedule.with_keep_rate(keep_rate)
+    trained = config.trained_keep_rates
+    if trained is not None and not min(trained) <= keep_rate <= max(trained):
+        logger.warning_once(
+            f"`keep_rate` {keep_rate:g} is outside of what this model was trained with, {min(trained):g} to "
+            f"{max(trained):g}. Its accuracy there is not known."
+        )
+    return schedule
 
 
 # Layers
@@ -760,12 +788,6 @@ class TripsVisionModel(TripsPreTrainedModel):
             return []
         return [self.selection_projection]
 
-    def resolve_schedule(self, schedule: SelectionSchedule | None) -> SelectionSchedule:
-        """Return a schedule, by default the configuration's. Raise a `ValueError` if a layer does not exist."""
-        schedule = self.config.schedule if schedule is None else schedule
-        schedule.check_fits(len(self.layers))
-        return schedule
-
     def embed_images(self, pixel_values: torch.Tensor) -> TripsImageCache:
         """Return the input of the first layer."""
         hidden_states, grid_size = self.embeddings(pixel_values)
@@ -784,6 +806,7 @@ class TripsVisionModel(TripsPreTrainedModel):
         self,
         pixel_values: torch.Tensor,
         schedule: SelectionSchedule | None = None,
+        keep_rate: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsImageCache:
         """
@@ -794,6 +817,7 @@ class TripsVisionModel(TripsPreTrainedModel):
             pixel_values (`torch.Tensor` of shape `(num_images, num_channels, height, width)`): Height and width are
                 multiples of the patch size. Positions are interpolated if they are not the configured `image_size`.
             schedule ([`SelectionSchedule`], *optional*): In place of the configuration's.
+            keep_rate (`float`, *optional*): Of the schedule's only layer, as in `forward`.
 
         Returns:
             [`TripsImageCache`], for `forward` at the same selection schedule.
@@ -801,7 +825,7 @@ class TripsVisionModel(TripsPreTrainedModel):
         Raises:
             ValueError: The height or the width does not fit the model, or a layer of the schedule does not exist.
         """
-        schedule = self.resolve_schedule(schedule)
+        schedule = resolve_schedule(self.config, schedule, keep_rate)
         stop = schedule.first_text_layer
         image_cache = self.embed_images(pixel_values)
         tokens = self.run_layers(image_cache, schedule, texts=GuidingTexts(), stop=stop, **kwargs)
@@ -921,10 +945,11 @@ class TripsVisionModel(TripsPreTrainedModel):
         image_index: torch.LongTensor | None = None,
         image_cache: TripsImageCache | None = None,
         schedule: SelectionSchedule | None = None,
+        keep_rate: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsVisionModelOutput:
         check_image_source(pixel_values, image_cache)
-        schedule = self.resolve_schedule(schedule)
+        schedule = resolve_schedule(self.config, schedule, keep_rate)
         if image_cache is None:
             image_cache = self.embed_images(pixel_values)
         elif image_cache.schedule != schedule.before(image_cache.next_layer):
@@ -1022,6 +1047,7 @@ class TripsSingleStreamModel(TripsVisionModel):
         self,
         pixel_values: torch.Tensor,
         schedule: SelectionSchedule | None = None,
+        keep_rate: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsImageCache:
         """As in the parent, without layers: the text takes part in the first one."""
@@ -1045,10 +1071,11 @@ class TripsSingleStreamModel(TripsVisionModel):
         image_index: torch.LongTensor | None = None,
         image_cache: TripsImageCache | None = None,
         schedule: SelectionSchedule | None = None,
+        keep_rate: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsSingleStreamModelOutput:
         check_image_source(pixel_values, image_cache)
-        schedule = self.resolve_schedule(schedule)
+        schedule = resolve_schedule(self.config, schedule, keep_rate)
         if image_cache is None:
             image_cache = self.embed_images(pixel_values)
         check_counts(text_states.shape[0], image_cache.hidden_states.shape[0], image_index)

@@ -179,6 +179,7 @@ class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
             timeout (`float`, *optional*): Seconds to wait for an image from the web. By default there is no limit.
             truncation (`bool`, *optional*, defaults to `False`): Whether to cut a question that is too long, instead
                 of raising an error.
+            keep_rate (`float`, *optional*): Share of the patches to keep, in (0, 1]. Default: the model's schedule.
             kwargs: Options of `generate`: `max_new_tokens`, `num_beams`, ...
 
         Returns:
@@ -211,15 +212,23 @@ class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
             raise ValueError(f"`question` must be a non-empty text, got {question!r} for {image!r:.200}.")
         return self.make_item(image, question, **options)
 
-    def _forward(self, batch: dict, top_k: int = 5, answers: list[str] | None = None, **generate_kwargs) -> dict:
+    def _forward(
+        self,
+        batch: dict,
+        top_k: int = 5,
+        answers: list[str] | None = None,
+        keep_rate: float | None = None,
+        **generate_kwargs,
+    ) -> dict:
         if top_k < 1:
             raise ValueError(f"`top_k` must be at least 1, got {top_k}.")
+        inputs = {**batch["inputs"], "keep_rate": keep_rate}
         if answers is None:
-            return self._write_answers(batch["inputs"], top_k, **generate_kwargs)
+            return self._write_answers(inputs, top_k, **generate_kwargs)
         if generate_kwargs:
             names = ", ".join(f"`{name}`" for name in generate_kwargs)
             raise ValueError(f"{names} cannot be combined with `answers`, which are ranked and not generated.")
-        return self._rank_answers(answers, batch["inputs"], top_k)
+        return self._rank_answers(answers, inputs, top_k)
 
     def _write_answers(self, inputs, top_k: int, num_beams: int = 1, **generate_kwargs) -> dict:
         """Return for each question the answers among the `top_k` sequences of a beam search, and the selection."""
@@ -284,7 +293,7 @@ class TripsImageToTextPipeline(TripsPipeline):
         Args:
             inputs: An image (PIL image, path or URL), or a list, dataset or generator of them.
             prompt (`str`, *optional*): Beginning of the caption. It also selects the patches.
-            batch_size, timeout, truncation: As in [`TripsVisualQuestionAnsweringPipeline`].
+            batch_size, timeout, truncation, keep_rate: As in [`TripsVisualQuestionAnsweringPipeline`].
             kwargs: Options of `generate`: `max_new_tokens`, `num_beams`, `num_return_sequences`, ...
 
         Returns:

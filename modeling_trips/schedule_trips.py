@@ -61,8 +61,9 @@ class LayerSelection(NamedTuple):
         """Raise a `ValueError` if a setting is out of its range."""
         if self.guidance not in GUIDANCES:
             raise ValueError(f"`guidance` must be one of {', '.join(map(repr, GUIDANCES))}, got {self.guidance!r}.")
-        if not 0 < self.keep_rate <= 1:
-            raise ValueError(f"`keep_rate` must be in (0, 1], got {self.keep_rate}.")
+        is_number = isinstance(self.keep_rate, (int, float)) and not isinstance(self.keep_rate, bool)
+        if not is_number or not 0 < self.keep_rate <= 1:
+            raise ValueError(f"`keep_rate` must be a number in (0, 1], got {self.keep_rate!r}.")
         if self.only_scores and (self.guidance == "random" or self.keep_rate < 1):
             raise ValueError(f"A layer that only scores needs 'text' or 'image' and keep rate 1.0, got {self}.")
 

@@ -19,7 +19,8 @@ author = "The TRIPS for Transformers authors"
 project_copyright = f"2026 {author}"
 version = release = modeling_trips.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+nb_execution_mode = "off"  # the tour stands with its outputs; tests/docs/test_tour.py runs it
 myst_enable_extensions = ["attrs_inline"]
 myst_heading_anchors = 4  # as GitHub's, so links work in both
 myst_links_external_new_tab = False

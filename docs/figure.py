@@ -7,7 +7,7 @@ with a budget of tokens.
 """
 
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,6 +16,14 @@ from tables import DOCS, Rows, group, percents, read
 
 # Rows of `pictures.json` that one figure compares: trainings with equal steps from one start.
 COMPARED = {"pictures": "emoji scenes", "steps": 1250, "seed": 42, "precision": "bfloat16 mixed"}
+# Selections in the figure of the README.
+HEADLINE = {
+    "unpruned",
+    "divprune, after the tower",
+    "random, after the tower",
+    "image in layer 3",
+    "guide from answers",
+}
 PANELS = {"operations_1": "one text per image", "operations_5": "five texts per image"}
 MARKERS = "os^"
 # Told apart by the color-blind.
@@ -93,7 +101,7 @@ def draw(rows: Rows, path: Path):
 
 
 def draw_selections(rows: Rows, path: Path):
-    """Draw the selections of generative models, each joined over its budgets of tokens."""
+    """Draw the selections of generative models, each joined over its budgets of tokens, with standard deviations."""
     figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
     selections = group(rows, ["selection"])
@@ -102,12 +110,14 @@ def draw_selections(rows: Rows, path: Path):
         points = []
         for budget in group(runs, ["level"]).values():
             operations = mean(row["total_mmacs"] for row in budget)
-            accuracy = mean(percents(budget, "mean").values())
-            points.append((operations / unpruned, accuracy))
-        operations, accuracies = zip(*sorted(points))
-        axes.plot(
+            accuracies = percents(budget, "mean").values()
+            points.append((operations / unpruned, mean(accuracies), stdev(accuracies)))
+        operations, accuracies, deviations = zip(*sorted(points))
+        axes.errorbar(
             operations,
             accuracies,
+            yerr=deviations,
+            capsize=2,
             label=name,
             **style_of(number),
         )
@@ -121,4 +131,6 @@ def draw_selections(rows: Rows, path: Path):
 if __name__ == "__main__":
     compared = [row for row in read("pictures") if COMPARED.items() <= row.items()]
     draw(compared, DOCS / "accuracy_over_operations.png")
-    draw_selections(read("vlm_methods"), DOCS / "vlm_methods.png")
+    selections = read("vlm_methods")
+    draw_selections(selections, DOCS / "vlm_methods.png")
+    draw_selections([row for row in selections if row["selection"] in HEADLINE], DOCS / "kept_tokens.png")

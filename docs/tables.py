@@ -1,5 +1,5 @@
 """
-Write the tables of the evidence page and of its appendix from the rows in `docs/results`: `python docs/tables.py`.
+Write the tables of README, evidence page and appendix from the rows in `docs/results`: `python docs/tables.py`.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; `docs/tables.toml` says what it shows. `make docs`
 and the tests fail if a table is out of date.
@@ -18,7 +18,7 @@ from scipy.stats import t
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS / "results"
-PAGES = (DOCS / "evidence.md", RESULTS / "README.md")
+PAGES = (DOCS.parent / "README.md", DOCS / "evidence.md", RESULTS / "README.md")
 MARKER = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 SETTINGS = tomllib.loads((DOCS / "tables.toml").read_text(encoding="utf-8"))

@@ -32,6 +32,22 @@ def test_paths_and_targets_exist(document):
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
 
 
+NUMBER = re.compile(r"(?<![\w.,/-])[+-]?\d[\d,]*(?:\.\d+)?(?![\w/])")
+# Pages of all rows and changes, and pages whose numbers are being measured anew.
+MANY_NUMBERS = {"docs/results/README.md", "CHANGELOG.md"}
+MANY_NUMBERS |= {"docs/evidence.md", "docs/pictures.md", "docs/how_it_works.md"}
+
+
+@pytest.mark.parametrize("document", [each for each in DOCUMENTS if str(each) not in MANY_NUMBERS], ids=str)
+def test_paragraphs_have_at_most_three_numbers_outside_tables_and_code(document):
+    too_many = {}
+    for text in document.paragraphs:
+        numbers = NUMBER.findall(text)
+        if len(numbers) > 3:
+            too_many[text] = numbers
+    assert not too_many
+
+
 def test_names_that_contributors_are_sent_to_exist():
     (guide,) = [document for document in DOCUMENTS if str(document) == "CONTRIBUTING.md"]
     names = {name for span in guide.code_spans if re.fullmatch(r"[A-Z]\w+(\.\w+)*", span) for name in span.split(".")}

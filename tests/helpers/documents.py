@@ -33,6 +33,17 @@ class Document:
         return [part for token in markdown.parse(self.text) for part in (token, *(token.children or ()))]
 
     @property
+    def paragraphs(self) -> list[str]:
+        """Return the texts of paragraphs and items of lists, without tables, code and targets of links."""
+        paragraphs = []
+        depth = 0  # in a table
+        for token in self.tokens:
+            depth += {"table_open": 1, "table_close": -1}.get(token.type, 0)
+            if token.type == "inline" and depth == 0:
+                paragraphs.append(" ".join(part.content for part in token.children if part.type == "text"))
+        return paragraphs
+
+    @property
     def anchors(self) -> set[str]:
         return {token.attrs["id"] for token in self.tokens if token.type == "heading_open"}
 

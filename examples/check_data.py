@@ -34,12 +34,19 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict
 
 from modeling_trips import TripsConfig
-from trips_examples.data.images import column_of, first_rows, path_or_bytes, texts_of_column, without_decoding
+from trips_examples.data.images import (
+    column_of,
+    first_rows,
+    image_keys,
+    path_or_bytes,
+    texts_of_column,
+    without_decoding,
+)
 from trips_examples.data.loading import check_fit, load_task_dataset
 from trips_examples.data.tasks import SHOWN, TASKS, Fault
 from trips_examples.metrics.diagnostics import unwritable_texts
 from trips_examples.metrics.vqa_accuracy import normalize_answer
-from trips_examples.training.models import image_keys, load_start, train_processor
+from trips_examples.training.models import load_start, train_processor
 from trips_examples.training.recipe import TOWERS
 
 

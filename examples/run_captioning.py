@@ -24,9 +24,9 @@ from trips_examples.data.images import one_row_per_image
 from trips_examples.metrics.caption_metrics import CaptionMetrics, split_words
 from trips_examples.metrics.diagnostics import variety, warn_of_unwritable_texts
 from trips_examples.training.files import texts_of, write_predictions
-from trips_examples.training.models import start_run
 from trips_examples.training.pictures import draw_predictions
 from trips_examples.training.runs import parse_arguments, train_and_evaluate
+from trips_examples.training.start import start_run
 from trips_examples.training.trainer import ImageGroupedTrainer
 
 

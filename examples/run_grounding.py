@@ -22,9 +22,9 @@ from trips_examples.data.images import column_of, image_size
 from trips_examples.metrics.diagnostics import accuracy_by_group, diagnose_selection
 from trips_examples.metrics.grounding_accuracy import GroundingAccuracy
 from trips_examples.training.files import write_predictions
-from trips_examples.training.models import start_run
 from trips_examples.training.pictures import draw_predictions
 from trips_examples.training.runs import parse_arguments, train_and_evaluate
+from trips_examples.training.start import start_run
 from trips_examples.training.trainer import ImageGroupedTrainer
 
 

@@ -22,9 +22,9 @@ OPTIONS = task_parser("pretraining", __doc__, __name__)
 
 from modeling_trips import TripsForPreTraining
 from trips_examples.data.collators import PretrainingCollator
-from trips_examples.training.models import start_run
 from trips_examples.training.pretraining import PretrainingTrainer, load_pairs
 from trips_examples.training.runs import parse_arguments, train_and_evaluate
+from trips_examples.training.start import start_run
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:

@@ -18,9 +18,9 @@ OPTIONS = task_parser("retrieval", __doc__, __name__)
 
 from modeling_trips import TripsForRetrieval
 from trips_examples.data.collators import RetrievalCollator
-from trips_examples.training.models import start_run
 from trips_examples.training.retrieval import RetrievalTrainer
 from trips_examples.training.runs import parse_arguments, train_and_evaluate
+from trips_examples.training.start import start_run
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:

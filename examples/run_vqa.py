@@ -28,9 +28,9 @@ from trips_examples.metrics.diagnostics import (
 )
 from trips_examples.metrics.vqa_accuracy import VqaAccuracy, most_common_answer, normalize_answer
 from trips_examples.training.files import texts_of, write_predictions
-from trips_examples.training.models import start_run
 from trips_examples.training.pictures import draw_predictions
 from trips_examples.training.runs import TripsTrainingArguments, parse_arguments, train_and_evaluate
+from trips_examples.training.start import start_run
 from trips_examples.training.trainer import ImageGroupedTrainer
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import os
 from collections.abc import Callable, Collection, Hashable, Iterator
 from dataclasses import dataclass
@@ -164,3 +165,20 @@ def one_row_per_image(dataset: Dataset) -> tuple[Dataset, list[list[str]]]:
     for image, caption in zip(image_of_row, column_of(dataset, "caption")):
         captions[image].append(caption)
     return dataset.select(rows), captions
+
+
+def image_keys(rows: Dataset) -> list[Hashable]:
+    """Return the image or the images of each row: rows with the same key share a computation."""
+    if "image_id" in rows.column_names:
+        return column_of(rows, "image_id")
+    return [tuple(ids) for ids in column_of(rows, "image_ids")]
+
+
+def some_image_sizes(rows: Dataset) -> list[tuple[int, int]]:
+    """Return the upright (height, width) in pixels of the images of up to 256 rows, of pairs the first."""
+    step = math.ceil(len(rows) / 256)
+    sizes = []
+    for row in rows.select(range(0, len(rows), step)):
+        image = row["images"][0] if "images" in row else row["image"]
+        sizes.append(image_size({"image": image}))
+    return sizes

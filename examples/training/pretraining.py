@@ -20,11 +20,11 @@ from modeling_trips import TripsConfig, TripsProcessor
 from trips_examples.data.images import column_of
 from trips_examples.data.streams import PairStream, Shard, find_shards, hub_shards
 from trips_examples.training.files import write_json
-from trips_examples.training.models import load_data
 from trips_examples.training.momentum import MomentumTeacher
 from trips_examples.training.options import PairArguments, PretrainingArguments
 from trips_examples.training.retrieval import RetrievalTrainer
 from trips_examples.training.runs import TripsTrainingArguments
+from trips_examples.training.start import load_data
 
 
 OBJECTIVES = ("itc_weight", "itm_weight", "mlm_weight", "prefix_lm_weight")

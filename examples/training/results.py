@@ -8,7 +8,7 @@ from typing import Any
 from modeling_trips.inspection import provenance
 from modeling_trips.inspection.diagnostics import advice, describe_sensitivities
 from trips_examples.training.files import write_json
-from trips_examples.training.models import count_kept
+from trips_examples.training.schedules import count_kept
 from trips_examples.training.trainer import FiniteTrainer, ImageGroupedTrainer
 
 

@@ -1,9 +1,7 @@
 """Steps of a run: options, checkpoints, training and evaluation."""
 
-import json
 import logging
 import re
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,15 +11,13 @@ from typing import Any
 import torch
 import transformers
 from filelock import FileLock, Timeout
-from safetensors import safe_open
 from transformers import Seq2SeqTrainingArguments, TrainingArguments, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
 
 from trips_examples.data.source import option
-from trips_examples.training.checks import check_output, checkpoints_in
 from trips_examples.training.options import Parser, RunOptions, TrainingOptions, make_parser
 from trips_examples.training.pictures import plot_training
 from trips_examples.training.results import facts_of, print_summary, save_results
+from trips_examples.training.resuming import checkpoint_to_resume
 from trips_examples.training.trainer import FiniteTrainer
 
 
@@ -134,68 +130,6 @@ def _lock_output(output_dir: str):
         lock.acquire(timeout=5)  # workers of a killed run may still hold it
     except Timeout as error:
         raise BlockingIOError(f"Another process trains in {output_dir}. Choose another --output_dir.") from error
-
-
-def checkpoint_to_resume(args: RunArguments) -> str | None:
-    """
-    Return the folder of `--resume_from_checkpoint`: a path, or `last` for the latest complete checkpoint in
-    `output_dir`. A killed run or a full disk can leave an incomplete one, which a path must not name.
-
-    Raises:
-        ValueError: The checkpoint, or every one, is incomplete.
-        OSError: As `check_output`.
-    """
-    wanted = args.resume_from_checkpoint
-    check_output(args.output_dir, wanted, args.overwrite_output_dir)
-    if wanted is None:
-        return None
-    if wanted != "last":
-        if flaw := flaw_of(Path(wanted), args):
-            raise ValueError(f"--resume_from_checkpoint {wanted}: {flaw}. Resume from another checkpoint.")
-        return wanted
-    for folder in checkpoints_in(args.output_dir):
-        flaw = flaw_of(folder, args)
-        if flaw is None:
-            return str(folder)
-        if args.should_log:
-            logger.warning("Skipped the incomplete checkpoint %s: %s.", folder, flaw)
-    raise ValueError(f"--resume_from_checkpoint last: {args.output_dir} has no complete checkpoint.")
-
-
-def flaw_of(checkpoint: Path, args: RunArguments) -> str | None:
-    """
-    Return the defect of a checkpoint, or None if it is complete: a file that is missing, empty or truncated. The state
-    of the trainer, which is written last, those of optimizer and learning rate, and the random state of each process
-    of this run must be there.
-    """
-    states = [TRAINER_STATE_NAME]
-    if not args.save_only_model:
-        ranks = [f"_{rank}" for rank in range(args.world_size)] if args.world_size > 1 else [""]
-        states += [f"rng_state{rank}.pth" for rank in ranks]
-        if not any(checkpoint.glob("global_step*")):  # DeepSpeed's folder has both
-            states.append("scheduler.pt")
-            if not any(checkpoint.glob("optimizer*")):  # FSDP's are optimizer.bin or the folder optimizer_0
-                states.append("optimizer.pt")
-    for name in states:
-        if not (checkpoint / name).exists():
-            return f"{name} is missing (this run has {args.world_size} processes)"
-    for path in sorted(checkpoint.iterdir()):
-        try:
-            _read_ends(path)
-        except Exception as error:  # depends on the format
-            return f"{path.name} is empty or truncated ({type(error).__name__})"
-    return None
-
-
-def _read_ends(path: Path):
-    """Raise an exception if a file is truncated."""
-    if path.suffix == ".json":
-        json.loads(path.read_text(encoding="utf-8"))
-    elif path.suffix == ".safetensors":
-        with safe_open(path, framework="pt"):
-            pass
-    elif path.suffix in (".pt", ".pth"):
-        zipfile.ZipFile(path).close()
 
 
 def train_and_evaluate(trainer: FiniteTrainer) -> dict[str, float]:

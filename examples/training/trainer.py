@@ -17,9 +17,8 @@ from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
 from modeling_trips import SelectionSchedule
 from trips_examples.data.collators import ImageBatchCollator, ImageGroupedSampler
-from trips_examples.data.images import column_of
+from trips_examples.data.images import column_of, image_keys
 from trips_examples.metrics.diagnostics import REGION_COLUMNS
-from trips_examples.training.models import image_keys
 from trips_examples.training.phases import Phases, options_of_phases
 
 

@@ -1,4 +1,4 @@
-"""The start model and processor of a run, and its schedule."""
+"""The start model and processor of a run."""
 
 import copy
 
@@ -15,9 +15,8 @@ from modeling_trips import (
     TripsProcessor,
 )
 from trips_examples.data.vocabulary import train_tokenizer
-from trips_examples.training.models import choose_schedule, load_start, log_costs, make_model, make_processor
+from trips_examples.training.models import load_start, make_model, make_processor
 from trips_examples.training.options import ModelArguments
-from trips_examples.training.recipe import FEW, MANY_TEXTS
 
 
 @pytest.fixture(scope="module")
@@ -123,21 +122,6 @@ def test_missing_decoder_starts_from_the_text_encoder(num_layers, processor, tmp
     model.save_pretrained(tmp_path)
     again = make_model(TripsForQuestionAnswering, args, *load_start(args))
     assert (again.decoder.encoder.layer[0].output.dense.weight == 1).all()
-
-
-@pytest.mark.parametrize("guidance, texts, warns", [("text", 1, False), ("text", 4, True), ("image", 4, False)])
-def test_a_schedule_that_costs_more_than_no_pruning_has_a_warning(guidance, texts, warns, caplog):
-    """Text scores in an early layer make the layers behind it compute an image once for each of its texts."""
-    config = TripsConfig.from_preset("tiny", schedule=f"2:{guidance}:0.5,3:{guidance}:0.5")
-    log_costs(config, 2 * texts, texts, text_length=6)
-    assert any(record.levelname == "WARNING" for record in caplog.records) == warns
-
-
-@pytest.mark.parametrize("texts, chosen", [(1, FEW), (30, MANY_TEXTS)])
-def test_the_cheaper_default_for_the_texts_of_an_image_is_taken(texts, chosen):
-    config = TripsConfig.from_preset("base", schedule=FEW)
-    choose_schedule(config, texts, text_length=9)
-    assert str(config.vision_config.schedule) == chosen
 
 
 def test_starting_another_task_names_new_and_unused_parts(processor, tmp_path, caplog, capfd):

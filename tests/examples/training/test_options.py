@@ -65,7 +65,7 @@ def test_one_process_of_several_ends(monkeypatch, capsys):
 
 
 def wrong_option():
-    ModelArguments(preset="huge")
+    ModelArguments(selection_gate=2.0)
 
 
 def missing_file():
@@ -90,7 +90,7 @@ def circle_of_causes():
 @pytest.mark.parametrize(
     ("main", "word"),
     [
-        (wrong_option, "huge"),
+        (wrong_option, "--selection_gate"),
         (missing_file, "nowhere.txt"),
         (wrong_configuration, "`keep_rate`"),
         (circle_of_causes, "damaged"),

@@ -116,7 +116,8 @@ def apply_patch_selection(
         check_generative(host, schedule, at_exit, guide)
     elif selects_at_exit or guide is not None:
         raise ValueError(
-            f"`visual_tokens`, `keep_rate` and `guide` need a generative model, got {type(model).__name__}."
+            f"`visual_tokens`, `keep_rate` and `guide` need a model with visual tokens in its prompt, got "
+            f"{type(model).__name__}. Use a `schedule`."
         )
     host.check_schedule(schedule)
     remove_patch_selection(model)

@@ -131,11 +131,13 @@ class Family(Host):
 
     def encoder_output(self, tokens: VisualTokens):
         """Return the encoder's output with the features of the kept tokens, as the model's forward pass takes it."""
+        kept = {"pooler_output": self.pooler_output(tokens)}
         if tokens.output.get("deepstack_features") is not None:
-            raise TypeError(
-                f"Patch selection does not support {type(self.model).__name__}, which has deepstack features."
-            )
-        return type(tokens.output)(pooler_output=self.pooler_output(tokens))
+            kept["deepstack_features"] = [
+                [group[positions] for group, positions in zip(groups, tokens.positions)]
+                for groups in tokens.output.deepstack_features
+            ]
+        return type(tokens.output)(**{**tokens.output, **kept})
 
     def pooler_output(self, tokens: VisualTokens) -> torch.Tensor | list[torch.Tensor]:
         """Return the features of the kept tokens in the form that the encoder has."""
@@ -426,12 +428,6 @@ class Qwen3Vl(Qwen2Vl):
             handles.append(merger.register_forward_hook(partial(restore_merged, index + 1)))
         return handles
 
-    def encoder_output(self, tokens: VisualTokens):
-        layers = []
-        for groups in tokens.output.deepstack_features:
-            layers.append([group[positions] for group, positions in zip(groups, tokens.positions)])
-        return type(tokens.output)(pooler_output=self.pooler_output(tokens), deepstack_features=layers)
-
 
 # ---- Hooks, which pickle can name ----------------------------------------------------------------------------------
 
@@ -492,12 +488,43 @@ FAMILIES: dict[str, type[Family]] = {
     "Qwen3VLModel": Qwen3Vl,
     "Qwen3VLMoeModel": Qwen3Vl,
 }
+Q_FORMER = "its Q-Former has a fixed number of visual tokens; its `vision_model` supports selection"
+CROSS_ATTENTION = "its decoder reads the image by cross-attention, not as tokens of the prompt"
+POSITIONS = "its `get_rope_index` needs more than the types of tokens and the sizes of images"
 NOT_SUPPORTED = {
-    "blip-2": "its Q-Former has a fixed number of visual tokens; its `vision_model` supports selection",
-    "instructblip": "its Q-Former has a fixed number of visual tokens; its `vision_model` supports selection",
+    "blip-2": Q_FORMER,
+    "chameleon": "an image is a fixed number of tokens of its vocabulary",
+    "diffusion_gemma": "it writes blocks of text by diffusion",
+    "emu3": "an image is a fixed number of tokens of its vocabulary",
+    "evolla": "it reads proteins, not images",
     "fast_vlm": "its vision tower is convolutional",
     "florence2": "its vision tower has convolutions and windows, and its text model is an encoder-decoder",
-    "mllama": "its language model reads each tile of the image by cross-attention",
+    "fuyu": "it has no vision tower: its language model reads the patches themselves",
+    "git": "its visual tokens have no placeholders in the prompt",
+    "granite4_vision": "layers of its language model read visual tokens of different layers of the tower",
+    "idefics": CROSS_ATTENTION,
+    "instructblip": Q_FORMER,
+    "instructblipvideo": Q_FORMER,
+    "kosmos-2": "its resampler has a fixed number of visual tokens",
+    "kosmos-2.5": "its resampler has a fixed number of visual tokens",
+    "llama4": "it projects the visual tokens in its own forward pass, not in `get_image_features`",
+    "mistral4": "it has no vision tower",
+    "mllama": CROSS_ATTENTION,
+    "pi0": "it answers with actions of a robot, not with text",
+    "pix2struct": CROSS_ATTENTION,
+    "pp_formulanet": CROSS_ATTENTION,
+    "t5gemma2": CROSS_ATTENTION,
+    "udop": "its encoder adds the patches to the words at their place of the page",
+    "vision-encoder-decoder": CROSS_ATTENTION,
+    **dict.fromkeys(("minicpmv4_7", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), POSITIONS),
+    **dict.fromkeys(
+        (
+            *("apertus1p5", "dots3_note", "gemma3n", "gemma4_unified", "glm5_next", "hunyuan_vl", "inkling2"),
+            *("inkling2_loop", "inkling_mm_model", "muse_spark", "nemotron_h_omni", "perception_lm", "qwen4_exp"),
+            "unlimited_ocr",
+        ),
+        "no test covers it",
+    ),
 }
 
 
@@ -525,4 +552,9 @@ def find_family(model: nn.Module) -> Family | None:
                 f"Patch selection does not support {type(model).__name__}: its `get_rope_index` does not take "
                 f"{' and '.join(sorted(missing))}."
             )
-    return Family(model) if hasattr(base.config, "image_token_id") else None
+    if getattr(base.config, "image_token_id", None) is None:
+        raise TypeError(
+            f"Patch selection does not support {type(model).__name__} without an `image_token_id`. Set it in the "
+            "configuration, to the token of the processor's placeholders."
+        )
+    return Family(model)

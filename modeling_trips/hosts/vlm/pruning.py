@@ -259,7 +259,7 @@ class Prompts:
         if name == "labels":
             padding = -100
         elif name == "input_ids":
-            pad_token_id = self.family.config.get_text_config().pad_token_id
+            pad_token_id = getattr(self.family.config.get_text_config(), "pad_token_id", None)
             if pad_token_id not in (None, self.family.image_token_id):
                 padding = pad_token_id
         return value.gather(1, order).masked_fill(~mask, padding)

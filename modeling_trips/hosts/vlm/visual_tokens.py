@@ -33,7 +33,7 @@ class ExitSelection:
             raise TypeError(f"`visual_tokens` must be an int, got {self.visual_tokens!r}.")
         if self.visual_tokens is not None and self.visual_tokens < 1:
             raise ValueError(f"`visual_tokens` must be at least 1, got {self.visual_tokens}.")
-        if self.keep_rate is not None and not isinstance(self.keep_rate, (int, float)):
+        if self.keep_rate is not None and type(self.keep_rate) not in (int, float):
             raise TypeError(f"`keep_rate` must be a number, got {self.keep_rate!r}.")
         if self.keep_rate is not None and not 0 < self.keep_rate <= 1:
             raise ValueError(f"`keep_rate` must be in (0, 1], got {self.keep_rate}.")

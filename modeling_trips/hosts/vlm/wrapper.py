@@ -149,21 +149,26 @@ def _check_mask(inputs: dict):
         )
 
 
+def _by_name(signature: inspect.Signature, model: nn.Module, args: tuple, kwargs: dict) -> dict:
+    """Return the arguments of a call by their names, without `self`."""
+    if not args:
+        return kwargs
+    _, *bound = signature.bind(model, *args, **kwargs).arguments.items()
+    named = dict(bound)
+    return {**named, **named.pop("kwargs", {})}
+
+
 @cache
 def _pruning_class(own_class: type[nn.Module]) -> type[nn.Module]:
     """
     Return a class whose `forward` and `generate` prune their inputs. Its name does not change, because Transformers
     uses the name for `architectures` and in pipelines.
     """
-    parameters = inspect.signature(own_class.forward)
+    signature = inspect.signature(own_class.forward)
 
     @wraps(own_class.forward)
     def forward(self, *args, **kwargs):
-        if args:
-            bound = parameters.bind(self, *args, **kwargs).arguments
-            kwargs = {**bound, **bound.get("kwargs", {})}
-            del kwargs["self"]
-            kwargs.pop("kwargs", None)
+        kwargs = _by_name(signature, self, args, kwargs)
         selection = selection_of(self)  # None in other models loaded with this class
         if selection is not None and _has_pixels(kwargs):
             kwargs = selection.prune(kwargs)
@@ -208,23 +213,25 @@ def _count_pruned_prompt(model: nn.Module, generation_config, options: dict, len
 
 
 def _pruning_generate(own_class: type[nn.Module]):
+    signature = inspect.signature(own_class.generate)
+
     @wraps(own_class.generate)
-    def generate(self, inputs: torch.Tensor | None = None, generation_config=None, *args, **kwargs):
-        if inputs is not None and kwargs.get("input_ids") is None:
-            kwargs["input_ids"] = inputs
-            inputs = None
+    def generate(self, *args, **kwargs):
+        kwargs = _by_name(signature, self, args, kwargs)
+        if kwargs.get("inputs") is not None and kwargs.get("input_ids") is None:
+            kwargs["input_ids"] = kwargs.pop("inputs")
         selection = selection_of(self)
         if selection is None or not _has_pixels(kwargs):
-            return own_class.generate(self, inputs, generation_config, *args, **kwargs)
+            return own_class.generate(self, **kwargs)
         if kwargs.get("input_ids") is None:
             raise ValueError("`generate` needs `input_ids` with patch selection, got None.")
         ids = kwargs["input_ids"]
         with torch.no_grad():
             kwargs = selection.prune(kwargs)
         length = kwargs["input_ids"].shape[1]
-        generation_config = copy.deepcopy(generation_config)
+        generation_config = copy.deepcopy(kwargs.pop("generation_config", None))
         _count_pruned_prompt(self, generation_config, kwargs, ids.shape[1], length)
-        outputs = own_class.generate(self, inputs, generation_config, *args, **kwargs)
+        outputs = own_class.generate(self, generation_config=generation_config, **kwargs)
         sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
         prompts = ids.repeat_interleave(len(sequences) // len(ids), dim=0)
         new_tokens = sequences[:, length:].to(prompts.device)

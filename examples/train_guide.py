@@ -6,9 +6,10 @@ Train a TextGuide: the prompt scores the patches inside the vision tower of a fr
     python examples/train_guide.py ... --teacher answers   # data without regions, or --teacher attention
 
 Rows have the columns image, question, answer and region, as for run_vqa.py. With `--teacher regions`, the guide learns
-from the region that a question is about; with `--teacher attention`, from the attention of the unpruned model's
-answer; with `--teacher answers`, from the loss of the pruned model's answer. Rows without a region, and regions
-outside the processor's crop, are counted. The output folder gets the guide alone.
+from the region that a question is about; with `--teacher relevance`, from what each visual token takes off the loss of
+the unpruned model's answer; with `--teacher attention`, from the attention of that answer; with `--teacher answers`,
+from the loss of the pruned model's answer. Rows without a region, and regions outside the processor's crop, are
+counted. The output folder gets the guide alone.
 """
 
 from dataclasses import MISSING, dataclass
@@ -17,7 +18,7 @@ from trips_examples.data.source import option
 from trips_examples.training.options import DataArguments, RunOptions, make_parser, run_script
 
 
-TEACHERS = ("regions", "attention", "answers")
+TEACHERS = ("regions", "relevance", "attention", "answers")
 
 
 @dataclass
@@ -72,8 +73,9 @@ from modeling_trips.hosts.vlm.supervision import (
     rows_of_images,
     targets_of_attention,
     targets_of_masks,
+    targets_of_relevance,
 )
-from modeling_trips.patch_selection import selection_loss, targets_of_candidates
+from modeling_trips.patch_selection import log_scores, selection_loss, targets_of_candidates
 from trips_examples.data.images import column_of, read_image
 from trips_examples.data.loading import BUNDLED
 from trips_examples.lmms.generation import VisionLanguageModel, encode, question_about
@@ -111,7 +113,7 @@ class GuideCollator:
         sources = [row["source"] for row in rows]
         inputs = self.encode(images, questions)
         batch: dict[str, Any] = {"sources": sources, "inputs": inputs}
-        if self.teacher != "attention" and any(region is not None for region in regions):
+        if self.teacher in ("regions", "answers") and any(region is not None for region in regions):
             batch["masks"] = self.encode(region_masks(images, regions), questions)
             black_images = [PIL.Image.new("RGB", image.size) for image in images]
             batch["blanks"] = self.encode(black_images, questions)
@@ -161,6 +163,8 @@ class GuidedModel(nn.Module):
         targets = None
         if masks is not None:
             targets = targets_of_masks(model, masks, blanks)
+        elif self.args.teacher == "relevance":
+            targets = targets_of_relevance(model, answered, num_answer_tokens)
         elif self.args.teacher == "attention":
             remove_patch_selection(model)
             targets = targets_of_attention(model, answered, num_answer_tokens)
@@ -174,7 +178,11 @@ class GuidedModel(nn.Module):
             is_used = is_counted
         else:
             selection = guided_selection(model, inputs)
-            losses = selection_loss(selection.scores, selection.candidate_indices, targets)
+            if self.args.teacher == "relevance":
+                shares = targets_of_candidates(targets, selection.candidate_indices)
+                losses = -(shares * log_scores(selection.scores)).sum(dim=-1)
+            else:
+                losses = selection_loss(selection.scores, selection.candidate_indices, targets)
             is_counted = targets.sum(dim=-1) > 0  # (num_images,)
             # A row is used if one of its images has a target.
             rows = torch.tensor(rows_of_images(model, inputs), device=targets.device)

@@ -115,6 +115,12 @@ def test_an_interrupted_training_resumes(options, rows, tmp_path, monkeypatch):
         assert weights_of(tmp_path / "guide") == weights_of(tmp_path / "whole")
 
 
+def test_learns_from_relevance(options):
+    metrics = train_guide.main(options("--teacher=relevance", "--max_steps=3"))
+    assert 0 < metrics["eval_samples"] <= 16
+    assert 0 < metrics["eval_region_recall"] <= 1
+
+
 def test_learns_from_attention(options):
     metrics = train_guide.main(options("--teacher=attention", "--max_steps=3"))
     assert metrics["eval_samples"] == 16

@@ -6,7 +6,7 @@ from dataclasses import replace
 import PIL.Image
 import pytest
 import torch
-from tiny_vlms import BY_NAME, IMAGE, Vlm, families, make_inputs
+from tiny_vlms import BY_NAME, IMAGE, OTHERS, SIZES, VLMS, Vlm, families, make_images, make_inputs, rows_alone
 from torch import nn
 
 from modeling_trips.hosts import TextGuide, apply_patch_selection, prune_inputs
@@ -20,6 +20,7 @@ from modeling_trips.hosts.vlm.supervision import (
     rows_of_images,
     targets_of_attention,
     targets_of_masks,
+    targets_of_relevance,
 )
 from modeling_trips.hosts.vlm.tower import CURRENT_PASS
 from modeling_trips.patch_selection import KeyInfo, selection_loss
@@ -100,6 +101,74 @@ def test_attention_is_that_of_the_eager_map(vlm):
     for image, target in zip(expected, targets):
         torch.testing.assert_close(target[: len(image)], image / image.sum(), atol=1e-5, rtol=1e-3)
         assert not target[len(image) :].any()
+
+
+def units_of_images(vlm: Vlm, values: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
+    """Split one value per visual token of the batch into those of each image (or tile), without newlines."""
+    units = []
+    _, sizes = make_images(vlm, counts)
+    for number, group in enumerate(values.split(sizes)):
+        if vlm.kind == "tiles":
+            units += group.split(vlm.tokens)
+        elif vlm.kind == "anyres":
+            height, width = SIZES[number % len(SIZES)]
+            rows = group[64:].view(height // 4, width // 4 + 1)[:, :-1]
+            tiles = rows.unflatten(0, (-1, 8)).unflatten(2, (-1, 8)).transpose(1, 2)
+            units += [group[:64], *tiles.reshape(-1, 64)]
+        else:
+            units.append(group)
+    return units
+
+
+@pytest.mark.parametrize("vlm", [*VLMS, *OTHERS], ids=lambda vlm: vlm.name)
+def test_relevance_is_gradient_times_embedding(vlm):
+    """Gradients of what enters the language model, from the loss of each row's answer; a selection has no part."""
+    counts = [2, 1]
+    model = vlm.make()
+    inputs = make_inputs(vlm, counts, seed=1)
+    entered = []
+
+    def enter(module, args, kwargs):
+        entered.append(kwargs["inputs_embeds"].detach().requires_grad_())
+        return args, {**kwargs, "inputs_embeds": entered[0]}
+
+    with model.get_decoder().register_forward_pre_hook(enter, with_kwargs=True):
+        logits = model(**inputs).logits
+    losses = []
+    for row, length in enumerate([2, 3]):
+        losses.append(nn.functional.cross_entropy(logits[row, -length - 1 : -1], inputs["input_ids"][row, -length:]))
+    sum(losses).backward()
+    relevance = -(entered[0].grad * entered[0]).sum(dim=-1)
+    relevance = relevance.clamp(min=0)[inputs["input_ids"] == IMAGE]
+    expected = nn.utils.rnn.pad_sequence(units_of_images(vlm, relevance, counts), batch_first=True)
+    total = expected.sum(dim=-1, keepdim=True)
+    assert total.any()
+    expected = torch.where(total > 0, expected / total, 0.0)
+
+    if vlm in VLMS:
+        apply_patch_selection(model, "1:image:0.5")
+    with torch.no_grad():
+        targets = targets_of_relevance(model, inputs, [2, 3])
+    torch.testing.assert_close(targets, expected, rtol=1e-3, atol=1e-4)
+    assert all(parameter.grad is None for name, parameter in model.named_parameters() if "vision" in name)
+
+
+@families
+def test_padding_has_no_relevance(vlm):
+    counts = [1, 2]
+    model = vlm.make()
+    targets = targets_of_relevance(model, make_inputs(vlm, counts), [2, 3])
+    alone = []
+    for inputs, length in zip(rows_alone(vlm, counts), [2, 3]):
+        alone += targets_of_relevance(model, inputs, [length])
+    expected = nn.utils.rnn.pad_sequence(alone, batch_first=True)
+    torch.testing.assert_close(targets, expected, rtol=1e-2, atol=1e-3)
+
+
+def test_a_class_token_in_the_prompt_is_no_patch():
+    vlm = BY_NAME["llava"]
+    vlm = replace(vlm, config={**vlm.config, "vision_feature_select_strategy": "full"}, tokens=65)
+    assert targets_of_relevance(vlm.make(), make_inputs(vlm), [2, 3]).shape == (2, 64)
 
 
 def test_supervision_needs_the_unpruned_model_or_the_guide_alone():

@@ -158,6 +158,10 @@ class Family(Host):
         """Return the number of tiles in each entry of `pixel_values`, which pads entries with fewer."""
         raise NotImplementedError
 
+    def to_units(self, values: list[torch.Tensor], inputs: Mapping) -> list[torch.Tensor]:
+        """Return values of each group's visual tokens, `(size,)`, as those of each image's units, `(num_units,)`."""
+        return values
+
     def kept_tokens(self, sizes: list[int], inputs: Mapping, current: SelectionPass) -> list[torch.Tensor]:
         """Return ascending positions of the visual tokens of kept patches, per group."""
         kept = current.kept_before()
@@ -203,10 +207,18 @@ class Llava(Family):
         return hasattr(self.transformer.embeddings, "class_embedding")
 
     @property
+    def num_class_tokens(self) -> int:
+        """Number of visual tokens of an image that are no patches."""
+        keeps_class_token = getattr(self.config, "vision_feature_select_strategy", "default") == "full"
+        return int(keeps_class_token and self.has_class_token)
+
+    @property
     def tokens_per_image(self) -> int | None:
         config = self.config.vision_config
-        keeps_class_token = getattr(self.config, "vision_feature_select_strategy", "default") == "full"
-        return (config.image_size // config.patch_size) ** 2 + int(keeps_class_token and self.has_class_token)
+        return (config.image_size // config.patch_size) ** 2 + self.num_class_tokens
+
+    def to_units(self, values: list[torch.Tensor], inputs: Mapping) -> list[torch.Tensor]:
+        return [values_of_image[self.num_class_tokens :] for values_of_image in values]
 
     def add_hooks(self) -> list:
         return [self.base.multi_modal_projector.register_forward_hook(restore_projected)]
@@ -256,6 +268,14 @@ class LlavaNext(Llava):
         is_image = torch.cat(gradients)[..., 0] != 0  # (num_tiles, num_patches)
         device = inputs["pixel_values"].device
         return SelectionPass(is_image=is_image.to(device, non_blocking=True))
+
+    def to_units(self, values: list[torch.Tensor], inputs: Mapping) -> list[torch.Tensor]:
+        # A packed token is a weighted mean of patches, so each patch gets its share of the token's value.
+        with torch.enable_grad():
+            tiles = self.blank_tiles(inputs, requires_grad=True, device=values[0].device)
+            packed = torch.cat(self.pack(tiles, inputs))[:, 0]
+        shares = torch.autograd.grad(packed, tiles, torch.cat(values))
+        return [*torch.cat(shares)[..., 0]]
 
     def images_per_group(self, inputs: Mapping, sizes: list[int]) -> list[int]:
         return self.tiles_per_image(inputs)

@@ -97,6 +97,44 @@ def targets_of_masks(model: PreTrainedModel, masks: Mapping, blanks: Mapping) ->
     return areas / areas.sum(dim=-1, keepdim=True).clamp(min=1e-6)
 
 
+@torch.enable_grad()
+def targets_of_relevance(model: PreTrainedModel, inputs: Mapping, num_answer_tokens: Sequence[int]) -> torch.Tensor:
+    """
+    Return the share of each unit of patches in what the image takes off the loss of its answer, `(num_images,
+    num_units)`: -g . h for the embedding h of a visual token as it enters the language model and the gradient g of the
+    answer's cross-entropy, 0 where that is negative (as in [`RelevanceGradient`]). Nothing is pruned. Each row sums to
+    1, or to 0 where no token is relevant. Tiles count as images; units of packed images are padded with zeros.
+
+    Prompts end with their answers, of `num_answer_tokens` by row, and are padded on the left.
+    """
+    family = find_family(model)
+    with torch.no_grad():
+        whole, _, _ = prune(family, dict(inputs), ExitSelection())  # encoded, and all tokens kept
+    encoded = whole["mm_encoder_outputs"]["image"]
+    groups = [group.detach().requires_grad_() for group in encoded.pooler_output]
+    is_batch = isinstance(encoded.pooler_output, torch.Tensor)
+    encoded.pooler_output = torch.stack(groups) if is_batch else groups
+
+    longest = max(num_answer_tokens)
+    answers = inputs["input_ids"][:, -longest:]
+    counts = torch.tensor(num_answer_tokens, device=answers.device)
+    places_from_end = torch.arange(longest, 0, -1, device=answers.device)
+    is_answer = places_from_end <= counts[:, None]  # (batch_size, longest)
+    logits = model(**whole, use_cache=False, logits_to_keep=longest + 1).logits
+    logits = logits[:, :-1].float().transpose(1, 2)  # (batch_size, vocab_size, longest)
+    losses = nn.functional.cross_entropy(logits, answers, reduction="none")
+    losses = (losses * is_answer).sum(dim=1) / counts  # (batch_size,)
+    gradients = torch.autograd.grad(losses.sum(), groups)
+    relevance = []
+    for group, gradient in zip(groups, gradients):
+        products = gradient.float() * group.detach().float()
+        relevance.append(-products.sum(dim=-1).clamp(max=0))  # (num_tokens,)
+    relevance = family.to_units(relevance, inputs)
+    targets = nn.utils.rnn.pad_sequence(relevance, batch_first=True)
+    total = targets.sum(dim=-1, keepdim=True)
+    return targets / total.clamp(min=torch.finfo(total.dtype).tiny)
+
+
 @torch.no_grad()
 def targets_of_attention(model: PreTrainedModel, inputs: Mapping, num_answer_tokens: Sequence[int]) -> torch.Tensor:
     """

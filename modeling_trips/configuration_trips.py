@@ -157,7 +157,9 @@ class TripsVisionConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         old_names = kwargs.keys() & {"selection_layers", "keep_rate", "selection_guidance"}
         old_fields = {name: kwargs.pop(name) for name in old_names}
-        if old_fields and str(self.schedule) == SCHEDULE:
+        if old_fields and str(self.schedule) != SCHEDULE:
+            raise ValueError(f"Give `schedule` without {' and '.join(sorted(old_fields))}, which are a part of it.")
+        if old_fields:
             self.schedule = _schedule_of_lists(**old_fields)
         self.architectures = self.architectures or []  # the Auto classes search it for the one of two models
         super().__post_init__(**kwargs)

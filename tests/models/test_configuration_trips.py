@@ -56,6 +56,7 @@ WRONG_VALUES = [
     (TripsFusionConfig, {"fusion_type": "skip_connected", "skip_stride": 6}),
     (TripsConfig, {"schedule": "13"}),
     (TripsConfig, {"selection_layers": [2, 4]}),  # a part of the schedule
+    (TripsVisionConfig, {"schedule": "2", "selection_layers": [2]}),
     (TripsConfig, {"itc_weight": float("nan")}),
     (TripsConfig, {"num_images": 0}),
     (TripsConfig, {"fusion_encoder_config": {"hidden_size": 384}}),

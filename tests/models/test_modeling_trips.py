@@ -122,7 +122,7 @@ def test_wrong_inputs_are_refused_by_name(case):
 @each_model
 @pytest.mark.parametrize("keep_rate", [0.25, 1.0])
 def test_a_call_may_have_another_keep_rate(case, keep_rate):
-    model = case.make_model(selection_layers=[2])
+    model = case.make_model(schedule="2")
     schedule = SelectionSchedule.parse(f"2:text:{keep_rate}")
     outputs = model(**case.make_inputs(), keep_rate=keep_rate)
     expected = model(**case.make_inputs(), schedule=schedule)
@@ -132,7 +132,7 @@ def test_a_call_may_have_another_keep_rate(case, keep_rate):
 
 @each_generator
 def test_answers_at_another_keep_rate(case):
-    model = case.make_model(selection_layers=[2])
+    model = case.make_model(schedule="2")
     inputs = {name: value for name, value in case.make_inputs().items() if name != "decoder_input_ids"}
     encoder_outputs = model.get_encoder()(**inputs, schedule=UNPRUNED)
     expected = model.generate(encoder_outputs=encoder_outputs, attention_mask=inputs["attention_mask"])
@@ -145,17 +145,17 @@ def test_answers_at_another_keep_rate(case):
 @pytest.mark.parametrize("keep_rate", [0, -0.5, 1.5, True, "all", float("nan")])
 def test_a_wrong_keep_rate_is_refused(keep_rate):
     with pytest.raises(ValueError, match="keep_rate"):
-        CASE.make_model(selection_layers=[2])(**CASE.make_inputs(), keep_rate=keep_rate)
+        CASE.make_model(schedule="2")(**CASE.make_inputs(), keep_rate=keep_rate)
 
 
-@pytest.mark.parametrize("layers", [[], [1, 3]])
-def test_a_keep_rate_needs_a_schedule_of_one_layer(layers):
+@pytest.mark.parametrize("schedule", ["unpruned", "1,3"])
+def test_a_keep_rate_needs_a_schedule_of_one_layer(schedule):
     with pytest.raises(ValueError, match="keep_rate"):
-        CASE.make_model(selection_layers=layers)(**CASE.make_inputs(), keep_rate=0.5)
+        CASE.make_model(schedule=schedule)(**CASE.make_inputs(), keep_rate=0.5)
 
 
 def test_a_keep_rate_outside_of_those_of_training_is_a_warning(caplog):
-    model = CASE.make_model(selection_layers=[2], trained_keep_rates=[0.25, 0.5])
+    model = CASE.make_model(schedule="2", trained_keep_rates=[0.25, 0.5])
     logger = logging.getLogger("transformers")
     with caplog.at_level("WARNING"):
         logger.propagate = True

@@ -185,9 +185,9 @@ class SelectionPass:
         self.num_kept: dict[int, list[int]] = {}  # packed: per image
         self.shortened: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self.selects = True  # False: the pass is there for the attention alone
-        # What a scorer after the tower may ask for: attention to all units, `(num_images, num_units)`.
+        # What a scorer after the tower may ask for: attention to all units of each image, `(num_units,)`.
         self.wants_attention = False
-        self.attention: torch.Tensor | None = None
+        self.attention: torch.Tensor | list[torch.Tensor] | None = None
         self.selector = TokenSelector()
         # In training with a gate: what attention needs to know about the tokens after the selection.
         self.key_info = KeyInfo()

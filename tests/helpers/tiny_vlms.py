@@ -209,16 +209,6 @@ VLMS = [
         "packed",
         config=QWEN_TOKENS,
     ),
-]
-# Supported at the exit only.
-OTHERS = [
-    llama_vlm(
-        "llava_pixtral",
-        "Llava",
-        {"model_type": "pixtral", **VIT, "head_dim": 8},
-        LLAMA,
-        config={"vision_feature_layer": -1, "vision_feature_select_strategy": "full"},
-    ),
     llama_vlm(
         "qwen3_5",
         "Qwen3_5",
@@ -246,6 +236,16 @@ OTHERS = [
             "video_start_token_id": 94,
             "video_end_token_id": 95,
         },
+    ),
+]
+# Supported at the exit only.
+OTHERS = [
+    llama_vlm(
+        "llava_pixtral",
+        "Llava",
+        {"model_type": "pixtral", **VIT, "head_dim": 8},
+        LLAMA,
+        config={"vision_feature_layer": -1, "vision_feature_select_strategy": "full"},
     ),
 ]
 BY_NAME = {vlm.name: vlm for vlm in [*VLMS, *OTHERS]}
@@ -314,6 +314,27 @@ def make_inputs(vlm: Vlm, counts: list[int] = (1, 1), padding_side: str = "left"
     if vlm.kind == "packed":
         inputs["mm_token_type_ids"] = types
     return inputs
+
+
+VIDEO = QWEN_TOKENS["video_token_id"]
+
+
+def make_video_inputs(vlm: Vlm) -> dict:
+    """Return a prompt with an image and a video of three time steps of 8 visual tokens, apart from Qwen3-VL on."""
+    images, (num_tokens,) = make_images(vlm, [1])
+    grid = torch.tensor([[3, 4, 8]])
+    step = [VISION_START, *[VIDEO] * 8, VISION_END, 7]
+    video = step * 3 if vlm.name.startswith("qwen3") else [VISION_START, *[VIDEO] * 24, VISION_END]
+    ids = torch.tensor([[2, 11, VISION_START, *[IMAGE] * num_tokens, VISION_END, 12, *video, 13, 14, 15]])
+    patches = torch.randn(int(grid.prod()), 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(1))
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == IMAGE).long() + 2 * (ids == VIDEO).long(),
+        **images,
+        "pixel_values_videos": patches,
+        "video_grid_thw": grid,
+    }
 
 
 COUNTS = [1, 2, 0]  # images per prompt

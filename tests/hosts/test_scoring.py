@@ -7,6 +7,7 @@ from tiny_vlms import BY_NAME, IMAGE, make_inputs
 from modeling_trips.hosts import prune_inputs
 from modeling_trips.hosts.vlm.scoring import (
     SCORERS,
+    keep_changes,
     pool,
     select_by_cdpruner,
     select_by_divprune,
@@ -143,6 +144,22 @@ def test_vispruner_equals_loops(seed):
             num_dropped = min(8, len(rest) - 3, len(first))
             rest = first[num_dropped:] + second
         assert indices == sorted(chosen + rest)
+
+
+@pytest.mark.parametrize("keep_rate", [1.0, 0.6, 0.5, 0.1])
+def test_evs_keeps_the_tokens_of_vllm(keep_rate):
+    evs = pytest.importorskip("vllm.multimodal.video_prune.evs")
+    video = torch.randn(5, 12, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = evs.compute_retention_mask(video.flatten(0, 1), (5, 6, 8), spatial_merge_size=2, q=1 - keep_rate)
+    assert torch.equal(keep_changes(video, keep_rate).flatten(), expected)
+
+
+def test_evs_by_hand():
+    """The first step stays; at a rate of two thirds, the two tokens that turn most from one step to the next."""
+    right, up, left = [1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]
+    video = torch.tensor([[right, up], [right, left], [left, left]])
+    assert keep_changes(video, 2 / 3).int().tolist() == [[1, 1], [0, 1], [1, 0]]
+    assert keep_changes(video, 0.01).int().tolist() == [[1, 1], [0, 0], [0, 0]]
 
 
 def test_pooling_averages_cells():

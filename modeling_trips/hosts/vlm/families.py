@@ -1,7 +1,7 @@
 """Families of vision-language models: location of the tower, and mapping from patches to visual tokens."""
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
@@ -15,6 +15,11 @@ from ..host import Host
 from ..layers import SelectionPass, library_name, lookup
 from .tower import CURRENT_PASS, ClipTowerLayer, InternvlLayer, PackedLayer, restore_units, selecting
 from .visual_tokens import ExitSelection, VisualTokens, special_token_ids
+
+
+def given(inputs: Mapping, names: Iterable[str]) -> dict:
+    """Return the inputs of these names that are not `None`."""
+    return {name: inputs[name] for name in names if inputs.get(name) is not None}
 
 
 class Family(Host):
@@ -39,8 +44,13 @@ class Family(Host):
         super().__init__(model)
         self.config = self.base.config
         self.image_token_id = self.config.image_token_id
-        names = inspect.signature(self.base.get_image_features).parameters
-        self.encoder_arguments = [name for name in names if name != "kwargs"]
+        self.video_token_id = getattr(self.config, "video_token_id", None)
+        # Names of what the model's encoder of images, or of videos, takes.
+        self.encoder_arguments: dict[str, list[str]] = {}
+        for kind in ("image", "video"):
+            encode = getattr(self.base, f"get_{kind}_features", None)
+            names = [] if encode is None else inspect.signature(encode).parameters
+            self.encoder_arguments[kind] = [name for name in names if name != "kwargs"]
 
     @cached_property
     def special_token_ids(self) -> list[int]:
@@ -74,10 +84,7 @@ class Family(Host):
 
     def encode(self, inputs: Mapping, current: SelectionPass | None) -> VisualTokens:
         """Encode the images. Return the visual tokens that the tower keeps in this pass; `None`: all."""
-        arguments = {}
-        for name in self.encoder_arguments:
-            if inputs.get(name) is not None:
-                arguments[name] = inputs[name]
+        arguments = given(inputs, self.encoder_arguments["image"])
         if current is not None and current.segments is not None:  # computed once for the tower
             arguments["image_window_index"] = current.unit_order
             arguments["image_cu_window_seqlens"] = current.segments
@@ -88,12 +95,29 @@ class Family(Host):
             return tokens
         if current.attention is not None:
             # LLaVA may pass the tower's [CLS] to the language model.
-            num_others = tokens.sizes[0] - current.attention.shape[1]
-            attention = nn.functional.pad(current.attention, (num_others, 0))
-            tokens = replace(tokens, attention=list(attention))
+            attention = [
+                nn.functional.pad(row, (size - len(row), 0)) for row, size in zip(current.attention, tokens.sizes)
+            ]
+            tokens = replace(tokens, attention=attention)
         if not current.kept:
             return tokens
         return tokens.keep(self.kept_tokens(tokens.sizes, inputs, current))
+
+    def encode_videos(self, inputs: Mapping) -> VisualTokens:
+        """Encode the videos. Return the visual tokens of each time step, or of each video where steps have no grid."""
+        arguments = given(inputs, self.encoder_arguments["video"])
+        with selecting(None):
+            output = self.base.get_video_features(**arguments, return_dict=True)
+        steps = []
+        for video, number in zip(output.pooler_output, self.steps_of_videos(inputs, output), strict=True):
+            steps += video.chunk(number)
+        return VisualTokens.whole(steps, output)
+
+    def steps_of_videos(self, inputs: Mapping, output) -> list[int]:
+        """Return the number of time steps of each video, 1 where it is not known."""
+        if inputs.get("video_grid_thw") is None:
+            return [1] * len(output.pooler_output)
+        return inputs["video_grid_thw"][:, 0].tolist()
 
     def check_exit(self, at_exit: ExitSelection, in_tower: bool = False):
         """Raise a TypeError or a ValueError if the selection after the tower does not fit the model."""
@@ -175,15 +199,11 @@ class Family(Host):
         """Return spatial positions of shape `(3, batch_size, length)`, or `None` for consecutive positions."""
         if not hasattr(self.base, "get_rope_index"):
             return None
-        types = inputs.get("mm_token_type_ids")
-        if types is None:
-            types = (inputs["input_ids"] == self.image_token_id).int()
-        return self.base.get_rope_index(
-            inputs["input_ids"],
-            mm_token_type_ids=types,
-            image_grid_thw=inputs["image_grid_thw"],
-            attention_mask=inputs.get("attention_mask"),
-        )[0]
+        types = (inputs["input_ids"] == self.image_token_id).int()
+        if self.video_token_id is not None:
+            types = types + 2 * (inputs["input_ids"] == self.video_token_id).int()
+        arguments = given(inputs, inspect.signature(self.base.get_rope_index).parameters)
+        return self.base.get_rope_index(**{"mm_token_type_ids": types, **arguments})[0]
 
 
 class Llava(Family):
@@ -387,10 +407,23 @@ class Internvl(Family):
 
 
 class Qwen2Vl(Family):
-    """Qwen2-VL: images of any size in one sequence, unit by unit, with rotary embeddings. The tower merges units."""
+    """
+    Qwen2-VL, Qwen3.5 and GLM-4V: images of any size in one sequence, unit by unit, with rotary embeddings. The tower
+    merges units.
+    """
 
-    layer_classes = {"Qwen2VLVisionBlock": PackedLayer}
+    layer_classes = dict.fromkeys(
+        (
+            "Qwen2VLVisionBlock",
+            "Qwen3_5VisionBlock",
+            "Qwen3_5MoeVisionBlock",
+            "Glm4vVisionBlock",
+            "Glm4vMoeVisionBlock",
+        ),
+        PackedLayer,
+    )
     layers_follow = True  # segments and rotary embeddings
+    has_attention = True
 
     @property
     def tower(self) -> nn.Module:
@@ -507,6 +540,11 @@ FAMILIES: dict[str, type[Family]] = {
     "Qwen2_5_VLModel": Qwen25Vl,
     "Qwen3VLModel": Qwen3Vl,
     "Qwen3VLMoeModel": Qwen3Vl,
+    "Qwen3_5Model": Qwen2Vl,
+    "Qwen3_5MoeModel": Qwen2Vl,
+    "Glm4vModel": Qwen2Vl,
+    "Glm46VModel": Qwen2Vl,
+    "Glm4vMoeModel": Qwen2Vl,
 }
 Q_FORMER = "its Q-Former has a fixed number of visual tokens; its `vision_model` supports selection"
 CROSS_ATTENTION = "its decoder reads the image by cross-attention, not as tokens of the prompt"

@@ -45,10 +45,12 @@ def prune_inputs(
             `inputs_embeds`), and `labels` of that shape for training. Prompts may have any number of images.
         visual_tokens (`int`, *optional*): Number of visual tokens to keep per image. Where images differ in size, one
             with fewer keeps all. In SmolVLM, Idefics3 and InternVL, which cut an image into tiles, it counts per tile.
+            In videos with a `video_grid_thw` it counts per time step; other videos stay whole.
         keep_rate (`float`, *optional*): Share of the visual tokens to keep per image, in (0, 1], instead of a number.
         scorer (`str` or `Callable`, *optional*, defaults to `"divprune"`): `"divprune"` (diversity), `"prompt"`
             (relevance to the prompt, with diversity), `"cdpruner"` (relevance to the prompt and diversity),
-            `"vispruner"` (the tower's attention and diversity), `"random"`, `"pooling"`, or a function of the
+            `"vispruner"` (the tower's attention and diversity), `"random"`, `"pooling"`, `"evs"` (what changes in a
+            video; images stay whole), or a function of the
             features, the prompt's embeddings (both with one row per image), their mask and the number to keep, which
             returns positions and features; if it has an argument `attention`, it also gets that of the tower. The
             prompt is the text after the last image, or all text if none follows, without labels, special tokens and
@@ -56,13 +58,14 @@ def prune_inputs(
             chat templates add text after an image, which then is the prompt.
 
     Returns:
-        `dict`: The inputs with shorter sequences, and `mm_encoder_outputs` instead of the images. Inputs without
-        images do not change.
+        `dict`: The inputs with shorter sequences, and `mm_encoder_outputs` instead of images and videos. Inputs
+        without these do not change.
 
     Raises:
         TypeError: The model is not supported or has no `attention` for the scorer, or `visual_tokens` is no integer.
-        ValueError: The inputs have videos, images and placeholders do not match, `labels` cover the whole prompt, the
-            scorer is unknown, or both a number and a rate are given or one of them is out of range.
+        ValueError: Images or videos and placeholders do not match, a time step of a video would keep no token,
+            `labels` cover the whole prompt, the scorer is unknown or does not choose in videos, or both a number and
+            a rate are given or one of them is out of range.
     """
     family = find_family(model)
     if family is None:
@@ -85,34 +88,42 @@ def prune(
     Apply the selections inside and after the tower. Return the inputs, the kept visual tokens per image, and the
     selections of the tower's layers. `probe_share` of the dropped units are kept, too, see `GateSelector`.
     """
-    if inputs.get("pixel_values_videos") is not None:
-        raise ValueError(
-            "Patch selection does not support videos, got `pixel_values_videos`. Call the model without selection."
-        )
-    if inputs.get("pixel_values") is None:
+    has_images = inputs.get("pixel_values") is not None
+    has_videos = inputs.get("pixel_values_videos") is not None
+    if not has_images and not has_videos:
         return inputs, [], None
     if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
-        raise ValueError("`input_ids` or `inputs_embeds` are needed with `pixel_values`, got neither.")
-    for name in ("pixel_values", "input_ids", "inputs_embeds"):
+        raise ValueError("`input_ids` or `inputs_embeds` are needed with images or videos, got neither.")
+    for name in ("pixel_values", "pixel_values_videos", "input_ids", "inputs_embeds"):
         if inputs.get(name) is not None and 0 in inputs[name].shape:
             raise ValueError(f"`{name}` must not be empty, got shape {tuple(inputs[name].shape)}.")
     prompts = Prompts(family, inputs)
     current = None
-    if in_tower or at_exit.reads_attention:
-        current = family.begin_pass(inputs)
-        current.selects = in_tower
-        current.selector = GateSelector(probe_share)
-        current.wants_attention = at_exit.reads_attention
-        if guide is not None:
-            prompt, prompt_mask = prompts.text
-            queries = guide(prompt, prompt_mask)  # (batch_size, num_heads, head_dim)
-            current.query = queries[prompts.row_of_images()]  # (num_images, num_heads, head_dim)
-    tokens = family.encode(inputs, current)
-    rows = prompts.row_of_groups(tokens.sizes)
-    tokens = tokens.select(at_exit, rows=rows, text=lambda: prompts.text)
-    pruned = prompts.prune(tokens, rows)
-    pruned["mm_encoder_outputs"] = {"image": family.encoder_output(tokens)}
-    return pruned, tokens.positions, current
+    kept = {}
+    if has_images:
+        if in_tower or at_exit.reads_attention:
+            current = family.begin_pass(inputs)
+            current.selects = in_tower
+            current.selector = GateSelector(probe_share)
+            current.wants_attention = at_exit.reads_attention
+            if guide is not None:
+                prompt, prompt_mask = prompts.text
+                queries = guide(prompt, prompt_mask)  # (batch_size, num_heads, head_dim)
+                current.query = queries[prompts.row_of_images()]  # (num_images, num_heads, head_dim)
+        tokens = family.encode(inputs, current)
+        rows = prompts.rows_of(tokens.sizes)
+        kept["image"] = tokens.select(at_exit, rows=rows, text=lambda: prompts.text)
+    if has_videos:
+        tokens = family.encode_videos(inputs)
+        rows = prompts.rows_of(tokens.sizes, "video")
+        steps = family.steps_of_videos(inputs, tokens.output)
+        if inputs.get("video_grid_thw") is not None:  # others stay whole: their steps are not known
+            tokens = tokens.select_steps(at_exit, steps, rows=rows, text=lambda: prompts.text)
+        kept["video"] = tokens.joined(steps)
+    pruned = prompts.prune(kept)
+    pruned["mm_encoder_outputs"] = {kind: family.encoder_output(tokens) for kind, tokens in kept.items()}
+    positions = [group for tokens in kept.values() for group in tokens.positions]
+    return pruned, positions, current
 
 
 class Prompts:
@@ -123,20 +134,25 @@ class Prompts:
         self.inputs = inputs
         self.embeddings = inputs.get("inputs_embeds")
         self.ids = inputs.get("input_ids")
+        token_ids = {"image": family.image_token_id}
+        if inputs.get("pixel_values_videos") is not None and family.video_token_id is not None:
+            token_ids["video"] = family.video_token_id
+        # Places of the visual tokens of images, and of videos if there are any: `(batch_size, length)`.
+        self.places = {kind: self.is_token(token_id) for kind, token_id in token_ids.items()}
         if self.ids is None:
-            self.ids = self.is_token(family.image_token_id) * family.image_token_id
-        self.is_visual = self.ids == family.image_token_id  # (batch_size, length)
+            self.ids = sum(self.places[kind] * token_id for kind, token_id in token_ids.items())
+        self.is_visual = torch.stack([*self.places.values()]).any(dim=0)
         mask = inputs.get("attention_mask")
         self.mask = torch.ones_like(self.is_visual) if mask is None else mask.bool()
         self.is_text = self.mask & ~self.is_visual
         # What the lengths of the new rows depend on comes to the host at once, before the tower runs. Later syncs are
         # the check of `labels`, and sizes of images in families whose images have any size.
-        num_visual = self.is_visual.sum(dim=1)
         num_text = self.is_text.sum(dim=1)
         is_right_padded = ~self.mask[:, -1]
-        counts = torch.stack([num_visual, num_text, is_right_padded])
-        self.num_visual, self.num_text, is_right_padded = counts.tolist()
+        num_visual = [is_kind.sum(dim=1) for is_kind in self.places.values()]
+        self.num_text, is_right_padded, *num_visual = torch.stack([num_text, is_right_padded, *num_visual]).tolist()
         self.pads_right = any(is_right_padded)
+        self.num_visual: dict[str, list[int]] = dict(zip(self.places, num_visual))
 
     def is_token(self, token_id: int) -> torch.Tensor:
         """Return a mask of the places of a token, `(batch_size, length)`, found by its embedding without ids."""
@@ -173,14 +189,16 @@ class Prompts:
         embed = self.family.model.get_input_embeddings()
         return embed(ids.gather(1, order)), mask
 
-    def row_of_groups(self, sizes: list[int]) -> list[int]:
+    def rows_of(self, sizes: list[int], kind: str = "image") -> list[int]:
         """
-        Return the row of each group of visual tokens. Raise a ValueError if the placeholders do not match.
+        Return the row of each group of visual tokens, images or parts of videos. Raise a ValueError if the
+        placeholders do not match.
 
         Two rows with 5 and 4 visual tokens have the visual tokens 0 to 4 and 5 to 8 of the batch. Groups of sizes
         `[3, 2, 4]` begin with the visual tokens 0, 3 and 5, so they are in the rows `[0, 0, 1]`.
         """
-        ends_of_rows = [*accumulate(self.num_visual)]
+        num_visual = self.num_visual.get(kind, [0] * len(self.ids))
+        ends_of_rows = [*accumulate(num_visual)]
         rows = []
         ends_of_groups = {0}
         first = 0
@@ -189,39 +207,42 @@ class Prompts:
             rows.append(row)
             first += size
             ends_of_groups.add(first)
-        if sum(sizes) != sum(self.num_visual) or not {*ends_of_rows} <= ends_of_groups:
+        if sum(sizes) != sum(num_visual) or not {*ends_of_rows} <= ends_of_groups:
             raise ValueError(
-                f"`input_ids` must have one placeholder per visual token of each image, {sizes} by image, got "
-                f"{self.num_visual} by row."
+                f"`input_ids` must have one placeholder per visual token of each {kind}, {sizes} by {kind}, got "
+                f"{num_visual} by row."
             )
         return rows
 
     def row_of_images(self) -> list[int]:
         """Return the row of each image (or tile) of the tower's batch, before the tower runs."""
-        sizes = self.family.group_sizes(self.inputs, self.num_visual)
+        sizes = self.family.group_sizes(self.inputs, self.num_visual["image"])
         num_images = self.family.images_per_group(self.inputs, sizes)
         rows = []
-        for row, number in zip(self.row_of_groups(sizes), num_images):
+        for row, number in zip(self.rows_of(sizes), num_images):
             rows += [row] * number
         return rows
 
-    def prune(self, tokens: VisualTokens, rows: list[int]) -> dict:
+    def prune(self, kept: dict[str, VisualTokens]) -> dict:
         """
-        Return the inputs without the images and the dropped tokens; `rows` are those of the groups of tokens.
+        Return the inputs without the images, the videos and the dropped tokens.
 
         With V for a visual token, the rows `[a V V V b]` and `[c V V d e]` have groups of sizes `[3, 2]`, the visual
         tokens 0 to 2 and 3 to 4 of the batch. If the positions `[0, 2]` of the first group and `[1]` of the second are
         kept, these are the visual tokens 0, 2 and 4, and the rows become `[a V V b]` and `[c V d e]`.
         """
-        is_kept = self.kept_mask(tokens)  # (batch_size, length)
+        is_kept = self.mask  # (batch_size, length)
         lengths = list(self.num_text)
-        for positions, row in zip(tokens.positions, rows):
-            lengths[row] += len(positions)
+        for kind, tokens in kept.items():
+            is_kept = self.drop(is_kept, tokens, self.places[kind])
+            for positions, row in zip(tokens.positions, self.rows_of(tokens.sizes, kind)):
+                lengths[row] += len(positions)
+        encoded = {name for kind in kept for name in self.family.encoder_arguments[kind]}
         # Rows that become shorter than others are padded: `mask` is False there.
         order, mask = move_kept(is_kept, max(lengths), to_start=self.pads_right)  # (batch_size, new_length)
         pruned = {}
         for name, value in self.inputs.items():
-            if name in self.family.encoder_arguments:
+            if name in encoded:
                 continue
             if isinstance(value, torch.Tensor) and value.shape[:2] == self.ids.shape:
                 value = self.shorten(name, value, order, mask)
@@ -239,8 +260,8 @@ class Prompts:
             pruned["position_ids"] = consecutive_positions(mask)
         return pruned
 
-    def kept_mask(self, tokens: VisualTokens) -> torch.Tensor:
-        """Return a mask of all text and the kept visual tokens, `(batch_size, length)`."""
+    def drop(self, is_kept: torch.Tensor, tokens: VisualTokens, places: torch.Tensor) -> torch.Tensor:
+        """Return the mask `is_kept`, `(batch_size, length)`, with only the kept visual tokens at these places."""
         kept = []  # among the visual tokens of the batch
         first = 0
         for positions, size in zip(tokens.positions, tokens.sizes):
@@ -249,7 +270,7 @@ class Prompts:
         kept = torch.cat(kept).to(self.ids.device)  # (num_kept,)
         is_kept_visual = self.mask.new_zeros(first)  # (num_visual,)
         is_kept_visual = is_kept_visual.index_fill(0, kept, True)
-        return self.mask.masked_scatter(self.is_visual, is_kept_visual)
+        return is_kept.masked_scatter(places, is_kept_visual)
 
     def shorten(self, name: str, value: torch.Tensor, order: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Return an input with one value per token for the new rows, `(batch_size, new_length, ...)`, padded."""

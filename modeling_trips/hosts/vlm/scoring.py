@@ -192,6 +192,24 @@ def select_by_vispruner(
     return kept, gather_tokens(features, kept)
 
 
+def keep_changes(video: torch.Tensor, keep_rate: float) -> torch.Tensor:
+    """
+    Return a mask of a video's tokens that change: EVS (https://arxiv.org/abs/2510.14624), `(num_steps, num_tokens,
+    hidden_size)` -> `(num_steps, num_tokens)`.
+
+    The first step stays whole. Of the others, those tokens stay whose cosine with the token of the same place one step
+    before is smallest, until `keep_rate` of the video is kept.
+    """
+    num_steps, num_tokens, _ = video.shape
+    change = 1 - nn.functional.cosine_similarity(video[1:], video[:-1], dim=-1)
+    change = nn.functional.pad(change, (0, 0, 1, 0), value=torch.inf)
+    order = change.flatten().argsort(descending=True, stable=True)
+    num_kept = max(num_tokens, int(num_steps * num_tokens * keep_rate))
+    is_kept = torch.zeros_like(order, dtype=torch.bool)
+    is_kept[order[:num_kept]] = True
+    return is_kept.view(num_steps, num_tokens)
+
+
 def select_at_random(
     features: torch.Tensor,
     prompt: torch.Tensor,
@@ -253,4 +271,5 @@ SCORERS: dict[str, Scorer] = {
     "random": select_at_random,
     "pooling": pool,
 }
+EVS = "evs"  # for videos: see `keep_changes`
 READ_PROMPT = ("prompt", "cdpruner")

@@ -185,6 +185,19 @@ class PackedLayer(TowerLayer):
         patches = units[0].unflatten(1, (self.unit**2, -1))
         return patches.flatten(0, 1)
 
+    def attention_to_units(self, current: SelectionPass, hidden_states: torch.Tensor) -> list[torch.Tensor]:
+        """Return the scores of all units of each image in row-major order, `(num_units,)`, 0 for those dropped."""
+        num_units = current.num_kept.get(current.last_before(self.number), current.num_units)
+        scores = self.score_images(self.normed_tokens(hidden_states), None, num_units)
+        scores = torch.cat(scores, dim=1)[0]
+        units = current.kept_before(self.number)
+        if units is None:
+            units = torch.arange(len(scores), device=scores.device)
+        if current.unit_order is not None:
+            units = current.unit_order[units]
+        whole = scores.new_zeros(sum(current.num_units)).index_copy(0, units, scores)
+        return [*whole.split(current.num_units)]
+
     def score_images(
         self,
         normed: torch.Tensor,

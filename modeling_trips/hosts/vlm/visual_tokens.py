@@ -9,13 +9,14 @@ only in how it encodes.
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
 from ...patch_selection import gather_tokens, num_kept_tokens
-from .scoring import READ_PROMPT, SCORERS, Scorer, pooling_cells
+from .scoring import EVS, READ_PROMPT, SCORERS, Scorer, keep_changes, pooling_cells
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,12 @@ class ExitSelection:
             raise TypeError(f"`keep_rate` must be a number, got {self.keep_rate!r}.")
         if self.keep_rate is not None and not 0 < self.keep_rate <= 1:
             raise ValueError(f"`keep_rate` must be in (0, 1], got {self.keep_rate}.")
-        if not callable(self.scorer) and self.scorer not in SCORERS:
-            raise ValueError(f"`scorer` must be a function or one of {', '.join(SCORERS)}, got {self.scorer!r}.")
+        if not callable(self.scorer) and self.scorer not in (*SCORERS, EVS):
+            raise ValueError(
+                f"`scorer` must be a function or one of {', '.join(SCORERS)}, {EVS}, got {self.scorer!r}."
+            )
+        if self.scorer == EVS and self.visual_tokens is not None:
+            raise ValueError(f"`scorer='evs'` takes a `keep_rate`, got {self.visual_tokens} `visual_tokens`.")
 
     def check_fits(self, tokens_per_image: int | None, in_tower: bool = False):
         """
@@ -62,7 +67,7 @@ class ExitSelection:
 
     def num_kept(self, size: int, num_candidates: int) -> int:
         """Return the number of kept tokens of an image; the tower has kept `num_candidates` of `size`."""
-        if self.keep_rate is not None:
+        if self.keep_rate is not None and self.scorer != EVS:
             return min(num_candidates, num_kept_tokens(size, self.keep_rate))
         if self.visual_tokens is not None:
             return min(num_candidates, self.visual_tokens)
@@ -78,8 +83,7 @@ class ExitSelection:
 
     @property
     def reads_attention(self) -> bool:
-        arguments = inspect.signature(self.select).parameters
-        return not self.keeps_all and "attention" in arguments
+        return not self.keeps_all and self.scorer != EVS and "attention" in inspect.signature(self.select).parameters
 
     @property
     def select(self) -> Scorer:
@@ -162,6 +166,44 @@ class VisualTokens:
                 features[group] = kept_features[index]
                 positions[group] = positions[group][chosen[index]]
         return replace(self, features=features, positions=positions)
+
+    def select_steps(self, at_exit: ExitSelection, num_steps: Sequence[int], **options) -> "VisualTokens":
+        """Select among the groups of videos with these numbers of time steps. `options` are those of [`select`]."""
+        if at_exit.keeps_all:
+            return self
+        if at_exit.reads_attention:
+            raise ValueError(
+                f"Scorers of videos have no `attention`, got {at_exit.scorer!r}. Use 'divprune' or 'evs'."
+            )
+        if at_exit.keep_rate is not None and at_exit.keep_rate * min(self.sizes) < 1:
+            raise ValueError(
+                f"`keep_rate` must keep a token of each time step of a video, got {at_exit.keep_rate} of "
+                f"{min(self.sizes)} tokens."
+            )
+        if at_exit.scorer != EVS:
+            return self.select(at_exit, **options)
+        positions = []
+        first = 0
+        for number in num_steps:
+            video = torch.stack(self.features[first : first + number])  # (num_steps, num_tokens, hidden_size)
+            positions += [is_kept.nonzero()[:, 0] for is_kept in keep_changes(video, at_exit.keep_rate)]
+            first += number
+        return self.keep(positions)
+
+    def joined(self, counts: Sequence[int]) -> "VisualTokens":
+        """Return groups that are joined, so many at a time: the time steps of each video."""
+        features = []
+        positions = []
+        sizes = []
+        first = 0
+        for count in counts:
+            end = first + count
+            features.append(torch.cat(self.features[first:end]))
+            starts = [0, *accumulate(self.sizes[first:end])]
+            positions.append(torch.cat([own + start for own, start in zip(self.positions[first:end], starts)]))
+            sizes.append(starts[-1])
+            first = end
+        return replace(self, features=features, positions=positions, sizes=sizes)
 
 
 def special_token_ids(config: PreTrainedConfig) -> list[int]:

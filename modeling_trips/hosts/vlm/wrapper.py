@@ -50,7 +50,8 @@ class VlmSelection:
             guide=self.guide,
         )
         if self.records and kept:
-            selections = [layer.recorded(current) for layer in selecting_layers(self.family.model)]
+            layers = selecting_layers(self.family.model) if current is not None else []  # videos alone: no pass
+            selections = [layer.recorded(current) for layer in layers]
             at_exit = TripsSelection(kept_indices=pad_units(kept))
             for recorded in self.records:
                 recorded += [*selections, at_exit]
@@ -125,7 +126,7 @@ def cache_of(inputs: dict) -> Cache | None:
 
 
 def _has_pixels(inputs: dict) -> bool:
-    """Whether there are images to prune, or videos to refuse."""
+    """Whether there are images or videos to prune."""
     return inputs.get("pixel_values") is not None or inputs.get("pixel_values_videos") is not None
 
 

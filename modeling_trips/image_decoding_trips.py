@@ -7,13 +7,35 @@ This file does not import siblings or PyTorch, so that decoding processes start 
 """
 
 import io
+import os
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image
 
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+try:  # an extra: the photos of iPhones
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+    READS_HEIC = True
+except ImportError:
+    READS_HEIC = False
+
+# The accepted formats and the suffixes of their files.
+FORMATS = {
+    "JPEG": ("jpg", "jpeg"),
+    "PNG": ("png",),
+    "WEBP": ("webp",),
+    "GIF": ("gif",),
+    "BMP": ("bmp",),
+    "TIFF": ("tif", "tiff"),
+    "JPEG2000": ("jp2",),
+    "AVIF": ("avif",),
+    "HEIF": ("heic", "heif"),
+}
 MAX_PIXELS = 50_000_000  # a 50-megapixel phone photo has 49,939,200
+JPEG_SCALES = (1, 2, 4, 8)  # a JPEG is decoded at one of these fractions of its sides
 
 TRANSPOSE_METHODS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -46,6 +68,25 @@ class ImageError(ValueError):
         return ImageError, (self.reason, str(self))
 
 
+def open_image(file: str | os.PathLike | BinaryIO) -> Image.Image:
+    """Open an image file of an accepted format, without its pixels. Other formats raise an [`ImageError`]."""
+    formats = [name for name in FORMATS if name != "HEIF" or READS_HEIC]
+    try:
+        return Image.open(file, formats=formats)
+    except Image.UnidentifiedImageError as error:
+        if isinstance(file, (str, os.PathLike)):
+            with open(file, "rb") as opened:
+                start = opened.read(12)
+        else:
+            file.seek(0)
+            start = file.read(12)
+        if start[4:8] == b"ftyp" and not READS_HEIC:
+            message = "HEIC photos need a package: `pip install pillow-heif`."
+        else:
+            message = f"The file is not a whole image of one of the formats {', '.join(FORMATS)}."
+        raise ImageError("format", message) from error
+
+
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     Decode an image file of an accepted format and size.
@@ -54,8 +95,10 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     `modeling_trips.untrusted_images` for services.
 
     Args:
-        data (`bytes`): Content of a JPEG, PNG, WebP, GIF or BMP file. Of an animation, the first frame is decoded.
-        max_pixels (`int`, *optional*, defaults to 50,000,000): Largest accepted width times height.
+        data (`bytes`): Content of a file of one of `FORMATS`. Of an animation, the first frame is decoded.
+        max_pixels (`int`, *optional*, defaults to 50,000,000): Largest width times height of the result. Larger
+            photos are refused, unless they are JPEGs: these are decoded at a half, a quarter or an eighth of their
+            sides. Progressive ones are not, because their decoder needs memory for the whole image.
 
     Returns:
         `PIL.Image.Image`: The image as [`convert_to_rgb`] returns it.
@@ -66,19 +109,26 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if not data:
         raise ImageError("empty", "The image file is empty.")
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with open_image(io.BytesIO(data)) as image:
             width, height = image.size
-            if width * height > max_pixels:
+            is_scalable = image.format in ("JPEG", "MPO") and "progressive" not in image.info
+            for scale in JPEG_SCALES if is_scalable else (1,):
+                scaled = width // scale, height // scale
+                if -(-width // scale) * -(-height // scale) <= max_pixels:
+                    break
+            else:
                 raise ImageError(
-                    "pixels", f"The image has {width} x {height} pixels; at most {max_pixels:,} are accepted."
+                    "pixels",
+                    f"The image has {width} x {height} pixels; at most {max_pixels:,} are accepted. Scale it, or save "
+                    "it as a JPEG that is not progressive.",
                 )
+            if scale > 1:
+                image.draft(None, scaled)
             return convert_to_rgb(image)
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
         raise ImageError("pixels", f"The image has too many pixels; at most {max_pixels:,} are accepted.") from error
-    except Image.UnidentifiedImageError as error:
-        raise ImageError("format", f"The file is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image.") from error
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ...
         raise ImageError("broken", f"The image file is broken or cut off: {str(error).rstrip('.')}.") from error
 
@@ -100,7 +150,8 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
         `ValueError`: The image has no pixels; its mode is "I" or "F", which have no fixed range of gray values; or
             its format is EPS, which Pillow decodes by starting Ghostscript.
     """
-    check_format(image)
+    if image.format == "EPS":
+        raise ValueError("EPS images are not supported. Save the image as a PNG.")
     if 0 in image.size:
         raise ValueError(f"The image has no pixels: its size is {image.size} (width, height).")
     if image.mode in ("I", "F"):
@@ -122,12 +173,6 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
         rgb = image.convert("RGB")
     rgb.info = {}
     return rgb
-
-
-def check_format(image: Image.Image):
-    """Raise a `ValueError` for an opened image that Pillow decodes by starting another program, Ghostscript."""
-    if image.format == "EPS":
-        raise ValueError("EPS images are not supported. Save the image as a PNG.")
 
 
 def orientation_of(image: Image.Image) -> int:

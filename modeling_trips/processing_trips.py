@@ -32,7 +32,7 @@ from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpa
 from transformers.tokenization_utils_base import TextInput
 from transformers.utils import ModelOutput, auto_docstring, logging
 
-from .image_decoding_trips import convert_to_rgb, decode_image
+from .image_decoding_trips import convert_to_rgb, decode_image, open_image
 
 
 # Inputs before they become tensors
@@ -96,7 +96,7 @@ def read_image(image: str | os.PathLike | Image.Image, timeout: float | None = N
     if isinstance(image, Image.Image):
         return convert_to_rgb(image)
     if os.path.exists(image):
-        with Image.open(image) as opened:
+        with open_image(image) as opened:
             return convert_to_rgb(opened)
     source = os.fspath(image)
     if source.startswith(("http://", "https://")):

@@ -7,6 +7,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 from pydantic.json_schema import SkipJsonSchema, models_json_schema
 
 import modeling_trips
+from modeling_trips.image_decoding_trips import FORMATS
 
 from .settings import Settings
 
@@ -27,7 +28,7 @@ def read_base64(value: object) -> object:
     return base64.b64decode(value, validate=True)
 
 
-FILES = "JPEG, PNG, WebP, GIF or BMP."
+FILES = f"One of {', '.join(FORMATS)}."
 IMAGE_SCHEMA = {"type": "string", "contentEncoding": "base64", "description": FILES, "examples": [EXAMPLE_IMAGE]}
 ImageFile = Annotated[bytes, BeforeValidator(read_base64), WithJsonSchema(IMAGE_SCHEMA)]
 

@@ -13,7 +13,7 @@ import PIL.Image
 import torch
 from datasets import Dataset, Image, Sequence
 
-from modeling_trips.image_decoding_trips import check_format, convert_to_rgb, orientation_of
+from modeling_trips.image_decoding_trips import convert_to_rgb, open_image, orientation_of
 from modeling_trips.untrusted_images import decode_untrusted
 from trips_examples.data.tasks import BadRowError, Fault
 
@@ -34,7 +34,7 @@ def check_image(image: str | bytes, patch_size: int = 1, decode: bool = True) ->
     a `BadRowError` if it is missing, cannot be read, or has a side below `patch_size` pixels.
     """
     file = image if isinstance(image, str) else io.BytesIO(image)
-    with named_errors(image), PIL.Image.open(file) as opened:
+    with named_errors(image), open_image(file) as opened:
         size = usable_size(opened, patch_size)
         if decode:
             opened.draft(None, (1, 1))  # JPEG: reads the whole file, but makes few pixels of it
@@ -45,7 +45,7 @@ def check_image(image: str | bytes, patch_size: int = 1, decode: bool = True) ->
 def decode_image(image: str | bytes, patch_size: int = 1) -> PIL.Image.Image:
     """Decode an image (path or encoded) to upright RGB. Errors are those of [`check_image`]."""
     file = image if isinstance(image, str) else io.BytesIO(image)
-    with named_errors(image), PIL.Image.open(file) as opened:
+    with named_errors(image), open_image(file) as opened:
         usable_size(opened, patch_size)
         return convert_to_rgb(opened)
 
@@ -79,7 +79,6 @@ def named_errors(image: str | bytes) -> Iterator[None]:
 
 def usable_size(image: PIL.Image.Image, patch_size: int = 1) -> tuple[int, int]:
     """Return the upright width and height of an opened image, of which only the header is read."""
-    check_format(image)
     if image.mode in ("I", "F"):
         raise BadRowError(
             "image without a fixed range of grey values",

@@ -7,6 +7,7 @@ commas, convert cells such as `none` and `01`, and reject a whole file for one i
 import codecs
 import csv
 import json
+import logging
 import re
 import reprlib
 from collections import Counter
@@ -16,15 +17,19 @@ from typing import Any
 
 import pyarrow.parquet
 
+from modeling_trips.image_decoding_trips import FORMATS
 from trips_examples.data.tasks import BadRowError
 
+
+logger = logging.getLogger(__name__)
 
 # A record, or the JSON text of one, with its number from 1: lines of JSONL, items of a list, records of a table.
 NumberedRecords = Iterator[tuple[int, dict | str]]
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+IMAGE_SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+SEPARATORS = (",", ";", "\t")  # the first is taken if they are level
 # A line of a CSV file with a cell that names an image.
-_LINE_WITH_IMAGE = re.compile(rf".*\.({'|'.join(IMAGE_SUFFIXES)}) *\"?(,|$)", re.IGNORECASE)
+_LINE_WITH_IMAGE = re.compile(rf".*\.({'|'.join(IMAGE_SUFFIXES)}) *\"?([,;\t]|$)", re.IGNORECASE)
 
 # Keys of the annotation files of public data sets, or of each of their records.
 OFFICIAL_FORMS = {
@@ -93,10 +98,14 @@ def read_records(file: Path) -> NumberedRecords:
     Yield the records of a JSON, JSONL, CSV or Parquet file. Raise a `ValueError` if it cannot be read, or if it is an
     annotation file of another form.
     """
-    readers = {".json": _read_json, ".jsonl": _read_json_lines, ".csv": _read_csv, ".parquet": _read_parquet}
+    readers = {".json": _read_json, ".jsonl": _read_json_lines, ".parquet": _read_parquet}
+    readers |= dict.fromkeys((".csv", ".tsv", ".txt"), _read_csv)
     suffix = file.suffix.lower()
     if suffix not in readers:
-        raise ValueError(f"{file} ends with {suffix!r}. Convert it to one of {', '.join(readers)}.")
+        how = (
+            "In Excel, save it as CSV UTF-8" if suffix in (".xlsx", ".xls") else f"Convert it to {', '.join(readers)}"
+        )
+        raise ValueError(f"{file} ends with {suffix!r}. {how}.")
     form = official_form(_first_value(file)) if suffix in (".json", ".jsonl") else None
     if form is not None:
         raise ValueError(
@@ -128,16 +137,20 @@ def _read_json_lines(file: Path) -> NumberedRecords:
 
 def _read_csv(file: Path) -> NumberedRecords:
     number = 0
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        table = csv.DictReader(lines, strict=True)
+    with file.open(encoding=_encoding_of(file), newline="") as lines:
+        header = lines.readline()
+        lines.seek(0)
+        # The separator that makes the most cells of the header: a comma, or what Excel writes.
+        separator = max(SEPARATORS, key=lambda mark: len(next(csv.reader([header], delimiter=mark), ())))
+        table = csv.DictReader(lines, strict=True, delimiter=separator)
         try:
-            header = table.fieldnames or ()
-            _refuse_repeated(header)
-            _refuse_other_separators(header)
+            _refuse_repeated(table.fieldnames or ())
             for number, record in enumerate(table, start=1):
                 if None in record:
-                    raise ValueError(f"row {number} has more cells than the header; quote cells that have commas")
-                swallowed = _swallowed_line(record)
+                    raise ValueError(
+                        f"row {number} has more cells than the header; quote cells that have {separator!r}"
+                    )
+                swallowed = _swallowed_line(record, separator)
                 if swallowed is not None:
                     raise ValueError(f"a cell of row {number} holds a whole row, {swallowed!r}; correct its quotes")
                 yield number, record
@@ -145,17 +158,26 @@ def _read_csv(file: Path) -> NumberedRecords:
             raise ValueError(f"row {number + 1}: {error}; correct its quotes") from error
 
 
-def _refuse_other_separators(header: Sequence[str]):
-    for separator in (";", "\t"):
-        if len(header) == 1 and separator in header[0]:
-            raise ValueError(f"the cells are separated by {separator!r}; separate them by commas")
+def _encoding_of(file: Path) -> str:
+    """Return the encoding of a table of texts: UTF-8, or that of Excel."""
+    with file.open("rb") as start:
+        if start.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            return "utf-16"
+    try:
+        with file.open(encoding="utf-8-sig") as lines:
+            for _ in lines:
+                pass
+    except UnicodeDecodeError:
+        logger.warning(f"{file} is not in UTF-8 and is read as cp1252, the encoding of Windows.")
+        return "cp1252"
+    return "utf-8-sig"
 
 
-def _swallowed_line(record: dict[str, str | None]) -> str | None:
+def _swallowed_line(record: dict[str, str | None], separator: str) -> str | None:
     """Return a line of a record of CSV that is a row of its own, which stray quotes made part of a cell, or None."""
     for cell in record.values():
         for line in (cell or "").splitlines()[1:]:
-            if "," in line and _LINE_WITH_IMAGE.match(line):
+            if separator in line and _LINE_WITH_IMAGE.match(line):
                 return line
     return None
 

@@ -1,6 +1,7 @@
 """The images of a collection as rows. The source of an image identifies it."""
 
 import hashlib
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,8 +13,10 @@ import pyarrow as pa
 from huggingface_hub.utils import chunk_iterable
 
 from trips_examples.data.streams import IMAGE_SUFFIXES, FileShard, HubShard, TarShard, encoded_image, find_shards
-from trips_examples.data.tasks import BadRowError, Fault, printable
+from trips_examples.data.tasks import SHOWN, BadRowError, Fault, printable
 
+
+logger = logging.getLogger(__name__)
 
 FILES_PER_SHARD = 256
 
@@ -63,16 +66,23 @@ def find_images(places: Sequence[str], image_root: str | None = None) -> list[Sh
 
 
 def _image_files(folder: str) -> list[str]:
+    """Return the image files of a folder by their suffixes, and name others in a warning."""
     suffixes = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
     found = []
+    others = []
     for root, _, names in os.walk(folder):
-        found += [os.path.join(root, name) for name in names if name.lower().endswith(suffixes)]
+        for name in names:
+            (found if name.lower().endswith(suffixes) else others).append(os.path.join(root, name))
     found.sort()
     if not found:
         raise FileNotFoundError(
             f"--images {folder} has no file that ends with .{', .'.join(IMAGE_SUFFIXES)}. "
             f'For shards, give the files: "{folder}/*.tar" or "{folder}/*.parquet".'
         )
+    if others:
+        named = ", ".join(os.path.relpath(path, folder) for path in sorted(others)[:SHOWN])
+        more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
+        logger.warning(f"{folder}: left out {len(others)} files that have no suffix of an image: {named}{more}.")
     return found
 
 

@@ -156,12 +156,11 @@ def test_images_smaller_than_a_patch_of_the_model(folder, checkpoints):
 def test_a_file_that_cannot_be_read_ends_a_script_in_one_line(tmp_path):
     """The scripts run as processes: a circle of exceptions kept them from ending."""
     files = {  # and what the message names
-        "excel.csv": (b"image;question;answer\na.png;what?;red\n", "';'"),
-        "cp1252.csv": ("image,question,answer\na.png,Für?,red\n".encode("cp1252"), "utf-8"),
+        "excel.xlsx": (b"PK", "CSV UTF-8"),
         "questions.json": (b'{"questions": [], "data_subtype": "train"}', "VQAv2"),
         "instances.json": (b'{"images": [], "annotations": [], "categories": []}', "instances of COCO"),
         "captions.json": (b'{"images": [], "annotations": []}', "captions of COCO"),
-        "words.txt": (b"a.png what?", ".txt"),
+        "words.doc": (b"a.png what?", ".doc"),
         "cut.json": (b'[{"image": "a.png", "quest', "line 1"),
         "list.json": (b"[" * 100_000, "recursion"),
         "empty.jsonl": (b"", "no rows"),
@@ -172,8 +171,8 @@ def test_a_file_that_cannot_be_read_ends_a_script_in_one_line(tmp_path):
         (tmp_path / name).write_bytes(content)
         commands.append(["check_data", "--task=vqa", "--preset=tiny", f"--train_file={tmp_path / name}"])
     training = ["--preset=tiny", "--do_eval=False", f"--output_dir={tmp_path / 'out'}", "--use_cpu=True"]
-    commands.append(["run_vqa", *training, f"--train_file={tmp_path / 'excel.csv'}"])
-    words = [*files.values(), files["excel.csv"]]
+    commands.append(["run_vqa", *training, f"--train_file={tmp_path / 'excel.xlsx'}"])
+    words = [*files.values(), files["excel.xlsx"]]
     for command, (_, word), ended in zip(commands, words, run_scripts(commands), strict=True):
         assert ended.code == 1, command
         assert word in ended.message, command

@@ -11,7 +11,7 @@ from strange_pictures import encoded, jpeg_with
 from tiny_processors import make_processor
 
 from modeling_trips import convert_to_rgb
-from modeling_trips.image_decoding_trips import decode_image
+from modeling_trips.image_decoding_trips import ImageError, decode_image
 
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n"
@@ -91,6 +91,32 @@ def palette_image(transparency):
     image.putpalette([0, 0, 0, 10, 20, 30])
     image.info["transparency"] = transparency
     return image
+
+
+@pytest.mark.parametrize(("size", "scale"), [((800, 600), 1), ((801, 600), 2), ((1599, 1199), 2), ((6300, 4700), 8)])
+def test_a_large_jpeg_is_scaled_as_it_is_decoded(size, scale):
+    left = Image.new("RGB", size, "red")
+    left.paste("blue", (size[0] // 2, 0, *size))
+    decoded = decode_image(encoded(left, "JPEG", exif=oriented(6)), max_pixels=480_000)
+    assert decoded.size == tuple(-(-side // scale) for side in reversed(size))  # upright
+    width, height = decoded.size
+    top, bottom = decoded.getpixel((width // 2, height // 4)), decoded.getpixel((width // 2, 3 * height // 4))
+    assert top[0] > 200 > 50 > top[2] and bottom[2] > 200 > 50 > bottom[0]
+
+
+def test_a_heic_photo_is_read_or_named(image):
+    heif = pytest.importorskip("pillow_heif", reason="the extra photos")
+    file = io.BytesIO()
+    heif.from_pillow(image).save(file, quality=-1)
+    decoded = np.asarray(decode_image(file.getvalue())).astype(int)
+    assert np.abs(decoded - np.asarray(image)).mean() < 8
+
+
+def test_a_heic_photo_without_its_reader_names_the_package(monkeypatch):
+    monkeypatch.setattr("modeling_trips.image_decoding_trips.READS_HEIC", False)
+    with pytest.raises(ImageError, match="pip install pillow-heif") as error:
+        decode_image(b"\0\0\0\x18ftypheic" + b"\0" * 100)
+    assert error.value.reason == "format"
 
 
 @pytest.mark.parametrize(

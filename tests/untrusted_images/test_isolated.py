@@ -50,7 +50,7 @@ def check_red(image: Image.Image):
 @pytest.mark.parametrize(
     "data",
     [
-        *(encoded(NOISE, kind) for kind in ("PNG", "GIF", "BMP", "JPEG", "WEBP")),
+        *(encoded(NOISE, kind) for kind in ("PNG", "GIF", "BMP", "JPEG", "WEBP", "TIFF", "JPEG2000", "AVIF")),
         encoded(NOISE.resize((900, 600)), "JPEG", progressive=True),
         encoded(NOISE.convert("CMYK"), "JPEG"),
         encoded(NOISE.quantize(16)),
@@ -75,12 +75,14 @@ def test_accepted_files_give_what_pillow_reads(decode, data):
     [
         (b"", "empty"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n", "format"),
-        (encoded(NOISE, "TIFF"), "format"),
+        (encoded(NOISE, "PPM"), "format"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "format"),
         (b"\xff\xd8\xff", "format"),
         (b"GIF89a\0", "format"),
         (encoded(Image.new("L", (101, 100))), "pixels"),
         (bomb(60_000, 60_000), "pixels"),
+        (encoded(Image.new("L", (101, 100)), "JPEG", progressive=True), "pixels"),
+        (encoded(Image.new("L", (801, 800)), "JPEG"), "pixels"),
         (animated_webp(canvas=(16_384, 16_384), frame=(8, 8)), "pixels"),
         (scan_bomb(64, num_scans=101), "work"),
         (gif_with_comment(1 << 17), "work"),

@@ -36,6 +36,7 @@ def exif(orientation: int) -> bytes:
 
 FILES = {f"{kind} {n}": encoded(kind, exif=exif(n)) for kind in ("JPEG", "PNG", "WEBP") for n in range(10)}
 FILES |= {f"{kind} junk": encoded(kind, exif=JUNK) for kind in ("JPEG", "PNG", "WEBP")}
+FILES |= {kind: encoded(kind) for kind in ("TIFF", "JPEG2000", "AVIF", "GIF", "BMP")}
 FILES |= {f"{kind} XMP": encoded(kind, xmp=XMP) for kind in ("JPEG", "WEBP")}
 
 
@@ -68,12 +69,10 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
 
 
 def test_untrusted_images_have_limits(tmp_path):
-    PIXELS.save(tmp_path / "a.tiff")
-    assert decode_image(str(tmp_path / "a.tiff")).size == (64, 40)
     (tmp_path / "large.png").touch()
     os.truncate(tmp_path / "large.png", 1 << 40)  # without blocks on the disk
     for image, patch_size, reason in (
-        (str(tmp_path / "a.tiff"), 1, "unreadable image"),
+        (encoded("PPM"), 1, "unreadable image"),
         (str(tmp_path / "large.png"), 1, "unreadable image"),
         (bomb(9000, 9000), 1, "unreadable image"),
         (str(tmp_path / "none.png"), 1, "missing image"),

@@ -152,12 +152,20 @@ def test_a_cell_of_csv_may_have_several_lines(tmp_path, caption):
     assert list(read_records(file)) == [(1, {"image": "1.jpg", "caption": caption})]
 
 
-@pytest.mark.parametrize("separator", [";", "\t"])
-def test_another_separator_than_a_comma_is_named(tmp_path, separator):
-    file = tmp_path / "train.csv"
-    file.write_text(f"image{separator}question{separator}answer\na.png{separator}what?{separator}red\n")
-    with pytest.raises(ValueError, match=f"separated by {separator!r}".replace("\\", "\\\\")):
-        list(read_records(file))
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1252", "utf-16"])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".txt"])
+def test_a_table_is_read_as_excel_writes_it(tmp_path, separator, encoding, suffix):
+    file = tmp_path / f"train{suffix}"
+    lines = [("image", "question", "answer"), ("a.png", "Für wen?", f'"rot{separator} blau"')]
+    file.write_text("\r\n".join(map(separator.join, lines)), encoding=encoding, newline="")
+    record = {"image": "a.png", "question": "Für wen?", "answer": f"rot{separator} blau"}
+    assert list(read_records(file)) == [(1, record)]
+
+
+def test_a_workbook_is_refused_with_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match="CSV UTF-8"):
+        list(read_records(tmp_path / "photos.xlsx"))
 
 
 def test_names_that_occur_twice_are_refused(folder):

@@ -69,3 +69,13 @@ def test_what_is_done_is_not_read_again(tmp_path):
     assert list(new_rows_of(shard, nothing)) == expected
     done = np.array([row["id"] for row in expected[3:]], "S32")
     assert list(new_rows_of(shard, np.sort(done))) == expected[:3]
+
+
+def test_every_file_of_a_folder_is_a_row_or_named(tmp_path, caplog):
+    write_images(tmp_path / "deep", [1])
+    for name in ("a.HEIC", "b.jp2", "c.avif", "d.tif", "deep/e.txt", "Thumbs.db", "f"):
+        (tmp_path / name).touch()
+    (shard,) = find_images([str(tmp_path)])
+    found = [row["source"].removeprefix(f"{tmp_path}/") for row in rows_of(shard)]
+    assert found == ["a.HEIC", "b.jp2", "c.avif", "d.tif", "deep/1.png"]
+    assert all(name in caplog.text for name in ("3 files", "deep/e.txt", "Thumbs.db", "f"))

@@ -34,6 +34,7 @@ class PredictArguments:
     questions_file: str | None = option(None, "Text file with one per line, or a table with the column question.")
     image_root: str | None = option(None, "Folder that paths in rows are relative to. Default: that of their file.")
     image_column: str | None = option(None, "Image column of rows. Default: image, jpg, png, ...")
+    threshold: float = option(0.0, "Confidence below which an answer is unsure.")
     device: str = option("cpu", "Such as cuda.")
     batch_size: int = option(8, "Photos per step.")
 
@@ -107,24 +108,31 @@ CAPTION_PROMPT = "a picture of "  # that of run_captioning.py
 # The predictions of a batch, one per text: all texts of the first photo, then of the second, ...
 
 
-def write_texts(model, processor: TripsProcessor, inputs: dict, sizes: list) -> list[tuple]:
-    """Return the best answer or caption and its probability."""
+def write_texts(model, processor: TripsProcessor, inputs: dict, sizes: list, threshold: float) -> list[tuple]:
+    """Return the best answer or caption, its probability, and words of the text that the model has not learnt."""
     writer = TripsVisualQuestionAnsweringPipeline(model=model, processor=processor)
     num_beams = model.generation_config.num_beams or 1
     outputs = writer.forward({"inputs": inputs}, top_k=1, num_beams=num_beams)["outputs"]
-    return [(best["answer"], round(best["score"], 4)) for (best, *_) in outputs]
+    written = []
+    for answers in outputs:
+        (best,) = writer.postprocess(answers, threshold)
+        written.append((best["answer"], round(best["score"], 4), " ".join(best.get("unknown_words", ())) or None))
+    return written
 
 
-def find_boxes(model, processor: TripsProcessor, inputs: dict, sizes: list) -> list[tuple]:
+def find_boxes(model, processor: TripsProcessor, inputs: dict, sizes: list, threshold: float) -> list[tuple]:
     """Return the corners of the boxes in pixels of the photo."""
     boxes = processor.post_process_grounding(model(**inputs), sizes)  # (num_texts, 4)
     return [tuple(round(number, 2) for number in box) for box in boxes.tolist()]
 
 
-def judge(model, processor: TripsProcessor, inputs: dict, sizes: list) -> list[tuple]:
-    """Return the most probable label, of statements 1 for true, and its probability."""
+def judge(model, processor: TripsProcessor, inputs: dict, sizes: list, threshold: float) -> list[tuple]:
+    """Return the most probable label, of statements 1 for true, or None below the threshold, and its probability."""
     probabilities, labels = model(**inputs).logits.float().softmax(dim=-1).max(dim=-1)
-    return [(label, round(number, 4)) for label, number in zip(labels.tolist(), probabilities.tolist())]
+    judged = []
+    for label, number in zip(labels.tolist(), probabilities.tolist()):
+        judged.append((label if number >= threshold else None, round(number, 4)))
+    return judged
 
 
 class Head(NamedTuple):
@@ -135,11 +143,12 @@ class Head(NamedTuple):
     predict: Callable
 
 
-NUMBER = pa.float64()
+TEXT, NUMBER = pa.string(), pa.float64()
+WRITTEN = {"confidence": NUMBER, "unknown_words": TEXT}
 BOX = dict.fromkeys(("x0", "y0", "x1", "y1"), NUMBER)
 HEADS: dict[type, Head] = {
-    TripsForQuestionAnswering: Head("question", {"answer": pa.string(), "confidence": NUMBER}, write_texts),
-    TripsForConditionalGeneration: Head("prompt", {"caption": pa.string(), "confidence": NUMBER}, write_texts),
+    TripsForQuestionAnswering: Head("question", {"answer": TEXT, **WRITTEN}, write_texts),
+    TripsForConditionalGeneration: Head("prompt", {"caption": TEXT, **WRITTEN}, write_texts),
     TripsForVisualGrounding: Head("expression", BOX, find_boxes),
     TripsForImagesAndTextClassification: Head("statement", {"label": pa.int64(), "confidence": NUMBER}, judge),
 }
@@ -214,7 +223,9 @@ def count_new(shards: list[Shard], done: set[str], column: str | None, num_image
 
 
 @torch.inference_mode()
-def predict(items: list[Item], texts: list[str], model: TripsPreTrainedModel, processor: TripsProcessor) -> list[dict]:
+def predict(
+    items: list[Item], texts: list[str], threshold: float, model: TripsPreTrainedModel, processor: TripsProcessor
+) -> list[dict]:
     """Return the rows of items: one per text, or one with the error of an item that cannot be used."""
     head = HEADS[type(model)]
     rows_of_item: dict[str, list[dict]] = {item.id: [] for item in items}
@@ -242,7 +253,7 @@ def predict(items: list[Item], texts: list[str], model: TripsPreTrainedModel, pr
         inputs = processor(text=texts * len(usable), return_tensors="pt").to(model.device)
         inputs["pixel_values"] = torch.cat(pixel_values).to(model.device, model.dtype)
         inputs["image_index"] = image_index.to(model.device)
-        predictions = head.predict(model, processor, inputs, sizes)
+        predictions = head.predict(model, processor, inputs, sizes, threshold)
         asked = [(item, text) for item in usable for text in texts]
         for (item, text), prediction in zip(asked, predictions, strict=True):
             rows_of_item[item.id].append({head.text: text, **dict(zip(head.columns, prediction))})
@@ -260,9 +271,7 @@ def write_parts(
     state = PartialState()
     head = HEADS[type(model)]
     num_images = getattr(model, "num_images", 1)
-    schema = pa.schema(
-        {"id": pa.string(), "image": pa.string(), head.text: pa.string(), **head.columns, "error": pa.string()}
-    )
+    schema = pa.schema({"id": TEXT, "image": TEXT, head.text: TEXT, **head.columns, "error": TEXT})
     done: set[str] = set()
     for part in args.parts.glob(PARTS):
         done.update(pyarrow.parquet.read_table(part, columns=["id"])["id"].to_pylist())
@@ -277,7 +286,7 @@ def write_parts(
                 rows = []
                 for batch in chunk_iterable(block, args.batch_size):
                     batch = [item for _, item in batch]
-                    rows += predict(batch, texts, model, processor)
+                    rows += predict(batch, texts, args.threshold, model, processor)
                     bar.update(len(batch))
                 place, first = block[0]
                 # In the order of the collection; the id tells parts apart if the collection has changed.
@@ -325,7 +334,7 @@ def main(argv: list[str] | None = None):
     model = load_checkpoint(args.model, list(HEADS)).to(args.device)
     processor = load_processor(args.model, model.config)
     weights = stamp_of(Path(args.model, "model.safetensors").absolute())
-    made_by = json.dumps({"model": weights, "texts": texts}, ensure_ascii=False)
+    made_by = json.dumps({"model": weights, "texts": texts, "threshold": args.threshold})
     with only_writer(str(args.parts / "rows")) if state.is_main_process else nullcontext():
         record = args.parts / "made_by.json"
         with state.main_process_first():

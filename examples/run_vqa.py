@@ -18,6 +18,7 @@ from transformers import EvalPrediction
 from modeling_trips import TripsForQuestionAnswering
 from trips_examples.data.collators import VqaCollator
 from trips_examples.data.images import column_of
+from trips_examples.metrics.calibration import calibrate
 from trips_examples.metrics.diagnostics import (
     accuracy_by_group,
     diagnose_selection,
@@ -26,7 +27,7 @@ from trips_examples.metrics.diagnostics import (
     variety,
     warn_of_unwritable_texts,
 )
-from trips_examples.metrics.vqa_accuracy import VqaAccuracy, most_common_answer, normalize_answer
+from trips_examples.metrics.vqa_accuracy import VqaAccuracy, answer_score, most_common_answer, normalize_answer
 from trips_examples.training.files import texts_of, write_predictions
 from trips_examples.training.pictures import draw_predictions
 from trips_examples.training.runs import TripsTrainingArguments, parse_arguments, train_and_evaluate
@@ -72,6 +73,7 @@ def train_question_answering(
             **variety(answers, truths, "answer", accuracy_of),
             **accuracy_by_group(metric, answers, references, rows),
             **diagnose_selection(trainer),
+            **calibrate(trainer, prediction.predictions, list(map(answer_score, answers, references))),
             "unwritable_answers": unwritable[trainer.split],
             "samples": len(rows),
         }

@@ -365,6 +365,11 @@ class TripsConfig(PreTrainedConfig):
     answer_ranking (`str`, *optional*, defaults to `"likelihood"`):
         Score of [`TripsForQuestionAnswering.rank_answers`]: `"likelihood"`, or `"albef"`, where the first token's
         log-probability counts twice, as in ALBEF's models/model_vqa.py and in its converted checkpoints.
+    confidence_temperature (`float`, *optional*, defaults to 1.0):
+        Divides the decoder's logits in the scores of answers that [`TripsVisualQuestionAnsweringPipeline`] writes, so
+        that they are probabilities to be right. The scripts fit it on the validation split.
+    question_tokens (`str`, *optional*):
+        Ids of the tokens of the training questions. The pipeline marks questions with other ones.
     selection_loss_weight (`float`, *optional*, defaults to 0.5):
         Weight of the selection supervision in training, if regions are given: of a text's scores by its region, of an
         image's scores by the union of the regions of its texts. 0 turns it off.
@@ -419,6 +424,8 @@ class TripsConfig(PreTrainedConfig):
     mlm_weight: float | int = not_negative(default=1.0)
     prefix_lm_weight: float | int = not_negative(default=1.0)
     answer_ranking: Literal["likelihood", "albef"] = "likelihood"
+    confidence_temperature: float | int = positive(default=1.0)
+    question_tokens: str | None = None
     selection_loss_weight: float | int = not_negative(default=0.5)
     num_images: int = positive(default=2)
     attention_loss_weight: float | int = not_negative(default=0.0)

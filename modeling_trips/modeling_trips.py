@@ -598,6 +598,7 @@ class TripsForConditionalGeneration(TripsWritingModel, GenerationMixin):
         encoder_outputs: TripsModelOutput,
         attention_mask: torch.Tensor | None = None,
         text_index: torch.LongTensor | None = None,
+        temperature: float = 1.0,
     ) -> torch.FloatTensor:
         """
         Return the log-likelihood of given answers or captions, `(num_labels,)`, float32: the sum over the tokens of
@@ -607,6 +608,7 @@ class TripsForConditionalGeneration(TripsWritingModel, GenerationMixin):
             labels, text_index: As in `forward`.
             encoder_outputs ([`TripsModelOutput`]): Output of `get_encoder()` for the texts and images.
             attention_mask (`torch.Tensor` of shape `(num_texts, text_length)`, *optional*): Of the texts.
+            temperature (`float`, *optional*, defaults to 1.0): Divides the logits.
         """
         logits = self(
             attention_mask=attention_mask,
@@ -615,7 +617,7 @@ class TripsForConditionalGeneration(TripsWritingModel, GenerationMixin):
             text_index=text_index,
             use_cache=False,
         ).logits
-        return -token_nll(logits, labels).sum(dim=-1)
+        return -token_nll(logits / temperature, labels).sum(dim=-1)
 
 
 def _check_labels(labels, loss_weights, text_index, num_texts: int):

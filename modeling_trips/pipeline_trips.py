@@ -14,8 +14,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
+from transformers.utils import logging
 
 from .processing_trips import read_image
+
+
+logger = logging.get_logger(__name__)
 
 
 def _torch_dataset(inputs):
@@ -45,8 +49,8 @@ def best_answers(pairs: list[tuple[str, float]]) -> list[dict]:
     scores = {}
     for text, score in pairs:
         scores[text] = scores.get(text, 0.0) + score
-    if len(scores) > 1:
-        scores.pop("", None)
+    # An empty answer or the rest of a word is none, unless there is no other.
+    scores = {text: score for text, score in scores.items() if text and not text.startswith("##")} or scores
     best_first = sorted(scores, key=scores.get, reverse=True)
     return [{"score": scores[text], "answer": text} for text in best_first]
 
@@ -160,10 +164,10 @@ class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
     _non_generation_params = ("top_k",)
 
     def _sanitize_parameters(
-        self, timeout=None, truncation=None, top_k=None, answers=None, generate_kwargs=None, **kwargs
+        self, timeout=None, truncation=None, top_k=None, answers=None, threshold=None, generate_kwargs=None, **kwargs
     ):
         forward_params = {**kwargs, **(generate_kwargs or {}), **_given(top_k=top_k, answers=answers)}
-        return _given(timeout=timeout, truncation=truncation), forward_params, {}
+        return _given(timeout=timeout, truncation=truncation), forward_params, _given(threshold=threshold)
 
     def __call__(self, image, question: str | list[str] | None = None, **kwargs):
         """
@@ -175,6 +179,7 @@ class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
                 beam search.
             answers (`list[str]`, *optional*): Candidate answers to rank, see
                 [`TripsForQuestionAnswering.rank_answers`].
+            threshold (`float`, *optional*, defaults to 0.0): An answer of a lower score is "unsure".
             batch_size (`int`, *optional*, defaults to 1): Number of images per batch.
             timeout (`float`, *optional*): Seconds to wait for an image from the web. By default there is no limit.
             truncation (`bool`, *optional*, defaults to `False`): Whether to cut a question that is too long, instead
@@ -183,9 +188,11 @@ class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
             kwargs: Options of `generate`: `max_new_tokens`, `num_beams`, ...
 
         Returns:
-            `list[dict]` per question, the best answer first: `answer` (`str`) and `score` (`float`), its probability
-            (times its first token's, if `answers` are ranked with `config.answer_ranking="albef"`). Several images or
-            questions give a list of them, ordered by question, then by image. A dataset or a generator gives an
+            `list[dict]` per question, the best answer first: `answer` (`str`) and `score` (`float`), its probability.
+            It is calibrated by `config.confidence_temperature`, but not of ranked `answers` (and counts their first
+            token twice with `config.answer_ranking="albef"`). A question with words that no training question had has
+            `unknown_words` (`list[str]`): its scores mean little. Several images or questions give a list of them,
+            ordered by question, then by image. A dataset or a generator gives an
             iterator.
 
         Raises:
@@ -224,11 +231,34 @@ class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
             raise ValueError(f"`top_k` must be at least 1, got {top_k}.")
         inputs = {**batch["inputs"], "keep_rate": keep_rate}
         if answers is None:
-            return self._write_answers(inputs, top_k, **generate_kwargs)
-        if generate_kwargs:
+            results = self._write_answers(inputs, top_k, **generate_kwargs)
+        elif generate_kwargs:
             names = ", ".join(f"`{name}`" for name in generate_kwargs)
             raise ValueError(f"{names} cannot be combined with `answers`, which are ranked and not generated.")
-        return self._rank_answers(answers, inputs, top_k)
+        else:
+            results = self._rank_answers(answers, inputs, top_k)
+        for answers_of_text, token_ids in zip(results["outputs"], inputs["input_ids"].tolist()):
+            unknown = self._unknown_words(token_ids)
+            if unknown:
+                logger.warning_once(f"A question has words that the model has not learnt: {', '.join(unknown)}.")
+                for answer in answers_of_text:
+                    answer["unknown_words"] = unknown
+        return results
+
+    def _unknown_words(self, token_ids: list[int]) -> list[str]:
+        """Return the tokens of a question that are unknown, or that no training question had."""
+        tokenizer = self.processor.tokenizer
+        known = {*map(int, (self.model.config.question_tokens or "").split())}
+        special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+        unknown = []
+        for token in dict.fromkeys(token_ids):
+            if token == tokenizer.unk_token_id or (known and token not in known | special):
+                unknown.append(token)
+        return tokenizer.convert_ids_to_tokens(unknown)
+
+    def postprocess(self, outputs: list[dict], threshold: float = 0.0) -> list[dict]:
+        """Return the answers of a question, or "unsure" if the best one has a score below the threshold."""
+        return outputs if outputs[0]["score"] >= threshold else [{**outputs[0], "answer": "unsure"}]
 
     def _write_answers(self, inputs, top_k: int, num_beams: int = 1, **generate_kwargs) -> dict:
         """Return for each question the answers among the `top_k` sequences of a beam search, and the selection."""
@@ -245,7 +275,11 @@ class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
         labels = without_rest(sequences[:, 1:], end_token_id)
         text_index = torch.arange(len(attention_mask), device=labels.device).repeat_interleave(top_k)
         scores = self.model.score_labels(
-            labels=labels, encoder_outputs=encoder_outputs, attention_mask=attention_mask, text_index=text_index
+            labels=labels,
+            encoder_outputs=encoder_outputs,
+            attention_mask=attention_mask,
+            text_index=text_index,
+            temperature=self.model.config.confidence_temperature,
         )
         texts = self.processor.post_process_answers(sequences)
         pairs = list(zip(texts, scores.exp().tolist()))

@@ -52,6 +52,7 @@ class Item:
     text: str | None = None
     tokens: dict[str, list[int]] | None = None  # outputs of the tokenizer for the text
     top_k: int = 1
+    threshold: float = 0.0  # of the score of an answer
     place: dict[str, int] = field(default_factory=dict)  # indices of the image and the text in the request
     kept_patches: bool = False  # returned with the answer; needs a decoded image
 
@@ -212,7 +213,9 @@ class Engine:
 
     def _answer(self, items: list[Item], inputs: dict) -> list[list[dict]]:
         outputs = self.pipeline.forward({"inputs": inputs}, top_k=items[0].top_k)
-        answers = outputs["outputs"]
+        answers = []
+        for item, answers_of_item in zip(items, outputs["outputs"]):
+            answers.append(self.pipeline.postprocess(answers_of_item, threshold=item.threshold))
         selection = outputs["selection"]
         if selection and items[0].kept_patches:
             sizes = [item.image.size for item in items]

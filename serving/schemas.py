@@ -53,6 +53,7 @@ def request_models(settings: Settings) -> dict[str, type[BaseModel]]:
         image: ImageFile
         questions: text_list(non_empty, 1, "Questions about the image.", "what color is the circle?")  # type: ignore
         top_k: int = Field(1, ge=1, le=10, description="Maximum number of answers to each question.")
+        threshold: float = Field(0.0, ge=0.0, le=1.0, description="Score below which an answer is `unsure`.")
         kept_patches: bool = Field(False, description="Add the patches that each question keeps.")
 
     class CaptionRequest(Request):
@@ -76,6 +77,7 @@ Box = tuple[float, float, float, float]  # (x0, y0, x1, y1) in pixels of the ima
 class Answer(BaseModel):
     answer: str
     score: float = Field(description="Probability.")
+    unknown_words: list[str] | SkipJsonSchema[None] = Field(None, description="Words that no training question had.")
     kept_patches: list[Box] | SkipJsonSchema[None] = Field(None, description="Boxes, if the request asks for them.")
 
 

@@ -216,6 +216,7 @@ class Service:
                         text=text,
                         tokens=tokens[text_row],
                         top_k=inputs.get("top_k", 1),
+                        threshold=inputs.get("threshold", 0.0),
                         place={"image": image_row, "text": text_row},
                         kept_patches=kept_patches,
                     )

@@ -65,6 +65,9 @@ def test_every_photo_has_the_answer_of_the_pipeline_to_every_question(suffix, ph
         assert (row["answer"] or "") == best["answer"] and row["error"] is None
         assert float(row["confidence"]) == pytest.approx(best["score"], abs=1e-4)
     assert not list(tmp_path.glob("*.parts"))
+    predict.main(words(folder, photos, tmp_path / "unsure.csv", "--questions", "what 色", "--threshold", "1.1"))
+    _, *rows = rows_of(tmp_path / "unsure.csv")
+    assert {(row["answer"], row["unknown_words"]) for row in rows} == {("unsure", "[UNK]")}
 
 
 def test_captions_of_encoded_photos(checkpoints, tmp_path):

@@ -16,7 +16,7 @@ from tiny_processors import make_bert_tokenizer
 from toy_pairs import TWO_PROCESSES
 from toy_tasks import ENVIRONMENT, OPTIONS, predictions, run
 
-from modeling_trips import TripsForQuestionAnswering, TripsProcessor
+from modeling_trips import TripsForQuestionAnswering, TripsProcessor, TripsVisualQuestionAnsweringPipeline
 from trips_examples import run_vqa
 
 
@@ -79,6 +79,14 @@ def test_learns_the_toy_data_and_leaves_a_model_that_answers(data, tmp_path):
     image = PIL.Image.new("RGB", (64, 64), "green")
     inputs = processor(images=image, text="what color is it?", return_tensors="pt")
     assert processor.post_process_answers(model.generate(**inputs)) == ["green"]
+
+    assert metrics["eval_calibration_error"] <= metrics["eval_calibration_error_uncalibrated"]
+    assert model.config.confidence_temperature == metrics["eval_confidence_temperature"] < 1  # all answers are right
+    pipeline = TripsVisualQuestionAnsweringPipeline(model=model, processor=processor)
+    ((known,), (unknown,)) = pipeline(image=image, question=["what color is it?", "what kind is it?"], top_k=1)
+    model.config.confidence_temperature = 1.0
+    assert pipeline(image=image, question="what color is it?", top_k=1)[0]["score"] < known["score"] <= 1
+    assert "unknown_words" not in known and unknown["unknown_words"]
 
 
 def test_answers_that_the_model_cannot_write_are_counted(data, tmp_path, caplog):

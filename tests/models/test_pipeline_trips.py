@@ -106,6 +106,49 @@ def test_probabilities_of_equal_answers_add_up_and_an_empty_one_counts_alone():
 
 
 @torch.no_grad()
+def test_the_rest_of_a_word_is_no_answer():
+    assert best_answers([("##2", 0.6), ("2", 0.3)]) == [{"score": 0.3, "answer": "2"}]
+    assert best_answers([("##2", 0.6)]) == [{"score": 0.6, "answer": "##2"}]
+
+
+def test_an_answer_below_the_threshold_is_unsure(oracle):
+    (best,) = oracle(image=IMAGES[0], question=QUESTIONS[0], top_k=1)
+    for threshold, answer in ((best["score"] - 1e-4, best["answer"]), (best["score"] + 1e-4, "unsure")):
+        given = oracle(image=IMAGES[0], question=QUESTIONS[0], top_k=1, threshold=threshold)
+        assert given == [{"score": pytest.approx(best["score"]), "answer": answer}]
+
+
+def test_the_temperature_of_the_configuration_divides_the_logits(oracle):
+    model = oracle.model
+    (raw,) = oracle(image=IMAGES[0], question=QUESTIONS[0], top_k=1, **SHORT)
+    inputs = oracle.processor(images=IMAGES[0], text=QUESTIONS[0], return_tensors="pt")
+    sequence = model.generate(**inputs, **SHORT)
+    labels = without_rest(sequence[:, 1:], model.generation_config.eos_token_id)
+    logits = model(**inputs, labels=labels).logits[0] / 2.5
+    written = labels[0] != -100
+    expected = logits.log_softmax(dim=-1)[written, labels[0, written]].sum().exp().item()
+    model.config.confidence_temperature = 2.5
+    try:
+        (calibrated,) = oracle(image=IMAGES[0], question=QUESTIONS[0], top_k=1, **SHORT)
+    finally:
+        model.config.confidence_temperature = 1.0
+    assert calibrated["answer"] == raw["answer"]
+    assert calibrated["score"] == pytest.approx(expected, rel=1e-4) != raw["score"]
+
+
+def test_a_question_with_words_that_no_training_question_had_is_marked(oracle):
+    tokens = oracle.processor.tokenizer(QUESTIONS[:2])["input_ids"]
+    config = oracle.model.config
+    (answer,) = oracle(image=IMAGES[0], question="what 色", top_k=1)  # unknown to the tokenizer
+    assert answer["unknown_words"] == ["[UNK]"]
+    config.question_tokens = " ".join(str(token) for token in sorted(set(sum(tokens, []))))
+    try:
+        ((known,), (unknown,)) = oracle(image=IMAGES[0], question=["what circle is it?", "is it red?"], top_k=1)
+    finally:
+        config.question_tokens = None
+    assert "unknown_words" not in known and unknown["unknown_words"] == ["red"]
+
+
 def test_every_form_of_call_gives_the_same_answers(oracle, tmp_path):
     by_hand = {}
     for i, image in enumerate(IMAGES):

@@ -218,10 +218,10 @@ def test_files_that_cannot_be_read(folder):
         with pytest.raises(FileNotFoundError, match=name):
             load("vqa", train_file=folder / name)
     contents = {
-        "a.txt": b"",
+        "a.doc": b"",
         "b.json": b"[{]",
         "c.parquet": b"x",
-        "d.csv": b"image\n\xff",
+        "d.csv": b"image\n\x81",
         "e.jsonl": b'{"image": "\xff"}',
     }
     for name, content in contents.items():

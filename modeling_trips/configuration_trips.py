@@ -424,7 +424,7 @@ class TripsConfig(PreTrainedConfig):
     mlm_weight: float | int = not_negative(default=1.0)
     prefix_lm_weight: float | int = not_negative(default=1.0)
     answer_ranking: Literal["likelihood", "albef"] = "likelihood"
-    confidence_temperature: float | int = positive(default=1.0)
+    confidence_temperature: float | int = not_negative(default=1.0)
     question_tokens: str | None = None
     selection_loss_weight: float | int = not_negative(default=0.5)
     num_images: int = positive(default=2)

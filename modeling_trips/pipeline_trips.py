@@ -253,8 +253,8 @@ class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
         unknown = []
         for token in dict.fromkeys(token_ids):
             if token == tokenizer.unk_token_id or (known and token not in known | special):
-                unknown.append(token)
-        return tokenizer.convert_ids_to_tokens(unknown)
+                unknown.append(tokenizer.decode([token]).strip())
+        return unknown
 
     def postprocess(self, outputs: list[dict], threshold: float = 0.0) -> list[dict]:
         """Return the answers of a question, or "unsure" if the best one has a score below the threshold."""

@@ -86,14 +86,14 @@ def load_task_dataset(
         return _bundled(task, source, seed)
     data = {}
     for split, part, root, records in _tables(task, source):
-        reader = RowReader(TASKS[task], part, root, patch_size)
+        reader = RowReader(TASKS[task], part, root, patch_size, source.own_columns)
         data[split], faults_of_split = reader.rows_and_faults(records)
         if faults is None:
             settle(faults_of_split, part, len(records), source.skip_bad_rows)
         else:
             faults += faults_of_split
         if len(data[split]) == 0:
-            needed = f"needed are the columns {TASKS[task].needs}"
+            needed = f"needed are the columns {TASKS[task].needs}; for other names, --columns image=photo"
             other_task = likely_task(_columns(records))
             if other_task not in (None, task):
                 needed = f"{needed}; this looks like --task {other_task}"
@@ -202,6 +202,7 @@ class RowReader:
     name: str
     image_root: str
     patch_size: int = 1
+    columns: dict[str, str] = field(default_factory=dict)  # own names by those of the task
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # of the images so far: each is decoded once
 
     def rows_and_faults(self, records: Dataset) -> tuple[Dataset, list[Fault]]:
@@ -234,7 +235,7 @@ class RowReader:
     def checked(self, records: Dataset, load_from_cache_file: bool | None = None) -> Dataset:
         """Return the rows and the bad ones of records, with the columns `CHECKED`."""
         num_processes = min(os.cpu_count() or 1, len(records) // ROWS_PER_PROCESS)
-        settings = (self.task, self.name, self.image_root, self.patch_size, __version__)
+        settings = (self.task, self.name, self.image_root, self.patch_size, self.columns, __version__)
         return records.map(
             self.rows_of_batch,
             batched=True,
@@ -264,6 +265,7 @@ class RowReader:
             try:
                 if "json" in record:
                     record = parsed_record(record["json"])
+                record |= {name: record.get(own) for name, own in self.columns.items()}
                 stamps = self.stamps(record)
                 found = self.rows(source, record)
             except BadRowError as error:

@@ -56,6 +56,7 @@ class DataArguments:
     train_scenes: int = option(4000, "Number of training scenes.")
     validation_scenes: int = option(1000, "Number of validation scenes.")
     test_scenes: int | None = option(None, "Default: as many as --validation_scenes.")
+    columns: list[str] = option([], "Own names of columns: image=Bild question=Frage answer=Antwort.")
     skip_bad_rows: bool = option(False, "Skip and count unusable rows instead of stopping.")
     max_train_samples: int | None = option(None, "Truncate the training split.")
     max_eval_samples: int | None = option(None, "Truncate the validation and test splits.")
@@ -78,6 +79,11 @@ class DataArguments:
         return {"train": self.train_scenes, "validation": self.validation_scenes, "test": test_scenes}
 
     @property
+    def own_columns(self) -> dict[str, str]:
+        """The names of the columns in the data by those of the task."""
+        return dict(pair.split("=", 1) for pair in self.columns)
+
+    @property
     def is_bundled(self) -> bool:
         """True for the bundled scenes."""
         return not self.files and self.dataset_name in (None, BUNDLED)
@@ -89,6 +95,8 @@ class DataArguments:
 
     def check_files(self):
         """Raise a `ValueError` if options contradict each other, or a `FileNotFoundError` for a missing file."""
+        if not all("=" in pair for pair in self.columns):
+            raise ValueError(f"columns must be pairs as image=Bild, got {' '.join(self.columns)}.")
         if self.files and self.dataset_name is not None:
             raise ValueError(f"dataset_name is {self.dataset_name!r}, but there are files as well. Give one.")
         if self.image_root is not None and not self.files:

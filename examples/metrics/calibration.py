@@ -43,9 +43,12 @@ def calibration_error(confidences: torch.Tensor, scores: torch.Tensor) -> float:
 def best_temperature(confidences: torch.Tensor, scores: torch.Tensor) -> int:
     """
     Return the column of the temperature under which the scores `(num_rows,)` are most likely, of confidences
-    `(num_rows, num_temperatures)` to be right.
+    `(num_rows, num_temperatures)` to be right. As of Platt 1999, a few rows that are all right do not make it certain.
     """
-    scores = scores[:, None]
+    num_right = scores.sum()
+    most = (num_right + 1) / (num_right + 2)
+    least = 1 / (len(scores) - num_right + 2)
+    scores = (least + scores * (most - least))[:, None]
     likelihood = scores * confidences.clamp(min=1e-6).log() + (1 - scores) * (1 - confidences).clamp(min=1e-6).log()
     return int(likelihood.mean(dim=0).argmax())
 

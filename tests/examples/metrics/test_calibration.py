@@ -34,5 +34,7 @@ def test_the_temperature_of_too_large_or_too_small_logits_is_found(temperature):
     assert TEMPERATURES[chosen].item() == pytest.approx(temperature, rel=0.15)
     error = calibration_error(confidences[:, chosen], scores)
     assert error < 0.03
+    few = best_temperature(confidences[:3, :31], torch.ones(3))
+    assert confidences[:3, few].mean() < 0.97  # all three are right
     if temperature != 1.0:
         assert error < calibration_error(confidences[:, 30], scores) / 2

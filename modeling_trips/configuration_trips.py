@@ -82,9 +82,31 @@ def _schedule_of_lists(selection_layers=(5, 10), keep_rate=0.7, selection_guidan
     return ",".join(entries) or str(UNPRUNED)
 
 
+class StoredConfig(PreTrainedConfig):
+    """Base of the configurations, which names no code."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """
+        As in Transformers, which downloads and runs an attention with a name on the Hub.
+
+        Raises:
+            ValueError: A stored field names one. Give `attn_implementation` as an argument.
+        """
+        for fields in (config_dict, *config_dict.values()):
+            named = fields.items() if isinstance(fields, dict) else ()
+            for name, value in named:
+                if name.endswith(("_implementation", "_implementation_internal")) and "/" in str(value):
+                    raise ValueError(
+                        f"`{name}` of a configuration must not be code of the Hub, got {value!r:.100}. Give it as an "
+                        "argument if you trust it."
+                    )
+        return super().from_dict(config_dict, **kwargs)
+
+
 @auto_docstring(custom_intro="Configuration of a [`TripsVisionModel`]: a ViT with text-relevant patch selection.")
 @strict
-class TripsVisionConfig(PreTrainedConfig):
+class TripsVisionConfig(StoredConfig):
     r"""
     patch_embedding_type (`str`, *optional*, defaults to `"linear"`):
         `"linear"`: one convolution of kernel and stride `patch_size` (ViT). `"convolutional"`: a stack of 3x3
@@ -203,7 +225,7 @@ class TripsVisionConfig(PreTrainedConfig):
 
 @auto_docstring(custom_intro="Configuration of a [`TripsTextModel`]: the BERT layers that see only the text.")
 @strict
-class TripsTextConfig(PreTrainedConfig):
+class TripsTextConfig(StoredConfig):
     r"""
     pooling_mode (`str`, *optional*, defaults to `"cls"`):
         Representation of a text, for selection and retrieval: `"cls"` (the output of its first token, [CLS]) or
@@ -346,7 +368,7 @@ def _part_field(name: str) -> property:
     """
 )
 @strict
-class TripsConfig(PreTrainedConfig):
+class TripsConfig(StoredConfig):
     r"""
     fusion_encoder_config (`dict` or `TripsFusionConfig`, *optional*):
         The fusion encoder. Its defaults, except `num_hidden_layers`, come from `text_config`.

@@ -26,6 +26,8 @@ def main(argv: list[str] | None = None):
         os.environ["TRIPS_MODEL"] = args.model
     try:
         settings = Settings.from_environment()
+        if Path(settings.model).is_dir():  # or else, if it is deleted, a new worker would ask the Hub for this name
+            os.environ["TRIPS_MODEL"] = os.path.abspath(settings.model)
         socket.create_server((args.host, args.port)).close()  # the workers would share a port that is in use
     except (OSError, ValueError) as error:
         sys.exit(f"The service cannot start on {args.host}:{args.port}: {error}")

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -17,7 +18,7 @@ from prometheus_client import Counter
 from starlette.exceptions import HTTPException
 
 from modeling_trips import TripsImageCache
-from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint, load_processor
+from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint, load_processor, local_folder
 from modeling_trips.untrusted_images import IsolatedDecoder
 
 from .settings import Settings
@@ -110,9 +111,10 @@ class Engine:
     def __init__(self, settings: Settings):
         self.settings = settings
         self.cache = ImageCaches(settings.cache_bytes)
+        folder = local_folder(settings.model, settings.revision)
         self.decoder = IsolatedDecoder(DECODERS)
-        self.model = self._load()
-        self.processor = load_processor(settings.model, self.model.config, settings.revision)
+        self.model = self._load(folder)
+        self.processor = load_processor(folder, self.model.config)
         self.endpoints = ["match", "features"] if hasattr(self.model, "match") else []
         if self.model.can_generate():
             self.pipeline = self.model.pipeline_class(
@@ -123,11 +125,11 @@ class Engine:
             raise ValueError(f"A {type(self.model).__name__} does not answer, caption or match.")
         self._check()
 
-    def _load(self) -> Any:
+    def _load(self, folder: Path) -> Any:
         settings = self.settings
-        if not is_exported(settings.model):
+        if not is_exported(folder):
             fields = {"schedule": settings.schedule} if settings.schedule else {}
-            model = load_checkpoint(settings.model, revision=settings.revision, dtype=settings.dtype, **fields)
+            model = load_checkpoint(folder, dtype=settings.dtype, **fields)
             device = settings.device
             if device == "auto":
                 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -136,7 +138,7 @@ class Engine:
             raise ValueError("An exported model is fixed. Unset TRIPS_SCHEDULE, TRIPS_DTYPE and TRIPS_DEVICE.")
         from modeling_trips.export import load_exported  # an extra
 
-        return load_exported(settings.model)
+        return load_exported(folder)
 
     def _check(self):
         """Compute one item of each kind. Raise a `ValueError` if the tokenizer or a result does not fit."""

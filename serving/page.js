@@ -69,9 +69,9 @@ async function send(path, read, button, output) {
   button.disabled = false;
 }
 
-const description = await (await fetch("./docs.json")).json();
+const description = await (await fetch("./openapi.json")).json();
 document.title = document.querySelector("h1").textContent = description.info.title;
-for (const [path, { post }] of Object.entries(description.paths)) {
+for (const [path, { post }] of Object.entries(description.paths).filter(([, { post }]) => post)) {
   make(document.body, "h2", { textContent: `POST ${path}: ${post.summary}` });
   const form = make(document.body, "form", {});
   const name = post.requestBody.content["application/json"].schema.$ref.split("/").pop();

@@ -131,6 +131,17 @@ ENDPOINTS = {
 }
 
 
+STATES = {
+    "/readyz": "Is the model loaded?",
+    "/livez": "Does the process run?",
+    "/metrics": "Counts and times for Prometheus",
+}
+REFUSED = (
+    "400, 408, 413, 415 and 422: the request does not fit, and `error` says why. 503: overloaded, try again after the "
+    "seconds in `Retry-After`. 500: the model failed."
+)
+
+
 def describe(title: str, requests: dict[str, type[BaseModel]]) -> dict:
     """Return the OpenAPI document of a service with these endpoints."""
     replies = [ENDPOINTS[name].reply for name in requests]
@@ -152,10 +163,12 @@ def describe(title: str, requests: dict[str, type[BaseModel]]) -> dict:
             "requestBody": {"required": True, "content": content(request)},
             "responses": {
                 "200": {"description": "Results", "content": content(endpoint.reply)},
-                "default": {"description": "Refused or failed", "content": content(ErrorReply)},
+                "default": {"description": REFUSED, "content": content(ErrorReply)},
             },
         }
         paths[f"/{name}"] = {"post": operation}
+    for path, summary in STATES.items():
+        paths[path] = {"get": {"summary": summary, "responses": {"200": {"description": "Text"}}}}
     return {
         "openapi": "3.1.0",
         "info": {"title": title, "version": modeling_trips.__version__},

@@ -97,7 +97,9 @@ class Service:
             Route("/livez", alive),
             Route("/readyz", alive),
             Route("/metrics", metrics),
-            Route("/docs.json", JSONResponse(document)),
+            Route("/openapi.json", JSONResponse(document)),
+            Route("/docs", page_file("docs.html", "text/html")),
+            Route("/docs.js", page_file("docs.js", "text/javascript")),
             Route("/", page_file("page.html", "text/html")),
             Route("/page.css", page_file("page.css", "text/css")),
             Route("/page.js", page_file("page.js", "text/javascript")),
@@ -120,7 +122,7 @@ class Service:
         self.engine.decoder.close()
 
     def refuse_path(self, request: Request, error: Exception) -> Response:
-        message = f"Unknown path. This checkpoint supports {self.paths}; see the page /."
+        message = f"Unknown path. This checkpoint supports {self.paths}; see the page /docs."
         return JSONResponse({"error": message}, 404)
 
     async def answer(self, request: Request) -> Response:

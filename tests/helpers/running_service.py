@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import httpx
+import psutil
 from places import EXAMPLES
 
 
@@ -33,6 +34,7 @@ class RunningService:
         self.log = log
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
+        self.folder: Path | None = None  # where it starts; by default here
         self.environment = {
             f"TRIPS_{name.upper()}": str(value) for name, value in {"model": model, **settings}.items()
         }
@@ -49,7 +51,9 @@ class RunningService:
         command = [sys.executable, "-m", "trips_serving", "--port", str(self.port)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **self.environment}
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=self.folder
+            )
 
     def __exit__(self, *error):
         self.process.terminate()
@@ -60,6 +64,10 @@ class RunningService:
             return httpx.get(f"{self.url}/readyz").status_code == 200
         except httpx.TransportError:
             return False
+
+    def workers(self) -> list[psutil.Process]:
+        children = psutil.Process(self.process.pid).children()
+        return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
 
     def post(self, endpoint: str, body: dict | None = None, **options) -> httpx.Response:
         options = options if body is None else {"json": body, **options}

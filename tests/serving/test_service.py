@@ -22,6 +22,7 @@ import PIL.ImageDraw
 import psutil
 import pytest
 from documents import PAGES
+from loopback_hub import LoopbackHub
 from places import ROOT
 from running_service import CHECKPOINT, RunningService, free_port
 from strange_pictures import bomb, encoded
@@ -176,7 +177,8 @@ def test_other_places_and_methods(service):
         ("POST", "answer/", 404),
         ("GET", "livez", 200),
         ("GET", "metrics", 200),
-        ("GET", "docs.json", 200),
+        ("GET", "openapi.json", 200),
+        ("GET", "docs", 200),
         ("GET", "", 200),
     ):
         reply = httpx.request(method, f"{service.url}/{path}")
@@ -191,15 +193,16 @@ def test_other_places_and_methods(service):
     assert "made-up" not in httpx.get(f"{service.url}/metrics").text
 
 
-def test_page_loads_nothing_from_other_hosts(service):
-    page = httpx.get(service.url)
+@pytest.mark.parametrize("path, links", [("/", {"page.js", "docs"}), ("/docs", {"docs.js", "", "openapi.json"})])
+def test_pages_load_nothing_from_other_hosts(service, path, links):
+    page = httpx.get(service.url + path)
     policy = page.headers["content-security-policy"]
     assert policy.startswith("default-src 'none'")
     assert "http" not in policy
     assert "*" not in policy
     assert "://" not in page.text
     names = re.findall(r'(?:src|href)="\./([^"]*)"', page.text)
-    assert {"page.css", "page.js", "docs.json"} == set(names)
+    assert {"page.css", *links} == set(names)
     for name in names:
         reply = httpx.get(f"{service.url}/{name}").raise_for_status()
         assert "://" not in reply.text
@@ -240,6 +243,30 @@ def test_the_page_answers_about_an_uploaded_image(service, tmp_path):
     assert CHECKPOINT.name in title
     assert not problems
     assert all(url.startswith((service.url, "data:")) for url in requests)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
+def test_the_documentation_shows_all_fields_and_a_command_that_runs(service):
+    playwright = pytest.importorskip("playwright.sync_api")
+    document = httpx.get(f"{service.url}/openapi.json").json()
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page()
+        messages = []
+        page.on("console", messages.append)
+        page.goto(f"{service.url}/docs")
+        page.wait_for_selector("text=GET /metrics")
+        cells = page.eval_on_selector_all("td code", "cells => cells.map(cell => cell.textContent)")
+        headings = page.eval_on_selector_all("h2", "headings => headings.map(heading => heading.textContent)")
+        command = page.inner_text("pre")
+        limits = page.inner_text("tr:has(code:text-is('questions'))")
+        browser.close()
+    assert not [message.text for message in messages if message.type == "error"]
+    assert cells == ["image", "questions", "top_k", "kept_patches", "answers"]
+    assert "4" in limits  # TRIPS_MAX_TEXTS of this service
+    assert {heading.split()[1] for heading in headings} == set(document["paths"])
+    result = subprocess.run(["sh", "-c", f"{command} --silent"], capture_output=True, text=True)
+    assert json.loads(result.stdout)["answers"], result.stderr
 
 
 def test_slow_bodies_time_out(service):
@@ -352,7 +379,7 @@ def test_random_requests_from_the_openapi_document(service, tmp_path):
     command = [
         os.path.join(os.path.dirname(sys.executable), "schemathesis"),
         "run",
-        f"{service.url}/docs.json",
+        f"{service.url}/openapi.json",
         "--checks=not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance",
         "--max-examples=300",
         "--phases=examples,fuzzing",
@@ -424,6 +451,37 @@ def test_broken_service_exits_with_an_error(tmp_path, name, value, workers):
     assert f"TRIPS_{name.upper()}={value}" in last
 
 
+def test_a_deleted_folder_is_not_looked_up_on_the_hub(tmp_path):
+    """Its relative path has the form of a name on the Hub. The next worker ends the service."""
+    shutil.copytree(CHECKPOINT, tmp_path / "owner/name")
+    with LoopbackHub() as hub:
+        service = RunningService(tmp_path / "log", model="owner/name")
+        service.folder = tmp_path
+        service.environment |= hub.client_environment(tmp_path / "home")
+        with service:
+            shutil.rmtree(tmp_path / "owner/name")
+            (worker,) = service.workers()
+            worker.kill()
+            assert service.process.wait(300) == 1
+        assert not hub.requests
+    assert str(tmp_path / "owner/name") in service.log.read_text().splitlines()[-1]
+
+
+def test_a_hub_that_does_not_answer_ends_the_service(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        service = RunningService(tmp_path / "log", model="no-one/nothing")
+        service.environment |= {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+        service.start()
+        try:
+            assert service.process.wait(60) == 1
+        finally:
+            service.process.kill()
+    last = service.log.read_text().splitlines()[-1]
+    assert url in last
+    assert "Traceback" not in service.log.read_text()
+
+
 def test_full_queue_rejects_further_requests(tmp_path):
     with RunningService(tmp_path / "log", queue=4) as service:
         with ThreadPoolExecutor(48) as pool:
@@ -457,8 +515,7 @@ def test_shutdown_drains_accepted_requests(tmp_path, workers):
 
 def test_killed_worker_is_replaced(tmp_path):
     with RunningService(tmp_path / "log") as service:
-        children = psutil.Process(service.process.pid).children()
-        (worker,) = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        (worker,) = service.workers()
         worker.kill()
         until = time.monotonic() + 600
         while service.process.poll() is None and (not service.is_ready() or worker.is_running()):

@@ -286,8 +286,9 @@ def _check_tokenizer(folder: Path, num_tokens: int):
             if part.get("type") == "ByteLevel":
                 growth *= 4
             if "precompiled_charsmap" in part:
-                _, *replacements = b64decode(part.pop("precompiled_charsmap")).split(b"\0")
-                growth *= max(map(len, replacements))
+                charsmap = b64decode(part.pop("precompiled_charsmap"))
+                end_of_trie = 4 + int.from_bytes(charsmap[:4], "little")
+                growth *= 1 + max(map(len, charsmap[end_of_trie:].split(b"\0")))  # what follows it replaces characters
     for value in (*vocabulary.values(), *contents, *(value for content in contents for value in content.values())):
         if isinstance(value, dict | list) and len(value) > num_tokens:
             raise ValueError(

@@ -1,5 +1,6 @@
 """Checkpoints of strangers are refused before they take memory or time."""
 
+import base64
 import json
 import os
 import shutil
@@ -141,8 +142,8 @@ DAMAGES = {  # a change of a folder, and a part of the message
     "deep generation config": (put("generation_config.json", deep(10**5)), "generation_config.json"),
     "architectures a dict": (edit("config.json", architectures={"a": 1}), "cannot be read"),
     "model_type a list": (edit("config.json", model_type=[1]), "cannot be read"),
-    "dtype": (edit("config.json", dtype="load"), "dtype"),
-    "a long value": (edit("config.json", vision_config__selection_guidance="x" * 10**7), "cannot be read"),
+    "dtype": (edit("config.json", dtype="load"), "cannot be read"),
+    "a long value": (edit("config.json", vision_config__schedule="x" * 10**7), "cannot be read"),
     "many fields": (edit("config.json", **{f"k{number}": number for number in range(10**5)}), "fields"),
     "a method": (edit("config.json", to_dict="x"), "to_dict"),
     "a class": (edit("config.json", vision_config____class__="x"), "__class__"),
@@ -187,6 +188,7 @@ LONGER = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 64}
 BYTES = {"type": "ByteLevel"}
 PIECES = [{"SpecialToken": {"id": "[CLS]", "type_id": 0}}] * 10**4
 MANY = [{"id": number, "content": f"<{number}>", "special": True} for number in range(10**4)]
+CHARSMAP = base64.b64encode((0).to_bytes(4, "little") + b"a" * 5000 + b"\0").decode()  # an empty trie, one replacement
 TOKENIZERS = {
     "none": lambda folder: (folder / "tokenizer.json").unlink(),
     "a list": put("tokenizer.json", "[]"),
@@ -198,7 +200,7 @@ TOKENIZERS = {
     "many added tokens": edit_tokenizer(added_tokens=MANY),
     "a large vocabulary": edit_tokenizer(model__vocab={f"w{number}": number for number in range(10**5)}),
     "many tokens in its settings": edit("tokenizer_config.json", added_tokens_decoder=dict.fromkeys(range(10**4), {})),
-    "a charsmap": edit_tokenizer(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA" * 10**4}),
+    "a long replacement": edit_tokenizer(normalizer={"type": "Precompiled", "precompiled_charsmap": CHARSMAP}),
 }
 
 

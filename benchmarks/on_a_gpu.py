@@ -1,14 +1,16 @@
 """
-Measure on one GPU what was measured on CPUs only, in tens of minutes. Run it in a checkout with the extra `vllm`, and
-send the rows.
+Measure on one GPU what was measured on CPUs only. Run it in a checkout with the extras `examples` and `vllm`, and send
+the rows.
 
+    pip install -e ".[examples,vllm]"
     python benchmarks/on_a_gpu.py --output_json gpu.json
     python benchmarks/on_a_gpu.py --device cpu --tiny True --kinds sdpa  # whether it runs, without a GPU
 
-Parts: `encoder`, steps of base size in bfloat16 against the unpruned baseline; `tokens`, answers of tiny models in
-vLLM (Model Runner V2, encoder graphs off and on) against Transformers; `speed`, the time to the first token and the
-requests per second of LLaVA in vLLM, 7B with random weights, pruned and unpruned. What does not work is printed at
-once, becomes a row with an `error`, and the rest goes on.
+Parts, each with its table when it ends: `tokens`, answers of tiny models in vLLM (Model Runner V2) against
+Transformers; `speed`, the time to the first token, tokens and requests per second in vLLM at four rates, in the shapes
+of LLaVA-1.5 7B and Qwen3-VL 8B with random weights; `encoder`, steps of base size in bfloat16 against the unpruned
+baseline. The first two run eager and compiled and are planned to take ten minutes, the last one tens of minutes. What
+does not work is printed at once, becomes a row with an `error`, and the rest goes on.
 """
 
 import importlib.util
@@ -25,10 +27,11 @@ from pathlib import Path
 import torch
 from measuring import OutputArguments, run_benchmark
 from tqdm.auto import tqdm
-from transformers import LlavaConfig
+from transformers import LlavaConfig, Qwen3VLConfig
 
 from modeling_trips.inspection.speed import MODES, Setting, measure
-from modeling_trips.serving_vllm.settings import ARCHITECTURES
+from modeling_trips.serving_vllm import ARCHITECTURES
+from modeling_trips.serving_vllm.settings import IN_TOWER
 from trips_examples.data.source import option
 from trips_examples.training.options import run_script
 
@@ -36,28 +39,30 @@ from trips_examples.training.options import run_script
 ROOT = Path(__file__).resolve().parents[1]
 HELPERS = ROOT / "tests" / "helpers"
 sys.path.append(str(HELPERS))  # the models of the tests
-PARTS = ("encoder", "tokens", "speed")
+PARTS = ("tokens", "speed", "encoder")
+MODES_OF_VLLM = ("eager", "compiled")
 KINDS = {  # of a step
     "sdpa": {},
     "compile": {"compile": True},
     "flash_attention_2": {"attn_implementation": "flash_attention_2"},
 }
 SCHEDULES = {1: "5:text:0.7,10:text:0.7", 5: "5:image:0.7,10:image:0.7,12:text:0.3"}  # by texts per image
-SELECTIONS = {  # of LLaVA with 24 layers and 576 visual tokens
-    "unpruned": {},
-    "64 tokens": {"visual_tokens": 64, "visual_scorer": "divprune"},
-    "64 tokens and 8:image:0.33": {"schedule": "8:image:0.33", "visual_tokens": 64, "visual_scorer": "divprune"},
-}
+RATES = (1.0, 0.5, 0.25, 0.1)
 TINY = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 8, "num_attention_heads": 4}
+IMAGE_SIZE = 336
 TIMEOUT = 1800  # seconds of one process of vLLM
-# Fields of rows that are printed at the end.
-SHOWN = ("part", "kind", "mode", "texts_per_image", "model", "selection", "encoder_graphs", "macs_ratio", "time_ratio")
-SHOWN += ("equal_answers", "answers", "first_token", "requests_per_second", "error")
+# Fields of rows that are printed.
+SHOWN = ("part", "kind", "mode", "texts_per_image", "model", "keep_rate", "macs_ratio", "time_ratio")
+SHOWN += ("equal_answers", "answers", "first_token", "tokens_per_second", "requests_per_second", "error")
 
 
 @dataclass(kw_only=True)
 class GpuArguments(OutputArguments):
     parts: list[str] = option([*PARTS], "What is measured.", choices=PARTS)
+    families: list[str] = option(
+        ["llava", "qwen3_vl"], "Families of the tiny models, of tests/helpers/served_vlms.py."
+    )
+    modes: list[str] = option([*MODES_OF_VLLM], "Modes of vLLM.", choices=MODES_OF_VLLM)
     kinds: list[str] = option([*KINDS], "Kinds of encoder steps.", choices=[*KINDS])
     device: str = option("cuda", "cuda, or cpu to try the script.")
     tiny: bool = option(False, "Tiny shapes, to try the script.")
@@ -97,94 +102,108 @@ def failure(error: Exception | str) -> dict:
     return {"error": text}
 
 
-def run_vllm(script: Path, job: dict, device: str) -> dict:
-    """Run a job of vLLM in a process of its own, which may fail as a whole."""
+def run_vllm(script: Path, jobs: list[dict], device: str) -> list[dict]:
+    """Run jobs of vLLM in a process of its own, which may fail as a whole."""
     variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
     if device == "cuda":
         variables["VLLM_USE_V2_MODEL_RUNNER"] = "1"  # there is none for CPUs
     with tempfile.TemporaryDirectory() as folder:
         given = Path(folder) / "jobs.json"
         found = Path(folder) / "results.json"
-        given.write_text(json.dumps([job]), encoding="utf-8")
+        given.write_text(json.dumps(jobs), encoding="utf-8")
         command = [sys.executable, str(script), str(given), str(found)]
         environment = os.environ | variables
         try:
             process = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT)
         except subprocess.TimeoutExpired:
-            return {"error": f"no result within {TIMEOUT} s"}
+            return [{"error": f"no result within {TIMEOUT} s"}] * len(jobs)
         if process.returncode != 0:
             last_line = (process.stderr.strip().splitlines() or ["no message"])[-1]
-            return {"error": f"vLLM ended with code {process.returncode}: {last_line}"}
-        (result,) = json.loads(found.read_text(encoding="utf-8"))
-        return result
+            return [{"error": f"vLLM ended with code {process.returncode}: {last_line}"}] * len(jobs)
+        return json.loads(found.read_text(encoding="utf-8"))
 
 
 def token_rows(args: GpuArguments) -> Iterator[dict]:
-    """Compare greedy answers of tiny models in float32, with selection inside the tower and after it."""
+    """Compare greedy answers of tiny models in float32, with selection after the tower, and inside it where it can."""
     from served_vlms import NUM_TOKENS, Selection, ServedVlm
 
-    selection = Selection("2:image:0.5", visual_tokens=6, scorer="divprune")
     options = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 8, "limit_mm_per_prompt": {"image": 2}}
-    for name, has_graphs in itertools.product(("llava", "qwen2_5_vl", "qwen3_vl"), (False, True)):
-        row = {"part": "tokens", "model": name, "encoder_graphs": has_graphs, "schedule": selection.schedule}
-        with tempfile.TemporaryDirectory() as folder:
-            vlm = ServedVlm(name, Path(folder))
-            expected, _ = vlm.reference(selection)
+    cases = [*itertools.product(args.families, args.modes)]
+    jobs = []
+    references = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, mode in cases:
+            if name not in references:
+                vlm = ServedVlm(name, Path(folder) / name)
+                schedule = "2:image:0.5" if vlm.model.config.model_type in IN_TOWER else "unpruned"
+                selection = Selection(schedule, keep_rate=0.3, scorer="divprune")
+                references[name], _ = vlm.reference(selection)
             overrides = selection.overrides(vlm.folder)
             overrides["architectures"] = [ARCHITECTURES[vlm.model.config.model_type]]
-            graphs = {"cudagraph_mm_encoder": has_graphs}
             job = {
-                "model": folder,
-                "options": {**options, "hf_overrides": overrides, "compilation_config": graphs},
-                "prompts": [(text, files, {}) for text, files in vlm.prompts],
+                "model": str(vlm.folder),
+                "options": {**options, "hf_overrides": overrides, "enforce_eager": mode == "eager"},
+                "prompts": [(vlm.tokenize(text), files, {}) for text, files in vlm.prompts],
                 "passes": 1,
                 "num_tokens": NUM_TOKENS,
             }
-            result = run_vllm(HELPERS / "run_vllm.py", job, args.device)
+            jobs.append(job)
+        results = run_vllm(HELPERS / "run_vllm.py", jobs, args.device)
+    for (name, mode), result in zip(cases, results):
+        row = {"part": "tokens", "model": name, "mode": mode}
         if "error" in result:
             yield row | failure(result["error"])
             continue
         (answers,) = result["tokens"]
-        num_equal = sum(answer == wanted for answer, wanted in zip(answers, expected))
-        yield row | {"equal_answers": num_equal, "answers": len(expected)}
+        num_equal = sum(answer == wanted for answer, wanted in zip(answers, references[name]))
+        yield row | {"equal_answers": num_equal, "answers": len(answers)}
 
 
 def speed_rows(args: GpuArguments) -> Iterator[dict]:
-    """Time LLaVA-1.5's shape with random weights, which vLLM makes itself."""
+    """Time models with random weights, which vLLM makes itself. Each request chooses its rate."""
     num_requests = 4 if args.tiny else 64
+    choices = {str(rate): {"keep_rate": rate} if rate < 1 else {"visual_tokens": "all"} for rate in RATES}
     with tempfile.TemporaryDirectory() as folder:
-        image_size = save_llava(Path(folder), args.tiny)
-        for (name, settings), has_graphs in itertools.product(SELECTIONS.items(), (False, True)):
+        for save, mode in itertools.product((save_llava, save_qwen), args.modes):
+            model_type, prompt, image_size = save(Path(folder) / save.__name__, args.tiny)
+            overrides = {"architectures": [ARCHITECTURES[model_type]], "patch_selection": {"keep_rate": 0.5}}
             options = {
                 "load_format": "dummy",
                 "dtype": "bfloat16",
                 "max_model_len": 1024,
                 "enable_prefix_caching": False,
                 "mm_processor_cache_gb": 0,
-                "compilation_config": {"cudagraph_mm_encoder": has_graphs},
+                "enforce_eager": mode == "eager",
+                "hf_overrides": overrides,
             }
-            if settings:
-                options["hf_overrides"] = {"architectures": [ARCHITECTURES["llava"]], "patch_selection": settings}
             job = {
-                "model": folder,
+                "model": str(Path(folder) / save.__name__),
                 "options": options,
-                "prompt": "<s> <image> what color is it ?",
+                "prompt": prompt,
                 "image_size": image_size,
                 "num_requests": num_requests,
+                "choices": choices,
             }
-            result = run_vllm(ROOT / "benchmarks" / "time_vllm.py", job, args.device)
-            row = {"part": "speed", "selection": name, "encoder_graphs": has_graphs, "num_requests": num_requests}
-            yield row | (failure(result["error"]) if "error" in result else result)
+            (result,) = run_vllm(ROOT / "benchmarks" / "time_vllm.py", [job], args.device)
+            row = {"part": "speed", "model": model_type, "mode": mode, "num_requests": num_requests}
+            if "error" in result:
+                yield row | failure(result["error"])
+                continue
+            for rate in RATES:
+                yield row | {"keep_rate": rate} | result[str(rate)]
 
 
-def save_llava(folder: Path, tiny: bool) -> int:
-    """Save the configuration and the processor of a LLaVA, without weights, and return the side of its images."""
+def save_llava(folder: Path, tiny: bool) -> tuple[str, str, int]:
+    """
+    Save the configuration and the processor of LLaVA-1.5 7B. Return the model's type, a prompt, and the side of images
+    of 576 visual tokens in pixels.
+    """
     from tiny_vlm_processors import make_llava_processor
     from tiny_vlms import IMAGE
 
     vision = {"model_type": "clip_vision_model"}  # CLIP ViT-L/14 and a Llama of 7B by default
     text = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096}
-    sizes = {"image_size": 336, "patch_size": 14}
+    sizes = {"image_size": IMAGE_SIZE, "patch_size": 14}
     if not tiny:
         vision |= {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
     else:
@@ -194,33 +213,58 @@ def save_llava(folder: Path, tiny: bool) -> int:
     config.architectures = ["LlavaForConditionalGeneration"]
     config.save_pretrained(folder)
     processor = make_llava_processor()
-    processor.image_processor.size = {"shortest_edge": sizes["image_size"]}
-    processor.image_processor.crop_size = {"height": sizes["image_size"], "width": sizes["image_size"]}
+    processor.image_processor.size = {"shortest_edge": IMAGE_SIZE}
+    processor.image_processor.crop_size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     processor.patch_size = sizes["patch_size"]
     processor.save_pretrained(folder)
-    return sizes["image_size"]
+    return "llava", "<s> <image> what color is it ?", IMAGE_SIZE
+
+
+def save_qwen(folder: Path, tiny: bool) -> tuple[str, str, int]:
+    """As `save_llava`, for Qwen3-VL 8B."""
+    from served_vlms import make_qwen3_processor
+    from tiny_vlms import IMAGE, QWEN_TOKENS
+
+    vision = {"deepstack_visual_indexes": [8, 16, 24], "out_hidden_size": 4096}  # that of 8B by default
+    text = {"num_hidden_layers": 36, "num_key_value_heads": 8, "intermediate_size": 12288, "hidden_size": 4096}
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
+    if tiny:
+        vision = {"depth": 4, "hidden_size": 128, "out_hidden_size": 128, "num_heads": 4, "intermediate_size": 256}
+        vision["deepstack_visual_indexes"] = [0, 1]
+        text |= TINY | {"head_dim": 32, "num_key_value_heads": 4}
+        rope["mrope_section"] = [8, 4, 4]
+    text["rope_parameters"] = rope
+    config = Qwen3VLConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, **QWEN_TOKENS)
+    config.architectures = ["Qwen3VLForConditionalGeneration"]
+    config.save_pretrained(folder)
+    processor = make_qwen3_processor()
+    for part in (processor.image_processor, processor.video_processor):
+        part.patch_size = config.vision_config.patch_size
+        part.size = {"shortest_edge": 32 * 32, "longest_edge": 1024 * 1024}
+    processor.save_pretrained(folder)
+    prompt = "<s> <|vision_start|> <|image_pad|> <|vision_end|> what color is it ?"
+    return "qwen3_vl", prompt, IMAGE_SIZE if tiny else 24 * 32
 
 
 def measure_all(args: GpuArguments) -> Iterator[dict]:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("There is no GPU that PyTorch can use. Try the script with --device cpu --tiny True.")
-    if "encoder" in args.parts:
-        yield from encoder_rows(args)
-        if args.device == "cuda":
-            torch.cuda.empty_cache()  # vLLM takes most of the memory
     has_vllm = importlib.util.find_spec("vllm") is not None
-    for part, rows in {"tokens": token_rows, "speed": speed_rows}.items():
-        if part not in args.parts:
-            continue
-        if has_vllm:
-            yield from rows(args)
+    makers = {"tokens": token_rows, "speed": speed_rows, "encoder": encoder_rows}
+    for part in args.parts:
+        rows = []
+        if part == "encoder" or has_vllm:
+            for row in makers[part](args):
+                rows.append(row)
+                yield row
         else:
             yield {"part": part} | failure(
                 'vLLM is not installed: pip install -e ".[vllm]", then --parts tokens speed'
             )
+        print_table(rows)
 
 
-def print_table(rows: list[dict], args: GpuArguments):
+def print_table(rows: list[dict]):
     for row in rows:
         cells = []
         for name in SHOWN:
@@ -231,7 +275,7 @@ def print_table(rows: list[dict], args: GpuArguments):
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    return run_benchmark(GpuArguments, __doc__, measure_all, print_table, argv)
+    return run_benchmark(GpuArguments, __doc__, measure_all, lambda rows, args: None, argv)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,47 @@
 """
 Plugin for vLLM that selects patches inside and after the vision towers of generative models.
 
-vLLM finds it by its entry point. Models select patches only under the names of `MODULES`, so nothing else
+vLLM finds it by its entry point. Models select patches only under the names of `ARCHITECTURES`, so nothing else
 changes. `python -m modeling_trips.serving_vllm MODEL --schedule 8:image:0.33` prints the command that serves a model.
 """
 
 import logging
 import os
 import re
+from collections.abc import Callable
+from functools import wraps
 
 
-# Module of each architecture that `--hf-overrides` can name.
+# Architecture of vLLM for each type of model.
+ARCHITECTURES = {
+    "gemma3": "TripsGemma3ForConditionalGeneration",
+    "gemma4": "TripsGemma4ForConditionalGeneration",
+    "glm4v": "TripsGlm4vForConditionalGeneration",
+    "glm4v_moe": "TripsGlm4vMoeForConditionalGeneration",
+    "internvl_chat": "TripsInternVLChatModel",
+    "lfm2_vl": "TripsLfm2VlForConditionalGeneration",
+    "llava": "TripsLlavaForConditionalGeneration",
+    "minicpmv4_6": "TripsMiniCPMV4_6ForConditionalGeneration",
+    "mistral3": "TripsMistral3ForConditionalGeneration",
+    "qwen2_vl": "TripsQwen2VLForConditionalGeneration",
+    "qwen2_5_vl": "TripsQwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "TripsQwen3VLForConditionalGeneration",
+    "qwen3_vl_moe": "TripsQwen3VLMoeForConditionalGeneration",
+    "qwen3_5": "TripsQwen3_5ForConditionalGeneration",
+    "qwen3_5_moe": "TripsQwen3_5MoeForConditionalGeneration",
+    "smolvlm": "TripsSmolVLMForConditionalGeneration",
+    **dict.fromkeys(
+        ("idefics3", "internvl", "llava_next", "llava_onevision"),
+        "TripsVlmForConditionalGeneration",
+    ),
+}
+# Module of an architecture, if it is not `exit`.
 MODULES = {
-    "TripsInternVLChatModel": "internvl",
     "TripsLlavaForConditionalGeneration": "llava",
     "TripsQwen2VLForConditionalGeneration": "qwen",
     "TripsQwen2_5_VLForConditionalGeneration": "qwen",
     "TripsQwen3VLForConditionalGeneration": "qwen",
     "TripsQwen3VLMoeForConditionalGeneration": "qwen",
-    "TripsSmolVLMForConditionalGeneration": "smolvlm",
     "TripsVlmForConditionalGeneration": "backend",
 }
 # Releases of vLLM whose interfaces the plugin fits: from the first, before the second.
@@ -55,5 +78,25 @@ def register():
     except ValueError as error:  # other models still work
         logging.getLogger("vllm").warning("%s The architectures Trips... are not available.", error)
         return
-    for name, module in MODULES.items():
+    for name in ARCHITECTURES.values():
+        module = MODULES.get(name, "exit")
         vllm.ModelRegistry.register_model(name, f"{__name__}.{module}:{name}")
+    from vllm.engine.arg_utils import EngineArgs
+
+    EngineArgs.create_model_config = refusing_settings_alone(EngineArgs.create_model_config)
+
+
+def refusing_settings_alone(create: Callable) -> Callable:
+    """Return a `create_model_config` that refuses settings that the architecture does not read."""
+
+    @wraps(create)
+    def create_model_config(*args, **kwargs):
+        config = create(*args, **kwargs)
+        if hasattr(config.hf_config, "patch_selection") and config.architectures[0] not in ARCHITECTURES.values():
+            raise ValueError(
+                f"`patch_selection` needs `architectures` beside it, such as Trips{config.architectures[0]}. "
+                "`python -m modeling_trips.serving_vllm` sets both."
+            )
+        return config
+
+    return create_model_config

@@ -15,8 +15,8 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from ..hosts.vlm.families import find_family
-from . import check_release
-from .settings import ARCHITECTURES, KEYS, SCORERS, ServingSettings
+from . import ARCHITECTURES, check_release
+from .settings import KEYS, SCORERS, ServingSettings
 
 
 def make_command(args: argparse.Namespace, others: list[str], distribution: str) -> list[str]:
@@ -70,6 +70,14 @@ def main(argv: list[str] | None = None):
         default=ServingSettings.visual_scorer,
         choices=SCORERS,
         help="What chooses them; prompt chooses by the question. Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--request_scorers",
+        "--request-scorers",
+        nargs="+",
+        default=ServingSettings.request_scorers,
+        choices=SCORERS,
+        help="What requests may choose instead. Default: nothing.",
     )
     parser.add_argument("--schedule", default="unpruned", help="Selection inside the tower: 8:image:0.33.")
     parser.add_argument("--text_guide", "--text-guide", help="Folder or repository of a TextGuide for a text layer.")

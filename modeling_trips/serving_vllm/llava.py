@@ -1,24 +1,17 @@
 """LLaVA-1.5 on vLLM's own classes, with a tower of CLIP or SigLIP."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import nn
-from vllm.config import VllmConfig
-from vllm.model_executor.models.llava import (
-    LlavaDummyInputsBuilder,
-    LlavaForConditionalGeneration,
-    LlavaMultiModalProcessor,
-    LlavaProcessingInfo,
-)
-from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.model_executor.models.llava import LlavaForConditionalGeneration, LlavaMultiModalProcessor
 
 from ..hosts.layers import SelectionPass
 from ..hosts.vlm.families import Llava
 from ..hosts.vlm.tower import selecting
 from ..hosts.vlm.visual_tokens import VisualTokens
-from .selection import RequestInputs, SelectingModel, SelectionProcessor, ServedFamily, ServedLayer
+from .selection import SelectingExit, SelectionProcessor, ServedFamily, ServedLayer, serve
 from .settings import ServingSettings
 
 
@@ -55,37 +48,30 @@ class ServedLlava(ServedFamily, Llava):
     layer_classes = {"CLIPEncoderLayer": ClipLayer, "SiglipEncoderLayer": SiglipLayer}
 
     def encode(self, inputs: Mapping, current: SelectionPass | None) -> VisualTokens:
-        with selecting(current):
-            # The class's own method: the model's is the one that calls this.
-            groups = LlavaForConditionalGeneration.embed_multimodal(self.model, pixel_values=inputs["pixel_values"])
+        with selecting(current), self.watching_attention(current):
+            groups = self.model.own_features(inputs)
         tokens = VisualTokens.whole(groups)
-        if current is None or not current.kept:
+        if current is None:
             return tokens
         sizes = [self.tokens_per_image] * len(groups)
+        if current.attention is not None:
+            num_others = sizes[0] - current.attention.shape[1]  # the tower's [CLS]
+            attention = nn.functional.pad(current.attention, (num_others, 0))
+            tokens = replace(tokens, attention=list(attention))
+        if not current.kept:
+            return tokens
         return replace(tokens, sizes=sizes, positions=self.kept_tokens(sizes, inputs, current))
 
 
-class TripsLlavaProcessor(SelectionProcessor, LlavaMultiModalProcessor):
+class LlavaProcessor(SelectionProcessor, LlavaMultiModalProcessor):
     def num_kept(self, settings: ServingSettings, size: int) -> int:
         return settings.num_kept(size)  # the tower's [CLS] may be a visual token
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    TripsLlavaProcessor, info=LlavaProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder
-)
-class TripsLlavaForConditionalGeneration(SelectingModel, LlavaForConditionalGeneration):
+class SelectingLlava(SelectingExit):
     """LLaVA-1.5 that drops patches inside its tower, and visual tokens after it."""
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.select_patches(ServedLlava(self), vllm_config)
+    family_class = ServedLlava
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.model.embed_tokens
 
-    def embed_multimodal(self, **kwargs) -> Sequence[torch.Tensor]:
-        pixel_values = kwargs.get("pixel_values")
-        if pixel_values is None:  # embeddings of the caller, which stay as they are
-            return super().embed_multimodal(**kwargs)
-        counts = [1] * len(pixel_values)
-        return self.tokens_of_images({"pixel_values": pixel_values}, counts, RequestInputs.of(kwargs))
+TripsLlavaForConditionalGeneration = serve(LlavaForConditionalGeneration, SelectingLlava, LlavaProcessor)

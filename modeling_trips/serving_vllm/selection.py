@@ -1,8 +1,9 @@
 """Parts that both kinds of models share: the question in the hash of the image, and the selection itself."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from prometheus_client import Counter
@@ -10,22 +11,27 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, tensor_model_parallel_all_reduce
 from vllm.logger import init_logger
-from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItem
 from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs, PromptUpdateDetails
 
+from ..hosts.layers import SelectionPass
 from ..hosts.vlm.families import Family
-from ..hosts.vlm.tower import TowerLayer
+from ..hosts.vlm.tower import TowerLayer, selecting
 from ..hosts.vlm.visual_tokens import VisualTokens, special_token_ids
-from .settings import REQUEST_KEYS, ServingSettings, find_question, split_calls
+from .settings import NUM_CHOICES, ONE_SIZE, REQUEST_KEYS, ServingSettings, find_question, split_calls
 
 
 logger = init_logger("vllm.trips")  # vLLM's format and level
-# Inputs of the model for each image: the token ids of its question, and its request's number or rate.
-QUESTION = "question_ids"
-CHOICE = "visual_tokens_and_rate"
-OPTIONS = {QUESTION, "patch_selection", *REQUEST_KEYS}  # of the image's processor, which do not reach Transformers
+# Inputs of the model for each image or video, by modality: the token ids of its question, and what its request chooses
+# before the number of visual tokens of each tile (a time step of a video) without selection.
+QUESTION = "{}_question_ids"
+CHOICE = "{}_choice_and_sizes"
+QUESTIONS = QUESTION.format("all")  # an option of the processor
+SIZES = "tile_sizes"
+OPTIONS = {QUESTIONS, "patch_selection", *REQUEST_KEYS}  # of the image's processor, which do not reach Transformers
 # Processors run in the process that serves /metrics. vLLM removes foreign counters whose names begin with its own.
-VISUAL_TOKENS = Counter("trips_visual_tokens", "Visual tokens of the images in prompts.", ["state"])
+VISUAL_TOKENS = Counter("trips_visual_tokens", "Visual tokens of the images and videos in prompts.", ["state"])
 
 
 class SelectionProcessor(BaseMultiModalProcessor):
@@ -34,22 +40,34 @@ class SelectionProcessor(BaseMultiModalProcessor):
     of the image's processor. vLLM hashes these options with the image, so its caches never mix them.
     """
 
-    pixels = "pixel_values"  # the processor's output
+    pixels = {"image": "pixel_values"}  # the processor's output by modality
 
     @cached_property
     def settings(self) -> ServingSettings:
         return ServingSettings.of(self.info.get_hf_config())
 
-    @property
-    def image_token_id(self) -> int:
-        return self.info.get_hf_config().image_token_id
+    @cached_property
+    def known_options(self) -> set[str]:
+        """Names of the options that a request may have."""
+        try:
+            scopes = self.info.supported_mm_processor_kwargs
+        except AttributeError:  # a processor of vLLM, such as that of InternVL
+            scopes = {"images_kwargs": {*inspect.signature(self.info.get_hf_processor()).parameters}}
+        return {*REQUEST_KEYS, *scopes, "common_kwargs"}.union(*scopes.values())
 
     def apply(self, inputs: ProcessorInputs, *args, **kwargs):
+        unknown = inputs.hf_processor_mm_kwargs.keys() - self.known_options
+        if unknown:
+            raise ValueError(
+                f"`mm_processor_kwargs` must have keys among {', '.join(REQUEST_KEYS)} and those of the image's "
+                f"processor, got {', '.join(sorted(unknown))}."
+            )
         settings = self.settings_of(inputs.hf_processor_mm_kwargs)
         options = {**inputs.hf_processor_mm_kwargs, "patch_selection": str(settings)}
         if settings.reads_prompt:
-            special_ids = special_token_ids(self.info.get_hf_config())
-            options[QUESTION] = find_question(inputs.prompt, self.image_token_id, special_ids)
+            config = self.info.get_hf_config()
+            visual_ids = [config.image_token_id, getattr(config, "video_token_id", -1)]
+            options[QUESTIONS] = find_question(inputs.prompt, visual_ids, special_token_ids(config))
         return super().apply(replace(inputs, hf_processor_mm_kwargs=options), *args, **kwargs)
 
     def settings_of(self, options: Mapping[str, object]) -> ServingSettings:
@@ -60,71 +78,83 @@ class SelectionProcessor(BaseMultiModalProcessor):
 
     def _apply_hf_processor_main(self, mm_items, hf_kwargs: Mapping[str, object]):
         outputs = super()._apply_hf_processor_main(mm_items, without_own(hf_kwargs))
-        if self.pixels in outputs:
-            num_images = mm_items.get_count("image")
-            outputs[CHOICE] = [self.settings_of(hf_kwargs).encode()] * num_images
-            if QUESTION in hf_kwargs:
-                outputs[QUESTION] = [torch.tensor(hf_kwargs[QUESTION], dtype=torch.long)] * num_images
+        for modality, pixels in self.pixels.items():
+            if pixels in outputs:
+                number = mm_items.get_count(modality)
+                outputs[CHOICE.format(modality)] = [self.settings_of(hf_kwargs).encode()] * number
+                if QUESTIONS in hf_kwargs:
+                    question = torch.tensor(hf_kwargs[QUESTIONS], dtype=torch.long)
+                    outputs[QUESTION.format(modality)] = [question] * number
         return outputs
 
     def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs) -> Mapping[str, MultiModalFieldConfig]:
         fields = dict(super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs))
-        for name in (CHOICE, QUESTION):
-            if name in hf_inputs:
-                fields[name] = MultiModalFieldConfig.batched("image", keep_on_cpu=name == CHOICE)
+        for modality in self.pixels:
+            for name in (CHOICE, QUESTION):
+                if name.format(modality) in hf_inputs:
+                    field = MultiModalFieldConfig.batched(modality, keep_on_cpu=name == CHOICE)
+                    fields[name.format(modality)] = field
         return fields
 
-    def _get_prompt_updates(self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs):
+    def _get_mm_prompt_updates(self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs):
         settings = self.settings_of(hf_processor_mm_kwargs)
-        tiles = [num_tiles(image) for image in out_mm_kwargs.get("image", [])]
-        updates = super()._get_prompt_updates(mm_items, without_own(hf_processor_mm_kwargs), out_mm_kwargs)
-        return [
-            replace(update, replacement=partial(self.shorten, settings, update.replacement, tiles))
-            for update in updates
-        ]
+        updates = super()._get_mm_prompt_updates(mm_items, without_own(hf_processor_mm_kwargs), out_mm_kwargs)
+        for modality in self.pixels:
+            for item, own in zip(out_mm_kwargs.get(modality, []), updates.get(modality, [])):
+                choice = item.get(CHOICE.format(modality))
+                if choice is not None:  # embeddings of the caller stay as they are
+                    sizes = self.tile_sizes(item, num_visual(own[0].content))
+                    choice.data = torch.cat([choice.data[:NUM_CHOICES], choice.data.new_tensor(sizes)])
+                    own[:] = [replace(update, content=self.shorten(settings, sizes, update.content)) for update in own]
+        return updates
 
-    def shorten(
-        self, settings: ServingSettings, replacement: Callable, tiles: list[int], item: int
-    ) -> PromptUpdateDetails:
-        """Return the tokens that replace an image's placeholder: of each tile, as many visual tokens as it keeps."""
-        whole = replacement(item)
-        ids = whole if isinstance(whole, list) else whole.full
-        num_visual = ids.count(self.image_token_id)
-        size = num_visual // max(1, tiles[item])
-        num_kept = self.num_kept(settings, size) if tiles[item] else size
-        kept_ids = []
-        place = 0  # of the next visual token
-        for token in ids:
-            if token != self.image_token_id:
-                kept_ids.append(token)
-            else:
-                if place % size < num_kept:
-                    kept_ids.append(token)
-                place += 1
-        kept = PromptUpdateDetails.select_token_id(kept_ids, self.image_token_id)
-        kept.num_dropped = len(ids) - len(kept_ids)  # for the counters
+    def shorten(self, settings: ServingSettings, sizes: list[int], whole: PromptUpdateDetails) -> PromptUpdateDetails:
+        """Return the tokens that replace a placeholder: of each tile, as many visual tokens as it keeps."""
+        if self.info.get_hf_config().model_type in ONE_SIZE:
+            settings.check_size(sizes[0])
+        is_kept = []  # of each visual token
+        for size in sizes:
+            num_kept = self.num_kept(settings, size)
+            is_kept += [True] * num_kept + [False] * (size - num_kept)
+        is_visual = visual_mask(whole)
+        mask = torch.ones_like(is_visual)
+        mask[is_visual] = torch.tensor(is_kept)
+        kept = PromptUpdateDetails.from_seq(torch.tensor(whole.full)[mask].tolist())
+        if whole.is_embed is not None:
+            kept.is_embed = lambda full: is_visual[mask]
+        kept.num_dropped = is_kept.count(False)  # for the counters
         return kept
+
+    def tile_sizes(self, item: MultiModalKwargsItem, num_visual: int) -> list[int]:
+        """Return the number of visual tokens of each tile of an image, `num_visual` together."""
+        # Of the Transformers backend, of vLLM's classes, of InternVL.
+        for name in ("num_image_patches", "num_patches", "image_num_patches"):
+            if name in item:
+                number = int(item[name].data)
+                return [num_visual // number] * number
+        return [num_visual]
 
     def num_kept(self, settings: ServingSettings, size: int) -> int:
         """Return how many tokens of an image (or tile) are kept."""
         return settings.at_exit.num_kept(size, settings.num_kept_in_tower(size))
 
     def _maybe_apply_prompt_updates(self, mm_items, mm_res):
-        for (update,) in mm_res.prompt_updates.get("image", []):
-            VISUAL_TOKENS.labels("kept").inc(update.content.full.count(self.image_token_id))
-            VISUAL_TOKENS.labels("dropped").inc(update.content.num_dropped)
+        for modality in self.pixels:
+            for update, *_ in mm_res.prompt_updates.get(modality, []):
+                VISUAL_TOKENS.labels("kept").inc(num_visual(update.content))
+                VISUAL_TOKENS.labels("dropped").inc(getattr(update.content, "num_dropped", 0))
         return super()._maybe_apply_prompt_updates(mm_items, mm_res)
 
 
-def num_tiles(image: Mapping) -> int:
-    """Return the number of tiles of an image, 0 for embeddings of the caller, which stay as they are."""
-    if CHOICE not in image:
-        return 0
-    # Of the Transformers backend, of SmolVLM, of InternVL.
-    for name in ("num_image_patches", "num_patches", "image_num_patches"):
-        if name in image:
-            return int(image[name].data)
-    return 1
+def visual_mask(content: PromptUpdateDetails) -> torch.Tensor:
+    """Return which tokens that replace a placeholder are visual tokens."""
+    if content.is_embed is None:
+        return torch.ones(len(content.full), dtype=torch.bool)
+    return content.is_embed(content.full)
+
+
+def num_visual(content: PromptUpdateDetails) -> int:
+    return int(visual_mask(content).sum())
 
 
 def without_own(options: Mapping[str, object]) -> dict[str, object]:
@@ -133,37 +163,54 @@ def without_own(options: Mapping[str, object]) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class RequestInputs:
-    """What the processor passes for each image beside its pixels: the choice of its request, and its question."""
+    """What the processor passes beside an image's (or video's) pixels: its request's choice, question, and tiles."""
 
-    choices: list[list[float]]
+    choices: list[tuple[float, ...]]
+    sizes: list[list[int]]  # number of visual tokens of each tile
     questions: Sequence[torch.Tensor] | None
 
     @classmethod
-    def of(cls, inputs: dict) -> "RequestInputs":
+    def of(cls, inputs: dict, modality: str = "image") -> "RequestInputs":
         """Take them out of the model's inputs."""
-        return cls(choices=inputs.pop(CHOICE).tolist(), questions=inputs.pop(QUESTION, None))
+        choices = []
+        sizes = []
+        for row in inputs.pop(CHOICE.format(modality)):
+            choices.append(tuple(row[:NUM_CHOICES].tolist()))
+            sizes.append(row[NUM_CHOICES:].long().tolist())
+        return cls(choices=choices, sizes=sizes, questions=inputs.pop(QUESTION.format(modality), None))
 
     def __getitem__(self, images: slice) -> "RequestInputs":
         questions = None if self.questions is None else self.questions[images]
-        return RequestInputs(choices=self.choices[images], questions=questions)
+        return RequestInputs(choices=self.choices[images], sizes=self.sizes[images], questions=questions)
 
-    def repeat(self, counts: list[int]) -> "RequestInputs":
-        """Return them with the question of each tile, for images with these numbers of tiles."""
-        if self.questions is None:
-            return self
+    @property
+    def questions_of_tiles(self) -> list[torch.Tensor]:
         questions = []
-        for question, count in zip(self.questions, counts):
-            questions += [question] * count
-        return replace(self, questions=questions)
+        for question, sizes in zip(self.questions, self.sizes):
+            questions += [question] * len(sizes)
+        return questions
 
 
 class ServedFamily(Family):
-    """Family of a model of vLLM."""
+    """Family of a model of vLLM. This class supports selection after the tower."""
+
+    layer_classes = {}
 
     def __init__(self, model: nn.Module):
         self.model = model
         self.base = model
         self.config = model.config
+
+    def encode(self, inputs: Mapping, current: SelectionPass | None) -> VisualTokens:
+        with selecting(current), self.watching_attention(current):
+            groups = self.model.own_features(inputs)
+        tiles = torch.cat([*groups]).split(sum(inputs[SIZES], []))
+        # Scorers read the columns of the language model's width. Those of deepstack follow the choice.
+        width = self.config.get_text_config().hidden_size
+        tokens = VisualTokens.whole([tile[:, :width] for tile in tiles], output=tiles)
+        if current is None or not current.kept:
+            return tokens
+        return tokens.keep(self.kept_tokens(tokens.sizes, inputs, current))
 
 
 class ServedLayer(TowerLayer):
@@ -183,6 +230,7 @@ def check_engine(vllm_config: VllmConfig, settings: ServingSettings):
     refused = {
         "compile_mm_encoder": compilation.compile_mm_encoder,
         "cudagraph_mm_encoder": compilation.cudagraph_mm_encoder,
+        "video_pruning_rate": bool(vllm_config.model_config.multimodal_config.video_pruning_rate),
         "enable_tower_connector_lora": lora is not None and lora.enable_tower_connector_lora,
     }
     for option, is_set in refused.items():
@@ -194,7 +242,7 @@ def check_engine(vllm_config: VllmConfig, settings: ServingSettings):
             f"`pipeline_parallel_size` must be 1 for this model, got {num_stages}: only the first stage has the "
             "positions of the kept tokens. Use `tensor_parallel_size`."
         )
-    if vllm_config.is_mm_encoder_only and settings.reads_prompt:
+    if vllm_config.is_mm_encoder_only and settings.may_read_prompt:
         raise ValueError(
             "An instance for the encoder only has no embeddings of the question. Set a `visual_scorer` that chooses "
             "by the image."
@@ -216,28 +264,6 @@ class SelectingModel(nn.Module):
         self.max_tokens = vllm_config.scheduler_config.max_num_encoder_input_tokens
         log = logger.warning if self.settings.keeps_all else logger.info
         log("Patch selection %s.", self.settings.describe(family.tokens_per_image))
-
-    def calls(
-        self, pixel_values: torch.Tensor, counts: list[int], request: RequestInputs
-    ) -> Iterator[tuple[slice, slice]]:
-        """
-        Yield the images of each call of the encoder, and their rows of `pixel_values`, of which an image has `counts`.
-        vLLM plans by kept tokens, but patches take the memory, so a call gets no more of them than without selection.
-        """
-        if pixel_values.dim() == 2:  # Qwen-VL: a row is a patch
-            num_tokens = len(pixel_values) // self.family.unit**2
-        else:  # a row is a tile
-            tokens_per_tile = self.family.tokens_per_image
-            if tokens_per_tile is None:
-                side = pixel_values.shape[-1] // self.family.config.vision_config.patch_size
-                tokens_per_tile = (side // self.family.unit) ** 2
-            num_tokens = pixel_values[..., 0, 0, 0].numel() * tokens_per_tile
-        sizes = [count * num_tokens // sum(counts) for count in counts]
-        first = 0
-        for images in split_calls(sizes, most=self.max_tokens, choices=request.choices):
-            last = first + sum(counts[images])
-            yield images, slice(first, last)
-            first = last
 
     def query(self, questions: Sequence[torch.Tensor] | None) -> torch.Tensor | None:
         """Return the queries of the guide, `(num_images, num_heads, head_dim)`, or `None` without one."""
@@ -267,25 +293,75 @@ class SelectingModel(nn.Module):
         if at_exit is None:
             return self.family.encode(inputs, None)
         current = self.family.begin_pass(inputs)
+        current.selects = bool(self.settings.tower.layers)
+        current.wants_attention = at_exit.reads_attention
         current.query = self.query(request.questions)
         tokens = self.family.encode(inputs, current)
         rows = range(len(tokens.sizes))
-        return tokens.select(at_exit, rows=rows, text=partial(self.embed_questions, request.questions))
+        return tokens.select(at_exit, rows=rows, text=lambda: self.embed_questions(request.questions_of_tiles))
 
     def tokens_of_images(self, inputs: Mapping, counts: list[int], request: RequestInputs) -> list[torch.Tensor]:
-        """Return the kept tokens of each image, which has as many rows (tiles) of `pixel_values` as `counts` says."""
+        """
+        Return the kept tokens of each image, which has as many rows (tiles or patches) of the pixels as `counts` says.
+        vLLM plans by kept tokens, but patches take the memory, so a call of the encoder gets no more of them than
+        without selection.
+        """
         features = []
-        for images, rows in self.calls(inputs["pixel_values"], counts, request):
-            part = {}
+        sizes = [sum(sizes_of_tiles) for sizes_of_tiles in request.sizes]
+        for images in split_calls(sizes, most=self.max_tokens, choices=request.choices):
+            first = sum(counts[: images.start])
+            rows = slice(first, first + sum(counts[images]))
+            part = {SIZES: request.sizes[images]}
             for name, value in inputs.items():
                 part[name] = take(value, images, len(counts), rows, sum(counts))
-            own_counts = counts[images]
-            tiles = self.visual_tokens(part, request[images].repeat(own_counts)).features
-            first = 0
-            for count in own_counts:
-                features.append(torch.cat(tiles[first : first + count]))
-                first += count
+            tokens = self.visual_tokens(part, request[images])
+            features += self.join(tokens, part)
         return features
+
+    def join(self, tokens: VisualTokens, inputs: Mapping) -> list[torch.Tensor]:
+        """Return the kept tokens of each image from those of its tiles."""
+        return [torch.cat(tiles) for tiles in by_image(tokens.features, inputs[SIZES])]
+
+
+class SelectingExit(SelectingModel):
+    """Model of vLLM whose own class encodes images, and which drops visual tokens after that."""
+
+    family_class: type[ServedFamily] = ServedFamily
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.select_patches(self.family_class(self), vllm_config)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.get_language_model().model.embed_tokens
+
+    def own_features(self, inputs: Mapping) -> Sequence[torch.Tensor]:
+        return super().embed_multimodal(**inputs)
+
+    def embed_multimodal(self, **kwargs) -> Sequence[torch.Tensor]:
+        if CHOICE.format("image") not in kwargs:  # embeddings of the caller, or videos, which stay as they are
+            return super().embed_multimodal(**kwargs)
+        request = RequestInputs.of(kwargs)
+        return self.tokens_of_images(kwargs, [len(sizes) for sizes in request.sizes], request)
+
+
+def serve(own_class: type, model_class: type, processor_class: type = SelectionProcessor) -> type:
+    """Return a class of vLLM that selects as `model_class` does, with its registered processor."""
+    factories = own_class._processor_factory
+    name = f"Trips{own_class.__name__}"
+    processor = processor_class
+    if isinstance(factories.processor, type):  # that of LLaVA is a function
+        processor = type(f"{name}Processor", (processor_class, factories.processor), {})
+    register = MULTIMODAL_REGISTRY.register_processor(
+        processor, info=factories.info, dummy_inputs=factories.dummy_inputs
+    )
+    return register(type(name, (model_class, own_class), {"__doc__": model_class.__doc__}))
+
+
+def by_image(tiles: Sequence[torch.Tensor], sizes: list[list[int]]) -> list[list[torch.Tensor]]:
+    """Return the tiles of each image, which has as many as `sizes`."""
+    remaining = iter(tiles)
+    return [[next(remaining) for _ in sizes_of_tiles] for sizes_of_tiles in sizes]
 
 
 def take(value, images: slice, num_images: int, rows: slice, num_rows: int):

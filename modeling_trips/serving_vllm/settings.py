@@ -9,36 +9,30 @@ from transformers import PreTrainedConfig
 
 from ..hosts.vlm.families import Family
 from ..hosts.vlm.guide import TextGuide
+from ..hosts.vlm.scoring import READ_PROMPT
 from ..hosts.vlm.visual_tokens import ExitSelection, text_after_images
 from ..hosts.vlm.wrapper import check_generative
 from ..patch_selection import num_kept_tokens
 from ..schedule_trips import SelectionSchedule
+from . import ARCHITECTURES
 
 
-# Architecture of vLLM for each type of model.
-ARCHITECTURES = {
-    "internvl_chat": "TripsInternVLChatModel",
-    "llava": "TripsLlavaForConditionalGeneration",
-    "qwen2_vl": "TripsQwen2VLForConditionalGeneration",
-    "qwen2_5_vl": "TripsQwen2_5_VLForConditionalGeneration",
-    "qwen3_vl": "TripsQwen3VLForConditionalGeneration",
-    "qwen3_vl_moe": "TripsQwen3VLMoeForConditionalGeneration",
-    "smolvlm": "TripsSmolVLMForConditionalGeneration",
-    **dict.fromkeys(
-        ("idefics3", "internvl", "llava_next", "llava_onevision"),
-        "TripsVlmForConditionalGeneration",
-    ),
-}
 NOT_SUPPORTED = {
-    "gemma3": "vLLM does not compute its attention in both directions on CPUs, so it was not tried",
     "paligemma": "its whole prompt attends in both directions in Transformers, but only its image in vLLM",
-    "qwen3_5": "vLLM computes its decoder on CPUs in bfloat16 only, where unpruned answers differ, too",
 }
-KEYS = ("schedule", "visual_tokens", "keep_rate", "visual_scorer", "text_guide")
+# Types of models whose images (or tiles) have one size, for which only the image may choose because their processors
+# write other text around it or Transformers does not have them, and whose towers may select.
+ONE_SIZE = ("gemma3", "idefics3", "internvl", "internvl_chat", "llava", "smolvlm")
+BY_IMAGE = ("internvl_chat", "lfm2_vl", "minicpmv4_6", "mistral3")
+IN_TOWER = ("idefics3", "internvl", "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+IN_TOWER += ("qwen3_vl_moe",)
+KEYS = ("schedule", "visual_tokens", "keep_rate", "visual_scorer", "request_scorers", "text_guide")
+NUMBERS = ("visual_tokens", "keep_rate")
 # Keys that a request may have among its `mm_processor_kwargs`.
-REQUEST_KEYS = ("visual_tokens", "keep_rate")
+REQUEST_KEYS = (*NUMBERS, "visual_scorer")
 # Scorers whose choice depends on the image and the question alone, so that vLLM may cache it.
-SCORERS = ("divprune", "prompt", "cdpruner", "pooling")
+SCORERS = ("divprune", "prompt", "cdpruner", "pooling", "vispruner")
+NUM_CHOICES = 3  # of a request: the number, the rate, and the scorer's place in `SCORERS`
 
 
 @dataclass(frozen=True)
@@ -52,6 +46,7 @@ class ServingSettings:
         visual_tokens (`int`, *optional*): Number of visual tokens per image. Default: all that the tower keeps.
         keep_rate (`float`, *optional*): Share of the visual tokens to keep per image, in (0, 1], instead of a number.
         visual_scorer (`str`, *optional*, defaults to `"divprune"`): Scorer of these tokens, one of `SCORERS`.
+        request_scorers (`Sequence[str]`, *optional*, defaults to `()`): Scorers that a request may name instead.
         text_guide (`str`, *optional*): Folder or repository of the [`TextGuide`] for a layer that the text scores.
 
     Raises:
@@ -63,13 +58,16 @@ class ServingSettings:
     visual_tokens: int | None = None
     keep_rate: float | None = None
     visual_scorer: str = "divprune"
+    request_scorers: Sequence[str] = ()
     text_guide: str | None = None
     tower: SelectionSchedule = field(init=False)
     at_exit: ExitSelection = field(init=False)
 
     def __post_init__(self):
-        if self.visual_scorer not in SCORERS:
-            raise ValueError(f"`visual_scorer` must be one of {', '.join(SCORERS)}, got {self.visual_scorer!r}.")
+        for scorer in self.scorers:
+            if scorer not in SCORERS:
+                raise ValueError(f"Scorers must be among {', '.join(SCORERS)}, got {scorer!r}.")
+        object.__setattr__(self, "request_scorers", tuple(self.request_scorers))  # JSON has lists
         tower = SelectionSchedule.parse(self.schedule)
         if any(selection.guidance == "random" or selection.only_scores for selection in tower.selections):
             raise ValueError(f"Layers in vLLM must keep a share scored by the text or the image, got {tower}.")
@@ -97,35 +95,41 @@ class ServingSettings:
     def of_request(self, options: Mapping[str, object]) -> "ServingSettings":
         """
         Return the settings of a request whose options may have `visual_tokens`, a number or `"all"`, or `keep_rate`
-        instead of the server's. `"all"` keeps whole images: nothing is selected inside the tower, either. Raise a
-        ValueError if they are out of range.
+        instead of the server's, and `visual_scorer`. `"all"` keeps whole images: nothing is selected inside the tower,
+        either. Raise a ValueError if they are out of range, or the operator does not allow the scorer.
         """
         given = {name: options[name] for name in REQUEST_KEYS if options.get(name) is not None}
         if not given:
             return self
         if given == {"visual_tokens": "all"}:
             return ServingSettings()
-        if self.visual_scorer == "pooling":  # a number that fits no grid would end the engine
-            raise ValueError(f"`visual_scorer` 'pooling' takes no number of a request but 'all', got {given}.")
+        if "visual_scorer" in given and given["visual_scorer"] not in self.request_scorers:
+            allowed = ", ".join(self.request_scorers) or "none"
+            raise ValueError(
+                f"`visual_scorer` of a request must be among the `request_scorers` of the server ({allowed}), got "
+                f"{given['visual_scorer']!r}."
+            )
+        if given.keys() & {*NUMBERS}:
+            given = {**dict.fromkeys(NUMBERS), **given}
         try:
-            return replace(self, **{**dict.fromkeys(REQUEST_KEYS), **given})
+            return replace(self, **given)
         except TypeError as error:
             raise ValueError(str(error)) from error
 
     def encode(self) -> torch.Tensor:
-        """Return what a request may choose as a tensor that travels with its images. [`choice_of`] reads it."""
+        """Return what a request may choose as numbers that travel with its images. [`choice_of`] reads them."""
         number = self.visual_tokens or 0
         rate = self.keep_rate or 0.0
         if self.tower.layers and self.at_exit.keeps_all:
             rate = 1.0
-        return torch.tensor([number, rate], dtype=torch.float64)
+        return torch.tensor([number, rate, SCORERS.index(self.visual_scorer)], dtype=torch.float64)
 
     def choice_of(self, encoded: Sequence[float]) -> ExitSelection | None:
         """Return the selection after the tower of a request; `None` if its images stay whole, also in the tower."""
-        number, rate = encoded
+        number, rate, scorer = encoded
         if number == 0 and rate == 0:
             return None
-        return replace(self.at_exit, visual_tokens=int(number) or None, keep_rate=rate or None)
+        return ExitSelection(int(number) or None, rate or None, SCORERS[int(scorer)])
 
     def check_type(self, config: PreTrainedConfig):
         name = config.model_type
@@ -135,9 +139,9 @@ class ServingSettings:
         tower = config.vision_config.model_type
         if name == "llava" and tower not in ("clip_vision_model", "siglip_vision_model"):
             raise ValueError(f"Patch selection in vLLM supports LLaVA with a tower of CLIP or SigLIP, got {tower}.")
-        if name == "internvl_chat" and self.reads_prompt:
-            raise ValueError(f"`visual_scorer` must choose by the image for {name}, got {self.visual_scorer!r}.")
-        if name in ("internvl_chat", "smolvlm") and self.tower.layers:
+        if name in BY_IMAGE and self.may_read_prompt:
+            raise ValueError(f"Scorers must choose by the image for {name}, got {', '.join(self.scorers)}.")
+        if name not in IN_TOWER and self.tower.layers:
             raise ValueError(f"A schedule is not supported for {name} in vLLM, got {self.tower}. Use `keep_rate`.")
         if name in ("llava_next", "llava_onevision") and self.tower.layers:
             if self.text_guide is not None or self.visual_tokens is None:
@@ -152,10 +156,17 @@ class ServingSettings:
         check_generative(family, self.tower, self.at_exit, guide)
         size = family.tokens_per_image
         if size is not None:
-            self.check_number(size)
-        elif self.visual_scorer == "pooling":  # an image that does not fit would end the engine
-            raise ValueError("`visual_scorer` 'pooling' needs images of one square shape. Use 'prompt' or 'divprune'.")
+            self.check_size(size)
+        elif "pooling" in self.scorers:  # an image that does not fit would end the engine
+            raise ValueError("The scorer 'pooling' needs images of one square shape. Use 'prompt' or 'divprune'.")
+        if "vispruner" in self.scorers and not family.has_attention:
+            raise ValueError(f"The scorer 'vispruner' is not supported for {family.config.model_type} in vLLM.")
         return guide
+
+    def check_size(self, size: int):
+        """Raise a ValueError if the number of tokens or the scorer does not fit images (or tiles) of `size` tokens."""
+        self.at_exit.check_fits(size, in_tower=bool(self.tower.layers))
+        self.check_number(size)
 
     def check_number(self, size: int):
         """Raise a ValueError if the tower keeps fewer than `visual_tokens` of an image (or tile) of `size` tokens."""
@@ -165,6 +176,15 @@ class ServingSettings:
                 f"`visual_tokens` must be at most {most}, the tokens of {size} that {self.schedule} keeps, got "
                 f"{self.visual_tokens}."
             )
+
+    @property
+    def scorers(self) -> tuple[str, ...]:
+        return (self.visual_scorer, *self.request_scorers)
+
+    @property
+    def may_read_prompt(self) -> bool:
+        """Whether the question may decide for a request."""
+        return self.reads_prompt or not {*READ_PROMPT}.isdisjoint(self.request_scorers)
 
     @property
     def reads_prompt(self) -> bool:
@@ -202,10 +222,13 @@ class ServingSettings:
         return f"keeps {kept}{in_tower}; chosen by the {by}"
 
 
-def find_question(ids: Sequence[int], image_token_id: int, special_ids: Sequence[int] = ()) -> list[int]:
-    """Return the text after the last image of a prompt, or all text if none follows, without special tokens."""
+def find_question(ids: Sequence[int], visual_ids: Sequence[int], special_ids: Sequence[int] = ()) -> list[int]:
+    """
+    Return the text after the last image or video of a prompt, or all text if none follows, without special tokens.
+    `visual_ids` are the tokens of their placeholders.
+    """
     row = torch.tensor([ids], dtype=torch.long)
-    is_visual = row == image_token_id
+    is_visual = torch.isin(row, torch.tensor(visual_ids, dtype=torch.long))
     is_special = torch.isin(row, torch.tensor(special_ids, dtype=torch.long))
     return row[text_after_images(is_visual, ~is_visual & ~is_special)].tolist()
 

@@ -25,7 +25,6 @@ from vllm.multimodal.inputs import (
 )
 from vllm.v1.worker.gpu.model_states.mm_pruning import MultiModalPruner
 
-from modeling_trips.hosts.vlm.visual_tokens import VisualTokens
 from modeling_trips.serving_vllm.qwen import TripsQwen2_5_VLForConditionalGeneration
 
 
@@ -40,7 +39,7 @@ class PositionsOnly(TripsQwen2_5_VLForConditionalGeneration):
 
     def __init__(self):
         nn.Module.__init__(self)
-        self.config = SimpleNamespace(image_token_id=IMAGE)
+        self.config = SimpleNamespace(image_token_id=IMAGE, video_token_id=93, vision_config=SimpleNamespace())
         self.family = SimpleNamespace(unit=2)
 
 
@@ -95,9 +94,9 @@ class Request:
                 mm_position=place,
             )
             self.features.append(feature)
-            tokens = VisualTokens.whole([torch.randn(size, WIDTH).to(dtype)])
-            tokens = tokens.keep([torch.tensor(kept)])
-            (self.outputs[feature.identifier],) = model.with_places(tokens, torch.tensor([grid]))
+            features = torch.randn(len(kept), WIDTH).to(dtype)
+            inputs = {"image_grid_thw": torch.tensor([grid])}
+            (self.outputs[feature.identifier],) = model.with_places([features], [torch.tensor(kept)], inputs)
         if not grids or rng.random() < 0.7:  # else an image ends the prompt
             add_text(VISION_END, *rng.choices(range(5, 80), k=rng.randint(1, 6)))
         ids = torch.tensor([whole])

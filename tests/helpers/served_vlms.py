@@ -2,6 +2,9 @@
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,15 +19,41 @@ from tiny_vlm_processors import (
     make_tokenizer,
     noise,
 )
-from tiny_vlms import BY_NAME, CLIP, LLAMA, QWEN, SIGLIP, llama_vlm
+from tiny_vlms import (
+    BY_NAME,
+    CLIP,
+    LLAMA,
+    QWEN,
+    SIGLIP,
+    TEXT,
+    VISION_END,
+    VISION_START,
+    VIT,
+    llama_vlm,
+)
 from transformers import (
     AutoModelForImageTextToText,
+    Gemma4AudioFeatureExtractor,
+    Gemma4ImageProcessor,
+    Gemma4Processor,
+    Gemma4VideoProcessor,
+    Glm4vImageProcessor,
+    Glm4vProcessor,
+    Glm4vVideoProcessor,
     GotOcr2ImageProcessor,
     GotOcr2ImageProcessorPil,
     InternVLProcessor,
     InternVLVideoProcessor,
+    Lfm2VlImageProcessor,
+    Lfm2VlProcessor,
     LlavaProcessor,
+    MiniCPMV4_6ImageProcessor,
+    MiniCPMV4_6Processor,
+    MiniCPMV4_6VideoProcessor,
+    PixtralImageProcessor,
+    PixtralProcessor,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     ProcessorMixin,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
@@ -36,6 +65,7 @@ from transformers import (
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from modeling_trips.hosts import TextGuide, apply_patch_selection, remove_patch_selection
+from modeling_trips.serving_vllm.settings import IN_TOWER
 
 
 WIDTHS = {
@@ -47,8 +77,19 @@ WIDTHS = {
     "moe_intermediate_size": 64,
     "mrope_section": [8, 4, 4],
     "max_position_embeddings": 1024,
+    "block_dim": 128,
+    "conv_dim": 128,
 }
 NUM_TOKENS = 16
+PLACEHOLDERS = {  # of an image in a prompt, by the first word of a family's name
+    "gemma4": "<|image|>",
+    "glm4v": "<|begin_of_image|> <|image|> <|end_of_image|>",
+    "minicpmv4": "<|image_pad|>",
+    "mistral3": "[IMG]",
+    **dict.fromkeys(("qwen2", "qwen3"), "<|vision_start|> <|image_pad|> <|vision_end|>"),
+}
+GLM = deepcopy(BY_NAME["glm4v"])
+GLM.config["text_config"]["rope_parameters"]["partial_rotary_factor"] = 1.0  # else a half in vLLM
 VLMS = {
     "llava": BY_NAME["llava"],
     "llava_siglip": llama_vlm(
@@ -63,7 +104,75 @@ VLMS = {
         for name in ("idefics3", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm")
     },
     "internvl_chat": BY_NAME["internvl"],
+    "glm4v": GLM,
+    "qwen3_5": BY_NAME["qwen3_5"],
+    "mistral3": llama_vlm(
+        "mistral3",
+        "Mistral3",
+        {"model_type": "pixtral", **VIT, "image_size": 64},
+        {"model_type": "mistral", **TEXT, "head_dim": 32},
+        config={"spatial_merge_size": 2, "vision_feature_layer": -1},
+    ),
+    "lfm2_vl": llama_vlm(
+        "lfm2_vl",
+        "Lfm2Vl",
+        {"model_type": "siglip2_vision_model", **VIT, "num_patches": 64},
+        {
+            "model_type": "lfm2",
+            **TEXT,
+            "layer_types": ["conv", "full_attention"],
+            "block_auto_adjust_ff_dim": False,
+            "block_dim": 32,  # read by vLLM
+            "conv_dim": 32,
+        },
+        config={"downsample_factor": 2, "projector_hidden_size": 64},
+    ),
+    "gemma4": llama_vlm(
+        "gemma4",
+        "Gemma4",
+        {
+            "model_type": "gemma4_vision",
+            **VIT,
+            "num_key_value_heads": 4,
+            "head_dim": 8,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 64,
+            "default_output_length": 70,  # read by vLLM
+        },
+        {
+            "model_type": "gemma4_text",
+            **TEXT,
+            "global_head_dim": 32,
+            "head_dim": 8,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": TEXT["vocab_size"],
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        config={
+            "audio_config": None,
+            "boi_token_id": VISION_START,
+            "eoi_token_id": VISION_END,
+            "video_token_id": 93,
+            "audio_token_id": 94,
+            "boa_token_id": 95,
+            "eoa_token_index": 96,
+        },
+    ),
+    "minicpmv4_6": llama_vlm(
+        "minicpmv4_6",
+        "MiniCPMV4_6",
+        {"model_type": "minicpmv4_6_vision", **VIT, "insert_layer_id": 0},
+        BY_NAME["qwen3_5"].config["text_config"],
+        config={"insert_layer_id": 0, "video_token_id": 93},
+    ),
 }
+# What vLLM does not compute on CPUs, for `benchmarks/on_a_gpu.py`.
+for name, base, text in (
+    ("qwen3_5_linear", "qwen3_5", {"layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 32}),
+    ("gemma4_both_ways", "gemma4", {"use_bidirectional_attention": "vision"}),
+):
+    VLMS[name] = deepcopy(VLMS[base])
+    VLMS[name].config["text_config"] |= text
 
 
 def widen(config):
@@ -81,15 +190,20 @@ def make_siglip_processor() -> LlavaProcessor:
     return processor
 
 
+def name_tokens(tokenizer: PreTrainedTokenizerBase, tokens: dict[str, str]):
+    """Let the tokenizer have special tokens under these names, also when it is saved."""
+    for name, token in tokens.items():
+        tokenizer.init_kwargs[f"{name}_token"] = token
+        setattr(tokenizer, f"{name}_token", token)
+        setattr(tokenizer, f"{name}_token_id", tokenizer.convert_tokens_to_ids(token))
+
+
 def make_internvl_processor() -> InternVLProcessor:
     """Return a processor for images of up to 4 tiles."""
     side = {"height": CLIP["image_size"], "width": CLIP["image_size"]}
     tokens = {"start_image": "<|vision_start|>", "end_image": "<|vision_end|>", "context_image": "<image>"}
     tokenizer = make_tokenizer("<image>")
-    for name, token in {**tokens, "video": "<|video_pad|>"}.items():
-        tokenizer.init_kwargs[f"{name}_token"] = token
-        setattr(tokenizer, f"{name}_token", token)
-        setattr(tokenizer, f"{name}_token_id", tokenizer.convert_tokens_to_ids(token))
+    name_tokens(tokenizer, {**tokens, "video": "<|video_pad|>"})
     return InternVLProcessor(
         GotOcr2ImageProcessor(size=side, crop_to_patches=True, min_patches=1, max_patches=4),
         tokenizer,
@@ -115,7 +229,14 @@ def make_qwen3_processor() -> Qwen3VLProcessor:
     return Qwen3VLProcessor(
         processor.image_processor,
         processor.tokenizer,
-        Qwen3VLVideoProcessor(patch_size=QWEN["patch_size"], merge_size=2, temporal_patch_size=2),
+        Qwen3VLVideoProcessor(
+            patch_size=QWEN["patch_size"],
+            merge_size=2,
+            temporal_patch_size=2,
+            size={"shortest_edge": 16 * 16, "longest_edge": 64 * 64 * 8},
+            image_mean=processor.image_processor.image_mean,
+            image_std=processor.image_processor.image_std,
+        ),
         chat_template=processor.chat_template,
     )
 
@@ -133,17 +254,81 @@ def make_smolvlm_processor() -> SmolVLMProcessor:
     )
 
 
+def make_glm_processor() -> Glm4vProcessor:
+    names = {VISION_START: "<|begin_of_image|>", VISION_END: "<|end_of_image|>", 93: "<|video|>"}
+    tokenizer = make_tokenizer("<|image|>", {**names, 94: "<|begin_of_video|>", 95: "<|end_of_video|>"})
+    sizes = {"patch_size": QWEN["patch_size"], "merge_size": 2, "temporal_patch_size": 2}
+    limits = {"size": {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}}
+    return Glm4vProcessor(Glm4vImageProcessor(**sizes, **limits), tokenizer, Glm4vVideoProcessor(**sizes, **limits))
+
+
+def make_mistral_processor() -> PixtralProcessor:
+    return PixtralProcessor(
+        PixtralImageProcessor(size={"longest_edge": 64}, patch_size=VIT["patch_size"]),
+        make_tokenizer("[IMG]", {VISION_START: "[IMG_BREAK]", VISION_END: "[IMG_END]"}),
+        patch_size=VIT["patch_size"],
+        spatial_merge_size=2,
+    )
+
+
+def make_lfm_processor() -> Lfm2VlProcessor:
+    """Return a processor for images in tiles of 32 pixels and a thumbnail."""
+    names = {VISION_START: "<|image_start|>", VISION_END: "<|image_end|>", 93: "<|img_thumbnail|>"}
+    names |= {
+        72 + 4 * row + column: f"<|img_row_{row + 1}_col_{column + 1}|>" for row in range(4) for column in range(4)
+    }
+    image_processor = Lfm2VlImageProcessor(
+        encoder_patch_size=VIT["patch_size"],
+        tile_size=32,
+        min_tiles=2,
+        max_tiles=4,
+        min_image_tokens=4,
+        max_image_tokens=16,
+    )
+    return Lfm2VlProcessor(image_processor, make_tokenizer("<image>", names))
+
+
+def make_gemma_processor() -> Gemma4Processor:
+    tokens = {"boi": "<|image>", "image": "<|image|>", "eoi": "<image|>"}
+    tokens |= {"audio": "<|audio|>", "boa": "<|audio>", "eoa": "<audio|>"}
+    names = {VISION_START: "<|image>", VISION_END: "<image|>", 93: "<|video|>", 94: "<|audio|>"}
+    tokenizer = make_tokenizer("<|image|>", {**names, 95: "<|audio>", 96: "<audio|>"})
+    name_tokens(tokenizer, tokens)
+    sizes = {"patch_size": VIT["patch_size"], "pooling_kernel_size": 2, "max_soft_tokens": 70}
+    return Gemma4Processor(
+        Gemma4AudioFeatureExtractor(), Gemma4ImageProcessor(**sizes), tokenizer, Gemma4VideoProcessor(**sizes)
+    )
+
+
+def make_minicpm_processor() -> MiniCPMV4_6Processor:
+    """Return a processor for images of up to 4 slices of about 32 pixels."""
+    names = {VISION_START: "<image>", VISION_END: "</image>", 94: "<slice>", 95: "</slice>", 72: "<image_id>"}
+    tokenizer = make_tokenizer("<|image_pad|>", {**names, 73: "</image_id>"})
+    tokens = {"image": "<|image_pad|>", "video": "<|video_pad|>", "image_start": "<image>", "image_end": "</image>"}
+    tokens |= {"slice_start": "<slice>", "slice_end": "</slice>"}
+    name_tokens(tokenizer, {**tokens, "image_id_start": "<image_id>", "image_id_end": "</image_id>"})
+    sizes = {"patch_size": VIT["patch_size"], "scale_resolution": 32, "max_slice_nums": 4}
+    return MiniCPMV4_6Processor(MiniCPMV4_6ImageProcessor(**sizes), MiniCPMV4_6VideoProcessor(**sizes), tokenizer)
+
+
 PROCESSORS = {
     "llava": make_llava_processor,
     "llava_siglip": make_siglip_processor,
     "idefics3": make_idefics3_processor,
     "internvl": make_internvl_processor,
     "internvl_chat": make_internvl_chat_processor,
+    "gemma4": make_gemma_processor,
+    "glm4v": make_glm_processor,
+    "minicpmv4_6": make_minicpm_processor,
+    "mistral3": make_mistral_processor,
+    "lfm2_vl": make_lfm_processor,
+    "qwen3_5": make_qwen3_processor,
     "qwen2_vl": make_qwen_processor,
     "qwen2_5_vl": make_qwen_processor,
     "qwen3_vl": make_qwen3_processor,
     "qwen3_vl_moe": make_qwen3_processor,
 }
+PROCESSORS |= {"qwen3_5_linear": make_qwen3_processor, "gemma4_both_ways": make_gemma_processor}
 if find_spec("num2words"):
     PROCESSORS["smolvlm"] = make_smolvlm_processor
 
@@ -183,14 +368,16 @@ class ServedVlm:
         model.generation_config.eos_token_id = None
         model.save_pretrained(folder)
         PROCESSORS[name]().save_pretrained(folder)
-        TextGuide.for_model(model).save_pretrained(folder / "guide")
+        self.guide = None
+        if model.config.model_type in IN_TOWER:
+            self.guide = TextGuide.for_model(model)
+            self.guide.save_pretrained(folder / "guide")
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
         self.processor: ProcessorMixin = PROCESSORS[name]()
-        if name.startswith("llava") or name.endswith("_moe"):
+        if name.startswith(("llava", "lfm2")) or name.endswith("_moe"):
             store_as_published(folder / "model.safetensors")
         if name == "internvl_chat":
             store_internvl_chat(self.model, folder)
-        self.guide = TextGuide.from_pretrained(folder / "guide")
         self.images = []
         for seed, size in enumerate([(64, 32), (96, 64), (32, 32)]):
             self.images.append(folder / f"{seed}.png")
@@ -202,7 +389,7 @@ class ServedVlm:
         Different images and questions, an image under two questions, two images in a prompt, a question before its
         image, and an image alone.
         """
-        image = "<|vision_start|> <|image_pad|> <|vision_end|>" if self.name.startswith("qwen") else "<image>"
+        image = PLACEHOLDERS.get(self.name.partition("_")[0], "<image>")
         end = " ".join(f"w{number}" for number in range(30, 46))
         first, second, third = map(str, self.images)
         return [
@@ -213,6 +400,10 @@ class ServedVlm:
             (f"<s> what color is it ? {end} {image}", [second]),
             (image, [first]),
         ]
+
+    def tokenize(self, text: str) -> str | list[int]:
+        """Return a prompt for vLLM, as tokens where Transformers loads another tokenizer by the type of the model."""
+        return self.processor.tokenizer(text)["input_ids"] if self.name.startswith("qwen3_5") else text
 
     def lengths(self) -> list[int]:
         """Return the number of tokens of each prompt without selection."""
@@ -225,23 +416,30 @@ class ServedVlm:
 
     def reference(self, selection: Selection) -> tuple[list[list[int]], torch.Tensor]:
         """Return the greedy tokens of each prompt, one by one, and their log-probabilities."""
-        guide = self.guide if selection.is_by_text else None
+        tokens = []
+        logprobs = []
+        with self.selecting(selection):
+            for text, files in self.prompts:
+                row = self.generate(text, [Image.open(file) for file in files])
+                tokens.append(row[0])
+                logprobs.append(row[1])
+        return tokens, torch.stack(logprobs)
+
+    @contextmanager
+    def selecting(self, selection: Selection) -> Iterator[None]:
+        """Let the model select."""
         apply_patch_selection(
             self.model,
             selection.schedule,
             visual_tokens=selection.visual_tokens,
             keep_rate=selection.keep_rate,
             scorer=selection.scorer,
-            guide=guide,
+            guide=self.guide if selection.is_by_text else None,
         )
-        tokens = []
-        logprobs = []
-        for text, files in self.prompts:
-            row = self.generate(text, [Image.open(file) for file in files])
-            tokens.append(row[0])
-            logprobs.append(row[1])
-        remove_patch_selection(self.model)
-        return tokens, torch.stack(logprobs)
+        try:
+            yield
+        finally:
+            remove_patch_selection(self.model)
 
     def generate(self, text: str, images: list[Image.Image]) -> tuple[list[int], torch.Tensor]:
         inputs = self.processor(text=text, images=images, return_tensors="pt")

@@ -27,17 +27,24 @@ LLAVA_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"
 )
-QWEN_TEMPLATE = LLAVA_TEMPLATE.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
+QWEN_TEMPLATE = LLAVA_TEMPLATE.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>").replace(
+    "{% else %}", "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|> {% else %}"
+)
 
 
-def make_tokenizer(image_token: str) -> PreTrainedTokenizerFast:
-    """Return a tokenizer with one token per word, and special tokens with the ids of the tiny models."""
+def make_tokenizer(image_token: str, names: dict[int, str] | None = None) -> PreTrainedTokenizerFast:
+    """
+    Return a tokenizer with one token per word, and special tokens with the ids of the tiny models; `names` are those
+    from 91 on that a family has instead.
+    """
     tokens = [f"w{number}" for number in range(TEXT["vocab_size"])]
     tokens[:4] = ["<unk>", "<pad>", "<s>", "</s>"]
     tokens[5 : 5 + len(WORDS)] = WORDS
     tokens[IMAGE], tokens[VISION_START], tokens[VISION_END] = image_token, "<|vision_start|>", "<|vision_end|>"
     tokens[72:88] = [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]  # of Idefics3
     tokens[93:97] = ["<|video_pad|>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>"]
+    for number, name in (names or {}).items():
+        tokens[number] = name
     vocabulary = {token: number for number, token in enumerate(tokens)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()

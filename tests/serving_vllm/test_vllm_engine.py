@@ -1,6 +1,7 @@
 """Patch selection in vLLM against Transformers, token by token, in an environment of its own."""
 
 import base64
+import io
 import json
 import os
 import socket
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from clean_environment import make_environment
@@ -22,7 +24,7 @@ from served_vlms import NUM_TOKENS, PROCESSORS, Selection, ServedVlm
 from tiny_vlm_processors import noise
 
 from modeling_trips.hosts import apply_patch_selection, remove_patch_selection
-from modeling_trips.serving_vllm.settings import ARCHITECTURES
+from modeling_trips.serving_vllm import ARCHITECTURES
 
 
 pytestmark = pytest.mark.slow
@@ -45,7 +47,16 @@ OPTIONS = {
     "limit_mm_per_prompt": {"image": 2},
 }
 COUNTER = 'trips_visual_tokens_total{state="%s"}'
+WRONG_OPTIONS = [  # of a request
+    {"visual_tokens": 0},
+    {"keep_rate": 1.5},
+    {"keeprate": 0.5},
+    {"schedule": "1:image:0.5"},
+    {"visual_scorer": "cdpruner"},
+]
 CHUNKS = {"max_num_batched_tokens": 32}
+# Without their linear attention, which vLLM computes on CPUs in bfloat16 only. It caches prefixes only with it.
+ONLY_ATTENTION = ("minicpmv4_6", "qwen3_5")
 UNPRUNED = Selection()
 EXIT = Selection("unpruned", 6, "divprune")
 TOWER = Selection("2:image:0.5")
@@ -53,15 +64,24 @@ BOTH = Selection("2:image:0.5", 6, "divprune")
 BY_QUESTION = Selection("1:image:0.7,2:image:0.7", 6, "prompt")
 GUIDED = Selection("1:text:0.5", 6, "prompt")
 RATE = Selection("unpruned", keep_rate=0.3, scorer="prompt")
+SHARE = Selection("unpruned", keep_rate=0.3, scorer="divprune")
 CDPRUNER = Selection("unpruned", 6, "cdpruner")
+VISPRUNER = Selection("unpruned", 6, "vispruner")
 CASES = {
     "llava": [(UNPRUNED, {}), (BOTH, CHUNKS), (BY_QUESTION, {}), (GUIDED, {})],
     "qwen2_5_vl": [(BOTH, CHUNKS), (GUIDED, CHUNKS)],
     "qwen3_vl": [(BOTH, CHUNKS), (RATE, CHUNKS), (CDPRUNER, {})],
+    "mistral3": [(SHARE, CHUNKS)],
 }
 FURTHER_CASES = {
-    "llava": [(EXIT, {}), (TOWER, {}), (RATE, {}), (CDPRUNER, {})],
-    "llava_siglip": [(BOTH, {}), (BY_QUESTION, {})],
+    "llava": [(EXIT, {}), (TOWER, {}), (RATE, {}), (CDPRUNER, {}), (VISPRUNER, {})],
+    "llava_siglip": [(BOTH, {}), (BY_QUESTION, {}), (VISPRUNER, {})],
+    "gemma4": [(UNPRUNED, {}), (SHARE, CHUNKS), (RATE, {})],
+    "glm4v": [(UNPRUNED, {}), (SHARE, CHUNKS), (RATE, {})],
+    "lfm2_vl": [(UNPRUNED, {}), (SHARE, CHUNKS)],
+    "minicpmv4_6": [(UNPRUNED, {}), (SHARE, CHUNKS)],
+    "mistral3": [(UNPRUNED, {}), (EXIT, {})],
+    "qwen3_5": [(UNPRUNED, {}), (SHARE, CHUNKS), (RATE, {})],
     "internvl": [(UNPRUNED, {}), (BOTH, {}), (GUIDED, {}), (RATE, {})],
     "internvl_chat": [(UNPRUNED, {}), (EXIT, CHUNKS)],
     "idefics3": [(TOWER, {}), (BOTH, {}), (Selection("1:text:0.5"), {})],
@@ -120,11 +140,13 @@ def make_job(vlm: ServedVlm, overrides: dict | None, options: dict) -> dict:
         options = {**options, "trust_remote_code": True}
     if vlm.name.startswith("qwen"):
         options = {**options, "limit_mm_per_prompt": {"image": 2, "video": 0}}
+    if vlm.name in ONLY_ATTENTION:
+        options = {**options, "enable_prefix_caching": False}
     options = {**OPTIONS, **options, "hf_overrides": overrides or {}}
     return {
         "model": str(vlm.folder),
         "options": options,
-        "prompts": [(text, files, {}) for text, files in vlm.prompts],
+        "prompts": [(vlm.tokenize(text), files, {}) for text, files in vlm.prompts],
         "passes": 2,
         "num_tokens": NUM_TOKENS,
     }
@@ -151,7 +173,8 @@ def test_tokens_match_transformers(python, served, tmp_path, cases):
             assert not any(is_shorter)
         else:  # with other answers, so that a wrong choice would show
             assert all(is_shorter) and ((logprobs - unpruned[vlm.name][1]).abs().amax(dim=1) > 1e-2).all()
-        assert sum(result["cached"][1]) > 0  # the second pass finds the prefix
+        # The second pass finds the prefix.
+        assert sum(result["cached"][1]) > 0 or vlm.name in ONLY_ATTENTION
     for vlm, result in zip(plain, results[len(jobs) :]):
         assert result["tokens"][0] == unpruned[vlm.name][0]
 
@@ -174,6 +197,36 @@ def test_each_request_may_choose_its_number(python, served, tmp_path):
         assert [answers[number] for answers in result["tokens"]] == [tokens[0], tokens[0]], selection
 
 
+def test_a_time_step_of_a_video_is_selected_as_an_image(python, served, tmp_path):
+    steps = [noise(32, 32, seed) for seed in range(2)]
+    end = " ".join(f"w{number}" for number in range(30, 46))
+    own, around = "<|vision_start|> {} <|vision_end|>", "<s> the {} what ? " + end
+    jobs = []
+    expected = []
+    # In Qwen2.5 the positions of the second time step are those of no image, so its video has one.
+    for name, num_steps in (("qwen2_5_vl", 1), ("qwen3_vl", 2)):
+        frames = [np.asarray(step) for step in steps[:num_steps] for _ in range(2)]
+        np.save(video := tmp_path / f"{name}.npy", np.stack(frames))
+        text = around.format(own.format("<|video_pad|>"))
+        job = make_job(served[name], SHARE.overrides(served[name].folder), CHUNKS)
+        job["options"]["limit_mm_per_prompt"] = {"image": 2, "video": 1}
+        job["prompts"] = [(text, [str(video)], options) for options in ({}, {"visual_tokens": "all"})]
+        jobs.append(job)
+        images = own.format("<|image_pad|>")
+        if name == "qwen3_vl":
+            images = own.format(" ".join(f"< {step} . 5 seconds > {images}" for step in range(num_steps)))
+        for selection in (SHARE, UNPRUNED):
+            with served[name].selecting(selection):
+                tokens, logprobs = served[name].generate(around.format(images), steps[:num_steps])
+            expected.append((tokens, logprobs))
+    results = run_jobs(python, jobs, tmp_path)
+    answers = [(result["tokens"][0][i], result["logprobs"][0][i]) for result in results for i in range(2)]
+    for (tokens, logprobs), (expected_tokens, expected_logprobs) in zip(answers, expected):
+        assert tokens == expected_tokens
+        torch.testing.assert_close(torch.tensor(logprobs), expected_logprobs, atol=1e-3, rtol=0)
+    assert all(result["tokens"][0] == result["tokens"][1] for result in results)
+
+
 def test_positions_under_model_runner_v2_match_transformers(python, tmp_path):
     helper = ROOT / "tests" / "helpers" / "run_vllm_pruner.py"
     subprocess.run([python, helper, tmp_path / "result.json"], env={**os.environ, **VARIABLES}, check=True)
@@ -191,8 +244,12 @@ def test_engines_that_would_bypass_the_selection_are_refused(python, served, tmp
         (llava, by_image, {"pipeline_parallel_size": 2}, None),
         (qwen, by_question, {"mm_encoder_only": True}, "encoder only"),
         (qwen, by_image, {"mm_encoder_only": True}, None),
+        (qwen, by_image, {"video_pruning_rate": 0.5}, "video_pruning_rate"),
     ]
     jobs = [{**make_job(vlm, overrides, options), "prompts": []} for vlm, overrides, options, _ in cases]
+    settings_alone = {"options": {**OPTIONS, "hf_overrides": by_image}, "prompts": []}
+    jobs.append({"model": str(qwen.folder), **settings_alone})
+    cases.append((qwen, by_image, {}, "TripsQwen3VLForConditionalGeneration"))
     for result, (*_, named) in zip(run_jobs(python, jobs, tmp_path), cases):
         if named is None:
             assert result == {}
@@ -227,10 +284,26 @@ def request_text(url: str, body: dict | None = None) -> str:
         return response.read().decode()
 
 
-def chat(url: str, file: Path, question: str, options: dict | None = None) -> list[int]:
+def image_part(file: Path) -> dict:
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encode(file.read_bytes())}"}}
+
+
+def video_part(frames: list[Image.Image]) -> dict:
+    files = []
+    for frame in frames:
+        frame.save(file := io.BytesIO(), "JPEG")
+        files.append(encode(file.getvalue()))
+    return {"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{','.join(files)}"}}
+
+
+def encode(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def chat(url: str, image: Path | dict, question: str, options: dict | None = None) -> list[int]:
     """Return the tokens of the answer to a question about an image, with options of the image's processor."""
-    image = {"url": "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()}
-    content = [{"type": "image_url", "image_url": image}, {"type": "text", "text": question}]
+    part = image if isinstance(image, dict) else image_part(image)
+    content = [part, {"type": "text", "text": question}]
     body = {
         "model": "tiny",
         "messages": [{"role": "user", "content": content}],
@@ -258,6 +331,7 @@ def test_a_server_answers_chats_and_survives_odd_images(python, served, tmp_path
         port = free.getsockname()[1]
     command = [python, "-m", "modeling_trips.serving_vllm", vlm.folder, "--schedule", selection.schedule]
     command += ["--visual_tokens", str(selection.visual_tokens), "--visual_scorer", selection.scorer]
+    command += ["--request_scorers", "divprune"]
     command += ["--run", "--port", str(port), "--dtype", "float32", "--trust-request-mm-kwargs"]
     command += ["--served-model-name", "tiny", "--max-model-len", "512", "--block-size", "32", "--enforce-eager"]
     url, questions = f"http://127.0.0.1:{port}", ["what color is it ?", "is it red ?"]
@@ -282,8 +356,15 @@ def test_a_server_answers_chats_and_survives_odd_images(python, served, tmp_path
             again = chat(url, *asked[0])
             added = {state: number - before[state] for state, number in count_tokens(url).items()}
             whole = chat(url, *asked[0], {"visual_tokens": "all"})
+            by_image = chat(url, *asked[0], {"visual_scorer": "divprune"})
+            for wrong in WRONG_OPTIONS:
+                with pytest.raises(urllib.error.HTTPError, match="400") as refused:
+                    chat(url, *asked[0], wrong)
+                assert all(name in refused.value.read().decode() for name in wrong), wrong
+            assert len(chat(url, video_part([noise(32, 32)] * 4), questions[0])) == NUM_TOKENS
             with pytest.raises(urllib.error.HTTPError, match="400"):
-                chat(url, *asked[0], {"visual_tokens": 0})
+                chat(url, video_part([]), questions[0])
+            assert chat(url, *asked[0]) == again
         finally:
             server.terminate()
     assert f"keeps {selection.visual_tokens} of " in log.read_text()
@@ -291,6 +372,8 @@ def test_a_server_answers_chats_and_survives_odd_images(python, served, tmp_path
     template = "<s><|vision_start|><|image_pad|><|vision_end|> {} "
     for (file, question), answer in zip([*asked, asked[0]], [*answers, again]):
         assert answer == vlm.generate(template.format(question), [Image.open(file)])[0], (file, question)
+    apply_patch_selection(vlm.model, selection.schedule, selection.visual_tokens)
+    assert by_image == vlm.generate(template.format(questions[0]), [Image.open(vlm.images[0])])[0]
     remove_patch_selection(vlm.model)
     file, question = asked[0]
     assert whole == vlm.generate(template.format(question), [Image.open(file)])[0]

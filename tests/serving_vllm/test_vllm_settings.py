@@ -5,16 +5,17 @@ import shlex
 
 import pytest
 import torch
-from served_vlms import PROCESSORS, store_internvl_chat
+from served_vlms import PROCESSORS, VLMS, store_internvl_chat
 from tiny_vlm_processors import noise
 from tiny_vlms import BY_NAME
 
 from modeling_trips.hosts import TextGuide
 from modeling_trips.hosts.vlm.families import find_family
 from modeling_trips.hosts.vlm.pruning import Prompts
+from modeling_trips.hosts.vlm.visual_tokens import ExitSelection
 from modeling_trips.serving_vllm import check_release
 from modeling_trips.serving_vllm.__main__ import main
-from modeling_trips.serving_vllm.settings import ServingSettings, find_question, split_calls
+from modeling_trips.serving_vllm.settings import BY_IMAGE, ServingSettings, find_question, split_calls
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +96,11 @@ def test_the_helper_reads_a_guide(folders, tmp_path, capsys):
         ("llava_onevision", "--schedule 1:image:0.5 --keep_rate 0.5", "visual_tokens"),
         ("llava_onevision", "--schedule 1:image:0.5 --visual_tokens 33", "33"),
         ("smolvlm", "--schedule 1:image:0.5 --visual_tokens 9", "1:image:0.5"),
-        ("gemma3", "--visual_tokens 9", "gemma3"),
+        ("gemma3", "--visual_tokens 17", "17"),
         ("paligemma", "--visual_tokens 9", "whole prompt"),
-        ("qwen3_5", "--visual_tokens 9", "bfloat16"),
-        ("glm4v", "--visual_tokens 9", "glm4v"),
+        ("glm4v", "--schedule 1:image:0.5", "1:image:0.5"),
+        ("glm4v", "--visual_tokens 9 --visual_scorer vispruner", "vispruner"),
+        ("glm4v", "--visual_tokens 9 --request_scorers prompt pooling", "pooling"),
     ],
 )
 def test_wrong_settings_are_one_sentence(folders, capsys, name, options, named):
@@ -194,13 +196,36 @@ def test_a_request_replaces_the_number_or_the_rate():
     for options in wrong:
         with pytest.raises(ValueError):
             server.of_request(options)
-    with pytest.raises(ValueError, match="pooling"):
-        ServingSettings(visual_tokens=16, visual_scorer="pooling").of_request({"visual_tokens": 11})
+    pooling = ServingSettings(visual_tokens=16, visual_scorer="pooling")
+    for number in (11, 65):  # no grid, and more than there are
+        with pytest.raises(ValueError, match=str(number)):
+            pooling.of_request({"visual_tokens": number}).check_size(64)
 
 
-def test_the_choice_of_a_request_travels_as_two_numbers():
-    server = ServingSettings(visual_tokens=6, visual_scorer="prompt")
-    for options in ({}, {"visual_tokens": 9}, {"keep_rate": 0.3}, {"keep_rate": 1.0}):
+def test_a_request_names_a_scorer_that_the_server_allows():
+    server = ServingSettings(keep_rate=0.25, request_scorers=["prompt", "vispruner"])
+    settings = server.of_request({"visual_scorer": "prompt", "visual_tokens": 9})
+    assert settings.at_exit == ExitSelection(9, None, "prompt")
+    assert settings.reads_prompt and server.may_read_prompt and not server.reads_prompt
+    assert server.of_request({"visual_scorer": "vispruner"}).keep_rate == 0.25
+    for settings in (server, ServingSettings(keep_rate=0.25)):
+        with pytest.raises(ValueError, match="cdpruner"):
+            settings.of_request({"visual_scorer": "cdpruner"})
+    with pytest.raises(ValueError, match="best"):
+        ServingSettings(keep_rate=0.25, request_scorers=["best"])
+
+
+def test_the_choice_of_a_request_travels_as_numbers():
+    server = ServingSettings(visual_tokens=6, visual_scorer="prompt", request_scorers=["cdpruner"])
+    scorer = {"visual_scorer": "cdpruner"}
+    for options in (
+        {},
+        {"visual_tokens": 9},
+        {"keep_rate": 0.3},
+        {"keep_rate": 1.0},
+        scorer,
+        {**scorer, "keep_rate": 0.3},
+    ):
         settings = server.of_request(options)
         assert server.choice_of(settings.encode().tolist()) == settings.at_exit
     for whole in (server.of_request({"visual_tokens": "all"}), ServingSettings()):
@@ -210,22 +235,23 @@ def test_the_choice_of_a_request_travels_as_two_numbers():
     assert in_tower.choice_of(in_tower.encode().tolist()).num_kept(64, 32) == 32
 
 
-def test_the_question_is_the_text_after_the_last_image():
-    image = 9
-    assert find_question([1, image, 2, 3], image) == [2, 3]
-    assert find_question([1, image, 2, image, 3], image) == [3]
-    assert find_question([1, image, 2, image], image) == [1, 2]
-    assert find_question([1, 2], image) == [1, 2]
-    assert find_question([image], image) == []
-    assert find_question([1, image, 5, 2, 5], image, [5]) == [2]
-    assert find_question([1, image, 5], image, [5]) == [1]
+def test_the_question_is_the_text_after_the_last_image_or_video():
+    image, video = 9, 8
+    visual = [image, video]
+    assert find_question([1, image, 2, 3], visual) == [2, 3]
+    assert find_question([1, image, 2, video, 3], visual) == [3]
+    assert find_question([1, video, 2, image], visual) == [1, 2]
+    assert find_question([1, 2], visual) == [1, 2]
+    assert find_question([image], visual) == []
+    assert find_question([1, image, 5, 2, 5], visual, [5]) == [2]
+    assert find_question([1, image, 5], visual, [5]) == [1]
 
 
-@pytest.mark.parametrize("name", [name for name in PROCESSORS if name != "internvl_chat"])  # has no questions
+@pytest.mark.parametrize("name", [name for name in PROCESSORS if name not in BY_IMAGE])
 @pytest.mark.parametrize("text", ["what color ? {}", "{}", "{} what color ?", "red {} blue {} ?", "red {} blue {}"])
 def test_the_question_is_that_of_transformers(name, text):
     """vLLM sees the prompt without the text that the processor writes around each image."""
-    model = BY_NAME.get(name, BY_NAME["llava"]).make()
+    model = VLMS[name].make()
     processor = PROCESSORS[name]()
     family = find_family(model)
     prompt = text.replace("{}", processor.image_token)
@@ -233,7 +259,7 @@ def test_the_question_is_that_of_transformers(name, text):
     inputs = processor(text=prompt, images=images, return_tensors="pt")
     embeddings, mask = Prompts(family, dict(inputs)).text
     ids = processor.tokenizer(prompt)["input_ids"]
-    question = find_question(ids, processor.image_token_id, family.special_token_ids)
+    question = find_question(ids, [processor.image_token_id], family.special_token_ids)
     expected = model.get_input_embeddings()(torch.tensor(question, dtype=torch.long))
     assert torch.equal(embeddings[mask], expected)
 

@@ -90,6 +90,7 @@ PLACEHOLDERS = {  # of an image in a prompt, by the first word of a family's nam
 }
 GLM = deepcopy(BY_NAME["glm4v"])
 GLM.config["text_config"]["rope_parameters"]["partial_rotary_factor"] = 1.0  # else a half in vLLM
+GLM.config["text_config"]["attention_bias"] = True  # Transformers has it always, vLLM reads the configuration
 VLMS = {
     "llava": BY_NAME["llava"],
     "llava_siglip": llama_vlm(
@@ -116,7 +117,7 @@ VLMS = {
     "lfm2_vl": llama_vlm(
         "lfm2_vl",
         "Lfm2Vl",
-        {"model_type": "siglip2_vision_model", **VIT, "num_patches": 64},
+        {"model_type": "siglip2_vision_model", **VIT, "num_patches": 64, "vision_use_head": False},
         {
             "model_type": "lfm2",
             **TEXT,

@@ -91,6 +91,8 @@ PLACEHOLDERS = {  # of an image in a prompt, by the first word of a family's nam
 GLM = deepcopy(BY_NAME["glm4v"])
 GLM.config["text_config"]["rope_parameters"]["partial_rotary_factor"] = 1.0  # else a half in vLLM
 GLM.config["text_config"]["attention_bias"] = True  # Transformers has it always, vLLM reads the configuration
+QWEN35 = deepcopy(BY_NAME["qwen3_5"])
+QWEN35.config["text_config"]["rope_parameters"]["mrope_interleaved"] = True  # read by vLLM alone
 VLMS = {
     "llava": BY_NAME["llava"],
     "llava_siglip": llama_vlm(
@@ -106,7 +108,7 @@ VLMS = {
     },
     "internvl_chat": BY_NAME["internvl"],
     "glm4v": GLM,
-    "qwen3_5": BY_NAME["qwen3_5"],
+    "qwen3_5": QWEN35,
     "mistral3": llama_vlm(
         "mistral3",
         "Mistral3",

@@ -139,6 +139,8 @@ class ServingSettings:
         tower = config.vision_config.model_type
         if name == "llava" and tower not in ("clip_vision_model", "siglip_vision_model"):
             raise ValueError(f"Patch selection in vLLM supports LLaVA with a tower of CLIP or SigLIP, got {tower}.")
+        if name != "llava" and "vispruner" in self.scorers:
+            raise ValueError(f"The scorer 'vispruner' is supported in vLLM for llava only, not for {name}.")
         if name in BY_IMAGE and self.may_read_prompt:
             raise ValueError(f"Scorers must choose by the image for {name}, got {', '.join(self.scorers)}.")
         if name not in IN_TOWER and self.tower.layers:
@@ -159,8 +161,6 @@ class ServingSettings:
             self.check_size(size)
         elif "pooling" in self.scorers:  # an image that does not fit would end the engine
             raise ValueError("The scorer 'pooling' needs images of one square shape. Use 'prompt' or 'divprune'.")
-        if "vispruner" in self.scorers and not family.has_attention:
-            raise ValueError(f"The scorer 'vispruner' is not supported for {family.config.model_type} in vLLM.")
         return guide
 
     def check_size(self, size: int):

@@ -37,7 +37,7 @@ IMAGE_CACHES = Counter("trips_image_caches", "Images by the source of their cach
 class ItemImage:
     """Image of items: its file, then its pixels of shape `(1, num_channels, height, width)`; or its cached states."""
 
-    key: str  # hash of the file
+    key: Hashable  # of the file and of the layers before the first that a text scores
     data: bytes | None = None
     pixel_values: torch.Tensor | None = None
     states: TripsImageCache | None = None
@@ -56,11 +56,17 @@ class Item:
     threshold: float = 0.0  # of the score of an answer
     place: dict[str, int] = field(default_factory=dict)  # indices of the image and the text in the request
     kept_patches: bool = False  # returned with the answer; needs a decoded image
+    keep_rate: float | None = None  # in place of the schedule's
 
     @property
     def kind(self) -> Hashable:
         """Key that is equal for items that can share a batch."""
-        return self.endpoint, self.top_k, self.kept_patches, self.image is None
+        return self.endpoint, self.top_k, self.kept_patches, self.keep_rate, self.image is None
+
+    @property
+    def options(self) -> dict[str, float]:
+        """Arguments of a pass of the model."""
+        return {} if self.keep_rate is None else {"keep_rate": self.keep_rate}
 
 
 def tensors_of(image_cache: TripsImageCache) -> list[torch.Tensor]:
@@ -115,6 +121,10 @@ class Engine:
         self.decoder = IsolatedDecoder(DECODERS)
         self.model = self._load(folder)
         self.processor = load_processor(folder, self.model.config)
+        schedule = self.model.config.vision_config.schedule
+        self.schedules: dict = {None: schedule}  # by the keep rate of a request
+        for rate in settings.keep_rates:
+            self.schedules[rate] = schedule.with_keep_rate(rate)
         self.endpoints = ["match", "features"] if hasattr(self.model, "match") else []
         if self.model.can_generate():
             self.pipeline = self.model.pipeline_class(
@@ -134,8 +144,15 @@ class Engine:
             if device == "auto":
                 device = "cuda" if torch.cuda.is_available() else "cpu"
             return model.to(device)
-        if settings.schedule or settings.dtype != "auto" or settings.device not in ("auto", "cpu"):
-            raise ValueError("An exported model is fixed. Unset TRIPS_SCHEDULE, TRIPS_DTYPE and TRIPS_DEVICE.")
+        if (
+            settings.schedule
+            or settings.keep_rates
+            or settings.dtype != "auto"
+            or settings.device not in ("auto", "cpu")
+        ):
+            raise ValueError(
+                "An exported model is fixed. Unset TRIPS_SCHEDULE, TRIPS_KEEP_RATES, TRIPS_DTYPE and TRIPS_DEVICE."
+            )
         from modeling_trips.export import load_exported  # an extra
 
         return load_exported(folder)
@@ -159,9 +176,11 @@ class Engine:
             for item in items:
                 json.dumps(self._compute([item]), allow_nan=False)
 
-    def find_image(self, data: bytes, decodes: bool = False) -> ItemImage:
+    def find_image(self, data: bytes, decodes: bool = False, keep_rate: float | None = None) -> ItemImage:
         """Return an image with its cached states, if any, or else (or if it must be decoded) with its file."""
-        key = hashlib.sha256(data).hexdigest()
+        schedule = self.schedules[keep_rate]
+        stop = schedule.first_text_layer
+        key = (hashlib.sha256(data).hexdigest(), stop, schedule.before(stop))
         states = None if decodes else self.cache.get(key)
         return ItemImage(key, data if states is None else None, states=states)
 
@@ -214,7 +233,7 @@ class Engine:
         return method(items, inputs)
 
     def _answer(self, items: list[Item], inputs: dict) -> list[list[dict]]:
-        outputs = self.pipeline.forward({"inputs": inputs}, top_k=items[0].top_k)
+        outputs = self.pipeline.forward({"inputs": inputs}, top_k=items[0].top_k, **items[0].options)
         answers = []
         for item, answers_of_item in zip(items, outputs["outputs"]):
             answers.append(self.pipeline.postprocess(answers_of_item, threshold=item.threshold))
@@ -227,7 +246,7 @@ class Engine:
         return answers
 
     def _caption(self, items: list[Item], inputs: dict) -> list[str]:
-        outputs = self.pipeline.forward({"inputs": inputs})["outputs"]
+        outputs = self.pipeline.forward({"inputs": inputs}, **items[0].options)["outputs"]
         captions = []
         for item, texts in zip(items, outputs):
             best = self.pipeline.postprocess(texts, prompt=item.text)[0]
@@ -235,7 +254,7 @@ class Engine:
         return captions
 
     def _match(self, items: list[Item], inputs: dict) -> list[dict]:
-        logits = self.model.match(**inputs).itm_logits  # (num_items, 2)
+        logits = self.model.match(**inputs, **items[0].options).itm_logits  # (num_items, 2)
         scores = logits.softmax(-1)[:, 1].tolist()
         return [{**item.place, "score": score} for item, score in zip(items, scores)]
 
@@ -258,7 +277,7 @@ class Engine:
         IMAGE_CACHES.labels("computed").inc(len(missing))
         if missing:
             pixel_values = torch.cat([images[key].pixel_values for key in missing])
-            computed = self.model.base_model.encode_images(pixel_values.to(self.model.device))
+            computed = self.model.base_model.encode_images(pixel_values.to(self.model.device), **items[0].options)
             for row, key in enumerate(missing):
                 states[key] = computed[row : row + 1].map(torch.clone)  # memory of its own
                 self.cache.put(key, states[key])

@@ -3,7 +3,7 @@
 import base64
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
 from pydantic.json_schema import SkipJsonSchema, models_json_schema
 
 import modeling_trips
@@ -49,18 +49,31 @@ def request_models(settings: Settings) -> dict[str, type[BaseModel]]:
     class Request(BaseModel):
         model_config = ConfigDict(extra="forbid")
 
-    class AnswerRequest(Request):
+    def check_rate(rate: float) -> float:
+        if rate not in settings.keep_rates:
+            raise ValueError(f"it must be one of {', '.join(map(str, settings.keep_rates))}")
+        return rate
+
+    class SelectingRequest(Request):
+        if settings.keep_rates:
+            keep_rate: Annotated[float, AfterValidator(check_rate)] | SkipJsonSchema[None] = Field(
+                None,
+                description="Share of the patches to keep, in place of the model's.",
+                json_schema_extra={"enum": settings.keep_rates},
+            )
+
+    class AnswerRequest(SelectingRequest):
         image: ImageFile
         questions: text_list(non_empty, 1, "Questions about the image.", "what color is the circle?")  # type: ignore
         top_k: int = Field(1, ge=1, le=10, description="Maximum number of answers to each question.")
         threshold: float = Field(0.0, ge=0.0, le=1.0, description="Score below which an answer is `unsure`.")
         kept_patches: bool = Field(False, description="Add the patches that each question keeps.")
 
-    class CaptionRequest(Request):
+    class CaptionRequest(SelectingRequest):
         image: ImageFile
         prompts: text_list(text, 1, "Beginnings of captions.", "a picture of") = [""]  # type: ignore
 
-    class MatchRequest(Request):
+    class MatchRequest(SelectingRequest):
         images: image_list(1)  # type: ignore
         texts: text_list(non_empty, 1, "Texts to match with each image.", "a teal square")  # type: ignore
 

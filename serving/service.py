@@ -194,12 +194,13 @@ class Service:
         """Validate a request, look up its images and tokenize its texts."""
         inputs = validate(self.models[endpoint], content)
         kept_patches = inputs.get("kept_patches", False)
+        keep_rate = inputs.get("keep_rate")
         files = {f"images.{row}": file for row, file in enumerate(inputs.get("images", []))}
         if "image" in inputs:
             files["image"] = inputs["image"]
         images = {}
         for field, file in files.items():
-            images[field] = self.engine.find_image(file, decodes=kept_patches)
+            images[field] = self.engine.find_image(file, decodes=kept_patches, keep_rate=keep_rate)
         (text_field,) = {"questions", "prompts", "texts"} & inputs.keys()
         texts = inputs[text_field]
         tokens = self.engine.prepare_texts(text_field, texts)
@@ -221,6 +222,7 @@ class Service:
                         threshold=inputs.get("threshold", 0.0),
                         place={"image": image_row, "text": text_row},
                         kept_patches=kept_patches,
+                        keep_rate=keep_rate,
                     )
                     items.append(item)
         if not items:

@@ -12,12 +12,13 @@ OF_SCRIPTS = {"TRIPS_TRACEBACK", "TRIPS_ANY_VLLM"}  # variables with the prefix 
 FAILURE = "failure"  # file in the folder of metrics: why the model could not be loaded
 
 
-def read_hosts(text: str) -> list[str]:
+def read_list(text: str) -> list[str]:
     """Parse `"localhost, *.example.org"`."""
-    return [host.strip() for host in text.split(",")]
+    return [part.strip() for part in text.split(",")]
 
 
 Count = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0, le=1)]
 
 
 class Settings(BaseModel):
@@ -30,7 +31,8 @@ class Settings(BaseModel):
     device: str = "auto"
     dtype: str = "auto"
     schedule: str | None = None  # in place of the checkpoint's
-    allowed_hosts: Annotated[list[str], BeforeValidator(read_hosts)] = ["127.0.0.1", "localhost"]  # "*": any
+    keep_rates: Annotated[list[Rate], BeforeValidator(read_list)] = []  # that a request may choose from
+    allowed_hosts: Annotated[list[str], BeforeValidator(read_list)] = ["127.0.0.1", "localhost"]  # "*": any
     workers: Count = 1
     max_batch_size: Count = 32  # pairs of image and text
     max_latency_ms: Count = 30_000  # to decode images and to compute results

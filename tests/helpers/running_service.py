@@ -34,6 +34,7 @@ class RunningService:
         self.log = log
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
+        self.python = Path(sys.executable)
         self.folder: Path | None = None  # where it starts; by default here
         self.environment = {
             f"TRIPS_{name.upper()}": str(value) for name, value in {"model": model, **settings}.items()
@@ -48,7 +49,7 @@ class RunningService:
         return self
 
     def start(self):
-        command = [sys.executable, "-m", "trips_serving", "--port", str(self.port)]
+        command = [str(self.python), "-m", "trips_serving", "--port", str(self.port)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **self.environment}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -68,6 +69,9 @@ class RunningService:
     def workers(self) -> list[psutil.Process]:
         children = psutil.Process(self.process.pid).children()
         return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(f"{self.url}/{path}", timeout=600)
 
     def post(self, endpoint: str, body: dict | None = None, **options) -> httpx.Response:
         options = options if body is None else {"json": body, **options}

@@ -38,9 +38,9 @@ def save(folder, model_class, **fields):
     return str(save_random_checkpoint(folder, model_class, TEXTS, **fields))
 
 
-def make_items(engine: Engine, name: str, pairs, top_k=1) -> list[Item]:
+def make_items(engine: Engine, name: str, pairs, top_k=1, keep_rate=None) -> list[Item]:
     tokens = engine.prepare_texts("texts", TEXTS)
-    images = [engine.find_image(encoded(image)) for image in IMAGES]
+    images = [engine.find_image(encoded(image), keep_rate=keep_rate) for image in IMAGES]
     for image in images:
         if image.states is None:
             engine.decode("image", image)
@@ -157,6 +157,32 @@ def test_kept_patches_are_those_of_the_library_in_one_pass(tmp_path, schedule):
             (boxes,) = processor.patch_boxes(kept, [sizes[image]])
             assert len(boxes) > 0
             assert answers[0]["kept_patches"] == boxes.tolist()
+
+
+@pytest.mark.parametrize("schedule", ["2:text:0.5", "1:image:0.5"])
+@torch.no_grad()
+def test_keep_rates_of_requests(tmp_path, schedule):
+    folder = save(tmp_path, TripsForQuestionAnswering, schedule=schedule)
+    engine = Engine(Settings(model=folder, keep_rates="0.1,1"))
+    model = TripsForQuestionAnswering.from_pretrained(folder).eval()
+    pipeline = TripsVisualQuestionAnsweringPipeline(model=model, processor=TripsProcessor.from_pretrained(folder))
+    for rate in (0.1, 1.0, None, 0.1):  # the last one from the cache
+        items = []
+        for item in make_items(engine, "answer", PAIRS, top_k=2, keep_rate=rate):
+            items.append(replace(item, keep_rate=rate))
+        for (image, text), answers in zip(PAIRS, engine.compute(items), strict=True):
+            expected = pipeline(IMAGES[image], TEXTS[text], top_k=2, keep_rate=rate)
+            assert [one["answer"] for one in answers] == [one["answer"] for one in expected]
+            scores = [one["score"] for one in expected]
+            assert [one["score"] for one in answers] == pytest.approx(scores, abs=1e-4)
+    assert all(item.image.pixel_values is None for item in items)
+    assert len({item.kind for item in (*items, *make_items(engine, "answer", PAIRS, top_k=2))}) == 2
+
+
+def test_keep_rates_need_one_selection_layer(tmp_path):
+    folder = save(tmp_path, TripsForQuestionAnswering, schedule="1:image:0.5,2:text:0.5")
+    with pytest.raises(ValueError, match="keep_rate"):
+        Engine(Settings(model=folder, keep_rates="0.5"))
 
 
 @pytest.fixture(scope="module")

@@ -42,3 +42,14 @@ def test_the_reply_of_an_answer_has_typed_fields(document):
         "score": "number",
         "kept_patches": "array",
     }
+
+
+def test_a_keep_rate_is_one_of_the_operator_s():
+    assert "keep_rate" not in request_models(Settings(model="a model"))["answer"].model_fields
+    model = request_models(Settings(model="a model", keep_rates="0.25,1"))["caption"]
+    assert model(image="", keep_rate=0.25).keep_rate == 0.25
+    assert model(image="").keep_rate is None
+    for rate in (0.5, "all", float("nan")):
+        with pytest.raises(ValueError, match="keep_rate"):
+            model(image="", keep_rate=rate)
+    assert model.model_json_schema()["properties"]["keep_rate"]["enum"] == [0.25, 1.0]

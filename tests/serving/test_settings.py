@@ -15,6 +15,7 @@ def test_settings_come_from_the_environment():
             "TRIPS_QUEUE": " 7 ",
             "TRIPS_SCHEDULE": "1:image:0.5,2:text:0.3",
             "TRIPS_ALLOWED_HOSTS": "a.org, *.b.org",
+            "TRIPS_KEEP_RATES": "0.0625, 1",
             "HOME": "/",
         }
     )
@@ -22,6 +23,7 @@ def test_settings_come_from_the_environment():
     assert settings.queue == 7
     assert settings.max_texts == Settings(model="m").max_texts
     assert settings.allowed_hosts == ["a.org", "*.b.org"]
+    assert settings.keep_rates == [0.0625, 1.0]
     assert settings.schedule == "1:image:0.5,2:text:0.3"
 
 
@@ -37,6 +39,7 @@ def test_the_traceback_of_scripts_is_not_a_setting():
         ("TRIPS_QUEUE", "0"),
         ("TRIPS_READ_TIMEOUT", "nan"),
         ("TRIPS_CACHE_BYTES", "-1"),
+        ("TRIPS_KEEP_RATES", "0.5,1.5"),
         ("TRIPS_QUEUES", "7"),
         ("TRIPS_ALLOW_URLS", "yes"),  # of releases that fetched URLs
     ],

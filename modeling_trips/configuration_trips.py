@@ -118,13 +118,13 @@ class TripsVisionConfig(StoredConfig):
         Whether the patch embedding has a bias. CLIP has none.
     use_pre_layernorm (`bool`, *optional*, defaults to `False`):
         Whether the embeddings are normalised before the first layer, as in CLIP.
-    schedule (`str` or [`SelectionSchedule`], *optional*, defaults to `"5:text:0.7,10:text:0.7"`):
+    schedule (`str` or [`SelectionSchedule`], *optional*, defaults to the paper's):
         Layers that select patches, numbered from 1, ascending, what scores the patches there, and the share of the
         candidate tokens that is kept, in (0, 1]. `"text"` is the text's [CLS], `"image"` the ViT's own; `"random"`
         draws from PyTorch's generator for each image, in evaluation as well. All texts of an image share its
-        computation up to the first layer that a text scores. `"unpruned"` is a plain ViT. It is read as a
-        [`SelectionSchedule`]. The lists of earlier versions (`selection_layers`, `keep_rate`, `selection_guidance`)
-        are still read.
+        computation up to the first layer that a text scores. `"unpruned"` is a plain ViT, and the paper's is
+        `"5:text:0.7,10:text:0.7"`. It is read as a [`SelectionSchedule`]. The lists of earlier versions
+        (`selection_layers`, `keep_rate`, `selection_guidance`) are still read.
     fuse_inattentive_tokens (`bool`, *optional*, defaults to `True`):
         Whether the tokens that are not kept become one fused token, or are dropped.
     selection_gate (`float`, *optional*, defaults to 0.0):

@@ -181,6 +181,13 @@ def kept_by(outputs: ModelOutput) -> list[list[list[int]]]:
     return [layer.kept_indices.tolist() for layer in outputs.selection]
 
 
+def assert_same_outputs(model: TripsPreTrainedModel, expected_model: TripsPreTrainedModel, case: Case, rtol=0, atol=0):
+    outputs = model(**case.make_inputs())
+    expected = expected_model(**case.make_inputs())
+    torch.testing.assert_close(main_output(outputs), main_output(expected), rtol=rtol, atol=atol)
+    assert kept_by(outputs) == kept_by(expected)
+
+
 def share_of_kept(outputs: ModelOutput, expected: ModelOutput) -> float:
     """Return the share of the kept patches of `expected` that `outputs` also kept."""
     pairs = [

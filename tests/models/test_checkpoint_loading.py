@@ -1,7 +1,7 @@
 """Loading of checkpoints: all weights, a larger vocabulary, and weights on several devices."""
 
 import torch
-from tiny_models import CASES, each_generator, each_model, kept_by, loss_of, main_output
+from tiny_models import CASES, assert_same_outputs, each_generator, each_model, loss_of, main_output
 
 from modeling_trips import TripsConfig, TripsForConditionalGeneration
 from modeling_trips.registration_trips import MODELS
@@ -18,13 +18,6 @@ def make_used_model(case):
     model = case.make_model().train()
     loss_of(model(**case.make_inputs(training=True)))
     return model.eval()
-
-
-def assert_same_outputs(model, expected_model, case):
-    outputs = model(**case.make_inputs())
-    expected = expected_model(**case.make_inputs())
-    assert torch.equal(main_output(outputs), main_output(expected))
-    assert kept_by(outputs) == kept_by(expected)
 
 
 def split_device_map(model) -> dict[str, str]:

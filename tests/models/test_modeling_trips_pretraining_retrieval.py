@@ -129,18 +129,19 @@ def loss_of(logits_per_image, image_ids, text_image_ids, temperature=1.0):
     return contrastive_loss(images, texts, temperature, image_ids, text_image_ids).item()
 
 
-def test_three_pairs_of_distinct_images():
-    per_image = (math.log(4) + math.log(4) + math.log(2)) / 3
-    per_text = (math.log(6) + math.log(5 / 2) + math.log(5 / 2)) / 3
-    loss = loss_of(SCORES.log(), ids(3, 1, 2), ids(3, 1, 2), torch.tensor([0.5]))
-    assert loss == pytest.approx((per_image + per_text) / 2, rel=1e-5)
+# The images of the three pairs, and the losses by image and by text: distinct images, then one that is there twice and
+# shares its texts.
+PAIRS = [
+    ([3, 1, 2], [4, 4, 2], [6, 5 / 2, 5 / 2]),
+    ([7, 7, 9], [2**1.5, 2**1.5, 2], [(6 * 6 / 4) ** 0.5, 5 / 2, 5 / 2]),
+]
 
 
-def test_an_image_that_is_in_the_batch_twice_shares_its_texts():
-    per_image = (1.5 * math.log(2) + 1.5 * math.log(2) + math.log(2)) / 3
-    per_text = (0.5 * (math.log(6) + math.log(6 / 4)) + math.log(5 / 2) + math.log(5 / 2)) / 3
-    loss = loss_of(SCORES.log(), ids(7, 7, 9), ids(7, 7, 9))
-    assert loss == pytest.approx((per_image + per_text) / 2, rel=1e-5)
+@pytest.mark.parametrize(("image_ids", "odds_by_image", "odds_by_text"), PAIRS, ids=["distinct", "twice"])
+def test_the_contrastive_loss_by_hand(image_ids, odds_by_image, odds_by_text):
+    losses = [math.log(odds) for odds in (*odds_by_image, *odds_by_text)]
+    loss = loss_of(SCORES.log(), ids(*image_ids), ids(*image_ids), torch.tensor([0.5]))
+    assert loss == pytest.approx(sum(losses) / 6, rel=1e-5)
 
 
 def test_similarity_is_computed_in_full_precision():

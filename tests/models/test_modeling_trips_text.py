@@ -1,6 +1,7 @@
 """The mean of a text, and the skip-connected fusion against BERT with the same weights."""
 
 import torch
+from tiny_single_stream import randomize
 from transformers import BertConfig, BertModel
 
 from modeling_trips import TripsFusionConfig, TripsFusionModel, TripsTextConfig, TripsTextModel
@@ -17,15 +18,6 @@ SIZES = {
 }
 IDS = torch.tensor([[1, 5, 7, 9, 2], [1, 8, 2, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-
-
-def randomize(model):
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.2 * noise if "LayerNorm.weight" in name else 0.3 * noise)
-    return model.eval()
 
 
 def test_the_mean_of_a_text_leaves_its_padding_out():

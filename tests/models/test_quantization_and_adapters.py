@@ -3,20 +3,13 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import CASES, kept_by, loss_of, main_output, share_of_kept
+from tiny_models import CASES, assert_same_outputs, kept_by, loss_of, main_output, share_of_kept
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 from transformers import TorchAoConfig
 
 
 # The two towers with a decoder and without, and the other two forms: the linear layers of other heads are alike.
 each_form = pytest.mark.parametrize("case", [*CASES[:2], *CASES[-2:]], ids=str)
-
-
-def assert_same_outputs(model, expected_model, case, rtol=0, atol=0):
-    outputs = model(**case.make_inputs())
-    expected = expected_model(**case.make_inputs())
-    torch.testing.assert_close(main_output(outputs), main_output(expected), rtol=rtol, atol=atol)
-    assert kept_by(outputs) == kept_by(expected)
 
 
 @each_form

@@ -223,9 +223,32 @@ class TripsVisionConfig(StoredConfig):
             )
 
 
+@strict
+class TripsLayersConfig(StoredConfig):
+    """What text encoder, fusion encoder and decoder share: the fields of BERT's embeddings and layers."""
+
+    vocab_size: int = positive(default=30522)
+    hidden_size: int = positive(default=768)
+    num_hidden_layers: int = not_negative(default=6)
+    num_attention_heads: int = positive(default=12)
+    intermediate_size: int = positive(default=3072)
+    hidden_act: str = activation_fn_key(default="gelu")
+    hidden_dropout_prob: float | int = probability(default=0.1)
+    attention_probs_dropout_prob: float | int = probability(default=0.1)
+    max_position_embeddings: int = positive(default=512)
+    type_vocab_size: int = positive(default=2)
+    initializer_range: float = not_negative(default=0.02)
+    layer_norm_eps: float = not_negative(default=1e-12)
+    pad_token_id: int | None = 0
+    is_decoder: bool = False
+
+    def validate_architecture(self):
+        _validate_heads(self)
+
+
 @auto_docstring(custom_intro="Configuration of a [`TripsTextModel`]: the BERT layers that see only the text.")
 @strict
-class TripsTextConfig(StoredConfig):
+class TripsTextConfig(TripsLayersConfig):
     r"""
     pooling_mode (`str`, *optional*, defaults to `"cls"`):
         Representation of a text, for selection and retrieval: `"cls"` (the output of its first token, [CLS]) or
@@ -242,29 +265,28 @@ class TripsTextConfig(StoredConfig):
     model_type = "trips_text"
     base_config_key = "text_config"
 
-    vocab_size: int = positive(default=30522)
-    hidden_size: int = positive(default=768)
-    num_hidden_layers: int = not_negative(default=6)
-    num_attention_heads: int = positive(default=12)
-    intermediate_size: int = positive(default=3072)
-    hidden_act: str = activation_fn_key(default="gelu")
-    hidden_dropout_prob: float | int = probability(default=0.1)
-    attention_probs_dropout_prob: float | int = probability(default=0.1)
-    max_position_embeddings: int = positive(default=512)
-    type_vocab_size: int = positive(default=2)
-    initializer_range: float = not_negative(default=0.02)
-    layer_norm_eps: float = not_negative(default=1e-12)
-    pad_token_id: int | None = 0
-    is_decoder: bool = False
     pooling_mode: Literal["cls", "mean"] = "cls"
 
-    def validate_architecture(self):
-        _validate_heads(self)
+
+@strict
+class TripsCrossAttentionConfig(TripsLayersConfig):
+    """What fusion encoder and decoder share: layers that attend to other states, too."""
+
+    encoder_hidden_size: int | None = None
+
+    def __post_init__(self, **kwargs):
+        kwargs.pop("pooling_mode", None)  # of the text encoder, in earlier versions
+        super().__post_init__(**kwargs)
+
+    @property
+    def cross_attention_hidden_size(self) -> int:
+        """Width of the states that cross-attention reads."""
+        return self.encoder_hidden_size or self.hidden_size
 
 
 @auto_docstring(custom_intro="Configuration of a [`TripsFusionModel`]: text layers that attend to the image tokens.")
 @strict
-class TripsFusionConfig(TripsTextConfig):
+class TripsFusionConfig(TripsCrossAttentionConfig):
     r"""
     encoder_hidden_size (`int`, *optional*):
         Width of the image tokens that the layers attend to. `None` means `hidden_size`; [`TripsConfig`] sets it to
@@ -275,8 +297,6 @@ class TripsFusionConfig(TripsTextConfig):
         changes both (mPLUG, https://arxiv.org/abs/2205.12005). `"single_stream"`: text and patches go through the
         vision tower together, without a fusion encoder (ViLT, https://arxiv.org/abs/2102.03334); the text encoder of
         [`TripsConfig`] then consists of its embeddings.
-    pooling_mode (`str`, *optional*, defaults to `"cls"`):
-        Of the text encoder; not used here.
     skip_stride (`int`, *optional*, defaults to 3):
         Number of layers that the image tokens skip before each joined layer, if `"skip_connected"`.
     """
@@ -284,7 +304,6 @@ class TripsFusionConfig(TripsTextConfig):
     model_type = "trips_fusion"
     base_config_key = "fusion_encoder_config"
 
-    encoder_hidden_size: int | None = None
     fusion_type: Literal["cross_attention", "skip_connected", "single_stream"] = "cross_attention"
     skip_stride: int = positive(default=3)
 
@@ -298,9 +317,7 @@ class TripsFusionConfig(TripsTextConfig):
     @property
     def cross_attention_hidden_size(self) -> int:
         """Width of the states that cross-attention reads. Image tokens that join the text have its width."""
-        if self.fusion_type == "skip_connected":
-            return self.hidden_size
-        return self.encoder_hidden_size or self.hidden_size
+        return self.hidden_size if self.fusion_type == "skip_connected" else super().cross_attention_hidden_size
 
     def validate_skip_stride(self):
         if self.fusion_type == "skip_connected" and not self.connected_layers:
@@ -314,33 +331,25 @@ class TripsFusionConfig(TripsTextConfig):
     custom_intro="Configuration of a [`TripsDecoder`]: causal text layers that attend to the fused states."
 )
 @strict
-class TripsDecoderConfig(TripsTextConfig):
+class TripsDecoderConfig(TripsCrossAttentionConfig):
     r"""
     encoder_hidden_size (`int`, *optional*):
         Width of the states that the layers attend to. `None` means `hidden_size`; [`TripsConfig`] sets it to the
         width of its fusion encoder.
-    pooling_mode (`str`, *optional*, defaults to `"cls"`):
-        Of the text encoder; not used here.
     """
 
     model_type = "trips_decoder"
     base_config_key = "decoder_config"
 
-    encoder_hidden_size: int | None = None
     bos_token_id: int | None = 101
     eos_token_id: int | list[int] | None = 102
     is_decoder: bool = True
     use_cache: bool = True
     tie_word_embeddings: bool = True
 
-    @property
-    def cross_attention_hidden_size(self) -> int:
-        """Width of the states that cross-attention reads."""
-        return self.encoder_hidden_size or self.hidden_size
 
-
-# Fields of the text encoder that are no defaults of the fusion encoder and the decoder.
-OWN_TEXT_FIELDS = {"num_hidden_layers", "is_decoder", "pooling_mode"}
+# Fields whose values in the text encoder are no defaults of the fusion encoder and the decoder.
+OWN_TEXT_FIELDS = {"num_hidden_layers", "is_decoder"}
 # Fields of parts that are also fields of the whole.
 PART_FIELDS = {
     "schedule": "vision_config",
@@ -496,7 +505,7 @@ class TripsConfig(StoredConfig):
             setattr(self, PART_FIELDS[name], {**(part or {}), name: kwargs.pop(name)})
         self.vision_config = self._part("vision_config")
         self.text_config = self._part("text_config")
-        shared_names = TripsTextConfig.__annotations__.keys() - OWN_TEXT_FIELDS
+        shared_names = TripsLayersConfig.__annotations__.keys() - OWN_TEXT_FIELDS
         shared = {name: getattr(self.text_config, name) for name in shared_names}
         self.fusion_encoder_config = self._part("fusion_encoder_config", **shared)
         self.decoder_config = self._part("decoder_config", **shared)

@@ -23,7 +23,7 @@ from trips_examples.training.checks import (
     is_disk_full,
     transformers_options,
 )
-from trips_examples.training.recipe import SCHEDULES, UNPRUNED_SHARE, recipe
+from trips_examples.training.recipe import SCHEDULES, recipe
 
 
 # Options that are fields of `TripsConfig`.
@@ -184,7 +184,7 @@ class TrainingOptions(RunOptions):
     weight_decay: float = option(0.05, "Weight decay, except for biases and norms.")
     texts_per_image: int = option(4, "Texts of an image that may share a training batch.")
     num_pictures: int = option(0, "Number of predictions to draw, with the kept patches.")
-    unpruned_share: float = option(0.0, "Share of unpruned first steps. Default of a model without --model: 0.6.")
+    unpruned_share: float = option(0.0, "Share of unpruned first steps. With --model: 0.")
     relevance_share: float = option(0.0, "Share of the unpruned steps, the last, in which scores learn relevance.")
     relevance_interval: int = option(0, "Of so many pruned steps, one runs unpruned and scores learn relevance.")
     keep_rates: list[float] = option([], "Rates of which each pruned step draws one: a model for all of them.")
@@ -374,7 +374,6 @@ class Parser(HfArgumentParser):
             on_cpu = self.on_cpu or typed.get("use_cpu", False)
             defaults = recipe(self.task, typed, on_cpu)
             self.typed = set(typed)
-            defaults["unpruned_share"] = 0.0 if "model" in typed else UNPRUNED_SHARE
             namespace = Namespace(**{name: value for name, value in defaults.items() if name in own})
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:

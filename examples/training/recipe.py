@@ -48,18 +48,19 @@ def recipe(task: str | None, typed: dict, on_cpu: bool = False) -> dict:
     Return the defaults of options for a run.
 
     Args:
-        task (`str`, *optional*): A key of `SCHEDULES`. Other runs have no recipe.
+        task (`str`, *optional*): A key of `SCHEDULES`. Other runs only begin unpruned.
         typed (`dict`): The options on the command line by name.
         on_cpu (`bool`, *optional*, defaults to `False`): Whether the run has no accelerator.
     """
+    start = {"unpruned_share": 0.0 if "model" in typed else UNPRUNED_SHARE}
     has_files = not typed.keys().isdisjoint(("train_file", "validation_file", "test_file"))
     if task is None or not (has_files or typed.get("dataset_name", BUNDLED) != BUNDLED):
-        return {}
+        return start
     if not typed.keys().isdisjoint(("preset", "tokenizer")):
-        return {}  # from scratch
+        return start  # from scratch
     is_new = "model" not in typed
     has_other_tower = "vision_model_name_or_path" in typed  # another text model keeps tower and schedule
-    defaults = {name: values[0 if is_new else 1] for name, values in TRAINING.items()}
+    defaults = start | {name: values[0 if is_new else 1] for name, values in TRAINING.items()}
     if is_new and not has_other_tower:
         has_copies = all(Path(folder).is_dir() for folder in COPIES.values())
         defaults |= {**(COPIES if has_copies else TOWERS), **NEW, "schedule": SCHEDULES[task]}

@@ -20,11 +20,13 @@ OWN = {"train_file": "train.jsonl"}
 
 @pytest.mark.parametrize("task", SCHEDULES)
 def test_what_is_typed_decides_which_defaults_a_run_has(task):
-    assert recipe(task, {}) == {}
-    assert recipe(task, {"dataset_name": "busy_scenes"}) == {}
-    assert recipe(None, OWN) == {}
-    assert recipe(task, {**OWN, "preset": "tiny"}) == {}
-    assert recipe(task, {**OWN, "tokenizer": "bert"}) == {}
+    first_steps = recipe(task, {})
+    assert first_steps.keys() == {"unpruned_share"}
+    assert first_steps["unpruned_share"] > recipe(task, {"model": "mine"})["unpruned_share"] == 0
+    assert recipe(task, {"dataset_name": "busy_scenes"}) == first_steps
+    assert recipe(None, OWN) == first_steps
+    assert recipe(task, {**OWN, "preset": "tiny"}) == first_steps
+    assert recipe(task, {**OWN, "tokenizer": "bert"}) == first_steps
     new = recipe(task, OWN)
     assert new["schedule"] == SCHEDULES[task]
     assert recipe(task, {"dataset_name": "ada/photos"}) == new

@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help try demo test test-slow test-all vllm-newest quality docs clean
+.PHONY: help try demo test test-slow test-all vllm-newest quality dist docs clean
 
 help:
 	@echo "make try       ask a trained model about a picture, see where it looked (seconds, after installing)"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-all  all tests, with those that only a release needs"
 	@echo "make vllm-newest the plugin's tests with the newest vLLM for CPUs (many minutes)"
 	@echo "make quality   ruff, mlinter and mypy"
+	@echo "make dist      a wheel of the package, in dist"
 	@echo "make docs      the documentation as a site, in build/docs"
 	@echo "make clean     remove the environment and what the demo wrote"
 
@@ -62,6 +63,9 @@ quality: $(VENV)/.dev
 	$(BIN)/mlinter --no-progress modeling_trips
 	mkdir -p build/types && ln -sfn ../../examples build/types/trips_examples && ln -sfn ../../serving build/types/trips_serving
 	$(BIN)/mypy
+
+dist: | $(BIN)/python
+	$(BIN)/python -m pip wheel --no-deps -w dist .
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m sphinx -E -W --keep-going -b html docs build/docs

@@ -69,6 +69,7 @@ def build(args: AppArguments):
     processor = load_processor(args.model, model.config)
     decoder = IsolatedDecoder()
     trained = model.config.vision_config.schedule
+    is_own = args.model == str(CHECKPOINT)  # others do not know the scene
 
     def look(path: str | None, lines: str, *keep_rates: float):
         try:
@@ -96,15 +97,21 @@ def build(args: AppArguments):
     with gr.Blocks(title="TRIPS: what the text makes the model look at", delete_cache=DELETION) as page:
         gr.Markdown("# What the text makes the model look at\n\nFaded patches are dropped; the text chooses which.")
         name = "/".join(Path(args.model).parts[-2:])
-        known = "It knows busy scenes only: colored shapes among clutter." if args.model == str(CHECKPOINT) else ""
+        known = "It knows busy scenes only: colored shapes among clutter." if is_own else ""
         gr.Markdown(f"Model: `{name}`. {known}\n\n{SAME_WEIGHTS_NOTE}")
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 image = gr.Image(
-                    str(SCENE), label="Image", sources=["upload", "clipboard"], type="filepath", height=260
+                    str(SCENE) if is_own else None,
+                    label="Image",
+                    sources=["upload", "clipboard"],
+                    type="filepath",
+                    height=260,
                 )
                 image.preprocess = lambda payload: None if payload is None else payload.path  # Gradio does not open it
-                lines = gr.Textbox("\n".join(QUESTIONS), label="Questions, one per line", max_lines=MAX_QUESTIONS)
+                lines = gr.Textbox(
+                    "\n".join(QUESTIONS) if is_own else "", label="Questions, one per line", max_lines=MAX_QUESTIONS
+                )
                 sliders = [
                     gr.Slider(0.005, 1, selection.keep_rate, step=0.005, label=f"Keep rate of layer {layer}")
                     for layer, selection in trained.by_layer.items()

@@ -142,11 +142,13 @@ def main(argv: list[str] | None = None):
         print(f"  {question:<40} {own['answer']} ({own['score']:.1%})".ljust(64) + compared)
     if schedule:
         print(SAME_WEIGHTS_NOTE)
-        rates = (
-            f"{selection.keep_rate:.2g} of the tokens after layer {layer}" for layer, selection in schedule.items()
-        )
+        with torch.no_grad():
+            selection = model.model(**processor(images=image, text=args.question[0], return_tensors="pt")).selection
+        kept = []
+        for layer, of_layer in zip(schedule, selection):
+            kept.append(f"{of_layer.kept_indices.shape[1]} of {of_layer.scores.shape[1]} patches after layer {layer}")
         draw_selection(model, processor, image, args.question, [best["answer"] for best in found], args.picture)
-        print(f"It keeps {', '.join(rates)}. Which patches: {args.picture}")
+        print(f"It keeps {', '.join(kept)}. Which patches: {args.picture}")
     print_times(model, processor(images=image, text=args.question[0], return_tensors="pt"))
 
 

@@ -168,7 +168,10 @@ def main(argv: list[str] | None = None):
     forms = next((forms for forms in CONVERSIONS if set(forms) == set(values)), None)
     if forms is None:
         needed = next(forms for forms in CONVERSIONS if set(forms) & set(values))
-        raise ValueError(f"--files has {', '.join(values)}. Give one data set at a time: {' and '.join(needed)}.")
+        missing = [form for form in needed if form not in values]
+        is_part = len(values) + len(missing) == len(needed)
+        remedy = f"Give {' and '.join(missing)} as well" if is_part else f"Give {' and '.join(needed)} at a time"
+        raise ValueError(f"--files has {', '.join(values)}. {remedy}.")
     lines = defaultdict(list)
     own_name = Path(args.files[-1]).stem
     for split, row in CONVERSIONS[forms](*(values[form] for form in forms)):

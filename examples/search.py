@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None):
                 "match": each.match,
             }
             rows.append(row)
-            match = "" if each.match is None else f"match {each.match:6.1%}, "
+            match = "" if each.match is None else f"score {each.score:6.2f}, match {each.match:6.1%}, "
             print(f"{rank:>4}  {match}similarity {each.similarity:.3f}  {each.source}")
             picture = drawn.get(each.source)
             if picture is not None:

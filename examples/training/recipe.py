@@ -12,8 +12,9 @@ TOWERS = {
     "vision_model_name_or_path": "facebook/dinov2-small",
     "text_model_name_or_path": "sentence-transformers/all-MiniLM-L6-v2",
 }
-# Copies that examples/make_towers.py writes into the working directory.
-COPIES = {"vision_model_name_or_path": "towers/dinov2-small", "text_model_name_or_path": "towers/minilm"}
+# Copies that examples/make_towers.py writes, by default into the working directory, and the folders to look for them.
+COPIES = {"vision_model_name_or_path": "dinov2-small", "text_model_name_or_path": "minilm"}
+PLACES = (Path("towers"), Path(__file__).resolve().parents[2] / "towers")
 
 # Of a model from these towers. One layer more that is trained from the first step on slowed the learning of answers.
 NEW = {"num_fusion_layers": 2, "freeze_vision_layers": 6, "max_image_size": 224}
@@ -43,6 +44,15 @@ RELEVANCE = {"relevance_share": 0.25, "selection_loss_weight": 1.0}
 UNPRUNED_SHARE = 0.6  # of the steps of a new model that is to be pruned: 750 of 1,250
 
 
+def towers() -> dict[str, str]:
+    """Return the folders of the towers that a new model starts from, or else their names on the Hub."""
+    for place in PLACES:
+        found = {name: place / folder for name, folder in COPIES.items()}
+        if all(folder.is_dir() for folder in found.values()):
+            return {name: str(folder) for name, folder in found.items()}
+    return TOWERS
+
+
 def recipe(task: str | None, typed: dict, on_cpu: bool = False) -> dict:
     """
     Return the defaults of options for a run.
@@ -62,8 +72,7 @@ def recipe(task: str | None, typed: dict, on_cpu: bool = False) -> dict:
     has_other_tower = "vision_model_name_or_path" in typed  # another text model keeps tower and schedule
     defaults = start | {name: values[0 if is_new else 1] for name, values in TRAINING.items()}
     if is_new and not has_other_tower:
-        has_copies = all(Path(folder).is_dir() for folder in COPIES.values())
-        defaults |= {**(COPIES if has_copies else TOWERS), **NEW, "schedule": SCHEDULES[task]}
+        defaults |= {**towers(), **NEW, "schedule": SCHEDULES[task]}
         if on_cpu:
             defaults |= ON_CPU
     if task in GATES and "random" not in typed.get("schedule", ""):  # random scores learn nothing

@@ -39,7 +39,7 @@ def test_answers_draws_and_compares_without_any_option(tmp_path):
         assert result.stdout.count(f"  {question} ") == 1
     assert result.stdout.count(f" {ask.SAME_WEIGHTS}: ") == len(ask.QUESTIONS)
     assert "unpruned: " not in result.stdout
-    assert "0.005 of the tokens after layer 2" in result.stdout
+    assert "1 of 144 patches after layer 2" in result.stdout
     assert result.stdout.count(" times as fast") == 2
     with PIL.Image.open(tmp_path / "outputs/kept_patches.png") as picture:  # the original and a panel per question
         assert picture.width > 1000

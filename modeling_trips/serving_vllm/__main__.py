@@ -34,7 +34,12 @@ def make_command(args: argparse.Namespace, others: list[str], distribution: str)
     settings = ServingSettings(**given)
     if settings.keeps_all:
         raise ValueError("Nothing to select. Set --keep_rate, --visual_tokens or --schedule.")
-    config = AutoConfig.from_pretrained(args.model, trust_remote_code="--trust-remote-code" in others)
+    try:
+        config = AutoConfig.from_pretrained(args.model, trust_remote_code="--trust-remote-code" in others)
+    except OSError as error:
+        if os.path.isdir(args.model):
+            raise
+        raise ValueError(f"The folder {args.model} does not exist, and the Hub gave no such model.") from error
     settings.check_type(config)
     if config.model_type != "internvl_chat":  # no class of Transformers: vLLM checks the numbers when it starts
         with torch.device("meta"):

@@ -12,6 +12,7 @@ from modeling_trips.hosts.vlm.scoring import (
     select_by_cdpruner,
     select_by_divprune,
     select_by_prompt,
+    select_by_visionzip,
     select_by_vispruner,
 )
 
@@ -144,6 +145,29 @@ def test_vispruner_equals_loops(seed):
             num_dropped = min(8, len(rest) - 3, len(first))
             rest = first[num_dropped:] + second
         assert indices == sorted(chosen + rest)
+
+
+@pytest.mark.parametrize("num_kept, num_merged", [(7, 1), (20, 3), (5, 0)])
+def test_visionzip_equals_loops(num_kept, num_merged):
+    generator = torch.Generator().manual_seed(num_kept)
+    tokens = torch.randn(1, 30, 8, generator=generator, dtype=torch.float64)
+    attention = torch.rand(1, 30, generator=generator, dtype=torch.float64)
+    ranked = attention[0].argsort(descending=True).tolist()
+    dominant = ranked[: num_kept - num_merged]
+    others = sorted(ranked[num_kept - num_merged :])
+    targets = others[:: len(others) // max(1, num_merged)][:num_merged]
+    joined = {target: [] for target in targets}
+    for token in sorted({*others} - {*targets}):
+        if targets:
+            joined[max(targets, key=lambda target: cosine_of(tokens[0, token], tokens[0, target]))].append(token)
+    expected = {token: tokens[0, token] for token in dominant}
+    for target, sources in joined.items():
+        mean = tokens[0, sources].mean(dim=0) if sources else 0
+        expected[target] = tokens[0, target] + mean
+    kept, features = select_by_visionzip(tokens, None, None, num_kept, attention)
+    assert sorted(kept[0].tolist()) == sorted(expected)
+    for token, feature in zip(kept[0].tolist(), features[0]):
+        torch.testing.assert_close(feature, expected[token])
 
 
 @pytest.mark.parametrize("keep_rate", [1.0, 0.6, 0.5, 0.1])

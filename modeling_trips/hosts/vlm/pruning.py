@@ -49,11 +49,11 @@ def prune_inputs(
         keep_rate (`float`, *optional*): Share of the visual tokens to keep per image, in (0, 1], instead of a number.
         scorer (`str` or `Callable`, *optional*, defaults to `"divprune"`): `"divprune"` (diversity), `"prompt"`
             (relevance to the prompt, with diversity), `"cdpruner"` (relevance to the prompt and diversity),
-            `"vispruner"` (the tower's attention and diversity), `"random"`, `"pooling"`, `"evs"` (what changes in a
-            video; images stay whole), or a function of the
-            features, the prompt's embeddings (both with one row per image), their mask and the number to keep, which
-            returns positions and features; if it has an argument `attention`, it also gets that of the tower. The
-            prompt is the text after the last image, or all text if none follows, without labels, special tokens and
+            `"vispruner"` (the tower's attention and diversity), `"visionzip"` (the tower's attention, and merged
+            tokens), `"random"`, `"pooling"`, `"evs"` (what changes in a video; images stay whole), or a function of
+            the features, the prompt's embeddings (both with one row per image), their mask and the number to keep,
+            which returns positions and features; if it has an argument `attention`, it also gets that of the tower.
+            The prompt is the text after the last image, or all text if none follows, without labels, special tokens and
             what the processor writes around an image. A scorer that reads it needs the images before the question:
             chat templates add text after an image, which then is the prompt.
 

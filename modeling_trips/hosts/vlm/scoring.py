@@ -192,6 +192,39 @@ def select_by_vispruner(
     return kept, gather_tokens(features, kept)
 
 
+def select_by_visionzip(
+    features: torch.Tensor,
+    prompt: torch.Tensor | None,
+    prompt_mask: torch.Tensor | None,
+    num_kept: int,
+    attention: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Keep tokens that the image attends to, and merge the others into a few of them (VisionZip,
+    https://arxiv.org/abs/2412.04467). The prompt is not read. Of 64 tokens 10 are merged ones, as in the authors'
+    settings. Others are compared and merged after the connector; the authors compare keys and merge before it.
+    """
+    num_merged = 5 * num_kept // 32
+    order = attention.argsort(dim=-1, descending=True)  # (num_images, num_tokens)
+    dominant, others = order.tensor_split([num_kept - num_merged], dim=1)
+    kept_features = gather_tokens(features, dominant)
+    if num_merged == 0:
+        return dominant, kept_features
+    others = others.sort(dim=1).values
+    places = torch.arange(others.shape[1], device=others.device)
+    step = others.shape[1] // num_merged
+    is_target = (places % step == 0) & (places < step * num_merged)
+    targets = others[:, is_target]  # (num_images, num_merged)
+    sources = others[:, ~is_target]
+    directions = unit_vectors(features.detach())
+    cosines = gather_tokens(directions, sources) @ gather_tokens(directions, targets).transpose(1, 2)
+    nearest = nn.functional.one_hot(cosines.argmax(dim=-1), num_merged)  # (num_images, num_sources, num_merged)
+    nearest = nearest.transpose(1, 2).to(features.dtype)
+    counts = nearest.sum(dim=-1, keepdim=True).clamp(min=1)
+    merged = gather_tokens(features, targets) + nearest @ gather_tokens(features, sources) / counts
+    return torch.cat([dominant, targets], dim=1), torch.cat([kept_features, merged], dim=1)
+
+
 def keep_changes(video: torch.Tensor, keep_rate: float) -> torch.Tensor:
     """
     Return a mask of a video's tokens that change: EVS (https://arxiv.org/abs/2510.14624), `(num_steps, num_tokens,
@@ -268,6 +301,7 @@ SCORERS: dict[str, Scorer] = {
     "prompt": select_by_prompt,
     "cdpruner": select_by_cdpruner,
     "vispruner": select_by_vispruner,
+    "visionzip": select_by_visionzip,
     "random": select_at_random,
     "pooling": pool,
 }

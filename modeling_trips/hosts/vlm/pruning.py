@@ -53,9 +53,9 @@ def prune_inputs(
             tokens), `"random"`, `"pooling"`, `"evs"` (what changes in a video; images stay whole), or a function of
             the features, the prompt's embeddings (both with one row per image), their mask and the number to keep,
             which returns positions and features; if it has an argument `attention`, it also gets that of the tower.
-            The prompt is the text after the last image, or all text if none follows, without labels, special tokens and
-            what the processor writes around an image. A scorer that reads it needs the images before the question:
-            chat templates add text after an image, which then is the prompt.
+            The prompt is the text after the last image, or all text if none follows, without labels, special tokens
+            and what the processor writes around an image. A scorer that reads it needs the images before the
+            question: chat templates add text after an image, which then is the prompt.
 
     Returns:
         `dict`: The inputs with shorter sequences, and `mm_encoder_outputs` instead of images and videos. Inputs

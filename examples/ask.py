@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trips_examples.data.source import option
-from trips_examples.training.checks import check_model
 from trips_examples.training.options import make_parser, run_script
 
 
@@ -33,10 +32,9 @@ class AskArguments:
     picture: str = option("outputs/kept_patches.png", "Drawing of the kept patches.")
 
     def check_files(self):
-        """Raise an `OSError` for an image or a model that is not there."""
+        """Raise an `OSError` for an image that is not there."""
         if "://" not in self.image and not Path(self.image).is_file():
             raise FileNotFoundError(f"--image {self.image}: there is no such file.")
-        check_model("--model", self.model)
 
 
 OPTIONS = make_parser(AskArguments, description=__doc__, script=__name__)

@@ -43,6 +43,7 @@ from trips_examples.data.images import (
     without_decoding,
 )
 from trips_examples.data.loading import check_fit, load_task_dataset
+from trips_examples.data.printing import visible
 from trips_examples.data.tasks import SHOWN, TASKS, Fault, Task
 from trips_examples.metrics.diagnostics import unwritable_texts
 from trips_examples.metrics.vqa_accuracy import normalize_answer
@@ -140,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     args, model_args, data_args = OPTIONS.parse_args_into_dataclasses(args=argv)
     faults, notes = check(args.task, model_args, data_args)
     for line in [*report(faults), *notes]:
-        print(line)
+        print(visible(line))
     if not faults:
         print("No bad rows found.")
     return 1 if faults else 0

@@ -58,6 +58,7 @@ from tqdm.auto import tqdm
 
 from modeling_trips import TripsProcessor
 from trips_examples.data.images import decode_untrusted_image, path_or_bytes
+from trips_examples.data.printing import visible
 from trips_examples.data.streams import hub_shards
 from trips_examples.data.tasks import BadRowError
 from trips_examples.indexing import table as tables
@@ -145,7 +146,7 @@ def main(argv: list[str] | None = None):
         outcome = tables.build_index(table, args.index_from)
         broken = table.to_table(columns=["source", "error"], filter="error IS NOT NULL").to_pylist()
     for row in broken[:NAMED]:
-        print(f"{row['source']}: {row['error']}")
+        print(visible(f"{row['source']}: {row['error']}"))
     faults = Counter(row["error"].partition(" (")[0] for row in broken)
     num_usable = table.count_rows() - faults.total()
     reasons = ", ".join(f"{reason}: {count}" for reason, count in faults.most_common())

@@ -16,7 +16,6 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from trips_examples.data.source import option
-from trips_examples.training.checks import check_model
 from trips_examples.training.options import make_parser, run_script
 
 
@@ -52,12 +51,11 @@ class PredictArguments:
         return Path(f"{self.output}.parts")
 
     def check_files(self):
-        """Raise an `OSError` for an output that exists, or a model or file that does not."""
+        """Raise an `OSError` for an output that exists, or a file that does not."""
         if Path(self.output).exists() and not self.parts.exists():
             raise FileExistsError(f"--output {self.output} exists. Give another name, or delete it.")
         if self.questions_file and not Path(self.questions_file).is_file():
             raise FileNotFoundError(f"--questions_file {self.questions_file}: there is no such file.")
-        check_model("--model", self.model)
 
 
 OPTIONS = make_parser(PredictArguments, description=__doc__, script=__name__)

@@ -11,6 +11,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from trips_examples.data.source import option
+from trips_examples.training.checks import why_offline
 from trips_examples.training.options import make_parser, run_script
 
 
@@ -34,6 +35,11 @@ class PublishArguments:
     def __post_init__(self):
         if self.repo_id.count("/") != 1:
             raise ValueError(f"--repo_id {self.repo_id}: give the owner and the name, as in ada/trips-scenes.")
+
+    def check_files(self):
+        """Raise an `OSError` if the Hub is to be written to and does not answer."""
+        if not self.dry_run and why_offline():
+            raise OSError(f"--repo_id {self.repo_id}: {why_offline()}. --dry_run --output_dir writes the files here.")
 
 
 OPTIONS = make_parser(PublishArguments, description=__doc__, script=__name__)

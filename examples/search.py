@@ -41,6 +41,7 @@ import transformers
 
 from modeling_trips.inspection.files import whole_file
 from trips_examples.data.images import decode_image
+from trips_examples.data.printing import visible
 from trips_examples.indexing.finding import Finder
 from trips_examples.training.files import write_json
 from trips_examples.training.pictures import SIDE, sheet
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None):
             }
             rows.append(row)
             match = "" if each.match is None else f"score {each.score:6.2f}, match {each.match:6.1%}, "
-            print(f"{rank:>4}  {match}similarity {each.similarity:.3f}  {each.source}")
+            print(f"{rank:>4}  {match}similarity {each.similarity:.3f}  {visible(each.source)}")
             picture = drawn.get(each.source)
             if picture is not None:
                 picture.thumbnail((SIDE, SIDE))

@@ -1,5 +1,6 @@
 """Import paths, number of threads (tiny models are slower with two), and seed of all tests."""
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -34,6 +35,16 @@ torch.set_num_threads(1)
 collect_ignore = ["docs", "export"]
 if Version(transformers.__version__) >= Version("5.24"):
     collect_ignore = []
+
+
+@pytest.fixture(autouse=True, scope="session")
+def folder_of_their_own(tmp_path_factory):
+    """Run the tests in a folder that has the project's, and nothing that a user made in the checkout, as `towers`."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("benchmarks", "docs", "examples", "serving", "tests"):
+        (folder / name).symlink_to(ROOT / name)
+    with contextlib.chdir(folder):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -23,6 +23,7 @@ from torch.utils.data import get_worker_info
 from modeling_trips import TripsProcessor
 from trips_examples.data.images import decode_image, path_or_bytes, without_decoding
 from trips_examples.data.loading import check_length
+from trips_examples.data.printing import printable
 from trips_examples.data.records import IMAGE_SUFFIXES, parsed_record, read_records
 from trips_examples.data.tasks import (
     BadRowError,
@@ -31,7 +32,6 @@ from trips_examples.data.tasks import (
     filled_text,
     is_missing,
     list_of,
-    printable,
     text_of,
 )
 

@@ -11,15 +11,13 @@ from typing import Any
 
 from datasets import Features, Image, Sequence, Value
 
+from trips_examples.data.printing import printable, shortened, visible
+
 
 logger = logging.getLogger(__name__)
 
 SHOWN = 5  # faults that an error names
-
-
-def printable(text: str) -> str:
-    """Return a text with lone surrogates, which cannot be encoded, escaped as `\\ud800`."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+MAX_CHARACTERS = 100_000  # of a text. A tokenizer takes hundreds of times its memory before it can be measured
 
 
 class BadRowError(ValueError):
@@ -27,7 +25,7 @@ class BadRowError(ValueError):
 
     def __init__(self, reason: str, detail: str = ""):
         self.reason = reason
-        self.detail = printable(detail)
+        self.detail = shortened(printable(detail))
         super().__init__(f"{self.reason} ({self.detail})" if detail else reason)
 
 
@@ -44,7 +42,7 @@ class Fault:
         return str(BadRowError(self.reason, self.detail))
 
     def __str__(self) -> str:
-        return f"{self.source}: {self.error}"
+        return visible(f"{self.source}: {self.error}")
 
 
 def settle(faults: list[Fault], name: str, total: int, skip: bool):
@@ -85,6 +83,8 @@ def text_of(value: Any, column: str) -> str:
     text = str(value).strip()
     if text != printable(text):
         raise BadRowError(f"{column} is not valid Unicode", f"{reprlib.repr(text)} has half of a surrogate pair")
+    if len(text) > MAX_CHARACTERS:
+        raise BadRowError(f"{column} is too long", f"{len(text):,} characters, more than {MAX_CHARACTERS:,}")
     return text if any(character.isprintable() and not character.isspace() for character in text) else ""
 
 
@@ -105,7 +105,7 @@ def list_of(value: Any, column: str) -> list:
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadRowError(f"{column} is not a JSON list", f"{reprlib.repr(value)}: {error}") from error
     elif isinstance(value, str):
         value = [text for text in value.split("|") if text.strip()]

@@ -12,6 +12,7 @@ import torch
 
 from modeling_trips.inspection import draw_kept_patches
 from trips_examples.data.images import DecodedImages, check_image, decode_untrusted_image, path_or_bytes
+from trips_examples.data.printing import visible
 from trips_examples.data.tasks import BadRowError
 from trips_examples.indexing.table import fingerprint_of, load_model, open_table
 from trips_examples.metrics.retrieval import RetrievalEvaluator, TextIndex
@@ -109,7 +110,7 @@ class Finder:
                 check_image(image, self.processor.patch_size, decode=False)
             except BadRowError as error:
                 faults.add(source)
-                logger.warning(f"Left out {source}: {error}.")
+                logger.warning(visible(f"Left out {source}: {error}."))
         return [[each for each in row if each.source not in faults] for row in found]
 
     @torch.inference_mode()

@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 from huggingface_hub.utils import chunk_iterable
 
+from trips_examples.data.printing import printable
 from trips_examples.data.streams import IMAGE_SUFFIXES, FileShard, HubShard, TarShard, encoded_image, find_shards
-from trips_examples.data.tasks import SHOWN, BadRowError, Fault, printable
+from trips_examples.data.tasks import SHOWN, BadRowError, Fault
 
 
 logger = logging.getLogger(__name__)

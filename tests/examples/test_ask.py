@@ -7,7 +7,7 @@ import sys
 import PIL.Image
 import pytest
 import torch
-from places import EXAMPLES, ROOT
+from places import EXAMPLES
 from programs import add_fake_ghostscript
 
 from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsForVisualGrounding, TripsProcessor
@@ -84,8 +84,7 @@ def test_the_shipped_checkpoint_is_small_and_holds_no_code():
         assert "auto_map" not in path.read_text()
 
 
-def test_the_code_of_its_card_loads_it_whole_in_float32(monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_the_code_of_its_card_loads_it_whole_in_float32():
     (block,) = (ask.CHECKPOINT / "README.md").read_text().split("```python\n")[1:]
     namespace = {}
     exec(compile(block.split("```")[0], "README.md", "exec"), namespace)

@@ -204,3 +204,25 @@ def test_a_file_that_cannot_be_read_ends_a_script_in_one_line(tmp_path):
         assert ended.code == 1, command
         assert word in ended.message, command
         assert ended.message.count("\n") == 0
+
+
+@pytest.mark.slow
+def test_values_of_rows_do_not_reach_the_terminal_as_they_are(folder):
+    row = {"image": "a.png", "question": "what?", "answer": "red"}
+    values = [
+        {"image": "\x1b[2J\x1b]0;owned\x07.png"},
+        {"image": "a\ntrain.jsonl row 9: no question.png"},
+        {"image": "x" * 10_000_000},
+        {"question": "x " * 20_000_000},
+        {"answer": "[" * 100_000},
+    ]
+    file = write(folder / "t\x1b[31m.jsonl", [{**row, **value} for value in values])
+    (folder / "deep.csv").write_text(f"image,question,answers\na.png,what?,{'[' * 100_000}\n")
+    files = [file, folder / "deep.csv"]
+    rows, deep = run_scripts([["check_data", "--task=vqa", "--preset=tiny", f"--train_file={name}"] for name in files])
+    assert all(line.isprintable() for line in rows.printed.splitlines())
+    assert len(rows.printed) < 5000
+    for number in range(1, 6):
+        assert rows.printed.count(f"row {number}: ") == 1
+    assert "deep.csv row 1: answers is not a JSON list" in deep.printed
+    assert (rows.code, deep.code) == (1, 1)

@@ -65,8 +65,9 @@ _CUT = [f"cut.{suffix}" for suffix in ("png", "jpg", "webp", "gif", "tiff")]
 _IMAGES = {
     "no image": [None, ""],
     "image is not text": [{"url": "x"}],
-    "missing image": ["none.png", {"bytes": None, "path": "none.png"}],
+    "missing image": ["none.png", "\x1b[2J.png", {"bytes": None, "path": "none.png"}],
     "not a regular file": ["folder.png"],
+    "image is too long": ["x" * 1_000_000],
     "unreadable image": ["nul\0.png", "text.png", "flipped.png", *_CUT],
     "image smaller than a patch": ["banner.png"],
     "image without a fixed range of grey values": ["mode_f.tiff"],
@@ -84,6 +85,7 @@ def _bad_texts(task: str) -> list[BadRow]:
         (True, f"{name} is not text", "reading"),
         ({"0": "a"}, f"{name} is not text", "reading"),
         ("half a \ud83d", f"{name} is not valid Unicode", "reading"),
+        ("red " * 30_000, f"{name} is too long", "reading"),
         ("\ufffd", f"{text} without tokens", "tokenizer"),
         ("red " * 63, "more than 64 tokens", "tokenizer"),
     ]
@@ -98,6 +100,7 @@ _OF_TASK = {
         BadRow({**_QUESTION, "answer": [" ", ""]}, "no answer"),
         BadRow({**_QUESTION, "answers": [["red"]]}, "an answer is not text"),
         BadRow({**_QUESTION, "answers": "['red']"}, "answers is not a JSON list"),
+        BadRow({**_QUESTION, "answers": "[" * 50_000}, "answers is not a JSON list"),
         BadRow({**_QUESTION, "answers": ["red", "\ufffd"]}, "answers without tokens", "tokenizer"),
         BadRow({**_QUESTION, "answers": ["red", "red " * 64]}, "more than 64 tokens", "tokenizer"),
         BadRow({**_QUESTION, "question_id": {"a": 1}}, "question_id is not text"),

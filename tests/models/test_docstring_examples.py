@@ -4,7 +4,6 @@ import doctest
 import re
 
 import pytest
-from places import ROOT
 
 from modeling_trips import TripsConfig
 from modeling_trips.registration_trips import MODELS
@@ -15,8 +14,7 @@ FENCE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
 @pytest.mark.parametrize("model_class", sorted(HEADS, key=str))
-def test_the_example_of_each_head_runs(model_class, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_the_example_of_each_head_runs(model_class):
     examples = FENCE.findall(model_class.forward.__doc__)
     assert examples
     for code in examples:

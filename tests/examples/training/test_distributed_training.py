@@ -36,7 +36,6 @@ def launch(name: str, *command: str, python: str | Path = sys.executable) -> str
     options = [f"--config_file={CONFIGS / name}.yaml", "--num_processes=2", "--main_process_port=0"]
     result = subprocess.run(
         [python, "-m", "accelerate.commands.launch", *options, *shim, *command],
-        cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -3,21 +3,23 @@
 import contextlib
 import io
 import os
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from places import ROOT
+from huggingface_hub import constants
 
 from modeling_trips import TripsConfig
 from trips_examples.data.busy_scenes import busy_records
 from trips_examples.data.tasks import TASKS
 from trips_examples.data.vocabulary import BUNDLED_WORDS, train_tokenizer
-from trips_examples.training.checks import check_schedule
+from trips_examples.training.checks import check_schedule, why_offline
 from trips_examples.training.options import (
     DataArguments,
     ModelArguments,
@@ -132,7 +134,8 @@ def test_a_full_disk_is_named_in_one_line(write):
 
 
 HUB = "http://127.0.0.1:9"  # nobody answers there
-OWN = "--train_file=examples/scene.png"
+ROWS = "examples/scene.png"
+OWN = f"--train_file={ROWS}"
 WRONG = {  # options, and what the error names
     "--schedule=2:text:a_half": "2:text:a_half",
     "--schedule=6:text:1.2.3": "--schedule 6:text:1.2.3",
@@ -164,17 +167,48 @@ def test_help_imports_nothing_heavy(script):
     assert "--schedule" in answer_of(script, "--help", 0)
 
 
+WITHOUT_HUB = {  # scripts and options that need the Hub
+    "ask": "--model=nope/model",
+    "app": "--model=nope/model",
+    "check_data": "--task=vqa --preset=tiny --dataset_name=nope/data",
+    "convert_checkpoint": "--checkpoint=nope/model --output_dir=nowhere",
+    "evaluate_vlm": f"--model=nope/model --validation_file={ROWS}",
+    "index_images": "--model=nope/model --images=. --table=nowhere.lance",
+    "predict": "--model=nope/model --images=. --questions=what? --output=nowhere.csv",
+    "push_to_hub": "--model=examples/trips-tiny-scenes --repo_id=ada/scenes",
+    "run_vqa": "--preset=tiny --dataset_name=nope/data",
+    "run_pretraining": "--preset=tiny --dataset_name=nope/data",
+    "search": "--model=nope/model --table=nowhere.lance --text=dog",
+    "train_guide": "--model=nope/model",
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("options", "word"), [("--image=nowhere.png", "nowhere.png"), ("--model=nope/model", HUB)])
-def test_a_question_without_image_or_model_is_refused_at_once(options, word):
-    assert word in answer_of("ask", options, 2)
+def test_a_question_without_image_is_refused_at_once():
+    assert "nowhere.png" in answer_of("ask", "--image=nowhere.png", 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", WITHOUT_HUB)
+def test_without_the_hub_a_script_ends_at_once(script):
+    assert HUB in answer_of(script, WITHOUT_HUB[script], 2)
+
+
+@pytest.mark.slow
+def test_a_hub_that_accepts_and_does_not_answer(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        start = time.monotonic()
+        assert constants.ENDPOINT in why_offline.__wrapped__()
+        assert time.monotonic() - start < 10
 
 
 def answer_of(script: str, options: str, code: int) -> str:
     """Run a script that does not import what is slow, and return what it prints: one line, if it fails."""
     command = [sys.executable, "-X", "importtime", "-m", f"trips_examples.{script}", *options.split()]
     environment = {**os.environ, "HF_ENDPOINT": HUB, "HF_HUB_OFFLINE": "0"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == code, result.stderr[-2000:]
     imported = set()
     errors = []

@@ -1,10 +1,15 @@
 """int8 by torchao and LoRA adapters by PEFT, which replace the linear layers of selection."""
 
+import re
+import subprocess
+from importlib.util import find_spec
+
 import pytest
 import torch
+from clean_environment import make_environment
 from peft import LoraConfig, PeftModel, get_peft_model
+from places import ROOT
 from tiny_models import CASES, assert_same_outputs, kept_by, loss_of, main_output, share_of_kept
-from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 from transformers import TorchAoConfig
 
 
@@ -12,9 +17,24 @@ from transformers import TorchAoConfig
 each_form = pytest.mark.parametrize("case", [*CASES[:2], *CASES[-2:]], ids=str)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("torchao") is not None, reason="the tests of int8 run here")
+def test_int8_in_an_environment_with_torchao():
+    """Where torchao is installed, every import of Transformers' trainer prints warnings about it."""
+    python = make_environment(ROOT / "build" / "torchao", ["torchao>=0.15"], exclude_project=False)
+    command = [python, "-m", "pytest", "-n", "0", "-k", "int8_is_close", __file__]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+    assert re.search(r"\b4 passed\b", result.stdout)
+    assert "skipped" not in result.stdout
+
+
+@pytest.mark.skipif(find_spec("torchao") is None, reason="runs in an environment of its own")
 @each_form
 @torch.no_grad()
 def test_int8_is_close_and_its_checkpoint_is_smaller_and_gives_the_same(case, tmp_path):
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+
     model = case.make_model()
     model.save_pretrained(tmp_path / "float32")
     quantization_config = TorchAoConfig(Int8DynamicActivationInt8WeightConfig())

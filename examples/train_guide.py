@@ -3,13 +3,11 @@ Train a TextGuide: the prompt scores the patches inside the vision tower of a fr
 
     accelerate launch examples/train_guide.py --model llava-hf/llava-1.5-7b-hf --layer 8 \
         --train_file train.jsonl --validation_file val.jsonl --image_root images --output_dir guide
-    python examples/train_guide.py ... --teacher answers   # data without regions, or --teacher attention
 
 Rows have the columns image, question, answer and region, as for run_vqa.py. With `--teacher regions`, the guide learns
 from the region that a question is about; with `--teacher relevance`, from what each visual token takes off the loss of
-the unpruned model's answer; with `--teacher attention`, from the attention of that answer; with `--teacher answers`,
-from the loss of the pruned model's answer. Rows without a region, and regions outside the processor's crop, are
-counted. The output folder gets the guide alone.
+the unpruned model's answer. Rows that teach nothing are counted: those without a region or with one outside the
+processor's crop, and those without a relevant token. The output folder gets the guide alone.
 """
 
 from dataclasses import MISSING, dataclass
@@ -18,22 +16,30 @@ from trips_examples.data.source import option
 from trips_examples.training.options import DataArguments, RunOptions, make_parser, run_script
 
 
-TEACHERS = ("regions", "relevance", "attention", "answers")
+# Share of the targets in the kept patches, by teacher.
+RECALLS = {"regions": "region_recall", "relevance": "relevance_recall"}
+# Why a row teaches nothing.
+UNUSED = {
+    "regions": "have a region that the processor crops away",
+    "relevance": "have no visual token that takes off the loss of the answer",
+}
 
 
 @dataclass
 class GuideArguments:
     model: str = option(MISSING, "The vision-language model, with its processor.")
     layer: int = option(2, "Tower layer that selects, from 1.")
-    keep_rate: float = option(0.11, "Keep rate of the evaluation, and of --teacher answers in training.")
-    teacher: str = option("regions", "What the guide learns from.", choices=TEACHERS)
-    selection_gate: float = option(0.2, "Share of the dropped patches that --teacher answers runs, in (0, 1].")
+    keep_rate: float = option(0.11, "Keep rate of the evaluation, in (0, 1].")
+    teacher: str | None = option(
+        None,
+        "What the guide learns from, by default regions if the rows have them, otherwise relevance.",
+        choices=[*RECALLS],
+    )
     dtype: str = option("auto", "Data type of the frozen model.")
 
     def __post_init__(self):
-        for name in ("keep_rate", "selection_gate"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"--{name} must be in (0, 1], got {getattr(self, name)}.")
+        if not 0 < self.keep_rate <= 1:
+            raise ValueError(f"--keep_rate must be in (0, 1], got {self.keep_rate}.")
 
 
 OPTIONS = make_parser(
@@ -65,13 +71,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PaliGemmaProcessor, PreTrainedModel, ProcessorMixin
 
-from modeling_trips.hosts import TextGuide, apply_patch_selection, remove_patch_selection
+from modeling_trips.hosts import TextGuide, apply_patch_selection
 from modeling_trips.hosts.vlm.supervision import (
-    answer_losses,
     guided_selection,
     region_masks,
     rows_of_images,
-    targets_of_attention,
     targets_of_masks,
     targets_of_relevance,
 )
@@ -109,15 +113,14 @@ class GuideCollator:
     def __call__(self, rows: list[dict]) -> dict:
         images = [read_image(row) for row in rows]
         questions = [row["question"] for row in rows]
-        regions = [row["region"] for row in rows]
         sources = [row["source"] for row in rows]
         inputs = self.encode(images, questions)
         batch: dict[str, Any] = {"sources": sources, "inputs": inputs}
-        if self.teacher in ("regions", "answers") and any(region is not None for region in regions):
-            batch["masks"] = self.encode(region_masks(images, regions), questions)
-            black_images = [PIL.Image.new("RGB", image.size) for image in images]
-            batch["blanks"] = self.encode(black_images, questions)
         if self.teacher == "regions":
+            regions = [row["region"] for row in rows]
+            black_images = [PIL.Image.new("RGB", image.size) for image in images]
+            batch["masks"] = self.encode(region_masks(images, regions), questions)
+            batch["blanks"] = self.encode(black_images, questions)
             return batch
         answers = [row["answers"][0] for row in rows]
         answered = self.encode_answered(images, questions, answers)
@@ -155,54 +158,31 @@ class GuidedModel(nn.Module):
         self, inputs: dict, masks=None, blanks=None, answered=None, num_answer_tokens=None
     ) -> dict[str, torch.Tensor]:
         """
-        Return `loss`, the mean over the answers, or over the images (or tiles) that have a target, and `sums`, `(6,)`:
-        of the losses, their number, of the kept shares of the targets, and the numbers of images with a target, of
-        rows left out without one and of all rows.
+        Return `loss`, the mean over the images (or tiles) that have a target, and `sums`, `(5,)`: of their losses, of
+        the kept shares of their targets, and the numbers of these images, of rows with one and of rows without.
         """
         (model,) = self.frozen
-        targets = None
-        if masks is not None:
-            targets = targets_of_masks(model, masks, blanks)
-        elif self.args.teacher == "relevance":
-            targets = targets_of_relevance(model, answered, num_answer_tokens)
-        elif self.args.teacher == "attention":
-            remove_patch_selection(model)
-            targets = targets_of_attention(model, answered, num_answer_tokens)
         apply_patch_selection(model, f"{self.args.layer}:text:{self.args.keep_rate}", guide=self.guide)
-        if self.args.teacher == "answers":
-            probe_share = self.args.selection_gate if torch.is_grad_enabled() else 0.0
-            losses, selection = answer_losses(model, answered, num_answer_tokens, probe_share)
-            if targets is None:
-                targets = torch.zeros_like(selection.scores)
-            is_counted = torch.ones_like(losses, dtype=torch.bool)  # (num_texts,)
-            is_used = is_counted
+        selection = guided_selection(model, inputs)
+        if self.args.teacher == "regions":
+            targets = targets_of_masks(model, masks, blanks)
+            losses = selection_loss(selection.scores, selection.candidate_indices, targets)
         else:
-            selection = guided_selection(model, inputs)
-            if self.args.teacher == "relevance":
-                shares = targets_of_candidates(targets, selection.candidate_indices)
-                losses = -(shares * log_scores(selection.scores)).sum(dim=-1)
-            else:
-                losses = selection_loss(selection.scores, selection.candidate_indices, targets)
-            is_counted = targets.sum(dim=-1) > 0  # (num_images,)
-            # A row is used if one of its images has a target.
-            rows = torch.tensor(rows_of_images(model, inputs), device=targets.device)
-            num_targets = targets.new_zeros(len(inputs["input_ids"]))
-            num_targets = num_targets.index_add(0, rows, is_counted.to(targets.dtype))
-            is_used = num_targets > 0  # (num_texts,)
-        loss = (losses * is_counted).sum()
-        num_losses = is_counted.sum()
+            targets = targets_of_relevance(model, answered, num_answer_tokens)
+            shares = targets_of_candidates(targets, selection.candidate_indices)
+            losses = -(shares * log_scores(selection.scores)).sum(dim=-1)
+        has_target = targets.sum(dim=-1) > 0  # (num_images,)
+        # A row is used if one of its images has a target.
+        rows = torch.tensor(rows_of_images(model, inputs), device=targets.device)
+        num_targets = targets.new_zeros(len(inputs["input_ids"]))
+        num_targets = num_targets.index_add(0, rows, has_target.to(targets.dtype))
+        is_used = num_targets > 0  # (num_rows,)
+        loss = (losses * has_target).sum()
+        num_images = has_target.sum()
         recalls = targets_of_candidates(targets, selection.kept_indices).sum(dim=-1)
-        has_target = targets.sum(dim=-1) > 0
-        sums = (
-            loss,
-            num_losses,
-            recalls.sum(),
-            has_target.sum(),
-            (~is_used).sum(),
-            torch.tensor(len(is_used)),
-        )
-        sums = torch.stack([value.detach().float().to(loss.device) for value in sums])
-        return {"loss": loss / num_losses.clamp(min=1), "sums": sums}
+        sums = (loss, recalls.sum(), num_images, is_used.sum(), (~is_used).sum())
+        sums = torch.stack([value.detach().float() for value in sums])
+        return {"loss": loss / num_images.clamp(min=1), "sums": sums}
 
 
 class GuideTrainer(FiniteTrainer):
@@ -210,7 +190,7 @@ class GuideTrainer(FiniteTrainer):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.sums = torch.zeros(6, device=self.args.device)
+        self.sums = torch.zeros(5, device=self.args.device)
 
     def compute_loss(self, model, inputs, **kwargs):
         outputs = model(**inputs)
@@ -236,15 +216,15 @@ class GuideTrainer(FiniteTrainer):
         return metrics
 
     def results(self, stage: str, sums: torch.Tensor) -> dict[str, float]:
-        """Return the metrics of all processes; only numbers without a target. Warn of regions that are cropped."""
-        loss, number, recall, images, cropped, rows = self.accelerator.reduce(sums, "sum").tolist()
-        if cropped and self.args.should_log:
-            logger.warning("%s: the processor crops away the regions of %d of the %d rows.", stage, cropped, rows)
-        metrics: dict[str, float] = {f"{stage}_samples": int(rows - cropped), f"{stage}_cropped": int(cropped)}
-        if number:
-            metrics[f"{stage}_loss"] = loss / number
-        if images:
-            metrics[f"{stage}_region_recall"] = recall / images
+        """Return the metrics of all processes; only numbers without a target. Warn of rows that teach nothing."""
+        loss, recall, num_images, num_used, num_unused = self.accelerator.reduce(sums, "sum").tolist()
+        teacher = self.model.args.teacher
+        if num_unused and self.args.should_log:
+            logger.warning("%s: %d of the %d rows %s.", stage, num_unused, num_used + num_unused, UNUSED[teacher])
+        metrics: dict[str, float] = {f"{stage}_samples": int(num_used), f"{stage}_unused": int(num_unused)}
+        if num_images:
+            metrics[f"{stage}_loss"] = loss / num_images
+            metrics[f"{stage}_{RECALLS[teacher]}"] = recall / num_images
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict=None):
@@ -283,10 +263,8 @@ def facts_of(args, data_args, training_args, data, model) -> dict:
         "data": f"{source} ({fingerprint})",
         "teacher": args.teacher,
         "keep rate": args.keep_rate,
+        "processes": training_args.world_size,
     }
-    if args.teacher == "answers":
-        facts["selection gate"] = args.selection_gate
-    facts["processes"] = training_args.world_size
     for name, value in training_args.to_dict().items():
         if name in SETTINGS:
             facts[name] = value
@@ -297,7 +275,7 @@ def rows_with_region(split: str, rows: Dataset) -> Dataset:
     """Leave out rows without a region, with a warning. Raise a `ValueError` if there are no others."""
     known = [row for row, region in enumerate(column_of(rows, "region")) if region is not None]
     if not known:
-        raise ValueError(f"No row of the {split} split has a region. Use --teacher attention or answers.")
+        raise ValueError(f"No row of the {split} split has a region. Use --teacher relevance.")
     num_missing = len(rows) - len(known)
     if num_missing and PartialState().is_main_process:
         logger.warning("Left out %d of the %d rows of %s, which have no region.", num_missing, len(rows), split)
@@ -307,6 +285,10 @@ def rows_with_region(split: str, rows: Dataset) -> Dataset:
 def main(argv: list[str] | None = None) -> dict[str, float]:
     args, data_args, training_args = parse_arguments(OPTIONS, argv)
     data = load_data("vqa", data_args, training_args)
+    if args.teacher is None:
+        regions = column_of(next(iter(data.values())), "region")
+        has_regions = any(region is not None for region in regions)
+        args.teacher = "regions" if has_regions else "relevance"
     if args.teacher == "regions":
         for split, rows in data.items():
             data[split] = rows_with_region(split, rows)

@@ -21,6 +21,7 @@ SCORES = {
     "r_mean": "mean recall",
     "features_r_mean": "mean recall of the features",
     "region_recall": "region recall",
+    "relevance_recall": "relevance recall",
 }
 SPLITS = {"eval": "Validation", "test": "Test"}
 

@@ -8,14 +8,7 @@ import torch
 from torch import nn
 
 from ..modeling_trips_vision import TripsSelection
-from ..patch_selection import (
-    FUSED_TOKEN,
-    KeyInfo,
-    TokenChoice,
-    TokenSelector,
-    random_scores,
-    score_tokens,
-)
+from ..patch_selection import FUSED_TOKEN, TokenSelector, random_scores, score_tokens
 from ..schedule_trips import LayerSelection
 
 
@@ -189,8 +182,6 @@ class SelectionPass:
         self.wants_attention = False
         self.attention: torch.Tensor | list[torch.Tensor] | None = None
         self.selector = TokenSelector()
-        # In training with a gate: what attention needs to know about the tokens after the selection.
-        self.key_info = KeyInfo()
 
     def record(self, layer: int, kept: torch.Tensor, candidates: torch.Tensor, scores: torch.Tensor):
         self.kept[layer] = kept
@@ -309,8 +300,6 @@ class SelectionLayer(ModuleWrapper):
         is_image = shorten_mask(current.is_image, before, self.unit)
         scores = self.score_units(normed, query, is_image, is_whole)  # (num_images, num_candidates)
         choice = selector.choose(scores, self.selection.keep_rate)
-        if choice.probed is not None:
-            choice, current.key_info = self.in_order(choice)
         num_candidates = scores.shape[1]
         if is_whole:
             candidates = torch.arange(num_candidates, device=scores.device).expand(scores.shape)
@@ -327,24 +316,6 @@ class SelectionLayer(ModuleWrapper):
         units = selector.shorten(units, scores, choice, self.fuse)  # (num_images, num_kept, unit ** 2 * hidden_size)
         patches = units.unflatten(2, (self.unit**2, -1))
         return torch.cat([prefix, patches.flatten(1, 2)], dim=1)
-
-    def in_order(self, choice: TokenChoice) -> tuple[TokenChoice, KeyInfo]:
-        """Return kept and probed units as kept ones in order, as a grid needs them, and the gate of their tokens."""
-        running = torch.cat([choice.kept, choice.probed], dim=1)
-        running, order = running.sort(dim=1)
-
-        def token_values(values_of_units: torch.Tensor, value_of_prefix: float) -> torch.Tensor:
-            values = values_of_units.repeat_interleave(self.unit**2, dim=1)
-            return nn.functional.pad(values, (self.num_prefix_tokens, 0), value=value_of_prefix)
-
-        num_kept = choice.kept.shape[1]
-        is_probed = order >= num_kept
-        gate = choice.gate.gather(1, order)
-        key_info = KeyInfo(
-            gate=token_values(gate, 1.0),
-            is_probed=token_values(is_probed, False),
-        )
-        return TokenChoice(running), key_info
 
     def attention_to_units(self, current: SelectionPass, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the scores of all units of the grid, `(num_images, num_units)`, 0 for those dropped before."""

@@ -1,8 +1,9 @@
-"""`examples/train_guide.py` on a tiny LLaVA: its files, resuming, its teachers, lost rows, bad options."""
+"""`examples/train_guide.py` on a tiny LLaVA: its files, resuming, teachers, rows that teach nothing, bad options."""
 
 import json
 import logging
 import random
+from functools import partial
 from pathlib import Path
 
 import PIL.Image
@@ -74,7 +75,7 @@ def test_learns_the_regions(options, model_folder, tmp_path, caplog):
         metrics = train_guide.main(options("--max_steps=60", "--learning_rate=0.03"))
     assert "1 of the 16 rows" in caplog.text  # without a region
     assert metrics["eval_samples"] == 15
-    assert metrics["eval_cropped"] == 0
+    assert metrics["eval_unused"] == 0
     assert metrics["eval_region_recall"] > 0.65  # 0.5 at random
     guide = TextGuide.from_pretrained(tmp_path / "guide")
     assert guide(torch.randn(1, 3, 32), torch.ones(1, 3, dtype=torch.bool)).shape == (1, 4, 8)
@@ -88,8 +89,10 @@ def test_learns_the_regions(options, model_folder, tmp_path, caplog):
     assert again["eval_region_recall"] == pytest.approx(metrics["eval_region_recall"], abs=0.02)
 
 
-def test_an_interrupted_training_resumes(options, rows, tmp_path, monkeypatch):
+@pytest.mark.parametrize("teacher", ["regions", "relevance"])
+def test_an_interrupted_training_resumes(options, rows, tmp_path, monkeypatch, teacher):
     """It ends with the weights of an uninterrupted one. Other options and an old guide are refused."""
+    options = partial(options, f"--teacher={teacher}")
     train_guide.main(options(folder="whole"))
     compute_loss = train_guide.GuideTrainer.compute_loss
 
@@ -115,28 +118,17 @@ def test_an_interrupted_training_resumes(options, rows, tmp_path, monkeypatch):
         assert weights_of(tmp_path / "guide") == weights_of(tmp_path / "whole")
 
 
-def test_learns_from_relevance(options):
-    metrics = train_guide.main(options("--teacher=relevance", "--max_steps=3"))
-    assert 0 < metrics["eval_samples"] <= 16
-    assert 0 < metrics["eval_region_recall"] <= 1
-
-
-def test_learns_from_attention(options):
-    metrics = train_guide.main(options("--teacher=attention", "--max_steps=3"))
-    assert metrics["eval_samples"] == 16
-    assert 0 < metrics["eval_region_recall"] <= 1
-
-
-def test_learns_from_answers(options, rows, tmp_path):
-    """Rows count with and without a region; regions are for the recall only."""
-    metrics = train_guide.main(options("--teacher=answers"))
-    assert metrics["eval_samples"] == 16
-    assert metrics["eval_cropped"] == 0
-    assert 0 < metrics["eval_region_recall"] <= 1
+def test_learns_from_relevance_without_regions(options, rows, tmp_path):
+    """It is the default there, and regions change nothing."""
+    metrics = train_guide.main(options("--teacher=relevance"))
+    assert metrics["eval_samples"] + metrics["eval_unused"] == 16
+    assert metrics["eval_samples"] > 0
+    assert 0 < metrics["eval_relevance_recall"] <= 1
     without = [{**row, "region": None} for row in rows]
-    again = train_guide.main(options("--teacher=answers", rows=without, folder="without"))
-    assert again["eval_loss"] == metrics["eval_loss"]
-    assert "eval_region_recall" not in again
+    again = train_guide.main(options(rows=without, folder="without"))
+    for name in ("train_loss", "eval_loss", "eval_relevance_recall"):
+        assert again[name] == metrics[name]
+    assert "teacher: relevance" in (tmp_path / "without" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("make_processor", [make_paligemma_processor, make_llava_processor])
@@ -156,7 +148,7 @@ def test_the_answer_is_supervised(make_processor):
             "source": "rows.jsonl row 1",
         }
         rows.append(row)
-    batch = train_guide.GuideCollator(processor, "attention")(rows)
+    batch = train_guide.GuideCollator(processor, "relevance")(rows)
     for ids, number, answer in zip(batch["answered"]["input_ids"], batch["num_answer_tokens"], answers):
         assert processor.tokenizer.decode(ids[-number:]) == answer
     assert batch["answered"].keys() == batch["inputs"].keys() - {"labels"}
@@ -169,14 +161,14 @@ def test_regions_outside_the_crop_are_counted(options, rows, tmp_path, caplog):
         metrics = train_guide.main(options("--num_train_epochs=1", "--max_steps=-1", rows=rows + [cropped] * 5))
     for split in ("train", "eval"):
         assert metrics[f"{split}_samples"] == 15
-        assert metrics[f"{split}_cropped"] == 5
+        assert metrics[f"{split}_unused"] == 5
     assert caplog.text.count("5 of the 20 rows") == 2
 
 
 def test_wrong_options_and_data_are_refused(options, rows, tmp_path):
-    for option in ("--selection_gate=0", "--layer=99"):
+    for option in ("--keep_rate=0", "--layer=99"):
         with pytest.raises(ValueError):
             train_guide.main(options(option, folder=option.partition("=")[0]))
-    with pytest.raises(ValueError, match="--teacher attention"):
-        train_guide.main(options(rows=[{**row, "region": None} for row in rows]))
+    with pytest.raises(ValueError, match="--teacher relevance"):
+        train_guide.main(options("--teacher=regions", rows=[{**row, "region": None} for row in rows]))
     assert not list(tmp_path.rglob("model.safetensors"))

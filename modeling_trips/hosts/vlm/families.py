@@ -33,7 +33,6 @@ class Family(Host):
     passes_its_text = True
     has_class_token = False
     can_fuse = False
-    has_gate = False  # see `answer_losses`
     has_attention = False  # a scorer after the tower may read the attention of its last layer
     # Numbers of tokens that the processor writes before and after the placeholders of an image (or tile).
     framing_tokens = (0, 0)
@@ -210,7 +209,6 @@ class Llava(Family):
     """LLaVA: the connector maps each patch to one visual token, so kept patches are restored after it."""
 
     layer_classes = {"CLIPEncoderLayer": ClipTowerLayer, "SiglipEncoderLayer": ClipTowerLayer}
-    has_gate = True
     has_attention = True
 
     @property
@@ -248,7 +246,6 @@ class LlavaNext(Llava):
     """LLaVA-NeXT: the tiles of an image are packed into one group without padding, with a newline per row."""
 
     tokens_per_image = None
-    has_gate = False
     has_attention = False
 
     def pack(self, tiles: list[torch.Tensor], inputs: Mapping) -> list[torch.Tensor]:
@@ -353,7 +350,6 @@ class Smolvlm(Family):
 
     layer_classes = {"SmolVLMEncoderLayer": ClipTowerLayer, "Idefics3EncoderLayer": ClipTowerLayer}
     layers_follow = True  # the mask of the patches
-    has_gate = True
     has_attention = True
     framing_tokens = (2, 1)  # <fake_token_around_image><global-img>...<fake_token_around_image>
 
@@ -387,7 +383,6 @@ class Smolvlm(Family):
 class Internvl(Family):
     layer_classes = {"InternVLVisionLayer": InternvlLayer}
     has_class_token = True
-    has_gate = True
     has_attention = True
     framing_tokens = (1, 1)  # <img>...</img>
 

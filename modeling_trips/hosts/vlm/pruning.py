@@ -15,7 +15,7 @@ from itertools import accumulate
 import torch
 from torch import nn
 
-from ...patch_selection import GateSelector, gather_tokens
+from ...patch_selection import gather_tokens
 from ..layers import SelectionPass
 from .families import Family, find_family
 from .guide import TextGuide
@@ -82,11 +82,10 @@ def prune(
     at_exit: ExitSelection,
     in_tower: bool = False,
     guide: TextGuide | None = None,
-    probe_share: float = 0.0,
 ) -> tuple[dict, list[torch.Tensor], SelectionPass | None]:
     """
     Apply the selections inside and after the tower. Return the inputs, the kept visual tokens per image, and the
-    selections of the tower's layers. `probe_share` of the dropped units are kept, too, see `GateSelector`.
+    selections of the tower's layers.
     """
     has_images = inputs.get("pixel_values") is not None
     has_videos = inputs.get("pixel_values_videos") is not None
@@ -104,7 +103,6 @@ def prune(
         if in_tower or at_exit.reads_attention:
             current = family.begin_pass(inputs)
             current.selects = in_tower
-            current.selector = GateSelector(probe_share)
             current.wants_attention = at_exit.reads_attention
             if guide is not None:
                 prompt, prompt_mask = prompts.text

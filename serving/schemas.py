@@ -145,8 +145,8 @@ ENDPOINTS = {
 
 
 STATES = {
-    "/readyz": "Is the model loaded?",
-    "/livez": "Does the process run?",
+    "/readyz": "200 when the model is loaded",
+    "/livez": "200 while the process runs",
     "/metrics": "Counts and times for Prometheus",
 }
 REFUSED = (

@@ -81,8 +81,8 @@ def build(args: AppArguments):
                 selections.append(selection._replace(keep_rate=keep_rate))
             schedule = SelectionSchedule(trained.layers, tuple(selections))
             image = decoder.decode(Path(path).read_bytes())
-            pruned = answers_of(model, processor, image, questions, schedule)
-            unpruned = answers_of(model, processor, image, questions, UNPRUNED)
+            pruned = answers_of(model, processor, image, questions, schedule=schedule)
+            unpruned = answers_of(model, processor, image, questions, schedule=UNPRUNED)
             figure = None
             if schedule.layers:
                 answers = [best["answer"] for best in pruned]

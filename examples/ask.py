@@ -30,6 +30,7 @@ class AskArguments:
     image: str = option(str(SCENE), "An image: a path or URL. Default: a busy scene of the test split.")
     question: list[str] = option(QUESTIONS, "One or more questions.")
     picture: str = option("outputs/kept_patches.png", "Drawing of the kept patches.")
+    keep_rate: float | None = option(None, "Share of the patches to keep, in place of the model's.")
 
     def check_files(self):
         """Raise an `OSError` for an image that is not there."""
@@ -48,7 +49,6 @@ from matplotlib.figure import Figure
 
 from modeling_trips import (
     UNPRUNED,
-    SelectionSchedule,
     TripsForQuestionAnswering,
     TripsProcessor,
     TripsVisualQuestionAnsweringPipeline,
@@ -71,12 +71,15 @@ def answers_of(
     processor: TripsProcessor,
     image: PIL.Image.Image,
     questions: list[str],
-    schedule: SelectionSchedule | None = None,
+    **selection,
 ) -> list[dict]:
-    """Return the best answer to each question: `answer` and `score`, its probability."""
+    """
+    Return the best answer to each question: `answer` and `score`, its probability. `selection` is the `schedule` or
+    `keep_rate` of the model's `forward`.
+    """
     answerer = TripsVisualQuestionAnsweringPipeline(model=model, processor=processor)
     inputs = processor(images=image, text=questions, image_index=[0] * len(questions), return_tensors="pt")
-    outputs = answerer.forward({"inputs": {**inputs, "schedule": schedule}}, top_k=1)
+    outputs = answerer.forward({"inputs": {**inputs, **selection}}, top_k=1)
     return [answers[0] for answers in outputs["outputs"]]
 
 
@@ -88,29 +91,29 @@ def draw_selection(
     questions: list[str],
     answers: list[str],
     path: str | Path | None = None,
-    schedule: SelectionSchedule | None = None,
+    **selection,
 ) -> Figure:
-    """Draw the patches of the image that each question keeps in each selection layer."""
+    """Draw the patches of the image that each question keeps in each selection layer; see [`answers_of`]."""
     inputs = processor(images=image, text=questions, image_index=[0] * len(questions), return_tensors="pt")
-    selection = model.model(**inputs, schedule=schedule).selection
+    kept = model.model(**inputs, **selection).selection
     sizes = [(image.height, image.width)] * len(questions)
-    boxes_of_layers = [processor.patch_boxes(layer.kept_indices, sizes) for layer in selection]
+    boxes_of_layers = [processor.patch_boxes(layer.kept_indices, sizes) for layer in kept]
     return plot_selection(
         image,
         questions=questions,
         answers=answers,
         boxes_per_question=[list(boxes) for boxes in zip(*boxes_of_layers)],  # for each question, of each layer
-        num_patches=selection[0].scores.shape[1],
+        num_patches=kept[0].scores.shape[1],
         path=path,
     )
 
 
 @torch.no_grad()
-def print_times(model: TripsForQuestionAnswering, inputs: dict):
+def print_times(model: TripsForQuestionAnswering, selection: dict, inputs: dict):
     """Print the median time of a forward pass of 1 and 64 images and, of a pruned model, at keep rate 1.0."""
     for num_images in (1, 64):
         batch = {name: tensor.repeat_interleave(num_images, dim=0) for name, tensor in inputs.items()}
-        steps = {"own": lambda batch=batch: model.model(**batch)}
+        steps = {"own": lambda batch=batch: model.model(**batch, **selection)}
         if model.config.vision_config.schedule.layers:
             steps["unpruned"] = lambda batch=batch: model.model(**batch, schedule=UNPRUNED)
         times = seconds_in_turns(steps, warmup=2, repeats=9)
@@ -130,24 +133,31 @@ def main(argv: list[str] | None = None):
         raise ValueError(f"--image {args.image}: {error}") from error
     model = load_checkpoint(args.model, [TripsForQuestionAnswering])
     processor = load_processor(args.model, model.config)
-    schedule = model.config.vision_config.schedule.by_layer
+    selection = {} if args.keep_rate is None else {"keep_rate": args.keep_rate}
+    schedule = model.config.vision_config.schedule
+    if args.keep_rate is not None:
+        schedule = schedule.with_keep_rate(args.keep_rate)
 
     print(f"Asked about {args.image if args.image != str(SCENE) else 'a scene of eight shapes'}:")
-    found = answers_of(model, processor, image, args.question)
-    others = answers_of(model, processor, image, args.question, UNPRUNED) if schedule else [None] * len(found)
+    found = answers_of(model, processor, image, args.question, **selection)
+    others = [None] * len(found)
+    if schedule.layers:
+        others = answers_of(model, processor, image, args.question, schedule=UNPRUNED)
     for question, own, other in zip(args.question, found, others):
         compared = f"{SAME_WEIGHTS}: {other['answer']} ({other['score']:.1%})" if other else ""
         print(f"  {question:<40} {own['answer']} ({own['score']:.1%})".ljust(64) + compared)
-    if schedule:
+    if schedule.layers:
         print(SAME_WEIGHTS_NOTE)
+        inputs = processor(images=image, text=args.question[0], return_tensors="pt")
         with torch.no_grad():
-            selection = model.model(**processor(images=image, text=args.question[0], return_tensors="pt")).selection
+            layers = model.model(**inputs, **selection).selection
         kept = []
-        for layer, of_layer in zip(schedule, selection):
-            kept.append(f"{of_layer.kept_indices.shape[1]} of {of_layer.scores.shape[1]} patches after layer {layer}")
-        draw_selection(model, processor, image, args.question, [best["answer"] for best in found], args.picture)
+        for number, layer in zip(schedule.layers, layers):
+            kept.append(f"{layer.kept_indices.shape[1]} of {layer.scores.shape[1]} patches after layer {number}")
+        answers = [best["answer"] for best in found]
+        draw_selection(model, processor, image, args.question, answers, args.picture, **selection)
         print(f"It keeps {', '.join(kept)}. Which patches: {args.picture}")
-    print_times(model, processor(images=image, text=args.question[0], return_tensors="pt"))
+    print_times(model, selection, processor(images=image, text=args.question[0], return_tensors="pt"))
 
 
 if __name__ == "__main__":

@@ -268,15 +268,20 @@ class PairArguments(DataArguments):
         return not self.is_stream and super().is_bundled
 
 
+# Where answers alone teach which patches matter: measured for questions.
+RELEVANCE = {"relevance_interval": 8}
 # Options of a task, and defaults of its runs on bundled scenes and from scratch in place of [`TrainingOptions`]'.
 TASK_OPTIONS: dict[str, tuple[list[type], dict]] = {
-    "vqa": ([], {}),
+    "vqa": ([], RELEVANCE),
     "captioning": ([CaptioningArguments], {}),
     "grounding": (
         [GroundingArguments],
         {"num_train_epochs": 5.0, "per_device_train_batch_size": 64, "learning_rate": 5e-4},
     ),
-    "nlvr2": ([], {"num_train_epochs": 10.0, "per_device_train_batch_size": 64, "learning_rate": 5e-4}),
+    "nlvr2": (
+        [],
+        {"num_train_epochs": 10.0, "per_device_train_batch_size": 64, "learning_rate": 5e-4, **RELEVANCE},
+    ),
     "retrieval": (
         [RetrievalArguments],
         {"num_train_epochs": 5.0, "per_device_train_batch_size": 48, "texts_per_image": 1},

@@ -7,10 +7,33 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from modeling_trips import UNPRUNED, SelectionSchedule
+from modeling_trips import UNPRUNED, SelectionSchedule, TripsConfig
 
 
 OPTIONS = ("unpruned_share", "relevance_share", "relevance_interval", "keep_rates")
+
+
+def check_phases(config: TripsConfig, args: TrainingArguments):
+    """
+    Turn relevance off where it is a default and cannot be learnt.
+
+    Raises:
+        ValueError: It is asked for there, or rates do not fit the schedule.
+    """
+    schedule = config.vision_config.schedule
+    if args.keep_rates and len(schedule.layers) != 1:
+        raise ValueError(f"--keep_rates needs a --schedule of one layer, whose rate it replaces, got {schedule}.")
+    reason = None
+    if config.fusion_type == "single_stream":
+        reason = "a fusion encoder, got --fusion_type single_stream"
+    elif schedule.layers and not schedule.scoring().layers:
+        reason = f"a --schedule with a layer that the text or the image scores, got {schedule}"
+    if reason is None:
+        return
+    for name in ("relevance_share", "relevance_interval"):
+        if name in args.typed and getattr(args, name) > 0:
+            raise ValueError(f"--{name} needs {reason}. Give 0.")
+        setattr(args, name, 0)
 
 
 def options_of_phases(args: TrainingArguments) -> dict[str, Any]:
@@ -50,8 +73,20 @@ class Phases:
         return max(0, min(round(self.unpruned_share * self.max_steps), self.max_steps - 1))
 
     @property
+    def trained_keep_rates(self) -> list[float] | None:
+        """The keep rates of its steps, ascending, with 1.0 for unpruned ones; `None` if there is not one layer."""
+        if len(self.schedule.layers) != 1:
+            return None
+        rates = set(self.keep_rates or [self.schedule.selections[0].keep_rate])
+        if self.unpruned_steps or self.relevance_interval:
+            rates.add(1.0)
+        return sorted(rates)
+
+    @property
     def first_relevance_step(self) -> int | None:
-        """The first step in which scores learn relevance."""
+        """The first step in which scores learn relevance, if there is one."""
+        if not self.schedule.scoring().layers:
+            return None
         relevance_steps = round(self.relevance_share * self.unpruned_steps)
         if relevance_steps > 0:
             return self.unpruned_steps - relevance_steps + 1
@@ -63,7 +98,7 @@ class Phases:
         if pruned_step <= 0:
             first = self.first_relevance_step
             return UNPRUNED if first is None or step < first else self.schedule.scoring()
-        if self.relevance_interval > 0 and (pruned_step - 1) % self.relevance_interval == 0:
+        if self.first_relevance_step is not None and (pruned_step - 1) % self.relevance_interval == 0:
             return self.schedule.scoring()
         if not self.keep_rates:
             return self.schedule
@@ -75,6 +110,8 @@ class Phases:
         return UNPRUNED if 0 < step <= self.unpruned_steps else self.schedule
 
     def __str__(self) -> str:
+        if not self.schedule.layers:
+            return str(self.schedule)
         parts = []
         if self.unpruned_steps:
             parts.append(f"steps 1 to {self.unpruned_steps} unpruned")

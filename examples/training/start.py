@@ -13,6 +13,7 @@ from trips_examples.data.loading import load_task_dataset, with_fitting_texts
 from trips_examples.data.tasks import TASKS
 from trips_examples.training.models import fit_image_size, load_start, make_model, train_processor
 from trips_examples.training.options import DataArguments, ModelArguments
+from trips_examples.training.phases import check_phases
 from trips_examples.training.recipe import FEW
 from trips_examples.training.resuming import check_resumed
 from trips_examples.training.schedules import check_gate, choose_schedule, log_costs, texts_of_images
@@ -42,6 +43,7 @@ def start_run(
         task_fields: Fields of `TripsConfig` that the task sets.
     """
     config, processor = load_start(model_args, data_args.scene_size, **task_fields)
+    check_phases(config, training_args)
     check_gate(config.vision_config)
     if load is None:
         data = load_data(task, data_args, training_args, config.vision_config.patch_shape[0])

@@ -66,6 +66,7 @@ class PhasesCallback(TrainerCallback):
             trainer.regions_used_for,
             state.global_step + 1 + DurationCallback.num_steps,
         )
+        trainer.model.config.vision_config.trained_keep_rates = trainer.phases.trained_keep_rates
         # `check_resumed` reads it from checkpoints.
         state.log_history.append({**options_of_phases(args), "step": state.global_step})
 
@@ -93,25 +94,31 @@ class SamplerEpochCallback(TrainerCallback):
 class ZeroGradientCallback(TrainerCallback):
     """
     Give what only the selection uses, and late layers, a gradient of zero in unpruned steps: FSDP resumes no parameter
-    without an optimizer state.
+    without an optimizer state. Late layers stay as they are in one process: they neither decay nor count steps.
     """
 
     def __init__(self, trainer: "ImageGroupedTrainer"):
         self.trainer = trainer
+        self.late_values: dict[nn.Parameter, torch.Tensor] = {}
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.late_values = {}
         if self.trainer.schedule.layers:
             return
-        waiting = []
         for name, parameter in model.named_parameters():
-            if "selection_projection" in name and parameter.requires_grad:
-                waiting.append(parameter)
+            if "selection_projection" in name and parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         if self.trainer.is_fsdp_enabled:
             for layer in self.trainer.late_layers:
-                waiting += layer.parameters()
-        for parameter in waiting:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+                for parameter in layer.parameters():
+                    parameter.grad = torch.zeros_like(parameter)
+                    self.late_values[parameter] = parameter.detach().clone()
+
+    @torch.no_grad()
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        for parameter, value in self.late_values.items():
+            parameter.copy_(value)
+            optimizer.state[parameter]["step"].zero_()
 
 
 class FiniteCallback(TrainerCallback):
@@ -191,7 +198,6 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
         self.train_sampler: ImageGroupedSampler | None = None
         for parameter in self.model.unused_parameters():
             parameter.requires_grad_(False)
-        self.check_relevance()
         self.late_layers = self._take_late_layers()
         self.add_callback(PhasesCallback(self))
         self.add_callback(SamplerEpochCallback(self))
@@ -199,12 +205,12 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
 
     def _take_late_layers(self) -> list[nn.Module]:
         """
-        Return the frozen layers in which a text's scores will learn relevance. They are trained from then on, so the
+        Return the frozen layers whose scores will learn relevance. They are trained from then on, so the
         optimizer takes them, too.
         """
         late_layers = []
         if self.learns_relevance:
-            for number in self.model.config.vision_config.schedule.text_layers:
+            for number in self.model.config.vision_config.schedule.scoring().layers:
                 layer = self.model.base_model.vision_model.layers[number - 1]
                 if not any(parameter.requires_grad for parameter in layer.parameters()):
                     layer.requires_grad_(True)
@@ -215,15 +221,6 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
     def learns_relevance(self) -> bool:
         """Whether scores learn relevance in some steps."""
         return self.args.relevance_share > 0 or self.args.relevance_interval > 0
-
-    def check_relevance(self):
-        """Raise a `ValueError` if options about relevance or rates do not fit the model."""
-        config = self.model.config
-        if self.learns_relevance and config.fusion_type == "single_stream":
-            raise ValueError(
-                "--relevance_share and --relevance_interval need a fusion encoder, got --fusion_type single_stream. "
-                "Give 0."
-            )
 
     @property
     def phases(self) -> Phases:

@@ -75,12 +75,6 @@ def test_a_frozen_layer_that_a_text_scores_is_trained_while_its_scores_learn(tmp
     assert torch.equal(layer_after(8, number=2), uninterrupted)
 
 
-def test_relevance_in_a_single_stream_is_refused(tmp_path):
-    options = [*write_task("vqa", tmp_path), *OPTIONS, "--fusion_type=single_stream", "--relevance_share=0.5"]
-    with pytest.raises(ValueError, match="relevance_share"):
-        run_vqa.main([*options, f"--output_dir={tmp_path / 'run'}"])
-
-
 SELECTIONS = [{}, {"schedule": "unpruned"}, {"schedule": "1:image:0.6,3:image:0.6"}]
 SELECTIONS += [{"schedule": "1:random:0.6,3:random:0.6"}, {"fuse_inattentive_tokens": False}]
 

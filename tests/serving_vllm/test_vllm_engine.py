@@ -382,7 +382,7 @@ def test_a_server_answers_chats_and_survives_odd_images(python, served, tmp_path
     assert added == {"kept": selection.visual_tokens, "dropped": len(image) - selection.visual_tokens}
 
 
-def wait_until_ready(server: subprocess.Popen, url: str, seconds: float = 180):
+def wait_until_ready(server: subprocess.Popen, url: str, seconds: float = 600):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         assert server.poll() is None, "the server ended"

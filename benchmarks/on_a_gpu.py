@@ -143,7 +143,7 @@ def token_rows(args: GpuArguments) -> Iterator[dict]:
             job = {
                 "model": str(vlm.folder),
                 "options": {**options, "hf_overrides": overrides, "enforce_eager": mode == "eager"},
-                "prompts": [(vlm.tokenize(text), files, {}) for text, files in vlm.prompts],
+                "prompts": [(text, files, {}) for text, files in vlm.prompts],
                 "passes": 1,
                 "num_tokens": NUM_TOKENS,
             }

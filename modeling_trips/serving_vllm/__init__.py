@@ -27,8 +27,6 @@ ARCHITECTURES = {
     "qwen2_5_vl": "TripsQwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "TripsQwen3VLForConditionalGeneration",
     "qwen3_vl_moe": "TripsQwen3VLMoeForConditionalGeneration",
-    "qwen3_5": "TripsQwen3_5ForConditionalGeneration",
-    "qwen3_5_moe": "TripsQwen3_5MoeForConditionalGeneration",
     "smolvlm": "TripsSmolVLMForConditionalGeneration",
     **dict.fromkeys(
         ("idefics3", "internvl", "llava_next", "llava_onevision"),

@@ -102,8 +102,6 @@ PARTS = {
     "Lfm2VlForConditionalGeneration": (SelectingExit, Lfm2Processor),
     "MiniCPMV4_6ForConditionalGeneration": (SelectingExit, MiniCpmProcessor),
     "Mistral3ForConditionalGeneration": (InterleavedExit, InterleavedProcessor),
-    "Qwen3_5ForConditionalGeneration": (PlacedExit, PlacedProcessor),
-    "Qwen3_5MoeForConditionalGeneration": (PlacedExit, PlacedProcessor),
     "SmolVLMForConditionalGeneration": (SmolvlmExit, SelectionProcessor),
 }
 

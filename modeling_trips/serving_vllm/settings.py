@@ -19,6 +19,7 @@ from . import ARCHITECTURES
 
 NOT_SUPPORTED = {
     "paligemma": "its whole prompt attends in both directions in Transformers, but only its image in vLLM",
+    "qwen3_5": "answers of vLLM's own class differ from those of Transformers without selection, too",
 }
 # Types of models whose images (or tiles) have one size, for which only the image may choose because their processors
 # write other text around it or Transformers does not have them, and whose towers may select.

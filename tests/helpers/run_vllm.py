@@ -53,8 +53,7 @@ def run(job: dict) -> dict:
         data = {"image": [Image.open(file) for file in files if file.endswith(".png")]}
         if videos := [np.load(file) for file in files if file.endswith(".npy")]:
             data["video"] = [(frames, video_metadata(len(frames))) for frames in videos]
-        prompt = {"prompt" if isinstance(text, str) else "prompt_token_ids": text}
-        prompts.append({**prompt, "multi_modal_data": data, "mm_processor_kwargs": options})
+        prompts.append({"prompt": text, "multi_modal_data": data, "mm_processor_kwargs": options})
     greedy = SamplingParams(temperature=0, max_tokens=job["num_tokens"], ignore_eos=True, logprobs=0)
     passes = [engine.generate(prompts, greedy, use_tqdm=False) for _ in range(job["passes"])]
     hashes = engine.renderer.render_cmpl(prompts[:1])[0]["mm_hashes"].get("image")

@@ -91,8 +91,6 @@ PLACEHOLDERS = {  # of an image in a prompt, by the first word of a family's nam
 GLM = deepcopy(BY_NAME["glm4v"])
 GLM.config["text_config"]["rope_parameters"]["partial_rotary_factor"] = 1.0  # else a half in vLLM
 GLM.config["text_config"]["attention_bias"] = True  # Transformers has it always, vLLM reads the configuration
-QWEN35 = deepcopy(BY_NAME["qwen3_5"])
-QWEN35.config["text_config"]["rope_parameters"]["mrope_interleaved"] = True  # read by vLLM alone
 VLMS = {
     "llava": BY_NAME["llava"],
     "llava_siglip": llama_vlm(
@@ -108,7 +106,6 @@ VLMS = {
     },
     "internvl_chat": BY_NAME["internvl"],
     "glm4v": GLM,
-    "qwen3_5": QWEN35,
     "mistral3": llama_vlm(
         "mistral3",
         "Mistral3",
@@ -171,7 +168,11 @@ VLMS = {
 }
 # What vLLM does not compute on CPUs, for `benchmarks/on_a_gpu.py`.
 for name, base, text in (
-    ("qwen3_5_linear", "qwen3_5", {"layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 32}),
+    (
+        "minicpmv4_6_linear",
+        "minicpmv4_6",
+        {"layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 32},
+    ),
     ("gemma4_both_ways", "gemma4", {"use_bidirectional_attention": "vision"}),
 ):
     VLMS[name] = deepcopy(VLMS[base])
@@ -325,13 +326,12 @@ PROCESSORS = {
     "minicpmv4_6": make_minicpm_processor,
     "mistral3": make_mistral_processor,
     "lfm2_vl": make_lfm_processor,
-    "qwen3_5": make_qwen3_processor,
     "qwen2_vl": make_qwen_processor,
     "qwen2_5_vl": make_qwen_processor,
     "qwen3_vl": make_qwen3_processor,
     "qwen3_vl_moe": make_qwen3_processor,
 }
-PROCESSORS |= {"qwen3_5_linear": make_qwen3_processor, "gemma4_both_ways": make_gemma_processor}
+PROCESSORS |= {"minicpmv4_6_linear": make_minicpm_processor, "gemma4_both_ways": make_gemma_processor}
 if find_spec("num2words"):
     PROCESSORS["smolvlm"] = make_smolvlm_processor
 
@@ -403,10 +403,6 @@ class ServedVlm:
             (f"<s> what color is it ? {end} {image}", [second]),
             (image, [first]),
         ]
-
-    def tokenize(self, text: str) -> str | list[int]:
-        """Return a prompt for vLLM, as tokens where Transformers loads another tokenizer by the type of the model."""
-        return self.processor.tokenizer(text)["input_ids"] if self.name.startswith("qwen3_5") else text
 
     def lengths(self) -> list[int]:
         """Return the number of tokens of each prompt without selection."""

@@ -55,8 +55,8 @@ WRONG_OPTIONS = [  # of a request
     {"visual_scorer": "cdpruner"},
 ]
 CHUNKS = {"max_num_batched_tokens": 32}
-# Without their linear attention, which vLLM computes on CPUs in bfloat16 only. It caches prefixes only with it.
-ONLY_ATTENTION = ("minicpmv4_6", "qwen3_5")
+# Without its linear attention, which vLLM computes on CPUs in bfloat16 only. It caches prefixes only with it.
+ONLY_ATTENTION = ("minicpmv4_6",)
 UNPRUNED = Selection()
 EXIT = Selection("unpruned", 6, "divprune")
 TOWER = Selection("2:image:0.5")
@@ -81,7 +81,6 @@ FURTHER_CASES = {
     "lfm2_vl": [(UNPRUNED, {}), (SHARE, CHUNKS)],
     "minicpmv4_6": [(UNPRUNED, {}), (SHARE, CHUNKS)],
     "mistral3": [(UNPRUNED, {}), (EXIT, {})],
-    "qwen3_5": [(UNPRUNED, {}), (SHARE, CHUNKS), (RATE, {})],
     "internvl": [(UNPRUNED, {}), (BOTH, {}), (GUIDED, {}), (RATE, {})],
     "internvl_chat": [(UNPRUNED, {}), (EXIT, CHUNKS)],
     "idefics3": [(TOWER, {}), (BOTH, {}), (Selection("1:text:0.5"), {})],
@@ -138,7 +137,7 @@ def make_job(vlm: ServedVlm, overrides: dict | None, options: dict) -> dict:
         overrides = {"architectures": [ARCHITECTURES[model_type]], **overrides}
     if vlm.name == "internvl_chat":
         options = {**options, "trust_remote_code": True}
-    if vlm.name.startswith("qwen"):
+    if vlm.name.startswith(("qwen", "internvl_chat")):
         options = {**options, "limit_mm_per_prompt": {"image": 2, "video": 0}}
     if vlm.name in ONLY_ATTENTION:
         options = {**options, "enable_prefix_caching": False}
@@ -146,7 +145,7 @@ def make_job(vlm: ServedVlm, overrides: dict | None, options: dict) -> dict:
     return {
         "model": str(vlm.folder),
         "options": options,
-        "prompts": [(vlm.tokenize(text), files, {}) for text, files in vlm.prompts],
+        "prompts": [(text, files, {}) for text, files in vlm.prompts],
         "passes": 2,
         "num_tokens": NUM_TOKENS,
     }

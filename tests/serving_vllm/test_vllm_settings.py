@@ -98,6 +98,7 @@ def test_the_helper_reads_a_guide(folders, tmp_path, capsys):
         ("smolvlm", "--schedule 1:image:0.5 --visual_tokens 9", "1:image:0.5"),
         ("gemma3", "--visual_tokens 17", "17"),
         ("paligemma", "--visual_tokens 9", "whole prompt"),
+        ("qwen3_5", "--visual_tokens 9", "own class"),
         ("glm4v", "--schedule 1:image:0.5", "1:image:0.5"),
         ("glm4v", "--visual_tokens 9 --visual_scorer vispruner", "vispruner"),
         ("glm4v", "--visual_tokens 9 --request_scorers prompt pooling", "pooling"),

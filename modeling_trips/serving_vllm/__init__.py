@@ -19,7 +19,6 @@ ARCHITECTURES = {
     "glm4v": "TripsGlm4vForConditionalGeneration",
     "glm4v_moe": "TripsGlm4vMoeForConditionalGeneration",
     "internvl_chat": "TripsInternVLChatModel",
-    "lfm2_vl": "TripsLfm2VlForConditionalGeneration",
     "llava": "TripsLlavaForConditionalGeneration",
     "minicpmv4_6": "TripsMiniCPMV4_6ForConditionalGeneration",
     "mistral3": "TripsMistral3ForConditionalGeneration",

@@ -49,12 +49,6 @@ class SmolvlmExit(SelectingExit):
         return self.model.text_model.embed_tokens
 
 
-class Lfm2Processor(SelectionProcessor):
-    def tile_sizes(self, item: MultiModalKwargsItem, num_visual: int) -> list[int]:
-        sides = item["spatial_shapes"].data // self.info.get_hf_config().downsample_factor
-        return sides.prod(dim=-1).tolist()
-
-
 class InterleavedProcessor(SelectionProcessor):
     """
     Processor of a model with other tokens between the visual tokens of an image. The question which of them are kept
@@ -99,7 +93,6 @@ PARTS = {
     "Glm4vForConditionalGeneration": (PlacedExit, PlacedProcessor),
     "Glm4vMoeForConditionalGeneration": (PlacedExit, PlacedProcessor),
     "InternVLChatModel": (InternvlExit, InternvlProcessor),
-    "Lfm2VlForConditionalGeneration": (SelectingExit, Lfm2Processor),
     "MiniCPMV4_6ForConditionalGeneration": (SelectingExit, MiniCpmProcessor),
     "Mistral3ForConditionalGeneration": (InterleavedExit, InterleavedProcessor),
     "SmolVLMForConditionalGeneration": (SmolvlmExit, SelectionProcessor),

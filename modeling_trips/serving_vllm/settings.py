@@ -17,14 +17,16 @@ from ..schedule_trips import SelectionSchedule
 from . import ARCHITECTURES
 
 
+DIFFERS = "answers of vLLM's own class differ from those of Transformers without selection, too"
 NOT_SUPPORTED = {
+    "lfm2_vl": DIFFERS,
     "paligemma": "its whole prompt attends in both directions in Transformers, but only its image in vLLM",
-    "qwen3_5": "answers of vLLM's own class differ from those of Transformers without selection, too",
+    "qwen3_5": DIFFERS,
 }
 # Types of models whose images (or tiles) have one size, for which only the image may choose because their processors
 # write other text around it or Transformers does not have them, and whose towers may select.
 ONE_SIZE = ("gemma3", "idefics3", "internvl", "internvl_chat", "llava", "smolvlm")
-BY_IMAGE = ("internvl_chat", "lfm2_vl", "minicpmv4_6", "mistral3")
+BY_IMAGE = ("internvl_chat", "minicpmv4_6", "mistral3")
 IN_TOWER = ("idefics3", "internvl", "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 IN_TOWER += ("qwen3_vl_moe",)
 KEYS = ("schedule", "visual_tokens", "keep_rate", "visual_scorer", "request_scorers", "text_guide")

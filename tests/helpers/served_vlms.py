@@ -44,8 +44,6 @@ from transformers import (
     GotOcr2ImageProcessorPil,
     InternVLProcessor,
     InternVLVideoProcessor,
-    Lfm2VlImageProcessor,
-    Lfm2VlProcessor,
     LlavaProcessor,
     MiniCPMV4_6ImageProcessor,
     MiniCPMV4_6Processor,
@@ -77,8 +75,6 @@ WIDTHS = {
     "moe_intermediate_size": 64,
     "mrope_section": [8, 4, 4],
     "max_position_embeddings": 1024,
-    "block_dim": 128,
-    "conv_dim": 128,
 }
 NUM_TOKENS = 16
 PLACEHOLDERS = {  # of an image in a prompt, by the first word of a family's name
@@ -112,20 +108,6 @@ VLMS = {
         {"model_type": "pixtral", **VIT, "image_size": 64},
         {"model_type": "mistral", **TEXT, "head_dim": 32},
         config={"spatial_merge_size": 2, "vision_feature_layer": -1},
-    ),
-    "lfm2_vl": llama_vlm(
-        "lfm2_vl",
-        "Lfm2Vl",
-        {"model_type": "siglip2_vision_model", **VIT, "num_patches": 64, "vision_use_head": False},
-        {
-            "model_type": "lfm2",
-            **TEXT,
-            "layer_types": ["conv", "full_attention"],
-            "block_auto_adjust_ff_dim": False,
-            "block_dim": 32,  # read by vLLM
-            "conv_dim": 32,
-        },
-        config={"downsample_factor": 2, "projector_hidden_size": 64},
     ),
     "gemma4": llama_vlm(
         "gemma4",
@@ -275,23 +257,6 @@ def make_mistral_processor() -> PixtralProcessor:
     )
 
 
-def make_lfm_processor() -> Lfm2VlProcessor:
-    """Return a processor for images in tiles of 32 pixels and a thumbnail."""
-    names = {VISION_START: "<|image_start|>", VISION_END: "<|image_end|>", 93: "<|img_thumbnail|>"}
-    names |= {
-        72 + 4 * row + column: f"<|img_row_{row + 1}_col_{column + 1}|>" for row in range(4) for column in range(4)
-    }
-    image_processor = Lfm2VlImageProcessor(
-        encoder_patch_size=VIT["patch_size"],
-        tile_size=32,
-        min_tiles=2,
-        max_tiles=4,
-        min_image_tokens=4,
-        max_image_tokens=16,
-    )
-    return Lfm2VlProcessor(image_processor, make_tokenizer("<image>", names))
-
-
 def make_gemma_processor() -> Gemma4Processor:
     tokens = {"boi": "<|image>", "image": "<|image|>", "eoi": "<image|>"}
     tokens |= {"audio": "<|audio|>", "boa": "<|audio>", "eoa": "<audio|>"}
@@ -325,7 +290,6 @@ PROCESSORS = {
     "glm4v": make_glm_processor,
     "minicpmv4_6": make_minicpm_processor,
     "mistral3": make_mistral_processor,
-    "lfm2_vl": make_lfm_processor,
     "qwen2_vl": make_qwen_processor,
     "qwen2_5_vl": make_qwen_processor,
     "qwen3_vl": make_qwen3_processor,
@@ -377,7 +341,7 @@ class ServedVlm:
             self.guide.save_pretrained(folder / "guide")
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
         self.processor: ProcessorMixin = PROCESSORS[name]()
-        if name.startswith(("llava", "lfm2")) or name.endswith("_moe"):
+        if name.startswith("llava") or name.endswith("_moe"):
             store_as_published(folder / "model.safetensors")
         if name == "internvl_chat":
             store_internvl_chat(self.model, folder)

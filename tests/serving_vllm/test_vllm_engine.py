@@ -78,7 +78,6 @@ FURTHER_CASES = {
     "llava_siglip": [(BOTH, {}), (BY_QUESTION, {}), (VISPRUNER, {})],
     "gemma4": [(UNPRUNED, {}), (SHARE, CHUNKS), (RATE, {})],
     "glm4v": [(UNPRUNED, {}), (SHARE, CHUNKS), (RATE, {})],
-    "lfm2_vl": [(UNPRUNED, {}), (SHARE, CHUNKS)],
     "minicpmv4_6": [(UNPRUNED, {}), (SHARE, CHUNKS)],
     "mistral3": [(UNPRUNED, {}), (EXIT, {})],
     "internvl": [(UNPRUNED, {}), (BOTH, {}), (GUIDED, {}), (RATE, {})],

@@ -221,7 +221,7 @@ def test_the_page_answers_about_an_uploaded_image(service, tmp_path):
         requests = []
         page.on("request", lambda request: requests.append(request.url))
         messages = []
-        page.on("console", messages.append)
+        page.on("console", lambda message: messages.append(message))
         page.goto(service.url)
         page.set_input_files("input[name=image]", path)
         page.fill("textarea[name=questions]", "\n".join(QUESTIONS))
@@ -252,7 +252,7 @@ def test_the_documentation_shows_all_fields_and_a_command_that_runs(service):
         browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page()
         messages = []
-        page.on("console", messages.append)
+        page.on("console", lambda message: messages.append(message))
         page.goto(f"{service.url}/docs")
         page.wait_for_selector("text=GET /metrics")
         cells = page.eval_on_selector_all("td code", "cells => cells.map(cell => cell.textContent)")

@@ -289,10 +289,14 @@ class LlavaNext(Llava):
     def to_units(self, values: list[torch.Tensor], inputs: Mapping) -> list[torch.Tensor]:
         # A packed token is a weighted mean of patches, so each patch gets its share of the token's value.
         with torch.enable_grad():
-            tiles = self.blank_tiles(inputs, requires_grad=True, device=values[0].device)
-            packed = torch.cat(self.pack(tiles, inputs))[:, 0]
-        shares = torch.autograd.grad(packed, tiles, torch.cat(values))
-        return [*torch.cat(shares)[..., 0]]
+            device = values[0].device
+            tiles = self.blank_tiles(inputs, requires_grad=True, device=device)
+            packed = self.pack(tiles, inputs)
+            packed = torch.cat(packed)[:, 0]
+        values_of_tokens = torch.cat(values)
+        shares = torch.autograd.grad(packed, tiles, values_of_tokens)
+        values_of_units = torch.cat(shares)[..., 0]  # (num_tiles, num_patches)
+        return list(values_of_units)
 
     def images_per_group(self, inputs: Mapping, sizes: list[int]) -> list[int]:
         return self.tiles_per_image(inputs)

@@ -181,7 +181,6 @@ class SelectionPass:
         # What a scorer after the tower may ask for: attention to all units of each image, `(num_units,)`.
         self.wants_attention = False
         self.attention: torch.Tensor | list[torch.Tensor] | None = None
-        self.selector = TokenSelector()
 
     def record(self, layer: int, kept: torch.Tensor, candidates: torch.Tensor, scores: torch.Tensor):
         self.kept[layer] = kept
@@ -294,7 +293,7 @@ class SelectionLayer(ModuleWrapper):
         query: torch.Tensor | None,
     ) -> torch.Tensor:
         """Reduce `(num_images, seq_length, hidden_size)` to prefix, kept units and, with `self.fuse`, fused token."""
-        selector = current.selector
+        selector = TokenSelector()
         before = current.kept_before(self.number)
         is_whole = before is None
         is_image = shorten_mask(current.is_image, before, self.unit)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ...modeling_trips_vision import TripsSelection
-from ...patch_selection import TokenChoice
+from ...patch_selection import TokenChoice, TokenSelector
 from ..layers import Projections, SelectionLayer, SelectionPass, pad_units
 from ..vision import ClipLayer
 
@@ -163,7 +163,7 @@ class PackedLayer(TowerLayer):
         normed: torch.Tensor,
         query: torch.Tensor | None,
     ) -> torch.Tensor:
-        selector = current.selector
+        selector = TokenSelector()
         num_units = current.num_kept.get(current.last_before(self.number), current.num_units)
         scores = self.score_images(normed, query, num_units)
         kept = []  # positions in the sequence of all units

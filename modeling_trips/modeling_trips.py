@@ -150,8 +150,8 @@ class TripsModel(TripsPreTrainedModel):
     def set_input_embeddings(self, value):
         self.text_model.set_input_embeddings(value)
 
-    def unused_modules(self) -> list[nn.Module]:
-        return self.vision_model.unused_modules()
+    def unused_modules(self, is_supervised: bool = False) -> list[nn.Module]:
+        return self.vision_model.unused_modules(is_supervised)
 
     def encode_images(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> TripsImageCache:
         """

@@ -503,8 +503,8 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         """Whether a loss of positive weight reads texts that are fused with images."""
         return self.config.itm_weight > 0
 
-    def unused_modules(self) -> list[nn.Module]:
-        modules = super().unused_modules()
+    def unused_modules(self, is_supervised: bool = False) -> list[nn.Module]:
+        modules = super().unused_modules(is_supervised)
         # CODEPATH: without contrast, nothing reads the features.
         if self.config.itc_weight == 0:
             modules += [self.vision_proj, self.text_proj, self.temp]
@@ -881,8 +881,8 @@ class TripsForPreTraining(TripsContrastiveModel, TripsWritingModel):
         config = self.config
         return config.itm_weight > 0 or config.mlm_weight > 0 or config.prefix_lm_weight > 0
 
-    def unused_modules(self) -> list[nn.Module]:
-        modules = super().unused_modules()
+    def unused_modules(self, is_supervised: bool = False) -> list[nn.Module]:
+        modules = super().unused_modules(is_supervised)
         # CODEPATH: without masked language modeling, nothing reads its logits.
         if self.config.mlm_weight == 0:
             modules.append(self.mlm_score)
@@ -891,10 +891,11 @@ class TripsForPreTraining(TripsContrastiveModel, TripsWritingModel):
             modules += [self.decoder, self.lm_head]
         return modules
 
-    def unused_parameters(self) -> list[nn.Parameter]:
+    def unused_parameters(self, is_supervised: bool = False) -> list[nn.Parameter]:
         # The head of masked words may share the word embeddings of the text encoder.
         word_embeddings = self.get_input_embeddings().weight
-        return [parameter for parameter in super().unused_parameters() if parameter is not word_embeddings]
+        unused = super().unused_parameters(is_supervised)
+        return [parameter for parameter in unused if parameter is not word_embeddings]
 
     def get_output_embeddings(self):
         return self.mlm_score.decoder

@@ -115,16 +115,16 @@ class TripsPreTrainedModel(PreTrainedModel):
     def _can_set_attn_implementation(cls) -> bool:
         return True  # by `attend_as_configured`; the library searches only the module of a class
 
-    def unused_modules(self) -> list[nn.Module]:
-        """Return the modules whose parameters get no gradient in this configuration."""
-        return [] if self.base_model is self else self.base_model.unused_modules()
+    def unused_modules(self, is_supervised: bool = False) -> list[nn.Module]:
+        """Return the modules whose parameters get no gradient, as `unused_parameters`."""
+        return [] if self.base_model is self else self.base_model.unused_modules(is_supervised)
 
-    def unused_parameters(self) -> list[nn.Parameter]:
+    def unused_parameters(self, is_supervised: bool = False) -> list[nn.Parameter]:
         """
-        Return the parameters that get no gradient in this configuration. Freeze them for data parallel training that
-        does not look for unused parameters.
+        Return the parameters that get no gradient in this configuration, and with regions or relevance if
+        `is_supervised`. Freeze them for data parallel training that does not look for unused parameters.
         """
-        unused = nn.ModuleList(self.unused_modules())
+        unused = nn.ModuleList(self.unused_modules(is_supervised))
         return list(unused.parameters())
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs):
@@ -780,9 +780,9 @@ class TripsVisionModel(TripsPreTrainedModel):
             init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
             init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
 
-    def unused_modules(self) -> list[nn.Module]:
+    def unused_modules(self, is_supervised: bool = False) -> list[nn.Module]:
         # Without supervision, only the gate and the weights of fused tokens give the text a gradient.
-        text_learns = self.config.fuse_inattentive_tokens or self.config.selection_gate > 0
+        text_learns = self.config.fuse_inattentive_tokens or self.config.selection_gate > 0 or is_supervised
         text_scores = self.config.schedule.first_text_layer is not None
         if self.selection_projection is None or (text_scores and text_learns):
             return []
@@ -904,13 +904,16 @@ class TripsVisionModel(TripsPreTrainedModel):
         in training.
 
         Raises:
-            ValueError: No layer of the schedule drops patches, or the last one is scored at random.
+            ValueError: No layer of the schedule drops patches, the last one is scored at random, or there is a
+                `selector`.
         """
         is_learning = self.training and torch.is_grad_enabled()
         # CODEPATH: the gate takes part in training only.
         is_pruned = bool(schedule.layers) and not schedule.scores_only
         if not is_learning or self.config.selection_gate == 0 or not is_pruned:
             return None
+        if self.selector is not None:
+            raise ValueError("A `selector` takes the place of the gate in training. Set `selection_gate` to 0.")
         num_candidates = num_patches
         last = None
         for number, selection in schedule.by_layer.items():

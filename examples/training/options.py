@@ -86,7 +86,7 @@ class ModelArguments:
     max_image_size: int | None = option(None, "In place of --image_size: that of the images, at most this.")
     schedule: str | None = option(None, SCHEDULE_HELP)
     selection_gate: float | None = option(None, "Share of dropped tokens that run in training, to learn from answers.")
-    selection_loss_weight: float | None = option(None, "Weight of selection supervision and relevance.")
+    selection_loss_weight: float | None = option(None, "Weight of selection supervision by regions.")
     fusion_type: str | None = option(None, "cross_attention, skip_connected (mPLUG) or single_stream (ViLT).")
 
     def __post_init__(self):

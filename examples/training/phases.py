@@ -98,8 +98,9 @@ class Phases:
         if pruned_step <= 0:
             first = self.first_relevance_step
             return UNPRUNED if first is None or step < first else self.schedule.scoring()
-        if self.first_relevance_step is not None and (pruned_step - 1) % self.relevance_interval == 0:
-            return self.schedule.scoring()
+        scoring = self.schedule.scoring()
+        if self.relevance_interval > 0 and scoring.layers and (pruned_step - 1) % self.relevance_interval == 0:
+            return scoring
         if not self.keep_rates:
             return self.schedule
         keep_rate = random.Random(f"{self.seed} {step}").choice(self.keep_rates)

@@ -40,7 +40,7 @@ TRAINING = {  # of a model from towers, of a TRIPS checkpoint
 }
 
 # The last quarter of the unpruned steps teaches the scores which patches the answers need.
-RELEVANCE = {"relevance_share": 0.25, "selection_loss_weight": 1.0}
+RELEVANCE = {"relevance_share": 0.25}
 UNPRUNED_SHARE = 0.6  # of the steps of a new model that is to be pruned: 750 of 1,250
 
 
@@ -75,8 +75,9 @@ def recipe(task: str | None, typed: dict, on_cpu: bool = False) -> dict:
         defaults |= {**towers(), **NEW, "schedule": SCHEDULES[task]}
         if on_cpu:
             defaults |= ON_CPU
-    if task in GATES and "random" not in typed.get("schedule", ""):  # random scores learn nothing
-        defaults["selection_gate"] = GATES[task]
+    has_gate = typed.get("selection_gate", 1) > 0 and "random" not in typed.get("schedule", "")
+    if task in GATES and has_gate:  # ahead of relevance in pruned steps on drawn pictures, see docs/evidence.md
+        defaults |= {"selection_gate": GATES[task], "relevance_interval": 0}
     if is_new and task in GATES and "fusion_type" not in typed:
         defaults |= RELEVANCE
     if task == "grounding":

@@ -196,7 +196,8 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
         self.train_collator = train_collator or self.data_collator
         self.losses: dict[str, list[torch.Tensor]] = defaultdict(list)
         self.train_sampler: ImageGroupedSampler | None = None
-        for parameter in self.model.unused_parameters():
+        is_supervised = self.learns_relevance or "selection loss" in self.regions_used_for
+        for parameter in self.model.unused_parameters(is_supervised):
             parameter.requires_grad_(False)
         self.late_layers = self._take_late_layers()
         self.add_callback(PhasesCallback(self))

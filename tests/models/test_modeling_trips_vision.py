@@ -174,15 +174,17 @@ def test_keys_and_values_of_untouched_image_tokens_are_projected_once_per_image(
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_a_selector_chooses_in_the_place_of_the_best_and_of_the_gate(training):
+def test_a_selector_chooses_in_the_place_of_the_best(training):
     class Worst(TokenSelector):
         def choose(self, scores, keep_rate):
             return super().choose(-scores, keep_rate)
 
-    model = make_model(selection_gate=0.5).train(training)
+    model = make_model().train(training)
     model.selector = Worst()
-    outputs = model(images())
-    (layer,) = outputs.selection
+    (layer,) = model(images()).selection
     worst = layer.scores.topk(3, largest=False).indices.sort().values  # of 6
     assert torch.equal(layer.kept_indices, worst)
-    assert outputs.probed is None
+    model.config.selection_gate = 0.5
+    if training:
+        with pytest.raises(ValueError, match="selection_gate"):
+            model(images())

@@ -31,6 +31,12 @@ def test_a_schedule_that_nothing_scores_or_that_drops_nothing_has_no_relevance()
     assert [phases.schedule_of(step) for step in (10, 11)] == [UNPRUNED, by_chance]
 
 
+def test_relevance_may_end_where_pruning_begins():
+    phases = Phases(SCHEDULE, max_steps=20, **SHARES)
+    assert phases.schedule_of(10) == SCHEDULE.scoring()
+    assert {phases.schedule_of(step) for step in range(11, 21)} == {SCHEDULE}
+
+
 def test_the_last_step_is_pruned():
     phases = Phases(SCHEDULE, max_steps=3, unpruned_share=0.99)
     assert [phases.schedule_of(step) for step in (1, 2, 3)] == [UNPRUNED, UNPRUNED, SCHEDULE]

@@ -39,6 +39,8 @@ def test_what_is_typed_decides_which_defaults_a_run_has(task):
 
 def test_the_gate_teaches_scores_that_can_learn(tmp_path):
     assert recipe("vqa", OWN)["selection_gate"] > 0
+    assert recipe("vqa", OWN)["relevance_interval"] == 0
+    assert "relevance_interval" not in recipe("vqa", {**OWN, "selection_gate": 0.0})
     assert "selection_gate" not in recipe("vqa", {**OWN, "schedule": "6:random:0.5"})
     write_task("vqa", tmp_path)
     with pytest.raises(ValueError, match="selection_gate"):

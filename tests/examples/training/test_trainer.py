@@ -5,18 +5,18 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import each_model, loss_of
+from tiny_models import CASES, each_model, loss_of
 from toy_tasks import OPTIONS, write_task
 
 from modeling_trips import TripsForQuestionAnswering, TripsProcessor
 from trips_examples import run_vqa
-from trips_examples.training import models
+from trips_examples.training import start
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(tmp_path, monkeypatch):
     """The losses are finite: only the last gradient is not."""
     steps = []
-    make_model = models.make_model
+    make_model = start.make_model
 
     def poison(gradient: torch.Tensor) -> torch.Tensor:
         steps.append(len(steps) + 1)
@@ -27,7 +27,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(tmp_path,
         model.lm_head.decoder.bias.register_hook(poison)
         return model
 
-    monkeypatch.setattr(models, "make_model", poisoned)
+    monkeypatch.setattr(start, "make_model", poisoned)
     options = [*write_task("vqa", tmp_path), *OPTIONS, "--max_steps=2", f"--output_dir={tmp_path / 'run'}"]
     with pytest.raises(FloatingPointError, match="step 2"):
         run_vqa.main(options)
@@ -46,13 +46,19 @@ def test_an_evaluation_that_is_not_finite_stops(checkpoints, tmp_path):
     assert not (tmp_path / "run" / "eval_results.json").exists()
 
 
-def test_scores_learn_relevance_in_the_last_unpruned_steps(tmp_path):
-    shares = ["--unpruned_share=0.5", "--relevance_share=0.5", "--max_steps=8", "--logging_steps=1"]
+def test_scores_learn_relevance_in_the_last_unpruned_steps_and_between_pruned_ones(tmp_path):
+    shares = [
+        "--unpruned_share=0.5",
+        "--relevance_share=0.5",
+        "--relevance_interval=3",
+        "--max_steps=8",
+        "--logging_steps=1",
+    ]
     schedule = "--schedule=2:text:0.5"
     options = [*write_task("vqa", tmp_path), *OPTIONS, *shares, schedule, "--do_eval=False", "--do_predict=False"]
     run_vqa.main([*options, f"--output_dir={tmp_path / 'run'}"])
     history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
-    assert [entry["step"] for entry in history if "relevance_loss" in entry] == [3, 4]
+    assert [entry["step"] for entry in history if "relevance_loss" in entry] == [3, 4, 5, 8]
 
 
 def test_a_frozen_layer_that_a_text_scores_is_trained_while_its_scores_learn(tmp_path):
@@ -77,6 +83,12 @@ def test_a_frozen_layer_that_a_text_scores_is_trained_while_its_scores_learn(tmp
 
 SELECTIONS = [{}, {"schedule": "unpruned"}, {"schedule": "1:image:0.6,3:image:0.6"}]
 SELECTIONS += [{"schedule": "1:random:0.6,3:random:0.6"}, {"fuse_inattentive_tokens": False}]
+
+
+def test_what_regions_or_relevance_teach_is_used():
+    model = CASES[1].make_model(fuse_inattentive_tokens=False)
+    assert model.unused_parameters()
+    assert not model.unused_parameters(is_supervised=True)
 
 
 @each_model

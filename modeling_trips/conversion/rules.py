@@ -14,13 +14,13 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ..configuration_trips import TripsConfig, TripsTextConfig, TripsVisionConfig
+from ..configuration_trips import OWN_TEXT_FIELDS, TripsConfig, TripsLayersConfig, TripsTextConfig, TripsVisionConfig
 from ..modeling_trips_vision import TripsPreTrainedModel
 
 
 # Fields that models of Transformers may have under the same names.
 VISION_FIELDS = TripsVisionConfig.__annotations__.keys()
-TEXT_FIELDS = TripsTextConfig.__annotations__.keys() - {"num_hidden_layers", "is_decoder"}
+TEXT_FIELDS = (TripsLayersConfig.__annotations__ | TripsTextConfig.__annotations__).keys() - OWN_TEXT_FIELDS
 # Beyond float16's range, which only weights of damaged files exceed.
 LARGEST_VALUE = torch.finfo(torch.float16).max
 

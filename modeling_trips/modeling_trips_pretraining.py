@@ -552,7 +552,8 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
             The output of the vision tower without a text. Its `pooler_output`, of shape `(num_images, projection_dim)`
             and float32 or wider, holds the normalized features.
         """
-        schedule = resolve_schedule(self.config.vision_config, schedule, keep_rate)
+        if keep_rate is not None:
+            schedule = resolve_schedule(self.config.vision_config, schedule, keep_rate)
         vision_outputs = self.model.vision_model(
             pixel_values=pixel_values, image_cache=image_cache, schedule=schedule, **kwargs
         )
@@ -580,7 +581,8 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         keep_rate: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TripsMatchingOutput:
-        schedule = resolve_schedule(self.config.vision_config, schedule, keep_rate)
+        if keep_rate is not None:
+            schedule = resolve_schedule(self.config.vision_config, schedule, keep_rate)
         if (input_ids is None) == (text_states is None):
             raise ValueError("Specify exactly one of `input_ids` and `text_states`.")
         if text_states is None:
@@ -780,7 +782,8 @@ class TripsForRetrieval(TripsContrastiveModel):
         (2, 2)
         ```
         """
-        schedule = resolve_schedule(self.config.vision_config, schedule, keep_rate)
+        if keep_rate is not None:
+            schedule = resolve_schedule(self.config.vision_config, schedule, keep_rate)
         if return_loss is None:
             return_loss = image_ids is not None
         text_outputs = self.get_text_features(
@@ -939,7 +942,8 @@ class TripsForPreTraining(TripsContrastiveModel, TripsWritingModel):
         ['itc_loss', 'itm_loss']
         ```
         """
-        schedule = resolve_schedule(self.config.vision_config, schedule, keep_rate)
+        if keep_rate is not None:
+            schedule = resolve_schedule(self.config.vision_config, schedule, keep_rate)
         config = self.config
         image_cache = self.model.encode_images(pixel_values, schedule=schedule, **kwargs)
         text_outputs = self.get_text_features(

@@ -51,7 +51,7 @@ def test_images_that_are_none_are_named_without_a_program_being_started(tmp_path
     with pytest.raises(ValueError, match="--image .*notes.txt: "):
         ask.main(["--image", str(tmp_path / "notes.txt")])
     image, started = add_fake_ghostscript(tmp_path, monkeypatch.setenv)
-    with pytest.raises(ValueError, match="EPS"):
+    with pytest.raises(ValueError, match=f"--image .*{image.name}"):
         ask.main(["--image", str(image)])
     assert not started.exists()
 

@@ -112,7 +112,7 @@ BAD_IMAGES = {
     "path": "/etc/passwd",
     "url": "http://127.0.0.1:1/a.png",
     "none": None,
-    "TIFF": in_base64(PIL.Image.new("RGB", (8, 8)), "TIFF"),
+    "PPM": in_base64(PIL.Image.new("RGB", (8, 8)), "PPM"),
     "pixels": in_base64(PIL.Image.new("1", (8000, 8000))),
 }
 

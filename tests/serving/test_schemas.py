@@ -41,6 +41,7 @@ def test_the_reply_of_an_answer_has_typed_fields(document):
         "answer": "string",
         "score": "number",
         "kept_patches": "array",
+        "unknown_words": "array",
     }
 
 

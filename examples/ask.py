@@ -140,9 +140,9 @@ def main(argv: list[str] | None = None):
 
     print(f"Asked about {args.image if args.image != str(SCENE) else 'a scene of eight shapes'}:")
     found = answers_of(model, processor, image, args.question, **selection)
-    others = [None] * len(found)
+    others: list[dict | None] = [None] * len(found)
     if schedule.layers:
-        others = answers_of(model, processor, image, args.question, schedule=UNPRUNED)
+        others = [*answers_of(model, processor, image, args.question, schedule=UNPRUNED)]
     for question, own, other in zip(args.question, found, others):
         compared = f"{SAME_WEIGHTS}: {other['answer']} ({other['score']:.1%})" if other else ""
         print(f"  {question:<40} {own['answer']} ({own['score']:.1%})".ljust(64) + compared)

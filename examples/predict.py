@@ -196,8 +196,10 @@ def items_of(shard: Shard, column: str | None, num_images: int) -> Iterator[Item
     for record in shard:
         source = record.source if isinstance(record, Fault) else record["source"]
         images = []
-        error = record.error if isinstance(record, Fault) else None
-        if error is None:
+        error = None
+        if isinstance(record, Fault):
+            error = record.error
+        else:
             try:
                 for value in map(path_or_bytes, reader.image_values(record)):
                     images.append(value if isinstance(value, bytes) else reader.path(value))
@@ -282,8 +284,8 @@ def write_parts(
             new = (numbered for numbered in items if numbered[1].id not in done)
             for block in map(list, chunk_iterable(new, PHOTOS_PER_PART)):
                 rows = []
-                for batch in chunk_iterable(block, args.batch_size):
-                    batch = [item for _, item in batch]
+                for numbered_items in chunk_iterable(block, args.batch_size):
+                    batch = [item for _, item in numbered_items]
                     rows += predict(batch, texts, args.threshold, model, processor)
                     bar.update(len(batch))
                 place, first = block[0]

@@ -26,7 +26,7 @@ TRANSFORMERS = "transformers>=5.20,<6"  # as in pyproject.toml
 require_version(TRANSFORMERS, f'Run `pip install -U "{TRANSFORMERS}"`.')
 
 import copy
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
@@ -57,6 +57,11 @@ def _as_pair(field: str, size: int | list[int] | tuple[int, int]) -> tuple[int, 
 
 
 SCHEDULE = "5:text:0.7,10:text:0.7"  # of the paper
+# A configuration takes the text form, too, and always has the schedule.
+if TYPE_CHECKING:
+    GivenSchedule = SelectionSchedule
+else:
+    GivenSchedule = str | SelectionSchedule
 
 
 def _part_of_schedule(name: str) -> property:
@@ -82,7 +87,8 @@ def _schedule_of_lists(selection_layers=(5, 10), keep_rate=0.7, selection_guidan
     return ",".join(entries) or str(UNPRUNED)
 
 
-class StoredConfig(PreTrainedConfig):
+@strict
+class StoredConfig(PreTrainedConfig):  # trf-ignore: TRF057 (no model's own)
     """Base of the configurations, which names no code."""
 
     @classmethod
@@ -166,7 +172,7 @@ class TripsVisionConfig(StoredConfig):
     patch_embedding_type: Literal["linear", "convolutional"] = "linear"
     patch_bias: bool = True
     use_pre_layernorm: bool = False
-    schedule: str | SelectionSchedule = SCHEDULE
+    schedule: GivenSchedule = SCHEDULE  # type: ignore[assignment]
     fuse_inattentive_tokens: bool = True
     selection_gate: float | int = probability(default=0.0)
     trained_keep_rates: list[float | int] | None = None
@@ -182,7 +188,7 @@ class TripsVisionConfig(StoredConfig):
         if old_fields and str(self.schedule) != SCHEDULE:
             raise ValueError(f"Give `schedule` without {' and '.join(sorted(old_fields))}, which are a part of it.")
         if old_fields:
-            self.schedule = _schedule_of_lists(**old_fields)
+            self.schedule = SelectionSchedule.parse(_schedule_of_lists(**old_fields))
         self.architectures = self.architectures or []  # the Auto classes search it for the one of two models
         super().__post_init__(**kwargs)
 
@@ -224,7 +230,7 @@ class TripsVisionConfig(StoredConfig):
 
 
 @strict
-class TripsLayersConfig(StoredConfig):
+class TripsLayersConfig(StoredConfig):  # trf-ignore: TRF057 (no model's own)
     """What text encoder, fusion encoder and decoder share: the fields of BERT's embeddings and layers."""
 
     vocab_size: int = positive(default=30522)
@@ -269,7 +275,7 @@ class TripsTextConfig(TripsLayersConfig):
 
 
 @strict
-class TripsCrossAttentionConfig(TripsLayersConfig):
+class TripsCrossAttentionConfig(TripsLayersConfig):  # trf-ignore: TRF057 (no model's own)
     """What fusion encoder and decoder share: layers that attend to other states, too."""
 
     encoder_hidden_size: int | None = None

@@ -908,8 +908,8 @@ class TripsVisionModel(TripsPreTrainedModel):
                 `selector`.
         """
         is_learning = self.training and torch.is_grad_enabled()
-        # CODEPATH: the gate takes part in training only.
         is_pruned = bool(schedule.layers) and not schedule.scores_only
+        # CODEPATH: the gate takes part in training only.
         if not is_learning or self.config.selection_gate == 0 or not is_pruned:
             return None
         if self.selector is not None:

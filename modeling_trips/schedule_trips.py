@@ -18,7 +18,7 @@ It needs the standard library alone: scripts check a schedule before they import
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 GUIDANCES = ("text", "image", "random")
@@ -45,7 +45,7 @@ class LayerSelection(NamedTuple):
     def parse(cls, text: str) -> "LayerSelection":
         """Read `guidance:keep_rate` or `guidance:score`; what is left out has its default."""
         guidance, _, rate = text.partition(":")
-        settings = {}
+        settings: dict[str, Any] = {}
         if guidance:
             settings["guidance"] = guidance
         if rate == SCORE:

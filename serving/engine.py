@@ -138,7 +138,7 @@ class Engine:
     def _load(self, folder: Path) -> Any:
         settings = self.settings
         if not is_exported(folder):
-            fields = {"schedule": settings.schedule} if settings.schedule else {}
+            fields: dict[str, Any] = {"schedule": settings.schedule} if settings.schedule else {}
             model = load_checkpoint(folder, dtype=settings.dtype, **fields)
             device = settings.device
             if device == "auto":

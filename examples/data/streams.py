@@ -91,10 +91,9 @@ class TarShard:
         from webdataset.gopen import gopen
 
         try:
-            with (
-                gopen(self.name) as file,
-                tarfile.open(fileobj=EndingFile(file), mode="r|*", tarinfo=SmallHeader) as tar,
-            ):
+            with gopen(self.name) as file:
+                stream: Any = EndingFile(file)
+                tar = tarfile.open(fileobj=stream, mode="r|*", tarinfo=SmallHeader)
                 yield from self._pairs(tar)
                 end: Any = tar.fileobj  # after the first of two blocks of zeros, or a broken header
                 if end.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -105,7 +104,7 @@ class TarShard:
         except Exception as error:  # broken files and connections raise any type of error
             yield Fault(self.name, "broken tar file", printable(str(error)))
 
-    def _files(self, tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    def _files(self, tar: Any) -> Iterator[tarfile.TarInfo]:
         for member in tar:
             tar.members.clear()  # which grow with the file
             tar.pax_headers.clear()

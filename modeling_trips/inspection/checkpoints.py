@@ -29,8 +29,10 @@ MAX_FIELDS = 5000  # of a part of a configuration; unknown ones take time
 # Fields that name other files or code.
 UNCHECKED = ("configuration_files", "fusion_config", "quantization_config", "transformers_weights")
 # Fields that count parts or list them. Each part has at least one weight.
-COUNTS = ("num_hidden_layers", "num_images", "schedule")
-COUNTS += ("selection_layers", "keep_rate", "selection_guidance")  # of earlier versions, in place of the schedule
+COUNTS = (
+    *("num_hidden_layers", "num_images", "schedule"),
+    *("selection_layers", "keep_rate", "selection_guidance"),  # of earlier versions, in place of the schedule
+)
 SEQUENCES = ("num_beams", "num_return_sequences")  # of a generation
 MAX_SEQUENCES = 64
 FLOATS = ("F64", "F32", "F16", "BF16")

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,8 +56,9 @@ class ServedLlava(ServedFamily, Llava):
             return tokens
         sizes = [self.tokens_per_image] * len(groups)
         if current.attention is not None:
-            num_others = sizes[0] - current.attention.shape[1]  # the tower's [CLS]
-            attention = nn.functional.pad(current.attention, (num_others, 0))
+            of_patches: Any = current.attention  # (num_images, num_patches)
+            num_others = sizes[0] - of_patches.shape[1]  # the tower's [CLS]
+            attention = nn.functional.pad(of_patches, (num_others, 0))
             tokens = replace(tokens, attention=list(attention))
         if not current.kept:
             return tokens

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from prometheus_client import Counter
@@ -345,7 +346,7 @@ class SelectingExit(SelectingModel):
         return self.tokens_of_images(kwargs, [len(sizes) for sizes in request.sizes], request)
 
 
-def serve(own_class: type, model_class: type, processor_class: type = SelectionProcessor) -> type:
+def serve(own_class: Any, model_class: type, processor_class: type = SelectionProcessor) -> type:
     """Return a class of vLLM that selects as `model_class` does, with its registered processor."""
     factories = own_class._processor_factory
     name = f"Trips{own_class.__name__}"

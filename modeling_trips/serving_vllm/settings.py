@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -27,8 +28,10 @@ NOT_SUPPORTED = {
 # write other text around it or Transformers does not have them, and whose towers may select.
 ONE_SIZE = ("gemma3", "idefics3", "internvl", "internvl_chat", "llava", "smolvlm")
 BY_IMAGE = ("internvl_chat", "minicpmv4_6", "mistral3")
-IN_TOWER = ("idefics3", "internvl", "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-IN_TOWER += ("qwen3_vl_moe",)
+IN_TOWER = (
+    *("idefics3", "internvl", "llava", "llava_next", "llava_onevision"),
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"),
+)
 KEYS = ("schedule", "visual_tokens", "keep_rate", "visual_scorer", "request_scorers", "text_guide")
 NUMBERS = ("visual_tokens", "keep_rate")
 # Keys that a request may have among its `mm_processor_kwargs`.
@@ -114,8 +117,9 @@ class ServingSettings:
             )
         if given.keys() & {*NUMBERS}:
             given = {**dict.fromkeys(NUMBERS), **given}
+        changes: dict[str, Any] = dict(given)
         try:
-            return replace(self, **given)
+            return replace(self, **changes)
         except TypeError as error:
             raise ValueError(str(error)) from error
 

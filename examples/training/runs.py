@@ -150,6 +150,8 @@ def train_and_evaluate(trainer: FiniteTrainer) -> dict[str, float]:
         if args.do_train:
             result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
             facts = facts_of(trainer)
+            if trainer.is_world_process_zero():
+                remove_weights(args.output_dir)
             trainer.save_model()
             trainer.save_state()
             save_results(trainer, "train", result.metrics, facts)
@@ -176,6 +178,12 @@ def train_and_evaluate(trainer: FiniteTrainer) -> dict[str, float]:
         if lock := _locks.pop(Path(args.output_dir).resolve(), None):
             lock.release(force=True)
     return metrics
+
+
+def remove_weights(folder: str):
+    """Remove the weights of another run. On a full disk they would stay beside the new configuration, and load."""
+    for path in Path(folder).glob("*.safetensors*"):
+        path.unlink()
 
 
 @contextmanager

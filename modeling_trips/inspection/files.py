@@ -1,10 +1,14 @@
 """Writing of files and folders, which are whole or absent under their name."""
 
+import glob
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 
 @contextmanager
@@ -22,9 +26,17 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """Yield a path that is renamed to `folder`, which must be new or empty, if the block does not fail."""
+    """
+    Yield a path that is renamed to `folder`, which must be new or empty, if the block does not fail. What killed
+    processes left of this folder is removed.
+    """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-writing-") as partial:
-        yield Path(partial) / "whole"
-        (Path(partial) / "whole").rename(folder)
+    prefix = f".{folder.name}-writing-"
+    for lock_file in folder.parent.glob(f"{glob.escape(prefix)}*/lock"):
+        with suppress(Timeout), FileLock(lock_file, blocking=False):  # its process does not live
+            shutil.rmtree(lock_file.parent, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as partial:
+        with FileLock(Path(partial) / "lock"):
+            yield Path(partial) / "whole"
+            (Path(partial) / "whole").rename(folder)

@@ -1,11 +1,14 @@
 """Setup of a run: protected folders, and what is not saved."""
 
 import json
+import resource
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from toy_tasks import OPTIONS, write_task
 
 from modeling_trips.inspection import provenance
 from trips_examples.training.options import TrainingOptions, make_parser
@@ -50,3 +53,24 @@ def test_output_dir_is_locked_until_the_process_ends(tmp_path):
         parse_arguments(PARSER, [*options, "--do_train=False"])
         first.kill()
     parse_arguments(PARSER, options)
+
+
+@pytest.mark.slow
+def test_a_training_that_cannot_write_its_weights_leaves_no_model_that_loads(tmp_path):
+    """The size of files is limited, as by a full disk. Other weights were in the folder."""
+    output = tmp_path / "out"
+    output.mkdir()
+    save_file({"weight": torch.zeros(2)}, output / "model.safetensors")
+    options = [*write_task("vqa", tmp_path), *OPTIONS, "--max_steps=1", "--overwrite_output_dir", "--save_strategy=no"]
+    command = [sys.executable, "-m", "trips_examples.run_vqa", *options, f"--output_dir={output}"]
+    limits = (200_000, 200_000)  # bytes
+    result = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits),
+    )
+    assert result.returncode != 0
+    assert (output / "config.json").exists()
+    assert not any(path.stat().st_size for path in output.glob("*.safetensors"))

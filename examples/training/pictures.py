@@ -24,7 +24,8 @@ MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values",
 
 def plot_training(history: list[dict], path: Path, unpruned_steps: int = 0, majority: float | None = None):
     """
-    Draw the training loss over steps, and the first metric of the evaluations if there are two after different steps.
+    Draw the training loss over steps, that of relevance if there is one, and the first metric of the evaluations if
+    there are two after different steps.
 
     Args:
         history (`list[dict]`): The `TrainerState.log_history`.
@@ -35,6 +36,8 @@ def plot_training(history: list[dict], path: Path, unpruned_steps: int = 0, majo
     from matplotlib.figure import Figure  # slow to import
 
     names = ["loss"]
+    if any("relevance_loss" in entry for entry in history):
+        names.append("relevance_loss")
     metric = first_metric(history)
     if metric is not None and len({entry["step"] for entry in history if metric in entry}) > 1:
         names.append(metric)
@@ -48,7 +51,7 @@ def plot_training(history: list[dict], path: Path, unpruned_steps: int = 0, majo
         axes.grid(alpha=0.3)
         if unpruned_steps:
             axes.axvline(unpruned_steps, color="black", linestyle="--", label="pruned from here on")
-        if majority is not None and name != "loss":
+        if majority is not None and name == metric:
             axes.axhline(majority, color="gray", linestyle=":", label="the most frequent answer")
         if axes.get_legend_handles_labels()[0]:
             axes.legend()

@@ -72,8 +72,10 @@ class PhasesCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
+        # A short run may have no step with relevance: then they are trained from the first pruned step on.
+        first_step = trainer.phases.first_relevance_step or trainer.phases.unpruned_steps + 1
         for layer in trainer.late_layers:
-            layer.requires_grad_(state.global_step + 1 >= trainer.phases.first_relevance_step)
+            layer.requires_grad_(state.global_step + 1 >= first_step)
         if 0 < state.global_step == trainer.phases.unpruned_steps:
             state.best_metric = None
             state.best_global_step = None

@@ -81,6 +81,13 @@ def test_a_frozen_layer_that_a_text_scores_is_trained_while_its_scores_learn(tmp
     assert torch.equal(layer_after(8, number=2), uninterrupted)
 
 
+def test_a_run_may_be_too_short_for_relevance(tmp_path):
+    shares = ["--unpruned_share=0.5", "--relevance_share=0.25", "--relevance_interval=0", "--max_steps=2"]
+    options = [*write_task("vqa", tmp_path), *OPTIONS, *shares, "--schedule=2:text:0.5", "--freeze_vision_layers=2"]
+    run_vqa.main([*options, "--do_eval=False", "--do_predict=False", f"--output_dir={tmp_path / 'run'}"])
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
 SELECTIONS = [{}, {"schedule": "unpruned"}, {"schedule": "1:image:0.6,3:image:0.6"}]
 SELECTIONS += [{"schedule": "1:random:0.6,3:random:0.6"}, {"fuse_inattentive_tokens": False}]
 

@@ -90,11 +90,11 @@ from modeling_trips import (
 )
 from modeling_trips.inspection.checkpoints import check_head, load_checkpoint, load_processor
 from modeling_trips.inspection.files import whole_file
+from trips_examples.data.collection import FolderShard, Shard, find_images, id_of, rows_of
 from trips_examples.data.images import decode_untrusted_image, path_or_bytes
 from trips_examples.data.loading import RowReader, stamp_of
 from trips_examples.data.records import parsed_record, read_records
 from trips_examples.data.tasks import TASKS, BadRowError, Fault, filled_text
-from trips_examples.indexing.sources import FolderShard, Shard, find_images, id_of, rows_of
 from trips_examples.training.files import only_writer, write_whole
 
 
@@ -335,7 +335,7 @@ def main(argv: list[str] | None = None):
     processor = load_processor(args.model, model.config)
     weights = stamp_of(Path(args.model, "model.safetensors").absolute())
     made_by = json.dumps({"model": weights, "texts": texts, "threshold": args.threshold})
-    with only_writer(str(args.parts / "rows")) if state.is_main_process else nullcontext():
+    with only_writer(args.parts / "rows") if state.is_main_process else nullcontext():
         record = args.parts / "made_by.json"
         with state.main_process_first():
             if state.is_main_process and not any(args.parts.glob(PARTS)):

@@ -1,11 +1,12 @@
 """
-Search images in a table that `index_images.py` made, by features. For a text, the best images are reranked by
-matching, with patches that are scored by the text. Needs the extra `index`.
+Search photos by texts or by another photo, with a retrieval model. The best images of a text are ranked again by
+matching, with patches that are scored by the text.
 
-    python examples/search.py --model outputs/retrieval --table photos.lance --text "a red circle" "two dogs"
-    python examples/search.py --model outputs/retrieval --table photos.lance --image example.jpg
+    python examples/search.py --model outputs/retrieval --images photos --text "a red circle" "two dogs"
+    python examples/search.py --model outputs/retrieval --images "photos/*.parquet" --image example.jpg
 
-Several texts share the computation of their images.
+The first search computes the features of all images. The datasets library keeps them, those of 256 files of a folder
+or of a shard at a time: a later search, or one that was killed, computes those of new and changed files only.
 """
 
 from dataclasses import MISSING, dataclass
@@ -16,78 +17,188 @@ from trips_examples.training.options import make_parser, run_script
 
 @dataclass
 class SearchArguments:
-    model: str = option(MISSING, "The checkpoint or the exported model that made the table.")
-    table: str = option(MISSING, "The Lance table.")
+    model: str = option(MISSING, "Retrieval checkpoint (folder or name on the Hub), or exported model.")
+    images: list[str] = option(
+        MISSING, "Folders of images; WebDataset shards; Parquet, JSONL, CSV with images or paths."
+    )
     text: list[str] = option([], "One or more texts to search for.")
     image: str | None = option(None, "An image to search similar ones for, in place of --text.")
-    schedule: str | None = option(None, "The --schedule that the table was made with, if any.")
     k: int = option(10, "Number of images for each query.")
-    rerank_k: int = option(50, "Number of images to rerank for a text (0 disables).")
-    probes: int = option(20, "Partitions of the index to search; more are more accurate.")
+    rerank_k: int = option(50, "Number of images to rank again for a text (0 disables).")
     device: str = option("cpu", "Such as cuda.")
+    batch_size: int = option(32, "Images per step.")
     picture: str = option("outputs/found.png", "Picture of the results with the patches that the text keeps.")
     output_json: str | None = option(None, "JSON file: query, rank, source, similarity, score and match.")
 
     def __post_init__(self):
         if bool(self.text) == bool(self.image):
             raise ValueError("Give either --text or --image.")
-        if min(self.k, self.rerank_k + 1, self.probes) < 1:
-            raise ValueError("--k and --probes must be at least 1, and --rerank_k at least 0.")
+        if min(self.k, self.rerank_k + 1, self.batch_size) < 1:
+            raise ValueError("--k and --batch_size must be at least 1, and --rerank_k at least 0.")
 
 
 OPTIONS = make_parser(SearchArguments, description=__doc__, script=__name__)
 
-import transformers
+from collections.abc import Iterator
 
+import datasets
+import PIL.Image
+import torch
+import transformers
+from datasets import Dataset, Features, Value, concatenate_datasets
+from datasets.fingerprint import Hasher
+from huggingface_hub.utils import chunk_iterable
+from tqdm.auto import tqdm
+
+from modeling_trips import TripsForPreTraining, TripsForRetrieval
+from modeling_trips.inspection import draw_kept_patches
+from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint, load_processor, local_folder
 from modeling_trips.inspection.files import whole_file
-from trips_examples.data.images import decode_image
+from trips_examples.data.collection import FolderShard, Shard, find_images, rows_of
+from trips_examples.data.images import DecodedImages, column_of, decode_untrusted_image, path_or_bytes
+from trips_examples.data.loading import stamp_of
 from trips_examples.data.printing import visible
-from trips_examples.indexing.finding import Finder
+from trips_examples.data.tasks import BadRowError
+from trips_examples.metrics.retrieval import RetrievalEvaluator
 from trips_examples.training.files import write_json
 from trips_examples.training.pictures import SIDE, sheet
+
+
+HEADS = (TripsForRetrieval, TripsForPreTraining)  # models with image features that match pairs
+FEATURES = Features(
+    {
+        "source": Value("string"),
+        "image": {"bytes": Value("binary"), "path": Value("string")},
+        "error": Value("string"),
+        "vector": datasets.List(Value("float32")),
+    }
+)
+
+
+def rows_with_vectors(shard: Shard, evaluator: RetrievalEvaluator) -> Iterator[dict]:
+    """Yield the images of a shard as rows with the columns `FEATURES`. Each has its `vector` or its `error`."""
+    for batch in map(list, chunk_iterable(rows_of(shard), evaluator.batch_size)):
+        images = {}
+        for place, row in enumerate(batch):
+            try:
+                if row["error"] is None:
+                    images[place] = decoded(row, evaluator.processor.patch_size)
+            except BadRowError as error:
+                row["error"] = str(error)
+        vectors = {}
+        if images:
+            vectors = dict(zip(images, evaluator.index_images(list(images.values())).tolist()))
+        for place, row in enumerate(batch):
+            yield {**row, "vector": vectors.get(place)}
+
+
+def decoded(row: dict, patch_size: int = 1) -> PIL.Image.Image:
+    return decode_untrusted_image(path_or_bytes(row["image"]), patch_size)
+
+
+def load_images(args: SearchArguments, evaluator: RetrievalEvaluator) -> Dataset:
+    """Return the images with their features, and print those that cannot be used."""
+    datasets.disable_progress_bars()
+    model_files = [stamp_of(path) for path in sorted(local_folder(args.model).iterdir())]
+    parts = []
+    for shard in tqdm(find_images(args.images), desc="Images"):
+        files = shard.paths if isinstance(shard, FolderShard) else [shard.name]
+        part = Dataset.from_generator(
+            rows_with_vectors,
+            features=FEATURES,
+            gen_kwargs={"shard": shard, "evaluator": evaluator},
+            fingerprint=Hasher.hash((model_files, shard, [stamp_of(file) for file in files])),
+        )
+        parts.append(part)
+    table = concatenate_datasets(parts)
+    usable = []
+    for place, (source, error) in enumerate(zip(column_of(table, "source"), column_of(table, "error"))):
+        if error is None:
+            usable.append(place)
+        else:
+            print(visible(f"{source}: {error}"))
+    print(f"{len(usable)} images, {len(table) - len(usable)} that cannot be used.")
+    if not usable:
+        raise ValueError(f"--images {' '.join(args.images)} has no image that can be used.")
+    return table.select(usable)
+
+
+def search(args: SearchArguments, table: Dataset, evaluator: RetrievalEvaluator) -> list[dict]:
+    """
+    Return the best images of each query, best first, with their `number` in the table. `similarity` is the cosine of
+    the features; with reranking, `match` is the probability that image and text match, and `score`, which ranks, its
+    log-odds plus similarity over temperature.
+    """
+    vectors = table.with_format("torch", columns=["vector"])["vector"][:]  # (num_images, projection_dim)
+    if args.image:
+        embeds = evaluator.index_images([decode_untrusted_image(args.image)])
+    else:
+        texts = evaluator.index_texts(args.text)
+        embeds = texts.embeds  # (num_texts, projection_dim)
+    reranks = bool(args.text and args.rerank_k)
+    num_candidates = min(max(args.k, args.rerank_k * reranks), len(table))
+    similarities, numbers = (embeds.float() @ vectors.T).topk(num_candidates)  # (num_queries, num_candidates)
+    scores = similarities
+    if reranks:
+        text_numbers = torch.arange(len(numbers))[:, None].expand_as(numbers)
+        pairs = torch.stack((numbers.flatten(), text_numbers.flatten()), dim=1)
+        order = pairs[:, 0].argsort(stable=True)
+        log_odds = torch.empty(len(pairs))
+        log_odds[order] = evaluator.match(DecodedImages(table, decoded), texts, pairs[order])
+        log_odds = log_odds.view_as(scores)
+        scores = log_odds + similarities / evaluator.model.temp().item()
+    rows = []
+    for query, text in enumerate(args.text or [args.image]):
+        best = scores[query].argsort(descending=True, stable=True)[: args.k]
+        for rank, place in enumerate(best.tolist(), start=1):
+            row = {"query": text, "rank": rank, "number": numbers[query, place].item()}
+            row["similarity"] = similarities[query, place].item()
+            if reranks:
+                row["score"] = scores[query, place].item()
+                row["match"] = log_odds[query, place].sigmoid().item()
+            rows.append(row)
+    return rows
+
+
+@torch.inference_mode()
+def draw(image: PIL.Image.Image, text: str, evaluator: RetrievalEvaluator) -> PIL.Image.Image:
+    """Return an image with the patches that the last layer keeps for a text."""
+    inputs = evaluator.processor(images=image, text=text, return_tensors="pt").to(evaluator.model.device)
+    selection = evaluator.model.match(**inputs).selection
+    if not selection:
+        return image
+    (boxes,) = evaluator.processor.patch_boxes(selection[-1].kept_indices, [(image.height, image.width)])
+    return draw_kept_patches(image, boxes)
 
 
 def main(argv: list[str] | None = None):
     (args,) = OPTIONS.parse_args_into_dataclasses(args=argv)
     transformers.utils.logging.disable_progress_bar()
-    finder = Finder(args.table, args.model, args.schedule, args.device)
-    if finder.table.count_rows("error IS NULL") == 0:
-        raise ValueError(f"{args.table} has no image yet. Wait for index_images.py, or look at the faults it names.")
-    if args.image:
-        image = decode_image(args.image)
-        features = finder.evaluator.index_images([image])
-        found = finder.nearest(features, args.k, args.probes)
+    if is_exported(args.model):
+        from modeling_trips.export import load_exported  # an extra
+
+        model = load_exported(args.model, HEADS)
     else:
-        texts = finder.describe_texts(args.text)
-        found = finder.nearest(texts.embeds, max(args.k, args.rerank_k), args.probes)
-        found = finder.rerank(texts, found) if args.rerank_k else found
-    rows = []
+        model = load_checkpoint(args.model, HEADS).to(args.device)
+    processor = load_processor(args.model, model.config)
+    evaluator = RetrievalEvaluator(model, processor, batch_size=args.batch_size, progress=False)
+    table = load_images(args, evaluator)
+    rows = search(args, table, evaluator)
     pictures = []
-    titles = []
-    for text, best in zip(args.text or [None], found):
-        query = text or args.image
-        print(query)
-        best = best[: args.k]
-        drawn = finder.draw(best, text)
-        for rank, each in enumerate(best, start=1):
-            row = {
-                "query": query,
-                "rank": rank,
-                "source": each.source,
-                "similarity": each.similarity,
-                "score": each.score,
-                "match": each.match,
-            }
-            rows.append(row)
-            match = "" if each.match is None else f"score {each.score:6.2f}, match {each.match:6.1%}, "
-            print(f"{rank:>4}  {match}similarity {each.similarity:.3f}  {visible(each.source)}")
-            picture = drawn.get(each.source)
-            if picture is not None:
-                picture.thumbnail((SIDE, SIDE))
-                pictures.append(picture)
-                titles.append(f"{rank}: {query}")
+    for row in rows:
+        found = table[row.pop("number")]
+        row["source"] = found["source"]
+        if row["rank"] == 1:
+            print(row["query"])
+        match = f"score {row['score']:6.2f}, match {row['match']:6.1%}, " if "match" in row else ""
+        print(f"{row['rank']:>4}  {match}similarity {row['similarity']:.3f}  {visible(row['source'])}")
+        picture = decoded(found)
+        if args.text:
+            picture = draw(picture, row["query"], evaluator)
+        picture.thumbnail((SIDE, SIDE))
+        pictures.append(picture)
     with whole_file(args.picture) as partial:
-        sheet(pictures, titles).save(partial)
+        sheet(pictures, [f"{row['rank']}: {row['query']}" for row in rows]).save(partial)
     print(f"Picture: {args.picture}")
     if args.output_json is not None:
         write_json(args.output_json, rows)

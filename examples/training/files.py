@@ -27,18 +27,15 @@ def write_json(path: str | Path, value):
 
 
 @contextlib.contextmanager
-def only_writer(uri: str) -> Iterator[None]:
-    """Hold a lock beside a local file or folder, whatever link or URI names it. An object store has no lock."""
-    if "://" in uri and not uri.startswith("file://"):
-        yield
-        return
-    path = Path(uri.removeprefix("file://")).expanduser().resolve()
+def only_writer(path: Path) -> Iterator[None]:
+    """Hold a lock beside a file or folder, whatever link names it."""
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(f"{path}.lock", timeout=0):
             yield
     except Timeout as error:
-        raise BlockingIOError(f"Another process is writing {uri}. Wait until it ends, or stop it.") from error
+        raise BlockingIOError(f"Another process is writing {path}. Wait until it ends, or stop it.") from error
 
 
 def texts_of(sequences: np.ndarray, processor: TripsProcessor) -> list[str]:

@@ -16,8 +16,8 @@ from scripts import run_scripts
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from trips_examples.data import streams
+from trips_examples.data.collection import rows_of
 from trips_examples.data.streams import FileShard, PairStream, TarShard, find_shards, hub_shards
-from trips_examples.indexing.sources import rows_of
 
 
 pytest.importorskip("webdataset")
@@ -297,7 +297,7 @@ def test_damaged_tar_files_are_named(tmp_path):
 
 @pytest.mark.parametrize("column", ["image", "image_path", "file_name", "picture"])
 def test_the_json_of_a_tar_file_names_no_local_file(tmp_path, column):
-    """Neither a stream nor an index reads a file that a stranger's tar file names."""
+    """Neither a stream nor a search reads a file that a stranger's tar file names."""
     (tmp_path / "private.png").write_bytes(encoded("blue"))
     described = {"caption": "a", column: str(tmp_path / "private.png"), "image_root": str(tmp_path)}
     path = write_tar(tmp_path / "a.tar", [{"json": described}])

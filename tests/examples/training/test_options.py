@@ -173,12 +173,11 @@ WITHOUT_HUB = {  # scripts and options that need the Hub
     "check_data": "--task=vqa --preset=tiny --dataset_name=nope/data",
     "convert_checkpoint": "--checkpoint=nope/model --output_dir=nowhere",
     "evaluate_vlm": f"--model=nope/model --validation_file={ROWS}",
-    "index_images": "--model=nope/model --images=. --table=nowhere.lance",
     "predict": "--model=nope/model --images=. --questions=what? --output=nowhere.csv",
     "push_to_hub": "--model=examples/trips-tiny-scenes --repo_id=ada/scenes",
     "run_vqa": "--preset=tiny --dataset_name=nope/data",
     "run_pretraining": "--preset=tiny --dataset_name=nope/data",
-    "search": "--model=nope/model --table=nowhere.lance --text=dog",
+    "search": "--model=nope/model --images=nowhere --text=dog",
     "train_guide": "--model=nope/model",
 }
 

@@ -8,28 +8,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
 from huggingface_hub.utils import chunk_iterable
 
 from trips_examples.data.printing import printable
-from trips_examples.data.streams import IMAGE_SUFFIXES, FileShard, HubShard, TarShard, encoded_image, find_shards
+from trips_examples.data.streams import IMAGE_SUFFIXES, FileShard, TarShard, encoded_image, find_shards
 from trips_examples.data.tasks import SHOWN, BadRowError, Fault
 
 
 logger = logging.getLogger(__name__)
 
 FILES_PER_SHARD = 256
-
-# `image` as the datasets library encodes it.
-ROW_SCHEMA = pa.schema(
-    {
-        "id": pa.string(),
-        "source": pa.string(),
-        "image": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
-        "error": pa.string(),
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -43,7 +31,7 @@ class FolderShard:
             yield {"source": path, "image": path}
 
 
-Shard = FolderShard | TarShard | FileShard | HubShard
+Shard = FolderShard | TarShard | FileShard
 
 
 def find_images(places: Sequence[str], image_root: str | None = None) -> list[Shard]:
@@ -89,7 +77,7 @@ def _image_files(folder: str) -> list[str]:
 
 def rows_of(shard: Shard, image_column: str | None = None) -> Iterator[dict]:
     """
-    Yield the images of a shard as rows of `ROW_SCHEMA`: `image` is encoded or a path, or `error` is set. A file that
+    Yield the images of a shard as rows: `image` as the datasets library encodes it, or its `error`. A file that
     several rows name is yielded once. `image_column` is by default the first of `IMAGE_COLUMNS` that a record has.
     """
     sources: Counter[str] = Counter()
@@ -124,11 +112,3 @@ def rows_of(shard: Shard, image_column: str | None = None) -> Iterator[dict]:
 def id_of(source: str) -> str:
     """Return a hash of a source, 32 hexadecimal digits."""
     return hashlib.blake2b(source.encode(), digest_size=16).hexdigest()
-
-
-def new_rows_of(shard: Shard, done: np.ndarray, image_column: str | None = None) -> Iterator[dict]:
-    """Yield the rows of a shard whose ids are not among `done`, sorted ids of type `S32`."""
-    for row in rows_of(shard, image_column):
-        place = np.searchsorted(done, row["id"].encode())
-        if place == len(done) or done[place] != row["id"].encode():
-            yield row

@@ -1,10 +1,9 @@
 """The images of a collection as rows: each once, with a stable id, or with its error."""
 
-import numpy as np
 import pytest
 from tiny_collection import encoded, write_images, write_tar
 
-from trips_examples.indexing.sources import find_images, new_rows_of, rows_of
+from trips_examples.data.collection import find_images, rows_of
 
 
 def rows(*places, image_root: str | None = None) -> list[dict]:
@@ -60,15 +59,6 @@ def test_shards_may_be_torn_and_use_a_name_twice(tmp_path):
     assert f"{whole}/c" in [row["source"] for row in found if row["error"]]
     assert found[-1]["source"].startswith(f"{tmp_path}/1.tar")
     assert "broken tar file" in found[-1]["error"]
-
-
-def test_what_is_done_is_not_read_again(tmp_path):
-    (shard,) = find_images([str(write_images(tmp_path, range(40)))])
-    expected = list(rows_of(shard))
-    nothing = np.array([], "S32")
-    assert list(new_rows_of(shard, nothing)) == expected
-    done = np.array([row["id"] for row in expected[3:]], "S32")
-    assert list(new_rows_of(shard, np.sort(done))) == expected[:3]
 
 
 def test_every_file_of_a_folder_is_a_row_or_named(tmp_path, caplog):

@@ -1,1 +1,0 @@
-"""Lance tables of image vectors: reading images, their vectors, an index and search."""

@@ -55,13 +55,14 @@ def _on_one_line(text: str) -> str:
 
 
 def _strip_punctuation(text: str) -> str:
-    def replace(match: re.Match) -> str:
-        # As in the official script, a mark that touches a space anywhere in the text is removed everywhere.
-        mark = match.group()
-        spaced = f"{mark} " in text or f" {mark}" in text
-        return "" if spaced or _DIGIT_COMMA.search(text) else " "
-
-    return _PERIOD.sub("", _PUNCTUATION.sub(replace, text))
+    # As in the official script, a mark that touches a space anywhere in the text is removed everywhere.
+    has_digit_comma = _DIGIT_COMMA.search(text) is not None
+    replacements = {}
+    for mark in set(_PUNCTUATION.findall(text)):
+        is_spaced = f"{mark} " in text or f" {mark}" in text
+        replacements[mark] = "" if is_spaced or has_digit_comma else " "
+    text = _PUNCTUATION.sub(lambda match: replacements[match.group()], text)
+    return _PERIOD.sub("", text)
 
 
 @functools.lru_cache(maxsize=2**16)  # most answers of a data set repeat

@@ -67,11 +67,13 @@ class Run:
 
 
 def read_variants(path: str) -> dict[str, list[str]]:
+    """Return the options of each variant."""
     variants = json.loads(Path(path).read_text())
-    is_object = isinstance(variants, dict)
-    if not is_object or not all(isinstance(options, str) for options in variants.values()):
-        raise ValueError(f'{path} must hold an object of strings, as in {{"text": "--schedule 2:text:0.1"}}.')
-    return {name: shlex.split(options) for name, options in variants.items()}
+    try:
+        return {name: shlex.split(options.strip()) for name, options in variants.items()}
+    except AttributeError as error:
+        example = '{"text": "--schedule 2:text:0.1"}'
+        raise ValueError(f"{path} must hold an object of strings, as in {example}.") from error
 
 
 def make_runs(args: AblationArguments, options: list[str]) -> list[Run]:

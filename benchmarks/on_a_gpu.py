@@ -25,11 +25,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from benchmark import MODES, Setting, measure
 from measuring import OutputArguments, run_benchmark
 from tqdm.auto import tqdm
 from transformers import LlavaConfig, Qwen3VLConfig
 
-from modeling_trips.inspection.speed import MODES, Setting, measure
 from modeling_trips.serving_vllm import ARCHITECTURES
 from modeling_trips.serving_vllm.settings import IN_TOWER
 from trips_examples.data.source import option

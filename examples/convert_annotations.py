@@ -36,8 +36,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from trips_examples.data.records import official_form
-
 
 # A split, or None for the only one of a file, and a row.
 SplitRows = Iterator[tuple[str | None, dict]]
@@ -50,16 +48,14 @@ def vqa_rows(questions: dict, annotations: dict) -> SplitRows:
         question_id = annotation["question_id"]
         if question_id not in question_of:
             raise ValueError(f"The file of questions has no question_id {question_id}. Give the files of one split.")
-        yield (
-            None,
-            {
-                "image": f"COCO_{annotations['data_subtype']}_{annotation['image_id']:012d}.jpg",
-                "question": question_of[question_id],
-                "answers": [answer["answer"] for answer in annotation["answers"]],
-                "question_id": question_id,
-                "kind": annotation["answer_type"],
-            },
-        )
+        row = {
+            "image": f"COCO_{annotations['data_subtype']}_{annotation['image_id']:012d}.jpg",
+            "question": question_of[question_id],
+            "answers": [answer["answer"] for answer in annotation["answers"]],
+            "question_id": question_id,
+            "kind": annotation["answer_type"],
+        }
+        yield None, row
 
 
 def coco_rows(captions: dict) -> SplitRows:
@@ -75,10 +71,13 @@ def coco_rows(captions: dict) -> SplitRows:
 def karpathy_rows(dataset: dict) -> SplitRows:
     """Yield the images of Karpathy's split with all of their captions. Its `restval` is for training."""
     for image in dataset["images"]:
-        split = "train" if image["split"] == "restval" else image["split"]
-        captions = [sentence["raw"] for sentence in image["sentences"]]
+        is_of_training = image["split"] == "restval"
         path = Path(image.get("filepath", ""), image["filename"])
-        yield split, {"image": str(path), "captions": captions}
+        row = {
+            "image": str(path),
+            "captions": [sentence["raw"] for sentence in image["sentences"]],
+        }
+        yield "train" if is_of_training else image["split"], row
 
 
 def nlvr2_rows(statements: list[dict]) -> SplitRows:
@@ -86,16 +85,14 @@ def nlvr2_rows(statements: list[dict]) -> SplitRows:
     for statement in statements:
         pair = statement["identifier"].rpartition("-")[0]
         folder = str(statement.get("directory", ""))
-        yield (
-            None,
-            {
-                "left_image": str(Path(folder, f"{pair}-img0.png")),
-                "right_image": str(Path(folder, f"{pair}-img1.png")),
-                "statement": statement["sentence"],
-                "label": statement["label"],
-                "question_id": statement["identifier"],
-            },
-        )
+        row = {
+            "left_image": str(Path(folder, f"{pair}-img0.png")),
+            "right_image": str(Path(folder, f"{pair}-img1.png")),
+            "statement": statement["sentence"],
+            "label": statement["label"],
+            "question_id": statement["identifier"],
+        }
+        yield None, row
 
 
 def refcoco_rows(instances: dict, refs: list[dict]) -> SplitRows:
@@ -133,7 +130,18 @@ def llava_rows(conversations: list[dict]) -> SplitRows:
         print(f"Left out {without_image} conversations without an image.")
 
 
-# The functions of the files that `official_form` recognizes, in the order of the function's arguments.
+# What a file is, by keys of its object or of its first record: the first whose keys it has.
+FORMS = {
+    "questions of VQAv2": {"questions", "data_subtype"},
+    "annotations of VQAv2": {"annotations", "data_subtype"},
+    "images of Karpathy's split": {"images", "dataset"},
+    "instances of COCO": {"images", "annotations", "categories"},
+    "captions of COCO": {"images", "annotations"},
+    "refs of RefCOCO": {"ref_id", "ann_id", "sentences"},
+    "statements of NLVR2": {"identifier", "sentence", "left_url"},
+    "conversations of LLaVA": {"id", "conversations"},
+}
+# The functions of the files, in the order of their arguments.
 CONVERSIONS: dict[tuple[str, ...], Callable[..., SplitRows]] = {
     ("questions of VQAv2", "annotations of VQAv2"): vqa_rows,
     ("captions of COCO",): coco_rows,
@@ -144,37 +152,31 @@ CONVERSIONS: dict[tuple[str, ...], Callable[..., SplitRows]] = {
 }
 
 
-def read_annotations(file: Path) -> tuple[str, Any]:
+def read_annotations(file: str) -> tuple[str, Any]:
     """Return what a file is, and its object or its list of records."""
-    text = file.read_text(encoding="utf-8-sig")
+    text = Path(file).read_text(encoding="utf-8-sig")
     try:
         value = json.loads(text)
     except ValueError:  # a record per line
         value = [json.loads(line) for line in text.splitlines() if line.strip()]
-    form = official_form(value[0] if isinstance(value, list) and value else value)
-    if form is None:
-        raise ValueError(f"{file} is none of the files that are known: {', '.join(map(' and '.join, CONVERSIONS))}.")
-    return form, value
+    first = value[0] if isinstance(value, list) and value else value
+    for form, keys in FORMS.items():
+        if isinstance(first, dict) and keys <= first.keys():
+            return form, value
+    raise ValueError(f"{file} is none of the files that are known: {', '.join(FORMS)}.")
 
 
 def main(argv: list[str] | None = None):
     (args,) = OPTIONS.parse_args_into_dataclasses(args=argv)
-    values: dict[str, Any] = {}
-    for file in args.files:
-        form, value = read_annotations(Path(file))
-        if form in values:
-            raise ValueError(f"--files has {form} twice. Convert one split at a time.")
-        values[form] = value
-    forms = next((forms for forms in CONVERSIONS if set(forms) == set(values)), None)
-    if forms is None:
-        needed = next(forms for forms in CONVERSIONS if set(forms) & set(values))
-        missing = [form for form in needed if form not in values]
-        is_part = len(values) + len(missing) == len(needed)
-        remedy = f"Give {' and '.join(missing)} as well" if is_part else f"Give {' and '.join(needed)} at a time"
-        raise ValueError(f"--files has {', '.join(values)}. {remedy}.")
+    files = [read_annotations(file) for file in args.files]
+    given = [form for form, _ in files]
+    needed = next(forms for forms in CONVERSIONS if given[0] in forms)
+    if sorted(given) != sorted(needed):
+        raise ValueError(f"--files has {' and '.join(given)}. Give {' and '.join(needed)}, of one split.")
+    values = dict(files)
     lines = defaultdict(list)
     own_name = Path(args.files[-1]).stem
-    for split, row in CONVERSIONS[forms](*(values[form] for form in forms)):
+    for split, row in CONVERSIONS[needed](*(values[form] for form in needed)):
         line = json.dumps(row, ensure_ascii=False)
         lines[split or own_name].append(f"{line}\n")
     folder = Path(args.output_dir)

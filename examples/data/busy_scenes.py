@@ -342,14 +342,15 @@ def _draw_ground(side: int, rng: random.Random) -> PIL.Image.Image:
     num_rows = rng.randint(3, 8)
     num_columns = rng.randint(3, 8)
     spots = noise.uniform(60, 190, size=(num_rows, num_columns, 3))
-    coarse = PIL.Image.fromarray(spots.astype(np.uint8))
+    spots = spots.astype(np.uint8)
+    coarse = PIL.Image.fromarray(spots)
     smooth = coarse.resize((side, side), resample=PIL.Image.Resampling.BICUBIC)
     colors = np.asarray(smooth, dtype=np.float32)  # (side, side, 3)
     gray = colors.mean(axis=-1, keepdims=True)
     grain = noise.normal(0, 10, size=colors.shape)
     texture = gray * 0.5 + colors * 0.5 + grain
-    texture = texture.clip(0, 255)
-    return PIL.Image.fromarray(texture.astype(np.uint8))
+    texture = texture.clip(0, 255).astype(np.uint8)
+    return PIL.Image.fromarray(texture)
 
 
 def _shade(color: tuple[int, ...], rng: random.Random) -> tuple[int, ...]:

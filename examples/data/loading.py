@@ -31,7 +31,6 @@ from trips_examples.data.tasks import (
     Task,
     filled_text,
     is_missing,
-    likely_task,
     list_of,
     missing,
     settle,
@@ -94,24 +93,11 @@ def load_task_dataset(
             faults += faults_of_split
         if len(data[split]) == 0:
             needed = f"needed are the columns {TASKS[task].needs}; for other names, --columns image=photo"
-            other_task = likely_task(_columns(records))
-            if other_task not in (None, task):
-                needed = f"{needed}; this looks like --task {other_task}"
             fault = Fault(part, "no row that can be used", needed)
             if faults is None:
                 raise ValueError(f"{fault}.")
             faults.append(fault)
     return DatasetDict(data)
-
-
-def _columns(records: Dataset) -> list[str]:
-    """Return the columns of records, of JSON the keys of the first one."""
-    if records.features != RECORD:
-        return records.column_names
-    try:
-        return list(parsed_record(records[0]["json"]))
-    except BadRowError:
-        return []
 
 
 def _bundled(task: str, source: DataArguments, seed: int) -> DatasetDict:

@@ -31,20 +31,6 @@ SEPARATORS = (",", ";", "\t")  # the first is taken if they are level
 # A line of a CSV file with a cell that names an image.
 _LINE_WITH_IMAGE = re.compile(rf".*\.({'|'.join(IMAGE_SUFFIXES)}) *\"?([,;\t]|$)", re.IGNORECASE)
 
-# Keys of the annotation files of public data sets, or of each of their records.
-OFFICIAL_FORMS = {
-    "questions of VQAv2": {"questions", "data_subtype"},
-    "annotations of VQAv2": {"annotations", "data_subtype"},
-    "images of Karpathy's split": {"images", "dataset"},
-    "instances of COCO": {"images", "annotations", "categories"},
-    "captions of COCO": {"images", "annotations"},
-    "refs of RefCOCO": {"ref_id", "ann_id", "sentences"},
-    "statements of NLVR2": {"identifier", "sentence", "left_url"},
-    "conversations of LLaVA": {"id", "conversations"},
-}
-# Columns of our rows: a record with one of them is no official one, whatever else it has.
-OWN_TEXTS = {"question", "caption", "captions", "statement", "sentence", "expression"}
-
 
 def parsed_record(record: dict | str) -> dict:
     """Return a record, parsed if it is JSON. Raise a `BadRowError` if it is not a JSON object."""
@@ -70,34 +56,8 @@ def _refuse_repeated(names: Sequence[str]):
         raise ValueError(f"the key or column {repeated[0]!r} occurs twice")
 
 
-def official_form(value: Any) -> str | None:
-    """Return what an annotation file of a public data set has, by its object or its first record, or None."""
-    if not isinstance(value, dict):
-        return None
-    for form, keys in OFFICIAL_FORMS.items():
-        has_own_text = not OWN_TEXTS.isdisjoint(value.keys() - keys)
-        if keys <= value.keys() and not has_own_text:
-            return form
-    return None
-
-
-def _first_value(file: Path) -> Any:
-    """Return the object or the first record of a JSON or JSONL file, or None."""
-    with file.open(encoding="utf-8-sig", errors="replace") as lines:
-        text = lines.readline() if file.suffix.lower() == ".jsonl" else lines.read()
-    start = text.lstrip().removeprefix("[").lstrip()
-    try:
-        value, _ = json.JSONDecoder().raw_decode(start)
-    except (ValueError, RecursionError):
-        return None
-    return value
-
-
 def read_records(file: Path) -> NumberedRecords:
-    """
-    Yield the records of a JSON, JSONL, CSV or Parquet file. Raise a `ValueError` if it cannot be read, or if it is an
-    annotation file of another form.
-    """
+    """Yield the records of a JSON, JSONL, CSV or Parquet file. Raise a `ValueError` if it cannot be read."""
     readers = {".json": _read_json, ".jsonl": _read_json_lines, ".parquet": _read_parquet}
     readers |= dict.fromkeys((".csv", ".tsv", ".txt"), _read_csv)
     suffix = file.suffix.lower()
@@ -106,12 +66,6 @@ def read_records(file: Path) -> NumberedRecords:
             "In Excel, save it as CSV UTF-8" if suffix in (".xlsx", ".xls") else f"Convert it to {', '.join(readers)}"
         )
         raise ValueError(f"{file} ends with {suffix!r}. {how}.")
-    form = official_form(_first_value(file)) if suffix in (".json", ".jsonl") else None
-    if form is not None:
-        raise ValueError(
-            f"{file} has the {form} in their official form. Convert them: "
-            f"python examples/convert_annotations.py --files {file} --output_dir converted"
-        )
     try:
         yield from readers[suffix](file)
     # pyarrow raises several types of errors, including OSError.

@@ -5,7 +5,7 @@ import logging
 import math
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -235,14 +235,6 @@ _QUESTION = {"question": _TEXT, "answers": Sequence(_TEXT), "region": _BOX, "kin
 _STATEMENT = {"statement": _TEXT, "label": Value("int64")}
 _EXPRESSION = {"expression": _TEXT, "box": _BOX, "kind": _TEXT}
 
-# Columns of the texts and labels of each task, each with its alternatives.
-TEXT_COLUMNS: dict[str, list[tuple[str, ...]]] = {
-    "vqa": [("question",), ("answer", "answers")],
-    "captions": [("caption", "captions")],
-    "nlvr2": [("statement", "sentence"), ("label",)],
-    "grounding": [("expression",), ("box",)],
-}
-
 # There is an answer per annotator; images are left and right; label 1 is true; region and groups may be None.
 TASKS = {
     "vqa": Task(Features(_IMAGE | _QUESTION), "question", "image, question and answer", _question, written="answers"),
@@ -250,11 +242,3 @@ TASKS = {
     "nlvr2": Task(Features(_IMAGES | _STATEMENT), "statement", "images (two), statement and label", _statement),
     "grounding": Task(Features(_IMAGE | _EXPRESSION), "expression", "image, expression and box", _expression),
 }
-
-
-def likely_task(columns: Container[str]) -> str | None:
-    """Return the task whose columns of texts are all among these, or None."""
-    for name, alternatives in TEXT_COLUMNS.items():
-        if all(any(column in columns for column in one_of) for one_of in alternatives):
-            return name
-    return None

@@ -3,19 +3,13 @@ Checks of options that a script makes at once, before it imports what takes seco
 """
 
 import contextlib
-import difflib
 import errno
 import functools
-import re
 import threading
-from collections.abc import Iterable
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import huggingface_hub
-import transformers
 from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.file_download import repo_folder_name
@@ -25,24 +19,12 @@ from trips_examples.data.source import BUNDLED
 from trips_examples.training.recipe import PLACES, TOWERS
 
 
-# The schedule
-
-
-@functools.cache
-def schedule_module() -> ModuleType:
-    """Return `modeling_trips.schedule_trips` without the package around it, whose import takes seconds."""
-    package = find_spec("modeling_trips")
-    path = Path(package.origin).with_name("schedule_trips.py")
-    spec = spec_from_file_location("modeling_trips.schedule_trips", path)
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def check_schedule(text: str):
     """Raise a `ValueError` that names the option if a `--schedule` has another form, or a value out of its range."""
+    from modeling_trips import SelectionSchedule  # takes seconds, but the script needs it as well
+
     try:
-        schedule_module().SelectionSchedule.parse(text)
+        SelectionSchedule.parse(text)
     except ValueError as error:
         raise ValueError(f"--schedule {text}: {error}") from error
 
@@ -97,35 +79,6 @@ def _check_name(option: str, name: str, repo_type: str):
             "checkpoint (--model), or from scratch (--preset)."
         )
     raise OSError(f"--{option} {name}: there is no such folder, and the Hub was not asked for this name: {reason}.")
-
-
-# Names of options
-
-
-@functools.cache
-def transformers_options() -> set[str]:
-    """Return the names of the options of Transformers' `Trainer`, from the source: the import takes seconds."""
-    names: set[str] = set()
-    for module in ("training_args", "training_args_seq2seq"):
-        source = Path(transformers.__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
-        names.update(re.findall(r"^    (\w+): ", source, re.MULTILINE))  # fields of a dataclass
-    return names
-
-
-def check_options(arguments: Iterable[str], known: set[str], replaced: dict[str, str]):
-    """
-    Raise a `ValueError` for an option that is not `known`. `replaced` says what to type in place of those of earlier
-    versions.
-    """
-    for argument in arguments:
-        name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
-        if not argument.startswith("--") or name.removeprefix("no_") in known:
-            continue
-        similar = difflib.get_close_matches(name, [*known, *replaced], n=1, cutoff=0.75)
-        if similar and similar[0] in replaced:
-            raise ValueError(f"There is no option --{name}. {replaced[similar[0]]}")
-        hint = f"Did you mean --{similar[0]}?" if similar else "--help lists the options."
-        raise ValueError(f"There is no option --{name}. {hint}")
 
 
 # The output folder

@@ -18,11 +18,9 @@ from trips_examples.data.printing import visible
 from trips_examples.data.source import DataArguments, option
 from trips_examples.training.checks import (
     check_names,
-    check_options,
     check_output,
     check_schedule,
     is_disk_full,
-    transformers_options,
 )
 from trips_examples.training.recipe import SCHEDULES, recipe
 
@@ -62,11 +60,6 @@ RARE = {
     "save_total_limit",
     "relevance_share",
 }
-# Options of earlier versions, and what to type in their place.
-REPLACED = dict.fromkeys(
-    ("selection_layers", "selection_guidance", "keep_rate"),
-    "It is a part of --schedule: 6:image:0.5,9:text:0.5, or unpruned.",
-)
 
 
 @dataclass
@@ -381,12 +374,7 @@ class Parser(HfArgumentParser):
             defaults = recipe(self.task, typed, on_cpu)
             self.typed = set(typed)
             namespace = Namespace(**{name: value for name, value in defaults.items() if name in own})
-        namespace, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            known = own | transformers_options() if self.trains else own
-            replaced = REPLACED if "schedule" in own else {}
-            check_options(unknown, known, replaced)
-        return namespace, unknown
+        return super().parse_known_args(args, namespace)
 
 
 def make_parser(*classes: type, description: str, script: str = "", **options) -> Parser:

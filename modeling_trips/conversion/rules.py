@@ -202,8 +202,11 @@ def load_converted(model: nn.Module, source: Mapping[str, torch.Tensor], plan: C
     weights, report = convert_weights(source, plan, shapes)
     model.load_state_dict(weights, strict=False)  # new weights keep their initial values
     addresses = {state[name].data_ptr() for name in weights}
-    tied = [name for name in report.new if state[name].data_ptr() in addresses]
-    new = [name for name in report.new if name not in tied]
+    tied = []
+    new = []
+    for name in report.new:
+        is_tied = state[name].data_ptr() in addresses
+        (tied if is_tied else new).append(name)
     return replace(report, filled=report.filled + tied, new=new)
 
 
@@ -239,10 +242,16 @@ def resampled(grid: tuple[int, int], new_grid: tuple[int, int]) -> Callable[[tor
         if grid == new_grid:
             return positions
         of_cls = positions[:, :1]
-        of_patches = positions[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2)  # (1, hidden_size, rows, columns)
-        of_patches = nn.functional.interpolate(of_patches.float(), size=new_grid, mode="bicubic", align_corners=False)
+        of_patches = positions[:, 1:].unflatten(1, grid)  # (1, rows, columns, hidden_size)
+        of_patches = nn.functional.interpolate(
+            of_patches.permute(0, 3, 1, 2).float(),
+            size=new_grid,
+            mode="bicubic",
+            align_corners=False,
+        )  # (1, hidden_size, new_rows, new_columns)
         of_patches = of_patches.flatten(2).transpose(1, 2)  # (1, new_rows * new_columns, hidden_size)
-        return torch.cat((of_cls, of_patches.to(positions.dtype)), dim=1)
+        of_patches = of_patches.to(positions.dtype)
+        return torch.cat((of_cls, of_patches), dim=1)
 
     return change
 

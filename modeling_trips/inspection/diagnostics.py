@@ -128,10 +128,13 @@ def patch_precision(patch_boxes: torch.Tensor, region: torch.Tensor) -> float:
         region (`torch.Tensor` of shape `(4,)`): (x0, y0, x1, y1) in the same pixels.
     """
     patch_start, patch_end = patch_boxes.chunk(2, dim=-1)  # (num_kept, 2) each
-    start, end = region.chunk(2)
     centers = (patch_start + patch_end) / 2
-    is_inside = ((centers >= start) & (centers < end)).all(dim=-1)  # (num_kept,)
-    return is_inside.sum().item() / max(1, len(patch_boxes))
+    start, end = region.chunk(2)
+    is_behind_start = centers >= start
+    is_before_end = centers < end
+    is_inside = (is_behind_start & is_before_end).all(dim=-1)  # (num_kept,)
+    num_inside = is_inside.sum().item()
+    return num_inside / max(1, len(patch_boxes))
 
 
 def region_recall(patch_boxes: torch.Tensor, region: torch.Tensor) -> float:
@@ -141,7 +144,9 @@ def region_recall(patch_boxes: torch.Tensor, region: torch.Tensor) -> float:
     """
     patch_start, patch_end = patch_boxes.chunk(2, dim=-1)  # (num_kept, 2) each
     start, end = region.chunk(2)
-    shown_sides = torch.minimum(patch_end, end) - torch.maximum(patch_start, start)
-    shown_areas = shown_sides.clamp(min=0).prod(dim=-1)  # (num_kept,)
+    shown_start = torch.maximum(patch_start, start)
+    shown_end = torch.minimum(patch_end, end)
+    shown_sides = (shown_end - shown_start).clamp(min=0)
+    shown_area = shown_sides.prod(dim=-1).sum()
     area = (end - start).prod()
-    return (shown_areas.sum() / area).item()
+    return (shown_area / area).item()

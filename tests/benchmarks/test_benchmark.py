@@ -4,6 +4,7 @@ import json
 
 import benchmark
 import pytest
+from benchmark import Setting, count_macs, measure
 
 
 def test_a_schedule_has_a_guidance_and_a_rate_per_layer(tmp_path, capsys):
@@ -24,3 +25,22 @@ def test_a_schedule_has_a_guidance_and_a_rate_per_layer(tmp_path, capsys):
         assert row["time_ratio"] == pytest.approx(row["latency"] / row["unpruned_latency"])
         assert row["throughput"] == pytest.approx(row["texts_per_image"] / row["latency"])
     assert "3 texts, 2:image:0.5,4:text:0.25" in capsys.readouterr().out
+
+
+def setting(**changes) -> Setting:
+    fields = {"texts_per_image": 1, "text_length": 6, "schedule": "2:text:0.5,3:text:0.5", **changes}
+    return Setting("tiny", 64, 2, attn_implementation="eager", clock="process", **fields)
+
+
+@pytest.mark.parametrize("mode, texts", [("forward", 3), ("training", 1)])
+def test_a_row_has_the_ratios_of_its_times_and_macs(mode, texts):
+    own = setting(mode=mode, texts_per_image=texts)
+    row = measure(own, warmup=1, repeats=3)
+    assert row["time_ratio"] == row["latency"] / row["unpruned_latency"]
+    assert row["macs_ratio"] == count_macs(own, own.schedule) / count_macs(own, "unpruned") != 1
+    assert row["throughput"] == pytest.approx(2 * texts / row["latency"])
+
+
+def test_processor_time_is_of_the_cpu_only():
+    with pytest.raises(ValueError):
+        setting(device="cuda")

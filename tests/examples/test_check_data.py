@@ -80,7 +80,6 @@ def test_five_rows_of_a_kind_are_printed_and_the_task_of_their_columns(folder, c
         assert f"t.jsonl row {number}:" in printed
     assert "t.jsonl row 6:" not in printed
     assert "7 more" in printed
-    assert "this looks like --task captions" in printed
 
 
 @pytest.mark.parametrize("has_bytes", [True, False])

@@ -1,4 +1,4 @@
-"""Annotation files in the official forms: the scripts refuse them, and their conversion has the rows of each task."""
+"""Annotation files in the official forms: their conversion has the rows of each task."""
 
 import json
 from pathlib import Path
@@ -177,41 +177,6 @@ def test_the_training_scripts_read_what_it_writes(folder, name):
         main(["--files", *files, "--output_dir", str(folder / "converted")])
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_scripts_recognize_official_files_and_name_the_conversion(folder, name):
-    task, contents, _, _ = CASES[name]
-    for file in write(folder, contents):
-        with pytest.raises(ValueError, match="convert_annotations.py") as raised:
-            load(task, train_file=file)
-        assert file in str(raised.value)
-
-
-def test_files_of_several_lines_and_lists_are_recognized(folder):
-    (folder / "captions.json").write_text(json.dumps(CAPTIONS, indent=2))
-    (folder / "llava.jsonl").write_text("\n".join(map(json.dumps, CONVERSATIONS)))
-    for name in ("captions.json", "llava.jsonl"):
-        with pytest.raises(ValueError, match="convert_annotations.py"):
-            load("captions", train_file=folder / name)
-
-
-def test_own_rows_with_such_columns_are_read(folder):
-    image = IMAGES[0]
-    row = {"images": [image, image], "sentence": "a", "label": "True", "dataset": "nlvr", "identifier": "a-0-0"}
-    (folder / "rows.json").write_text(json.dumps([row]))
-    assert load("nlvr2", train_file=folder / "rows.json")["train"]["label"][:] == [1]
-    row = {
-        "image": image,
-        "question": "a",
-        "answer": "b",
-        "id": 1,
-        "conversations": [],
-        "annotations": [],
-        "images": [],
-    }
-    (folder / "rows.jsonl").write_text(json.dumps(row))
-    assert load("vqa", train_file=folder / "rows.jsonl")["train"]["answers"][:] == [["b"]]
-
-
 @pytest.mark.parametrize(
     ("contents", "named"),
     [
@@ -219,7 +184,7 @@ def test_own_rows_with_such_columns_are_read(folder):
         ({"captions.json": CAPTIONS, "refs.json": REFS}, "captions of COCO"),
         ({"rows.json": [{"image": "a.png", "caption": "a"}]}, "rows.json"),
         ({"empty.json": []}, "empty.json"),
-        ({"captions_train.json": CAPTIONS, "captions_val.json": CAPTIONS}, "twice"),
+        ({"captions_train.json": CAPTIONS, "captions_val.json": CAPTIONS}, "captions of COCO and captions of COCO"),
         ({"questions.json": {**QUESTIONS, "questions": []}, "annotations.json": ANNOTATIONS}, "25001"),
         ({"instances.json": {**INSTANCES, "annotations": []}, "refs.json": REFS}, "7"),
         ({"llava.json": [{**CONVERSATIONS[0], "conversations": [{"from": "gpt", "value": "a"}]}]}, "000000000009"),

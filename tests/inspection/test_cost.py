@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 import pytest
+from benchmark import Setting, count_macs
 
 from modeling_trips import UNPRUNED, SelectionSchedule, TripsConfig
 from modeling_trips.inspection.cost import Cost, forward_cost
-from modeling_trips.inspection.speed import Setting, count_macs
 
 
 MIXED = "1:image:0.7,3:image:0.5,4:text:0.3"

@@ -137,12 +137,6 @@ HUB = "http://127.0.0.1:9"  # nobody answers there
 ROWS = "examples/scene.png"
 OWN = f"--train_file={ROWS}"
 WRONG = {  # options, and what the error names
-    "--schedule=2:text:a_half": "2:text:a_half",
-    "--schedule=6:text:1.2.3": "--schedule 6:text:1.2.3",
-    f"{OWN} --schedule=99:text:0.5": "make_towers.py",
-    "--keep_rate=0.5": "--schedule",
-    "--schedul=2:text:0.5": "Did you mean --schedule?",
-    "--logging_stps=5": "Did you mean --logging_steps?",
     "--train_file=nowhere.jsonl": "nowhere.jsonl",
     "--max_steps=0": "--max_steps",
     "--resume_from_checkpoint=last --output_dir=nowhere": "--resume_from_checkpoint last: nowhere",
@@ -238,12 +232,6 @@ def test_a_schedule_sets_the_fields_of_the_configuration():
     for text in ("unpruned", "2:image:0.5,3:text:0.25"):
         config = TripsConfig.from_preset("tiny", **config_fields(ModelArguments(schedule=text)))
         assert str(config.vision_config.schedule) == text
-
-
-@pytest.mark.parametrize("option", ["--keep_rate=1.0", "--selection_layers=2", "--selection_guidance=image"])
-def test_an_option_of_earlier_versions_names_the_new_form(option):
-    with pytest.raises(ValueError, match="--schedule.*unpruned"):
-        make_parser(ModelArguments, description="").parse_args_into_dataclasses([option])
 
 
 def test_help_all_lists_the_options_of_experiments_and_of_transformers():

@@ -13,7 +13,6 @@ share of each image: the number divided by the unpruned model's mean. Numbers th
 
 The table has the measured mean of visual tokens per image, the score, and its share of the unpruned model's. Each row
 is written to --output_json as soon as it is there; rows of these settings are not evaluated again. Run one process.
-Public benchmarks run in lmms-eval, which knows these models as `trips_vlm`.
 """
 
 from dataclasses import MISSING, dataclass
@@ -135,7 +134,7 @@ def scores_of(vlm: VisionLanguageModel, questions: Dataset, args: EvaluationArgu
             row = questions[place]
             text = f"{row['question']}\n{args.instruction}".strip()
             conversations.append(question_about(read_image(row), text))
-        answers += vlm.answer(conversations, {"max_new_tokens": 32})
+        answers += vlm.answer(conversations)
     references = column_of(questions, "answers")
 
     def scores_of_texts(texts: list[str]) -> list[float]:

@@ -53,7 +53,6 @@ from tqdm.auto import tqdm
 from modeling_trips import TripsForPreTraining, TripsForRetrieval
 from modeling_trips.inspection import draw_kept_patches
 from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint, load_processor, local_folder
-from modeling_trips.inspection.files import whole_file
 from trips_examples.data.collection import FolderShard, Shard, find_images, rows_of
 from trips_examples.data.images import DecodedImages, column_of, decode_untrusted_image, path_or_bytes
 from trips_examples.data.loading import stamp_of
@@ -61,7 +60,7 @@ from trips_examples.data.printing import visible
 from trips_examples.data.tasks import BadRowError
 from trips_examples.metrics.retrieval import RetrievalEvaluator
 from trips_examples.training.files import write_json
-from trips_examples.training.pictures import SIDE, sheet
+from trips_examples.training.pictures import write_sheet
 
 
 HEADS = (TripsForRetrieval, TripsForPreTraining)  # models with image features that match pairs
@@ -195,10 +194,8 @@ def main(argv: list[str] | None = None):
         picture = decoded(found)
         if args.text:
             picture = draw(picture, row["query"], evaluator)
-        picture.thumbnail((SIDE, SIDE))
         pictures.append(picture)
-    with whole_file(args.picture) as partial:
-        sheet(pictures, [f"{row['rank']}: {row['query']}" for row in rows]).save(partial)
+    write_sheet(pictures, [f"{row['rank']}: {row['query']}" for row in rows], args.picture)
     print(f"Picture: {args.picture}")
     if args.output_json is not None:
         write_json(args.output_json, rows)

@@ -1,7 +1,6 @@
 """Generation of answers with vision-language models of Transformers for evaluations."""
 
 import math
-from collections.abc import Mapping
 from contextlib import nullcontext
 
 import PIL.Image
@@ -14,23 +13,8 @@ from modeling_trips.hosts.vlm.families import Llava, Qwen2Vl, Smolvlm, find_fami
 from modeling_trips.hosts.vlm.wrapper import selection_of
 
 
-def generation_options(task_options: Mapping) -> dict:
-    """
-    Return the arguments of `generate` that a task may set: numbers of tokens and beams, and sampling. Tasks are
-    untrusted, so options that load code are dropped.
-    """
-    options = {
-        "max_new_tokens": task_options.get("max_new_tokens") or 1024,
-        "num_beams": task_options.get("num_beams") or 1,
-    }
-    temperature = task_options.get("temperature")
-    options["do_sample"] = temperature != 0 and bool(task_options.get("do_sample", temperature is not None))
-    if not options["do_sample"]:
-        return {**options, "temperature": None, "top_p": None, "top_k": None}  # overrides those of the checkpoint
-    for name in ("temperature", "top_p"):
-        if task_options.get(name) is not None:
-            options[name] = task_options[name]
-    return options
+# Overrides the options of the checkpoint.
+GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 
 
 def question_about(image: PIL.Image.Image, text: str) -> list[dict]:
@@ -145,17 +129,17 @@ class VisionLanguageModel:
         return self.num_visual_tokens / self.num_images if self.num_images else None
 
     @torch.no_grad()
-    def answer(self, conversations: list[list[dict]], options: Mapping) -> list[str]:
+    def answer(self, conversations: list[list[dict]], max_new_tokens: int = 32) -> list[str]:
         """
-        Continue a batch of conversations.
+        Continue a batch of conversations by the most probable tokens.
 
         Args:
             conversations (`list[list[dict]]`): Messages with `role` and `content`, a list of parts `{"type": "image",
                 "image": ...}` and `{"type": "text", "text": ...}`. An image is a Pillow image, a path or a URL.
-            options (`Mapping`): Options of a task. Only [`generation_options`] and `until` are used.
+            max_new_tokens (`int`, *optional*, defaults to 32): Largest number of tokens of an answer.
 
         Returns:
-            `list[str]`: The new text of each conversation, up to the first string in `until` except a blank line.
+            `list[str]`: The new text of each conversation.
         """
         inputs = encode(self.processor, conversations)
         has_images = inputs.get("pixel_values") is not None
@@ -163,7 +147,7 @@ class VisionLanguageModel:
         inputs = inputs.to(self.model.device, self.model.dtype)
         is_pruned = has_images and selection_of(self.model) is not None
         with record_patch_selection(self.model) if is_pruned else nullcontext() as selections:
-            outputs = self.model.generate(**inputs, **generation_options(options))
+            outputs = self.model.generate(**inputs, **GREEDY, max_new_tokens=max_new_tokens)
         if has_images:
             is_kept = selections[-1].kept_indices >= 0 if is_pruned else placeholders
             self.num_visual_tokens += int(is_kept.sum())
@@ -171,15 +155,7 @@ class VisionLanguageModel:
                 self.num_images += sum(part["type"] == "image" for part in parts_of(conversation))
         prompt_length = inputs["input_ids"].shape[1]
         texts = self.processor.batch_decode(outputs[:, prompt_length:], skip_special_tokens=True)
-        answers = [text.strip() for text in texts]
-        stops = options.get("until") or []
-        if isinstance(stops, str):
-            stops = [stops]
-        for stop in stops:
-            # A blank line is lmms-eval's default stop, which would cut answers after the first paragraph.
-            if stop not in ("", "\n\n"):
-                answers = [answer.partition(stop)[0].strip() for answer in answers]
-        return answers
+        return [text.strip() for text in texts]
 
     def lower_resolution(self, visual_tokens: int):
         """

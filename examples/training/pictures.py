@@ -1,12 +1,12 @@
 """Pictures of a run: the course of the training, and predictions on the patches that the model keeps."""
 
+import math
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import PIL.Image
 import PIL.ImageDraw
-import PIL.ImageOps
 import torch
 from transformers import Trainer
 
@@ -17,8 +17,6 @@ from trips_examples.data.images import read_image
 
 TRUE_COLOR = "#2b8a3e"  # kept patches have orange outlines
 PREDICTED_COLOR = "#1864ab"
-SIDE = 240  # pixels of a drawn image
-TITLE_LINES = 3
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values", "image_index")
 
 
@@ -94,12 +92,10 @@ def draw_predictions(
     for number in numbers:
         row = trainer.eval_dataset[number] if row_of is None else row_of(number)
         picture = picture_of(trainer, row)
-        if boxes is None:
-            pictures.append(PIL.ImageOps.contain(picture, (SIDE, SIDE)))
-        else:
-            pictures.append(draw_boxes(picture, row["box"], boxes[number]))
-    with whole_file(Path(trainer.args.output_dir, "predictions.png")) as partial:
-        sheet(pictures, [titles[number] for number in numbers]).save(partial)
+        if boxes is not None:
+            draw_boxes(picture, row["box"], boxes[number])
+        pictures.append(picture)
+    write_sheet(pictures, [titles[number] for number in numbers], Path(trainer.args.output_dir, "predictions.png"))
 
 
 @torch.inference_mode()
@@ -127,32 +123,25 @@ def picture_of(trainer: Trainer, row: dict) -> PIL.Image.Image:
     return whole
 
 
-def draw_boxes(image: PIL.Image.Image, true_box: Sequence[float], predicted_box: Sequence[float]) -> PIL.Image.Image:
-    """Draw the true box in green and the predicted box in blue. The image's longer side becomes `SIDE` pixels."""
-    picture = PIL.ImageOps.contain(image, (SIDE, SIDE))
-    scale = SIDE / max(image.size)
+def draw_boxes(picture: PIL.Image.Image, true_box: Sequence[float], predicted_box: Sequence[float]):
+    """Draw the true box in green and the predicted box in blue, both (x0, y0, x1, y1) in pixels."""
     draw = PIL.ImageDraw.Draw(picture)
     for box, color in ((true_box, TRUE_COLOR), (predicted_box, PREDICTED_COLOR)):
-        corners = [number * scale for number in box]
-        draw.rectangle(corners, outline=color, width=3)
-    return picture
+        draw.rectangle(list(box), outline=color, width=max(1, max(picture.size) // 80))
 
 
-def sheet(pictures: list[PIL.Image.Image], titles: list[str]) -> PIL.Image.Image:
-    """Arrange images of at most `SIDE` pixels in rows of four, with a title of up to `TITLE_LINES` below each."""
-    num_columns = 4
-    line_height = 17
-    cell_width = SIDE + 10
-    cell_height = SIDE + 12 + TITLE_LINES * line_height
-    num_rows = -(-len(pictures) // num_columns)
-    whole = PIL.Image.new("RGB", (num_columns * cell_width, num_rows * cell_height), "white")
-    draw = PIL.ImageDraw.Draw(whole)
-    for number, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
-        row, column = divmod(number, num_columns)
-        x = column * cell_width + 5
-        y = row * cell_height + 5
-        whole.paste(picture, (x, y))
-        lines = textwrap.wrap(title, width=38, max_lines=TITLE_LINES, placeholder=" ...")
-        for line_number, line in enumerate(lines):
-            draw.text((x, y + SIDE + 4 + line_number * line_height), line, fill="black", font_size=13)
-    return whole
+def write_sheet(pictures: list[PIL.Image.Image], titles: list[str], path: str | Path):
+    """Write a picture of images in rows of four, with up to three lines of a title above each."""
+    from matplotlib.figure import Figure  # slow to import
+
+    num_rows = math.ceil(len(pictures) / 4)
+    figure = Figure(figsize=(10, 3 * num_rows), layout="constrained")
+    panels = figure.subplots(num_rows, 4, squeeze=False).ravel()
+    for axes in panels:
+        axes.axis("off")
+    for axes, picture, title in zip(panels, pictures, titles):
+        axes.imshow(picture)
+        lines = textwrap.wrap(title, width=38, max_lines=3, placeholder=" ...")
+        axes.set_title("\n".join(lines), fontsize=8)
+    with whole_file(path) as partial:
+        figure.savefig(partial)

@@ -29,7 +29,7 @@ def questions(checkpoint, tmp_path_factory) -> Path:
     for number in range(4):
         image = noise(64, 64, seed=number)
         image.save(folder / f"{number}.png")
-        (answer,) = vlm.answer([conversation("what color ?", image)], {"max_new_tokens": 32})
+        (answer,) = vlm.answer([conversation("what color ?", image)])
         rows.append({"image": f"{number}.png", "question": "what color ?", "answer": answer})
     rows[-1]["answer"] = "x"
     (folder / "val.jsonl").write_text("\n".join(map(json.dumps, rows)))

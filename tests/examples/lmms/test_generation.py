@@ -7,11 +7,10 @@ import pytest
 import torch
 from tiny_vlm_processors import conversation, make_llava_processor, noise, save_tiny_vlm
 from tiny_vlms import BY_NAME
-from tokenizers import decoders
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from modeling_trips.hosts import prune_inputs
-from trips_examples.lmms.generation import VisionLanguageModel, encode, generation_options
+from trips_examples.lmms.generation import VisionLanguageModel, encode
 
 
 PLACEHOLDERS = {"llava": "<image> ", "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|> "}
@@ -55,15 +54,15 @@ def test_answers_match_generate_with_and_without_selection(family, visual_tokens
         expected.append(answer.strip())
     assert len(set(expected)) == 3
     vlm = VisionLanguageModel(folders[family], visual_tokens=visual_tokens)
-    assert vlm.answer(conversations, OPTIONS) == expected
+    assert vlm.answer(conversations, **OPTIONS) == expected
     for asked, answer in zip(conversations, expected):
-        assert vlm.answer([asked], OPTIONS) == [answer]
+        assert vlm.answer([asked], **OPTIONS) == [answer]
 
 
 @each_family
 def test_visual_tokens_are_counted(family, folders, conversations):
     def count(vlm) -> float:
-        vlm.answer(conversations, OPTIONS)
+        vlm.answer(conversations, **OPTIONS)
         return vlm.visual_tokens_per_image
 
     # Images of 40 x 40, 64 x 30 and 48 x 48 pixels, in units of 8 x 8.
@@ -82,35 +81,7 @@ def test_prompt_without_a_chat_template(folders, images, conversations, tmp_path
     encoded = encode(vlm.processor, conversations)
     expected = vlm.processor(text=f"<image><image>{QUESTIONS[1]}", images=images[1])["input_ids"][0]
     assert encoded["input_ids"][1].tolist() == expected
-    assert all(VisionLanguageModel(folders["paligemma"]).answer(conversations[:1], OPTIONS))
-
-
-@pytest.mark.parametrize(
-    ("task_options", "expected"),
-    [
-        ({}, {"max_new_tokens": 1024, "do_sample": False}),
-        ({"temperature": 0, "top_p": 0.9, "num_beams": 3}, {"num_beams": 3, "do_sample": False, "top_p": None}),
-        ({"temperature": 0.5, "top_p": 0.9}, {"do_sample": True, "temperature": 0.5, "top_p": 0.9}),
-    ],
-)
-def test_options_of_a_task(task_options, expected):
-    foreign = {"custom_generate": "mallory/foreign", "trust_remote_code": True, "assistant_model": "mallory/foreign"}
-    options = generation_options({**task_options, **foreign})
-    assert expected.items() <= options.items()
-    assert not foreign.keys() & options.keys()
-
-
-def test_an_answer_ends_at_the_stops_of_a_task_except_a_blank_line(folders, conversations):
-    vlm = VisionLanguageModel(folders["llava"])
-    asked = conversations[2:]
-    (answer,) = vlm.answer(asked, {"max_new_tokens": 30})
-    words = answer.split()
-    stop = next(word for word in words if word != words[0])
-    (answer,) = vlm.answer(asked, {"max_new_tokens": 30, "until": ["\n\n", stop]})
-    assert answer.split() == words[: words.index(stop)]
-    vlm.processor.tokenizer.backend_tokenizer.decoder = decoders.Replace(stop, "\n\n")
-    (answer,) = vlm.answer(asked, {"max_new_tokens": 30, "until": "\n\n"})
-    assert "\n\n" in answer
+    assert all(VisionLanguageModel(folders["paligemma"]).answer(conversations[:1], **OPTIONS))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +102,7 @@ def test_lower_resolution_interpolates_position_embeddings(family, size, folders
     tower = AutoModelForImageTextToText.from_pretrained(folders[family]).eval().model.vision_tower
     expected = tower(pixels, interpolate_pos_encoding=True).last_hidden_state
     assert torch.equal(vlm.model.model.vision_tower(pixels).last_hidden_state, expected)
-    vlm.answer(conversations[:1], OPTIONS)
+    vlm.answer(conversations[:1], **OPTIONS)
     assert vlm.visual_tokens_per_image == 16
 
 
@@ -145,7 +116,7 @@ def test_lower_resolution_of_images_of_any_size(folders):
     for visual_tokens, expected in ((16, 1), (79, 1), (80, 5), (160, 10)):  # a tile has 16 tokens
         vlm = VisionLanguageModel(folders["idefics3"])
         vlm.lower_resolution(visual_tokens)
-        vlm.answer([conversation(QUESTIONS[0], noise(100, 100))], OPTIONS)
+        vlm.answer([conversation(QUESTIONS[0], noise(100, 100))], **OPTIONS)
         assert vlm.visual_tokens_per_image == 16 * expected
     for family in ("llava_next", "gemma3", "smolvlm", "internvl"):
         vlm.model = BY_NAME[family].make()

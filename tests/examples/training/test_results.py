@@ -7,7 +7,7 @@ import pytest
 from toy_tasks import OPTIONS, write_task
 
 from trips_examples import run_vqa
-from trips_examples.training.pictures import plot_training, sheet
+from trips_examples.training.pictures import plot_training, write_sheet
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +62,24 @@ def test_few_lines_are_printed_at_the_end(run, capsys):
 
 def test_predictions_are_drawn_with_the_kept_patches(run):
     for folder in (run, run / "test"):
-        assert PIL.Image.open(folder / "predictions.png").width == 4 * 250
+        assert PIL.Image.open(folder / "predictions.png").width == 1000
 
 
-def test_long_titles_are_cut():
-    pictures = [PIL.Image.new("RGB", (240, 100), "white")] * 5
-    assert sheet(pictures, ["a long title " * 20] * 5).size == (1000, 2 * (240 + 12 + 3 * 17))
+def test_a_sheet_has_rows_of_four(tmp_path):
+    pictures = [PIL.Image.new("RGB", (240, 100), "red")] * 5
+    write_sheet(pictures, ["a long title " * 20] * 5, tmp_path / "sheet.png")
+    sheet = PIL.Image.open(tmp_path / "sheet.png").convert("RGB")
+    width, height = sheet.size
+    for row, column, is_filled in ((0.25, 0.125, True), (0.25, 0.875, True), (0.8, 0.125, True), (0.8, 0.875, False)):
+        area = sheet.crop(
+            (
+                round((column - 0.05) * width),
+                round((row - 0.2) * height),
+                round((column + 0.05) * width),
+                round((row + 0.2) * height),
+            )
+        )
+        assert ((255, 0, 0) in area.getdata()) == is_filled
 
 
 @pytest.mark.parametrize(("steps", "panels"), [([], 1), ([10, 10], 1), ([5, 10], 2)])

@@ -237,12 +237,11 @@ class GuideTrainer(FiniteTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
         guide = self.model.guide
         saved = TextGuide.from_pretrained(resume_from_checkpoint)
-        facts = {"layer": guide.layer, **(guide.trained_with or {})}
-        saved_facts = {"layer": saved.layer, **(saved.trained_with or {})}
-        changes = []
-        for name, value in facts.items():
-            if saved_facts.get(name) != value:
-                changes.append(f"{name} {saved_facts.get(name)}, now {value}")
+        before = {"layer": saved.layer, **(saved.trained_with or {})}
+        now = {"layer": guide.layer, **(guide.trained_with or {})}
+        changes = [
+            f"{name} {before.get(name)}, now {value}" for name, value in now.items() if before.get(name) != value
+        ]
         if changes:
             raise ValueError(f"{resume_from_checkpoint} has {'; '.join(changes)}. Choose another --output_dir.")
         guide.load_state_dict(saved.state_dict())

@@ -1,6 +1,6 @@
 """
 Diagnostics of a run over a data set: texts that the model cannot write, how much predictions vary, their accuracy by
-the kind of text and by the size of its target region, and the patches that each selection layer keeps.
+the kind of text, and the patches that each selection layer keeps.
 """
 
 import logging
@@ -25,6 +25,7 @@ from modeling_trips.inspection import (
     text_sensitivity,
 )
 from trips_examples.data.images import column_of, image_size, texts_of_column
+from trips_examples.data.tasks import SHOWN
 
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,6 @@ UNWRITABLE_REMEDY = (
 NUM_ROWS = 256
 # Columns with the target region of a text: a box (x0, y0, x1, y1) in pixels of the image, or None.
 REGION_COLUMNS = ("region", "box")
-SIZES = ("smallest", "medium", "largest")
 
 
 # Texts and predictions
@@ -97,29 +97,22 @@ def unwritable_texts(
     """
     counts = {}
     sentences = []
-    largest_share = 0.0
     name = column if column.endswith("s") else f"{column}s"
+    needs_remedy = False
     for split, rows in data.items():
         texts = texts_of_column(rows, column)
-        written = written_texts(texts, processor)
-        unknown = {text for text, result in written.items() if result is None}
-        changed = {text for text in written.keys() - unknown if normalize(text) != normalize(written[text])}
-        num_unknown = sum(text in unknown for text in texts)
-        num_changed = sum(text in changed for text in texts)
-        counts[split] = num_unknown + num_changed
-        if counts[split] == 0:
-            continue
-        largest_share = max(largest_share, counts[split] / len(texts))
-        reasons = []
-        if unknown:
-            examples = ", ".join(repr(text) for text in sorted(unknown)[:3])
-            reasons.append(f"{num_unknown} with words that its tokenizer does not know ({examples})")
-        if changed:
-            examples = ", ".join(f"{text!r} becomes {written[text]!r}" for text in sorted(changed)[:3])
-            reasons.append(f"{num_changed} with signs that it drops ({examples})")
-        counted = f"the model cannot write {counts[split]} of the {len(texts)} {name}"
-        sentences.append(f"{split}: {counted}: {', '.join(reasons)}.")
-    if largest_share > UNWRITABLE_SHARE:
+        lost = {}
+        for text, result in written_texts(texts, processor).items():
+            if result is None:
+                lost[text] = f"{text!r} has words that its tokenizer does not know"
+            elif normalize(text) != normalize(result):
+                lost[text] = f"{text!r} becomes {result!r}"
+        counts[split] = sum(text in lost for text in texts)
+        if lost:
+            counted = f"the model cannot write {counts[split]} of the {len(texts)} {name}"
+            sentences.append(f"{split}: {counted}: {', '.join(list(lost.values())[:SHOWN])}.")
+        needs_remedy = needs_remedy or counts[split] > UNWRITABLE_SHARE * len(texts)
+    if needs_remedy:
         sentences.append(UNWRITABLE_REMEDY)
     return counts, sentences
 
@@ -229,8 +222,8 @@ def _region_metrics(selection: TripsSelection, rows: list[dict], processor, name
 
 def groups_of(rows: Dataset) -> dict[str, list[int]]:
     """
-    Return the indices of the rows of each known `kind`, of each known `wording`, and of the thirds with the smallest,
-    medium and largest boxes. Rows without a column `kind` have no groups.
+    Return the indices of the rows of each known `kind`, and of each known `wording`. Rows without a column `kind` have
+    no groups.
     """
     if "kind" not in rows.column_names:
         return {}
@@ -242,18 +235,7 @@ def groups_of(rows: Dataset) -> dict[str, list[int]]:
         for place, wording in enumerate(column_of(rows, "wording")):
             if wording is not None:
                 groups[f"{wording}_wording"].append(place)
-    found = dict(sorted(groups.items()))
-    column = next(column for column in REGION_COLUMNS if column in rows.column_names)
-    areas = {}
-    for place, box in enumerate(column_of(rows, column)):
-        if box:
-            x0, y0, x1, y1 = box
-            areas[place] = (x1 - x0) * (y1 - y0)
-    by_area = torch.tensor(sorted(areas, key=areas.__getitem__), dtype=torch.long)
-    for name, third in zip(SIZES, by_area.tensor_split(3)):
-        if len(third):
-            found[name] = third.tolist()
-    return found
+    return dict(sorted(groups.items()))
 
 
 def accuracy_by_group(metric: evaluate.Metric, predictions: list, references: list, rows: Dataset) -> dict[str, float]:

@@ -247,8 +247,6 @@ class PairArguments(DataArguments):
 
     train_shards: list[str] | None = option(None, "Streamed tar, JSONL, JSON, CSV or Parquet: cc3m-{000..331}.tar.")
     streaming: bool = option(False, "Stream --dataset_name from the Hub.")
-    image_column: str | None = option(None, "Column of a stream's images.")
-    caption_column: str | None = option(None, "Column of a stream's captions.")
     shuffle_buffer: int = option(1000, "Pairs of a stream to shuffle at a time per worker.")
     max_bad_share: float | None = option(None, "Bad pairs to skip. Default: 0.05 with --skip_bad_rows, else 0.")
 

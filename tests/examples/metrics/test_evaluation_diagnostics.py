@@ -103,11 +103,11 @@ def test_a_collapsed_model_is_named(predictions, truths, collapsed, caplog):
     assert "accuracy_majority" not in variety(predictions, truths, "caption")
 
 
-BOXES = [[0, 0, 9, 9], [0, 0, 12, 1], [5, 5, 10, 10], [0, 0, 2, 1]]  # areas and widths differ in order
+BOXES = [[0, 0, 9, 9], [0, 0, 12, 1], [5, 5, 10, 10], [0, 0, 2, 1]]
 KINDS = ["name", "size", "name", "place"]
 
 
-def test_boxes_by_kind_and_size():
+def test_boxes_by_kind():
     rows = Dataset.from_dict({"kind": KINDS, "box": BOXES})
     wrong = [50, 50, 60, 60]
     found = [BOXES[0], BOXES[1], wrong, wrong]
@@ -115,21 +115,16 @@ def test_boxes_by_kind_and_size():
         "accuracy_name": 0.5,
         "accuracy_place": 0.0,
         "accuracy_size": 1.0,
-        "accuracy_smallest": 0.5,  # thirds of the four boxes by area: 3, 1; 2; 0
-        "accuracy_medium": 0.0,
-        "accuracy_largest": 1.0,
     }
 
 
-def test_answers_by_kind_and_by_the_size_of_what_is_there():
+def test_answers_by_kind():
     """Rows of no kind are in no group of kinds."""
     rows = Dataset.from_dict({"kind": [*KINDS[:3], None], "region": [BOXES[0], None, BOXES[2], None]})
-    assert groups_of(rows) == {"name": [0, 2], "size": [1], "smallest": [2], "medium": [0]}
+    assert groups_of(rows) == {"name": [0, 2], "size": [1]}
     references = [["owl"], ["yes"], ["cat"], ["2"]]
     assert accuracy_by_group(VqaAccuracy(), ["owl", "no", "bat", "2"], references, rows) == {
         "accuracy_name": 0.5,
         "accuracy_size": 0.0,
-        "accuracy_smallest": 0.0,
-        "accuracy_medium": 1.0,
     }
     assert groups_of(Dataset.from_dict({"kind": [None] * 4, "region": [None] * 4})) == {}

@@ -239,9 +239,8 @@ class GuideTrainer(FiniteTrainer):
         saved = TextGuide.from_pretrained(resume_from_checkpoint)
         before = {"layer": saved.layer, **(saved.trained_with or {})}
         now = {"layer": guide.layer, **(guide.trained_with or {})}
-        changes = [
-            f"{name} {before.get(name)}, now {value}" for name, value in now.items() if before.get(name) != value
-        ]
+        changed = [name for name in now if before.get(name) != now[name]]
+        changes = [f"{name} {before.get(name)}, now {now[name]}" for name in changed]
         if changes:
             raise ValueError(f"{resume_from_checkpoint} has {'; '.join(changes)}. Choose another --output_dir.")
         guide.load_state_dict(saved.state_dict())

@@ -8,9 +8,7 @@ Compose scenes of named images, with questions and expressions about them, as im
     python examples/run_grounding.py --train_file drawn/train_boxes.jsonl ...
 
 The images are Noto's emoji with their names in CLDR, from these Debian packages, or those of `--pictures`, named as
-their files without words that have digits. All splits share `--names` names. With `--names 0` a hash of the name
-decides its split, so that names and images of the validation and test splits never occur in training: a test of
-boxes, since no answer can be a name that a model has never seen.
+their files without words that have digits. All splits share `--names` names, which a hash chooses.
 """
 
 import hashlib
@@ -37,7 +35,7 @@ FONT = "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 CHARACTER_NAMES = "usr/share/unicode/cldr/common/annotations/en.xml"
 SUFFIXES = {".jpeg", ".jpg", ".png", ".webp"}
 MAX_WORDS = 4
-HELD_OUT = {"validation": 0.2, "test": 0.1}  # share of the names
+SMALLEST_HASH = 0.3  # of a name that occurs: that of the scenes of docs/evidence.md
 
 NUM_THINGS = (2, 4)  # in a scene
 SMALLEST = 0.2  # longer side of an image, as a share of the scene's side
@@ -58,7 +56,7 @@ class SceneArguments:
     train_scenes: int = option(4_000, "Number of training scenes.")
     validation_scenes: int = option(300, "Number of validation scenes.")
     test_scenes: int = option(800, "Number of test scenes.")
-    names: int = option(20, "Names that occur, in all splits. 0: all, each in one split alone.")
+    names: int = option(20, "Names that occur, in all splits.")
     side: int = option(112, "Height and width of the scenes in pixels.")
     seed: int = option(0, "Seed of the scenes.")
 
@@ -83,16 +81,6 @@ def clean_name(text: str) -> str:
 def hash_of(name: str) -> float:
     """Return a number in [0, 1)."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2**64
-
-
-def split_of(name: str) -> str:
-    """Return the split of a name by its hash."""
-    place = hash_of(name)
-    for split, share in HELD_OUT.items():
-        if place < share:
-            return split
-        place -= share
-    return "train"
 
 
 def write_emoji(font_file: Path, names_file: Path, folder: Path) -> Path:
@@ -296,13 +284,8 @@ def questions(things: Sequence[Thing], names: Sequence[str], rng: random.Random)
         yield {"question": f"is there {with_article(name)}?", "answer": "no"}
 
 
-def write_split(split: str, pictures: Sequence[Picture], num_scenes: int, args: SceneArguments, folder: Path):
+def write_split(split: str, by_name: dict[str, list[Picture]], num_scenes: int, args: SceneArguments, folder: Path):
     """Write the scenes of a split, its questions to `SPLIT.jsonl` and its expressions to `SPLIT_boxes.jsonl`."""
-    by_name = defaultdict(list)
-    for picture in pictures:
-        by_name[picture.name].append(picture)
-    if len(by_name) < 2:
-        raise ValueError(f"The {split} scenes need at least two names, got {len(by_name)}. Give more images.")
     (folder / split).mkdir()
     rows = []
     boxes = []
@@ -348,14 +331,16 @@ def main(argv: list[str] | None = None):
             debian = Path(args.debian)
             source = write_emoji(debian / FONT, debian / CHARACTER_NAMES, partial / "emoji")
         pictures = read_pictures(source)
-        by_split = defaultdict(list)
+        names = {picture.name for picture in pictures if hash_of(picture.name) >= SMALLEST_HASH}
+        chosen = sorted(names, key=hash_of)[: args.names]
+        by_name = defaultdict(list)
         for picture in pictures:
-            by_split[split_of(picture.name)].append(picture)
-        training_names = {picture.name for picture in by_split["train"]}
-        names = sorted(training_names, key=hash_of)[: args.names]
-        shared = [picture for picture in pictures if picture.name in names]
+            if picture.name in chosen:
+                by_name[picture.name].append(picture)
+        if len(by_name) < 2:
+            raise ValueError(f"Scenes need at least two names, got {len(by_name)}. Give more images.")
         for split, number in num_scenes.items():
-            write_split(split, shared or by_split[split], number, args, partial)
+            write_split(split, by_name, number, args, partial)
 
 
 if __name__ == "__main__":

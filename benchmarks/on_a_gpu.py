@@ -4,13 +4,13 @@ the rows.
 
     pip install -e ".[examples,vllm]"
     python benchmarks/on_a_gpu.py --output_json gpu.json
-    python benchmarks/on_a_gpu.py --device cpu --tiny True --kinds sdpa  # whether it runs, without a GPU
+    python benchmarks/on_a_gpu.py --device cpu --tiny True  # whether it runs, without a GPU
+    python benchmarks/benchmark.py --device cuda --dtype bfloat16 --mode forward training  # TRIPS itself
 
 Parts, each with its table when it ends: `tokens`, answers of tiny models in vLLM (Model Runner V2) against
 Transformers; `speed`, the time to the first token, tokens and requests per second in vLLM at four rates, in the shapes
-of LLaVA-1.5 7B and Qwen3-VL 8B with random weights; `encoder`, steps of base size in bfloat16 against the unpruned
-baseline. The first two run eager and compiled and are planned to take ten minutes, the last one tens of minutes. What
-does not work is printed at once, becomes a row with an `error`, and the rest goes on.
+of LLaVA-1.5 7B and Qwen3-VL 8B with random weights. Both run eager and compiled and are planned to take ten minutes.
+What does not work is printed at once, becomes a row with an `error`, and the rest goes on.
 """
 
 import importlib.util
@@ -21,13 +21,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from benchmark import MODES, Setting, measure
 from measuring import OutputArguments, run_benchmark
-from tqdm.auto import tqdm
 from transformers import LlavaConfig, Qwen3VLConfig
 
 from modeling_trips.serving_vllm import ARCHITECTURES
@@ -39,67 +37,32 @@ from trips_examples.training.options import run_script
 ROOT = Path(__file__).resolve().parents[1]
 HELPERS = ROOT / "tests" / "helpers"
 sys.path.append(str(HELPERS))  # the models of the tests
-PARTS = ("tokens", "speed", "encoder")
 MODES_OF_VLLM = ("eager", "compiled")
-KINDS = {  # of a step
-    "sdpa": {},
-    "compile": {"compile": True},
-    "flash_attention_2": {"attn_implementation": "flash_attention_2"},
-}
-SCHEDULES = {1: "5:text:0.7,10:text:0.7", 5: "5:image:0.7,10:image:0.7,12:text:0.3"}  # by texts per image
 RATES = (1.0, 0.5, 0.25, 0.1)
 TINY = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 8, "num_attention_heads": 4}
 IMAGE_SIZE = 336
 TIMEOUT = 1800  # seconds of one process of vLLM
 # Fields of rows that are printed.
-SHOWN = ("part", "kind", "mode", "texts_per_image", "model", "keep_rate", "macs_ratio", "time_ratio")
+SHOWN = ("part", "model", "mode", "keep_rate")
 SHOWN += ("equal_answers", "answers", "first_token", "tokens_per_second", "requests_per_second", "error")
 
 
 @dataclass(kw_only=True)
 class GpuArguments(OutputArguments):
-    parts: list[str] = option([*PARTS], "What is measured.", choices=PARTS)
+    parts: list[str] = option(["tokens", "speed"], "What is measured.", choices=["tokens", "speed"])
     families: list[str] = option(
         ["llava", "qwen3_vl"], "Families of the tiny models, of tests/helpers/served_vlms.py."
     )
     modes: list[str] = option([*MODES_OF_VLLM], "Modes of vLLM.", choices=MODES_OF_VLLM)
-    kinds: list[str] = option([*KINDS], "Kinds of encoder steps.", choices=[*KINDS])
     device: str = option("cuda", "cuda, or cpu to try the script.")
     tiny: bool = option(False, "Tiny shapes, to try the script.")
     seed: int = option(0, "Seed of weights and inputs.")
 
 
-def encoder_rows(args: GpuArguments) -> Iterator[dict]:
-    size = {"preset": "base", "image_size": 384, "batch_size": 16}
-    schedules = SCHEDULES
-    if args.tiny:
-        size = {"preset": "tiny", "image_size": 64, "batch_size": 1}
-        schedules = {1: "2:text:0.5,3:text:0.5", 5: "2:image:0.5,4:text:0.3"}
-    warmup, repeats = (0, 1) if args.tiny else (3, 9)
-    cases = [*itertools.product(args.kinds, MODES, schedules)]
-    for kind, mode, texts_per_image in tqdm(cases, desc="encoder"):
-        setting = Setting(
-            **size,
-            texts_per_image=texts_per_image,
-            text_length=40,
-            mode=mode,
-            dtype="bfloat16",
-            device=args.device,
-            **KINDS[kind],
-            schedule=schedules[texts_per_image],
-        )
-        row = {"part": "encoder", "kind": kind, "schedule": schedules[texts_per_image]}
-        try:
-            yield row | measure(setting, warmup=warmup, repeats=repeats)
-        except Exception as error:  # whatever does not work is a result
-            yield row | asdict(setting) | failure(error)
-
-
-def failure(error: Exception | str) -> dict:
+def failure(error: str) -> dict:
     """Print at once what does not work, and return the field of its row."""
-    text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-    tqdm.write(f"Does not work: {text}", file=sys.stderr)
-    return {"error": text}
+    print(f"Does not work: {error}", file=sys.stderr)
+    return {"error": error}
 
 
 def run_vllm(script: Path, jobs: list[dict], device: str) -> list[dict]:
@@ -249,29 +212,22 @@ def save_qwen(folder: Path, tiny: bool) -> tuple[str, str, int]:
 def measure_all(args: GpuArguments) -> Iterator[dict]:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("There is no GPU that PyTorch can use. Try the script with --device cpu --tiny True.")
-    has_vllm = importlib.util.find_spec("vllm") is not None
-    makers = {"tokens": token_rows, "speed": speed_rows, "encoder": encoder_rows}
+    if importlib.util.find_spec("vllm") is None:
+        raise ValueError('vLLM is not installed: pip install -e ".[examples,vllm]"')
     for part in args.parts:
         rows = []
-        if part == "encoder" or has_vllm:
-            for row in makers[part](args):
-                rows.append(row)
-                yield row
-        else:
-            yield {"part": part} | failure(
-                'vLLM is not installed: pip install -e ".[vllm]", then --parts tokens speed'
-            )
+        for row in PARTS[part](args):
+            rows.append(row)
+            yield row
         print_table(rows)
+
+
+PARTS = {"tokens": token_rows, "speed": speed_rows}
 
 
 def print_table(rows: list[dict]):
     for row in rows:
-        cells = []
-        for name in SHOWN:
-            if name in row:
-                value = row[name]
-                cells.append(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}")
-        print(", ".join(cells))
+        print(", ".join(f"{name} {row[name]}" for name in SHOWN if name in row))
 
 
 def main(argv: list[str] | None = None) -> list[dict]:

@@ -29,8 +29,8 @@ def load_start(
     Raises:
         `ValueError`, `OSError`: The options do not fit, or the checkpoint or tokenizer does not exist.
     """
-    args.check_start()
     fields = {**config_fields(args), **task_fields}
+    args.check_start()
     if args.model is not None:
         config, processor = _start_from_checkpoint(args, fields)
     elif args.starts_from_parts:
@@ -64,9 +64,8 @@ def _start_from_towers(args: ModelArguments, fields: dict) -> tuple[TripsConfig,
         image_size=args.image_size or args.max_image_size,
         **fields,
     )
-    tokenizer = _tokenizer(args.tokenizer or text)
-    _set_ends(config, tokenizer)
-    processor = make_processor(tokenizer, config)
+    processor = make_processor(load_tokenizer(args.tokenizer or text), config)
+    _set_ends(config, processor.tokenizer)
     source = AutoImageProcessor.from_pretrained(vision)  # the tower's normalization of images
     processor.image_processor.image_mean = source.image_mean
     processor.image_processor.image_std = source.image_std
@@ -81,16 +80,16 @@ def _start_from_scratch(
     config = TripsConfig.from_preset(args.preset or "tiny", vision_config=vision_fields, **fields)
     if args.tokenizer is None:
         return config, None
-    tokenizer = _tokenizer(args.tokenizer)
-    _set_vocabulary(config, tokenizer)
-    return config, make_processor(tokenizer, config)
+    processor = make_processor(load_tokenizer(args.tokenizer), config)
+    _set_vocabulary(config, processor.tokenizer)
+    return config, processor
 
 
 def train_processor(config: TripsConfig, texts: Iterable[str]) -> TripsProcessor:
     """Return a processor with a tokenizer trained on `texts`, whose vocabulary the configuration takes."""
-    tokenizer = train_tokenizer(texts)
-    _set_vocabulary(config, tokenizer)
-    return make_processor(tokenizer, config)
+    processor = make_processor(train_tokenizer(texts), config)
+    _set_vocabulary(config, processor.tokenizer)
+    return processor
 
 
 def fit_image_size(config: TripsConfig, processor: TripsProcessor, sizes: list[tuple[int, int]], largest: int):
@@ -155,14 +154,6 @@ def make_model(
     return model
 
 
-def _tokenizer(name: str) -> PreTrainedTokenizerBase:
-    tokenizer = load_tokenizer(name)
-    for token in ("pad_token", "cls_token", "sep_token"):
-        if getattr(tokenizer, token) is None:
-            raise ValueError(f"--tokenizer {name} has no `{token}`. Use a BERT-like tokenizer.")
-    return tokenizer
-
-
 def _set_vocabulary(config: TripsConfig, tokenizer: PreTrainedTokenizerBase):
     for part in (config.text_config, config.fusion_encoder_config, config.decoder_config):
         part.vocab_size = len(tokenizer)
@@ -175,10 +166,6 @@ def _set_ends(config: TripsConfig, tokenizer: PreTrainedTokenizerBase):
     config.decoder_start_token_id = tokenizer.cls_token_id
     config.decoder_config.bos_token_id = tokenizer.cls_token_id
     config.decoder_config.eos_token_id = tokenizer.sep_token_id
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights
 
 
 @torch.no_grad()

@@ -2,13 +2,14 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
 from modeling_trips.inspection import provenance
+from modeling_trips.inspection.cost import forward_cost
 from modeling_trips.inspection.diagnostics import advice, describe_sensitivities
 from trips_examples.training.files import write_json
-from trips_examples.training.schedules import count_kept
 from trips_examples.training.trainer import FiniteTrainer, ImageGroupedTrainer
 
 
@@ -75,7 +76,8 @@ def summary(trainer: FiniteTrainer, split: str, metrics: dict[str, Any]) -> list
     schedule = config.vision_config.schedule
     if not schedule.layers:
         return [*lines, "Unpruned: all patches are kept."]
-    num_kept, num_patches = count_kept(config)
+    num_patches = math.prod(config.vision_config.grid_size)
+    num_kept = forward_cost(config, text_length=1).tokens[-1] - 1 - config.vision_config.fuse_inattentive_tokens
     lines.append(f"{schedule} keeps {num_kept} of {num_patches} patches.")
     last = f"layer{schedule.layers[-1]}"
     text_sensitivity = own.get(f"{last}_text_sensitivity")

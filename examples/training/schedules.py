@@ -1,4 +1,4 @@
-"""The schedule of a run: whether its scores can learn, the choice of the default one, and what it costs."""
+"""The schedule of a run: whether its scores can learn, what it costs, and the choice of the default one."""
 
 import logging
 import math
@@ -8,7 +8,6 @@ from datasets import Dataset
 
 from modeling_trips import UNPRUNED, SelectionSchedule, TripsConfig, TripsProcessor, TripsVisionConfig
 from modeling_trips.inspection.cost import forward_cost
-from modeling_trips.inspection.diagnostics import scored_by_image
 from trips_examples.data.images import column_of, image_keys
 from trips_examples.training.recipe import MANY_TEXTS
 
@@ -26,66 +25,42 @@ def check_gate(config: TripsVisionConfig):
         )
 
 
-def choose_schedule(config: TripsConfig, texts_per_image: float, text_length: int):
-    """
-    Let the image choose the patches if the texts of an image, of which the data have `texts_per_image`, would take
-    more operations by choosing their own. Log the operations of both.
-    """
-    by_text = config.vision_config.schedule
-    by_image = SelectionSchedule.parse(MANY_TEXTS)
-    macs = {}
-    for schedule in (UNPRUNED, by_text, by_image):
-        macs[schedule] = forward_cost(config, text_length, schedule).macs(texts_per_image)
-    chosen = min(by_text, by_image, key=macs.get)
-    logger.info(
-        "With %.1f texts per image, %s takes %.2f times the operations of the unpruned model, %s %.2f times: %s",
-        texts_per_image,
-        by_text,
-        macs[by_text] / macs[UNPRUNED],
-        by_image,
-        macs[by_image] / macs[UNPRUNED],
-        chosen,
-    )
-    config.vision_config.schedule = chosen
-
-
-def log_costs(config: TripsConfig, texts_per_image: float, texts_in_batch: float, text_length: int):
+def settle_schedule(
+    config: TripsConfig, texts_per_image: float, texts_in_batch: float, text_length: int, is_default: bool
+):
     """
     Log what the schedule costs with texts of `text_length` tokens, of which an image has `texts_per_image` in the data
-    and `texts_in_batch` share a batch. Warn if it takes clearly more operations than the unpruned model, and name a
-    cheaper one: scores of the text in an early layer make the layers behind it compute each image once per text.
+    and `texts_in_batch` share a batch. Let the image choose the patches in place of a default (`is_default`) in which
+    the texts do, if that takes fewer operations. Warn of clearly more than those of the unpruned model: scores of the
+    text in an early layer make the layers behind it compute each image once per text.
     """
-    schedule = config.vision_config.schedule
-    if not schedule.layers:
+    given = config.vision_config.schedule
+    if not given.layers:
         return
     unpruned = forward_cost(config, text_length, UNPRUNED)
-    pruned = forward_cost(config, text_length, schedule)
-    num_kept, num_patches = count_kept(config)
+    costs = {given: forward_cost(config, text_length, given)}
+    if is_default:
+        by_image = SelectionSchedule.parse(MANY_TEXTS)
+        costs[by_image] = forward_cost(config, text_length, by_image)
+    schedule = min(costs, key=lambda each: costs[each].macs(texts_per_image))
+    if schedule != given:
+        logger.info("With %.1f texts per image, %s takes fewer operations than %s", texts_per_image, schedule, given)
+    config.vision_config.schedule = schedule
+    pruned = costs[schedule]
+    share = pruned.macs(texts_in_batch) / unpruned.macs(texts_in_batch)
     logger.info(
         "%s keeps %d of %d patches, for %.2f times the operations of the unpruned model with one text per image, %.2f "
         "times with %.1f in a batch (an image of the data has %.1f)",
         schedule,
-        num_kept,
-        num_patches,
+        pruned.tokens[-1] - 1 - config.vision_config.fuse_inattentive_tokens,
+        unpruned.tokens[-1] - 1,
         pruned.macs(1) / unpruned.macs(1),
-        pruned.macs(texts_in_batch) / unpruned.macs(texts_in_batch),
+        share,
         texts_in_batch,
         texts_per_image,
     )
-    if pruned.macs(texts_in_batch) > 1.1 * unpruned.macs(texts_in_batch):
-        by_image = scored_by_image(schedule)
-        cheaper = forward_cost(config, text_length, by_image).macs(texts_in_batch) / unpruned.macs(texts_in_batch)
-        logger.warning("That is more than without pruning. --schedule %s: %.2f times.", by_image, cheaper)
-
-
-def count_kept(config: TripsConfig) -> tuple[int, int]:
-    """Return the number of patches that the last selection layer keeps, and that of all patches."""
-    vision = config.vision_config
-    num_patches = math.prod(vision.grid_size)
-    if not vision.schedule.layers:
-        return num_patches, num_patches
-    num_tokens = forward_cost(config, text_length=1, schedule=vision.schedule).tokens[-1]
-    return num_tokens - 1 - vision.fuse_inattentive_tokens, num_patches
+    if share > 1.1:
+        logger.warning("That is more than without pruning. Let the image score early layers, and the text a late one.")
 
 
 def texts_of_images(

@@ -16,7 +16,7 @@ from trips_examples.training.options import DataArguments, ModelArguments
 from trips_examples.training.phases import check_phases
 from trips_examples.training.recipe import FEW
 from trips_examples.training.resuming import check_resumed
-from trips_examples.training.schedules import check_gate, choose_schedule, log_costs, texts_of_images
+from trips_examples.training.schedules import check_gate, settle_schedule, texts_of_images
 
 
 logger = logging.getLogger(__name__)
@@ -60,9 +60,8 @@ def start_run(
     if rows is not None:
         group_size = group_size or training_args.texts_per_image
         texts_per_image, texts_in_batch, text_length = texts_of_images(rows, TASKS[task].text, group_size, processor)
-        if model_args.schedule == FEW and "schedule" not in training_args.typed:
-            choose_schedule(config, texts_per_image, text_length)
-        log_costs(config, texts_per_image, texts_in_batch, text_length)
+        is_default = model_args.schedule == FEW and "schedule" not in training_args.typed
+        settle_schedule(config, texts_per_image, texts_in_batch, text_length, is_default)
     if training_args.do_train and training_args.resume_from_checkpoint is not None:
         check_resumed(config, training_args)
     model = make_model(model_class, model_args, config, processor)

@@ -23,8 +23,12 @@ def make_processor(
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     Load a tokenizer by name or folder, without the truncation stored in its file, which is not a limit of the model.
+    One without a token for padding, start or end is a `ValueError`.
     """
     tokenizer = AutoTokenizer.from_pretrained(name)
+    for token in ("pad_token", "cls_token", "sep_token"):
+        if getattr(tokenizer, token) is None:
+            raise ValueError(f"The tokenizer {name} has no `{token}`. Use a BERT-like tokenizer.")
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()
     tokenizer.init_kwargs.pop("max_length", None)

@@ -87,12 +87,6 @@ def _mean_jaccard(selection: TripsSelection, num_patches: int, pairs: torch.Bool
     return jaccard[pairs.to(jaccard.device)].mean().item()
 
 
-def scored_by_image(schedule: SelectionSchedule) -> SelectionSchedule:
-    """Return a schedule with the same layers and rates, in which the image scores all layers."""
-    selections = tuple(selection._replace(guidance="image") for selection in schedule.selections)
-    return SelectionSchedule(schedule.layers, selections)
-
-
 def describe_sensitivities(text_sensitivity: float | None, image_sensitivity: float | None) -> list[str]:
     """Return the sensitivities of a selection layer that were measured as sentences."""
     sentences = []
@@ -113,7 +107,8 @@ def advice(schedule: SelectionSchedule, text_sensitivity: float) -> list[str]:
     """Return what to change, in a sentence, if a text scores the last layer of a schedule and is ignored."""
     if schedule.selections[-1].guidance != "text" or text_sensitivity >= SAME:
         return []
-    by_image = scored_by_image(schedule)
+    selections = tuple(selection._replace(guidance="image") for selection in schedule.selections)
+    by_image = SelectionSchedule(schedule.layers, selections)
     return [f"The text is ignored ({text_sensitivity:.2f}): --schedule {by_image} costs less and keeps the same."]
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from trips_examples.data.source import option
 from trips_examples.training.checks import check_schedule
-from trips_examples.training.options import SCHEDULE_HELP, config_fields, make_parser, run_script
+from trips_examples.training.options import SCHEDULE_HELP, make_parser, run_script
 
 
 @dataclass
@@ -40,15 +40,6 @@ class ConvertArguments:
         if is_file_name and not Path(self.checkpoint).is_file():
             raise ValueError(f"--checkpoint {self.checkpoint}: there is no such file.")
 
-    def options(self) -> dict:
-        """Return the given options of `convert_published`."""
-        options = config_fields(self)
-        for name in ("task", "tokenizer", "image_size", "num_attention_heads"):
-            value = getattr(self, name)
-            if value is not None:
-                options[name] = value
-        return options
-
 
 OPTIONS = make_parser(ConvertArguments, description=__doc__, script=__name__)
 
@@ -62,14 +53,16 @@ from modeling_trips.inspection.files import whole_folder
 def main(argv: list[str] | None = None) -> ConversionReport:
     (args,) = OPTIONS.parse_args_into_dataclasses(args=argv)
     print(f"Reading {args.checkpoint}")
-    model, processor, report = convert_published(args.checkpoint, **args.options())
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    output_dir = given.pop("output_dir")
+    model, processor, report = convert_published(**given)
     print(f"A {type(model).__name__} with these weights:\n{report}")
-    with whole_folder(args.output_dir) as folder:
+    with whole_folder(output_dir) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         report_text = json.dumps(asdict(report), indent=1)
         (folder / "conversion_report.json").write_text(report_text, encoding="utf-8")
-    print(f"Written to {args.output_dir}, with all names in conversion_report.json")
+    print(f"Written to {output_dir}, with all names in conversion_report.json")
     return report
 
 

@@ -47,6 +47,7 @@ MAX_HEADER_BYTES = 1 << 16  # of a name or of attributes that do not fit into a 
 EXTENSION_TYPES = (b"L", b"K", b"x", b"g", b"X")  # of such headers
 MAX_READS_PAST_END = 100  # `tarfile` skips a file, however large its header says it is, in reads of 10 KB
 MAX_BLOCK_BYTES = 1 << 30  # of a shuffled block
+POSITION = ("pass_number", "seen", "bad", "block_start", "given")  # of a stream, by its attributes
 
 
 # Shards
@@ -296,20 +297,11 @@ class PairStream(TorchIterableDataset):
         Return the position: the pass, the numbers of records seen and of bad ones, the state of `datasets` before the
         current block, and the number of its records that were given.
         """
-        return {
-            "pass_number": self.pass_number,
-            "seen": self.seen,
-            "bad": self.bad,
-            "block_start": self.block_start,
-            "given": self.given,
-        }
+        return {name: getattr(self, name) for name in POSITION}
 
     def load_state_dict(self, state: dict):
-        self.pass_number = state["pass_number"]
-        self.seen = state["seen"]
-        self.bad = state["bad"]
-        self.block_start = state["block_start"]
-        self.given = state["given"]
+        for name in POSITION:
+            setattr(self, name, state[name])
 
     def __iter__(self) -> Iterator[dict]:
         worker = get_worker_info()

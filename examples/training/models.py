@@ -64,8 +64,9 @@ def _start_from_towers(args: ModelArguments, fields: dict) -> tuple[TripsConfig,
         image_size=args.image_size or args.max_image_size,
         **fields,
     )
-    processor = make_processor(load_tokenizer(args.tokenizer or text), config)
-    _set_ends(config, processor.tokenizer)
+    tokenizer = load_tokenizer(args.tokenizer or text)
+    processor = make_processor(tokenizer, config)
+    _set_ends(config, tokenizer)
     source = AutoImageProcessor.from_pretrained(vision)  # the tower's normalization of images
     processor.image_processor.image_mean = source.image_mean
     processor.image_processor.image_std = source.image_std
@@ -80,8 +81,9 @@ def _start_from_scratch(
     config = TripsConfig.from_preset(args.preset or "tiny", vision_config=vision_fields, **fields)
     if args.tokenizer is None:
         return config, None
-    processor = make_processor(load_tokenizer(args.tokenizer), config)
-    _set_vocabulary(config, processor.tokenizer)
+    tokenizer = load_tokenizer(args.tokenizer)
+    processor = make_processor(tokenizer, config)
+    _set_vocabulary(config, tokenizer)
     return config, processor
 
 

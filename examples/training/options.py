@@ -91,7 +91,7 @@ class ModelArguments:
             raise ValueError("--num_fusion_layers needs --vision_model_name_or_path.")
         if self.selection_gate is not None and not 0 <= self.selection_gate <= 1:
             raise ValueError(f"--selection_gate must be in [0, 1], got {self.selection_gate}.")
-        if self.schedule is not None:
+        if self.schedule not in (None, *SCHEDULES.values()):  # of the recipe
             check_schedule(self.schedule)
 
     def check_start(self):

@@ -1,15 +1,20 @@
 """
-Independent implementation of ALBEF from its public description, and random checkpoints for it.
+ALBEF from its public description, of timm's ViT and Transformers' BERT, and random checkpoints under its names.
 
-timm's ViT (pre-norm, LayerNorm eps 1e-6, q, k and v stacked); BERT (post-norm, eps 1e-12) whose layers 6 to 11 attend
-to the image between self-attention and feed-forward; a decoder of six such layers that reads the question's states.
-It shares nothing with the package.
+The layers 6 to 11 of its BERT attend to the image between self-attention and feed-forward, and a decoder of six such
+layers reads the question's states. It shares nothing with the package.
 """
 
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import conv2d, gelu, layer_norm, linear, normalize
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torch.nn.functional import normalize
+from transformers import BertConfig, BertLMHeadModel
+
+
+FUSION = 6  # the first layer that attends to the image
 
 
 class Sizes(NamedTuple):
@@ -21,228 +26,89 @@ class Sizes(NamedTuple):
     vocab: int = 60
     max_length: int = 12
     projection: int = 8
-    num_vision_layers: int = 12
-    num_text_layers: int = 12
-    first_fusion_layer: int = 6
-    num_decoder_layers: int = 6
 
 
 TINY = Sizes()
 
 
-def affine(name: str, num_out: int, num_in: int) -> dict[str, tuple]:
-    return {f"{name}.weight": (num_out, num_in), f"{name}.bias": (num_out,)}
+def make_bert(sizes: Sizes, num_layers: int) -> BertLMHeadModel:
+    config = BertConfig(
+        vocab_size=sizes.vocab,
+        hidden_size=sizes.width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=sizes.num_heads,
+        intermediate_size=sizes.intermediate,
+        max_position_embeddings=sizes.max_length,
+        is_decoder=True,
+        add_cross_attention=True,
+    )
+    return BertLMHeadModel(config)
 
 
-def norm(name: str, width: int) -> dict[str, tuple]:
-    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
-
-
-def vit_shapes(sizes: Sizes) -> dict[str, tuple]:
-    width = sizes.width
-    name = "visual_encoder"
-    shapes = {
-        f"{name}.cls_token": (1, 1, width),
-        f"{name}.pos_embed": (1, 1 + sizes.grid**2, width),
-        f"{name}.patch_embed.proj.weight": (width, 3, sizes.patch_size, sizes.patch_size),
-        f"{name}.patch_embed.proj.bias": (width,),
-    }
-    for i in range(sizes.num_vision_layers):
-        block = f"{name}.blocks.{i}"
-        shapes |= norm(f"{block}.norm1", width)
-        shapes |= affine(f"{block}.attn.qkv", 3 * width, width)
-        shapes |= affine(f"{block}.attn.proj", width, width)
-        shapes |= norm(f"{block}.norm2", width)
-        shapes |= affine(f"{block}.mlp.fc1", sizes.intermediate, width)
-        shapes |= affine(f"{block}.mlp.fc2", width, sizes.intermediate)
-    return shapes | norm(f"{name}.norm", width)
-
-
-def attention_shapes(name: str, width: int) -> dict[str, tuple]:
-    shapes = {}
-    for part in ("self.query", "self.key", "self.value", "output.dense"):
-        shapes |= affine(f"{name}.{part}", width, width)
-    return shapes | norm(f"{name}.output.LayerNorm", width)
-
-
-def bert_shapes(sizes: Sizes, name: str, num_layers: int, first_fusion_layer: int) -> dict[str, tuple]:
-    width = sizes.width
-    shapes = {
-        f"{name}.embeddings.position_ids": (1, sizes.max_length),
-        f"{name}.embeddings.word_embeddings.weight": (sizes.vocab, width),
-        f"{name}.embeddings.position_embeddings.weight": (sizes.max_length, width),
-        f"{name}.embeddings.token_type_embeddings.weight": (2, width),
-    }
-    shapes |= norm(f"{name}.embeddings.LayerNorm", width)
-    for i in range(num_layers):
-        layer = f"{name}.encoder.layer.{i}"
-        shapes |= attention_shapes(f"{layer}.attention", width)
-        if i >= first_fusion_layer:
-            shapes |= attention_shapes(f"{layer}.crossattention", width)
-        shapes |= affine(f"{layer}.intermediate.dense", sizes.intermediate, width)
-        shapes |= affine(f"{layer}.output.dense", width, sizes.intermediate)
-        shapes |= norm(f"{layer}.output.LayerNorm", width)
-    return shapes
-
-
-def prediction_shapes(sizes: Sizes, name: str) -> dict[str, tuple]:
-    return {
-        f"{name}.cls.predictions.bias": (sizes.vocab,),
-        **affine(f"{name}.cls.predictions.transform.dense", sizes.width, sizes.width),
-        **norm(f"{name}.cls.predictions.transform.LayerNorm", sizes.width),
-        **affine(f"{name}.cls.predictions.decoder", sizes.vocab, sizes.width),
-    }
-
-
-def checkpoint_shapes(task: str, sizes: Sizes) -> dict[str, tuple]:
-    """Return the shapes of a "pretraining", "retrieval" (or RefCOCO) or "question-answering" checkpoint, by key."""
-    text = "text_encoder.bert" if task == "pretraining" else "text_encoder"
-    shapes = vit_shapes(sizes) | bert_shapes(sizes, text, sizes.num_text_layers, sizes.first_fusion_layer)
-    if task == "question-answering":
-        shapes |= bert_shapes(sizes, "text_decoder.bert", sizes.num_decoder_layers, 0)
-        shapes |= prediction_shapes(sizes, "text_decoder")
-    else:
-        shapes |= affine("vision_proj", sizes.projection, sizes.width)
-        shapes |= affine("text_proj", sizes.projection, sizes.width)
-    if task == "pretraining":
-        shapes |= prediction_shapes(sizes, "text_encoder")
-    shapes |= {key.replace(".", "_m.", 1): shape for key, shape in shapes.items()}  # momentum
-    if task == "question-answering":
-        return shapes
-    shapes |= {"image_queue": (sizes.projection, 4), "text_queue": (sizes.projection, 4), "queue_ptr": (1,)}
-    if task == "retrieval":
-        shapes["idx_queue"] = (1, 4)
-    shapes |= affine("itm_head", 2, sizes.width)
-    return shapes | {"temp": ()}
-
-
-def random_checkpoint(task: str, sizes: Sizes = TINY) -> dict[str, torch.Tensor]:
-    """Return a state dict with random values, at a scale where attention is not flat. Tied weights are equal."""
-    weights = {}
-    for key, shape in checkpoint_shapes(task, sizes).items():
-        scale = 1.5 / shape[-1] ** 0.5 if len(shape) == 2 and "embeddings" not in key else 0.3
-        weights[key] = scale * torch.randn(shape)
-        if "norm" in key.lower() and key.endswith(".weight"):
-            weights[key] += 1
-        if key.endswith("position_ids"):
-            weights[key] = torch.arange(sizes.max_length)[None]
-    for name in ("text_encoder", "text_decoder", "text_encoder_m", "text_decoder_m"):
-        if f"{name}.cls.predictions.bias" in weights:
-            embeddings = weights[f"{name}.bert.embeddings.word_embeddings.weight"]
-            weights[f"{name}.cls.predictions.decoder.weight"] = embeddings
-            weights[f"{name}.cls.predictions.decoder.bias"] = weights[f"{name}.cls.predictions.bias"]
-    if "temp" in weights:
-        weights["temp"] = torch.tensor(0.2)
-    return weights
-
-
-class Albef:
+class Albef(nn.Module):
     """ALBEF with the state dict `weights` of a checkpoint."""
 
     def __init__(self, weights: dict[str, torch.Tensor], sizes: Sizes = TINY):
-        self.weights = weights
-        self.sizes = sizes
-        self.text = "text_encoder.bert" if "text_encoder.bert.embeddings.LayerNorm.bias" in weights else "text_encoder"
+        super().__init__()
+        self.visual_encoder = VisionTransformer(
+            img_size=sizes.grid * sizes.patch_size,
+            patch_size=sizes.patch_size,
+            embed_dim=sizes.width,
+            depth=12,
+            num_heads=sizes.num_heads,
+            mlp_ratio=sizes.intermediate / sizes.width,
+            num_classes=0,
+        )
+        self.text_encoder = make_bert(sizes, num_layers=12)
+        self.text_decoder = make_bert(sizes, num_layers=6)
+        self.vision_proj = nn.Linear(sizes.width, sizes.projection)
+        self.text_proj = nn.Linear(sizes.width, sizes.projection)
+        self.itm_head = nn.Linear(sizes.width, 2)
+        for bert in (self.text_encoder, self.text_decoder):  # an output layer may be of its own
+            decoder = bert.cls.predictions.decoder
+            decoder.weight = nn.Parameter(decoder.weight.detach().clone())
+        named = {}
+        for key, weight in weights.items():
+            is_without_head = key.startswith("text_encoder.") and key.split(".")[1] not in ("bert", "cls")
+            named[key.replace(".", ".bert.", 1) if is_without_head else key] = weight
+        self.load_state_dict(named, strict=False)
+        self.eval()
 
-    def linear(self, name, states):
-        return linear(states, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
-
-    def norm(self, name, states, eps):
-        return layer_norm(states, states.shape[-1:], self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], eps)
-
-    def attend(self, query, key, value, allowed=None):
-        """softmax(q k^T / sqrt(d)) v per head, then the heads side by side. `allowed` broadcasts to (b, h, q, k)."""
-
-        def heads(states):
-            return states.unflatten(-1, (self.sizes.num_heads, -1)).transpose(1, 2)
-
-        scores = heads(query) @ heads(key).transpose(-1, -2)
-        scores = scores / (self.sizes.width / self.sizes.num_heads) ** 0.5
-        if allowed is not None:
-            scores = scores.masked_fill(~allowed, float("-inf"))
-        attended = scores.softmax(-1) @ heads(value)
-        return attended.transpose(1, 2).flatten(2)
-
-    def image_states(self, pixel_values):
-        name = "visual_encoder"
-        kernel = self.weights[f"{name}.patch_embed.proj.weight"]
-        bias = self.weights[f"{name}.patch_embed.proj.bias"]
-        patches = conv2d(pixel_values, kernel, bias, stride=self.sizes.patch_size).flatten(2).transpose(1, 2)
-        class_token = self.weights[f"{name}.cls_token"].expand(len(patches), -1, -1)
-        states = torch.cat([class_token, patches], dim=1) + self.weights[f"{name}.pos_embed"]
-        for i in range(self.sizes.num_vision_layers):
-            block = f"{name}.blocks.{i}"
-            qkv = self.linear(f"{block}.attn.qkv", self.norm(f"{block}.norm1", states, 1e-6))
-            states = states + self.linear(f"{block}.attn.proj", self.attend(*qkv.chunk(3, dim=-1)))
-            hidden = gelu(self.linear(f"{block}.mlp.fc1", self.norm(f"{block}.norm2", states, 1e-6)))
-            states = states + self.linear(f"{block}.mlp.fc2", hidden)
-        return self.norm(f"{name}.norm", states, 1e-6)
-
-    def embed(self, name, input_ids):
-        name = f"{name}.embeddings"
-        states = self.weights[f"{name}.word_embeddings.weight"][input_ids]
-        states = states + self.weights[f"{name}.position_embeddings.weight"][: input_ids.shape[1]]
-        states = states + self.weights[f"{name}.token_type_embeddings.weight"][0]
-        return self.norm(f"{name}.LayerNorm", states, 1e-12)
-
-    def bert_attention(self, name, states, source, allowed):
-        query = self.linear(f"{name}.self.query", states)
-        key = self.linear(f"{name}.self.key", source)
-        value = self.linear(f"{name}.self.value", source)
-        attended = self.linear(f"{name}.output.dense", self.attend(query, key, value, allowed))
-        return self.norm(f"{name}.output.LayerNorm", attended + states, 1e-12)
-
-    def bert_layers(self, name, numbers, states, allowed, source=None, source_allowed=None):
-        for i in numbers:
-            layer = f"{name}.encoder.layer.{i}"
-            states = self.bert_attention(f"{layer}.attention", states, states, allowed)
-            if source is not None:
-                states = self.bert_attention(f"{layer}.crossattention", states, source, source_allowed)
-            hidden = self.linear(f"{layer}.output.dense", gelu(self.linear(f"{layer}.intermediate.dense", states)))
-            states = self.norm(f"{layer}.output.LayerNorm", hidden + states, 1e-12)
+    def run_layers(self, layers, states, attention_mask, image_states=None):
+        mask = (1.0 - attention_mask[:, None, None].float()) * torch.finfo(torch.float32).min
+        for layer in layers:
+            states = layer(states, mask, encoder_hidden_states=image_states)
         return states
 
+    def image_states(self, pixel_values):
+        return self.visual_encoder.forward_features(pixel_values)
+
     def text_states(self, input_ids, attention_mask):
-        states = self.embed(self.text, input_ids)
-        allowed = attention_mask[:, None, None].bool()
-        return self.bert_layers(self.text, range(self.sizes.first_fusion_layer), states, allowed)
+        bert = self.text_encoder.bert
+        return self.run_layers(bert.encoder.layer[:FUSION], bert.embeddings(input_ids), attention_mask)
 
     def fused_states(self, input_ids, attention_mask, pixel_values):
-        numbers = range(self.sizes.first_fusion_layer, self.sizes.num_text_layers)
-        states = self.text_states(input_ids, attention_mask)
-        allowed = attention_mask[:, None, None].bool()
-        return self.bert_layers(self.text, numbers, states, allowed, source=self.image_states(pixel_values))
+        layers = self.text_encoder.bert.encoder.layer[FUSION:]
+        text_states = self.text_states(input_ids, attention_mask)
+        return self.run_layers(layers, text_states, attention_mask, self.image_states(pixel_values))
 
     def image_features(self, pixel_values):
-        return normalize(self.linear("vision_proj", self.image_states(pixel_values)[:, 0]), dim=-1)
+        return normalize(self.vision_proj(self.image_states(pixel_values)[:, 0]), dim=-1)
 
     def text_features(self, input_ids, attention_mask):
-        return normalize(self.linear("text_proj", self.text_states(input_ids, attention_mask)[:, 0]), dim=-1)
+        return normalize(self.text_proj(self.text_states(input_ids, attention_mask)[:, 0]), dim=-1)
 
-    def matching_logits(self, input_ids, attention_mask, pixel_values):
-        return self.linear("itm_head", self.fused_states(input_ids, attention_mask, pixel_values)[:, 0])
+    def matching_logits(self, **inputs):
+        return self.itm_head(self.fused_states(**inputs)[:, 0])
 
-    def predict(self, name, states):
-        name = f"{name}.cls.predictions"
-        states = gelu(self.linear(f"{name}.transform.dense", states))
-        return self.linear(f"{name}.decoder", self.norm(f"{name}.transform.LayerNorm", states, 1e-12))
-
-    def masked_language_logits(self, input_ids, attention_mask, pixel_values):
-        return self.predict("text_encoder", self.fused_states(input_ids, attention_mask, pixel_values))
+    def masked_language_logits(self, **inputs):
+        return self.text_encoder.cls(self.fused_states(**inputs))
 
     def decoder_logits(self, input_ids, attention_mask, pixel_values, answer_ids):
-        fused_states = self.fused_states(input_ids, attention_mask, pixel_values)
-        length = answer_ids.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
-        states = self.bert_layers(
-            "text_decoder.bert",
-            range(self.sizes.num_decoder_layers),
-            self.embed("text_decoder.bert", answer_ids),
-            causal,
-            fused_states,
-            attention_mask[:, None, None].bool(),
-        )
-        return self.predict("text_decoder", states)
+        states = self.fused_states(input_ids, attention_mask, pixel_values)
+        return self.text_decoder(
+            answer_ids, encoder_hidden_states=states, encoder_attention_mask=attention_mask, use_cache=False
+        ).logits
 
     def rank_answers(self, input_ids, attention_mask, pixel_values, answer_ids, k):
         """
@@ -263,3 +129,35 @@ class Albef:
             scores.append(first[row] + (log_probs * (labels != 0)).sum(1))
         probabilities, order = torch.stack(scores).softmax(-1).topk(k)
         return candidates.gather(1, order), probabilities
+
+
+def random_checkpoint(task: str, sizes: Sizes = TINY) -> dict[str, torch.Tensor]:
+    """
+    Return a "pretraining", "retrieval" (or RefCOCO) or "question-answering" checkpoint with random values, at a scale
+    where attention is not flat. Tied weights are equal.
+    """
+    weights = {}
+    for key, weight in Albef({}, sizes).state_dict().items():
+        scale = 1.5 / weight.shape[-1] ** 0.5 if weight.dim() == 2 and "embeddings" not in key else 0.3
+        weights[key] = scale * torch.randn(weight.shape) + ("norm" in key.lower() and key.endswith(".weight"))
+    for name in ("text_encoder", "text_decoder"):
+        weights[f"{name}.bert.embeddings.position_ids"] = torch.arange(sizes.max_length)[None]
+        weights[f"{name}.cls.predictions.decoder.weight"] = weights[f"{name}.bert.embeddings.word_embeddings.weight"]
+        weights[f"{name}.cls.predictions.decoder.bias"] = weights[f"{name}.cls.predictions.bias"]
+    left_out = [f"text_encoder.bert.encoder.layer.{number}.crossattention." for number in range(FUSION)]
+    left_out += ["vision_proj.", "text_proj.", "itm_head."] if task == "question-answering" else ["text_decoder."]
+    if task != "pretraining":
+        left_out.append("text_encoder.cls.")
+    weights = {key: weight for key, weight in weights.items() if not key.startswith(tuple(left_out))}
+    if task != "pretraining":
+        weights = {key.replace("text_encoder.bert.", "text_encoder."): weight for key, weight in weights.items()}
+    # The momentum copy, and the queues.
+    is_copied = {key: not key.startswith("itm_head.") for key in weights}
+    weights |= {key.replace(".", "_m.", 1): weight.clone() for key, weight in weights.items() if is_copied[key]}
+    if task == "question-answering":
+        return weights
+    queue = torch.zeros(sizes.projection, 4)
+    weights |= {"image_queue": queue, "text_queue": queue.clone(), "queue_ptr": torch.zeros(1)}
+    if task == "retrieval":
+        weights["idx_queue"] = torch.zeros(1, 4)
+    return weights | {"temp": torch.tensor(0.2)}

@@ -8,8 +8,10 @@ import torch
 import transformers
 from convert_cases import TEXTS, convert, make_tokenizer
 from PIL import Image
+from random_models import make_random
 from safetensors.torch import load_file, save_file
-from transformers import BlipConfig, BlipForQuestionAnswering, ViltConfig, ViltImageProcessor, ViltModel
+from tiny_hosts import make_vilt
+from transformers import BlipConfig, BlipForQuestionAnswering, ViltImageProcessor, ViltModel
 
 from modeling_trips import TripsForQuestionAnswering, TripsModel, TripsProcessor
 
@@ -59,21 +61,9 @@ def vilt_arguments(tmp_path, tokenizer):
 
 def save_vilt(folder, tokenizer, name="ViltForMaskedLM"):
     is_nlvr2 = name == "ViltForImagesAndTextClassification"
-    config = ViltConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=48,
-        max_position_embeddings=32,
-        image_size=16,
-        patch_size=4,
-        num_images=2 if is_nlvr2 else -1,
-        modality_type_vocab_size=3 if is_nlvr2 else 2,
-    )
-    vilt = getattr(transformers, name)(config)
-    for parameter in vilt.parameters():
-        parameter.data.add_(0.2 * torch.randn_like(parameter))
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 32, "image_size": 16, "patch_size": 4}
+    images = {"num_images": 2, "modality_type_vocab_size": 3} if is_nlvr2 else {}
+    vilt = make_random(make_vilt(getattr(transformers, name), **sizes, **images))
     vilt.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     ViltImageProcessor(size={"shortest_edge": 16}, size_divisor=4).save_pretrained(folder)

@@ -133,26 +133,35 @@ class NaiveVisionTower:
         inner = self.linear(f"{name}.mlp.fc1", self.layernorm(f"{name}.layernorm_after", token))
         return token + self.linear(f"{name}.mlp.fc2", self.activation(inner))
 
-    def run_image(self, image, text):
-        """Return last hidden states (num_tokens, width), and kept indices, scores and candidates by layer."""
+    def run_image(self, image, text, joined=()):
+        """
+        Return last hidden states (num_tokens, width), and kept indices, scores and candidates by layer. In a single
+        stream, `joined` are the states of the text, which come first.
+        """
         tokens = self.embed(image)
+        if joined:
+            of_text, of_image = self.weights["modality_embeddings.weight"]
+            tokens = [state + of_text for state in joined] + [token + of_image for token in tokens]
+        first = len(joined) + 1  # candidate
         selections = []
-        original = list(range(len(tokens) - 1))  # index of each candidate's patch, -1 for a fused token
+        original = list(range(len(tokens) - first))  # index of each candidate's patch, -1 for a fused token
         for number in range(1, self.config.num_hidden_layers + 1):
             name = f"layers.{number - 1}"
             tokens, query, key = self.attend(name, tokens)
             if self.keep_rates.get(number, 1.0) < 1.0:
-                guide = query[0]
-                if self.guidances[number] == "text" and text is not None:
+                guide = query[first - 1]
+                if self.guidances[number] == "text" and joined:
+                    guide = query[0]
+                elif self.guidances[number] == "text" and text is not None:
                     guide = self.heads(self.linear(f"{name}.attention.q_proj", text))
-                scores = self.scores_of(guide, key[1:])
+                scores = self.scores_of(guide, key[first:])
                 num_kept = math.ceil(Fraction(str(self.keep_rates[number])) * len(scores))
                 ranked = sorted(range(len(scores)), key=lambda i: (-scores[i].item(), i))
                 kept = sorted(ranked[:num_kept])
                 rest = sorted(ranked[num_kept:])
                 selections.append(([original[i] for i in kept], torch.stack(scores), original))
-                candidates = tokens[1:]
-                tokens = [tokens[0]] + [candidates[i] for i in kept]
+                candidates = tokens[first:]
+                tokens = tokens[:first] + [candidates[i] for i in kept]
                 original = [original[i] for i in kept]
                 if self.config.fuse_inattentive_tokens and rest:
                     tokens.append(sum(scores[i] * candidates[i] for i in rest))

@@ -1,7 +1,7 @@
 """The mean of a text, and the skip-connected fusion against BERT with the same weights."""
 
 import torch
-from tiny_single_stream import randomize
+from random_models import make_random
 from transformers import BertConfig, BertModel
 
 from modeling_trips import TripsFusionConfig, TripsFusionModel, TripsTextConfig, TripsTextModel
@@ -21,7 +21,7 @@ MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
 
 
 def test_the_mean_of_a_text_leaves_its_padding_out():
-    model = randomize(TripsTextModel(TripsTextConfig(**SIZES, num_hidden_layers=2, pooling_mode="mean")))
+    model = make_random(TripsTextModel(TripsTextConfig(**SIZES, num_hidden_layers=2, pooling_mode="mean")))
     output = model(IDS, MASK)
     states = output.last_hidden_state
     expected = torch.stack([states[0].mean(dim=0), states[1, :3].mean(dim=0)])
@@ -36,10 +36,9 @@ def test_skip_connected_fusion_is_berts_layers_in_mplugs_order():
     config = BertConfig(
         **SIZES, num_hidden_layers=7, is_decoder=True, add_cross_attention=True, attn_implementation="eager"
     )
-    bert = randomize(BertModel(config, add_pooling_layer=False))
-    model = TripsFusionModel(
-        TripsFusionConfig(**SIZES, num_hidden_layers=7, fusion_type="skip_connected", skip_stride=2)
-    ).eval()
+    bert = make_random(BertModel(config, add_pooling_layer=False))
+    fields = {"num_hidden_layers": 7, "fusion_type": "skip_connected", "skip_stride": 2}
+    model = TripsFusionModel(TripsFusionConfig(**SIZES, **fields)).eval()
     weights = bert.state_dict()
     model.load_state_dict({name: weights[name] for name in model.state_dict()})
     text_states = torch.randn(2, 5, 24)

@@ -1,14 +1,12 @@
 """The single stream against its definition, and errors of unsupported options."""
 
-import math
-
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from schedules import rates_of
-from tiny_models import kept_by
+from naive_reference import NaiveVisionTower
+from random_models import make_random
+from tiny_models import TEXTS, kept_by, make_config
 from tiny_retrieval import images
-from tiny_single_stream import IDS, MASK, make_config, make_model
 
 from modeling_trips import (
     TripsConfig,
@@ -18,61 +16,19 @@ from modeling_trips import (
 )
 
 
-def naive_layer_norm(module, states):
-    centered = states - states.mean(-1, keepdim=True)
-    variance = centered.square().mean(-1, keepdim=True)
-    return centered / (variance + module.eps).sqrt() * module.weight + module.bias
-
-
-def naive_run(model, ids, image):
-    """Run one text without padding and one image. Return the states of the text and the kept patches of each layer."""
-    config = model.config.vision_config
-    tower = model.vision_model
-    text = model.text_model(ids[None]).last_hidden_state[0]
-    embeddings, _ = tower.embeddings(image[None])
-    image = embeddings[0]
-    types = tower.modality_embeddings.weight
-    tokens = torch.cat((text + types[0], image + types[1]))
-    first = len(text) + 1  # the first candidate
-    original = list(range(len(image) - 1))
-    selections = []
-    guide = {"text": 0, "image": len(text)}[config.schedule.selections[0].guidance]
-    width = config.hidden_size // config.num_attention_heads
-    for number, layer in enumerate(tower.layers, start=1):
-        attention = layer.attention
-        normed = naive_layer_norm(layer.layernorm_before, tokens)
-        query = attention.q_proj(normed).split(width, dim=1)
-        key = attention.k_proj(normed).split(width, dim=1)
-        value = attention.v_proj(normed).split(width, dim=1)
-        mixed = [(q @ k.T / math.sqrt(width)).softmax(dim=1) @ v for q, k, v in zip(query, key, value)]
-        tokens = tokens + attention.o_proj(torch.cat(mixed, dim=1))
-        if number in rates_of(config):
-            by_head = [(k[first:] @ q[guide] / math.sqrt(width)).softmax(dim=0) for q, k in zip(query, key)]
-            scores = sum(by_head) / len(by_head)
-            num_kept = math.ceil(rates_of(config)[number] * len(scores))
-            ranked = scores.argsort(descending=True).tolist()
-            kept = sorted(ranked[:num_kept])
-            rest = ranked[num_kept:]
-            candidates = tokens[first:]
-            fused = scores[rest] @ candidates[rest]
-            tokens = torch.cat((tokens[:first], candidates[kept], fused[None]))
-            original = [original[i] for i in kept]
-            selections.append(original)
-            original = original + [-1]
-        tokens = tokens + layer.mlp(naive_layer_norm(layer.layernorm_after, tokens))
-    return naive_layer_norm(tower.layernorm, tokens)[: len(text)], selections
-
-
 @pytest.mark.parametrize("guidance", ["text", "image"])
 @torch.no_grad()
 def test_selection_follows_the_formula_for_each_pair_alone(guidance):
-    model = make_model(schedule=f"1:{guidance}:0.5,3:{guidance}:0.5").double()
-    output = model(IDS, images(4).double(), MASK)
-    for row in range(4):
-        length = int(MASK[row].sum())
-        states, selections = naive_run(model, IDS[row, :length], images(4)[row].double())
-        torch.testing.assert_close(output.last_hidden_state[row, :length], states)
-        assert [entry[row] for entry in kept_by(output)] == selections
+    fields = {"schedule": f"1:{guidance}:0.5,3:{guidance}:0.5", "image_size": 16, "patch_embedding_type": "linear"}
+    model = make_random(TripsModel(make_config(fusion_type="single_stream", **fields))).double()
+    tower = NaiveVisionTower(model.vision_model.state_dict(), model.config.vision_config)
+    mask = (TEXTS != 0).long()
+    output = model(TEXTS, images(6).double(), mask)
+    for row, length in enumerate(mask.sum(dim=1).tolist()):
+        text = model.text_model(TEXTS[row : row + 1, :length]).last_hidden_state[0]
+        states, selections = tower.run_image(images(6)[row].double(), None, joined=list(text))
+        torch.testing.assert_close(output.last_hidden_state[row, :length], states[:length])
+        assert [entry[row] for entry in kept_by(output)] == [kept for kept, *_ in selections]
 
 
 @pytest.mark.parametrize(
@@ -95,4 +51,4 @@ def test_two_towers_do_not_become_one_stream_by_chance(tmp_path):
 @pytest.mark.parametrize("model_class", [TripsForRetrieval, TripsForPreTraining])
 def test_features_of_an_image_alone_are_refused(model_class):
     with pytest.raises(ValueError, match=model_class.__name__):
-        model_class(make_config())
+        model_class(make_config(fusion_type="single_stream"))

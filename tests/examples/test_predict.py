@@ -10,9 +10,10 @@ import PIL.Image
 import pyarrow.parquet
 import pytest
 import torch
+from archives import write_tar
 from killed import kill_when
 from places import EXAMPLES
-from tiny_collection import encoded, write_images, write_parquet, write_tar
+from tiny_collection import encoded, write_images, write_parquet
 
 import modeling_trips
 from modeling_trips import TripsProcessor, TripsVisualQuestionAnsweringPipeline

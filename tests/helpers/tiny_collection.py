@@ -1,7 +1,5 @@
 """A collection of small distinct images in all supported formats, and a retrieval model to embed them."""
 
-import io
-import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,6 +7,7 @@ import numpy as np
 import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet
+import strange_pictures
 from random_checkpoint import save_random_checkpoint
 
 from modeling_trips import TripsForRetrieval
@@ -23,9 +22,7 @@ def save_model(folder: Path, **fields) -> str:
 
 def encoded(number: int) -> bytes:
     pixels = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    PIL.Image.fromarray(pixels).resize((64, 64)).save(file, "PNG")
-    return file.getvalue()
+    return strange_pictures.encoded(PIL.Image.fromarray(pixels).resize((64, 64)))
 
 
 def write_images(folder: Path, numbers: Iterable[int]) -> Path:
@@ -41,13 +38,4 @@ def write_parquet(file: Path, numbers: Iterable[int]) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     images = [{"bytes": encoded(number), "path": None} for number in numbers]
     pyarrow.parquet.write_table(pa.table({"image": images}), file)
-    return file
-
-
-def write_tar(file: Path, names: dict[str, bytes]) -> Path:
-    with tarfile.open(file, "w") as tar:
-        for name, content in names.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
     return file

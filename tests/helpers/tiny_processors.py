@@ -1,7 +1,5 @@
 """A processor with a vocabulary of twelve words and images of 32 x 32 pixels."""
 
-import io
-
 from transformers import BertTokenizer, BlipImageProcessor
 
 from modeling_trips.processing_trips import TripsProcessor
@@ -25,10 +23,3 @@ def make_processor(image_processor=None, patch_size=16, **tokenizer_kwargs):
     if image_processor is None:
         image_processor = BlipImageProcessor(size={"height": 32, "width": 32})
     return TripsProcessor(image_processor, tokenizer, patch_size=patch_size)
-
-
-def encoded(image, image_format, **kwargs) -> io.BytesIO:
-    buffer = io.BytesIO()
-    image.save(buffer, image_format, **kwargs)
-    buffer.seek(0)
-    return buffer

@@ -1,12 +1,12 @@
 """Toy pairs for pre-training: images of one color and captions that name it, with options of the script."""
 
-import io
 import json
-import tarfile
 from pathlib import Path
 
 import PIL.Image
+import strange_pictures
 import torch
+from archives import write_tar
 from places import ROOT
 from transformers import BertConfig, BertModel, BertTokenizer, ViTConfig, ViTImageProcessor, ViTModel
 
@@ -31,9 +31,7 @@ TWO_PROCESSES = ["-m", "torch.distributed.run", "--nproc_per_node=2", *RENDEZVOU
 
 
 def encoded(color: str) -> bytes:
-    buffer = io.BytesIO()
-    PIL.Image.new("RGB", (64, 64), color).save(buffer, "PNG")
-    return buffer.getvalue()
+    return strange_pictures.encoded(PIL.Image.new("RGB", (64, 64), color))
 
 
 def make_tokenizer() -> BertTokenizer:
@@ -48,13 +46,12 @@ def write_pairs(folder: Path):
     rows = [json.dumps({"image": f"{color}.png", "caption": caption}) for color, caption in pairs]
     (folder / "pairs.jsonl").write_text("\n".join(rows))
     for shard in range(3):
-        with tarfile.open(folder / f"pairs-{shard}.tar", "w") as tar:
-            for number, (color, caption) in enumerate(pairs[shard::3]):
-                files = {"png": encoded(color), "txt": caption.encode(), "json": json.dumps({"url": color}).encode()}
-                for suffix, content in files.items():
-                    info = tarfile.TarInfo(f"{shard}{number}.{suffix}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
+        files = {}
+        for number, (color, caption) in enumerate(pairs[shard::3]):
+            files[f"{shard}{number}.png"] = encoded(color)
+            files[f"{shard}{number}.txt"] = caption.encode()
+            files[f"{shard}{number}.json"] = json.dumps({"url": color}).encode()
+        write_tar(folder / f"pairs-{shard}.tar", files)
     make_tokenizer().save_pretrained(folder / "tokenizer")
 
 

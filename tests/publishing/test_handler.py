@@ -1,13 +1,13 @@
 """The handler of Inference Endpoints: its answers, and the requests that it refuses."""
 
 import base64
-import io
 import json
 from pathlib import Path
 
 import PIL.Image
 import pytest
 from random_checkpoint import save_random_checkpoint
+from strange_pictures import encoded
 
 import modeling_trips
 from modeling_trips.publishing import build_repository
@@ -24,9 +24,7 @@ IMAGE = PIL.Image.new("RGB", (70, 50), "teal")
 
 
 def in_base64(image: PIL.Image.Image, file_format: str = "PNG") -> str:
-    file = io.BytesIO()
-    image.save(file, file_format)
-    return base64.b64encode(file.getvalue()).decode()
+    return base64.b64encode(encoded(image, file_format)).decode()
 
 
 INPUTS = {"image": in_base64(IMAGE), "question": TEXTS[0], "texts": TEXTS, "prompt": TEXTS[0]}

@@ -1,7 +1,8 @@
 """The images of a collection as rows: each once, with a stable id, or with its error."""
 
 import pytest
-from tiny_collection import encoded, write_images, write_tar
+from archives import write_tar
+from tiny_collection import encoded, write_images
 
 from trips_examples.data.collection import find_images, rows_of
 

@@ -1,13 +1,12 @@
 """All ways to read an image file give the same image or refuse it; paths that are not files are refused at once."""
 
-import io
 import os
 import socket
 
 import numpy as np
 import PIL.Image
 import pytest
-from strange_pictures import bomb
+from strange_pictures import bomb, encoded
 
 from modeling_trips.image_decoding_trips import convert_to_rgb
 from trips_examples.data.images import check_image, decode_image, decode_untrusted_image, first_rows
@@ -22,22 +21,16 @@ XMP = (
 )
 
 
-def encoded(kind: str, **options) -> bytes:
-    file = io.BytesIO()
-    PIXELS.save(file, kind, **options)
-    return file.getvalue()
-
-
 def exif(orientation: int) -> bytes:
     block = PIL.Image.Exif()
     block[0x0112] = orientation
     return block.tobytes()
 
 
-FILES = {f"{kind} {n}": encoded(kind, exif=exif(n)) for kind in ("JPEG", "PNG", "WEBP") for n in range(10)}
-FILES |= {f"{kind} junk": encoded(kind, exif=JUNK) for kind in ("JPEG", "PNG", "WEBP")}
-FILES |= {kind: encoded(kind) for kind in ("TIFF", "JPEG2000", "AVIF", "GIF", "BMP")}
-FILES |= {f"{kind} XMP": encoded(kind, xmp=XMP) for kind in ("JPEG", "WEBP")}
+FILES = {f"{kind} {n}": encoded(PIXELS, kind, exif=exif(n)) for kind in ("JPEG", "PNG", "WEBP") for n in range(10)}
+FILES |= {f"{kind} junk": encoded(PIXELS, kind, exif=JUNK) for kind in ("JPEG", "PNG", "WEBP")}
+FILES |= {kind: encoded(PIXELS, kind) for kind in ("TIFF", "JPEG2000", "AVIF", "GIF", "BMP")}
+FILES |= {f"{kind} XMP": encoded(PIXELS, kind, xmp=XMP) for kind in ("JPEG", "WEBP")}
 
 
 @pytest.fixture(params=FILES.values(), ids=FILES)
@@ -72,11 +65,11 @@ def test_untrusted_images_have_limits(tmp_path):
     (tmp_path / "large.png").touch()
     os.truncate(tmp_path / "large.png", 1 << 40)  # without blocks on the disk
     for image, patch_size, reason in (
-        (encoded("PPM"), 1, "unreadable image"),
+        (encoded(PIXELS, "PPM"), 1, "unreadable image"),
         (str(tmp_path / "large.png"), 1, "unreadable image"),
         (bomb(9000, 9000), 1, "unreadable image"),
         (str(tmp_path / "none.png"), 1, "missing image"),
-        (encoded("PNG"), 41, "image smaller than a patch"),
+        (encoded(PIXELS, "PNG"), 41, "image smaller than a patch"),
     ):
         with pytest.raises(BadRowError) as raised:
             decode_untrusted_image(image, patch_size)

@@ -5,7 +5,9 @@ import inspect
 
 import pytest
 import torch
+from by_hand import logits_of_rest
 from tiny_classes import IMAGE, PAGE, REFUSED, RUNS, make, make_refused, reason_of, with_table
+from tiny_vlms import keep_even
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -45,35 +47,16 @@ def with_types(model: nn.Module, inputs: dict) -> dict:
     return {**inputs, **{name: types for name in ("mm_token_type_ids", "token_type_ids") if name in parameters}}
 
 
-def keep_even(features, prompt, prompt_mask, num_kept):
-    kept = torch.arange(0, 2 * num_kept, 2).expand(len(features), -1)
-    return kept, features[:, ::2][:, :num_kept]
-
-
 def logits_by_hand(model: nn.Module, row, inputs: dict) -> torch.Tensor:
-    """Return the logits of a prompt without the odd visual tokens of each image."""
-    family = find_family(model)
-    output = model.base_model.get_image_features(**row.images(0, 1), return_dict=True)
-    (group,) = family.groups(output)
-    ids = inputs["input_ids"]
-    stays = ids[0] != IMAGE
-    places = (ids[0] == IMAGE).nonzero()[:, 0]
-    stays[places[::2]] = True
-    shorter = ids[:, stays]
-    embeddings = model.get_input_embeddings()(shorter.masked_fill(shorter == IMAGE, 0))
-    embeddings[shorter == IMAGE] = group[::2].to(embeddings.dtype)
-    arguments = {"inputs_embeds": embeddings, "attention_mask": torch.ones_like(shorter)}
-    if hasattr(model.base_model, "get_rope_index"):
-        types = inputs.get("mm_token_type_ids", (ids == IMAGE).int())
-        grid = row.images(0, 1)["image_grid_thw"]
-        positions, _ = model.base_model.get_rope_index(ids, mm_token_type_ids=types, image_grid_thw=grid)
-        arguments["position_ids"] = positions[..., stays]
-    if output.get("deepstack_features"):
-        arguments["visual_pos_masks"] = shorter == IMAGE
-        arguments["deepstack_visual_embeds"] = [torch.cat([*layer])[::2] for layer in output.deepstack_features]
-        language_model = getattr(model.base_model, "language_model", None) or model.base_model.text_model
-        return model.lm_head(language_model(**arguments).last_hidden_state)
-    return model(**arguments).logits
+    """Return the logits of a prompt without the odd visual tokens of its image."""
+    images = row.images(0, 1)
+    output = model.base_model.get_image_features(**images, return_dict=True)
+    (group,) = find_family(model).groups(output)
+    ids = inputs["input_ids"][0]
+    stays = ids != IMAGE
+    stays[(ids == IMAGE).nonzero()[::2, 0]] = True
+    deepstack = [torch.cat([*layer])[::2] for layer in output.get("deepstack_features") or ()]
+    return logits_of_rest(model, {**inputs, **images}, stays, group[::2], deepstack)
 
 
 @pytest.mark.parametrize(

@@ -63,20 +63,6 @@ def test_divprune_equals_loops(seed):
         assert torch.equal(tokens_kept, tokens[indices])
 
 
-def test_cdpruner_by_hand():
-    # Cosines with the prompt: 0.894, 0.984, 0.447, 0. The second token is the most relevant. The determinant with it
-    # is 0.297 for the first token, which is relevant but near to it, and 0.132 for the third.
-    features = torch.tensor([[[1.0, 0, 0], [0.8, 0.6, 0], [0, 1, 0], [0, 0, 1]]])
-    prompt = torch.tensor([[[1.0, 0.5, 0], [0, 0, 9]]])
-    mask = torch.tensor([[True, False]])
-    kept, _ = select_by_cdpruner(features, prompt, mask, 1)
-    assert kept.tolist() == [[1]]
-    kept, _ = select_by_cdpruner(features, prompt, mask, 2)
-    assert kept.tolist() == [[0, 1]]
-    kept, _ = select_by_cdpruner(features, prompt, ~mask, 1)  # with the other word alone
-    assert kept.tolist() == [[3]]
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_cdpruner_equals_determinants(seed):
     features, words, mask = random_tokens(seed)

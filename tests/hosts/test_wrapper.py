@@ -285,21 +285,6 @@ def test_other_towers_do_not_select(vlm):
     assert recorded[0].kept_indices.shape == (1, 4)
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
-@torch.no_grad()
-def test_a_rate_keeps_a_share_of_each_image(name):
-    vlm = BY_NAME[name]
-    model = vlm.make()
-    inputs = make_inputs(vlm, [1, 1, 1])  # of 32, 64 and 16 visual tokens
-    pruned = prune_inputs(model, inputs, keep_rate=0.25)
-    expected = model(**pruned).logits
-    apply_patch_selection(model, keep_rate=0.25)
-    with record_patch_selection(model) as recorded:
-        logits = model(**inputs).logits
-    assert torch.equal(logits, expected)
-    assert (recorded[0].kept_indices >= 0).sum(dim=1).tolist() == [8, 16, 4]
-
-
 @torch.no_grad()
 def test_a_rate_is_of_the_image_and_not_of_what_the_tower_keeps():
     vlm = BY_NAME["llava"]

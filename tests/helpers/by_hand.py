@@ -1,0 +1,39 @@
+"""Logits of a generative model for a prompt of which some visual tokens are dropped by hand."""
+
+from collections.abc import Sequence
+
+import torch
+from tiny_vlms import IMAGE, VIDEO
+from torch import nn
+
+
+def logits_of_rest(
+    model: nn.Module, inputs: dict, stays: torch.Tensor, features: torch.Tensor, deepstack: Sequence[torch.Tensor] = ()
+) -> torch.Tensor:
+    """
+    Args:
+        inputs: a prompt without padding, whose positions are those before tokens are dropped.
+        stays: mask `(num_tokens,)` of the tokens that stay.
+        features: visual tokens that stay, in their order; `deepstack` those for the lower layers.
+    """
+    base = model.base_model
+    ids = inputs["input_ids"]
+    shorter = ids[:, stays]
+    is_visual = (shorter == IMAGE) | (shorter == VIDEO)
+    embeddings = model.get_input_embeddings()(shorter.masked_fill(is_visual, 0))
+    embeddings[is_visual] = features.to(embeddings.dtype)
+    arguments = {"inputs_embeds": embeddings, "attention_mask": torch.ones_like(shorter)}
+    if "token_type_ids" in inputs:
+        arguments["token_type_ids"] = inputs["token_type_ids"][:, stays]
+    if hasattr(base, "get_rope_index"):
+        base.rope_deltas = None  # of an earlier call
+        types = inputs.get("mm_token_type_ids", (ids == IMAGE).int())
+        grids = {name: inputs[name] for name in ("image_grid_thw", "video_grid_thw") if name in inputs}
+        positions, _ = base.get_rope_index(ids, mm_token_type_ids=types, **grids)
+        arguments["position_ids"] = positions[..., stays]
+    if len(deepstack):
+        arguments["visual_pos_masks"] = is_visual
+        arguments["deepstack_visual_embeds"] = deepstack
+        language_model = getattr(base, "language_model", None) or base.text_model
+        return model.lm_head(language_model(**arguments).last_hidden_state)
+    return model(**arguments).logits

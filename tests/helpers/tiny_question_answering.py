@@ -25,14 +25,9 @@ def make_config(vocab_size=12):
     return tiny_retrieval.make_config(vocab_size=vocab_size, decoder_layers=2)
 
 
-def make_model(attn_implementation="sdpa", **fields):
+def make_model(**fields):
     torch.manual_seed(0)
-    config = make_config(**fields)
-    return TripsForQuestionAnswering._from_config(config, attn_implementation=attn_implementation).eval()
-
-
-def images(count=2):
-    return tiny_retrieval.images(count)
+    return TripsForQuestionAnswering(make_config(**fields)).eval()
 
 
 def inputs():
@@ -40,7 +35,7 @@ def inputs():
     return {
         "input_ids": QUESTIONS,
         "attention_mask": MASK,
-        "pixel_values": images(),
+        "pixel_values": tiny_retrieval.images(2),
         "image_index": IMAGE_INDEX,
     }
 
@@ -49,7 +44,7 @@ def inputs_of(row):
     """Return the inputs of one question, without padding and index."""
     return {
         "input_ids": QUESTIONS[row : row + 1, : int(MASK[row].sum())],
-        "pixel_values": images()[IMAGE_INDEX[row]][None],
+        "pixel_values": tiny_retrieval.images(2)[IMAGE_INDEX[row]][None],
     }
 
 

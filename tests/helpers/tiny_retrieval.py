@@ -14,29 +14,25 @@ IMAGE_IDS = torch.tensor([7, 4, 5, 7])
 PAIR_IDS = IMAGE_IDS[IMAGE_INDEX]
 
 
-def make_config(dropout=0.0, pooling_mode="cls", vocab_size=20, decoder_layers=1, **fields):
+def make_config(vocab_size=20, decoder_layers=1, **fields):
+    sizes = {"num_attention_heads": 2, "intermediate_size": 24, "initializer_range": 0.4}
     return TripsConfig(
         vision_config={
+            **sizes,
             "hidden_size": 16,
             "num_hidden_layers": 3,
-            "num_attention_heads": 2,
-            "intermediate_size": 24,
             "image_size": 16,
             "patch_size": 4,
-            "initializer_range": 0.4,
             "schedule": "2:text:0.5,3:text:0.5",
         },
         text_config={
+            **sizes,
             "vocab_size": vocab_size,
             "hidden_size": 24,
             "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "intermediate_size": 24,
             "max_position_embeddings": 12,
-            "hidden_dropout_prob": dropout,
-            "attention_probs_dropout_prob": dropout,
-            "initializer_range": 0.4,
-            "pooling_mode": pooling_mode,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
         },
         fusion_encoder_config={"num_hidden_layers": 1},
         decoder_config={"num_hidden_layers": decoder_layers, "bos_token_id": 1, "eos_token_id": 2},

@@ -28,16 +28,6 @@ def test_flex_attention_compiles():
     assert_equals_eager(case, case.make_inputs(), "flex_attention")
 
 
-@each_model
-@torch.no_grad()
-def test_flex_attention_refuses_dropout_in_training(case):
-    model = case.make_model("flex_attention", dropout=0.5)
-    with torch.compiler.set_stance("force_eager"):
-        model(**case.make_inputs())
-        with pytest.raises(ValueError, match="dropout"):
-            model.train()(**case.make_inputs())
-
-
 @pytest.fixture
 def register() -> Iterator:
     """Register an attention function and its mask function for a test."""

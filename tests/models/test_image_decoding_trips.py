@@ -7,14 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from programs import add_fake_ghostscript
 from strange_pictures import encoded, jpeg_with
 from tiny_processors import make_processor
 
 from modeling_trips import convert_to_rgb
 from modeling_trips.image_decoding_trips import ImageError, decode_image
-
-
-EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n"
 
 
 @pytest.fixture
@@ -72,18 +70,12 @@ def test_one_file_gives_one_tensor_by_every_path(make, image, tmp_path):
 
 
 def test_an_eps_image_starts_no_program(tmp_path, monkeypatch):
-    trace = tmp_path / "started"
-    program = tmp_path / "gs"
-    program.write_text(f"#!/bin/sh\ntouch {trace}\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    path = tmp_path / "image.png"
-    path.write_bytes(EPS)
+    path, started = add_fake_ghostscript(tmp_path, monkeypatch.setenv)
     processor = make_processor()
-    for given in (str(path), Image.open(path), base64.b64encode(EPS).decode()):
+    for given in (str(path), Image.open(path), base64.b64encode(path.read_bytes()).decode()):
         with pytest.raises(ValueError, match=r"images\[0\]"):
             processor(images=given)
-    assert not trace.exists()
+    assert not started.exists()
 
 
 def palette_image(transparency):

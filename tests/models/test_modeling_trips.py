@@ -69,14 +69,6 @@ def test_a_schedule_of_a_pass_is_that_of_a_configuration_and_changes_none(case):
         model(**inputs, schedule=SelectionSchedule.parse("4:image:0.5"))
 
 
-@each_generator
-def test_generation_takes_a_schedule(case):
-    inputs = {name: tensor for name, tensor in case.make_inputs().items() if name not in case.inputs}
-    options = {"max_new_tokens": 4, "num_beams": 2}
-    answers = case.make_model().generate(**inputs, **options, schedule=UNPRUNED)
-    assert torch.equal(answers, case.make_model(schedule="unpruned").generate(**inputs, **options))
-
-
 def test_threads_share_a_model_with_schedules_of_their_own():
     model = CASE.make_model()
     inputs = CASE.make_inputs()
@@ -136,22 +128,21 @@ def test_answers_at_another_keep_rate(case):
     inputs = {name: value for name, value in case.make_inputs().items() if name != "decoder_input_ids"}
     encoder_outputs = model.get_encoder()(**inputs, schedule=UNPRUNED)
     expected = model.generate(encoder_outputs=encoder_outputs, attention_mask=inputs["attention_mask"])
-    assert torch.equal(model.generate(**inputs, keep_rate=1.0), expected)
+    for options in ({"keep_rate": 1.0}, {"schedule": UNPRUNED}):
+        assert torch.equal(model.generate(**inputs, **options), expected)
     answer_ids = torch.tensor([[5, 2], [6, 2], [7, 2]])
     ranking = model.rank_answers(answer_ids, **inputs, keep_rate=1.0)
     assert torch.equal(ranking.scores, model.rank_answers(answer_ids, **inputs, schedule=UNPRUNED).scores)
 
 
-@pytest.mark.parametrize("keep_rate", [0, -0.5, 1.5, True, "all", float("nan")])
-def test_a_wrong_keep_rate_is_refused(keep_rate):
-    with pytest.raises(ValueError, match="keep_rate"):
-        CASE.make_model(schedule="2")(**CASE.make_inputs(), keep_rate=keep_rate)
+WRONG_RATES = [("2", rate) for rate in (0, -0.5, 1.5, True, "all", float("nan"))]
+WRONG_RATES += [("unpruned", 0.5), ("1,3", 0.5)]  # not one layer
 
 
-@pytest.mark.parametrize("schedule", ["unpruned", "1,3"])
-def test_a_keep_rate_needs_a_schedule_of_one_layer(schedule):
+@pytest.mark.parametrize(("schedule", "keep_rate"), WRONG_RATES)
+def test_a_wrong_keep_rate_is_refused(schedule, keep_rate):
     with pytest.raises(ValueError, match="keep_rate"):
-        CASE.make_model(schedule=schedule)(**CASE.make_inputs(), keep_rate=0.5)
+        CASE.make_model(schedule=schedule)(**CASE.make_inputs(), keep_rate=keep_rate)
 
 
 def test_a_keep_rate_outside_of_those_of_training_is_a_warning(caplog):

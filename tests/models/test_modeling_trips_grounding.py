@@ -21,18 +21,14 @@ WIDTH, IMAGE_WIDTH = 48, 32
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("as_cache", [False, True], ids=["pixels", "image_cache"])
-def test_it_is_its_parts_for_one_text_at_a_time(as_cache):
+def test_it_is_its_parts_for_one_text_at_a_time():
     """Places are those of the image itself, of 4 x 16 patches here, not of the configured grid."""
     model = CASE.make_model()
     pixel_values = torch.randn(2, 3, 16, 64, generator=torch.Generator().manual_seed(3))
-    images = {"pixel_values": pixel_values}
-    if as_cache:
-        images = {"image_cache": model.model.encode_images(pixel_values)}
     texts = TEXTS[:4]
     mask = (texts != 0).long()
     image_index = torch.tensor([1, 0, 1, 1])
-    output = model(texts, attention_mask=mask, image_index=image_index, **images)
+    output = model(texts, attention_mask=mask, image_index=image_index, pixel_values=pixel_values)
     assert output.pred_boxes.shape == (4, 4)
     assert output.pred_boxes.dtype == torch.float32
     for row, image in enumerate(image_index.tolist()):

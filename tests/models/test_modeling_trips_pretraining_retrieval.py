@@ -153,27 +153,24 @@ def test_similarity_is_computed_in_full_precision():
     assert similarity(queries.double(), candidates.double(), 0.01).dtype == torch.float64
 
 
-def shares_of(logits, is_same_image, num_draws=40_000):
-    """Return how often each candidate of one query is drawn."""
-    indices, valid = hard_negative_indices(logits.expand(num_draws, -1), is_same_image.expand(num_draws, -1))
+HALVES = [math.log(odds) for odds in (0.5, 0.25, 0.125, 0.125)]
+# At a temperature of 0.001 logits are up to 2000 apart: these probabilities are 0 as floats.
+FAR = [1000.0, -1000.0, -1000.0 + math.log(3)]
+
+
+@pytest.mark.parametrize(
+    ("logits", "same_image", "expected"),
+    [(HALVES, 0, [0, 0.5, 0.25, 0.25]), (HALVES, 2, [4 / 7, 2 / 7, 0, 1 / 7]), (FAR, 0, [0, 0.25, 0.75])],
+)
+def test_negatives_are_drawn_by_the_softmax_of_the_others(logits, same_image, expected, num_draws=40_000):
+    is_same_image = torch.arange(len(logits)) == same_image
+    rows = torch.tensor(logits).expand(num_draws, -1)
+    indices, valid = hard_negative_indices(rows, is_same_image.expand(num_draws, -1))
     assert valid.all()
-    return indices.bincount(minlength=len(logits)) / num_draws
-
-
-@pytest.mark.parametrize(("same_image", "expected"), [(0, [0, 0.5, 0.25, 0.25]), (2, [4 / 7, 2 / 7, 0, 1 / 7])])
-def test_negatives_are_drawn_by_the_softmax_of_the_others(same_image, expected):
-    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
-    shares = shares_of(logits, torch.arange(4) == same_image)
+    shares = indices.bincount(minlength=len(logits)) / num_draws
     assert shares[same_image] == 0
     # Four standard deviations of a share of one half.
     torch.testing.assert_close(shares, torch.tensor(expected), rtol=0, atol=0.01)
-
-
-def test_negatives_far_below_the_positive_are_still_drawn_by_their_odds():
-    # At a temperature of 0.001 logits are up to 2000 apart: these probabilities are 0 as floats.
-    logits = torch.tensor([1000.0, -1000.0, -1000.0 + math.log(3)])
-    shares = shares_of(logits, torch.tensor([True, False, False]))
-    torch.testing.assert_close(shares, torch.tensor([0, 0.25, 0.75]), rtol=0, atol=0.01)
 
 
 def test_a_query_without_a_negative_says_so():

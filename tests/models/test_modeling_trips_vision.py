@@ -103,20 +103,6 @@ def test_an_image_cache_of_other_settings_behind_the_text_is_used():
     torch.testing.assert_close(output.last_hidden_state, expected.last_hidden_state)
 
 
-def test_captured_outputs_have_the_shrinking_shapes():
-    model = make_model(schedule="1:text:0.5,3:text:0.5", attn_implementation="eager")
-    output = model(images(), texts(), output_hidden_states=True, output_attentions=True)
-    # 6 candidates -> 3 kept and 1 fused -> 2 kept and 1 fused. The MLP of a selection layer is on the short sequence.
-    lengths = [7, 5, 5, 4]
-    assert [states.shape for states in output.hidden_states] == [(2, length, 8) for length in lengths]
-    # Attention comes before the selection: over the layer's input.
-    assert [weights.shape for weights in output.attentions] == [(2, 2, length, length) for length in lengths[:-1]]
-    first, *_, last = output.hidden_states
-    embeddings, _ = model.embeddings(images())
-    assert torch.equal(first, embeddings)
-    torch.testing.assert_close(model.layernorm(last), output.last_hidden_state)
-
-
 def test_convolutional_stem_gives_the_same_grid():
     model = make_model(patch_embedding_type="convolutional", image_size=[16, 24], patch_size=8)
     stem = model.embeddings.patch_embeddings

@@ -241,22 +241,18 @@ def stock(oracle):
     return pipeline("image-text-to-text", model=oracle.model, processor=oracle.processor)
 
 
-def test_the_stock_pipeline_answers(stock, oracle):
-    answers = stock(IMAGES[:2], text=QUESTIONS[:2], return_full_text=False, max_new_tokens=5)
-    expected = [oracle(IMAGES[i], QUESTIONS[i], top_k=1, max_new_tokens=5)[0]["answer"] for i in range(2)]
-    assert [answer["generated_text"] for answer in answers] == expected
-    assert len(stock(IMAGES[0], text=QUESTIONS[0])) == 1  # without a length: the checkpoint's limit, not 256 tokens
-
-
 def messages(image, *texts: str) -> list[dict]:
     content = [{"type": "image", "image": image}]
     content += [{"type": "text", "text": text} for text in texts]
     return [{"role": "user", "content": content}]
 
 
-def test_the_stock_pipeline_takes_chat_messages(stock, captioner):
+def test_the_stock_pipeline_answers_plainly_and_in_chats(stock, oracle, captioner):
+    assert len(stock(IMAGES[0], text=QUESTIONS[0])) == 1  # without a length: the checkpoint's limit, not 256 tokens
     chats = [messages(IMAGES[i], QUESTIONS[i]) for i in range(2)]
     plain = stock(IMAGES[:2], text=QUESTIONS[:2], return_full_text=False, max_new_tokens=5)
+    for row, image, question in zip(plain, IMAGES, QUESTIONS):
+        assert row["generated_text"] == oracle(image, question, top_k=1, max_new_tokens=5)[0]["answer"]
     for batch_size in (1, 2):
         answers = stock(text=chats, batch_size=batch_size, return_full_text=False, max_new_tokens=5)
         assert [row[0]["generated_text"] for row in answers] == [row["generated_text"] for row in plain]

@@ -9,9 +9,6 @@ import torch
 import transformers
 from foreign_code import name_foreign_code
 from safetensors.torch import load_file
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoProcessor, pipeline
 
 import modeling_trips
@@ -48,23 +45,6 @@ def test_a_checkpoint_names_its_class_and_the_bare_model(checkpoints):
         auto_map = read_config(folder)["auto_map"]
         assert auto_map.keys() == {"AutoConfig", "AutoModel", *auto_classes}
         assert all(auto_map[auto_class].endswith(f".{name}") for auto_class in auto_classes)
-
-
-def test_a_model_that_fsdp_shards_is_saved_under_its_own_class(checkpoints, tmp_path):
-    """FSDP2 makes a class of its own, in a file of PyTorch."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        folder = checkpoints["TripsForQuestionAnswering"]
-        model = TripsForQuestionAnswering.from_pretrained(folder)
-        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-        model.save_pretrained(tmp_path, state_dict=get_model_state_dict(model, options=StateDictOptions(True)))
-    finally:
-        torch.distributed.destroy_process_group()
-    code = {path.name for path in tmp_path.glob("*.py")}
-    assert code and code == {path.name for path in folder.glob("*.py")}
-    for field in ("architectures", "auto_map", "custom_pipelines"):
-        assert read_config(tmp_path)[field] == read_config(folder)[field]
-    assert load_file(tmp_path / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
 
 
 def test_saving_names_no_code_of_others_in_the_configuration(checkpoints, tmp_path):

@@ -142,8 +142,9 @@ def test_two_processes_match_one_in_run_vqa(name, options, one_process, tmp_path
     # The checkpoint has the code of its class, also after wrapping.
     code = {path.name for path in one_process.glob("*.py")}
     assert code and code == {path.name for path in tmp_path.glob("*.py")}
-    configs = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, one_process))
-    assert next(configs)["auto_map"] == next(configs)["auto_map"]
+    config, expected_config = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, one_process))
+    for field in ("architectures", "auto_map", "custom_pipelines"):
+        assert config[field] == expected_config[field]
 
 
 @pytest.mark.slow

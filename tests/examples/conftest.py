@@ -3,7 +3,15 @@
 from pathlib import Path
 
 import pytest
-from toy_pairs import file_options, stream_options, write_pairs
+from toy_pairs import file_options, make_tokenizer, stream_options, write_pairs
+
+from modeling_trips import TripsConfig, TripsProcessor
+from trips_examples.training.models import make_processor
+
+
+@pytest.fixture(scope="module")
+def processor() -> TripsProcessor:
+    return make_processor(make_tokenizer(), TripsConfig.from_preset("tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import PIL.Image
 import pytest
 import torch
 from places import EXAMPLES
-from programs import add_fake_ghostscript
 
 from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsForVisualGrounding, TripsProcessor
 from trips_examples import ask
@@ -46,14 +45,10 @@ def test_answers_draws_and_compares_without_any_option(tmp_path):
         assert len(picture.convert("RGB").getcolors(10**6)) > 20
 
 
-def test_images_that_are_none_are_named_without_a_program_being_started(tmp_path, monkeypatch):
+def test_images_that_are_none_are_named(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     with pytest.raises(ValueError, match="--image .*notes.txt: "):
         ask.main(["--image", str(tmp_path / "notes.txt")])
-    image, started = add_fake_ghostscript(tmp_path, monkeypatch.setenv)
-    with pytest.raises(ValueError, match=f"--image .*{image.name}"):
-        ask.main(["--image", str(image)])
-    assert not started.exists()
 
 
 def test_a_checkpoint_with_another_head_is_refused(tmp_path):

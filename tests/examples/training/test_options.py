@@ -19,7 +19,7 @@ from modeling_trips import TripsConfig
 from trips_examples.data.busy_scenes import busy_records
 from trips_examples.data.tasks import TASKS
 from trips_examples.data.vocabulary import BUNDLED_WORDS, train_tokenizer
-from trips_examples.training.checks import check_schedule, why_offline
+from trips_examples.training.checks import why_offline
 from trips_examples.training.options import (
     DataArguments,
     ModelArguments,
@@ -214,18 +214,6 @@ def answer_of(script: str, options: str, code: int) -> str:
     assert not imported & {"torch", "datasets", "accelerate", "matplotlib"}
     assert len(errors) == (1 if code else 0)
     return result.stdout + "".join(errors)
-
-
-@pytest.mark.parametrize("option", ["--schedul=2", "--keep_rte=0.5"])  # of no class, and not guessed
-def test_a_training_refuses_unknown_options(option):
-    with pytest.raises(ValueError, match=option.partition("=")[0]):
-        parse_arguments(make_parser(ModelArguments, TrainingOptions, description=""), [option])
-
-
-def test_a_wrong_schedule_names_the_option_and_the_value():
-    check_schedule("6:image:0.5,9:text:0.5")
-    with pytest.raises(ValueError, match="--schedule 6:text:1.2.3"):
-        check_schedule("6:text:1.2.3")
 
 
 def test_a_schedule_sets_the_fields_of_the_configuration():

@@ -5,20 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from toy_pairs import make_rows, make_tokenizer
+from toy_pairs import make_rows
 from transformers import HfArgumentParser
 
 from modeling_trips import TripsConfig, TripsForPreTraining
 from trips_examples.data.collators import PretrainingCollator
-from trips_examples.training.models import make_processor
 from trips_examples.training.options import PretrainingArguments
 from trips_examples.training.pretraining import PretrainingTrainer
 from trips_examples.training.runs import TripsTrainingArguments
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return make_processor(make_tokenizer(), TripsConfig.from_preset("tiny"))
 
 
 def make_trainer(processor, folder: Path, config_fields: dict | None = None, **options) -> PretrainingTrainer:

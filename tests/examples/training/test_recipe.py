@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 from toy_tasks import OPTIONS, write_task
 
 from modeling_trips import TripsConfig
@@ -132,17 +130,6 @@ def test_the_first_steps_are_those_of_an_unpruned_training(tmp_path):
     assert "eval_layer3_kept" in results
 
 
-@pytest.mark.parametrize("step", [1, 2])
-def test_a_run_that_resumes_across_the_phases_ends_as_an_uninterrupted_one(step, tmp_path):
-    write_task("vqa", tmp_path)
-    options = [*PHASES, "--save_strategy=steps", "--save_steps=1", "--save_total_limit=4", "--do_eval=False"]
-    train(tmp_path / "out", *options)
-    expected = load_file(tmp_path / "out" / "model.safetensors")
-    train(tmp_path / "out", *options, f"--resume_from_checkpoint={tmp_path / 'out' / f'checkpoint-{step}'}")
-    weights = load_file(tmp_path / "out" / "model.safetensors")
-    assert all(torch.equal(weights[name], weight) for name, weight in expected.items())
-
-
 def test_a_resumed_run_goes_on_with_the_options_of_its_checkpoint_or_says_so(tmp_path, caplog):
     """Other defaults, as of a newer version, are refused; options on the command line may differ."""
     write_task("vqa", tmp_path)
@@ -163,13 +150,8 @@ def test_the_log_says_where_it_writes_and_how_long_it_takes(tmp_path, caplog):
     write_task("vqa", tmp_path)
     caplog.set_level("INFO")
     train(tmp_path / "out", *PRUNED, "--max_steps=8", "--do_eval=False")
-    messages = [record.message for record in caplog.records if record.name.startswith("trips_examples")]
-    assert messages[0].endswith(str(tmp_path / "out"))
-    (cost,) = (message for message in messages if "operations" in message)
-    assert cost.startswith("2:text:0.3,3:text:0.3 keeps ")
-    (duration,) = (message for message in messages if "seconds per step" in message)
-    assert duration.startswith("Step 6 of 8: ")
-    assert "0:00:" in duration
+    for word in (str(tmp_path / "out"), "2:text:0.3,3:text:0.3 keeps ", "operations", "Step 6 of 8: ", "0:00:"):
+        assert word in caplog.text
 
 
 def test_no_checkpoint_of_the_unpruned_phase_is_the_best(tmp_path):

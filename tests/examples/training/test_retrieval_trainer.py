@@ -3,19 +3,13 @@
 import pytest
 import torch
 from datasets import Dataset
-from toy_pairs import make_rows, make_tokenizer
+from toy_pairs import make_rows
 
 from modeling_trips import TripsConfig, TripsForRetrieval
 from trips_examples.data.collators import RetrievalCollator, number_of
-from trips_examples.training.models import make_processor
 from trips_examples.training.options import RetrievalArguments
 from trips_examples.training.retrieval import RetrievalTrainer
 from trips_examples.training.runs import TripsTrainingArguments
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return make_processor(make_tokenizer(), TripsConfig.from_preset("tiny"))
 
 
 def test_image_ids_are_deterministic():

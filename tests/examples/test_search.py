@@ -7,8 +7,9 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import torch
+from archives import write_tar
 from places import EXAMPLES
-from tiny_collection import TEXTS, encoded, save_model, write_images, write_parquet, write_tar
+from tiny_collection import TEXTS, encoded, save_model, write_images, write_parquet
 
 from modeling_trips import TripsForRetrieval, TripsProcessor
 from trips_examples import search

@@ -1,5 +1,6 @@
 """
-Reference implementation of TRIPS' vision tower from the definition, with loops over images, heads and tokens.
+Reference implementation of layers with patch selection and of TRIPS' vision tower from the definition, with loops
+over images, heads and tokens.
 
     q     = W_q t                                        # the guiding text; without one the query of [CLS]
     a     = mean over heads of softmax_i(q . K_i / sqrt(d_head))     # over the candidates, [CLS] left out
@@ -11,9 +12,11 @@ It shares nothing with the package but the names of the weights and the configur
 
 import math
 from fractions import Fraction
+from functools import partial
 
 import torch
 from schedules import guidances_of, rates_of
+from torch import nn
 
 
 def bicubic_weights(position):
@@ -45,6 +48,79 @@ def positions_for(table, old_grid, grid):
                     total = total + weight_y * weight_x * table[1 + y_inside * old_columns + x_inside]
             positions.append(total)
     return positions
+
+
+def naive_layers(tokens, layers, num_heads, num_prefix, guides, keep_rates, fuses=True):
+    """
+    Run one image through pre-norm layers with selection, token by token, with the whole attention map.
+
+    Args:
+        tokens: tensor (n, width). The first `num_prefix` are always kept.
+        layers: per layer a dict with norm1, norm2 (callables), q, k, v, o ((weight, bias) pairs), mlp (callable) and
+            optionally q_norm, k_norm, scale1, scale2 (callables).
+        guides: by number of the selection layer the position of the guiding token, None for the mean of all queries,
+            or a vector.
+        keep_rates: by number of the selection layer.
+
+    Returns:
+        The tokens after the last layer, and per selection layer the numbers of the kept patches, the scores, and the
+        numbers of the candidates, -1 if fused.
+    """
+    numbers = list(range(len(tokens) - num_prefix))
+    selections = []
+    for number, layer in enumerate(layers, start=1):
+        normed = [layer["norm1"](token) for token in tokens]
+        queries = [split_into_heads(layer, "q", state, num_heads) for state in normed]
+        keys = [split_into_heads(layer, "k", state, num_heads) for state in normed]
+        values = [split_into_heads(layer, "v", state, num_heads) for state in normed]
+        weight, bias = layer["o"]
+        updated = []
+        for token, query in zip(tokens, queries):
+            attended = []
+            for head in range(num_heads):
+                shares = attention_of_head(query, keys, head)
+                attended.append(sum(share * value[head] for share, value in zip(shares, values)))
+            output = weight @ torch.cat(attended) + bias
+            updated.append(token + layer.get("scale1", nn.Identity())(output))
+        tokens = torch.stack(updated)
+        if number in keep_rates:
+            guide = guides[number]
+            if isinstance(guide, torch.Tensor):
+                query = split_into_heads(layer, "q", guide, num_heads)
+            elif guide is None:
+                query = [sum(query[head] for query in queries) / len(queries) for head in range(num_heads)]
+            else:
+                query = queries[guide]
+            scores = sum(attention_of_head(query, keys[num_prefix:], head) for head in range(num_heads)) / num_heads
+            num_kept = math.ceil(Fraction(str(keep_rates[number])) * len(scores))
+            ranked = sorted(range(len(scores)), key=lambda i: (-scores[i].item(), i))
+            kept = sorted(ranked[:num_kept])
+            rest = ranked[num_kept:]
+            prefix, candidates = tokens.split((num_prefix, len(scores)))
+            tokens = torch.cat([prefix, candidates[kept]])
+            selections.append(([numbers[i] for i in kept], scores, numbers))
+            numbers = [numbers[i] for i in kept]
+            if fuses and rest:
+                fused = sum(scores[i] * candidates[i] for i in rest)
+                tokens = torch.cat([tokens, fused[None]])
+                numbers = [*numbers, -1]
+        updated = []
+        for token in tokens:
+            output = layer["mlp"](layer["norm2"](token))
+            updated.append(token + layer.get("scale2", nn.Identity())(output))
+        tokens = torch.stack(updated)
+    return tokens, selections
+
+
+def split_into_heads(layer, name, state, num_heads):
+    weight, bias = layer[name]
+    norm = layer.get(f"{name}_norm", nn.Identity())
+    return [norm(vector) for vector in (weight @ state + bias).chunk(num_heads)]
+
+
+def attention_of_head(query, keys, head):
+    logits = [query[head] @ key[head] / math.sqrt(len(query[head])) for key in keys]
+    return torch.stack(logits).softmax(dim=0)
 
 
 def pair(size: int | list[int]) -> list[int]:
@@ -80,15 +156,6 @@ class NaiveVisionTower:
             return x / (1 + torch.exp(-1.702 * x))
         return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
 
-    def heads(self, vector):
-        return vector.split(len(vector) // self.config.num_attention_heads)
-
-    def softmax_over(self, query, keys):
-        logits = [(query * key).sum() / math.sqrt(len(query)) for key in keys]
-        largest = max(logit.item() for logit in logits)
-        powers = [torch.exp(logit - largest) for logit in logits]
-        return [power / sum(powers) for power in powers]
-
     def embed(self, image):
         height, width = pair(self.config.patch_size)
         image_height, image_width = pair(self.config.image_size)
@@ -109,29 +176,21 @@ class NaiveVisionTower:
             tokens = [self.layernorm("pre_layernorm", token) for token in tokens]
         return tokens
 
-    def attend(self, name, tokens):
-        """Return the tokens after the attention of a layer, and their queries and keys by token and head."""
-        normed = [self.layernorm(f"{name}.layernorm_before", token) for token in tokens]
-        query = [self.heads(self.linear(f"{name}.attention.q_proj", token)) for token in normed]
-        key = [self.heads(self.linear(f"{name}.attention.k_proj", token)) for token in normed]
-        value = [self.heads(self.linear(f"{name}.attention.v_proj", token)) for token in normed]
-        attended = []
-        for token, query_of_token in zip(tokens, query):
-            mixed = []
-            for head, query_of_head in enumerate(query_of_token):
-                weights = self.softmax_over(query_of_head, [one[head] for one in key])
-                mixed.append(sum(weight * one[head] for weight, one in zip(weights, value)))
-            attended.append(token + self.linear(f"{name}.attention.o_proj", torch.cat(mixed)))
-        return attended, query, key
-
-    def scores_of(self, guide, key):
-        """Return the attention of one token, of which `guide` has the queries by head, averaged over the heads."""
-        by_head = [self.softmax_over(query, [one[head] for one in key]) for head, query in enumerate(guide)]
-        return [sum(scores) / len(guide) for scores in zip(*by_head)]
-
     def mlp(self, name, token):
-        inner = self.linear(f"{name}.mlp.fc1", self.layernorm(f"{name}.layernorm_after", token))
-        return token + self.linear(f"{name}.mlp.fc2", self.activation(inner))
+        return self.linear(f"{name}.fc2", self.activation(self.linear(f"{name}.fc1", token)))
+
+    def layer(self, name):
+        """Return the parts of a layer, as `naive_layers` takes them."""
+        pairs = {}
+        for part in "qkvo":
+            projection = f"{name}.attention.{part}_proj"
+            pairs[part] = self.weights[f"{projection}.weight"], self.weights[f"{projection}.bias"]
+        return {
+            **pairs,
+            "norm1": partial(self.layernorm, f"{name}.layernorm_before"),
+            "norm2": partial(self.layernorm, f"{name}.layernorm_after"),
+            "mlp": partial(self.mlp, f"{name}.mlp"),
+        }
 
     def run_image(self, image, text, joined=()):
         """
@@ -142,31 +201,21 @@ class NaiveVisionTower:
         if joined:
             of_text, of_image = self.weights["modality_embeddings.weight"]
             tokens = [state + of_text for state in joined] + [token + of_image for token in tokens]
-        first = len(joined) + 1  # candidate
-        selections = []
-        original = list(range(len(tokens) - first))  # index of each candidate's patch, -1 for a fused token
-        for number in range(1, self.config.num_hidden_layers + 1):
-            name = f"layers.{number - 1}"
-            tokens, query, key = self.attend(name, tokens)
-            if self.keep_rates.get(number, 1.0) < 1.0:
-                guide = query[first - 1]
-                if self.guidances[number] == "text" and joined:
-                    guide = query[0]
-                elif self.guidances[number] == "text" and text is not None:
-                    guide = self.heads(self.linear(f"{name}.attention.q_proj", text))
-                scores = self.scores_of(guide, key[first:])
-                num_kept = math.ceil(Fraction(str(self.keep_rates[number])) * len(scores))
-                ranked = sorted(range(len(scores)), key=lambda i: (-scores[i].item(), i))
-                kept = sorted(ranked[:num_kept])
-                rest = sorted(ranked[num_kept:])
-                selections.append(([original[i] for i in kept], torch.stack(scores), original))
-                candidates = tokens[first:]
-                tokens = tokens[:first] + [candidates[i] for i in kept]
-                original = [original[i] for i in kept]
-                if self.config.fuse_inattentive_tokens and rest:
-                    tokens.append(sum(scores[i] * candidates[i] for i in rest))
-                    original.append(-1)
-            tokens = [self.mlp(name, token) for token in tokens]
+        guides = dict.fromkeys(self.keep_rates, len(joined))  # [CLS] of the image
+        for number, guidance in self.guidances.items():
+            if guidance == "text" and joined:
+                guides[number] = 0
+            elif guidance == "text" and text is not None:
+                guides[number] = text
+        tokens, selections = naive_layers(
+            torch.stack(tokens),
+            [self.layer(f"layers.{number}") for number in range(self.config.num_hidden_layers)],
+            num_heads=self.config.num_attention_heads,
+            num_prefix=len(joined) + 1,
+            guides=guides,
+            keep_rates=self.keep_rates,
+            fuses=self.config.fuse_inattentive_tokens,
+        )
         return torch.stack([self.layernorm("layernorm", token) for token in tokens]), selections
 
     def __call__(self, images, texts=None):

@@ -1,11 +1,10 @@
 """The selection layer: against loops over tokens, and its parts."""
 
-import math
 from collections.abc import Callable
-from fractions import Fraction
 
 import pytest
 import torch
+from naive_reference import naive_layers
 from schedules import schedule_of
 from timm.models.deit import VisionTransformerDistilled
 from tiny_hosts import HOSTS, INPUT_IDS, KEPT, LAYERS, PAIRS, PIXEL_MASK, PIXELS, RATE, make_timm
@@ -19,79 +18,6 @@ from modeling_trips.hosts.layers import ModuleWrapper, project_rows
 
 SLOW_TO_COMPILE = ("vilt", "clip", "blip_vqa")
 each_guidance = pytest.mark.parametrize("guidance", ["text", "image", ["image", "text"], ["text", "image"]], ids=str)
-
-
-def naive_tower(tokens, layers, num_heads, num_prefix, guides, schedule):
-    """
-    Run one image through pre-norm layers with selection, token by token, with the whole attention map.
-
-    Args:
-        tokens: tensor (n, width). The first `num_prefix` are always kept.
-        layers: per layer a dict with norm1, norm2 (callables), q, k, v, out ((weight, bias) pairs), mlp (callable) and
-            optionally q_norm, k_norm, scale1, scale2 (callables).
-        guides: by number of the selection layer the position of the guiding token, None for the mean of all queries,
-            or a vector.
-        schedule: keep rate by layer number.
-
-    Returns:
-        The tokens after the last layer, and per selection layer the kept candidates' original numbers, -1 if fused.
-    """
-
-    numbers = list(range(len(tokens) - num_prefix))
-    kept_numbers = []
-    for number, layer in enumerate(layers, start=1):
-        normed = [layer["norm1"](token) for token in tokens]
-        width = len(normed[0]) // num_heads
-        queries = [split_into_heads(layer, "q", state, width) for state in normed]
-        keys = [split_into_heads(layer, "k", state, width) for state in normed]
-        values = [split_into_heads(layer, "v", state, width) for state in normed]
-        weight, bias = layer["out"]
-        updated = []
-        for token, query in zip(tokens, queries):
-            attended = []
-            for head in range(num_heads):
-                shares = attention_of_head(query, keys, head)
-                attended.append(sum(share * value[head] for share, value in zip(shares, values)))
-            output = weight @ torch.cat(attended) + bias
-            updated.append(token + layer.get("scale1", nn.Identity())(output))
-        tokens = torch.stack(updated)
-        if number in schedule:
-            guide = guides[number]
-            if isinstance(guide, torch.Tensor):
-                query = split_into_heads(layer, "q", guide, width)
-            elif guide is None:
-                query = [sum(query[head] for query in queries) / len(queries) for head in range(num_heads)]
-            else:
-                query = queries[guide]
-            shares = [attention_of_head(query, keys[num_prefix:], head) for head in range(num_heads)]
-            scores = sum(shares) / num_heads
-            num_kept = math.ceil(Fraction(str(schedule[number])) * len(scores))
-            if num_kept < len(scores):
-                prefix, candidates = tokens.split((num_prefix, len(scores)))
-                ranked = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
-                kept = sorted(ranked[:num_kept])
-                fused = sum(scores[i] * candidates[i] for i in ranked[num_kept:])
-                tokens = torch.cat([prefix, candidates[kept], fused[None]])
-                numbers = [numbers[i] for i in kept]
-                kept_numbers.append(numbers)
-                numbers = [*numbers, -1]
-        updated = []
-        for token in tokens:
-            output = layer["mlp"](layer["norm2"](token))
-            updated.append(token + layer.get("scale2", nn.Identity())(output))
-        tokens = torch.stack(updated)
-    return tokens, kept_numbers
-
-
-def split_into_heads(layer: dict, name: str, state: torch.Tensor, width: int) -> list[torch.Tensor]:
-    weight, bias = layer[name]
-    norm = layer.get(f"{name}_norm", nn.Identity())
-    return [norm(vector) for vector in (weight @ state + bias).split(width)]
-
-
-def attention_of_head(query: list[torch.Tensor], keys: list[list[torch.Tensor]], head: int) -> torch.Tensor:
-    logits = [query[head] @ key[head] / math.sqrt(len(query[head])) for key in keys]
-    return torch.stack(logits).softmax(dim=0)
 
 
 def pair(linear):
@@ -111,7 +37,7 @@ def parts_of(layer: nn.Module) -> dict:
             "q": pair(layer.self_attn.q_proj),
             "k": pair(layer.self_attn.k_proj),
             "v": pair(layer.self_attn.v_proj),
-            "out": pair(layer.self_attn.out_proj),
+            "o": pair(layer.self_attn.out_proj),
             "norm2": layer.layer_norm2,
             "mlp": layer.mlp,
         }
@@ -119,7 +45,7 @@ def parts_of(layer: nn.Module) -> dict:
         return {
             "norm1": layer.layer_norm1,
             **stacked(*pair(layer.self_attn.qkv)),
-            "out": pair(layer.self_attn.projection),
+            "o": pair(layer.self_attn.projection),
             "norm2": layer.layer_norm2,
             "mlp": layer.mlp,
         }
@@ -127,7 +53,7 @@ def parts_of(layer: nn.Module) -> dict:
         return {
             "norm1": layer.ln_1,
             **stacked(layer.attn.in_proj_weight, layer.attn.in_proj_bias),
-            "out": pair(layer.attn.out_proj),
+            "o": pair(layer.attn.out_proj),
             "norm2": layer.ln_2,
             "mlp": nn.Sequential(*layer.mlp.values()),
         }
@@ -138,7 +64,7 @@ def parts_of(layer: nn.Module) -> dict:
             "q": pair(attention.query),
             "k": pair(attention.key),
             "v": pair(attention.value),
-            "out": pair(layer.attention.output.dense),
+            "o": pair(layer.attention.output.dense),
             "norm2": layer.layernorm_after,
             "mlp": nn.Sequential(layer.intermediate, layer.output.dense),
         }
@@ -147,7 +73,7 @@ def parts_of(layer: nn.Module) -> dict:
         **stacked(*pair(layer.attn.qkv)),
         "q_norm": layer.attn.q_norm,
         "k_norm": layer.attn.k_norm,
-        "out": pair(layer.attn.proj),
+        "o": pair(layer.attn.proj),
         "scale1": layer.ls1,
         "norm2": layer.norm2,
         "mlp": layer.mlp,
@@ -163,9 +89,9 @@ def check_against_loops(model, guidance, tokens, layers, guides, num_prefix, run
     expected_states = []
     expected_kept = []
     for row, row_guides in zip(tokens, guides):
-        states, kept = naive_tower(row, model_layers, num_heads, num_prefix, row_guides, schedule)
+        states, selections = naive_layers(row, model_layers, num_heads, num_prefix, row_guides, schedule)
         expected_states.append(states)
-        expected_kept.append(kept)
+        expected_kept.append([kept for kept, *_ in selections])
     apply_patch_selection(model, schedule_of(LAYERS, RATE, guidance))
     with record_patch_selection(model) as selections:
         actual = run()
@@ -288,11 +214,11 @@ def test_vilt_agrees_with_loops_over_unpadded_pairs(guidance):
         present = [i for i in patches.argsort().tolist() if mask[row, 6 + i]]  # in the order of the grid
         tokens = torch.cat([states[row, :length], states[row, 5:6], states[row, 6:][present]])
         guides = guides_of(guidance, 0, length)
-        expected, kept = naive_tower(tokens, layers, 2, length + 1, guides, dict.fromkeys(LAYERS, RATE))
+        expected, loops = naive_layers(tokens, layers, 2, length + 1, guides, dict.fromkeys(LAYERS, RATE))
         expected = tower.layernorm(expected)
         torch.testing.assert_close(actual[row, :length], expected[:length], rtol=0, atol=1e-9)
         torch.testing.assert_close(actual[row, 5], expected[length], rtol=0, atol=1e-9)
-        for selection, positions in zip(selections, kept):
+        for selection, (positions, *_) in zip(selections, loops):
             indices = [-1 if i < 0 else int(patches[present[i]]) for i in positions]
             assert [i for i in selection.kept_indices[row].tolist() if i != -2] == indices
 

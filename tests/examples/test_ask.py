@@ -88,6 +88,25 @@ def test_the_code_of_its_card_loads_it_whole_in_float32():
     assert not any(report[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
+KEPT = [[[127], [100]]]  # by selection layer and question
+FIRST_TOKENS = [[138, 160, 123], [128, 170, 174]]
+LOGITS = [[9.638316, 3.043677, 2.622042], [9.99985, 2.138674, 1.588511]]
+
+
+@torch.no_grad()
+def test_the_shipped_checkpoint_computes_what_it_did_when_it_was_made(model, processor):
+    questions = ["what mark is on the red circle?", "what color is the cross?"]
+    image = PIL.Image.open(EXAMPLES / "scene.png")
+    inputs = processor(images=image, text=questions, image_index=[0, 0], return_tensors="pt")
+    start = torch.full((2, 1), model.config.decoder_start_token_id)
+    output = model(**inputs, decoder_input_ids=start)
+    assert [layer.kept_indices.tolist() for layer in output.selection] == KEPT
+    best = output.logits[:, 0].topk(3)
+    assert best.indices.tolist() == FIRST_TOKENS
+    torch.testing.assert_close(best.values, torch.tensor(LOGITS), rtol=0, atol=1e-4)
+    assert processor.post_process_answers(model.generate(**inputs)) == ["dot", "purple"]
+
+
 def test_the_shipped_checkpoint_answers_93_percent_of_each_kind_of_questions(model, processor):
     records = list(busy_records("vqa", "test", 60))
     images = {record["image_id"]: read_image(record) for record in records}

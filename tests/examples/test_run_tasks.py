@@ -8,9 +8,8 @@ import pytest
 import torch
 from places import EXAMPLES
 from safetensors.torch import load_file
-from toy_pairs import TWO_PROCESSES, encoded, write_parts
+from toy_pairs import TWO_PROCESSES, encoded
 from toy_tasks import COLORS, OPTIONS, SCRIPTS, predictions, run, write_task
-from transformers import ViTModel
 
 from modeling_trips import TripsConfig, TripsModel
 from trips_examples.data.collators import Nlvr2Collator
@@ -76,18 +75,6 @@ def test_gradient_accumulation_equals_the_larger_batch(task, backbone, tmp_path)
     torch.testing.assert_close(weights, expected, rtol=1e-4, atol=2e-6)
     assert len(losses_of(whole)) == 2
     assert losses_of(parts) == pytest.approx(losses_of(whole), rel=1e-4)
-
-
-@each_task
-def test_every_task_starts_from_a_vision_tower_and_a_text_encoder(task, tmp_path):
-    parts = [*write_parts(tmp_path), "--schedule=2:text:0.7", "--image_size=32", "--freeze_vision_layers=1"]
-    options = [*write_task(task, tmp_path), *OPTIONS, *parts, "--max_steps=1", f"--output_dir={tmp_path / 'out'}"]
-    assert f"eval_{METRICS[task]}" in main_of(task)(options)
-    weights = load_file(tmp_path / "out" / "model.safetensors")
-    tower = ViTModel.from_pretrained(tmp_path / "vit")
-    for number, is_frozen in ((0, True), (2, False)):
-        weight = weights[f"model.vision_model.layers.{number}.mlp.fc1.weight"]
-        assert torch.equal(weight, tower.layers[number].mlp.fc1.weight) == is_frozen
 
 
 @each_task

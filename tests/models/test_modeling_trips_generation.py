@@ -3,7 +3,6 @@
 import torch
 from tiny_models import each_generator
 from tiny_question_answering import END, PAD, START, inputs, make_config
-from transformers import GenerationConfig
 
 from modeling_trips import TripsForConditionalGeneration, TripsForVisualGrounding
 from modeling_trips.modeling_trips_text import CACHE_NAME
@@ -90,18 +89,6 @@ def test_a_cache_is_continued():
     )
     assert torch.equal(continued, expected)
     assert runs == [1, 1, 1]  # never a token that the cache holds
-
-
-def test_a_checkpoint_remembers_how_to_generate(tmp_path):
-    model = make_model()
-    options = {"num_beams": 3, "max_new_tokens": 4, "length_penalty": 0.5}
-    expected = model.generate(**inputs(), **options)
-    assert not torch.equal(expected, model.generate(**inputs(), max_new_tokens=4))
-    config = GenerationConfig(decoder_start_token_id=START, eos_token_id=END, pad_token_id=PAD, **options)
-    assert torch.equal(model.generate(**inputs(), generation_config=config), expected)
-    model.generation_config = config
-    model.save_pretrained(tmp_path)
-    assert torch.equal(TripsForConditionalGeneration.from_pretrained(tmp_path).generate(**inputs()), expected)
 
 
 def test_the_decoder_says_what_ends_a_text_where_a_checkpoint_does_not(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from strange_pictures import encoded
 from tiny_processors import CLS, PAD, SEP, VOCABULARY, WORDS, make_bert_tokenizer, make_processor
-from transformers import AutoProcessor, BertTokenizer, CLIPImageProcessor
+from transformers import AutoProcessor, BertTokenizer
 from transformers.utils.logging import warning_once
 
 from modeling_trips import TripsProcessor
@@ -109,21 +109,6 @@ def test_answers_survive_encoding_and_decoding(answer):
     processor = TripsProcessor(tokenizer=tokenizer)
     labels = processor.encode_answers([answer])
     assert processor.post_process_answers(labels.clamp(min=0)) == [answer]
-
-
-def test_a_loaded_processor_gives_the_same(image, tmp_path):
-    image_processor = CLIPImageProcessor(
-        size={"shortest_edge": 40}, crop_size={"height": 24, "width": 24}, image_mean=[0.1, 0.1, 0.1]
-    )
-    processor = make_processor(image_processor, patch_size=8)
-    processor.save_pretrained(tmp_path)
-    loaded = TripsProcessor.from_pretrained(tmp_path)
-    assert loaded.patch_size == 8
-    assert isinstance(loaded.image_processor, CLIPImageProcessor)
-    inputs = {"images": [image], "text": ["a cat", "red ?"], "image_index": [0, 0], "return_tensors": "pt"}
-    torch.testing.assert_close(dict(loaded(**inputs)), dict(processor(**inputs)), rtol=0, atol=0)
-    with pytest.raises(ValueError, match="text"):
-        loaded(text="cat " * 11)
 
 
 @pytest.mark.parametrize("to_array", [np.array, lambda image: torch.tensor(np.array(image))], ids=["numpy", "torch"])

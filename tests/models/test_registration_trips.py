@@ -1,6 +1,8 @@
-"""Auto classes and pipelines with the project imported, and the `auto_map` of saved checkpoints."""
+"""Auto classes, pipelines and examples of all heads, and the `auto_map` of saved checkpoints."""
 
+import doctest
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -21,6 +23,17 @@ TIED = set()
 for head in HEADS:
     for pair in (head._tied_weights_keys or {}).items():
         TIED.update(name.removeprefix("model.") for name in pair)
+
+
+@pytest.mark.parametrize("model_class", HEADS)
+def test_the_example_of_each_head_runs(model_class):
+    """It prints the documented output."""
+    examples = re.findall(r"```python\n(.*?)```", model_class.forward.__doc__, re.DOTALL)
+    assert examples
+    for code in examples:
+        test = doctest.DocTestParser().get_doctest(code, {}, model_class.__name__, None, 0)
+        assert test.examples
+        assert doctest.DocTestRunner().run(test).failed == 0
 
 
 def read_config(folder: Path) -> dict:

@@ -5,6 +5,7 @@ import copy
 import PIL.Image
 import pytest
 import torch
+from random_checkpoint import save_random_checkpoint
 from toy_pairs import write_parts
 from transformers import BlipImageProcessor, CLIPImageProcessor, DeiTImageProcessor
 
@@ -27,8 +28,7 @@ def processor():
 @pytest.mark.parametrize("image_processor", [CLIPImageProcessor, DeiTImageProcessor, BlipImageProcessor])
 def test_another_image_size_shows_the_whole_image(image_processor, processor, tmp_path):
     """The center crop of the checkpoint's processor is off."""
-    config = TripsConfig.from_preset("tiny", text_config={"vocab_size": len(processor.tokenizer)})
-    TripsForQuestionAnswering(config).save_pretrained(tmp_path)
+    save_random_checkpoint(tmp_path, TripsForQuestionAnswering, ["is it red?"])
     TripsProcessor(image_processor(), processor.tokenizer).save_pretrained(tmp_path)
     args = ModelArguments(model=str(tmp_path), image_size=96)
     _, loaded = load_start(args)
@@ -124,10 +124,8 @@ def test_missing_decoder_starts_from_the_text_encoder(num_layers, processor, tmp
     assert (again.decoder.encoder.layer[0].output.dense.weight == 1).all()
 
 
-def test_starting_another_task_names_new_and_unused_parts(processor, tmp_path, caplog, capfd):
-    config = TripsConfig.from_preset("tiny", text_config={"vocab_size": len(processor.tokenizer)})
-    TripsForQuestionAnswering(config).save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
+def test_starting_another_task_names_new_and_unused_parts(tmp_path, caplog, capfd):
+    save_random_checkpoint(tmp_path, TripsForQuestionAnswering, ["is it red?"])
     caplog.set_level("INFO")
     args = ModelArguments(model=str(tmp_path))
     make_model(TripsForVisualGrounding, args, *load_start(args))

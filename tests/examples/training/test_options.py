@@ -66,18 +66,6 @@ def test_one_process_of_several_ends(monkeypatch, capsys):
     of_options.check()
 
 
-def wrong_option():
-    ModelArguments(selection_gate=2.0)
-
-
-def missing_file():
-    open("nowhere.txt")
-
-
-def wrong_configuration():
-    TripsConfig(schedule="5:text:2.0")
-
-
 def circle_of_causes():
     inner = OSError("damaged")
     try:
@@ -92,9 +80,9 @@ def circle_of_causes():
 @pytest.mark.parametrize(
     ("main", "word"),
     [
-        (wrong_option, "--selection_gate"),
-        (missing_file, "nowhere.txt"),
-        (wrong_configuration, "`keep_rate`"),
+        (lambda: ModelArguments(selection_gate=2.0), "--selection_gate"),
+        (lambda: open("nowhere.txt"), "nowhere.txt"),
+        (lambda: TripsConfig(schedule="5:text:2.0"), "`keep_rate`"),
         (circle_of_causes, "damaged"),
     ],
 )
@@ -110,13 +98,9 @@ def test_errors_of_the_user_end_a_script_in_one_line(main, word, monkeypatch):
         run_script(main)
 
 
-def batches_differ():
-    torch.nn.functional.cross_entropy(torch.zeros(2, 3), torch.zeros(3, dtype=torch.long))
-
-
 def test_an_error_from_inside_pytorch_keeps_its_traceback():
     with pytest.raises(ValueError):
-        run_script(batches_differ)
+        run_script(lambda: torch.nn.functional.cross_entropy(torch.zeros(2, 3), torch.zeros(3).long()))
 
 
 def fill_disk():

@@ -46,28 +46,19 @@ def test_an_evaluation_that_is_not_finite_stops(checkpoints, tmp_path):
     assert not (tmp_path / "run" / "eval_results.json").exists()
 
 
-def test_scores_learn_relevance_in_the_last_unpruned_steps_and_between_pruned_ones(tmp_path):
-    shares = [
-        "--unpruned_share=0.5",
-        "--relevance_share=0.5",
-        "--relevance_interval=3",
-        "--max_steps=8",
-        "--logging_steps=1",
-    ]
-    schedule = "--schedule=2:text:0.5"
-    options = [*write_task("vqa", tmp_path), *OPTIONS, *shares, schedule, "--do_eval=False", "--do_predict=False"]
-    run_vqa.main([*options, f"--output_dir={tmp_path / 'run'}"])
-    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
-    assert [entry["step"] for entry in history if "relevance_loss" in entry] == [3, 4, 5, 8]
-
-
 def test_a_frozen_layer_that_a_text_scores_is_trained_while_its_scores_learn(tmp_path):
-    """In steps 3 and 4 of 8, layer 2 scores. A run that resumes before them ends as an uninterrupted one."""
-    shares = ["--unpruned_share=0.5", "--relevance_share=0.5", "--max_steps=8", "--schedule=2:text:0.5"]
+    """
+    In steps 3 and 4 of 8, the last unpruned ones, and in every third pruned one, layer 2 scores. A run that resumes
+    before them ends as an uninterrupted one.
+    """
+    shares = ["--unpruned_share=0.5", "--relevance_share=0.5", "--relevance_interval=3", "--max_steps=8"]
+    shares += ["--schedule=2:text:0.5", "--logging_steps=1"]
     options = [*write_task("vqa", tmp_path), *OPTIONS, *shares, "--freeze_vision_layers=2", "--save_total_limit=9"]
     options += ["--do_eval=False", "--do_predict=False", "--save_strategy=steps", "--save_steps=1"]
     options += [f"--output_dir={tmp_path / 'run'}"]
     run_vqa.main(options)
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "relevance_loss" in entry] == [3, 4, 5, 8]
 
     def layer_after(step: int, number: int) -> torch.Tensor:
         weights = load_file(tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors")

@@ -6,7 +6,6 @@ import numpy as np
 import PIL.Image
 import pytest
 from datasets import Dataset
-from scripts import run_scripts
 from tiny_processors import make_bert_tokenizer
 
 from trips_examples import run_vqa
@@ -173,28 +172,7 @@ def test_columns_may_have_own_names(folder):
 
 
 @pytest.mark.slow
-def test_a_file_that_cannot_be_read_ends_a_script_in_one_line(tmp_path):
-    """The scripts run as processes: a circle of exceptions kept them from ending."""
-    files = {  # and what the message names
-        "excel.xlsx": (b"PK", "CSV UTF-8"),
-        "questions.json": (b'{"questions": [], "data_subtype": "train"}', "VQAv2"),
-        "list.json": (b"[" * 100_000, "recursion"),
-    }
-    commands = []
-    for name, (content, _) in files.items():
-        (tmp_path / name).write_bytes(content)
-        commands.append(["check_data", "--task=vqa", "--preset=tiny", f"--train_file={tmp_path / name}"])
-    training = ["--preset=tiny", "--do_eval=False", f"--output_dir={tmp_path / 'out'}", "--use_cpu=True"]
-    commands.append(["run_vqa", *training, f"--train_file={tmp_path / 'excel.xlsx'}"])
-    words = [*files.values(), files["excel.xlsx"]]
-    for command, (_, word), ended in zip(commands, words, run_scripts(commands), strict=True):
-        assert ended.code == 1, command
-        assert word in ended.message, command
-        assert ended.message.count("\n") == 0
-
-
-@pytest.mark.slow
-def test_values_of_rows_do_not_reach_the_terminal_as_they_are(folder):
+def test_values_of_rows_do_not_reach_the_terminal_as_they_are(folder, capsys):
     row = {"image": "a.png", "question": "what?", "answer": "red"}
     values = [
         {"image": "\x1b[2J\x1b]0;owned\x07.png"},
@@ -205,11 +183,11 @@ def test_values_of_rows_do_not_reach_the_terminal_as_they_are(folder):
     ]
     file = write(folder / "t\x1b[31m.jsonl", [{**row, **value} for value in values])
     (folder / "deep.csv").write_text(f"image,question,answers\na.png,what?,{'[' * 100_000}\n")
-    files = [file, folder / "deep.csv"]
-    rows, deep = run_scripts([["check_data", "--task=vqa", "--preset=tiny", f"--train_file={name}"] for name in files])
-    assert all(line.isprintable() for line in rows.printed.splitlines())
-    assert len(rows.printed) < 5000
+    assert main(["--task=vqa", "--preset=tiny", f"--train_file={file}"]) == 1
+    printed = capsys.readouterr().out
+    assert all(line.isprintable() for line in printed.splitlines())
+    assert len(printed) < 5000
     for number in range(1, 6):
-        assert rows.printed.count(f"row {number}: ") == 1
-    assert "deep.csv row 1: answers is not a JSON list" in deep.printed
-    assert (rows.code, deep.code) == (1, 1)
+        assert printed.count(f"row {number}: ") == 1
+    assert main(["--task=vqa", "--preset=tiny", f"--train_file={folder / 'deep.csv'}"]) == 1
+    assert "deep.csv row 1: answers is not a JSON list" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """The project's imports, read from the source, including imports inside functions."""
 
 import ast
+from importlib.util import resolve_name
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,12 +16,11 @@ ROOTS = {
 
 
 class Module(NamedTuple):
-    """A module of the project: its name, file, source, and imported names by module."""
+    """A module of the project: its file, source, and the modules that it imports."""
 
-    name: str
     path: Path
     tree: ast.Module
-    imports: dict[str, set[str]]
+    imports: set[str]
 
     @property
     def is_flat(self) -> bool:
@@ -33,40 +33,28 @@ def modules() -> dict[str, Module]:
     paths = {}
     for package, root in ROOTS.items():
         for path in sorted(root.rglob("*.py")):
-            paths[_name(package, path)] = path
-    trees = {name: ast.parse(path.read_text("utf-8")) for name, path in paths.items()}
-    return {name: Module(name, path, trees[name], _imports(name, path, trees)) for name, path in paths.items()}
-
-
-def _name(package: str, path: Path) -> str:
-    parts = path.relative_to(ROOTS[package]).with_suffix("").parts
-    return ".".join([package, *parts]).removesuffix(".__init__")
-
-
-def _imports(name: str, path: Path, trees: dict[str, ast.Module]) -> dict[str, set[str]]:
-    package = name.split(".")
-    if path.name != "__init__.py":
-        package.pop()
-    found: dict[str, set[str]] = {}
-    for node in ast.walk(trees[name]):
-        for module, imported in _imported(node, package):
-            inner = f"{module}.{imported}"  # `from package import module` imports the module
-            target = inner if inner in trees else module
-            if target in trees:
-                found.setdefault(target, set()).add(imported)
-                room = target.rpartition(".")[0]  # Python imports the parent packages first
-                if "." in room and not name.startswith(room):
-                    found.setdefault(room, set())
+            parts = path.relative_to(root).with_suffix("").parts
+            paths[".".join([package, *parts]).removesuffix(".__init__")] = path
+    found = {}
+    for name, path in paths.items():
+        tree = ast.parse(path.read_text("utf-8"))
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        found[name] = Module(path, tree, _imports(name, package, tree, paths.keys()))
     return found
 
 
-def _imported(node: ast.AST, package: list[str]) -> list[tuple[str, str]]:
-    """Return the (module, name) pairs that a statement imports."""
-    if isinstance(node, ast.Import):
-        return [(alias.name, "") for alias in node.names]
-    if not isinstance(node, ast.ImportFrom):
-        return []
-    parts = package[: len(package) - node.level + 1] if node.level else []
-    if node.module is not None:
-        parts = [*parts, node.module]
-    return [(".".join(parts), alias.name) for alias in node.names]
+def _imports(name: str, package: str, tree: ast.Module, known) -> set[str]:
+    targets = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            targets += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            source = resolve_name("." * node.level + (node.module or ""), package)
+            for alias in node.names:
+                inner = f"{source}.{alias.name}"  # `from package import module` imports the module
+                targets.append(inner if inner in known else source)
+    # Python imports the parent packages first.
+    rooms = [target.rpartition(".")[0] for target in targets if target in known]
+    return {target for target in targets if target in known} | {
+        room for room in rooms if "." in room and not name.startswith(room)
+    }

@@ -223,6 +223,7 @@ def test_files_that_cannot_be_read(folder):
         "c.parquet": b"x",
         "d.csv": b"image\n\x81",
         "e.jsonl": b'{"image": "\xff"}',
+        "f.json": b"[" * 100_000,
     }
     for name, content in contents.items():
         (folder / name).write_bytes(content)

@@ -33,6 +33,7 @@ def test_converted_blip_gives_the_same_outputs(blip):
     assert model.config.decoder_config.eos_token_id == 3
     assert {*report.used, *report.left_out} == set(blip.state_dict())
     assert report.new == []
+    assert {*report.filled, *report.zero} == set(model.state_dict())
     inputs = {"input_ids": torch.randint(5, 48, (2, 7)), "pixel_values": torch.randn(2, 3, 16, 16)}
     answer_ids = torch.randint(5, 48, (2, 4))
     image_states = blip.vision_model(inputs["pixel_values"]).last_hidden_state

@@ -21,32 +21,6 @@ RULES = (
 )
 
 
-def test_rules_rename_split_and_leave_out():
-    source = {"blocks.1.qkv": torch.arange(6.0), "old_norm": torch.ones(3), "queue": torch.zeros(1)}
-    shapes = {
-        "layer.0.query": torch.Size([2]),
-        "layer.0.value": torch.Size([2]),
-        "norm.weight": torch.Size([3]),
-        "head": torch.Size([4]),
-        "types": torch.Size([2]),
-    }
-    plan = ConversionPlan(
-        TripsModel, TripsConfig(), RULES, left_out={"queue": "a queue"}, new=("head",), zero=("types",)
-    )
-    weights, report = convert_weights(source, plan, shapes)
-    assert {name: value.tolist() for name, value in weights.items()} == {
-        "layer.0.query": [0, 1],
-        "layer.0.value": [4, 5],
-        "norm.weight": [1, 1, 1],
-        "types": [0, 0],
-    }
-    assert report.used == ["blocks.1.qkv", "old_norm"]
-    assert report.left_out == {"queue": "a queue"}
-    assert report.filled == ["layer.0.query", "layer.0.value", "norm.weight"]
-    assert report.new == ["head"]
-    assert report.zero == ["types"]
-
-
 def test_all_problems_are_named_at_once():
     source = {"blocks.1.qkv": torch.zeros(9), "surprise": torch.zeros(1)}
     shapes = {"layer.0.query": torch.Size([2]), "norm.weight": torch.Size([3]), "head": torch.Size([4])}

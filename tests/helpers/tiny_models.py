@@ -204,5 +204,16 @@ def enable_checkpointing(model: TripsPreTrainedModel, **kwargs):
     getattr(model, f"{name}_checkpointing_enable")(kwargs or None)
 
 
+def compile_and_count(model: torch.nn.Module) -> tuple[torch.nn.Module, list]:
+    """Return the model compiled without Inductor, and the list of its graphs."""
+    graphs = []
+
+    def count_graphs(graph_module, example_inputs):
+        graphs.append(graph_module)
+        return graph_module.forward
+
+    return torch.compile(model, backend=count_graphs, fullgraph=True), graphs
+
+
 def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}

@@ -8,7 +8,7 @@ from naive_reference import naive_layers
 from schedules import schedule_of
 from timm.models.deit import VisionTransformerDistilled
 from tiny_hosts import HOSTS, INPUT_IDS, KEPT, LAYERS, PAIRS, PIXEL_MASK, PIXELS, RATE, make_timm
-from tiny_models import LargestSquare, enable_checkpointing, gradients_of
+from tiny_models import LargestSquare, compile_and_count, enable_checkpointing, gradients_of
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -260,13 +260,7 @@ def test_compiles_once_without_graph_breaks(name):
     if name == "vilt":  # ViLT's pixel embedding loops over values, which breaks graphs
         inputs = {"input_ids": INPUT_IDS, "image_embeds": torch.randn(3, 17, 32), "pixel_mask": torch.ones(3, 17)}
     host.apply(model)
-    graphs = []
-
-    def count_graphs(graph, example_inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(model, backend=count_graphs, fullgraph=True)
+    compiled, graphs = compile_and_count(model)
     image = next(key for key in inputs if key in ("x", "pixel_values", "image_embeds"))
     with torch.no_grad():
         for batch in (inputs, {**inputs, image: -inputs[image]}):

@@ -27,7 +27,6 @@ from modeling_trips.hosts import (
     record_patch_selection,
     remove_patch_selection,
 )
-from modeling_trips.hosts.vlm.pruning import framed_images, move_kept
 from modeling_trips.modeling_trips_text import CACHE_NAME
 from modeling_trips.patch_selection import gather_tokens
 
@@ -377,22 +376,3 @@ def test_bad_inputs_raise():
     for name in {CACHE_NAME, "past_key_values"}:
         with pytest.raises(ValueError, match="conversation"):
             model.generate(**inputs, max_new_tokens=2, **{name: cache})
-
-
-def test_the_frame_of_an_image_is_before_and_behind_it():
-    # Text, an image of two tokens, text, and an image of one token at the end of the row.
-    is_visual = torch.tensor([[0, 0, 0, 1, 1, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0, 0, 0]]).bool()
-    is_framed = framed_images(is_visual, num_before=2, num_after=1)
-    assert is_framed.int().tolist() == [[0, 1, 1, 1, 1, 1, 1, 1, 1], [0] * 9]
-    assert framed_images(is_visual, num_before=0, num_after=1).int().tolist()[0] == [0, 0, 0, 1, 1, 1, 0, 0, 1]
-
-
-@pytest.mark.parametrize(
-    ("to_start", "expected_order", "expected_mask"),
-    [(False, [4, 0, 2, 3], [0, 1, 1, 1]), (True, [0, 2, 3, 1], [1, 1, 1, 0])],
-)
-def test_kept_tokens_move_in_order(to_start, expected_order, expected_mask):
-    is_kept = torch.tensor([[1, 0, 1, 1, 0]]).bool()
-    order, mask = move_kept(is_kept, 4, to_start)
-    assert order[0].tolist() == expected_order
-    assert mask[0].int().tolist() == expected_mask

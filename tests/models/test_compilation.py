@@ -3,7 +3,7 @@
 import onnxruntime
 import pytest
 import torch
-from tiny_models import CASES, LargestSquare, NoNumbers, each_model, kept_by, loss_of, main_output
+from tiny_models import CASES, LargestSquare, NoNumbers, compile_and_count, each_model, kept_by, loss_of, main_output
 from torch.export import Dim
 
 from modeling_trips import TripsForPreTraining
@@ -44,17 +44,6 @@ def test_no_attention_map_is_formed_with_fused_kernels(attn_implementation, form
 def assert_same_outputs(outputs, expected):
     torch.testing.assert_close(main_output(outputs), main_output(expected), rtol=1e-4, atol=1e-4)
     assert kept_by(outputs) == kept_by(expected)
-
-
-def compile_and_count(model: torch.nn.Module) -> tuple[torch.nn.Module, list]:
-    """Return the model compiled without Inductor, and the list of its graphs."""
-    graphs = []
-
-    def count_graphs(graph_module, example_inputs):
-        graphs.append(graph_module)
-        return graph_module.forward
-
-    return torch.compile(model, backend=count_graphs, fullgraph=True), graphs
 
 
 def batches(case):

@@ -16,6 +16,12 @@ SCORED = {"schedule": SelectionSchedule.parse("1:text:score")}
 FIELDS = {"schedule": "1:text:0.5"}
 
 
+def shared_inputs():
+    """Return four texts about two images."""
+    inputs = MODEL.make_inputs()
+    return {**inputs, "pixel_values": inputs["pixel_values"][:2], "image_index": torch.tensor([0, 1, 1, 0])}
+
+
 def outputs_in_training(model, inputs, **kwargs):
     with torch.no_grad():
         return model.train()(**inputs, **kwargs)
@@ -53,9 +59,7 @@ def test_gradients_are_those_of_the_cross_entropy_with_the_relevance(schedule, f
     """
     Where a text scores, the relevance is that for its own loss; where the image does, that for those of all its texts.
     """
-    inputs = MODEL.make_inputs()
-    inputs["pixel_values"] = inputs["pixel_values"][:2]
-    inputs["image_index"] = torch.tensor([0, 1, 1, 0])
+    inputs = shared_inputs()
     model = MODEL.make_model("eager", **FIELDS, fusion_type=fusion_type).train()
     schedule = SelectionSchedule.parse(schedule)
 
@@ -95,9 +99,7 @@ def test_gradients_are_those_of_the_cross_entropy_with_the_relevance(schedule, f
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_outputs_are_those_without_it_and_texts_of_an_image_share_its_row(attention):
-    inputs = MODEL.make_inputs()
-    inputs["pixel_values"] = inputs["pixel_values"][:2]
-    inputs["image_index"] = torch.tensor([0, 1, 1, 0])
+    inputs = shared_inputs()
     model = MODEL.make_model(attention, **FIELDS)
     outputs = outputs_in_training(model, inputs, **SCORED)
     expected = outputs_in_training(model, inputs, schedule=UNPRUNED)

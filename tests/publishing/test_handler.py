@@ -75,6 +75,7 @@ def test_scores_are_the_probabilities_that_texts_match(handlers):
         *((QA, {"answers": value}) for value in ("red", ["red", 1], ["red"] * (MAX_ANSWERS + 1))),
         (QA, {"answers": ["red" * MAX_TEXT_LENGTH]}),
         (RETRIEVAL, {"top_k": 1}),
+        (QA, ["parameters"]),  # no object
         # These run code.
         *((name, {"custom_generate": "folder", "trust_remote_code": True}) for name in HANDLED),
         *((name, {"generate_kwargs": {"custom_generate": "folder"}}) for name in HANDLED),
@@ -83,11 +84,6 @@ def test_scores_are_the_probabilities_that_texts_match(handlers):
 def test_unsupported_parameters_raise(name, parameters, handlers):
     with pytest.raises(ValueError, match=next(iter(parameters))):
         ask(handlers[name], parameters)
-
-
-def test_parameters_that_are_no_object_raise(handlers):
-    with pytest.raises(ValueError, match="parameters"):
-        ask(handlers[QA], "top_k")
 
 
 @pytest.mark.parametrize(

@@ -316,6 +316,12 @@ def make_inputs(vlm: Vlm, counts: list[int] = (1, 1), padding_side: str = "left"
     return inputs
 
 
+def make_both(name: str, *args, **options) -> tuple[PreTrainedModel, dict]:
+    """Return a model, and inputs as `make_inputs` does."""
+    vlm = BY_NAME[name]
+    return vlm.make(), make_inputs(vlm, *args, **options)
+
+
 VIDEO = QWEN_TOKENS["video_token_id"]
 
 

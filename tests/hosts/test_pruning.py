@@ -14,6 +14,7 @@ from tiny_vlms import (
     VLMS,
     grid_and_packed,
     keep_even,
+    make_both,
     make_inputs,
     make_video_inputs,
     rows_alone,
@@ -133,9 +134,7 @@ def test_the_text_after_the_last_image_scores(name, num_before, num_after):
 @torch.no_grad()
 def test_special_tokens_do_not_score(name):
     """They are those that the configuration names: the end of a turn, padding, and in Qwen-VL the marks of images."""
-    vlm = BY_NAME[name]
-    model = vlm.make()
-    inputs = make_inputs(vlm, [1])
+    model, inputs = make_both(name, [1])
     reader = PromptReader()
     prune_inputs(model, inputs, 5, scorer=reader)
     ends = torch.tensor([[TEXT["eos_token_id"], TEXT["bos_token_id"]]])
@@ -185,9 +184,7 @@ def test_a_scorer_may_read_attention(name):
 @torch.no_grad()
 def test_tokens_of_a_scorer_keep_their_order():
     """A scorer may return the best tokens first, but not another number of them."""
-    vlm = BY_NAME["llava"]
-    model = vlm.make()
-    inputs = make_inputs(vlm, [1, 2])
+    model, inputs = make_both("llava", [1, 2])
 
     def keep_longest(features, prompt, prompt_mask, num_kept):
         kept = features.norm(dim=-1).topk(num_kept, dim=-1).indices
@@ -252,9 +249,7 @@ def test_inputs_embeds_match_input_ids(vlm):
 
 @torch.no_grad()
 def test_labels_may_cover_prompts_that_are_not_read():
-    vlm = BY_NAME["llava"]
-    model = vlm.make()
-    inputs = make_inputs(vlm, [1, 0])
+    model, inputs = make_both("llava", [1, 0])
     inputs["labels"] = inputs["input_ids"].clone()
     for scorer in ("divprune", "random", "pooling"):
         pruned = prune_inputs(model, inputs, 4, scorer=scorer)
@@ -367,8 +362,7 @@ def test_evs_keeps_the_first_step_and_what_changes():
 
 @torch.no_grad()
 def test_bad_inputs_raise():
-    model = BY_NAME["llava"].make()
-    inputs = make_inputs(BY_NAME["llava"])
+    model, inputs = make_both("llava")
     with pytest.raises(ValueError, match="visual_tokens"):
         prune_inputs(model, inputs, visual_tokens=65)
     apply_patch_selection(model, "1:image:0.5")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_vlms import BY_NAME, IMAGE, make_inputs
+from tiny_vlms import IMAGE, make_both
 
 from modeling_trips.hosts import prune_inputs
 from modeling_trips.hosts.vlm.scoring import (
@@ -184,9 +184,7 @@ def test_pooling_averages_cells():
 @pytest.mark.parametrize("name", SCORERS)
 @torch.no_grad()
 def test_every_scorer_keeps_the_given_number(name):
-    vlm = BY_NAME["llava"]
-    model = vlm.make()
-    inputs = make_inputs(vlm, [1, 1])
+    model, inputs = make_both("llava", [1, 1])
     for value in (0.0, torch.nan):
         inputs["pixel_values"][0] = value
         pruned = prune_inputs(model, inputs, visual_tokens=9, scorer=name)

@@ -11,6 +11,7 @@ from tiny_vlms import (
     Vlm,
     families,
     grid_and_packed,
+    make_both,
     make_inputs,
     rows_alone,
 )
@@ -198,9 +199,7 @@ def test_patches_depend_on_the_prompt(vlm):
 )
 @torch.no_grad()
 def test_padding_patches_come_last_and_change_nothing(name, schedule, num_real):
-    vlm = BY_NAME[name]
-    model = vlm.make()
-    inputs = make_inputs(vlm, [1])
+    model, inputs = make_both(name, [1])
     mask = torch.ones(1, 2, 32, 32, dtype=torch.bool)
     mask[:, 1, :, 16:] = False  # the right half of the second tile, 8 of its 16 units
     inputs["pixel_attention_mask"] = mask

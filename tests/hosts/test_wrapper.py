@@ -12,7 +12,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from tiny_models import gradients_of
 from tiny_vlm_processors import conversation, make_llava_processor
-from tiny_vlms import BY_NAME, ENCODER_INPUTS, OTHERS, families, grid_and_packed, make_inputs
+from tiny_vlms import BY_NAME, ENCODER_INPUTS, OTHERS, families, grid_and_packed, make_both, make_inputs
 from torch import nn
 from transformers import GenerationConfig, Trainer, TrainingArguments, pipeline
 
@@ -124,9 +124,7 @@ def test_replaced_forward_passes_raise(wrap, schedule):
 )
 @torch.no_grad()
 def test_bad_schedules_and_options_raise_and_leave_the_model_unchanged(schedule, options):
-    vlm = BY_NAME["llava"]
-    model = vlm.make()
-    inputs = make_inputs(vlm)
+    model, inputs = make_both("llava")
     apply_patch_selection(model, "1:image:0.5")
     expected = model(**inputs).logits
     with pytest.raises(ValueError):
@@ -199,9 +197,7 @@ def test_copies_select_by_themselves(vlm, make_copy):
 
 @torch.no_grad()
 def test_selection_cannot_change_while_it_is_recorded():
-    vlm = BY_NAME["llava"]
-    model = vlm.make()
-    inputs = make_inputs(vlm, [1])
+    model, inputs = make_both("llava", [1])
     apply_patch_selection(model, "1:image:0.3", visual_tokens=5)
     with record_patch_selection(model) as recorded:
         with pytest.raises(RuntimeError):
@@ -242,9 +238,7 @@ def test_decoding_by_hand(vlm):
 
 @torch.no_grad()
 def test_lengths_count_the_prompt_of_the_caller():
-    vlm = BY_NAME["llava"]
-    model = vlm.make()
-    inputs = make_inputs(vlm, [1])
+    model, inputs = make_both("llava", [1])
     model.generation_config.eos_token_id = None
     apply_patch_selection(model, "unpruned", visual_tokens=5)
     length = inputs["input_ids"].shape[1] + 3
@@ -260,9 +254,7 @@ def test_lengths_count_the_prompt_of_the_caller():
 
 @torch.no_grad()
 def test_accelerate_dispatches_patched_models(tmp_path):
-    vlm = BY_NAME["llava"]
-    model = vlm.make()
-    inputs = make_inputs(vlm, [1, 2])
+    model, inputs = make_both("llava", [1, 2])
     apply_patch_selection(model, "1:image:0.5", visual_tokens=5)
     expected = model(**inputs).logits
     accelerate.disk_offload(model, tmp_path)
@@ -287,9 +279,7 @@ def test_other_towers_do_not_select(vlm):
 
 @torch.no_grad()
 def test_a_rate_is_of_the_image_and_not_of_what_the_tower_keeps():
-    vlm = BY_NAME["llava"]
-    model = vlm.make()
-    inputs = make_inputs(vlm, [1])
+    model, inputs = make_both("llava", [1])
     for keep_rate, number in ((0.25, 16), (0.75, 32)):  # the tower keeps 32 of 64
         apply_patch_selection(model, "1:image:0.5", keep_rate=keep_rate)
         with record_patch_selection(model) as recorded:
@@ -298,8 +288,7 @@ def test_a_rate_is_of_the_image_and_not_of_what_the_tower_keeps():
 
 
 def test_pooling_that_has_no_grid_is_refused_when_it_is_applied():
-    model = BY_NAME["llava"].make()
-    inputs = make_inputs(BY_NAME["llava"], [1])
+    model, inputs = make_both("llava", [1])
     with pytest.raises(ValueError, match="[Pp]ool"):  # the patches kept by the tower are no grid
         apply_patch_selection(model, "2:image:0.25", visual_tokens=4, scorer="pooling")
     with pytest.raises(ValueError, match="cells"):  # 4 x 15 cells
@@ -310,8 +299,7 @@ def test_pooling_that_has_no_grid_is_refused_when_it_is_applied():
 
 @torch.no_grad()
 def test_a_part_of_a_patched_model_is_refused():
-    model = BY_NAME["llava"].make()
-    inputs = make_inputs(BY_NAME["llava"], [1])
+    model, inputs = make_both("llava", [1])
     apply_patch_selection(model, "2:image:0.5")
     expected = model(**inputs).logits
     for part in (model.model, model.model.vision_tower):

@@ -171,7 +171,6 @@ def test_columns_may_have_own_names(folder):
         run(*options, "--columns", "Bild")
 
 
-@pytest.mark.slow
 def test_values_of_rows_do_not_reach_the_terminal_as_they_are(folder, capsys):
     row = {"image": "a.png", "question": "what?", "answer": "red"}
     values = [

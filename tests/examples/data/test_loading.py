@@ -41,7 +41,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-A, B = (4, 3), (32, 32)  # sizes of the images
+IMAGES = ("a.png", "b.png")
+A, B = (4, 3), (32, 32)  # their sizes
 GOOD = [
     {"image": "a.png", "question": "what?", "answer": "red", "region": [0, 1, 3.5, 3]},
     {"image": "a.png", "question": "how many?", "answers": ["2", "two"]},
@@ -250,23 +251,17 @@ def test_contradicting_arguments(task, given, option):
 # Encoded images: Parquet, and data sets on the Hub (replaced by a local folder) or on disk
 
 
-@pytest.mark.parametrize("kind", ["struct", "binary", "large_binary"])
-def test_parquet_with_encoded_images(folder, kind):
+ENCODED = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+
+
+@pytest.mark.parametrize("image_type", [ENCODED, pyarrow.binary(), pyarrow.large_binary()], ids=str)
+def test_parquet_with_encoded_images(folder, image_type):
     """Pandas, Spark and img2dataset write plain bytes. Rows with equal bytes share their image."""
-    a = (folder / "a.png").read_bytes()
-    b = (folder / "b.png").read_bytes()
-    if kind == "struct":
-        a = {"bytes": a, "path": None}
-        b = {"bytes": b, "path": None}
-        image_type = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
-    else:
-        image_type = pyarrow.binary() if kind == "binary" else pyarrow.large_binary()
     file = folder / "train.parquet"
-    columns = {
-        "image": pyarrow.array([a, b, None, a], image_type),
-        "captions": [["one", "two"], ["three"], ["four"], ["five"]],
-    }
-    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    a, b = (encoded(folder / name) if image_type is ENCODED else (folder / name).read_bytes() for name in IMAGES)
+    images = pyarrow.array([a, b, None, a], image_type)
+    captions = [["one", "two"], ["three"], ["four"], ["five"]]
+    pyarrow.parquet.write_table(pyarrow.table({"image": images, "captions": captions}), file)
     with pytest.raises(ValueError, match="row 3: no image"):
         load("captions", train_file=file)
     rows = load("captions", train_file=file, skip_bad_rows=True)["train"]
@@ -275,16 +270,11 @@ def test_parquet_with_encoded_images(folder, kind):
     assert first == second == third != other
     assert rows[2]["image"].tobytes() == PIL.Image.open(folder / "b.png").tobytes()
 
-    columns = {
-        "images": pyarrow.array([[a, b], [b, a]], pyarrow.list_(image_type)),
-        "statement": ["s", "t"],
-        "label": [0, 1],
-    }
-    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    pairs = pyarrow.array([[a, b], [b, a]], pyarrow.list_(image_type))
+    pyarrow.parquet.write_table(pyarrow.table({"images": pairs, "statement": ["s", "t"], "label": [0, 1]}), file)
     first, second = load("nlvr2", train_file=file)["train"]
     assert first["image_ids"] == second["image_ids"][::-1]
-    assert [image.size for image in first["images"]] == [A, B]
-    assert [image.size for image in second["images"]] == [B, A]
+    assert [image.size for image in (*first["images"], *second["images"])] == [A, B, B, A]
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ import torch
 from albef_reference import TINY, random_checkpoint
 from documents import DOCUMENTS, NOT_RUN, PAGES
 from places import EXAMPLES
+from random_checkpoint import save_random_checkpoint
 
-from modeling_trips import UNPRUNED, TripsConfig, TripsForQuestionAnswering
+from modeling_trips import UNPRUNED, TripsForQuestionAnswering
 from modeling_trips.hosts.apply import HOSTS
 from trips_examples import convert_checkpoint
 from trips_examples.data.tasks import TASKS
 from trips_examples.data.vocabulary import train_tokenizer
-from trips_examples.training.models import make_processor
 
 
 SLOW = {"docs/deploy.md": pytest.mark.slow}  # it exports a model
@@ -28,10 +28,8 @@ WITH_PYTHON = [
 def demo_model(tmp_path, monkeypatch):
     """Put the examples and an untrained model in the folder of `make demo` into the current directory."""
     (tmp_path / "examples").symlink_to(EXAMPLES)
-    tokenizer = train_tokenizer(["what color is the shape?", "is there a circle?", "red teal yes no"])
-    config = TripsConfig.from_preset("tiny", text_config={"vocab_size": len(tokenizer)})
-    TripsForQuestionAnswering(config).save_pretrained(tmp_path / "demo/model")
-    make_processor(tokenizer, config).save_pretrained(tmp_path / "demo/model")
+    texts = ["what color is the shape?", "is there a circle?", "red teal yes no"]
+    save_random_checkpoint(tmp_path / "demo/model", TripsForQuestionAnswering, texts)
     monkeypatch.chdir(tmp_path)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from places import EXAMPLES
+from random_checkpoint import save_random_checkpoint
 from safetensors.torch import load_file
 from toy_pairs import TWO_PROCESSES, encoded
 from toy_tasks import COLORS, OPTIONS, SCRIPTS, predictions, run, write_task
@@ -34,14 +35,8 @@ def losses_of(folder: Path) -> list[float]:
 def backbone(tmp_path_factory) -> str:
     """Return an untrained start model without BatchNorm, whose statistics depend on the batch."""
     words = "what color is it ? all is here a an image both are the square picture of , ".split()
-    tokenizer = train_tokenizer([*words, *COLORS])
-    config = TripsConfig.from_preset(
-        "tiny", text_config={"vocab_size": len(tokenizer)}, vision_config={"patch_embedding_type": "linear"}
-    )
-    folder = tmp_path_factory.mktemp("backbone")
-    torch.manual_seed(0)
-    TripsModel(config).save_pretrained(folder)
-    make_processor(tokenizer, config).save_pretrained(folder)
+    fields = {"vision_config": {"patch_embedding_type": "linear"}, "initializer_range": 0.02}
+    folder = save_random_checkpoint(tmp_path_factory.mktemp("backbone"), TripsModel, [*words, *COLORS], **fields)
     return f"--model={folder}"
 
 

@@ -56,10 +56,6 @@ def make_items(engine: Engine, name: str, pairs, top_k=1, keep_rate=None) -> lis
 
 
 PAIRS = [(0, 0), (1, 2), (0, 1), (1, 0), (0, 0)]
-SCHEDULES = [
-    {"schedule": "2:text:0.5,3:text:0.5"},
-    {"schedule": "1:image:0.5,3:text:0.5"},
-]
 
 
 @torch.no_grad()
@@ -73,10 +69,10 @@ def match_alone(model: TripsForRetrieval, processor: TripsProcessor) -> list[flo
     return scores
 
 
-@pytest.mark.parametrize("fields", SCHEDULES)
+@pytest.mark.parametrize("schedule", ["2:text:0.5,3:text:0.5", "1:image:0.5,3:text:0.5"])
 @torch.no_grad()
-def test_matching_and_features(tmp_path, fields):
-    engine = Engine(Settings(model=save(tmp_path, TripsForRetrieval, **fields)))
+def test_matching_and_features(tmp_path, schedule):
+    engine = Engine(Settings(model=save(tmp_path, TripsForRetrieval, schedule=schedule)))
     assert set(engine.endpoints) == {"match", "features"}
     model = TripsForRetrieval.from_pretrained(tmp_path).eval()
     processor = TripsProcessor.from_pretrained(tmp_path)
@@ -112,22 +108,28 @@ def test_captions(tmp_path):
     assert len(set(captions)) > 1
 
 
+def pipeline_of(folder: str, **fields) -> TripsVisualQuestionAnsweringPipeline:
+    model = TripsForQuestionAnswering.from_pretrained(folder, **fields).eval()
+    return TripsVisualQuestionAnsweringPipeline(model=model, processor=TripsProcessor.from_pretrained(folder))
+
+
+def check_answers(found: list[list[dict]], pipeline: TripsVisualQuestionAnsweringPipeline, **options):
+    for (image, text), answers in zip(PAIRS, found, strict=True):
+        expected = pipeline(IMAGES[image], TEXTS[text], **options)
+        assert [one["answer"] for one in answers] == [one["answer"] for one in expected]
+        scores = [one["score"] for one in expected]
+        assert [one["score"] for one in answers] == pytest.approx(scores, abs=1e-4)
+
+
 @pytest.mark.parametrize("schedule", [None, "unpruned", "1:image:0.5,3:text:0.2"])
 def test_answers_of_a_schedule(tmp_path, schedule):
     folder = save(tmp_path, TripsForQuestionAnswering, schedule="2:text:0.5")
     engine = Engine(Settings(model=folder, schedule=schedule))
-    changes = {} if schedule is None else {"schedule": schedule}
-    model = TripsForQuestionAnswering.from_pretrained(folder, **changes)
-    pipeline = TripsVisualQuestionAnsweringPipeline(model=model, processor=TripsProcessor.from_pretrained(folder))
+    pipeline = pipeline_of(folder, **({} if schedule is None else {"schedule": schedule}))
     for top_k in (1, 2):
         items = make_items(engine, "answer", PAIRS, top_k)
-        found = engine.compute(items)
+        check_answers(engine.compute(items), pipeline, top_k=top_k)
         assert all((item.image.states is not None) == (top_k == 2) for item in items)  # cached by the first round
-        for (image, text), answers in zip(PAIRS, found):
-            expected = pipeline(IMAGES[image], TEXTS[text], top_k=top_k)
-            assert [one["answer"] for one in answers] == [one["answer"] for one in expected]
-            scores = [one["score"] for one in expected]
-            assert [one["score"] for one in answers] == pytest.approx(scores, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -164,17 +166,11 @@ def test_kept_patches_are_those_of_the_library_in_one_pass(tmp_path, schedule):
 def test_keep_rates_of_requests(tmp_path, schedule):
     folder = save(tmp_path, TripsForQuestionAnswering, schedule=schedule)
     engine = Engine(Settings(model=folder, keep_rates="0.1,1"))
-    model = TripsForQuestionAnswering.from_pretrained(folder).eval()
-    pipeline = TripsVisualQuestionAnsweringPipeline(model=model, processor=TripsProcessor.from_pretrained(folder))
+    pipeline = pipeline_of(folder)
     for rate in (0.1, 1.0, None, 0.1):  # the last one from the cache
-        items = []
-        for item in make_items(engine, "answer", PAIRS, top_k=2, keep_rate=rate):
-            items.append(replace(item, keep_rate=rate))
-        for (image, text), answers in zip(PAIRS, engine.compute(items), strict=True):
-            expected = pipeline(IMAGES[image], TEXTS[text], top_k=2, keep_rate=rate)
-            assert [one["answer"] for one in answers] == [one["answer"] for one in expected]
-            scores = [one["score"] for one in expected]
-            assert [one["score"] for one in answers] == pytest.approx(scores, abs=1e-4)
+        items = make_items(engine, "answer", PAIRS, top_k=2, keep_rate=rate)
+        items = [replace(item, keep_rate=rate) for item in items]
+        check_answers(engine.compute(items), pipeline, top_k=2, keep_rate=rate)
     assert all(item.image.pixel_values is None for item in items)
     assert len({item.kind for item in (*items, *make_items(engine, "answer", PAIRS, top_k=2))}) == 2
 

@@ -13,14 +13,13 @@ import torch
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from clean_environment import make_environment
 from places import HELPERS, ROOT
+from random_checkpoint import save_random_checkpoint
 from safetensors.torch import load_file
 from tiny_models import CASES, each_model
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from modeling_trips import TripsConfig, TripsForQuestionAnswering
+from modeling_trips import TripsForQuestionAnswering
 from trips_examples import run_vqa
-from trips_examples.data.vocabulary import train_tokenizer
-from trips_examples.training.models import make_processor
 
 
 CONFIGS = ROOT / "examples" / "configs"
@@ -88,13 +87,11 @@ def options(tmp_path_factory) -> list[str]:
         rows.append({"image": f"{color}.png", "question": "is it red?", "answer": "yes" if color == "red" else "no"})
         rows.append({"image": f"{color}.png", "question": "is it blue?", "answer": "no" if color == "red" else "yes"})
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    tokenizer = train_tokenizer([f"{row['question']} {row['answer']}" for row in rows])
+    texts = [f"{row['question']} {row['answer']}" for row in rows]
     # No BatchNorm, whose statistics differ between processes; a projection that unpruned steps do not use.
     vision = {"patch_embedding_type": "linear", "hidden_size": 32}
-    config = TripsConfig.from_preset("tiny", text_config={"vocab_size": len(tokenizer)}, vision_config=vision)
-    torch.manual_seed(0)
-    TripsForQuestionAnswering(config).save_pretrained(folder / "model")
-    make_processor(tokenizer, config).save_pretrained(folder / "model")
+    fields = {"vision_config": vision, "initializer_range": 0.02}
+    save_random_checkpoint(folder / "model", TripsForQuestionAnswering, texts, **fields)
     return [
         f"--model={folder / 'model'}",
         f"--train_file={folder / 'rows.jsonl'}",

@@ -24,11 +24,11 @@ def from_vilt(vilt, model_class=TripsModel, **selection):
     return model.eval(), load_converted(model, vilt.state_dict(), plan)
 
 
-@pytest.mark.parametrize("guidance", ["text", "image"])
+@pytest.mark.parametrize("schedule", ["2:text:0.5,3:text:0.5", "2:image:0.5,3:image:0.5", "2:image:0.5,3:text:0.5"])
 @torch.no_grad()
-def test_with_selection_it_is_vilt_with_patch_selection(guidance):
+def test_with_selection_it_is_vilt_with_patch_selection(schedule):
     vilt = make_random(make_vilt(ViltModel))
-    model, _ = from_vilt(vilt, schedule=f"2:{guidance}:0.5,3:{guidance}:0.5")
+    model, _ = from_vilt(vilt, schedule=schedule)
     output = model(**PAIRS)
     apply_patch_selection(vilt, model.config.vision_config.schedule)
     with record_patch_selection(vilt) as selections:

@@ -7,7 +7,7 @@ import torch
 from naive_reference import naive_layers
 from schedules import schedule_of
 from timm.models.deit import VisionTransformerDistilled
-from tiny_hosts import HOSTS, INPUT_IDS, KEPT, LAYERS, PAIRS, PIXEL_MASK, PIXELS, RATE, make_timm
+from tiny_hosts import HOSTS, INPUT_IDS, KEPT, LAYERS, PAIRS, PIXELS, RATE, make_timm
 from tiny_models import LargestSquare, compile_and_count, enable_checkpointing, gradients_of
 from torch import nn
 from transformers import PreTrainedModel
@@ -56,17 +56,6 @@ def parts_of(layer: nn.Module) -> dict:
             "o": pair(layer.attn.out_proj),
             "norm2": layer.ln_2,
             "mlp": nn.Sequential(*layer.mlp.values()),
-        }
-    if name == "ViltLayer":
-        attention = layer.attention.attention
-        return {
-            "norm1": layer.layernorm_before,
-            "q": pair(attention.query),
-            "k": pair(attention.key),
-            "v": pair(attention.value),
-            "o": pair(layer.attention.output.dense),
-            "norm2": layer.layernorm_after,
-            "mlp": nn.Sequential(layer.intermediate, layer.output.dense),
         }
     return {
         "norm1": layer.norm1,
@@ -190,37 +179,6 @@ def test_timm_agrees_with_loops(options):
         model.num_prefix_tokens,
         run=lambda: model.forward_features(PIXELS.double()),
     )
-
-
-@torch.no_grad()
-@each_guidance
-def test_vilt_agrees_with_loops_over_unpadded_pairs(guidance):
-    model = HOSTS["vilt"].make_model().double()
-    tower = model.vilt
-    pixels = PIXELS.double()
-    text_mask = PAIRS["attention_mask"]
-    torch.manual_seed(0)
-    states, mask = tower.embeddings(INPUT_IDS, text_mask, None, pixels, PIXEL_MASK, None, None)
-    torch.manual_seed(0)
-    _, _, (patch_index, grid) = tower.embeddings.visual_embed(pixels, PIXEL_MASK, -1)
-    layers = [parts_of(layer) for layer in tower.encoder.layer]
-    apply_patch_selection(model, schedule_of(LAYERS, RATE, guidance))
-    with record_patch_selection(model) as selections:
-        actual = tower(INPUT_IDS, text_mask, pixel_values=pixels, pixel_mask=PIXEL_MASK).last_hidden_state
-    assert [selection.kept_indices.shape[1] for selection in selections] == KEPT
-    for row in range(3):
-        length = int(text_mask[row].sum())
-        patches = patch_index[row, :, 0] * grid[1] + patch_index[row, :, 1]
-        present = [i for i in patches.argsort().tolist() if mask[row, 6 + i]]  # in the order of the grid
-        tokens = torch.cat([states[row, :length], states[row, 5:6], states[row, 6:][present]])
-        guides = guides_of(guidance, 0, length)
-        expected, loops = naive_layers(tokens, layers, 2, length + 1, guides, dict.fromkeys(LAYERS, RATE))
-        expected = tower.layernorm(expected)
-        torch.testing.assert_close(actual[row, :length], expected[:length], rtol=0, atol=1e-9)
-        torch.testing.assert_close(actual[row, 5], expected[length], rtol=0, atol=1e-9)
-        for selection, (positions, *_) in zip(selections, loops):
-            indices = [-1 if i < 0 else int(patches[present[i]]) for i in positions]
-            assert [i for i in selection.kept_indices[row].tolist() if i != -2] == indices
 
 
 def test_a_part_matches_the_whole_projection():

@@ -16,10 +16,10 @@ from modeling_trips import (
 )
 
 
-@pytest.mark.parametrize("guidance", ["text", "image"])
+@pytest.mark.parametrize("schedule", ["1:text:0.5,3:text:0.5", "1:image:0.5,3:image:0.5", "1:image:0.5,3:text:0.5"])
 @torch.no_grad()
-def test_selection_follows_the_formula_for_each_pair_alone(guidance):
-    fields = {"schedule": f"1:{guidance}:0.5,3:{guidance}:0.5", "image_size": 16, "patch_embedding_type": "linear"}
+def test_selection_follows_the_formula_for_each_pair_alone(schedule):
+    fields = {"schedule": schedule, "image_size": 16, "patch_embedding_type": "linear"}
     model = make_random(TripsModel(make_config(fusion_type="single_stream", **fields))).double()
     tower = NaiveVisionTower(model.vision_model.state_dict(), model.config.vision_config)
     mask = (TEXTS != 0).long()

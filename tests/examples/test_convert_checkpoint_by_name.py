@@ -100,9 +100,6 @@ def test_a_folder_of_any_vilt_converts_and_computes_the_same(vilt_arguments, tok
     outputs = model(**inputs)
     assert outputs.last_hidden_state.std() > 0.05
     torch.testing.assert_close(outputs.last_hidden_state, states[:, :text_length], atol=1e-5, rtol=0)
-    image_states = outputs.vision_model_output.last_hidden_state
-    torch.testing.assert_close(image_states[:, 0], states[:, text_length], atol=1e-5, rtol=0)
-    torch.testing.assert_close(image_states.sum(dim=1), states[:, text_length:].sum(dim=1), atol=1e-4, rtol=0)
 
 
 def test_the_processor_is_vilts_in_another_resolution(vilt_arguments, tokenizer):

@@ -29,23 +29,14 @@ def make_processor(image_processor):
     return TripsProcessor(image_processor, BertTokenizer(vocab={"[PAD]": 0, "[UNK]": 1}))
 
 
-def test_patches_of_a_squashed_image():
-    # 4 x 4 patches of 16 pixels in 64 x 64; the image of 64 x 32 (width x height) has patches of 16 x 8
-    indices = torch.tensor([[0, 5, 11, -1], [15, -1, 3, 4]])
-    first, second = make_processor(SQUASH).patch_boxes(indices, [(32, 64), (32, 64)])
-    assert first.dtype == torch.float32
-    assert first.tolist() == [[0, 0, 16, 8], [16, 8, 32, 16], [48, 16, 64, 24]]
-    assert second.tolist() == [[48, 24, 64, 32], [48, 0, 64, 8], [0, 8, 16, 16]]
-
-
 @pytest.mark.parametrize("size", [(60, 120), (90, 50), (40, 20)], ids=str)
 @pytest.mark.parametrize("image_processor", [SQUASH, CROP, PAD_TO_64], ids=["squash", "crop", "pad"])
 def test_patches_agree_with_the_pixels(size, image_processor):
     """With all pixels outside a patch's box blackened, only that patch is bright."""
     processor = make_processor(image_processor)
     for index in (5, 6, 9):
-        (boxes,) = processor.patch_boxes([[index]], [size])
-        image = bright_in(size, boxes[0].round().int().tolist())
+        ((box,),) = processor.patch_boxes([[-1, index]], [size])  # without the fused token
+        image = bright_in(size, box.round().int().tolist())
         pixel_values = processor(images=image, return_tensors="pt").pixel_values[0, 0]
         light = pixel_values.reshape(4, 16, 4, 16).sum(dim=(1, 3)).flatten()
         assert light[index] > 0.85 * light.sum() > 0

@@ -74,29 +74,24 @@ def test_a_text_in_a_hundred_needs_no_other_model(bert):
     assert len(sentences) == 1
 
 
+VARIETY = ("different_predictions", "most_frequent_share", "accuracy_majority", "collapsed")
+
+
 @pytest.mark.parametrize(
-    "predictions, truths, collapsed",
+    "predictions, truths, expected",
     [
-        (["red"] * 19 + ["blue"], ["red"] * 10 + ["blue"] * 10, 1),
-        (["no"] * 20, ["no"] * 20, 0),  # there is nothing else to say
-        (["no"] * 19 + ["yes"], ["no"] * 19 + ["yes"], 0),
-        (["red", "blue"] * 10, ["green"] * 20, 0),
-        ([1] * 4, [1, 0, 0, 1], 1),
+        (["red"] * 19 + ["blue"], ["red"] * 10 + ["blue"] * 10, (2, 0.95, 0.5, 1)),
+        (["no"] * 20, ["no"] * 20, (1, 1.0, 1.0, 0)),  # there is nothing else to say
+        (["no"] * 19 + ["yes"], ["no"] * 19 + ["yes"], (2, 0.95, 0.95, 0)),
+        (["red", "blue"] * 10, ["green"] * 20, (2, 0.5, 1.0, 0)),
+        ([1] * 4, [1, 0, 0, 1], (1, 1.0, 0.5, 1)),
     ],
-    ids=["nearly all", "one truth", "as often as true", "two answers", "labels"],
 )
-def test_a_collapsed_model_is_named(predictions, truths, collapsed, caplog):
+def test_a_collapsed_model_is_named(predictions, truths, expected, caplog):
     with caplog.at_level(logging.INFO):
         metrics = variety(predictions, truths, "answer", lambda answers: truths.count(answers[0]) / len(truths))
-    favorite = max(predictions, key=predictions.count)
-    assert metrics == {
-        "different_predictions": len(set(predictions)),
-        "most_frequent_share": predictions.count(favorite) / len(predictions),
-        "accuracy_majority": max(map(truths.count, truths)) / len(truths),
-        "collapsed": collapsed,
-    }
-    levels = [record.levelno for record in caplog.records]
-    assert levels == [logging.INFO, *[logging.WARNING] * collapsed]
+    assert metrics == dict(zip(VARIETY, expected))
+    assert any(record.levelno == logging.WARNING for record in caplog.records) == metrics["collapsed"]
     assert "accuracy_majority" not in variety(predictions, truths, "caption")
 
 

@@ -3,7 +3,7 @@ Draw accuracy over operations from the rows of `docs/results`: `python docs/figu
 
 In the figure of drawn pictures, a point is one training, and a line joins those of a contestant. The gray band is one
 point below the unpruned model. In the figure of generative models, a point is the mean over the seeds of a selection
-with a budget of tokens.
+with a budget of tokens. In the figure of one checkpoint, a line is a model, run at several rates.
 """
 
 from pathlib import Path
@@ -12,6 +12,9 @@ from statistics import mean, stdev
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tables import DOCS, Rows, group, percents, read
+
+from modeling_trips import SelectionSchedule, TripsConfig
+from modeling_trips.inspection.cost import forward_cost
 
 
 # Rows of `pictures.json` that one figure compares: trainings with equal steps from one start.
@@ -24,6 +27,13 @@ HEADLINE = {
     "image in layer 3",
     "guide from answers",
 }
+# Models in the figure of one checkpoint, by what their scores learn from.
+EVERY_RATE = {
+    "relevance in every eighth step, rates drawn": "trained with rates that are drawn",
+    "relevance in every eighth step": "trained with 1 patch",
+}
+COMMON_START = "captions, one start (commit 2d4792e)"
+TEXT_LENGTH = 12  # tokens of a question
 PANELS = {"operations_1": "one text per image", "operations_5": "five texts per image"}
 MARKERS = "os^"
 # Told apart by the color-blind.
@@ -128,9 +138,45 @@ def draw_selections(rows: Rows, path: Path):
     figure.savefig(path, dpi=120)
 
 
+def draw_every_rate(rows: Rows, path: Path):
+    """Draw models at the rates that they run with, with standard deviations, over a band for the unpruned twins."""
+    config = TripsConfig.from_pretrained(DOCS.parent / "examples" / "trips-tiny-scenes-unpruned")
+    num_patches = max(row["patches"] for row in rows)
+    unpruned_cost = forward_cost(config, TEXT_LENGTH).macs(texts_per_image=1)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    twins = percents([row for row in rows if not row["learns_from"]], "mean_with_marks").values()
+    axes.axhspan(mean(twins) - stdev(twins), mean(twins) + stdev(twins), color="#dddddd", label="trained unpruned")
+    for number, (learns_from, name) in enumerate(EVERY_RATE.items()):
+        runs = [row for row in rows if row["learns_from"] == learns_from]
+        points = []
+        for (patches,), rate in group(runs, ["patches"]).items():
+            schedule = SelectionSchedule.parse(f"2:text:{patches / num_patches:.4f}")
+            cost = forward_cost(config, TEXT_LENGTH, schedule).macs(texts_per_image=1)
+            accuracies = percents(rate, "mean_with_marks").values()
+            points.append((cost / unpruned_cost, mean(accuracies), stdev(accuracies), patches))
+        operations, accuracies, deviations, patches = zip(*sorted(points))
+        style = style_of(number + 1)
+        axes.errorbar(operations, accuracies, yerr=deviations, capsize=2, label=name, **style)
+    for cost, count in zip(operations, patches):
+        axes.annotate(
+            str(count),
+            xy=(cost, axes.get_ylim()[0]),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="right" if count == min(patches) else "left",
+        )
+    axes.set_xlabel(f"operations of a question, unpruned = 1; patches kept of {num_patches} above the axis")
+    axes.set_ylabel("right answers, %")
+    axes.legend(loc="lower right", frameon=False)
+    figure.savefig(path, dpi=120)
+
+
 if __name__ == "__main__":
     compared = [row for row in read("pictures") if COMPARED.items() <= row.items()]
     draw(compared, DOCS / "accuracy_over_operations.png")
+    from_captions = [row for row in read("marks") if row["starts_from"] == COMMON_START]
+    draw_every_rate(from_captions, DOCS / "one_checkpoint.png")
     selections = read("vlm_methods")
     draw_selections(selections, DOCS / "vlm_methods.png")
     draw_selections([row for row in selections if row["selection"] in HEADLINE], DOCS / "kept_tokens.png")

@@ -44,6 +44,7 @@ from trips_examples.ask import (
     SCENE,
     answers_of,
     draw_selection,
+    shown,
 )
 
 
@@ -71,7 +72,7 @@ def build(args: AppArguments):
     trained = model.config.vision_config.schedule
     is_own = args.model == str(CHECKPOINT)  # others do not know the scene
 
-    def look(path: str | None, lines: str, *keep_rates: float):
+    def look(path: str | None, lines: str, threshold: float, *keep_rates: float):
         try:
             if path is None or not Path(path).is_file():
                 raise ValueError("There is no image. Upload one; it is deleted after ten minutes.")
@@ -81,8 +82,8 @@ def build(args: AppArguments):
                 selections.append(selection._replace(keep_rate=keep_rate))
             schedule = SelectionSchedule(trained.layers, tuple(selections))
             image = decoder.decode(Path(path).read_bytes())
-            pruned = answers_of(model, processor, image, questions, schedule=schedule)
-            unpruned = answers_of(model, processor, image, questions, schedule=UNPRUNED)
+            pruned = answers_of(model, processor, image, questions, threshold, schedule=schedule)
+            unpruned = answers_of(model, processor, image, questions, threshold, schedule=UNPRUNED)
             figure = None
             if schedule.layers:
                 answers = [best["answer"] for best in pruned]
@@ -90,8 +91,8 @@ def build(args: AppArguments):
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
         rows = []
-        for question, *both in zip(questions, pruned, unpruned):
-            rows.append([question, *(f"{best['answer']} ({best['score']:.1%})" for best in both)])
+        for question, own, other in zip(questions, pruned, unpruned):
+            rows.append([question, shown(own), shown(other)])
         return rows, figure
 
     with gr.Blocks(title="TRIPS: what the text makes the model look at", delete_cache=DELETION) as page:
@@ -112,6 +113,7 @@ def build(args: AppArguments):
                 lines = gr.Textbox(
                     "\n".join(QUESTIONS) if is_own else "", label="Questions, one per line", max_lines=MAX_QUESTIONS
                 )
+                threshold = gr.Slider(0, 1, 0, step=0.05, label="Probability below which an answer is unsure")
                 sliders = [
                     gr.Slider(0.005, 1, selection.keep_rate, step=0.005, label=f"Keep rate of layer {layer}")
                     for layer, selection in trained.by_layer.items()
@@ -120,8 +122,8 @@ def build(args: AppArguments):
             with gr.Column(scale=3, min_width=280):
                 result = gr.Dataframe(headers=["question", "answer", SAME_WEIGHTS], wrap=True, interactive=False)
                 figure = gr.Plot(show_label=False)
-        changes = [button.click, lines.submit, *(slider.release for slider in sliders)]
-        gr.on(changes, look, [image, lines, *sliders], [result, figure], api_name="look")
+        changes = [button.click, lines.submit, *(slider.release for slider in (threshold, *sliders))]
+        gr.on(changes, look, [image, lines, threshold, *sliders], [result, figure], api_name="look")
     return page
 
 

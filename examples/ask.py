@@ -10,7 +10,7 @@ Ask a trained model about an image, draw the patches that it keeps, and compare 
 from dataclasses import dataclass
 from pathlib import Path
 
-from trips_examples.data.source import option
+from trips_examples.data.source import check_is_file, option
 from trips_examples.training.options import make_parser, run_script
 
 
@@ -34,8 +34,8 @@ class AskArguments:
 
     def check_files(self):
         """Raise an `OSError` for an image that is not there."""
-        if "://" not in self.image and not Path(self.image).is_file():
-            raise FileNotFoundError(f"--image {self.image}: there is no such file.")
+        if "://" not in self.image:
+            check_is_file("image", self.image)
 
 
 OPTIONS = make_parser(AskArguments, description=__doc__, script=__name__)
@@ -71,16 +71,24 @@ def answers_of(
     processor: TripsProcessor,
     image: PIL.Image.Image,
     questions: list[str],
+    threshold: float = 0.0,
     **selection,
 ) -> list[dict]:
     """
-    Return the best answer to each question: `answer` and `score`, its probability. `selection` is the `schedule` or
-    `keep_rate` of the model's `forward`.
+    Return the best answer to each question, "unsure" with a `score` below the threshold. `selection` is the `schedule`
+    or `keep_rate` of the model's `forward`.
     """
     answerer = TripsVisualQuestionAnsweringPipeline(model=model, processor=processor)
     inputs = processor(images=image, text=questions, image_index=[0] * len(questions), return_tensors="pt")
     outputs = answerer.forward({"inputs": {**inputs, **selection}}, top_k=1)
-    return [answers[0] for answers in outputs["outputs"]]
+    return [answerer.postprocess(answers, threshold)[0] for answers in outputs["outputs"]]
+
+
+def shown(best: dict) -> str:
+    """Return an answer with its probability and the words of its question that the model has not learnt."""
+    unknown = best.get("unknown_words")
+    note = f"; unknown: {', '.join(unknown)}" if unknown else ""
+    return f"{best['answer']} ({best['score']:.1%}{note})"
 
 
 @torch.no_grad()
@@ -144,8 +152,8 @@ def main(argv: list[str] | None = None):
     if schedule.layers:
         others = [*answers_of(model, processor, image, args.question, schedule=UNPRUNED)]
     for question, own, other in zip(args.question, found, others):
-        compared = f"{SAME_WEIGHTS}: {other['answer']} ({other['score']:.1%})" if other else ""
-        print(f"  {question:<40} {own['answer']} ({own['score']:.1%})".ljust(64) + compared)
+        compared = f"{SAME_WEIGHTS}: {shown(other)}" if other else ""
+        print(f"  {question:<40} {shown(own)}".ljust(64) + compared)
     if schedule.layers:
         print(SAME_WEIGHTS_NOTE)
         inputs = processor(images=image, text=args.question[0], return_tensors="pt")

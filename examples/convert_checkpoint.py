@@ -16,7 +16,7 @@ by name; anything else is an error.
 from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 
-from trips_examples.data.source import option
+from trips_examples.data.source import check_is_file, option
 from trips_examples.training.checks import check_schedule
 from trips_examples.training.options import SCHEDULE_HELP, make_parser, run_script
 
@@ -37,8 +37,8 @@ class ConvertArguments:
         if Path(self.output_dir).exists():
             raise ValueError(f"--output_dir {self.output_dir} exists. Choose another one, or remove it first.")
         is_file_name = Path(self.checkpoint).suffix in (".pth", ".pt", ".bin", ".safetensors")
-        if is_file_name and not Path(self.checkpoint).is_file():
-            raise ValueError(f"--checkpoint {self.checkpoint}: there is no such file.")
+        if is_file_name:
+            check_is_file("checkpoint", self.checkpoint)
 
 
 OPTIONS = make_parser(ConvertArguments, description=__doc__, script=__name__)

@@ -15,7 +15,7 @@ shards: torchrun --nproc_per_node 8 examples/predict.py ...
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
-from trips_examples.data.source import option
+from trips_examples.data.source import check_is_file, option
 from trips_examples.training.options import make_parser, run_script
 
 
@@ -26,7 +26,7 @@ FORMATS = (".csv", ".jsonl", ".parquet")
 class PredictArguments:
     model: str = option(MISSING, "Checkpoint for questions, captions, boxes or statements.")
     images: list[str] = option(
-        MISSING, "Folders of images; WebDataset shards; Parquet, JSONL, CSV with images or paths."
+        MISSING, "Images or folders of them; WebDataset shards; Parquet, JSONL, CSV with images or paths."
     )
     output: str = option(MISSING, "New table: .csv, .jsonl or .parquet.")
     questions: list[str] = option([], "Questions, expressions or statements for every photo; the prompt of captions.")
@@ -54,8 +54,8 @@ class PredictArguments:
         """Raise an `OSError` for an output that exists, or a file that does not."""
         if Path(self.output).exists() and not self.parts.exists():
             raise FileExistsError(f"--output {self.output} exists. Give another name, or delete it.")
-        if self.questions_file and not Path(self.questions_file).is_file():
-            raise FileNotFoundError(f"--questions_file {self.questions_file}: there is no such file.")
+        if self.questions_file:
+            check_is_file("questions_file", self.questions_file)
 
 
 OPTIONS = make_parser(PredictArguments, description=__doc__, script=__name__)
@@ -126,10 +126,12 @@ def find_boxes(model, processor: TripsProcessor, inputs: dict, sizes: list, thre
 
 def judge(model, processor: TripsProcessor, inputs: dict, sizes: list, threshold: float) -> list[tuple]:
     """Return the most probable label, of statements 1 for true, or None below the threshold, and its probability."""
-    probabilities, labels = model(**inputs).logits.float().softmax(dim=-1).max(dim=-1)
+    probabilities = model(**inputs).logits.float().softmax(dim=-1)  # (num_texts, num_labels)
+    best = probabilities.max(dim=-1)
     judged = []
-    for label, number in zip(labels.tolist(), probabilities.tolist()):
-        judged.append((label if number >= threshold else None, round(number, 4)))
+    for label, confidence in zip(best.indices.tolist(), best.values.tolist()):
+        is_sure = confidence >= threshold
+        judged.append((label if is_sure else None, round(confidence, 4)))
     return judged
 
 
@@ -274,24 +276,28 @@ def write_parts(
     schema = pa.schema({"id": TEXT, "image": TEXT, head.text: TEXT, **head.columns, "error": TEXT})
     done: set[str] = set()
     for part in args.parts.glob(PARTS):
-        done.update(pyarrow.parquet.read_table(part, columns=["id"])["id"].to_pylist())
-    own_shards = list(enumerate(shards))[state.process_index :: state.num_processes]
-    total = count_new([shard for _, shard in own_shards], done, args.image_column, num_images)
+        table = pyarrow.parquet.read_table(part, columns=["id"])
+        done.update(table["id"].to_pylist())
+    numbered_shards = list(enumerate(shards))[state.process_index :: state.num_processes]
+    own_shards = [shard for _, shard in numbered_shards]
+    total = count_new(own_shards, done, args.image_column, num_images)
     state.wait_for_everyone()  # all know what is done before new parts appear
     with tqdm(desc="Photos", unit=" photos", total=total, disable=not state.is_main_process) as bar:
-        for number, shard in own_shards:
-            items = enumerate(items_of(shard, args.image_column, num_images))
-            new = (numbered for numbered in items if numbered[1].id not in done)
-            for block in map(list, chunk_iterable(new, PHOTOS_PER_PART)):
+        for number, shard in numbered_shards:
+            items = items_of(shard, args.image_column, num_images)
+            new_items = ((place, item) for place, item in enumerate(items) if item.id not in done)
+            for block in chunk_iterable(new_items, PHOTOS_PER_PART):
+                places, items_of_part = zip(*block)
                 rows = []
-                for numbered_items in chunk_iterable(block, args.batch_size):
-                    batch = [item for _, item in numbered_items]
-                    rows += predict(batch, texts, args.threshold, model, processor)
-                    bar.update(len(batch))
-                place, first = block[0]
+                for batch in chunk_iterable(items_of_part, args.batch_size):
+                    rows_of_batch = predict(list(batch), texts, args.threshold, model, processor)
+                    rows += rows_of_batch
+                    bar.update(len({row["id"] for row in rows_of_batch}))
                 # In the order of the collection; the id tells parts apart if the collection has changed.
-                with whole_file(args.parts / f"{number:06d}-{place:09d}-{first.id}.parquet") as partial:
-                    pyarrow.parquet.write_table(pa.Table.from_pylist(rows, schema=schema), partial)
+                name = f"{number:06d}-{places[0]:09d}-{items_of_part[0].id}.parquet"
+                with whole_file(args.parts / name) as partial:
+                    table = pa.Table.from_pylist(rows, schema=schema)
+                    pyarrow.parquet.write_table(table, partial)
 
 
 def write_output(args: PredictArguments):

@@ -48,8 +48,16 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         predictions = ({"prediction": [round(number, 2) for number in box]} for box in boxes)
         write_predictions(training_args.output_dir, rows, columns, predictions)
         draw_predictions(trainer, column_of(rows, "expression"), boxes=boxes)
-        groups = accuracy_by_group(metric, boxes, truths, rows)
-        return {**scores, **groups, **diagnose_selection(trainer), "samples": len(rows)}
+        scale = torch.tensor([[width, height, width, height] for height, width in sizes])
+        mean_box = (torch.tensor(truths) / scale).mean(dim=0)
+        same = metric.compute(predictions=(mean_box * scale).tolist(), references=truths)
+        return {
+            **scores,
+            "accuracy_mean_box": same["accuracy"],
+            **accuracy_by_group(metric, boxes, truths, rows),
+            **diagnose_selection(trainer),
+            "samples": len(rows),
+        }
 
     trainer = ImageGroupedTrainer(
         model=model,

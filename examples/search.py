@@ -19,7 +19,7 @@ from trips_examples.training.options import make_parser, run_script
 class SearchArguments:
     model: str = option(MISSING, "Retrieval checkpoint (folder or name on the Hub), or exported model.")
     images: list[str] = option(
-        MISSING, "Folders of images; WebDataset shards; Parquet, JSONL, CSV with images or paths."
+        MISSING, "Images or folders of them; WebDataset shards; Parquet, JSONL, CSV with images or paths."
     )
     text: list[str] = option([], "One or more texts to search for.")
     image: str | None = option(None, "An image to search similar ones for, in place of --text.")

@@ -1,9 +1,9 @@
 """Requests and replies of the service, and their OpenAPI description."""
 
 import base64
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
 from pydantic.json_schema import SkipJsonSchema, models_json_schema
 
 import modeling_trips
@@ -49,17 +49,10 @@ def request_models(settings: Settings) -> dict[str, type[BaseModel]]:
     class Request(BaseModel):
         model_config = ConfigDict(extra="forbid")
 
-    def check_rate(rate: float) -> float:
-        if rate not in settings.keep_rates:
-            raise ValueError(f"it must be one of {', '.join(map(str, settings.keep_rates))}")
-        return rate
-
     class SelectingRequest(Request):
         if settings.keep_rates:
-            keep_rate: Annotated[float, AfterValidator(check_rate)] | SkipJsonSchema[None] = Field(
-                None,
-                description="Share of the patches to keep, in place of the model's.",
-                json_schema_extra={"enum": settings.keep_rates},
+            keep_rate: Literal[tuple(settings.keep_rates)] = Field(  # type: ignore
+                None, description="Share of the patches to keep, in place of the model's."
             )
 
     class AnswerRequest(SelectingRequest):

@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from .engine import DECODERS, Batcher, Engine, Item, ItemImage
@@ -62,9 +62,10 @@ def metrics(request: Request) -> Response:
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
 
-def page_file(name: str, media_type: str) -> Response:
-    content = Path(__file__).with_name(name).read_bytes()
-    return Response(content, media_type=media_type, headers=PAGE_HEADERS)
+def read_page(script: str = "page.js") -> Response:
+    """Return the page that runs one of its two scripts."""
+    page = Path(__file__).with_name("page.html").read_text()
+    return HTMLResponse(page.replace("page.js", script), headers=PAGE_HEADERS)
 
 
 def refuse(request: Request, error: Exception) -> Response:
@@ -98,12 +99,12 @@ class Service:
             Route("/readyz", alive),
             Route("/metrics", metrics),
             Route("/openapi.json", JSONResponse(document)),
-            Route("/docs", page_file("docs.html", "text/html")),
-            Route("/docs.js", page_file("docs.js", "text/javascript")),
-            Route("/", page_file("page.html", "text/html")),
-            Route("/page.css", page_file("page.css", "text/css")),
-            Route("/page.js", page_file("page.js", "text/javascript")),
+            Route("/", read_page()),
+            Route("/docs", read_page("docs.js")),
         ]
+        for name in ("docs.js", "page.css", "page.js"):
+            file = Path(__file__).with_name(name)
+            routes.append(Route(f"/{name}", FileResponse(file, headers=PAGE_HEADERS)))
         self.app = Starlette(
             routes=routes,
             exception_handlers={HTTPException: refuse, 404: self.refuse_path, Exception: refuse},

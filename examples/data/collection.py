@@ -18,6 +18,7 @@ from trips_examples.data.tasks import SHOWN, BadRowError, Fault
 logger = logging.getLogger(__name__)
 
 FILES_PER_SHARD = 256
+SUFFIXES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ Shard = FolderShard | TarShard | FileShard
 
 def find_images(places: Sequence[str], image_root: str | None = None) -> list[Shard]:
     """
-    Return the shards of a collection, each once, with absolute paths. Places are folders, which are searched
-    recursively for image files, or shards and files of rows, as in `find_shards`. A `FileNotFoundError` names a place
-    or `image_root` that does not exist, and a folder without images.
+    Return the shards of a collection, each once, with absolute paths. Places are image files, folders, which are
+    searched recursively for them, or shards and files of rows, as in `find_shards`. A `FileNotFoundError` names a
+    place or `image_root` that does not exist, and a folder without images.
     """
     if image_root is not None and not os.path.isdir(image_root):
         raise FileNotFoundError(f"The folder {image_root} does not exist. Correct --image_root.")
@@ -50,18 +51,21 @@ def find_images(places: Sequence[str], image_root: str | None = None) -> list[Sh
         if os.path.isdir(path):
             files |= dict.fromkeys(_image_files(path))
         else:
-            shards |= dict.fromkeys(find_shards([path], root, option="--images"))
+            for shard in find_shards([path], root, option="--images"):
+                if shard.name.lower().endswith(SUFFIXES):
+                    files[shard.name] = None
+                else:
+                    shards[shard] = None
     return [*(FolderShard(tuple(paths)) for paths in chunk_iterable(files, FILES_PER_SHARD)), *shards]
 
 
 def _image_files(folder: str) -> list[str]:
     """Return the image files of a folder by their suffixes, and name others in a warning."""
-    suffixes = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
     found = []
     others = []
     for root, _, names in os.walk(folder):
         for name in names:
-            (found if name.lower().endswith(suffixes) else others).append(os.path.join(root, name))
+            (found if name.lower().endswith(SUFFIXES) else others).append(os.path.join(root, name))
     found.sort()
     if not found:
         raise FileNotFoundError(

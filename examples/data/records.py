@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 NumberedRecords = Iterator[tuple[int, dict | str]]
 
 IMAGE_SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+WORKBOOKS = (".xlsx", ".xlsm", ".xls", ".ods")
 SEPARATORS = (",", ";", "\t")  # the first is taken if they are level
 # A line of a CSV file with a cell that names an image.
 _LINE_WITH_IMAGE = re.compile(rf".*\.({'|'.join(IMAGE_SUFFIXES)}) *\"?([,;\t]|$)", re.IGNORECASE)
@@ -62,9 +63,9 @@ def read_records(file: Path) -> NumberedRecords:
     readers |= dict.fromkeys((".csv", ".tsv", ".txt"), _read_csv)
     suffix = file.suffix.lower()
     if suffix not in readers:
-        how = (
-            "In Excel, save it as CSV UTF-8" if suffix in (".xlsx", ".xls") else f"Convert it to {', '.join(readers)}"
-        )
+        how = f"Convert it to {', '.join(readers)}"
+        if suffix in WORKBOOKS:
+            how = "Save it as CSV, in Excel as CSV UTF-8"
         raise ValueError(f"{file} ends with {suffix!r}. {how}.")
     try:
         yield from readers[suffix](file)

@@ -27,6 +27,12 @@ def option(default, text: str, **metadata):
     return field(default=default, metadata=metadata)
 
 
+def check_is_file(name: str, path: str | Path):
+    """Raise a `FileNotFoundError` if the file of the option `--name` does not exist."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--{name} {path}: there is no such file.")
+
+
 @dataclass
 class DataArguments:
     """
@@ -101,9 +107,8 @@ class DataArguments:
             raise ValueError(f"dataset_name is {self.dataset_name!r}, but there are files as well. Give one.")
         if self.image_root is not None and not self.files:
             raise ValueError("image_root needs train_file, validation_file or test_file. Give one of them.")
-        for file in self.files.values():
-            if not file.is_file():
-                raise FileNotFoundError(f"There is no file {file}.")
+        for split, file in self.files.items():
+            check_is_file(f"{split}_file", file)
         if self.image_root is not None and not Path(self.image_root).is_dir():
             raise FileNotFoundError(f"The folder {self.image_root} does not exist. Correct image_root.")
 

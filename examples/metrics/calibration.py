@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
+from torch.nn.functional import binary_cross_entropy
 
 from modeling_trips import TripsProcessor
 from modeling_trips.modeling_trips import token_nll
@@ -21,7 +22,7 @@ from trips_examples.training.trainer import ImageGroupedTrainer
 
 logger = logging.getLogger(__name__)
 
-TEMPERATURES = torch.logspace(-1, 1, 61)  # 0.1 to 10; number 30 is 1
+TEMPERATURES = torch.logspace(-1, 1, 61)  # 0.1 to 10
 NUM_BINS = 10
 NUM_ROWS = 1000  # rows that are measured
 MOST_TOKENS = 5000  # a data set with more kinds of tokens in its questions has all usual words
@@ -48,9 +49,13 @@ def best_temperature(confidences: torch.Tensor, scores: torch.Tensor) -> int:
     num_right = scores.sum()
     most = (num_right + 1) / (num_right + 2)
     least = 1 / (len(scores) - num_right + 2)
-    scores = (least + scores * (most - least))[:, None]
-    likelihood = scores * confidences.clamp(min=1e-6).log() + (1 - scores) * (1 - confidences).clamp(min=1e-6).log()
-    return int(likelihood.mean(dim=0).argmax())
+    targets = least + scores * (most - least)
+    losses = binary_cross_entropy(
+        confidences.clamp(1e-6, 1 - 1e-6),
+        targets[:, None].expand_as(confidences),
+        reduction="none",
+    )  # (num_rows, num_temperatures)
+    return int(losses.mean(dim=0).argmin())
 
 
 @torch.no_grad()
@@ -96,13 +101,11 @@ def calibrate(trainer: ImageGroupedTrainer, sequences: np.ndarray, scores: list[
         `dict[str, float]`: `confidence_temperature`, and the expected `calibration_error` with it and without it.
     """
     config = trainer.accelerator.unwrap_model(trainer.model).config
-    fits = trainer.split == "validation" and trainer.args.do_train
-    temperatures = TEMPERATURES if fits else torch.tensor([1.0, config.confidence_temperature])
     truths = torch.tensor(scores[:NUM_ROWS])
-    confidences = confidences_of(trainer, sequences[:NUM_ROWS], temperatures)
-    chosen = best_temperature(confidences, truths) if fits else 1
-    if fits:
-        config.confidence_temperature = round(temperatures[chosen].item(), 3)
+    if trainer.split == "validation" and trainer.args.do_train:
+        confidences = confidences_of(trainer, sequences[:NUM_ROWS], TEMPERATURES)
+        chosen = best_temperature(confidences, truths)
+        config.confidence_temperature = round(TEMPERATURES[chosen].item(), 3)
         config.question_tokens = question_tokens(trainer.train_dataset, trainer.processing_class)
         if trainer.is_world_process_zero():  # the model was saved before it was evaluated
             path = Path(trainer.args.output_dir, "config.json")
@@ -110,9 +113,10 @@ def calibrate(trainer: ImageGroupedTrainer, sequences: np.ndarray, scores: list[
             stored["confidence_temperature"] = config.confidence_temperature
             stored["question_tokens"] = config.question_tokens
             write_json(path, stored)
-    uncalibrated = confidences[:, len(TEMPERATURES) // 2 if fits else 0]
+    temperatures = torch.tensor([config.confidence_temperature, 1.0])
+    calibrated, uncalibrated = confidences_of(trainer, sequences[:NUM_ROWS], temperatures).unbind(dim=-1)
     return {
         "confidence_temperature": config.confidence_temperature,
-        "calibration_error": calibration_error(confidences[:, chosen], truths),
+        "calibration_error": calibration_error(calibrated, truths),
         "calibration_error_uncalibrated": calibration_error(uncalibrated, truths),
     }

@@ -24,6 +24,8 @@ SCORES = {
     "region_recall": "region recall",
     "relevance_recall": "relevance recall",
 }
+# The score of a model that says the same about each row, and what it says.
+BASELINES = {"accuracy_majority": "the most frequent answer", "accuracy_mean_box": "the mean box"}
 SPLITS = {"eval": "Validation", "test": "Test"}
 
 
@@ -67,8 +69,9 @@ def summary(trainer: FiniteTrainer, split: str, metrics: dict[str, Any]) -> list
     if score is not None:
         value = f"{own[score]:.2f}" if score == "cider" else f"{own[score]:.1%}"
         line = f"{SPLITS[split]}, {own['samples']} rows: {SCORES[score]} {value}"
-        if "accuracy_majority" in own:
-            line += f", the most frequent answer {own['accuracy_majority']:.1%}"
+        for name, what in BASELINES.items():
+            if name in own:
+                line += f", {what} {own[name]:.1%}"
         lines.append(line)
     if not isinstance(trainer, ImageGroupedTrainer):
         return lines
@@ -83,9 +86,15 @@ def summary(trainer: FiniteTrainer, split: str, metrics: dict[str, Any]) -> list
     text_sensitivity = own.get(f"{last}_text_sensitivity")
     image_sensitivity = own.get(f"{last}_image_sensitivity")
     lines += describe_sensitivities(text_sensitivity, image_sensitivity)
-    if text_sensitivity is not None:
+    if text_sensitivity is not None and beats_baseline(own):
         lines += advice(schedule, text_sensitivity)
     return lines
+
+
+def beats_baseline(metrics: dict[str, float]) -> bool:
+    """Return whether the accuracy is above that of `BASELINES` by more than chance, of which 1/sqrt(rows) is ample."""
+    margin = 1 / math.sqrt(metrics["samples"])
+    return any(name in metrics and metrics["accuracy"] > metrics[name] + margin for name in BASELINES)
 
 
 def print_summary(trainer: FiniteTrainer, metrics: dict[str, Any]):

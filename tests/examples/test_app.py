@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,12 +17,13 @@ from programs import add_fake_ghostscript
 from running_service import free_port
 
 from trips_examples import app as page
-from trips_examples.ask import QUESTIONS, SCENE
+from trips_examples.ask import CHECKPOINT, QUESTIONS, SCENE
 
 
 gradio = pytest.importorskip("gradio")
 client = pytest.importorskip("gradio_client")
 pytestmark = pytest.mark.slow
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 # Python runs this at its start: names of hosts are written to a file, and only those of this machine are found.
 WATCHED_NAMES = """
@@ -69,8 +71,14 @@ def app(tmp_path_factory):
     process.wait(60)
 
 
-def ask(app, image: Path | str = SCENE, lines: str = "\n".join(QUESTIONS), keep_rate: float = 0.25) -> list[list[str]]:
-    table, figure = app.client.predict(client.handle_file(str(image)), lines, keep_rate, api_name="/look")
+def ask(
+    app,
+    image: Path | str = SCENE,
+    lines: str = "\n".join(QUESTIONS),
+    threshold: float = 0,
+    keep_rate: float = 0.25,
+) -> list[list[str]]:
+    table, figure = app.client.predict(client.handle_file(str(image)), lines, threshold, keep_rate, api_name="/look")
     assert figure is None if keep_rate == 1 else figure["plot"].startswith("data:image/")
     return table["data"]
 
@@ -108,6 +116,37 @@ def test_mistakes_of_visitors_are_named(app, tmp_path):
     assert "Traceback" not in app.log.read_text()
 
 
+def test_low_scores_are_unsure_and_unknown_words_are_marked(app):
+    ((_, answer, _),) = ask(app, lines="色?", threshold=1)
+    assert answer.startswith("unsure") and "[UNK]" in answer
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
+def test_another_model_opens_without_the_scene_in_a_browser(tmp_path):
+    playwright = pytest.importorskip("playwright.sync_api")
+    own = shutil.copytree(CHECKPOINT, tmp_path / "mine")
+    _, url, _ = page.main(["--model", str(own)], block=False)
+    try:
+        with playwright.sync_playwright() as started:
+            browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+            tab = browser.new_page()
+            tab.goto(url)
+            tab.wait_for_selector("text=mine")
+            assert tab.input_value("textarea") == ""
+            assert not tab.query_selector("button[aria-label='Clear'], .image-frame img")
+            tab.set_input_files("input[type=file]", SCENE)
+            tab.wait_for_selector(".image-frame img")
+            tab.fill("textarea", QUESTIONS[0])
+            tab.fill("input[type=number] >> nth=0", "1")
+            tab.click("button:has-text('Look')")
+            tab.wait_for_selector(
+                "td:has-text('unsure')", state="attached", timeout=120_000
+            )  # gradio hides and draws cells
+            browser.close()
+    finally:
+        gradio.close_all()
+
+
 def test_large_files_are_refused(app, tmp_path):
     PIL.Image.effect_noise((1500, 1500), 90).save(tmp_path / "noise.png")
     with pytest.raises(Exception, match="(?i)size|large"):
@@ -122,7 +161,7 @@ def test_uploads_are_deleted(tmp_path, monkeypatch):
         connected = client.Client(url, verbose=False)
         upload = tmp_path / "upload.png"
         PIL.Image.new("RGB", (64, 64), "teal").save(upload)
-        connected.predict(client.handle_file(str(upload)), "is there a circle?", 0.25, api_name="/look")
+        connected.predict(client.handle_file(str(upload)), "is there a circle?", 0, 0.25, api_name="/look")
         until = time.monotonic() + 120
         while list((tmp_path / "cache").rglob("upload.png")):
             assert time.monotonic() < until

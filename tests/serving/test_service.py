@@ -192,8 +192,8 @@ def test_other_places_and_methods(service):
     assert "made-up" not in httpx.get(f"{service.url}/metrics").text
 
 
-@pytest.mark.parametrize("path, links", [("/", {"page.js", "docs"}), ("/docs", {"docs.js", "", "openapi.json"})])
-def test_pages_load_nothing_from_other_hosts(service, path, links):
+@pytest.mark.parametrize("path, script", [("/", "page.js"), ("/docs", "docs.js")])
+def test_pages_load_nothing_from_other_hosts(service, path, script):
     page = httpx.get(service.url + path)
     policy = page.headers["content-security-policy"]
     assert policy.startswith("default-src 'none'")
@@ -201,7 +201,7 @@ def test_pages_load_nothing_from_other_hosts(service, path, links):
     assert "*" not in policy
     assert "://" not in page.text
     names = re.findall(r'(?:src|href)="\./([^"]*)"', page.text)
-    assert {"page.css", *links} == set(names)
+    assert {"page.css", script, "", "docs", "openapi.json"} == set(names)
     for name in names:
         reply = httpx.get(f"{service.url}/{name}").raise_for_status()
         assert "://" not in reply.text

@@ -22,6 +22,7 @@ def test_a_folder_has_its_image_files_and_those_of_its_folders(tmp_path, monkeyp
         assert row["image"] == {"bytes": None, "path": path}
     monkeypatch.chdir(tmp_path)
     assert rows("a", "a/b", tmp_path) == found  # under any spelling of the path, and each once
+    assert rows("a/*.png", "a/b/2.png") == found
 
 
 def test_rows_may_name_files_and_be_broken(tmp_path):

@@ -8,6 +8,7 @@ from toy_tasks import OPTIONS, write_task
 
 from trips_examples import run_vqa
 from trips_examples.training.pictures import plot_training, write_sheet
+from trips_examples.training.results import beats_baseline
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,19 @@ def test_few_lines_are_printed_at_the_end(run, capsys):
     printed = capsys.readouterr().out
     assert "exact_match" not in printed
     assert str(run / "again" / "test_results.json") in printed
+
+
+@pytest.mark.parametrize(
+    "metrics, expected",
+    [
+        ({"accuracy": 0.1, "accuracy_mean_box": 0.0, "samples": 20}, False),  # two boxes by luck
+        ({"accuracy": 0.35, "accuracy_majority": 0.33, "samples": 1000}, False),
+        ({"accuracy": 0.45, "accuracy_majority": 0.33, "samples": 1000}, True),
+        ({"cider": 2.0, "samples": 1000}, False),
+    ],
+)
+def test_a_model_at_chance_gets_no_advice(metrics, expected):
+    assert beats_baseline(metrics) == expected
 
 
 def test_predictions_are_drawn_with_the_kept_patches(run):

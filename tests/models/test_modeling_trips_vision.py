@@ -134,29 +134,24 @@ def make_inputs():
 
 
 @pytest.mark.parametrize(
-    ("schedule", "rows"),
+    ("schedule", "rows", "rows_of_fusion"),
     [
-        ("2:image:0.6,3:text:0.6", [(2, 2), (2, 2), (2, 4)]),  # patches are chosen between a layer's two halves
-        ("2:text:0.6,3:image:0.6", [(2, 2), (2, 4), (4, 4)]),
+        ("2:image:0.6,3:text:0.6", [(2, 2), (2, 2), (2, 4)], 4),  # patches are chosen between a layer's two halves
+        ("2:text:0.6,3:image:0.6", [(2, 2), (2, 4), (4, 4)], 4),
+        ("1:image:0.6,3:image:0.6", [(2, 2)] * 3, 2),
+        ("unpruned", [(2, 2)] * 3, 2),
     ],
-    ids=str,
 )
-def test_layers_run_once_per_image_until_a_text_guides(schedule, rows):
+def test_layers_run_once_per_image_until_a_text_guides(schedule, rows, rows_of_fusion):
+    """So do the projections of keys and values in the fusion."""
     model = CASE.make_model(schedule=schedule)
     inputs = make_inputs()
     for layer, (rows_of_attention, rows_of_mlp) in zip(model.vision_model.layers, rows, strict=True):
         assert calls_of(layer.attention.k_proj, lambda: model(**inputs)) == [rows_of_attention]
         assert calls_of(layer.mlp.fc1, lambda: model(**inputs)) == [rows_of_mlp]
-
-
-@pytest.mark.parametrize(
-    ("schedule", "rows"), [("1:image:0.6,3:image:0.6", 2), ("unpruned", 2), ("1:text:0.6,3:text:0.6", 4)]
-)
-def test_keys_and_values_of_untouched_image_tokens_are_projected_once_per_image(schedule, rows):
-    model = CASE.make_model(schedule=schedule)
     cross = model.fusion_model.encoder.layer[0].crossattention.self
     for projection in (cross.key, cross.value):
-        assert calls_of(projection, lambda: model(**make_inputs())) == [rows]
+        assert calls_of(projection, lambda: model(**inputs)) == [rows_of_fusion]
 
 
 @pytest.mark.parametrize("training", [False, True])

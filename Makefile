@@ -11,7 +11,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 help:
 	@echo "make try       ask a trained model about a picture, see where it looked (seconds, after installing)"
-	@echo "make demo      teach a trained model from answers alone which patches to keep (5 minutes on 2 cores)"
+	@echo "make demo      teach a trained model from answers alone which patches to keep (minutes)"
 	@echo "make test      the quick tests (minutes; WORKERS=1 for one process, 2 by default)"
 	@echo "make test-slow the slow tests: real processes, longer trainings"
 	@echo "make test-all  all tests, with those that only a release needs"

@@ -121,17 +121,19 @@ def make_line(table: dict, key: tuple, groups: dict[tuple, Rows]) -> Line:
     for (header, field), value in zip(table["settings"].items(), key):
         words = SETTINGS["words"].get(field, {})
         line[header] = words.get(value, str(value)) or "-"
+    fields = list(table.get("percents", {}).items())
+    for header, field in fields[:1]:
+        line[header] = spread(rows, field)
+        if "baselines" in table:
+            line |= compare(rows, name, baseline, field)
+    line["Runs"] = str(len(rows))
+    line["Starts"] = SETTINGS["starts"].get(rows[0].get(table.get("starts")), "")
+    for header, field in fields[1:]:
+        line[header] = spread(rows, field)
     for header, field in table.get("values", {}).items():
         line[header] = span(rows, field)
     for header, field in table.get("ratios", {}).items():
         line[header] = f"{rows[0][field] / baseline[0][field]:.2f}"
-    fields = table.get("percents", {})
-    for header, field in fields.items():
-        line[header] = spread(rows, field)
-    if fields and "baselines" in table:
-        compared, *_ = fields.values()
-        line |= compare(rows, name, baseline, compared)
-    line["Runs"] = str(len(rows))
     return line
 
 

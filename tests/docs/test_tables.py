@@ -2,14 +2,17 @@
 
 import json
 import re
+import shlex
+import subprocess
+from pathlib import Path
 
 import figure
 import pytest
 import tables
-from documents import Document
+from documents import Document, numbers_of
+from places import ROOT
 
 
-DECIMAL = re.compile(r"(?<![\w.])\d[\d,]*\.\d+")
 SCHEDULES = {"unpruned": 1.0, "6:text:0.0625": 0.5, "9:text:0.25": 0.8}
 
 
@@ -53,18 +56,77 @@ def test_all_lines_stand_in_the_appendix_and_all_excerpts_on_the_evidence_page()
             assert found, wanted
 
 
-# Decimals of README and evidence that are no results: the paper's, releases, and operations over those of another row.
-NO_ROW = {"2403.07883", "3.11", "1.45", "1.74", "76.23", "75.23", "75.92", "0.57", "0.84"}
+README, EVIDENCE, APPENDIX = [Document(path) for path in tables.PAGES]
+PAPER = {"40", "1.45", "1.74", "76.23", "75.23", "75.92"}  # results of the paper
+NO_RESULTS = {"95"}  # 95% interval
 
 
-def test_decimals_of_readme_and_evidence_stand_in_a_line_of_the_appendix():
-    known = {*NO_ROW}
+def numbers_of_rows() -> set[str]:
+    """Return the numbers of all lines of the appendix, and of its code."""
+    known = set()
     for name in tables.TABLES:
         for line in tables.lines_of(name):
-            known.update(DECIMAL.findall(" ".join(line.values())))
-    for path in tables.PAGES[:2]:
-        texts = [token.content for token in Document(path).tokens if token.type == "text"]
-        assert set(DECIMAL.findall(" ".join(texts))) <= known
+            known.update(numbers_of(" ".join(line.values())))
+    return known.union(*(numbers_of(block) for block in APPENDIX.blocks("python")))
+
+
+def test_numbers_of_the_evidence_page_stand_in_rows_and_those_of_a_claim_in_its_table():
+    claims = EVIDENCE.sections(in_tables=False)
+    cells = EVIDENCE.sections(in_tables=True)
+    known = numbers_of_rows()
+    introduction, *sections = claims
+    assert set(numbers_of(claims[introduction])) <= known
+    for section in sections:
+        assert set(numbers_of(claims[section])) <= set(numbers_of(cells[section]))
+    assert set(numbers_of(" ".join(cells.values()))) <= known | PAPER | NO_RESULTS
+
+
+def test_a_result_of_the_readme_stands_in_the_section_that_it_leads_to():
+    claims = EVIDENCE.sections(in_tables=False)
+    cells = EVIDENCE.sections(in_tables=True)
+    results = re.findall(r"^\| \[([^]]+)\]\(docs/evidence.md#([\w-]+)\)(.*)$", README.text, re.MULTILINE)
+    assert results
+    for name, section, line in results:
+        others = re.sub(r"\]\(\S+\)", "]", line)
+        assert set(numbers_of(f"{name} {others}")) <= set(numbers_of(claims[section] + cells[section]))
+
+
+TAKES_A_PATH = {"--model", "--model_name_or_path", "--resume_from_checkpoint", "--train_file"}
+
+
+def test_paths_in_commands_of_rows_are_explained_or_ship():
+    explained = {"examples", "last"}
+    for span in APPENDIX.code_spans:
+        explained.add(re.sub(r"\d+", "", span.partition("/")[0]))
+    for path in tables.RESULTS.glob("*.json"):
+        for row in tables.read(path.stem):
+            words = shlex.split(row.get("command", ""))
+            for option, word in zip(words, words[1:]):
+                assert not Path(word).is_absolute(), words
+                if option in TAKES_A_PATH:
+                    assert re.sub(r"\d+", "", word.partition("/")[0]) in explained, words
+
+
+def has_in_git(name: str) -> bool:
+    return subprocess.run(["git", "cat-file", "-e", name], cwd=ROOT, capture_output=True).returncode == 0
+
+
+def test_scripts_of_rows_and_pages_are_in_the_commit_that_they_name():
+    wanted = set()
+    for path in tables.RESULTS.glob("*.json"):
+        for row in tables.read(path.stem):
+            scripts = [word for word in shlex.split(row.get("command", "")) if word.endswith(".py")]
+            for script in scripts[:1]:  # a variable may stand before it
+                commit = row.get("script_commit", row["git_commit"])
+                wanted.add((commit, script))
+    for page in (README, EVIDENCE):
+        for span in page.code_spans:
+            wanted.update(re.findall(r"^git show (\w+):(\S+)$", span))
+    here = [(commit, script) for commit, script in wanted if has_in_git(commit)]
+    if not here:
+        pytest.skip("Needs the history of the repository.")
+    for commit, script in here:
+        assert has_in_git(f"{commit}:{script}"), (commit, script)
 
 
 def test_a_line_is_compared_with_the_unpruned_baseline_which_comes_first(pictures):

@@ -14,6 +14,12 @@ from places import ROOT
 
 # Python blocks that begin with this are only compiled, and their imports of this project are run.
 NOT_RUN = "# Not run by the tests: "
+NUMBER = re.compile(r"(?<![\w.,/-])[+-]?\d[\d,]*(?:\.\d+)?(?![\w/])")
+
+
+def numbers_of(text: str) -> list[str]:
+    """Return the numbers of a text without their signs, but not those of names and dates."""
+    return [number.strip("+-,") for number in NUMBER.findall(text)]
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,19 @@ class Document:
             if token.type == "inline" and depth == 0:
                 paragraphs.append(" ".join(part.content for part in token.children if part.type == "text"))
         return paragraphs
+
+    def sections(self, in_tables: bool) -> dict[str, str]:
+        """Return the texts of tables, or outside of them, by the anchor of their heading; "" is before the first."""
+        sections = {}
+        anchor = ""
+        depth = 0
+        for token in self.tokens:
+            if token.type == "heading_open":
+                anchor = token.attrs["id"]
+            depth += {"table_open": 1, "table_close": -1}.get(token.type, 0)
+            if token.type == "text" and in_tables == (depth > 0):
+                sections[anchor] = f"{sections.get(anchor, '')} {token.content}"
+        return sections
 
     @property
     def anchors(self) -> set[str]:

@@ -96,7 +96,7 @@ def find_baseline(table: dict, key: tuple, groups: dict[tuple, Rows]) -> tuple[s
 
 def compare(rows: Rows, name: str, baseline: Rows, field: str) -> Line:
     """Return the cells of the mean difference over the seeds of both, empty for less than three seeds."""
-    headers = ("Baseline", "Its result", "Difference", "95% interval", "Smallest to largest")
+    headers = ("Baseline", "Difference", "95% interval", "Its result", "Smallest to largest")
     line = dict.fromkeys(headers, "")
     results = percents(rows, field)
     others = percents(baseline, field)

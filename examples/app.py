@@ -82,12 +82,12 @@ def build(args: AppArguments):
                 selections.append(selection._replace(keep_rate=keep_rate))
             schedule = SelectionSchedule(trained.layers, tuple(selections))
             image = decoder.decode(Path(path).read_bytes())
-            pruned = answers_of(model, processor, image, questions, threshold, schedule=schedule)
-            unpruned = answers_of(model, processor, image, questions, threshold, schedule=UNPRUNED)
+            pruned = answers_of(model, processor, image, questions, schedule, threshold)
+            unpruned = answers_of(model, processor, image, questions, UNPRUNED, threshold)
             figure = None
             if schedule.layers:
                 answers = [best["answer"] for best in pruned]
-                figure = draw_selection(model, processor, image, questions, answers, schedule=schedule)
+                figure = draw_selection(model, processor, image, questions, answers, schedule)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
         rows = []

@@ -49,6 +49,7 @@ from matplotlib.figure import Figure
 
 from modeling_trips import (
     UNPRUNED,
+    SelectionSchedule,
     TripsForQuestionAnswering,
     TripsProcessor,
     TripsVisualQuestionAnsweringPipeline,
@@ -71,16 +72,13 @@ def answers_of(
     processor: TripsProcessor,
     image: PIL.Image.Image,
     questions: list[str],
+    schedule: SelectionSchedule,
     threshold: float = 0.0,
-    **selection,
 ) -> list[dict]:
-    """
-    Return the best answer to each question, "unsure" with a `score` below the threshold. `selection` is the `schedule`
-    or `keep_rate` of the model's `forward`.
-    """
+    """Return the best answer to each question, "unsure" if its `score` is below the threshold."""
     answerer = TripsVisualQuestionAnsweringPipeline(model=model, processor=processor)
     inputs = processor(images=image, text=questions, image_index=[0] * len(questions), return_tensors="pt")
-    outputs = answerer.forward({"inputs": {**inputs, **selection}}, top_k=1)
+    outputs = answerer.forward({"inputs": {**inputs, "schedule": schedule}}, top_k=1)
     return [answerer.postprocess(answers, threshold)[0] for answers in outputs["outputs"]]
 
 
@@ -98,12 +96,12 @@ def draw_selection(
     image: PIL.Image.Image,
     questions: list[str],
     answers: list[str],
+    schedule: SelectionSchedule,
     path: str | Path | None = None,
-    **selection,
 ) -> Figure:
-    """Draw the patches of the image that each question keeps in each selection layer; see [`answers_of`]."""
+    """Draw the patches of the image that each question keeps in each selection layer."""
     inputs = processor(images=image, text=questions, image_index=[0] * len(questions), return_tensors="pt")
-    kept = model.model(**inputs, **selection).selection
+    kept = model.model(**inputs, schedule=schedule).selection
     sizes = [(image.height, image.width)] * len(questions)
     boxes_of_layers = [processor.patch_boxes(layer.kept_indices, sizes) for layer in kept]
     return plot_selection(
@@ -117,12 +115,12 @@ def draw_selection(
 
 
 @torch.no_grad()
-def print_times(model: TripsForQuestionAnswering, selection: dict, inputs: dict):
+def print_times(model: TripsForQuestionAnswering, schedule: SelectionSchedule, inputs: dict):
     """Print the median time of a forward pass of 1 and 64 images and, of a pruned model, at keep rate 1.0."""
     for num_images in (1, 64):
         batch = {name: tensor.repeat_interleave(num_images, dim=0) for name, tensor in inputs.items()}
-        steps = {"own": lambda batch=batch: model.model(**batch, **selection)}
-        if model.config.vision_config.schedule.layers:
+        steps = {"own": lambda batch=batch: model.model(**batch, schedule=schedule)}
+        if schedule.layers:
             steps["unpruned"] = lambda batch=batch: model.model(**batch, schedule=UNPRUNED)
         times = seconds_in_turns(steps, warmup=2, repeats=9)
         seconds, *others = (statistics.median(all_times) for all_times in times.values())
@@ -141,31 +139,28 @@ def main(argv: list[str] | None = None):
         raise ValueError(f"--image {args.image}: {error}") from error
     model = load_checkpoint(args.model, [TripsForQuestionAnswering])
     processor = load_processor(args.model, model.config)
-    selection = {} if args.keep_rate is None else {"keep_rate": args.keep_rate}
     schedule = model.config.vision_config.schedule
     if args.keep_rate is not None:
         schedule = schedule.with_keep_rate(args.keep_rate)
 
     print(f"Asked about {args.image if args.image != str(SCENE) else 'a scene of eight shapes'}:")
-    found = answers_of(model, processor, image, args.question, **selection)
-    others: list[dict | None] = [None] * len(found)
-    if schedule.layers:
-        others = [*answers_of(model, processor, image, args.question, schedule=UNPRUNED)]
+    found = answers_of(model, processor, image, args.question, schedule)
+    others = answers_of(model, processor, image, args.question, UNPRUNED)
     for question, own, other in zip(args.question, found, others):
-        compared = f"{SAME_WEIGHTS}: {shown(other)}" if other else ""
+        compared = f"{SAME_WEIGHTS}: {shown(other)}" if schedule.layers else ""
         print(f"  {question:<40} {shown(own)}".ljust(64) + compared)
+    inputs = processor(images=image, text=args.question[0], return_tensors="pt")
     if schedule.layers:
         print(SAME_WEIGHTS_NOTE)
-        inputs = processor(images=image, text=args.question[0], return_tensors="pt")
         with torch.no_grad():
-            layers = model.model(**inputs, **selection).selection
+            layers = model.model(**inputs, schedule=schedule).selection
         kept = []
         for number, layer in zip(schedule.layers, layers):
             kept.append(f"{layer.kept_indices.shape[1]} of {layer.scores.shape[1]} patches after layer {number}")
         answers = [best["answer"] for best in found]
-        draw_selection(model, processor, image, args.question, answers, args.picture, **selection)
+        draw_selection(model, processor, image, args.question, answers, schedule, args.picture)
         print(f"It keeps {', '.join(kept)}. Which patches: {args.picture}")
-    print_times(model, selection, processor(images=image, text=args.question[0], return_tensors="pt"))
+    print_times(model, schedule, inputs)
 
 
 if __name__ == "__main__":

@@ -367,6 +367,8 @@ def by_image(tiles: Sequence[torch.Tensor], sizes: list[list[int]]) -> list[list
 
 def take(value, images: slice, num_images: int, rows: slice, num_rows: int):
     """Return the part of an input that belongs to some images, of which it has an entry or a row of pixels each."""
+    if isinstance(value, torch.Tensor) and value.dim() == 0:  # one for all images
+        return value
     if len(value) == num_images:
         return value[images]
     if len(value) == num_rows:

@@ -217,7 +217,9 @@ def select_by_visionzip(
     targets = others[:, is_target]  # (num_images, num_merged)
     sources = others[:, ~is_target]
     directions = unit_vectors(features.detach())
-    cosines = gather_tokens(directions, sources) @ gather_tokens(directions, targets).transpose(1, 2)
+    source_directions = gather_tokens(directions, sources)
+    target_directions = gather_tokens(directions, targets)
+    cosines = source_directions @ target_directions.transpose(1, 2)
     nearest = nn.functional.one_hot(cosines.argmax(dim=-1), num_merged)  # (num_images, num_sources, num_merged)
     nearest = nearest.transpose(1, 2).to(features.dtype)
     counts = nearest.sum(dim=-1, keepdim=True).clamp(min=1)
@@ -236,9 +238,11 @@ def keep_changes(video: torch.Tensor, keep_rate: float) -> torch.Tensor:
     num_steps, num_tokens, _ = video.shape
     change = 1 - nn.functional.cosine_similarity(video[1:], video[:-1], dim=-1)
     change = nn.functional.pad(change, (0, 0, 1, 0), value=torch.inf)
-    order = change.flatten().argsort(descending=True, stable=True)
-    num_kept = max(num_tokens, int(num_steps * num_tokens * keep_rate))
-    is_kept = torch.zeros_like(order, dtype=torch.bool)
+    change = change.flatten()  # (num_steps * num_tokens,)
+    order = change.argsort(descending=True, stable=True)
+    num_kept = int(len(change) * keep_rate)
+    num_kept = max(num_kept, num_tokens)
+    is_kept = torch.zeros_like(change, dtype=torch.bool)
     is_kept[order[:num_kept]] = True
     return is_kept.view(num_steps, num_tokens)
 

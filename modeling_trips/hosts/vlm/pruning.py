@@ -145,11 +145,13 @@ class Prompts:
         self.is_text = self.mask & ~self.is_visual
         # What the lengths of the new rows depend on comes to the host at once, before the tower runs. Later syncs are
         # the check of `labels`, and sizes of images in families whose images have any size.
-        num_text = self.is_text.sum(dim=1)
-        is_right_padded = ~self.mask[:, -1]
-        num_visual = [is_kind.sum(dim=1) for is_kind in self.places.values()]
-        self.num_text, is_right_padded, *num_visual = torch.stack([num_text, is_right_padded, *num_visual]).tolist()
-        self.pads_right = any(is_right_padded)
+        ends_in_padding = ~self.mask[:, -1]
+        counted = [ends_in_padding, self.is_text.sum(dim=1)]
+        for is_kind in self.places.values():
+            counted.append(is_kind.sum(dim=1))
+        counts = torch.stack(counted)  # (2 + number of kinds, batch_size)
+        ends_in_padding, self.num_text, *num_visual = counts.tolist()
+        self.pads_right = any(ends_in_padding)
         self.num_visual: dict[str, list[int]] = dict(zip(self.places, num_visual))
 
     def is_token(self, token_id: int) -> torch.Tensor:

@@ -1,15 +1,13 @@
 """
 Draw accuracy over operations from the rows of `docs/results`: `python docs/figure.py`.
 
-In the figure of drawn pictures, a point is one training, and a line joins those of a contestant. The gray band is one
-point below the unpruned model. In the figure of generative models, a point is the mean over the seeds of a selection
-with a budget of tokens. In the figure of one checkpoint, a line is a model, run at several rates.
+In the figures of generative models, a point is the mean over the seeds of a selection with a budget of tokens. In the
+figure of one checkpoint, a line is a model, run at several rates.
 """
 
 from pathlib import Path
 from statistics import mean, stdev
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tables import DOCS, Rows, group, percents, read
 
@@ -17,8 +15,6 @@ from modeling_trips import SelectionSchedule, TripsConfig
 from modeling_trips.inspection.cost import forward_cost
 
 
-# Rows of `pictures.json` that one figure compares: trainings with equal steps from one start.
-COMPARED = {"pictures": "emoji scenes", "steps": 1250, "seed": 42, "precision": "bfloat16 mixed"}
 # Selections in the figure of the README.
 HEADLINE = {
     "unpruned",
@@ -34,7 +30,6 @@ EVERY_RATE = {
 }
 COMMON_START = "captions, one start (commit 2d4792e)"
 TEXT_LENGTH = 12  # tokens of a question
-PANELS = {"operations_1": "one text per image", "operations_5": "five texts per image"}
 MARKERS = "os^"
 # Told apart by the color-blind.
 COLORS = ("#000000", "#d9480f", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -44,70 +39,6 @@ def style_of(number: int) -> dict[str, str]:
     """Return color and marker of the line with this number."""
     marker_number, color_number = divmod(number, len(COLORS))
     return {"color": COLORS[color_number], "marker": MARKERS[marker_number]}
-
-
-def size_of(row: dict) -> str:
-    """Return in words what the model of a row reads."""
-    if row["schedule"] == "unpruned":
-        return f"{row['pixels']} px"
-    return f"{row['patches']} patches"
-
-
-def name_points(axes: Axes, rows: Rows, cost: str, color: str):
-    """Write beside each point what its model reads."""
-    for row in rows:
-        axes.annotate(
-            size_of(row),
-            xy=(row[cost], 100 * row["test_accuracy"]),
-            xytext=(6, 6),
-            textcoords="offset points",
-            fontsize=7,
-            color=color,
-        )
-
-
-def draw_panel(axes: Axes, rows: Rows, cost: str):
-    """Draw all contestants for a number of texts per image."""
-    contestants = group(rows, ["contestant"])
-    unpruned = max(100 * row["test_accuracy"] for row in contestants[("unpruned",)])
-    axes.axhspan(unpruned - 1, unpruned, color="#dddddd")
-    for number, ((name,), runs) in enumerate(contestants.items()):
-        runs = sorted(runs, key=lambda row: row[cost])
-        style = style_of(number)
-        label = name
-        if len(runs) == 1:
-            label = f"{name} ({size_of(runs[0])})"
-        else:
-            name_points(axes, runs, cost, style["color"])
-        axes.plot(
-            [row[cost] for row in runs],
-            [100 * row["test_accuracy"] for row in runs],
-            label=label,
-            **style,
-        )
-    axes.set_title(PANELS[cost])
-    axes.set_xlabel("operations, unpruned = 1")
-    axes.set_ylabel("right answers, %")
-    axes.margins(x=0.1)  # for the names of the points
-
-
-def draw(rows: Rows, path: Path):
-    """Draw a panel for each number of texts per image."""
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    panels = figure.subplots(
-        ncols=len(PANELS),
-        sharex=True,
-        sharey=True,
-    )
-    for axes, cost in zip(panels, PANELS):
-        draw_panel(axes, rows, cost)
-    handles, _ = panels[0].get_legend_handles_labels()
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=2,
-    )
-    figure.savefig(path, dpi=120)
 
 
 def draw_selections(rows: Rows, path: Path):
@@ -173,8 +104,6 @@ def draw_every_rate(rows: Rows, path: Path):
 
 
 if __name__ == "__main__":
-    compared = [row for row in read("pictures") if COMPARED.items() <= row.items()]
-    draw(compared, DOCS / "accuracy_over_operations.png")
     from_captions = [row for row in read("marks") if row["starts_from"] == COMMON_START]
     draw_every_rate(from_captions, DOCS / "one_checkpoint.png")
     selections = read("vlm_methods")

@@ -142,9 +142,12 @@ def test_a_line_is_compared_with_the_unpruned_baseline_which_comes_first(picture
     assert "Text sensitivity" not in few  # no row has it
 
 
-def test_the_figure_is_drawn_from_the_rows(pictures, tmp_path):
-    figure.draw(tables.read("pictures"), tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").stat().st_size > 1000
+def test_the_figure_of_one_checkpoint_shows_the_rows(tmp_path):
+    rows = [row for row in tables.read("marks") if row["starts_from"] == figure.COMMON_START]
+    changed = [{**row, "accuracy_color": 0.9} if row["patches"] == 36 else row for row in rows]
+    figure.draw_every_rate(rows, tmp_path / "old.png")
+    figure.draw_every_rate(changed, tmp_path / "new.png")
+    assert (tmp_path / "old.png").read_bytes() != (tmp_path / "new.png").read_bytes()
 
 
 def test_a_selection_that_is_new_in_the_rows_is_drawn(tmp_path):

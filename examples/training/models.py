@@ -12,6 +12,7 @@ from modeling_trips import TripsConfig, TripsPreTrainedModel, TripsProcessor
 from modeling_trips.conversion.processors import load_tokenizer, make_processor
 from modeling_trips.conversion.vision_text import make_vision_text_model, vision_text_config
 from trips_examples.data.vocabulary import train_tokenizer
+from trips_examples.training.checks import check_names
 from trips_examples.training.options import ModelArguments, config_fields
 
 
@@ -30,7 +31,7 @@ def load_start(
         `ValueError`, `OSError`: The options do not fit, or the checkpoint or tokenizer does not exist.
     """
     fields = {**config_fields(args), **task_fields}
-    args.check_start()
+    check_names(args)
     if args.model is not None:
         config, processor = _start_from_checkpoint(args, fields)
     elif args.starts_from_parts:

@@ -94,10 +94,6 @@ class ModelArguments:
         if self.schedule not in (None, *SCHEDULES.values()):  # of the recipe
             check_schedule(self.schedule)
 
-    def check_start(self):
-        """Raise an error for a model or tokenizer that cannot be read."""
-        check_names(self)
-
     @property
     def starts_from_parts(self) -> bool:
         return self.vision_model_name_or_path is not None
@@ -351,10 +347,8 @@ class Parser(HfArgumentParser):
                 if hasattr(each, "check_files"):
                     each.check_files()
             for each in arguments:
-                if not isinstance(each, ModelArguments):
+                if self.trains or not isinstance(each, ModelArguments):  # check_data.py does without a start
                     check_names(each)
-                elif self.trains:  # check_data.py does without a start that cannot be read
-                    each.check_start()
         except (ValueError, OSError) as error:
             self.error(str(error))
 

@@ -357,15 +357,17 @@ class Parser(HfArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def parse_known_args(self, args=None, namespace=None) -> tuple[Namespace, list[str]]:
-        own = {action.dest for action in self._actions}
         if namespace is None:
+            own = {action.dest for action in self._actions}
             blank = Namespace(**dict.fromkeys(own, MISSING))
             parsed, _ = super().parse_known_args(args, blank)
             typed = {name: value for name, value in vars(parsed).items() if value is not MISSING}
-            on_cpu = self.on_cpu or typed.get("use_cpu", False)
-            defaults = recipe(self.task, typed, on_cpu)
             self.typed = set(typed)
-            namespace = Namespace(**{name: value for name, value in defaults.items() if name in own})
+            on_cpu = self.on_cpu or typed.get("use_cpu", False)
+            namespace = Namespace()
+            for name, value in recipe(self.task, typed, on_cpu).items():
+                if name in own:
+                    setattr(namespace, name, value)
         return super().parse_known_args(args, namespace)
 
 

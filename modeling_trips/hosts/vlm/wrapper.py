@@ -167,23 +167,25 @@ def _pruning_class(own_class: type[nn.Module]) -> type[nn.Module]:
     """
     signature = inspect.signature(own_class.forward)
 
-    @wraps(own_class.forward)
-    def forward(self, *args, **kwargs):
-        kwargs = _by_name(signature, self, args, kwargs)
-        selection = selection_of(self)  # None in other models loaded with this class
-        if selection is not None and _has_pixels(kwargs):
-            kwargs = selection.prune(kwargs)
-        elif selection is not None:
-            _check_mask(kwargs)
-        return own_class.forward(self, **kwargs)
+    class PruningModel(own_class):  # type: ignore[valid-type, misc]
+        @wraps(own_class.forward)
+        def forward(self, *args, **kwargs):
+            kwargs = _by_name(signature, self, args, kwargs)
+            selection = selection_of(self)  # None in other models loaded with this class
+            if selection is not None and _has_pixels(kwargs):
+                kwargs = selection.prune(kwargs)
+            elif selection is not None:
+                _check_mask(kwargs)
+            return own_class.forward(self, **kwargs)
 
-    def reduce(self, protocol):
-        return _new_pruning_model, (own_class,), vars(self)
+        def __reduce_ex__(self, protocol):
+            return _new_pruning_model, (own_class,), vars(self)
 
-    members = {"forward": forward, "__reduce_ex__": reduce, "__module__": own_class.__module__}
     if hasattr(own_class, "generate"):
-        members["generate"] = _pruning_generate(own_class)
-    return type(own_class.__name__, (own_class,), members)
+        PruningModel.generate = _pruning_generate(own_class)
+    for name in ("__name__", "__qualname__", "__module__"):
+        setattr(PruningModel, name, getattr(own_class, name))
+    return PruningModel
 
 
 def _new_pruning_model(own_class: type[nn.Module]) -> nn.Module:

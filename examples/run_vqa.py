@@ -44,6 +44,8 @@ def train_question_answering(
 ) -> dict[str, float]:
     """Train and evaluate a question-answering model, and return the metrics."""
     model, processor, data = start_run(TripsForQuestionAnswering, "vqa", model_args, data_args, training_args)
+    if training_args.do_train:  # those of the start; `calibrate` finds the new ones
+        model.config.update({"confidence_temperature": 1.0, "question_tokens": None})
     unwritable = warn_of_unwritable_texts(data, "answers", processor, normalize_answer)
     longest = training_args.generation_max_length or max(10, most_tokens(data, "answers", processor))
     model.generation_config.update(max_new_tokens=longest, max_length=None)

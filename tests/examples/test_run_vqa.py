@@ -15,7 +15,12 @@ from tiny_processors import make_bert_tokenizer
 from toy_pairs import TWO_PROCESSES
 from toy_tasks import ENVIRONMENT, OPTIONS, predictions
 
-from modeling_trips import TripsForQuestionAnswering, TripsProcessor, TripsVisualQuestionAnsweringPipeline
+from modeling_trips import (
+    TripsConfig,
+    TripsForQuestionAnswering,
+    TripsProcessor,
+    TripsVisualQuestionAnsweringPipeline,
+)
 from trips_examples import run_vqa
 
 
@@ -86,6 +91,10 @@ def test_learns_the_toy_data_and_leaves_a_model_that_answers(data, tmp_path):
     model.config.confidence_temperature = 1.0
     assert pipeline(image=image, question="what color is it?", top_k=1)[0]["score"] != known["score"] <= 1
     assert "unknown_words" not in known and unknown["unknown_words"]
+
+    run_vqa.main(options_of(data, tmp_path / "next", f"--model={tmp_path}", "--max_steps=1", "--do_eval=False"))
+    uncalibrated = TripsConfig.from_pretrained(tmp_path / "next")
+    assert (uncalibrated.confidence_temperature, uncalibrated.question_tokens) == (1.0, None)
 
 
 def test_answers_that_the_model_cannot_write_are_counted(data, tmp_path, caplog):

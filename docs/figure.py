@@ -1,7 +1,7 @@
 """
 Draw accuracy over operations from the rows of `docs/results`: `python docs/figure.py`.
 
-In the figures of generative models, a point is the mean over the seeds of a selection with a budget of tokens. In the
+In the figure of generative models, a point is the mean over the seeds of a selection with a budget of tokens. In the
 figure of one checkpoint, a line is a model, run at several rates.
 """
 
@@ -15,14 +15,6 @@ from modeling_trips import SelectionSchedule, TripsConfig
 from modeling_trips.inspection.cost import forward_cost
 
 
-# Selections in the figure of the README.
-HEADLINE = {
-    "unpruned",
-    "divprune, after the tower",
-    "random, after the tower",
-    "image in layer 3",
-    "guide from answers",
-}
 # Models in the figure of one checkpoint, by what their scores learn from.
 EVERY_RATE = {
     "relevance in every eighth step, rates drawn": "trained with rates that are drawn",
@@ -106,6 +98,4 @@ def draw_every_rate(rows: Rows, path: Path):
 if __name__ == "__main__":
     from_captions = [row for row in read("marks") if row["starts_from"] == COMMON_START]
     draw_every_rate(from_captions, DOCS / "one_checkpoint.png")
-    selections = read("vlm_methods")
-    draw_selections(selections, DOCS / "vlm_methods.png")
-    draw_selections([row for row in selections if row["selection"] in HEADLINE], DOCS / "kept_tokens.png")
+    draw_selections(read("vlm_methods"), DOCS / "vlm_methods.png")

@@ -68,8 +68,16 @@ def draw_every_rate(rows: Rows, path: Path):
     unpruned_cost = forward_cost(config, TEXT_LENGTH).macs(texts_per_image=1)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    twins = percents([row for row in rows if not row["learns_from"]], "mean_with_marks").values()
-    axes.axhspan(mean(twins) - stdev(twins), mean(twins) + stdev(twins), color="#dddddd", label="trained unpruned")
+    unpruned = [row for row in rows if not row["learns_from"]]
+    accuracies = percents(unpruned, "mean_with_marks").values()
+    lowest = mean(accuracies) - stdev(accuracies)
+    highest = mean(accuracies) + stdev(accuracies)
+    axes.axhspan(
+        lowest,
+        highest,
+        color="#dddddd",
+        label="trained unpruned",
+    )
     for number, (learns_from, name) in enumerate(EVERY_RATE.items()):
         runs = [row for row in rows if row["learns_from"] == learns_from]
         points = []
@@ -77,10 +85,17 @@ def draw_every_rate(rows: Rows, path: Path):
             schedule = SelectionSchedule.parse(f"2:text:{patches / num_patches:.4f}")
             cost = forward_cost(config, TEXT_LENGTH, schedule).macs(texts_per_image=1)
             accuracies = percents(rate, "mean_with_marks").values()
-            points.append((cost / unpruned_cost, mean(accuracies), stdev(accuracies), patches))
+            operations = cost / unpruned_cost
+            points.append((operations, mean(accuracies), stdev(accuracies), patches))
         operations, accuracies, deviations, patches = zip(*sorted(points))
-        style = style_of(number + 1)
-        axes.errorbar(operations, accuracies, yerr=deviations, capsize=2, label=name, **style)
+        axes.errorbar(
+            operations,
+            accuracies,
+            yerr=deviations,
+            capsize=2,
+            label=name,
+            **style_of(number + 1),
+        )
     for cost, count in zip(operations, patches):
         axes.annotate(
             str(count),

@@ -167,7 +167,7 @@ def _pruning_class(own_class: type[nn.Module]) -> type[nn.Module]:
     """
     signature = inspect.signature(own_class.forward)
 
-    class PruningModel(own_class):  # type: ignore[valid-type, misc]
+    class PruningModel(own_class):
         @wraps(own_class.forward)
         def forward(self, *args, **kwargs):
             kwargs = _by_name(signature, self, args, kwargs)

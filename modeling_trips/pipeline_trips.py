@@ -254,7 +254,7 @@ class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
         for token in dict.fromkeys(token_ids):
             if token == tokenizer.unk_token_id or (known and token not in known | special):
                 unknown.append(tokenizer.decode([token]).strip())
-        return unknown
+        return [word for word in unknown if word]
 
     def postprocess(self, outputs: list[dict], threshold: float = 0.0) -> list[dict]:
         """Return the answers of a question, or "unsure" if the best one has a score below the threshold."""

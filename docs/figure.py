@@ -8,6 +8,7 @@ figure of one checkpoint, a line is a model, run at several rates.
 from pathlib import Path
 from statistics import mean, stdev
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tables import DOCS, Rows, group, percents, read
 
@@ -33,6 +34,19 @@ def style_of(number: int) -> dict[str, str]:
     return {"color": COLORS[color_number], "marker": MARKERS[marker_number]}
 
 
+def draw_line(axes: Axes, points: list[tuple[float, list[float]]], name: str, number: int):
+    """Join points of operations and of accuracies by start, the accuracies by mean and standard deviation."""
+    operations, accuracies = zip(*sorted(points))
+    axes.errorbar(
+        operations,
+        [mean(values) for values in accuracies],
+        yerr=[stdev(values) for values in accuracies],
+        capsize=2,
+        label=name,
+        **style_of(number),
+    )
+
+
 def draw_selections(rows: Rows, path: Path):
     """Draw the selections of generative models, each joined over its budgets of tokens, with standard deviations."""
     figure = Figure(figsize=(10, 5), layout="constrained")
@@ -43,17 +57,9 @@ def draw_selections(rows: Rows, path: Path):
         points = []
         for budget in group(runs, ["level"]).values():
             operations = mean(row["total_mmacs"] for row in budget)
-            accuracies = percents(budget, "mean").values()
-            points.append((operations / unpruned, mean(accuracies), stdev(accuracies)))
-        operations, accuracies, deviations = zip(*sorted(points))
-        axes.errorbar(
-            operations,
-            accuracies,
-            yerr=deviations,
-            capsize=2,
-            label=name,
-            **style_of(number),
-        )
+            accuracies = list(percents(budget, "mean").values())
+            points.append((operations / unpruned, accuracies))
+        draw_line(axes, points, name, number)
     axes.set_xlabel("operations of a question, unpruned = 1")
     axes.set_ylabel("right answers, %")
     axes.grid(alpha=0.3)
@@ -78,31 +84,25 @@ def draw_every_rate(rows: Rows, path: Path):
         color="#dddddd",
         label="trained unpruned",
     )
-    for number, (learns_from, name) in enumerate(EVERY_RATE.items()):
+    operations = {}  # by the number of patches
+    for patches in sorted({row["patches"] for row in rows}):
+        schedule = SelectionSchedule.parse(f"2:text:{(patches - 0.5) / num_patches:.4f}")  # rounded up
+        cost = forward_cost(config, TEXT_LENGTH, schedule)
+        operations[cost.num_kept] = cost.macs(texts_per_image=1) / unpruned_cost
+    for number, (learns_from, name) in enumerate(EVERY_RATE.items(), start=1):
         runs = [row for row in rows if row["learns_from"] == learns_from]
         points = []
         for (patches,), rate in group(runs, ["patches"]).items():
-            schedule = SelectionSchedule.parse(f"2:text:{patches / num_patches:.4f}")
-            cost = forward_cost(config, TEXT_LENGTH, schedule).macs(texts_per_image=1)
-            accuracies = percents(rate, "mean_with_marks").values()
-            operations = cost / unpruned_cost
-            points.append((operations, mean(accuracies), stdev(accuracies), patches))
-        operations, accuracies, deviations, patches = zip(*sorted(points))
-        axes.errorbar(
-            operations,
-            accuracies,
-            yerr=deviations,
-            capsize=2,
-            label=name,
-            **style_of(number + 1),
-        )
-    for cost, count in zip(operations, patches):
+            accuracies = list(percents(rate, "mean_with_marks").values())
+            points.append((operations[patches], accuracies))
+        draw_line(axes, points, name, number)
+    for patches, cost in operations.items():
         axes.annotate(
-            str(count),
+            str(patches),
             xy=(cost, axes.get_ylim()[0]),
             xytext=(0, 4),
             textcoords="offset points",
-            ha="right" if count == min(patches) else "left",
+            ha="right" if patches == 1 else "left",
         )
     axes.set_xlabel(f"operations of a question, unpruned = 1; patches kept of {num_patches} above the axis")
     axes.set_ylabel("right answers, %")

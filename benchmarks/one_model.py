@@ -70,11 +70,10 @@ def measure(args: OneModelArguments) -> Iterator[dict]:
     costs = {name: forward_cost(model.config, text_length) for name, model in models.items()}
     macs = {name: cost.macs(args.texts_per_image) for name, cost in costs.items()}
     for name in models:
-        num_others = 1 if name == "unpruned" else 2  # [CLS], and the fused token
         yield {
             "model": args.baseline if name == "unpruned" else args.model,
             "schedule": name,
-            "patches": costs[name].tokens[-1] - num_others,
+            "patches": costs[name].num_kept,
             "texts_per_image": args.texts_per_image,
             "questions": num_questions,
             "accuracy": correct[name] / num_questions,

@@ -80,8 +80,8 @@ def summary(trainer: FiniteTrainer, split: str, metrics: dict[str, Any]) -> list
     if not schedule.layers:
         return [*lines, "Unpruned: all patches are kept."]
     num_patches = math.prod(config.vision_config.grid_size)
-    num_kept = forward_cost(config, text_length=1).tokens[-1] - 1 - config.vision_config.fuse_inattentive_tokens
-    lines.append(f"{schedule} keeps {num_kept} of {num_patches} patches.")
+    cost = forward_cost(config, text_length=1)
+    lines.append(f"{schedule} keeps {cost.num_kept} of {num_patches} patches.")
     last = f"layer{schedule.layers[-1]}"
     text_sensitivity = own.get(f"{last}_text_sensitivity")
     image_sensitivity = own.get(f"{last}_image_sensitivity")

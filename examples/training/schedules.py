@@ -52,8 +52,8 @@ def settle_schedule(
         "%s keeps %d of %d patches, for %.2f times the operations of the unpruned model with one text per image, %.2f "
         "times with %.1f in a batch (an image of the data has %.1f)",
         schedule,
-        pruned.tokens[-1] - 1 - config.vision_config.fuse_inattentive_tokens,
-        unpruned.tokens[-1] - 1,
+        pruned.num_kept,
+        unpruned.num_kept,
         pruned.macs(1) / unpruned.macs(1),
         share,
         texts_in_batch,

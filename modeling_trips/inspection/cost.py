@@ -19,6 +19,7 @@ class Cost:
     per_image: int  # MACs that all texts of the image share
     per_text: int  # MACs
     tokens: tuple[int, ...]  # image tokens after each vision layer, including [CLS] and fused tokens
+    num_kept: int  # patches behind the last selection layer
 
     def macs(self, texts_per_image: float) -> float:
         """Return the MACs of one image and its texts."""
@@ -38,9 +39,9 @@ def forward_cost(config: TripsConfig, text_length: int, schedule: SelectionSched
     schedule = config.vision_config.schedule if schedule is None else schedule
     macs = Counter()
     if config.fusion_encoder_config.fusion_type == "single_stream":
-        tokens = _count_tower(config.vision_config, schedule, macs, joint_length=text_length)
+        tokens, num_kept = _count_tower(config.vision_config, schedule, macs, joint_length=text_length)
     else:
-        tokens = _count_tower(config.vision_config, schedule, macs)
+        tokens, num_kept = _count_tower(config.vision_config, schedule, macs)
         _count_fusion(
             config.fusion_encoder_config,
             text_length=text_length,
@@ -50,7 +51,7 @@ def forward_cost(config: TripsConfig, text_length: int, schedule: SelectionSched
         )
         text = config.text_config
         macs["text"] += text.num_hidden_layers * _layer(text.hidden_size, text.intermediate_size, text_length)
-    return Cost(per_image=macs["image"], per_text=macs["text"], tokens=tokens)
+    return Cost(per_image=macs["image"], per_text=macs["text"], tokens=tokens, num_kept=num_kept)
 
 
 # Fields of a configuration are slow to read, so they are read before the loops below.
@@ -85,16 +86,17 @@ def _patch_embedding(config: TripsVisionConfig) -> int:
 
 def _count_tower(
     config: TripsVisionConfig, schedule: SelectionSchedule, macs: Counter, joint_length: int = 0
-) -> tuple[int, ...]:
+) -> tuple[tuple[int, ...], int]:
     """
     Add the MACs of the vision tower, or of the joint layers of a single stream with `joint_length` text tokens, which
-    run per text. Return the image tokens after each layer.
+    run per text. Return the image tokens after each layer, and the patches that the last selection keeps.
     """
     width = config.hidden_size
     mlp_width = config.intermediate_size
     num_fused = 1 if config.fuse_inattentive_tokens else 0
     selecting = schedule.by_layer
-    tokens = 1 + math.prod(config.grid_size)
+    num_kept = math.prod(config.grid_size)
+    tokens = 1 + num_kept
     tokens_per_layer = []
     macs["image"] += _patch_embedding(config)
     owner = "text" if joint_length else "image"
@@ -114,7 +116,7 @@ def _count_tower(
                 macs[owner] += num_fused * candidates * width
         macs[owner] += _mlp(width, mlp_width, joint_length + tokens)
         tokens_per_layer.append(tokens)
-    return tuple(tokens_per_layer)
+    return tuple(tokens_per_layer), num_kept
 
 
 def _count_fusion(

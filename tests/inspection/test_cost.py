@@ -1,5 +1,6 @@
 """The cost formula against PyTorch's counter."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -47,5 +48,8 @@ def test_formula_matches_pytorch_counter(text, fields):
         setting = Setting("tiny", 64, 1, texts_per_image, 6, config_fields=fields, schedule=str(schedule))
         assert cost.macs(texts_per_image) == count_macs(setting, setting.schedule)
         model = replace(setting, attn_implementation="eager").make_model("meta").eval()
-        states = model(**setting.make_inputs(model), output_hidden_states=True).vision_model_output.hidden_states
+        output = model(**setting.make_inputs(model), output_hidden_states=True)
+        kept = [selection.kept_indices.shape[1] for selection in output.selection]
+        assert cost.num_kept == [math.prod(model.config.vision_config.grid_size), *kept][-1]
+        states = output.vision_model_output.hidden_states
         assert [joint_length + count for count in cost.tokens] == [each.shape[1] for each in states[1:]]

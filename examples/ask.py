@@ -145,7 +145,9 @@ def main(argv: list[str] | None = None):
 
     print(f"Asked about {args.image if args.image != str(SCENE) else 'a scene of eight shapes'}:")
     found = answers_of(model, processor, image, args.question, schedule)
-    others = answers_of(model, processor, image, args.question, UNPRUNED)
+    others = found
+    if schedule.layers:
+        others = answers_of(model, processor, image, args.question, UNPRUNED)
     for question, own, other in zip(args.question, found, others):
         compared = f"{SAME_WEIGHTS}: {shown(other)}" if schedule.layers else ""
         print(f"  {question:<40} {shown(own)}".ljust(64) + compared)

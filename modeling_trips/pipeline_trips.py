@@ -250,11 +250,12 @@ class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
         tokenizer = self.processor.tokenizer
         known = {*map(int, (self.model.config.question_tokens or "").split())}
         special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
-        unknown = []
+        learnt = known | special
+        words = []
         for token in dict.fromkeys(token_ids):
-            if token == tokenizer.unk_token_id or (known and token not in known | special):
-                unknown.append(tokenizer.decode([token]).strip())
-        return [word for word in unknown if word]
+            if token == tokenizer.unk_token_id or (known and token not in learnt):
+                words.append(tokenizer.decode([token]).strip())
+        return [word for word in words if word]  # a piece may be a space alone
 
     def postprocess(self, outputs: list[dict], threshold: float = 0.0) -> list[dict]:
         """Return the answers of a question, or "unsure" if the best one has a score below the threshold."""

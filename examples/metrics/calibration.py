@@ -22,7 +22,7 @@ from trips_examples.training.trainer import ImageGroupedTrainer
 
 logger = logging.getLogger(__name__)
 
-TEMPERATURES = torch.logspace(-1, 1, 61)  # 0.1 to 10
+TEMPERATURES = torch.logspace(-1, 1, 61).round(decimals=3)  # 0.1 to 10
 NUM_BINS = 10
 NUM_ROWS = 1000  # rows that are measured
 MOST_TOKENS = 5000  # a data set with more kinds of tokens in its questions has all usual words
@@ -102,9 +102,13 @@ def calibrate(trainer: ImageGroupedTrainer, sequences: np.ndarray, scores: list[
     """
     config = trainer.accelerator.unwrap_model(trainer.model).config
     truths = torch.tensor(scores[:NUM_ROWS])
-    if trainer.split == "validation" and trainer.args.do_train:
-        confidences = confidences_of(trainer, sequences[:NUM_ROWS], TEMPERATURES)
-        chosen = best_temperature(confidences, truths)
+    is_fitted = trainer.split == "validation" and trainer.args.do_train
+    candidates = TEMPERATURES if is_fitted else torch.tensor([config.confidence_temperature])
+    temperatures = torch.cat((candidates, torch.ones(1)))
+    confidences = confidences_of(trainer, sequences[:NUM_ROWS], temperatures)
+    chosen = 0
+    if is_fitted:
+        chosen = best_temperature(confidences[:, :-1], truths)
         config.confidence_temperature = round(TEMPERATURES[chosen].item(), 3)
         config.question_tokens = question_tokens(trainer.train_dataset, trainer.processing_class)
         if trainer.is_world_process_zero():  # the model was saved before it was evaluated
@@ -113,10 +117,8 @@ def calibrate(trainer: ImageGroupedTrainer, sequences: np.ndarray, scores: list[
             stored["confidence_temperature"] = config.confidence_temperature
             stored["question_tokens"] = config.question_tokens
             write_json(path, stored)
-    temperatures = torch.tensor([config.confidence_temperature, 1.0])
-    calibrated, uncalibrated = confidences_of(trainer, sequences[:NUM_ROWS], temperatures).unbind(dim=-1)
     return {
         "confidence_temperature": config.confidence_temperature,
-        "calibration_error": calibration_error(calibrated, truths),
-        "calibration_error_uncalibrated": calibration_error(uncalibrated, truths),
+        "calibration_error": calibration_error(confidences[:, chosen], truths),
+        "calibration_error_uncalibrated": calibration_error(confidences[:, -1], truths),
     }

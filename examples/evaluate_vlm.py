@@ -80,8 +80,8 @@ from modeling_trips.hosts import TextGuide
 from modeling_trips.inspection.provenance import provenance
 from trips_examples.data.images import column_of, read_image
 from trips_examples.data.loading import DataArguments, load_task_dataset
-from trips_examples.lmms.generation import VisionLanguageModel, question_about
 from trips_examples.metrics.diagnostics import variety
+from trips_examples.metrics.generation import VisionLanguageModel, question_about
 from trips_examples.metrics.vqa_accuracy import answer_score, most_common_answer, normalize_answer
 from trips_examples.training.files import write_json
 

@@ -82,7 +82,7 @@ from modeling_trips.hosts.vlm.supervision import (
 from modeling_trips.patch_selection import log_scores, selection_loss, targets_of_candidates
 from trips_examples.data.images import column_of, read_image
 from trips_examples.data.loading import BUNDLED
-from trips_examples.lmms.generation import VisionLanguageModel, encode, question_about
+from trips_examples.metrics.generation import VisionLanguageModel, encode, question_about
 from trips_examples.training.runs import parse_arguments, train_and_evaluate
 from trips_examples.training.start import load_data
 from trips_examples.training.trainer import FiniteTrainer

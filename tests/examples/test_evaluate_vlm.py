@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText
 from modeling_trips.hosts import TextGuide
 from trips_examples import evaluate_vlm
 from trips_examples.evaluate_vlm import SELECTIONS, EvaluationArguments, default_layer
-from trips_examples.lmms.generation import VisionLanguageModel
+from trips_examples.metrics.generation import VisionLanguageModel
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from tiny_vlms import BY_NAME
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from modeling_trips.hosts import prune_inputs
-from trips_examples.lmms.generation import VisionLanguageModel, encode
+from trips_examples.metrics.generation import VisionLanguageModel, encode
 
 
 PLACEHOLDERS = {"llava": "<image> ", "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|> "}

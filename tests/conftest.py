@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -60,6 +61,19 @@ def clean_python(tmp_path_factory) -> Path:
     """Return a Python with the project's dependencies, without the project. The workers of pytest-xdist share it."""
     folder = tmp_path_factory.getbasetemp()
     return make_environment((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "clean")
+
+
+@pytest.fixture
+def browser_page():
+    playwright = pytest.importorskip("playwright.sync_api")
+    programs = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
+    chromium = next(filter(None, programs), None)
+    if chromium is None:
+        pytest.skip("no chromium is installed")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        yield browser.new_page()
+        browser.close()
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import PIL.Image
 import pytest
 from places import EXAMPLES
 from programs import add_fake_ghostscript
-from running_service import free_port
+from running_service import free_port, wait_until
 
 from trips_examples import app as page
 from trips_examples.ask import CHECKPOINT, QUESTIONS, SCENE
@@ -23,7 +23,6 @@ from trips_examples.ask import CHECKPOINT, QUESTIONS, SCENE
 gradio = pytest.importorskip("gradio")
 client = pytest.importorskip("gradio_client")
 pytestmark = pytest.mark.slow
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 # Python runs this at its start: names of hosts are written to a file, and only those of this machine are found.
 WATCHED_NAMES = """
@@ -56,15 +55,15 @@ def app(tmp_path_factory):
     port, log = free_port(), folder / "app.log"
     command = [sys.executable, str(EXAMPLES / "app.py"), "--port", str(port), "--max_megabytes", "1"]
     process = subprocess.Popen(command, env=variables, stdout=log.open("w"), stderr=subprocess.STDOUT)
+    url = f"http://127.0.0.1:{port}/"
     for _ in range(600):
         assert process.poll() is None, log.read_text()[-3000:]
         try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/").close()
+            urllib.request.urlopen(url).close()
             break
         except OSError:
             time.sleep(0.5)
-    connected = client.Client(f"http://127.0.0.1:{port}/", verbose=False)
-    url = f"http://127.0.0.1:{port}/"
+    connected = client.Client(url, verbose=False)
     yield SimpleNamespace(client=connected, url=url, folder=folder, log=log, eps=eps, gs_was_started=gs_was_started)
     connected.close()
     process.terminate()
@@ -95,6 +94,8 @@ def test_answers_are_right_and_no_host_is_looked_up(app):
     assert answers == [answers[0]] * 4 and [row[0] for row in answers[0]] == QUESTIONS
     assert [row[1].split()[0] for row in answers[0]] == ["dot", "ring", "purple", "no"]
     assert ask(app, keep_rate=1)[0][1] == answers[0][0][2]  # the same weights at keep rate 1.0
+    ((_, unsure, _),) = ask(app, lines="色?", threshold=1)
+    assert unsure.startswith("unsure") and "[UNK]" in unsure
     assert set((app.folder / "names").read_text().split()) <= {"127.0.0.1", "localhost", "None"}
 
 
@@ -114,43 +115,28 @@ def test_mistakes_of_visitors_are_named(app, tmp_path):
     assert "text[1]" in too_long and "122" in too_long
     assert "got 0" in error_of(app, lines=" ") and "got 7" in error_of(app, lines=7 * "a\n")
     assert "Traceback" not in app.log.read_text()
+    PIL.Image.effect_noise((1500, 1500), 90).save(tmp_path / "noise.png")
+    with pytest.raises(Exception, match="(?i)size|large"):  # refused by Gradio
+        ask(app, tmp_path / "noise.png")
 
 
-def test_low_scores_are_unsure_and_unknown_words_are_marked(app):
-    ((_, answer, _),) = ask(app, lines="色?", threshold=1)
-    assert answer.startswith("unsure") and "[UNK]" in answer
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
-def test_another_model_opens_without_the_scene_in_a_browser(tmp_path):
-    playwright = pytest.importorskip("playwright.sync_api")
+def test_another_model_opens_without_the_scene_in_a_browser(browser_page, tmp_path):
     own = shutil.copytree(CHECKPOINT, tmp_path / "mine")
     _, url, _ = page.main(["--model", str(own)], block=False)
     try:
-        with playwright.sync_playwright() as started:
-            browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-            tab = browser.new_page()
-            tab.goto(url)
-            tab.wait_for_selector("text=mine")
-            assert tab.input_value("textarea") == ""
-            assert not tab.query_selector("button[aria-label='Clear'], .image-frame img")
-            tab.set_input_files("input[type=file]", SCENE)
-            tab.wait_for_selector(".image-frame img")
-            tab.fill("textarea", QUESTIONS[0])
-            tab.fill("input[type=number] >> nth=0", "1")
-            tab.click("button:has-text('Look')")
-            tab.wait_for_selector(
-                "td:has-text('unsure')", state="attached", timeout=120_000
-            )  # gradio hides and draws cells
-            browser.close()
+        browser_page.goto(url)
+        browser_page.wait_for_selector("text=mine")
+        assert browser_page.input_value("textarea") == ""
+        assert not browser_page.query_selector("button[aria-label='Clear'], .image-frame img")
+        browser_page.set_input_files("input[type=file]", SCENE)
+        browser_page.wait_for_selector(".image-frame img")
+        browser_page.fill("textarea", QUESTIONS[0])
+        browser_page.fill("input[type=number] >> nth=0", "1")
+        browser_page.click("button:has-text('Look')")
+        # Gradio hides and draws cells.
+        browser_page.wait_for_selector("td:has-text('unsure')", state="attached", timeout=120_000)
     finally:
         gradio.close_all()
-
-
-def test_large_files_are_refused(app, tmp_path):
-    PIL.Image.effect_noise((1500, 1500), 90).save(tmp_path / "noise.png")
-    with pytest.raises(Exception, match="(?i)size|large"):
-        ask(app, tmp_path / "noise.png")
 
 
 def test_uploads_are_deleted(tmp_path, monkeypatch):
@@ -162,9 +148,6 @@ def test_uploads_are_deleted(tmp_path, monkeypatch):
         upload = tmp_path / "upload.png"
         PIL.Image.new("RGB", (64, 64), "teal").save(upload)
         connected.predict(client.handle_file(str(upload)), "is there a circle?", 0, 0.25, api_name="/look")
-        until = time.monotonic() + 120
-        while list((tmp_path / "cache").rglob("upload.png")):
-            assert time.monotonic() < until
-            time.sleep(0.5)
+        wait_until(lambda: not list((tmp_path / "cache").rglob("upload.png")), seconds=120)
     finally:
         gradio.close_all()

@@ -1,6 +1,5 @@
 """Annotation files in the official forms: their conversion has the rows of each task."""
 
-import json
 from pathlib import Path
 
 import PIL.Image
@@ -10,85 +9,66 @@ from loading import load
 from trips_examples.convert_annotations import main
 
 
-COCO_NAMES = {number: f"COCO_train2014_{number:012d}.jpg" for number in (9, 25)}
-QUESTIONS = {
-    "data_subtype": "train2014",
-    "questions": [
-        {"image_id": 9, "question": "What is it?", "question_id": 9000},
-        {"image_id": 25, "question": "How many?", "question_id": 25001},
+IMAGES = [
+    "COCO_train2014_000000000009.jpg",
+    "COCO_train2014_000000000025.jpg",
+    "train2014/COCO_train2014_000000000009.jpg",
+    "train2014/COCO_train2014_000000000025.jpg",
+    "34/train-10171-0-img0.png",
+    "34/train-10171-0-img1.png",
+    "coco/train2017/000000000009.jpg",
+]
+QUESTIONS = """{"data_subtype": "train2014", "questions": [
+    {"image_id": 9, "question": "What is it?", "question_id": 9000},
+    {"image_id": 25, "question": "How many?", "question_id": 25001}
+]}"""
+NO_QUESTIONS = '{"data_subtype": "train2014", "questions": []}'
+ANNOTATIONS = """{"data_subtype": "train2014", "annotations": [
+    {"answers": [{"answer": "2", "answer_confidence": "yes"}, {"answer": "two", "answer_confidence": "yes"}],
+     "image_id": 25, "answer_type": "number", "question_id": 25001}
+]}"""
+CAPTIONS = """{
+    "images": [
+        {"id": 9, "file_name": "COCO_train2014_000000000009.jpg"},
+        {"id": 25, "file_name": "COCO_train2014_000000000025.jpg"}
     ],
-}
-ANNOTATIONS = {
-    "data_subtype": "train2014",
-    "annotations": [
-        {
-            "answers": [{"answer": answer, "answer_confidence": "yes"} for answer in ("2", "two")],
-            "image_id": 25,
-            "answer_type": "number",
-            "question_id": 25001,
-        },
-    ],
-}
-CAPTIONS = {
-    "images": [{"id": number, "file_name": name} for number, name in COCO_NAMES.items()],
     "annotations": [
         {"image_id": 25, "id": 1, "caption": "A giraffe."},
         {"image_id": 9, "id": 2, "caption": "Food."},
-        {"image_id": 25, "id": 3, "caption": "Two giraffes."},
-    ],
-}
-KARPATHY = {
-    "images": [
-        {
-            "filepath": "train2014",
-            "filename": COCO_NAMES[number],
-            "split": split,
-            "sentences": [{"raw": "Food.", "sentid": 1}],
-            "cocoid": number,
-        }
-        for number, split in ((9, "restval"), (25, "val"))
-    ],
-    "dataset": "coco",
-}
-STATEMENTS = [
-    {
-        "sentence": "There are two dogs.",
-        "left_url": "https://a/1.jpg",
-        "right_url": "https://a/2.jpg",
-        "identifier": "train-10171-0-0",
-        "label": label,
-        "directory": 34,
-    }
-    for label in ("False", "True")
-]
-INSTANCES = {
+        {"image_id": 25, "id": 3, "caption": "Two giraffes."}
+    ]
+}"""
+KARPATHY = """{"dataset": "coco", "images": [
+    {"filepath": "train2014", "filename": "COCO_train2014_000000000009.jpg", "split": "restval",
+     "sentences": [{"raw": "Food.", "sentid": 1}], "cocoid": 9},
+    {"filepath": "train2014", "filename": "COCO_train2014_000000000025.jpg", "split": "val",
+     "sentences": [{"raw": "Food.", "sentid": 1}], "cocoid": 25}
+]}"""
+STATEMENT = """{"sentence": "There are two dogs.", "left_url": "https://a/1.jpg", "right_url": "https://a/2.jpg", \
+"identifier": "train-10171-0-0", "label": "LABEL", "directory": 34}
+"""
+STATEMENTS = STATEMENT.replace("LABEL", "False") + STATEMENT.replace("LABEL", "True")
+INSTANCES = """{
     "info": {},
-    "images": [{"id": 9, "file_name": COCO_NAMES[9]}],
+    "images": [{"id": 9, "file_name": "COCO_train2014_000000000009.jpg"}],
     "annotations": [{"id": 7, "image_id": 9, "bbox": [1.0, 2.0, 3.0, 4.0]}],
-    "categories": [{"id": 1, "name": "person"}],
-}
-REFS = [
-    {
-        "ann_id": 7,
-        "ref_id": 0,
-        "image_id": 9,
-        "split": "testA",
-        "sentences": [{"raw": "THE LADY", "sent": text} for text in ("the lady", "left")],
-    }
-]
-CONVERSATIONS = [
-    {
-        "id": "000000000009",
-        "image": "coco/train2017/000000000009.jpg",
-        "conversations": [
-            {"from": "human", "value": "<image>\nWhat is it?"},
-            {"from": "gpt", "value": "Food."},
-            {"from": "human", "value": "Is it hot?"},
-            {"from": "gpt", "value": "Yes."},
-        ],
-    },
-    {"id": "text", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
-]
+    "categories": [{"id": 1, "name": "person"}]
+}"""
+REFS = """[{"ann_id": 7, "ref_id": 0, "image_id": 9, "split": "testA", "sentences": [
+    {"raw": "THE LADY", "sent": "the lady"}, {"raw": "THE LADY", "sent": "left"}
+]}]"""
+CONVERSATIONS = """[
+    {"id": "000000000009", "image": "coco/train2017/000000000009.jpg", "conversations": [
+        {"from": "human", "value": "<image>\\nWhat is it?"},
+        {"from": "gpt", "value": "Food."},
+        {"from": "human", "value": "Is it hot?"},
+        {"from": "gpt", "value": "Yes."}
+    ]},
+    {"id": "text", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
+]"""
+NO_QUESTION_FIRST = """[{"id": "000000000009", "image": "coco/train2017/000000000009.jpg", "conversations": [
+    {"from": "gpt", "value": "a"}
+]}]"""
 # The task of the rows, the contents of the files, the name of the written file, and the expected rows.
 CASES = {
     "vqa": (
@@ -123,12 +103,6 @@ CASES = {
         [{"question": "What is it?", "answers": ["Food."]}, {"question": "Is it hot?", "answers": ["Yes."]}],
     ),
 }
-IMAGES = [
-    *COCO_NAMES.values(),
-    *(f"train2014/{name}" for name in COCO_NAMES.values()),
-    *(f"34/train-10171-0-img{side}.png" for side in (0, 1)),
-    "coco/train2017/000000000009.jpg",
-]
 
 
 @pytest.fixture
@@ -140,9 +114,7 @@ def folder(tmp_path) -> Path:
 
 
 def write(folder: Path, contents: dict) -> list[str]:
-    for name, value in contents.items():
-        has_lines = value is STATEMENTS  # as NLVR2 has them
-        text = "\n".join(map(json.dumps, value)) if has_lines else json.dumps(value)
+    for name, text in contents.items():
         (folder / name).write_text(text)
     return [str(folder / name) for name in contents]
 
@@ -164,12 +136,12 @@ def test_the_training_scripts_read_what_it_writes(folder, name):
     [
         ({"questions.json": QUESTIONS}, "annotations of VQAv2"),
         ({"captions.json": CAPTIONS, "refs.json": REFS}, "captions of COCO"),
-        ({"rows.json": [{"image": "a.png", "caption": "a"}]}, "rows.json"),
-        ({"empty.json": []}, "empty.json"),
+        ({"rows.json": '[{"image": "a.png", "caption": "a"}]'}, "rows.json"),
+        ({"empty.json": "[]"}, "empty.json"),
         ({"captions_train.json": CAPTIONS, "captions_val.json": CAPTIONS}, "captions of COCO and captions of COCO"),
-        ({"questions.json": {**QUESTIONS, "questions": []}, "annotations.json": ANNOTATIONS}, "25001"),
-        ({"instances.json": {**INSTANCES, "annotations": []}, "refs.json": REFS}, "7"),
-        ({"llava.json": [{**CONVERSATIONS[0], "conversations": [{"from": "gpt", "value": "a"}]}]}, "000000000009"),
+        ({"questions.json": NO_QUESTIONS, "annotations.json": ANNOTATIONS}, "25001"),
+        ({"instances.json": INSTANCES.replace('"id": 7', '"id": 8'), "refs.json": REFS}, "7"),
+        ({"llava.json": NO_QUESTION_FIRST}, "000000000009"),
     ],
 )
 def test_files_that_do_not_fit_are_named(folder, contents, named):

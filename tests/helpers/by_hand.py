@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from tiny_vlms import IMAGE, VIDEO
 from torch import nn
+from transformers.utils import ModelOutput
 
 
 def logits_of_rest(
@@ -37,3 +38,26 @@ def logits_of_rest(
         language_model = getattr(base, "language_model", None) or base.text_model
         return model.lm_head(language_model(**arguments).last_hidden_state)
     return model(**arguments).logits
+
+
+def logits_of_even(
+    model: nn.Module, inputs: dict, encoded: ModelOutput, groups: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """
+    Return the logits of a prompt without the odd visual tokens of each image or tile.
+
+    Args:
+        encoded: image features of the prompt, and `groups` those of each image or tile.
+    """
+    kept = []
+    start = 0
+    for group in groups:
+        end = start + len(group)
+        kept += range(start, end, 2)
+        start = end
+    ids = inputs["input_ids"][0]
+    stays = ids != IMAGE
+    stays[(ids == IMAGE).nonzero()[kept, 0]] = True
+    features = torch.cat([*groups])[kept]
+    deepstack = [torch.cat([*layer])[kept] for layer in encoded.get("deepstack_features") or ()]
+    return logits_of_rest(model, inputs, stays, features, deepstack)

@@ -21,24 +21,24 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "vlm.md"
 IMAGE = 90
 SIDE = 32
 PATCH = 8
-# Sizes that a configuration gets where it has a field of this name.
-SMALL = {
-    **dict.fromkeys(("hidden_size", "embed_dim", "out_hidden_size", "projection_dim", "text_hidden_size"), 32),
-    **dict.fromkeys(("projector_hidden_size", "projection_hidden_size", "adapter_in_dim", "adapter_out_dim"), 32),
-    **dict.fromkeys(("intermediate_size", "mlp_dim", "projection_intermediate_size"), 48),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "q_lora_rank", "kv_lora_rank"), 16),
-    **dict.fromkeys(("num_hidden_layers", "depth", "num_key_value_heads", "num_experts_per_tok", "moe_k"), 2),
-    **dict.fromkeys(("spatial_merge_size", "temporal_patch_size", "linear_num_key_heads", "pooling_kernel_size"), 2),
-    **dict.fromkeys(("num_attention_heads", "num_heads", "linear_num_value_heads", "mm_tokens_per_image"), 4),
-    **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("n_shared_experts", "first_k_dense_replace", "n_group", "topk_group"), 1),
-    **dict.fromkeys(("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8),
-    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "global_head_dim", "patch_size"), 8),
-    **dict.fromkeys(("qk_head_dim", "num_position_embeddings"), 16),
-    **dict.fromkeys(("image_size", "sliding_window"), SIDE),
-    "vocab_size": 120,
-    "max_position_embeddings": 512,
+# By size: the fields of a configuration that get it.
+FIELDS = {
+    1: "n_shared_experts first_k_dense_replace n_group topk_group",
+    2: "num_hidden_layers depth num_key_value_heads num_experts_per_tok moe_k spatial_merge_size temporal_patch_size "
+    "linear_num_key_heads pooling_kernel_size",
+    4: "num_attention_heads num_heads linear_num_value_heads mm_tokens_per_image num_experts n_routed_experts "
+    "num_local_experts moe_num_experts",
+    8: "head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim linear_key_head_dim linear_value_head_dim "
+    "global_head_dim patch_size",
+    16: "moe_intermediate_size shared_expert_intermediate_size q_lora_rank kv_lora_rank qk_head_dim "
+    "num_position_embeddings",
+    32: "hidden_size embed_dim out_hidden_size projection_dim text_hidden_size projector_hidden_size "
+    "projection_hidden_size adapter_in_dim adapter_out_dim image_size sliding_window",
+    48: "intermediate_size mlp_dim projection_intermediate_size",
+    120: "vocab_size",
+    512: "max_position_embeddings",
 }
+SMALL = {name: size for size, names in FIELDS.items() for name in names.split()}
 
 
 def shrink(config: PreTrainedConfig, own: dict) -> dict:
@@ -155,7 +155,6 @@ class TinyClass:
     title: str
     image: Callable[[int], dict] = square
     config: dict = field(default_factory=dict)
-    in_tower: bool = False
     # Logits of the same tokens dropped by hand: not where attention or positions depend on the whole image.
     by_hand: bool = True
     tolerance: float = 1e-5  # of a batch against its prompts alone, of the largest logit
@@ -223,36 +222,38 @@ GEMMA4 = {
         "model_type": "gemma4_vision",
         **{
             name: SMALL[name]
-            for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+            for name in "hidden_size intermediate_size num_hidden_layers num_attention_heads head_dim global_head_dim "
+            "patch_size pooling_kernel_size".split()
         },
-        **{name: SMALL[name] for name in ("head_dim", "global_head_dim", "patch_size", "pooling_kernel_size")},
         "num_key_value_heads": 4,
         "position_embedding_size": 16,
     },
     **text(hidden_size_per_layer_input=0, num_kv_shared_layers=0, global_head_dim=8, layer_types=SLIDING),
 }
 
-# By type of model. The order is that of the table.
-RUNS = {
-    "llava": TinyClass("LLaVA-1.5", in_tower=True, quick=True),
-    "paligemma": TinyClass("PaliGemma", in_tower=True, by_hand=False),
-    "llava_next": TinyClass("LLaVA-NeXT", anyres, {"image_grid_pinpoints": [[32, 64]]}, in_tower=True),
-    "llava_onevision": TinyClass("LLaVA-OneVision", anyres, {"image_grid_pinpoints": [[32, 64]]}, in_tower=True),
-    "gemma3": TinyClass("Gemma 3", in_tower=True, by_hand=False),
-    "shieldgemma2": TinyClass("ShieldGemma 2", in_tower=True, by_hand=False),
-    "smolvlm": TinyClass("SmolVLM", tiles, {"scale_factor": 2}, in_tower=True),
-    "idefics3": TinyClass("Idefics3", tiles, {"scale_factor": 2}, in_tower=True),
-    "internvl": TinyClass("InternVL", in_tower=True),
-    "qwen2_vl": TinyClass("Qwen2-VL", QWEN, GLM, in_tower=True),
-    "qwen2_5_vl": TinyClass("Qwen2.5-VL", QWEN, GLM, in_tower=True),
-    "qwen3_vl": TinyClass("Qwen3-VL", QWEN, DEEPSTACK, in_tower=True, quick=True),
-    "qwen3_vl_moe": TinyClass("Qwen3-VL-MoE", QWEN, DEEPSTACK, in_tower=True),
-    "qwen3_5": TinyClass("Qwen3.5", QWEN, QWEN3_5, in_tower=True),
-    "qwen3_5_moe": TinyClass("Qwen3.5-MoE", QWEN, QWEN3_5, in_tower=True),
-    "glm4v": TinyClass("GLM-4.1V", QWEN, GLM, in_tower=True),
-    "glm46v": TinyClass("GLM-4.6V", QWEN, GLM, in_tower=True),
-    "glmga": TinyClass("GLM-GA", QWEN, GLM, in_tower=True),
-    "glm4v_moe": TinyClass("GLM-4.5V", QWEN, text(**mrope(1, 1, 0)), in_tower=True),
+# By type of model, in the order of the table: those that select in their tower, too, and those that do not.
+IN_TOWER = {
+    "llava": TinyClass("LLaVA-1.5", quick=True),
+    "paligemma": TinyClass("PaliGemma", by_hand=False),
+    "llava_next": TinyClass("LLaVA-NeXT", anyres, {"image_grid_pinpoints": [[32, 64]]}),
+    "llava_onevision": TinyClass("LLaVA-OneVision", anyres, {"image_grid_pinpoints": [[32, 64]]}),
+    "gemma3": TinyClass("Gemma 3", by_hand=False),
+    "shieldgemma2": TinyClass("ShieldGemma 2", by_hand=False),
+    "smolvlm": TinyClass("SmolVLM", tiles, {"scale_factor": 2}),
+    "idefics3": TinyClass("Idefics3", tiles, {"scale_factor": 2}),
+    "internvl": TinyClass("InternVL"),
+    "qwen2_vl": TinyClass("Qwen2-VL", QWEN, GLM),
+    "qwen2_5_vl": TinyClass("Qwen2.5-VL", QWEN, GLM),
+    "qwen3_vl": TinyClass("Qwen3-VL", QWEN, DEEPSTACK, quick=True),
+    "qwen3_vl_moe": TinyClass("Qwen3-VL-MoE", QWEN, DEEPSTACK),
+    "qwen3_5": TinyClass("Qwen3.5", QWEN, QWEN3_5),
+    "qwen3_5_moe": TinyClass("Qwen3.5-MoE", QWEN, QWEN3_5),
+    "glm4v": TinyClass("GLM-4.1V", QWEN, GLM),
+    "glm46v": TinyClass("GLM-4.6V", QWEN, GLM),
+    "glmga": TinyClass("GLM-GA", QWEN, GLM),
+    "glm4v_moe": TinyClass("GLM-4.5V", QWEN, text(**mrope(1, 1, 0))),
+}
+AT_EXIT = {
     "glm_ocr": TinyClass("GLM-OCR", QWEN, GLM),
     "aria": TinyClass("Aria", config={"projector_patch_to_query_dict": {"16": 8}}),
     "aya_vision": TinyClass("Aya Vision"),
@@ -293,6 +294,7 @@ RUNS = {
     "video_llava": TinyClass("Video-LLaVA"),
     "vipllava": TinyClass("ViP-LLaVA", config={"vision_feature_layers": [-1, -2]}),
 }
+RUNS = IN_TOWER | AT_EXIT
 # By type of model: its name in the table.
 REFUSED = {
     "blip": "BLIP captioning",
@@ -357,9 +359,9 @@ def reason_of(name: str) -> str:
 def write_table() -> str:
     """Return the table of docs/vlm.md."""
     lines = ["| Model | At the exit | Inside the tower |", "|---|---|---|"]
-    for in_tower in (True, False):
-        titles = [row.title for row in RUNS.values() if row.in_tower == in_tower]
-        lines.append(f"| {', '.join(titles)} | yes | {'yes' if in_tower else 'no'} |")
+    for rows, in_tower in ((IN_TOWER, "yes"), (AT_EXIT, "no")):
+        titles = [row.title for row in rows.values()]
+        lines.append(f"| {', '.join(titles)} | yes | {in_tower} |")
     for reason, names in groupby(sorted(REFUSED, key=reason_of), key=reason_of):
         titles = [REFUSED[name] for name in names]
         lines.append(f"| {', '.join(titles)} | {reason} | |")

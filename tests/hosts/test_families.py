@@ -5,8 +5,8 @@ import inspect
 
 import pytest
 import torch
-from by_hand import logits_of_rest
-from tiny_classes import IMAGE, PAGE, REFUSED, RUNS, make, make_refused, reason_of, with_table
+from by_hand import logits_of_even
+from tiny_classes import IMAGE, IN_TOWER, PAGE, REFUSED, RUNS, make, make_refused, reason_of, with_table
 from tiny_vlms import keep_even
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -47,18 +47,6 @@ def with_types(model: nn.Module, inputs: dict) -> dict:
     return {**inputs, **{name: types for name in ("mm_token_type_ids", "token_type_ids") if name in parameters}}
 
 
-def logits_by_hand(model: nn.Module, row, inputs: dict) -> torch.Tensor:
-    """Return the logits of a prompt without the odd visual tokens of its image."""
-    images = row.images(0, 1)
-    output = model.base_model.get_image_features(**images, return_dict=True)
-    (group,) = find_family(model).groups(output)
-    ids = inputs["input_ids"][0]
-    stays = ids != IMAGE
-    stays[(ids == IMAGE).nonzero()[::2, 0]] = True
-    deepstack = [torch.cat([*layer])[::2] for layer in output.get("deepstack_features") or ()]
-    return logits_of_rest(model, {**inputs, **images}, stays, group[::2], deepstack)
-
-
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=[] if row.quick else pytest.mark.slow) for name, row in RUNS.items()],
@@ -69,7 +57,7 @@ def test_a_class_that_runs(name):
     model = make(name, row.config)
     own_class = type(model)
     family = find_family(model)
-    assert bool(family.layer_classes) == row.in_tower
+    assert bool(family.layer_classes) == (name in IN_TOWER)
     images = row.images(0, sum(COUNTS))
     sizes = [len(group) for group in family.groups(model.base_model.get_image_features(**images, return_dict=True))]
     inputs = with_types(model, make_prompts(sizes)) | images
@@ -109,9 +97,11 @@ def test_a_class_that_runs(name):
     assert torch.equal(logits(), unpruned)
     if row.by_hand:
         own = {name: inputs[name][:1, mask[0]] for name in inputs.keys() - images.keys()}
-        by_hand = logits_by_hand(model, row, own)
+        own |= row.images(0, 1)
+        output = model.base_model.get_image_features(**row.images(0, 1), return_dict=True)
+        by_hand = logits_of_even(model, own, output, family.groups(output))
         apply_patch_selection(model, keep_rate=0.5, scorer=keep_even)
-        torch.testing.assert_close(logits({**own, **row.images(0, 1)}), by_hand, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(logits(own), by_hand, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", REFUSED)

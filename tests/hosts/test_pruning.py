@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from by_hand import logits_of_rest
+from by_hand import logits_of_even, logits_of_rest
 from tiny_vlms import (
     BY_NAME,
     COUNTS,
@@ -42,18 +42,7 @@ def logits_by_hand(model: nn.Module, inputs: dict) -> torch.Tensor:
     if not encoder:
         return model(**inputs).logits
     output = model.model.get_image_features(**encoder, return_dict=True)
-    kept = []
-    start = 0
-    for group in output.pooler_output:
-        end = start + len(group)
-        kept += range(start, end, 2)
-        start = end
-    ids = inputs["input_ids"][0]
-    stays = ids != IMAGE
-    stays[(ids == IMAGE).nonzero()[kept, 0]] = True
-    features = torch.cat([*output.pooler_output])[kept]
-    deepstack = [torch.cat([*layer])[kept] for layer in output.get("deepstack_features") or ()]
-    return logits_of_rest(model, inputs, stays, features, deepstack)
+    return logits_of_even(model, inputs, output, output.pooler_output)
 
 
 class PromptReader:
@@ -172,13 +161,6 @@ def test_a_scorer_may_read_attention(name):
         model(**inputs)
         in_order = recorded[-2].candidate_indices.argsort(dim=1)  # windows have an order of their own
         torch.testing.assert_close(read[-1], recorded[-2].scores.gather(1, in_order))
-    # `prune_inputs` lets no layer of a patched model select.
-    pruned = prune_inputs(model, inputs, visual_tokens=3, scorer=keep_attended)
-    assert read[-1].shape[1] == (32 if vlm.kind == "packed" else vlm.tokens)
-    remove_patch_selection(model)
-    expected = prune_inputs(model, inputs, visual_tokens=3, scorer=keep_attended)
-    assert torch.equal(pruned["input_ids"], expected["input_ids"])
-    torch.testing.assert_close(read[-2], read[-1])
 
 
 @torch.no_grad()
@@ -190,8 +172,8 @@ def test_tokens_of_a_scorer_keep_their_order():
         kept = features.norm(dim=-1).topk(num_kept, dim=-1).indices
         return kept, gather_tokens(features, kept)
 
-    def keep_longest_in_order(features, prompt, prompt_mask, num_kept):
-        kept = features.norm(dim=-1).topk(num_kept, dim=-1).indices.sort(dim=-1).values
+    def keep_longest_in_order(features, *others):
+        kept = keep_longest(features, *others)[0].sort(dim=-1).values
         return kept, gather_tokens(features, kept)
 
     def keep_too_few(features, prompt, prompt_mask, num_kept):

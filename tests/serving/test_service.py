@@ -24,7 +24,7 @@ import pytest
 from documents import PAGES
 from loopback_hub import LoopbackHub
 from places import ROOT
-from running_service import CHECKPOINT, RunningService, free_port
+from running_service import CHECKPOINT, RunningService, free_port, wait_until
 from strange_pictures import bomb, encoded
 
 from modeling_trips import TripsForQuestionAnswering, TripsProcessor, TripsVisualQuestionAnsweringPipeline
@@ -208,64 +208,45 @@ def test_pages_load_nothing_from_other_hosts(service, path, script):
         assert "://" not in reply.text
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+@pytest.fixture
+def page(browser_page):
+    """Return a page of a browser; what it says must be no error."""
+    messages = []
+    browser_page.on("console", lambda message: messages.append(message))
+    yield browser_page
+    assert not [message.text for message in messages if message.type == "error"]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
-def test_the_page_answers_about_an_uploaded_image(service, tmp_path):
-    playwright = pytest.importorskip("playwright.sync_api")
+def test_the_page_answers_about_an_uploaded_image(service, page, tmp_path):
     path = tmp_path / "red.png"
     path.write_bytes(encoded(picture("red")))
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page()
-        requests = []
-        page.on("request", lambda request: requests.append(request.url))
-        messages = []
-        page.on("console", lambda message: messages.append(message))
-        page.goto(service.url)
-        page.set_input_files("input[name=image]", path)
-        page.fill("textarea[name=questions]", "\n".join(QUESTIONS))
-        page.wait_for_selector("label img")
-        page.click("button")
-        page.wait_for_selector("figure:nth-of-type(3) canvas")
-        answer = page.inner_text("pre")
-        title = page.title()
-        pixels = page.evaluate(
-            "[...document.querySelector('canvas').getContext('2d').getImageData(0, 0, 64, 64).data]"
-        )
-        problems = [message.text for message in messages if message.type == "error"]
-        browser.close()
+    requests = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(service.url)
+    page.set_input_files("input[name=image]", path)
+    page.fill("textarea[name=questions]", "\n".join(QUESTIONS))
+    page.wait_for_selector("label img")
+    page.click("button")
+    page.wait_for_selector("figure:nth-of-type(3) canvas")
+    pixels = page.evaluate("[...document.querySelector('canvas').getContext('2d').getImageData(0, 0, 64, 64).data]")
     opacities = pixels[3::4]
     assert 0 < opacities.count(255) < len(opacities) / 2  # the service keeps a quarter, and draws the rest faded
     (best, *_), *_ = library()(picture("red"), QUESTIONS, top_k=1)
-    assert f'"{best["answer"]}"' in answer
-    assert CHECKPOINT.name in title
-    assert not problems
+    assert f'"{best["answer"]}"' in page.inner_text("pre")
+    assert CHECKPOINT.name in page.title()
     assert all(url.startswith((service.url, "data:")) for url in requests)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
-def test_the_documentation_shows_all_fields_and_a_command_that_runs(service):
-    playwright = pytest.importorskip("playwright.sync_api")
+def test_the_documentation_shows_all_fields_and_a_command_that_runs(service, page):
     document = httpx.get(f"{service.url}/openapi.json").json()
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page()
-        messages = []
-        page.on("console", lambda message: messages.append(message))
-        page.goto(f"{service.url}/docs")
-        page.wait_for_selector("text=GET /metrics")
-        cells = page.eval_on_selector_all("td code", "cells => cells.map(cell => cell.textContent)")
-        headings = page.eval_on_selector_all("h2", "headings => headings.map(heading => heading.textContent)")
-        command = page.inner_text("pre")
-        limits = page.inner_text("tr:has(code:text-is('questions'))")
-        browser.close()
-    assert not [message.text for message in messages if message.type == "error"]
-    assert cells == [*document["components"]["schemas"]["AnswerRequest"]["properties"], "answers"]
-    assert "4" in limits  # TRIPS_MAX_TEXTS of this service
+    page.goto(f"{service.url}/docs")
+    page.wait_for_selector("text=GET /metrics")
+    fields = document["components"]["schemas"]["AnswerRequest"]["properties"]
+    assert page.locator("td code").all_text_contents() == [*fields, "answers"]
+    assert "4" in page.inner_text("tr:has(code:text-is('questions'))")  # TRIPS_MAX_TEXTS of this service
+    headings = page.locator("h2").all_text_contents()
     assert {heading.split()[1] for heading in headings} == set(document["paths"])
-    result = subprocess.run(["sh", "-c", f"{command} --silent"], capture_output=True, text=True)
+    result = subprocess.run(["sh", "-c", f"{page.inner_text('pre')} --silent"], capture_output=True, text=True)
     assert json.loads(result.stdout)["answers"], result.stderr
 
 
@@ -325,11 +306,7 @@ def test_slow_clients_do_not_reach_the_service_behind_the_proxy(service, tmp_pat
 
     nginx = subprocess.Popen([NGINX, "-e", tmp_path / "errors", "-c", tmp_path / "nginx.conf"])
     try:
-        until = time.monotonic() + 30
-        while not (tmp_path / "pid").exists():
-            assert time.monotonic() < until
-            assert nginx.poll() is None
-            time.sleep(0.1)
+        wait_until((tmp_path / "pid").exists, seconds=30)
         sending = [socket.create_connection(("127.0.0.1", port)) for _ in range(50)]
         for connection in sending:
             connection.setblocking(False)
@@ -363,15 +340,12 @@ def test_requests_of_clients_that_left_are_not_computed(tmp_path):
         leaving = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(60)]
         for connection in leaving:
             connection.sendall(HEAD % len(body) + body)
-        until = time.monotonic() + 300
-        while service.metric("trips_requests_in_progress") < 40:
-            assert time.monotonic() < until
+        wait_until(lambda: service.metric("trips_requests_in_progress") >= 40)
         for connection in leaving:
             connection.close()
         assert service.post("answer", ask("blue")).status_code == 200
-        until = time.monotonic() + 5  # nothing waits behind them: their questions would take longer
-        while service.metric("trips_requests_in_progress") > 0:
-            assert time.monotonic() < until
+        # Nothing waits behind them: their questions would take longer.
+        wait_until(lambda: service.metric("trips_requests_in_progress") == 0, seconds=5)
 
 
 def test_random_requests_from_the_openapi_document(service, tmp_path):
@@ -467,21 +441,6 @@ def test_a_deleted_folder_is_not_looked_up_on_the_hub(tmp_path):
     assert str(tmp_path / "owner/name") in service.log.read_text().splitlines()[-1]
 
 
-def test_a_hub_that_does_not_answer_ends_the_service(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        service = RunningService(tmp_path / "log", model="no-one/nothing")
-        service.environment |= {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
-        service.start()
-        try:
-            assert service.process.wait(60) == 1
-        finally:
-            service.process.kill()
-    last = service.log.read_text().splitlines()[-1]
-    assert url in last
-    assert "Traceback" not in service.log.read_text()
-
-
 def test_full_queue_rejects_further_requests(tmp_path):
     with RunningService(tmp_path / "log", queue=4) as service:
         with ThreadPoolExecutor(48) as pool:
@@ -517,9 +476,6 @@ def test_killed_worker_is_replaced(tmp_path):
     with RunningService(tmp_path / "log") as service:
         (worker,) = service.workers()
         worker.kill()
-        until = time.monotonic() + 600
-        while service.process.poll() is None and (not service.is_ready() or worker.is_running()):
-            assert time.monotonic() < until
-            time.sleep(0.2)
+        wait_until(lambda: service.is_ready() and not worker.is_running(), seconds=600)
         assert service.post("answer", ask("red")).status_code == 200
         assert service.metric("trips_requests_in_progress") == 0

@@ -52,7 +52,8 @@ def bad_rows(task: str) -> list[BadRow]:
         return {**GOOD[task], **({"images": ["good.png", image]} if task == "nlvr2" else {"image": image})}
 
     images = [BadRow(with_image(image), reason) for reason, images in _IMAGES.items() for image in images]
-    return [*_LINES, *images, *_bad_texts(task), *_OF_TASK[task]]
+    changed = [BadRow({**GOOD[task], **fields}, *expected) for fields, *expected in _CHANGES[task]]
+    return [*_LINES, *images, *_bad_texts(task), *changed, *_OTHERS.get(task, [])]
 
 
 _LINES = [
@@ -93,43 +94,45 @@ def _bad_texts(task: str) -> list[BadRow]:
     return [missing, *(BadRow({**GOOD[task], text: value}, *expected) for value, *expected in kinds)]
 
 
-_QUESTION, _CAPTION, _STATEMENT, _EXPRESSION = (GOOD[task] for task in ("vqa", "captions", "nlvr2", "grounding"))
-_OF_TASK = {
+# What is changed in the good row, the reason, and the step if it is not reading.
+_CHANGES = {
     "vqa": [
-        BadRow({"image": "good.png", "question": "what?"}, "no answer"),
-        BadRow({**_QUESTION, "answer": [" ", ""]}, "no answer"),
-        BadRow({**_QUESTION, "answers": [["red"]]}, "an answer is not text"),
-        BadRow({**_QUESTION, "answers": "['red']"}, "answers is not a JSON list"),
-        BadRow({**_QUESTION, "answers": "[" * 50_000}, "answers is not a JSON list"),
-        BadRow({**_QUESTION, "answers": ["red", "\ufffd"]}, "answers without tokens", "tokenizer"),
-        BadRow({**_QUESTION, "answers": ["red", "red " * 64]}, "more than 64 tokens", "tokenizer"),
-        BadRow({**_QUESTION, "question_id": {"a": 1}}, "question_id is not text"),
-        BadRow({**_QUESTION, "image_id": ["a"]}, "image_id is not text"),
+        ({"answer": [" ", ""]}, "no answer"),
+        ({"answers": [["red"]]}, "an answer is not text"),
+        ({"answers": "['red']"}, "answers is not a JSON list"),
+        ({"answers": "[" * 50_000}, "answers is not a JSON list"),
+        ({"answers": ["red", "\ufffd"]}, "answers without tokens", "tokenizer"),
+        ({"answers": ["red", "red " * 64]}, "more than 64 tokens", "tokenizer"),
+        ({"question_id": {"a": 1}}, "question_id is not text"),
+        ({"image_id": ["a"]}, "image_id is not text"),
     ],
     "captions": [
-        BadRow({**_CAPTION, "captions": ["two dogs", " "]}, "an empty caption"),
-        BadRow({**_CAPTION, "captions": "[two dogs"}, "captions is not a JSON list"),
-        BadRow({**_CAPTION, "captions": {"raw": "two"}}, "captions is not a list"),
+        ({"captions": ["two dogs", " "]}, "an empty caption"),
+        ({"captions": "[two dogs"}, "captions is not a JSON list"),
+        ({"captions": {"raw": "two"}}, "captions is not a list"),
     ],
     "nlvr2": [
-        BadRow({**_STATEMENT, "images": ["good.png"]}, "not two images"),
-        BadRow({**_STATEMENT, "images": 5}, "images is not a list"),
-        BadRow({"left_image": "good.png", "statement": "red", "label": 1}, "no image"),
-        BadRow({**_STATEMENT, "image_ids": ["x"]}, "not 2 image_ids"),
-        BadRow({**_STATEMENT, "image_ids": ["x", "x"]}, "image_id of two images"),
-        BadRow({**_STATEMENT, "label": None}, "no label"),
-        BadRow({**_STATEMENT, "label": 2}, "label is not 1, 0, true or false"),
-        BadRow({**_STATEMENT, "label": [1]}, "label is not text"),
+        ({"images": ["good.png"]}, "not two images"),
+        ({"images": 5}, "images is not a list"),
+        ({"image_ids": ["x"]}, "not 2 image_ids"),
+        ({"image_ids": ["x", "x"]}, "image_id of two images"),
+        ({"label": None}, "no label"),
+        ({"label": 2}, "label is not 1, 0, true or false"),
+        ({"label": [1]}, "label is not text"),
     ],
     "grounding": [
-        BadRow({**_EXPRESSION, "box": None}, "no box"),
-        BadRow({**_EXPRESSION, "box": 5}, "box is not four numbers"),
-        BadRow({**_EXPRESSION, "box": [0, 0, 1]}, "box is not four numbers"),
-        BadRow({**_EXPRESSION, "box": [True, 0, 9, 9]}, "box is not four numbers"),
-        BadRow({**_EXPRESSION, "box": [0, 0, "nan", 1]}, "box is not four numbers"),
-        BadRow({**_EXPRESSION, "box": [2, 0, 2, 1]}, "box without area"),
-        BadRow({**_EXPRESSION, "box": [40, 0, 40.5, 30]}, "box outside the image"),
+        ({"box": None}, "no box"),
+        ({"box": 5}, "box is not four numbers"),
+        ({"box": [0, 0, 1]}, "box is not four numbers"),
+        ({"box": [True, 0, 9, 9]}, "box is not four numbers"),
+        ({"box": [0, 0, "nan", 1]}, "box is not four numbers"),
+        ({"box": [2, 0, 2, 1]}, "box without area"),
+        ({"box": [40, 0, 40.5, 30]}, "box outside the image"),
     ],
+}
+_OTHERS = {  # without a column
+    "vqa": [BadRow({"image": "good.png", "question": "what?"}, "no answer")],
+    "nlvr2": [BadRow({"left_image": "good.png", "statement": "red", "label": 1}, "no image")],
 }
 
 

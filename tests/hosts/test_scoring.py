@@ -156,14 +156,6 @@ def test_visionzip_equals_loops(num_kept, num_merged):
         torch.testing.assert_close(feature, expected[token])
 
 
-@pytest.mark.parametrize("keep_rate", [1.0, 0.6, 0.5, 0.1])
-def test_evs_keeps_the_tokens_of_vllm(keep_rate):
-    evs = pytest.importorskip("vllm.multimodal.video_prune.evs")
-    video = torch.randn(5, 12, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    expected = evs.compute_retention_mask(video.flatten(0, 1), (5, 6, 8), spatial_merge_size=2, q=1 - keep_rate)
-    assert torch.equal(keep_changes(video, keep_rate).flatten(), expected)
-
-
 def test_evs_by_hand():
     """The first step stays; at a rate of two thirds, the two tokens that turn most from one step to the next."""
     right, up, left = [1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from places import ROOT
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from modeling_trips.registration_trips import MODELS
 
@@ -57,20 +58,16 @@ def expected(checkpoints, image, tmp_path_factory) -> dict:
     return results
 
 
-def assert_identical(actual, expected, where: str = "results"):
+def assert_identical(actual, expected):
     """Compare nested results, whose tensors must be bit-identical."""
-    if isinstance(expected, dict):
-        assert actual.keys() == expected.keys(), where
-        for key, value in expected.items():
-            assert_identical(actual[key], value, f"{where}[{key!r}]")
-    elif isinstance(expected, list):
-        assert len(actual) == len(expected), where
-        for index, value in enumerate(expected):
-            assert_identical(actual[index], value, f"{where}[{index}]")
-    elif isinstance(expected, torch.Tensor):
-        assert torch.equal(actual, expected), where
-    else:
-        assert actual == expected, where
+    found, structure = tree_flatten_with_path(actual)
+    leaves, expected_structure = tree_flatten_with_path(expected)
+    assert structure == expected_structure
+    for (where, value), (_, expected_value) in zip(found, leaves):
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(value, expected_value, rtol=0, atol=0, msg=keystr(where))
+        else:
+            assert value == expected_value, keystr(where)
 
 
 def assert_same_repository(again: Path, folder: Path):

@@ -19,7 +19,6 @@ from modeling_trips import (
     TripsForQuestionAnswering,
     TripsForRetrieval,
     TripsProcessor,
-    TripsZeroShotImageClassificationPipeline,
     convert_to_rgb,
 )
 from modeling_trips.pipeline_trips import best_answers, without_rest
@@ -103,10 +102,7 @@ def test_probabilities_of_equal_answers_add_up_and_an_empty_one_counts_alone():
     beams = [("", 0.5), ("no", 0.125), ("yes", 0.0625), ("yes", 0.125)]  # of one question
     assert best_answers(beams) == [{"score": 0.1875, "answer": "yes"}, {"score": 0.125, "answer": "no"}]
     assert best_answers([("", 0.5), ("", 0.25)]) == [{"score": 0.75, "answer": ""}]
-
-
-@torch.no_grad()
-def test_the_rest_of_a_word_is_no_answer():
+    # The rest of a word is no answer.
     assert best_answers([("##2", 0.6), ("2", 0.3)]) == [{"score": 0.3, "answer": "2"}]
     assert best_answers([("##2", 0.6)]) == [{"score": 0.6, "answer": "##2"}]
 
@@ -202,10 +198,9 @@ def test_images_come_from_the_web(oracle, captioner, tmp_path, web):
     assert_same(answers, oracle(IMAGES[1], QUESTIONS[0], **SHORT))
     captions = captioner([f"{web}/image.png", IMAGES[0]], timeout=10.0, **SHORT)
     assert captions == captioner([IMAGES[1], IMAGES[0]], **SHORT)
-    with pytest.raises(ValueError, match=f"{web}/missing.png"):
-        oracle(f"{web}/missing.png", QUESTIONS[0], timeout=10.0)
-    with pytest.raises(ValueError, match=f"{web}/missing.png"):
-        captioner([f"{web}/missing.png"])
+    for ask in (lambda image: oracle(image, QUESTIONS[0], timeout=10.0), captioner):
+        with pytest.raises(ValueError, match=f"{web}/missing.png"):
+            ask(f"{web}/missing.png")
 
 
 @torch.no_grad()
@@ -277,10 +272,7 @@ def test_a_conversation_is_refused(stock):
 
 @pytest.fixture
 def classifier(checkpoints):
-    folder = checkpoints["TripsForRetrieval"]
-    model = TripsForRetrieval.from_pretrained(folder)
-    processor = TripsProcessor.from_pretrained(folder)
-    return TripsZeroShotImageClassificationPipeline(model=model, processor=processor)
+    return load(TripsForRetrieval, checkpoints)
 
 
 @torch.no_grad()
@@ -313,6 +305,7 @@ def test_transparent_pixels_are_white_by_every_road(oracle, captioner, classifie
 @pytest.mark.parametrize(
     ("question", "options", "item"),
     [
+        (None, {}, "question"),
         (["is it red?", "  "], {}, "'  '"),
         ("red?", {"top_k": 0}, "top_k"),
         ("red?", {"answers": ["red", ""]}, r"answers\[1\]"),
@@ -321,12 +314,10 @@ def test_transparent_pixels_are_white_by_every_road(oracle, captioner, classifie
 )
 def test_bad_questions_and_options_are_refused_by_name(oracle, question, options, item):
     with pytest.raises(ValueError, match=item):
-        oracle(IMAGES[0], question, **options)
+        oracle({"image": IMAGES[0], "question": question}, **options)
 
 
-def test_bad_inputs_are_refused_by_name(oracle, captioner):
-    with pytest.raises(ValueError, match="question"):
-        oracle({"image": IMAGES[0], "question": None})
+def test_a_prompt_for_each_image_is_refused_by_name(captioner):
     with pytest.raises(ValueError, match="prompt"):
         captioner(IMAGES[:2], prompt=["a", "b"])
 

@@ -130,20 +130,14 @@ def test_the_published_form_of_internvl(tmp_path, capsys):
         assert value in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("given", [None, "2:image:0.5", {"visual_token": 6}, {"schedule": "2;image;0.5"}])
-def test_overrides_by_hand_are_checked(given):
+def test_overrides_by_hand_are_checked():
     config = BY_NAME["llava"].make().config
     config.architectures = ["TripsLlavaForConditionalGeneration"]
-    if given is not None:
+    for given in (None, "2:image:0.5", {"visual_token": 6}, {"schedule": "2;image;0.5"}):
         config.patch_selection = given
-    with pytest.raises(ValueError):
-        ServingSettings.of(config)
-
-
-def test_the_architecture_must_be_that_of_the_model():
-    config = BY_NAME["llava"].make().config
+        with pytest.raises(ValueError):
+            ServingSettings.of(config)
     config.patch_selection = {"visual_tokens": 6}
-    config.architectures = ["TripsLlavaForConditionalGeneration"]
     assert ServingSettings.of(config).visual_tokens == 6
     config.architectures = ["TripsVlmForConditionalGeneration"]
     with pytest.raises(ValueError, match="TripsLlavaForConditionalGeneration"):
@@ -151,31 +145,27 @@ def test_the_architecture_must_be_that_of_the_model():
 
 
 def test_settings_know_what_decides():
-    by_question = [
-        ServingSettings(visual_tokens=6, visual_scorer="prompt"),
+    for by_question in (
         ServingSettings(keep_rate=0.5, visual_scorer="prompt"),
         ServingSettings("2:image:0.5", visual_tokens=6, visual_scorer="prompt"),
         ServingSettings("1:text:0.5", text_guide="guide"),
-        ServingSettings("1:text:0.5", visual_tokens=6, text_guide="guide"),
-    ]
-    by_image = [
+    ):
+        assert by_question.reads_prompt
+    for by_image in (
         ServingSettings("2:image:0.5", visual_scorer="prompt"),
         ServingSettings("2:image:0.5", visual_tokens=6),
-    ]
-    assert all(settings.reads_prompt for settings in by_question)
-    assert not any(settings.reads_prompt for settings in by_image)
+    ):
+        assert not by_image.reads_prompt
 
 
 def test_the_start_says_what_is_kept():
     line = ServingSettings("8:image:0.33", 64, visual_scorer="prompt").describe(576)
-    assert "64 of 576" in line
-    assert "layer 8 keeps 0.33 by the image" in line
-    assert "per question" in line
+    for part in ("64 of 576", "layer 8 keeps 0.33 by the image", "per question"):
+        assert part in line
     assert "keeps 289 of 577 " in ServingSettings("8:image:0.5").describe(577)  # 288 patches and [CLS]
     assert "keeps 144 of 576 " in ServingSettings(keep_rate=0.25).describe(576)
     line = ServingSettings(keep_rate=0.25).describe(None)
-    assert "keeps 0.25 of the visual tokens" in line
-    assert "encoded once" in line
+    assert "keeps 0.25 of the visual tokens" in line and "encoded once" in line
     assert "keeps all" in ServingSettings().describe(576)
 
 
@@ -219,14 +209,7 @@ def test_a_request_names_a_scorer_that_the_server_allows():
 def test_the_choice_of_a_request_travels_as_numbers():
     server = ServingSettings(visual_tokens=6, visual_scorer="prompt", request_scorers=["cdpruner"])
     scorer = {"visual_scorer": "cdpruner"}
-    for options in (
-        {},
-        {"visual_tokens": 9},
-        {"keep_rate": 0.3},
-        {"keep_rate": 1.0},
-        scorer,
-        {**scorer, "keep_rate": 0.3},
-    ):
+    for options in ({}, {"visual_tokens": 9}, {"keep_rate": 1.0}, scorer, {**scorer, "keep_rate": 0.3}):
         settings = server.of_request(options)
         assert server.choice_of(settings.encode().tolist()) == settings.at_exit
     for whole in (server.of_request({"visual_tokens": "all"}), ServingSettings()):
@@ -237,15 +220,14 @@ def test_the_choice_of_a_request_travels_as_numbers():
 
 
 def test_the_question_is_the_text_after_the_last_image_or_video():
-    image, video = 9, 8
-    visual = [image, video]
-    assert find_question([1, image, 2, 3], visual) == [2, 3]
-    assert find_question([1, image, 2, video, 3], visual) == [3]
-    assert find_question([1, video, 2, image], visual) == [1, 2]
-    assert find_question([1, 2], visual) == [1, 2]
-    assert find_question([image], visual) == []
-    assert find_question([1, image, 5, 2, 5], visual, [5]) == [2]
-    assert find_question([1, image, 5], visual, [5]) == [1]
+    image, video, special = 9, 8, 5
+
+    def question(*ids):
+        return find_question([*ids], [image, video], [special])
+
+    assert question(1, image, 2, video, 3, 4) == [3, 4]
+    assert question(1, video, 2, image) == [1, 2]  # all text, if none is after it
+    assert question(1, image, special, 2, special) == [2]
 
 
 @pytest.mark.parametrize("name", [name for name in PROCESSORS if not name.startswith(BY_IMAGE)])

@@ -56,6 +56,12 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
 @pytest.fixture(scope="session")
 def clean_python(tmp_path_factory) -> Path:
     """Return a Python with the project's dependencies, without the project. The workers of pytest-xdist share it."""

@@ -1,11 +1,10 @@
 """`check_data.py` reports what training stops at, by file and row. test_loading.py has each kind of bad row."""
 
-import json
-
-import numpy as np
 import PIL.Image
 import pytest
 from datasets import Dataset
+from loading import write
+from strange_pictures import noise
 from tiny_processors import make_bert_tokenizer
 
 from trips_examples import run_vqa
@@ -14,15 +13,9 @@ from trips_examples.check_data import OPTIONS, check, main
 
 @pytest.fixture
 def folder(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
     for name in ("a.png", "b.png", "c.jpg"):
-        PIL.Image.fromarray(pixels).save(tmp_path / name)
+        noise(40, 30).save(tmp_path / name)
     return tmp_path
-
-
-def write(file, records):
-    file.write_text("".join(f"{json.dumps(record)}\n" for record in records))
-    return str(file)
 
 
 def run(*arguments) -> tuple[list, list[str]]:

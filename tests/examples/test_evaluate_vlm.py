@@ -5,7 +5,9 @@ import math
 from pathlib import Path
 
 import pytest
-from tiny_vlm_processors import conversation, noise, save_tiny_vlm
+from loading import write
+from strange_pictures import noise
+from tiny_vlm_processors import conversation, save_tiny_vlm
 from tiny_vlms import BY_NAME
 from transformers import AutoModelForImageTextToText
 
@@ -32,8 +34,7 @@ def questions(checkpoint, tmp_path_factory) -> Path:
         (answer,) = vlm.answer([conversation("what color ?", image)])
         rows.append({"image": f"{number}.png", "question": "what color ?", "answer": answer})
     rows[-1]["answer"] = "x"
-    (folder / "val.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder / "val.jsonl"
+    return write(folder / "val.jsonl", rows)
 
 
 def test_questions_are_evaluated_once(checkpoint, questions, tmp_path, capsys, monkeypatch):

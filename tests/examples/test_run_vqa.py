@@ -9,6 +9,7 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import torch
+from loading import read, write
 from places import HELPERS
 from safetensors.torch import load_file
 from tiny_processors import make_bert_tokenizer
@@ -42,15 +43,6 @@ def data(tmp_path_factory) -> Path:
     write(folder / "train.jsonl", rows)
     write(folder / "validation.jsonl", [row for row in rows if row["question"] != "is it blue?"])
     return folder
-
-
-def write(file: Path, rows: list[dict]) -> Path:
-    file.write_text("\n".join(map(json.dumps, rows)))
-    return file
-
-
-def read(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def options_of(data: Path, output_dir: Path, *options: str) -> list[str]:

@@ -1,6 +1,5 @@
 """`examples/train_guide.py` on a tiny LLaVA: its files, resuming, teachers, rows that teach nothing, bad options."""
 
-import json
 import logging
 import random
 from functools import partial
@@ -10,6 +9,7 @@ import PIL.Image
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from loading import write
 from safetensors.torch import load_file
 from tiny_vlm_processors import COLORS, make_llava_processor, make_paligemma_processor, save_tiny_vlm
 
@@ -46,8 +46,7 @@ def options(model_folder, rows, tmp_path):
     """Return a function that writes rows and returns options with them for training and evaluation."""
 
     def make(*more: str, rows: list[dict] = rows, folder: str = "guide") -> list[str]:
-        file = tmp_path / "rows.jsonl"
-        file.write_text("\n".join(map(json.dumps, rows)))
+        file = write(tmp_path / "rows.jsonl", rows)
         return [
             f"--model={model_folder}",
             f"--train_file={file}",

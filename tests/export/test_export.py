@@ -95,12 +95,11 @@ def test_retrieval_matches_pairs_and_compares_features(tmp_path):
     images = {"pixel_values": inputs["pixel_values"]}
     texts = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
 
-    def check(actual, expected):
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    def results_of(model):
+        features = [model.get_image_features(**images), model.get_text_features(**texts)]
+        return [model.match(**inputs, **pairs).itm_logits, *(output.pooler_output for output in features)]
 
-    check(exported.match(**inputs, **pairs).itm_logits, model.match(**inputs, **pairs).itm_logits)
-    check(exported.get_image_features(**images).pooler_output, model.get_image_features(**images).pooler_output)
-    check(exported.get_text_features(**texts).pooler_output, model.get_text_features(**texts).pooler_output)
+    torch.testing.assert_close(results_of(exported), results_of(model), rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,16 +124,15 @@ def test_unsupported_inputs_raise(answerers, changes, message):
 def test_unsupported_backends_dtypes_and_models_raise(tmp_path):
     model = CASES[0].make_model()
     (pretraining,) = [case for case in CASES if case.model_class is TripsForPreTraining]
-    with pytest.raises(ValueError, match="'onnx' and 'bf16'"):
-        export_model(model, tmp_path, "onnx", "bf16")
-    with pytest.raises(ValueError, match="'tensorrt'"):
-        export_model(model, tmp_path, "tensorrt")
-    with pytest.raises(ValueError, match="Calibration"):
-        export_model(model, tmp_path, "openvino", "fp32", [])
-    with pytest.raises(ValueError, match="TripsForPreTraining"):
-        export_model(pretraining.make_model(), tmp_path)
-    with pytest.raises(ValueError, match="TripsVisionModel"):
-        export_model(model.vision_model, tmp_path)
+    for named, given, *options in (
+        ("'onnx' and 'bf16'", model, "onnx", "bf16"),
+        ("'tensorrt'", model, "tensorrt"),
+        ("Calibration", model, "openvino", "fp32", []),
+        ("TripsForPreTraining", pretraining.make_model()),
+        ("TripsVisionModel", model.vision_model),
+    ):
+        with pytest.raises(ValueError, match=named):
+            export_model(given, tmp_path, *options)
     with pytest.raises(FileNotFoundError):
         load_exported(tmp_path)
     assert list(tmp_path.iterdir()) == []

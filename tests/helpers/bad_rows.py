@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import PIL.Image
+from strange_pictures import noise
 from tiny_processors import make_bert_tokenizer
 
 
@@ -33,9 +33,8 @@ class BadRow(NamedTuple):
 
 
 def write_images(folder: Path):
-    pixels = np.random.default_rng(0).integers(0, 256, (32, 40, 3), dtype=np.uint8)
     for name in ("good.png", "good.jpg", "cut.jpg", "cut.gif", "cut.tiff", "cut.png", "cut.webp"):
-        PIL.Image.fromarray(pixels).save(folder / name)
+        noise(40, 32).save(folder / name)
     for path in folder.glob("cut.*"):
         path.write_bytes(path.read_bytes()[:-200])
     flipped = bytearray((folder / "good.png").read_bytes())

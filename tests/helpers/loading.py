@@ -31,5 +31,10 @@ def write(file, records):
     return file
 
 
+def read(file):
+    """Return the records of a file of JSON lines."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 def encoded(path):
     return {"bytes": path.read_bytes(), "path": path.name}

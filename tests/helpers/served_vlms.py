@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from strange_pictures import noise
 from tiny_vlm_processors import (
     make_idefics3_processor,
     make_llava_processor,
     make_qwen_processor,
     make_tokenizer,
-    noise,
 )
 from tiny_vlms import (
     BY_NAME,

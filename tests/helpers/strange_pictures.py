@@ -1,10 +1,17 @@
-"""Valid and malicious image files."""
+"""Images of noise, and valid and malicious image files."""
 
 import io
 import struct
 import zlib
 
+import numpy as np
 import PIL.Image
+
+
+def noise(width: int, height: int, seed: int = 0) -> PIL.Image.Image:
+    """Return an image of random colors."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(pixels)
 
 
 def encoded(image: PIL.Image.Image, kind: str = "PNG", **options) -> bytes:

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import PIL.Image
 from tiny_vlms import BY_NAME, CLIP, IMAGE, PAD, QWEN, SIGLIP, TEXT, VISION_END, VISION_START
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -122,9 +121,3 @@ def make_paligemma_processor() -> PaliGemmaProcessor:
 def conversation(text: str, *images: PIL.Image.Image) -> list[dict]:
     parts = [{"type": "image", "image": image} for image in images]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
-
-
-def noise(width: int, height: int, seed: int = 0) -> PIL.Image.Image:
-    """Return an image of random colors."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return PIL.Image.fromarray(pixels)

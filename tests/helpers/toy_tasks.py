@@ -1,12 +1,12 @@
 """A toy data set for each run_*.py script: plain images of 64 x 64 pixels, one row each."""
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import PIL.Image
+from loading import read, write
 
 
 COLORS = ["red", "blue", "green", "white", "black"]
@@ -25,9 +25,8 @@ def write_task(task: str, folder: Path) -> list[str]:
     """Write images and `rows.jsonl`, and return the options that use it for both splits."""
     for color in COLORS:
         PIL.Image.new("RGB", (64, 64), color).save(folder / f"{color}.png")
-    lines = [json.dumps(row) for row in _ROWS[task](folder)]
-    (folder / "rows.jsonl").write_text("\n".join(lines))
-    return [f"--train_file={folder / 'rows.jsonl'}", f"--validation_file={folder / 'rows.jsonl'}"]
+    file = write(folder / "rows.jsonl", list(_ROWS[task](folder)))
+    return [f"--train_file={file}", f"--validation_file={file}"]
 
 
 def _questions(folder: Path):
@@ -69,4 +68,4 @@ def run(*words: str) -> str:
 
 
 def predictions(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    return read(folder / "predictions.jsonl")

@@ -23,6 +23,7 @@ from modeling_trips.hosts import TextGuide, apply_patch_selection, record_patch_
 from modeling_trips.hosts.vlm.wrapper import selection_of
 
 
+pytestmark = pytest.mark.usefixtures("no_grad")
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
 WITH_CLASS_TOKEN = ("llava", "llava_next", "internvl")
 
@@ -96,7 +97,6 @@ def hidden_patches(vlm: Vlm, inputs: dict, kept: torch.Tensor, num_units: int) -
 
 @families
 @pytest.mark.parametrize("schedule", ["1:image:0.5", "1:image:0.6,2:random:0.5"])
-@torch.no_grad()
 def test_kept_patches_match_masked_attention(vlm, schedule):
     model = vlm.make()
     inputs = make_inputs(vlm, [1, 2])
@@ -132,7 +132,6 @@ def test_kept_patches_match_masked_attention(vlm, schedule):
 
 
 @pytest.mark.parametrize("vlm", [vlm for vlm in VLMS if vlm.kind != "packed"], ids=lambda vlm: vlm.name)
-@torch.no_grad()
 def test_units_with_the_highest_attention_are_kept(vlm):
     model = vlm.make()
     attention = attention_of(tower_layers(model)[1])
@@ -166,7 +165,6 @@ def test_units_with_the_highest_attention_are_kept(vlm):
 
 
 @families
-@torch.no_grad()
 def test_batches_select_patches_like_single_prompts(vlm):
     model = vlm.make()
     guide = TextGuide.for_model(model)
@@ -178,7 +176,6 @@ def test_batches_select_patches_like_single_prompts(vlm):
 
 
 @grid_and_packed
-@torch.no_grad()
 def test_patches_depend_on_the_prompt(vlm):
     model = vlm.make()
     inputs = make_inputs(vlm, [1])
@@ -197,7 +194,6 @@ def test_patches_depend_on_the_prompt(vlm):
 @pytest.mark.parametrize(
     "schedule, num_real", [("1:image:0.4", 7), ("1:image:0.8", 8), ("1:image:0.8,2:image:0.5", 7)]
 )
-@torch.no_grad()
 def test_padding_patches_come_last_and_change_nothing(name, schedule, num_real):
     model, inputs = make_both(name, [1])
     mask = torch.ones(1, 2, 32, 32, dtype=torch.bool)
@@ -249,7 +245,6 @@ def test_padding_of_tiles_comes_last(name, schedule, num_real):
 
 
 @grid_and_packed
-@torch.no_grad()
 def test_a_faulty_image_changes_no_other_row(vlm):
     model = vlm.make()
     inputs = make_inputs(vlm, [1, 1])

@@ -12,7 +12,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from tiny_models import gradients_of
 from tiny_vlm_processors import conversation, make_llava_processor
-from tiny_vlms import BY_NAME, ENCODER_INPUTS, OTHERS, families, grid_and_packed, make_both, make_inputs
+from tiny_vlms import BY_NAME, ENCODER_INPUTS, families, grid_and_packed, make_both, make_inputs
 from torch import nn
 from transformers import GenerationConfig, Trainer, TrainingArguments, pipeline
 
@@ -26,8 +26,10 @@ from modeling_trips.hosts import (
 from modeling_trips.modeling_trips_text import CACHE_NAME
 
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+
 @families
-@torch.no_grad()
 def test_generate_returns_the_callers_prompt(vlm):
     model = vlm.make()
     inputs = make_inputs(vlm, [1, 2])
@@ -46,7 +48,6 @@ def test_generate_returns_the_callers_prompt(vlm):
 
 
 @families
-@torch.no_grad()
 def test_removal_leaves_no_trace(vlm):
     model = vlm.make()
     inputs = make_inputs(vlm, [1, 2])
@@ -73,7 +74,6 @@ def count_hooks(model: nn.Module) -> int:
 
 
 @grid_and_packed
-@torch.no_grad()
 def test_other_methods_of_patched_models_do_not_select(vlm):
     model = vlm.make()
     inputs = make_inputs(vlm, [1, 2])
@@ -123,7 +123,6 @@ def test_replaced_forward_passes_raise(wrap, schedule):
         ("1:text:0.5", {"guide": TextGuide(32, 4, 8, layer=2)}),
     ],
 )
-@torch.no_grad()
 def test_bad_schedules_and_options_raise_and_leave_the_model_unchanged(schedule, options):
     model, inputs = make_both("llava")
     apply_patch_selection(model, "1:image:0.5")
@@ -158,6 +157,7 @@ def test_threads_do_not_mix(name):
 
 
 @grid_and_packed
+@torch.enable_grad()
 def test_checkpointing_recomputes_each_forward_pass(vlm):
     """The gradient of a difference of two losses, with and without activation checkpointing."""
     gradients = []
@@ -182,7 +182,6 @@ def test_checkpointing_recomputes_each_forward_pass(vlm):
 
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @grid_and_packed
-@torch.no_grad()
 def test_copies_select_by_themselves(vlm, make_copy):
     model = vlm.make()
     inputs = make_inputs(vlm, [1, 2])
@@ -196,7 +195,6 @@ def test_copies_select_by_themselves(vlm, make_copy):
     assert torch.equal(model(**inputs).logits, expected)
 
 
-@torch.no_grad()
 def test_selection_cannot_change_while_it_is_recorded():
     model, inputs = make_both("llava", [1])
     apply_patch_selection(model, "1:image:0.3", visual_tokens=5)
@@ -213,7 +211,6 @@ def test_selection_cannot_change_while_it_is_recorded():
 
 
 @grid_and_packed
-@torch.no_grad()
 def test_decoding_by_hand(vlm):
     model = vlm.make()
     inputs = make_inputs(vlm, [1])
@@ -237,7 +234,6 @@ def test_decoding_by_hand(vlm):
     torch.testing.assert_close(logits, outputs.logits[1], atol=1e-5, rtol=0)
 
 
-@torch.no_grad()
 def test_lengths_count_the_prompt_of_the_caller():
     model, inputs = make_both("llava", [1])
     model.generation_config.eos_token_id = None
@@ -253,7 +249,6 @@ def test_lengths_count_the_prompt_of_the_caller():
     assert model.generate(**inputs, max_length=3, max_new_tokens=2).shape[1] == length - 1
 
 
-@torch.no_grad()
 def test_accelerate_dispatches_patched_models(tmp_path):
     model, inputs = make_both("llava", [1, 2])
     apply_patch_selection(model, "1:image:0.5", visual_tokens=5)
@@ -264,21 +259,18 @@ def test_accelerate_dispatches_patched_models(tmp_path):
     assert model(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]
 
 
-@pytest.mark.parametrize("vlm", OTHERS, ids=lambda vlm: vlm.name)
-@torch.no_grad()
-def test_other_towers_do_not_select(vlm):
-    model = vlm.make()
+def test_other_towers_do_not_select():
+    model, inputs = make_both("llava_pixtral", [1])
     with pytest.raises(TypeError, match="tower"):
         apply_patch_selection(model, "1:image:0.5")
     with pytest.raises(TypeError):
         TextGuide.for_model(model)
     apply_patch_selection(model, "unpruned", visual_tokens=4)
     with record_patch_selection(model) as recorded:
-        model(**make_inputs(vlm, [1]))
+        model(**inputs)
     assert recorded[0].kept_indices.shape == (1, 4)
 
 
-@torch.no_grad()
 def test_a_rate_is_of_the_image_and_not_of_what_the_tower_keeps():
     model, inputs = make_both("llava", [1])
     for keep_rate, number in ((0.25, 16), (0.75, 32)):  # the tower keeps 32 of 64
@@ -298,7 +290,6 @@ def test_pooling_that_has_no_grid_is_refused_when_it_is_applied():
     assert model(**inputs).logits.shape[1] == inputs["input_ids"].shape[1] - 60
 
 
-@torch.no_grad()
 def test_a_part_of_a_patched_model_is_refused():
     model, inputs = make_both("llava", [1])
     apply_patch_selection(model, "2:image:0.5")
@@ -330,6 +321,7 @@ def test_the_pipeline_takes_chat_messages():
         assert result[0]["generated_text"].strip() == answer.strip() != ""
 
 
+@torch.enable_grad()
 def test_trainer_trains_and_evaluates(tmp_path):
     vlm = BY_NAME["llava"]
     model = vlm.make()
@@ -358,8 +350,7 @@ def test_trainer_trains_and_evaluates(tmp_path):
     loaded = type(model).from_pretrained(tmp_path / "saved").eval()
     remove_patch_selection(model)
     inputs = make_inputs(vlm)
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(**inputs).logits, model.eval()(**inputs).logits)
+    torch.testing.assert_close(loaded(**inputs).logits, model.eval()(**inputs).logits)
 
 
 def test_guides_move_to_the_device_of_the_model():

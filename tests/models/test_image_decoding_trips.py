@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from programs import add_fake_ghostscript
-from strange_pictures import encoded, jpeg_with
+from strange_pictures import encoded, jpeg_with, noise
 from tiny_processors import make_processor
 
 from modeling_trips import convert_to_rgb
@@ -17,8 +17,7 @@ from modeling_trips.image_decoding_trips import ImageError, decode_image
 
 @pytest.fixture
 def image():
-    pixels = np.random.default_rng(0).integers(0, 256, size=(20, 30, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
+    return noise(30, 20)
 
 
 def oriented(orientation: int) -> Image.Exif:

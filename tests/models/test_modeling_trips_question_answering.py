@@ -44,16 +44,15 @@ def test_loss_of_no_labels_is_nan_as_of_the_heads_of_transformers():
 
 def test_bad_inputs_are_refused():
     model = make_model()
-    with pytest.raises(ValueError, match="text_index"):
-        model(**inputs(), labels=ANSWERS)
-    with pytest.raises(ValueError, match="loss_weights"):
-        model(**inputs(), labels=ANSWERS[:4], loss_weights=torch.ones(1))
-    with pytest.raises(ValueError, match="`k`"):
-        model.rank_answers(ANSWERS, k=0, **inputs())
-    with pytest.raises(ValueError, match="answer_ids"):
-        model.rank_answers(torch.full((2, 3), -100), **inputs())
-    with pytest.raises(ValueError, match="decoder_input_ids"):
-        model(**inputs())
+    for named, call, wrong in (
+        ("text_index", model, {"labels": ANSWERS}),
+        ("loss_weights", model, {"labels": ANSWERS[:4], "loss_weights": torch.ones(1)}),
+        ("decoder_input_ids", model, {}),
+        ("`k`", model.rank_answers, {"answer_ids": ANSWERS, "k": 0}),
+        ("answer_ids", model.rank_answers, {"answer_ids": torch.full((2, 3), -100)}),
+    ):
+        with pytest.raises(ValueError, match=named):
+            call(**inputs(), **wrong)
 
 
 @pytest.mark.parametrize("as_cache", [False, True], ids=["pixels", "image_cache"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from strange_pictures import encoded
+from strange_pictures import encoded, noise
 from tiny_processors import CLS, PAD, SEP, VOCABULARY, WORDS, make_bert_tokenizer, make_processor
 from transformers import AutoProcessor, BertTokenizer
 from transformers.utils.logging import warning_once
@@ -23,8 +23,7 @@ def processor():
 
 @pytest.fixture
 def image():
-    pixels = np.random.default_rng(0).integers(0, 256, size=(20, 30, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
+    return noise(30, 20)
 
 
 def test_texts_are_padded_to_the_longest(processor):

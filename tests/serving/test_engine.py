@@ -30,6 +30,7 @@ from trips_serving.engine import Batcher, Engine, ImageCaches, Item, num_bytes  
 from trips_serving.settings import Settings  # noqa: E402
 
 
+pytestmark = pytest.mark.usefixtures("no_grad")
 TEXTS = ["what color is it?", "is it a red or a teal shape, or no shape?", "shape"]
 IMAGES = [PIL.Image.effect_noise((80, 70), 60).convert("RGB"), PIL.Image.effect_noise((70, 80), 60)]
 
@@ -58,7 +59,6 @@ def make_items(engine: Engine, name: str, pairs, top_k=1, keep_rate=None) -> lis
 PAIRS = [(0, 0), (1, 2), (0, 1), (1, 0), (0, 0)]
 
 
-@torch.no_grad()
 def match_alone(model: TripsForRetrieval, processor: TripsProcessor) -> list[float]:
     """Return the score of each pair, computed in a batch of its own."""
     scores = []
@@ -70,7 +70,6 @@ def match_alone(model: TripsForRetrieval, processor: TripsProcessor) -> list[flo
 
 
 @pytest.mark.parametrize("schedule", ["2:text:0.5,3:text:0.5", "1:image:0.5,3:text:0.5"])
-@torch.no_grad()
 def test_matching_and_features(tmp_path, schedule):
     engine = Engine(Settings(model=save(tmp_path, TripsForRetrieval, schedule=schedule)))
     assert set(engine.endpoints) == {"match", "features"}
@@ -84,16 +83,13 @@ def test_matching_and_features(tmp_path, schedule):
         assert [(one["image"], one["text"]) for one in found] == PAIRS
     assert all(item.image.pixel_values is None for item in items)
 
-    found = engine.compute(make_items(engine, "features", [(0, None), (1, None)]))
-    images = model.get_image_features(**processor(images=IMAGES, return_tensors="pt")).pooler_output
-    for one, row in zip(found, images):
-        assert one.keys() == {"image", "features"}
-        torch.testing.assert_close(torch.tensor(one["features"]), row, atol=1e-4, rtol=1e-3)
-    found = engine.compute(make_items(engine, "features", [(None, 0), (None, 1)]))
-    texts = model.get_text_features(**processor(text=TEXTS, return_tensors="pt")).pooler_output
-    for one, row in zip(found, texts):
-        assert one.keys() == {"text", "features"}
-        torch.testing.assert_close(torch.tensor(one["features"]), row, atol=1e-4, rtol=1e-3)
+    images = model.get_image_features(**processor(images=IMAGES, return_tensors="pt"))
+    texts = model.get_text_features(**processor(text=TEXTS, return_tensors="pt"))
+    for part, pairs, expected in (("image", [(0, None), (1, None)], images), ("text", [(None, 0), (None, 1)], texts)):
+        found = engine.compute(make_items(engine, "features", pairs))
+        for one, row in zip(found, expected.pooler_output):
+            assert one.keys() == {part, "features"}
+            torch.testing.assert_close(torch.tensor(one["features"]), row, atol=1e-4, rtol=1e-3)
 
 
 def test_captions(tmp_path):
@@ -135,7 +131,6 @@ def test_answers_of_a_schedule(tmp_path, schedule):
 @pytest.mark.parametrize(
     "schedule", ["2:text:0.2", "1:image:0.5", "1:image:0.5,3:text:0.2", "1:image:0.5,2:image:0.5"]
 )
-@torch.no_grad()
 def test_kept_patches_are_those_of_the_library_in_one_pass(tmp_path, schedule):
     folder = save(tmp_path, TripsForQuestionAnswering)
     engine = Engine(Settings(model=folder, schedule=schedule))
@@ -162,7 +157,6 @@ def test_kept_patches_are_those_of_the_library_in_one_pass(tmp_path, schedule):
 
 
 @pytest.mark.parametrize("schedule", ["2:text:0.5", "1:image:0.5"])
-@torch.no_grad()
 def test_keep_rates_of_requests(tmp_path, schedule):
     folder = save(tmp_path, TripsForQuestionAnswering, schedule=schedule)
     engine = Engine(Settings(model=folder, keep_rates="0.1,1"))
@@ -288,7 +282,6 @@ def test_exported_model_matches_the_library(tmp_path):
 # The cache of image states, and batches
 
 
-@torch.no_grad()
 def test_cache_evicts_the_least_recently_used():
     states = make_model().model.encode_images(images()[:1])
     size = num_bytes(states)

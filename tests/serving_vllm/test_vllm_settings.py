@@ -6,7 +6,7 @@ import shlex
 import pytest
 import torch
 from served_vlms import PROCESSORS, VLMS, store_internvl_chat
-from tiny_vlm_processors import noise
+from strange_pictures import noise
 from tiny_vlms import BY_NAME
 
 from modeling_trips.hosts import TextGuide

@@ -4,17 +4,25 @@ import io
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 from PIL import Image
-from strange_pictures import animated_webp, bomb, encoded, gif_with_comment, jpeg_with, run_length_bmp, scan_bomb
+from strange_pictures import (
+    animated_webp,
+    bomb,
+    encoded,
+    gif_with_comment,
+    jpeg_with,
+    noise,
+    run_length_bmp,
+    scan_bomb,
+)
 
 from modeling_trips.image_decoding_trips import ImageError
 from modeling_trips.untrusted_images import IsolatedDecoder, decode_untrusted
 from modeling_trips.untrusted_images.isolated import _Worker
 
 
-NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, size=(20, 30, 3), dtype=np.uint8))
+NOISE = noise(30, 20)
 GRAY = NOISE.convert("L")
 BLUE = encoded(Image.new("RGB", (1500, 1500), "blue"))
 RED = encoded(Image.new("RGB", (9, 9), "red"))

@@ -6,14 +6,14 @@ import socket
 import numpy as np
 import PIL.Image
 import pytest
-from strange_pictures import bomb, encoded
+from strange_pictures import bomb, encoded, noise
 
 from modeling_trips.image_decoding_trips import convert_to_rgb
 from trips_examples.data.images import check_image, decode_image, decode_untrusted_image, first_rows
 from trips_examples.data.tasks import BadRowError
 
 
-PIXELS = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 64, 3), dtype=np.uint8))
+PIXELS = noise(64, 40)
 JUNK = b"Exif\0\0" + b"\0" * 64
 XMP = (
     b"<x:xmpmeta xmlns:x='adobe:ns:meta/'><rdf:RDF><rdf:Description tiff:Orientation='6'>"

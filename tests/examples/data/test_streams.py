@@ -56,6 +56,10 @@ def captions(rows) -> list[str]:
     return [row["caption"] for row in rows]
 
 
+def stream_of(place, **options) -> PairStream:
+    return PairStream(find_shards([str(place)]), **options)
+
+
 def take(stream: PairStream, count: int) -> list[dict]:
     return list(islice(iter(stream), count))
 
@@ -64,16 +68,15 @@ def take(stream: PairStream, count: int) -> list[dict]:
 
 
 def test_a_pass_has_every_pair_once_and_the_next_pass_another_order(tars):
-    shards = find_shards([tars])
-    rows = take(PairStream(shards, buffer_size=10), 52)
+    rows = take(stream_of(tars, buffer_size=10), 52)
     first = captions(rows[:26])
     second = captions(rows[26:])
     assert set(first) == set(second) == ALL
     assert first != second
     assert first != sorted(first)
-    again = take(PairStream(shards, seed=0, buffer_size=10), 26)
+    again = take(stream_of(tars, seed=0, buffer_size=10), 26)
     assert captions(again) == first
-    seeded = take(PairStream(shards, seed=1, buffer_size=10), 26)
+    seeded = take(stream_of(tars, seed=1, buffer_size=10), 26)
     assert captions(seeded) != first
     for row in rows:
         assert row["image"].mode == "RGB"
@@ -87,7 +90,7 @@ def test_processes_share_the_pairs(tars, num_processes):
     """Processes share shards, or with more processes than shards, records."""
     passes = []
     for index in range(num_processes):
-        stream = PairStream(find_shards([tars]), buffer_size=4, process_index=index, num_processes=num_processes)
+        stream = stream_of(tars, buffer_size=4, process_index=index, num_processes=num_processes)
         rows = iter(stream)
         passes.append([])
         while (row := next(rows)) and stream.pass_number == 0:
@@ -107,7 +110,7 @@ def test_a_stream_continues_after_any_pair(tars, index, num_processes, block_byt
     monkeypatch.setattr(streams, "MAX_BLOCK_BYTES", block_bytes)
 
     def make_stream():
-        return PairStream(find_shards([tars]), seed=3, buffer_size=4, process_index=index, num_processes=num_processes)
+        return stream_of(tars, seed=3, buffer_size=4, process_index=index, num_processes=num_processes)
 
     stream = make_stream()
     rows = []
@@ -125,7 +128,7 @@ def test_a_stream_continues_after_any_pair(tars, index, num_processes, block_byt
 @pytest.mark.parametrize("num_workers", [0, 5])
 def test_a_loader_resumes_and_workers_may_outnumber_shards(tars, num_workers):
     def loader() -> StatefulDataLoader:
-        stream = PairStream(find_shards([tars]), buffer_size=4)
+        stream = stream_of(tars, buffer_size=4)
         return StatefulDataLoader(stream, batch_size=3, num_workers=num_workers, collate_fn=captions)
 
     whole = loader()
@@ -151,7 +154,7 @@ def test_images_of_any_kind_and_captions_in_text_or_json(tmp_path):
         {"JPEG": encoded("blue", "JPEG"), "txt": "upper case", "cls": "7"},
     ]
     path = write_tar(tmp_path / "mixed.tar", samples)
-    rows = {row["caption"]: row for row in take(PairStream(find_shards([str(path)])), 4)}
+    rows = {row["caption"]: row for row in take(stream_of(path), 4)}
     assert rows.keys() == {"a blue square", "from json", "the same image", "upper case"}
     assert all(row["image"].getpixel((4, 4))[2] > 200 for row in rows.values())
     assert rows["from json"]["image_id"] == rows["the same image"]["image_id"] == "http://a/1.webp"
@@ -162,10 +165,9 @@ def test_images_of_any_kind_and_captions_in_text_or_json(tmp_path):
 def test_each_pass_takes_one_of_several_captions(tmp_path):
     (tmp_path / "red.png").write_bytes(encoded())
     (tmp_path / "pairs.json").write_text('[{"image": "red.png", "caption": ["one", "two", "three"]}]')
-    shards = find_shards([str(tmp_path / "*.json")])
-    drawn = captions(take(PairStream(shards), 20))
+    drawn = captions(take(stream_of(tmp_path / "*.json"), 20))
     assert set(drawn) == {"one", "two", "three"}
-    assert captions(take(PairStream(shards), 20)) == drawn
+    assert captions(take(stream_of(tmp_path / "*.json"), 20)) == drawn
 
 
 @pytest.mark.parametrize("name", ["caption", "alt"])
@@ -217,7 +219,7 @@ def bad_tar(folder: Path, num_good: int) -> Path:
 
 def test_bad_pairs_are_skipped_counted_and_named(tmp_path):
     path = bad_tar(tmp_path, num_good=30)
-    stream = PairStream(find_shards([str(path)]), max_bad_share=0.3, log_folder=tmp_path / "logs")
+    stream = stream_of(path, max_bad_share=0.3, log_folder=tmp_path / "logs")
     rows = take(stream, 31)
     assert set(captions(rows)) == {f"good {number}" for number in range(30)}
     assert stream.pass_number == 1
@@ -245,7 +247,7 @@ def test_the_first_bad_pair_stops_a_stream_that_was_not_asked_to_skip(tmp_path):
     lines = ['{"image": "red.png", "caption": "a"}', '{"image": "red.png", "caption": ""}'] * 3
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
     with pytest.raises(ValueError, match=r"pairs.jsonl row [246]: no caption .*--skip_bad_rows"):
-        take(PairStream(find_shards([str(tmp_path / "pairs.jsonl")])), 4)
+        take(stream_of(tmp_path / "pairs.jsonl"), 4)
 
 
 def test_a_broken_shard_is_named_and_the_next_one_is_read(tars, tmp_path):
@@ -289,7 +291,7 @@ def test_damaged_tar_files_are_named(tmp_path):
             assert last.source == shard.name
             assert last.reason == "broken tar file"
         with pytest.raises(ValueError, match=name):
-            take(PairStream(find_shards([str(path)])), 9)
+            take(stream_of(path), 9)
     good = tmp_path / "good.tar"
     (tmp_path / "good.tar.gz").write_bytes(gzip.compress(good.read_bytes()))
     assert all(len(list(shard)) == 8 for shard in find_shards([f"{good}*"]))
@@ -389,16 +391,16 @@ def test_a_shuffled_block_is_bounded(tmp_path, monkeypatch):
 
 
 def test_too_many_bad_pairs_stop_the_stream(tmp_path):
-    shards = find_shards([str(bad_tar(tmp_path, num_good=30))])
-    stream = PairStream(shards, max_bad_share=0.05, log_folder=tmp_path)
+    path = bad_tar(tmp_path, num_good=30)
+    stream = stream_of(path, max_bad_share=0.05, log_folder=tmp_path)
     assert len(take(stream, 30)) == 30  # the share is not checked at the first pairs
-    stream = PairStream(shards, max_bad_share=0.05, log_folder=tmp_path)
+    stream = stream_of(path, max_bad_share=0.05, log_folder=tmp_path)
     with pytest.raises(ValueError, match="--max_bad_share.*bad_pairs-00000.jsonl"):
         take(stream, 31)
 
 
 def test_a_stream_without_a_good_pair_ends_with_an_error(tmp_path):
     (tmp_path / "pairs.jsonl").write_text('{"image": "missing.png", "caption": "a"}\n{"caption": ')
-    stream = PairStream(find_shards([str(tmp_path / "pairs.jsonl")]), max_bad_share=1.0, log_folder=tmp_path)
+    stream = stream_of(tmp_path / "pairs.jsonl", max_bad_share=1.0, log_folder=tmp_path)
     with pytest.raises(ValueError, match="bad_pairs-00000.jsonl.*pairs.jsonl row"):
         take(stream, 1)

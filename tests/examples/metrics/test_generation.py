@@ -5,7 +5,8 @@ import json
 import PIL.Image
 import pytest
 import torch
-from tiny_vlm_processors import conversation, make_llava_processor, noise, save_tiny_vlm
+from strange_pictures import noise
+from tiny_vlm_processors import conversation, make_llava_processor, save_tiny_vlm
 from tiny_vlms import BY_NAME
 from transformers import AutoModelForImageTextToText, AutoProcessor
 

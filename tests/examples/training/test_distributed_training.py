@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from clean_environment import make_environment
+from loading import write
 from places import HELPERS, ROOT
 from random_checkpoint import save_random_checkpoint
 from safetensors.torch import load_file
@@ -86,7 +87,7 @@ def options(tmp_path_factory) -> list[str]:
         rows.append({"image": f"{color}.png", "question": "what color is it?", "answer": color})
         rows.append({"image": f"{color}.png", "question": "is it red?", "answer": "yes" if color == "red" else "no"})
         rows.append({"image": f"{color}.png", "question": "is it blue?", "answer": "no" if color == "red" else "yes"})
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    file = write(folder / "rows.jsonl", rows)
     texts = [f"{row['question']} {row['answer']}" for row in rows]
     # No BatchNorm, whose statistics differ between processes; a projection that unpruned steps do not use.
     vision = {"patch_embedding_type": "linear", "hidden_size": 32}
@@ -94,8 +95,8 @@ def options(tmp_path_factory) -> list[str]:
     save_random_checkpoint(folder / "model", TripsForQuestionAnswering, texts, **fields)
     return [
         f"--model={folder / 'model'}",
-        f"--train_file={folder / 'rows.jsonl'}",
-        f"--validation_file={folder / 'rows.jsonl'}",
+        f"--train_file={file}",
+        f"--validation_file={file}",
         "--max_steps=6",
         "--lr_scheduler_type=constant",
         "--bf16=False",

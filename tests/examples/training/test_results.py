@@ -4,6 +4,7 @@ import json
 
 import PIL.Image
 import pytest
+from loading import read, write
 from toy_tasks import OPTIONS, write_task
 
 from trips_examples import run_vqa
@@ -16,15 +17,14 @@ def run(tmp_path_factory):
     """Train and evaluate with three questions about each image, and return the folder."""
     folder = tmp_path_factory.mktemp("run")
     write_task("vqa", folder)
-    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     questions = {"what color is it?": None, "is it red?": "no", "is it a circle?": "no"}
     rows = [
         {**row, "question": text, "answer": answer or row["answer"]}
-        for row in rows
+        for row in read(folder / "rows.jsonl")
         for text, answer in questions.items()
     ]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    files = [f"--{split}_file={folder / 'rows.jsonl'}" for split in ("train", "validation", "test")]
+    file = write(folder / "rows.jsonl", rows)
+    files = [f"--{split}_file={file}" for split in ("train", "validation", "test")]
     options = [
         "--schedule=2:text:0.3,3:text:0.3",
         "--max_steps=2",

@@ -31,6 +31,12 @@ def write_checkpoint(folder):
     (folder / "trainer_state.json").write_text('{"global_step": 10}')
 
 
+@pytest.fixture
+def two_checkpoints(tmp_path):
+    for step in (2, 10):
+        write_checkpoint(tmp_path / f"checkpoint-{step}")
+
+
 def test_resuming_from_the_last_checkpoint_needs_one(args, tmp_path):
     with pytest.raises(FileNotFoundError, match="last"):
         checkpoint_to_resume(args)
@@ -47,9 +53,7 @@ PARTS = ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.p
 @pytest.mark.parametrize(
     ("name", "size"), [*product(PARTS, [0, 15]), *((part, None) for part in PARTS if part != "model.safetensors")]
 )
-def test_incomplete_checkpoints_are_skipped(name, size, args, tmp_path, caplog):
-    for step in (2, 10):
-        write_checkpoint(tmp_path / f"checkpoint-{step}")
+def test_incomplete_checkpoints_are_skipped(name, size, args, two_checkpoints, tmp_path, caplog):
     assert checkpoint_to_resume(args) == str(tmp_path / "checkpoint-10")
     assert not caplog.records
     path = tmp_path / "checkpoint-10" / name
@@ -64,14 +68,11 @@ def test_incomplete_checkpoints_are_skipped(name, size, args, tmp_path, caplog):
         checkpoint_to_resume(args)
 
 
-def test_a_checkpoint_needs_the_random_state_of_each_process(args, tmp_path, monkeypatch, caplog):
+def test_a_checkpoint_needs_the_random_state_of_each_process(args, two_checkpoints, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(TripsTrainingArguments, "world_size", 2)
-    for step in (2, 10):
-        write_checkpoint(tmp_path / f"checkpoint-{step}")
-        state = (tmp_path / f"checkpoint-{step}" / "rng_state.pth").rename(
-            tmp_path / f"checkpoint-{step}" / "rng_state_0.pth"
-        )
+    for state in tmp_path.glob("*/rng_state.pth"):
         shutil.copy(state, state.with_name("rng_state_1.pth"))
+        state.rename(state.with_name("rng_state_0.pth"))
     assert checkpoint_to_resume(args) == str(tmp_path / "checkpoint-10")
     (tmp_path / "checkpoint-10" / "rng_state_1.pth").unlink()
     assert checkpoint_to_resume(args) == str(tmp_path / "checkpoint-2")

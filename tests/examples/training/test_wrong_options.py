@@ -42,7 +42,6 @@ def test_scripts_check_the_model_before_the_data(script, options):
         ("--schedule=9:text:0.5", "1..4"),
         ("--image_size=50", "`image_size` .50. must be a multiple of `patch_size`"),
         ("--preset=huge", "huge"),
-        ("--max_steps=0", "--max_steps"),
         ("--tokenizer=nowhere", "--tokenizer nowhere"),
         ("--image_root=nowhere", "nowhere"),
         ("--validation_file=nowhere.json", "nowhere.json"),

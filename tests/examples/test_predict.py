@@ -44,6 +44,10 @@ def words(model, images, output, *options) -> list[str]:
     return list(map(str, ["--model", model, "--images", images, "--output", output, *options]))
 
 
+def run(*given):
+    predict.main(words(*given))
+
+
 def loaded(folder: Path):
     model = getattr(modeling_trips, folder.name).from_pretrained(folder).eval()
     return model, TripsProcessor.from_pretrained(folder)
@@ -53,7 +57,7 @@ def loaded(folder: Path):
 def test_every_photo_has_the_answer_of_the_pipeline_to_every_question(suffix, photos, checkpoints, tmp_path):
     folder = checkpoints["TripsForQuestionAnswering"]
     output = tmp_path / f"answers{suffix}"
-    predict.main(words(folder, photos, output, "--questions", *QUESTIONS, "--batch_size", "2"))
+    run(folder, photos, output, "--questions", *QUESTIONS, "--batch_size", "2")
     model, processor = loaded(folder)
     pipeline = TripsVisualQuestionAnsweringPipeline(model=model, processor=processor)
     broken, *rows = rows_of(output)
@@ -66,7 +70,7 @@ def test_every_photo_has_the_answer_of_the_pipeline_to_every_question(suffix, ph
         assert (row["answer"] or "") == best["answer"] and row["error"] is None
         assert float(row["confidence"]) == pytest.approx(best["score"], abs=1e-4)
     assert not list(tmp_path.glob("*.parts"))
-    predict.main(words(folder, photos, tmp_path / "unsure.csv", "--questions", "what 色", "--threshold", "1.1"))
+    run(folder, photos, tmp_path / "unsure.csv", "--questions", "what 色", "--threshold", "1.1")
     _, *rows = rows_of(tmp_path / "unsure.csv")
     assert {(row["answer"], row["unknown_words"]) for row in rows} == {("unsure", "[UNK]")}
 
@@ -75,8 +79,8 @@ def test_captions_of_encoded_photos(checkpoints, tmp_path):
     folder = checkpoints["TripsForConditionalGeneration"]
     tar = write_tar(tmp_path / "shard.tar", {"a.png": encoded(1), "b.png": encoded(2)})
     table = write_parquet(tmp_path / "table.parquet", [3])
-    predict.main(words(folder, table, tmp_path / "out.jsonl"))
-    predict.main(words(folder, tar, tmp_path / "tar.jsonl"))
+    run(folder, table, tmp_path / "out.jsonl")
+    run(folder, tar, tmp_path / "tar.jsonl")
     (row,) = rows_of(tmp_path / "out.jsonl")
     model, processor = loaded(folder)
     image = write_images(tmp_path / "same", [3]) / "3.png"
@@ -91,7 +95,7 @@ def test_boxes_are_in_pixels_of_each_photo(photos, checkpoints, tmp_path):
     (tmp_path / "rows.csv").write_text(f"image\nwide.png\n{photos}/1.png\n")
     (tmp_path / "asked.txt").write_text("it\n\nwhat color\nit\n")
     output = tmp_path / "boxes.parquet"
-    predict.main(words(folder, tmp_path / "rows.csv", output, "--questions_file", tmp_path / "asked.txt"))
+    run(folder, tmp_path / "rows.csv", output, "--questions_file", tmp_path / "asked.txt")
     rows = rows_of(output)
     assert [row["expression"] for row in rows] == ["it", "what color"] * 2
     model, processor = loaded(folder)
@@ -110,7 +114,7 @@ def test_statements_are_judged_for_pairs_of_photos(photos, checkpoints, tmp_path
     (tmp_path / "pairs.csv").write_text("left_image,right_image\n1.png,2.png\n1.png,0.png\n2.png,\n")
     output = tmp_path / "true.csv"
     options = ["--image_root", photos, "--questions", *QUESTIONS]
-    predict.main(words(folder, tmp_path / "pairs.csv", output, *options))
+    run(folder, tmp_path / "pairs.csv", output, *options)
     *rows, broken, alone = rows_of(output)
     assert broken["error"].startswith("unreadable image") and alone["error"].startswith("no image")
     model, processor = loaded(folder)
@@ -130,7 +134,7 @@ def test_parts_of_other_questions_are_refused_and_kept(photos, checkpoints, tmp_
     (parts / "made_by.json").write_text("other questions")
     pyarrow.parquet.write_table(pyarrow.table({"id": ["0"]}), parts / "0.parquet")
     with pytest.raises(ValueError, match="answers.csv.parts"):
-        predict.main(words(checkpoints["TripsForQuestionAnswering"], photos, output, "--questions", *QUESTIONS))
+        run(checkpoints["TripsForQuestionAnswering"], photos, output, "--questions", *QUESTIONS)
     assert (parts / "0.parquet").exists() and not output.exists()
 
 
@@ -177,5 +181,5 @@ def test_bad_input_is_named(model, images, options, error, photos, checkpoints, 
     Path("bad/1.jpg").touch()
     Path("rows.csv").write_text("image,question\n")
     with pytest.raises((ValueError, OSError), match=error):
-        predict.main(words(checkpoints[model], images, "out.csv", *options))
+        run(checkpoints[model], images, "out.csv", *options)
     assert Path("out.csv").exists() == (images == "bad")

@@ -290,12 +290,11 @@ PROCESSORS = {
     "glm4v": make_glm_processor,
     "minicpmv4_6": make_minicpm_processor,
     "mistral3": make_mistral_processor,
-    "qwen2_vl": make_qwen_processor,
-    "qwen2_5_vl": make_qwen_processor,
-    "qwen3_vl": make_qwen3_processor,
-    "qwen3_vl_moe": make_qwen3_processor,
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), make_qwen_processor),
+    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe"), make_qwen3_processor),
+    "minicpmv4_6_linear": make_minicpm_processor,
+    "gemma4_both_ways": make_gemma_processor,
 }
-PROCESSORS |= {"minicpmv4_6_linear": make_minicpm_processor, "gemma4_both_ways": make_gemma_processor}
 if find_spec("num2words"):
     PROCESSORS["smolvlm"] = make_smolvlm_processor
 

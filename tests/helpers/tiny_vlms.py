@@ -46,11 +46,9 @@ QWEN = {
     "temporal_patch_size": 2,
     "in_channels": 3,
 }
+WIDE_QWEN = {**QWEN, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 37}
 QWEN3 = {
-    **QWEN,
-    "hidden_size": 32,
-    "out_hidden_size": 32,
-    "intermediate_size": 37,
+    **WIDE_QWEN,
     "num_position_embeddings": 64,
     "deepstack_visual_indexes": [0, 1],
 }
@@ -174,14 +172,7 @@ VLMS = [
     llama_vlm(
         "qwen2_5_vl",
         "Qwen2_5_VL",
-        {
-            **QWEN,
-            "hidden_size": 32,
-            "out_hidden_size": 32,
-            "intermediate_size": 37,
-            "window_size": 16,
-            "fullatt_block_indexes": [1],
-        },
+        {**WIDE_QWEN, "window_size": 16, "fullatt_block_indexes": [1]},
         {"model_type": "qwen2_5_vl_text", **MROPE},
         "packed",
         config=QWEN_TOKENS,
@@ -226,7 +217,7 @@ VLMS = [
     llama_vlm(
         "glm4v",
         "Glm4v",
-        {**QWEN, "hidden_size": 32, "image_size": 32, "out_hidden_size": 32, "intermediate_size": 37},
+        {**WIDE_QWEN, "image_size": 32},
         {"model_type": "glm4v_text", **MROPE, "head_dim": 8},
         "packed",
         config={

@@ -77,13 +77,6 @@ def test_an_eps_image_starts_no_program(tmp_path, monkeypatch):
     assert not started.exists()
 
 
-def palette_image(transparency):
-    image = Image.new("P", (2, 2), 1)
-    image.putpalette([0, 0, 0, 10, 20, 30])
-    image.info["transparency"] = transparency
-    return image
-
-
 @pytest.mark.parametrize(("size", "scale"), [((800, 600), 1), ((801, 600), 2), ((1599, 1199), 2), ((6300, 4700), 8)])
 def test_a_large_jpeg_is_scaled_as_it_is_decoded(size, scale):
     left = Image.new("RGB", size, "red")
@@ -115,28 +108,33 @@ def test_a_heic_photo_without_its_reader_names_the_package(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("image", "expected"),
+    ("mode", "color", "expected"),
     [
-        (Image.new("1", (2, 2), 1), (255, 255, 255)),
-        (Image.new("LA", (2, 2), (77, 0)), (255, 255, 255)),
-        (palette_image(transparency=0), (10, 20, 30)),
-        (palette_image(transparency=1), (255, 255, 255)),
-        (Image.new("PA", (2, 2), (0, 0)), (255, 255, 255)),
+        ("1", 1, (255, 255, 255)),
+        ("LA", (77, 0), (255, 255, 255)),
+        ("PA", (0, 0), (255, 255, 255)),
         # 51 / 255 is a fifth: 0.2 * 10 + 0.8 * 255 = 206, and so on
-        (Image.new("RGBA", (2, 2), (10, 20, 30, 51)), (206, 208, 210)),
-        (Image.new("CMYK", (2, 2), (0, 255, 255, 0)), (255, 0, 0)),
-        (Image.new("YCbCr", (2, 2), (100, 128, 128)), (100, 100, 100)),
-        (Image.new("I;16", (2, 2), 65535), (255, 255, 255)),
-        (Image.new("I;16B", (2, 2), 257 * 100), (100, 100, 100)),
+        ("RGBA", (10, 20, 30, 51), (206, 208, 210)),
+        ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
+        ("YCbCr", (100, 128, 128), (100, 100, 100)),
+        ("I;16", 65535, (255, 255, 255)),
+        ("I;16B", 257 * 100, (100, 100, 100)),
     ],
-    ids=lambda value: value.mode if isinstance(value, Image.Image) else str(value),
 )
-def test_every_mode_becomes_rgb(image, expected):
-    mode = image.mode
+def test_every_mode_becomes_rgb(mode, color, expected):
+    image = Image.new(mode, (2, 2), color)
     converted = convert_to_rgb(image)
     assert (converted.mode, converted.size) == ("RGB", (2, 2))
     assert converted.getpixel((1, 1)) == expected
     assert image.mode == mode and converted is not image
+
+
+@pytest.mark.parametrize(("transparent", "expected"), [(0, (10, 20, 30)), (1, (255, 255, 255))])
+def test_a_transparent_color_of_a_palette_is_white(transparent, expected):
+    image = Image.new("P", (2, 2), 1)
+    image.putpalette([0, 0, 0, 10, 20, 30])
+    image.info["transparency"] = transparent
+    assert convert_to_rgb(image).getpixel((1, 1)) == expected
 
 
 def test_16_bit_grey_is_scaled_and_rounded():

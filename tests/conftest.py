@@ -63,7 +63,7 @@ def no_grad():
 
 
 @pytest.fixture(scope="session")
-def clean_python(tmp_path_factory) -> Path:
+def clean_python(tmp_path_factory):
     """Return a Python with the project's dependencies, without the project. The workers of pytest-xdist share it."""
     folder = tmp_path_factory.getbasetemp()
     return make_environment((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "clean")
@@ -83,7 +83,7 @@ def browser_page():
 
 
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory) -> dict[str, Path]:
+def checkpoints(tmp_path_factory):
     """Return the folders of untrained checkpoints of all heads with their processors, by class name."""
     tokenizer = train_tokenizer(["what color is it?", "is it a circle?", "a picture of red blue yes no"])
     config = TripsConfig.from_preset("tiny", text_config={"vocab_size": len(tokenizer)})

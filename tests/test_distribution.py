@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 from clean_environment import make_environment
@@ -30,14 +29,14 @@ print(answerer(Image.new("RGB", (64, 64), "red"), "what color is it?", answers=[
 """
 
 
-def run(*command, **options) -> str:
+def run(*command, **options):
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout
 
 
 @pytest.fixture(scope="module")
-def wheel(clean_python, tmp_path_factory) -> Path:
+def wheel(clean_python, tmp_path_factory):
     """Build the source distribution, and the wheel from it."""
     folder = tmp_path_factory.mktemp("distributions")
     shutil.copytree(ROOT, folder / "source", ignore=NOT_SOURCE)
@@ -56,7 +55,7 @@ def wheel(clean_python, tmp_path_factory) -> Path:
     return path
 
 
-def sources(folder: Path, package: str) -> set[str]:
+def sources(folder, package):
     paths = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
     return {f"{package}/{path.as_posix()}" for path in paths if "__pycache__" not in path.parts}
 

@@ -17,7 +17,7 @@ SHARED = {name for name in MODULES if name.startswith("trips_examples.")} - SCRI
 
 
 def test_imports_point_down():
-    def imports_of(names) -> set[str]:
+    def imports_of(names):
         return {target for name in names for target in MODULES[name].imports}
 
     sorter = TopologicalSorter({name: module.imports for name, module in MODULES.items()})

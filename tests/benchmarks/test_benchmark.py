@@ -27,7 +27,7 @@ def test_a_schedule_has_a_guidance_and_a_rate_per_layer(tmp_path, capsys):
     assert "3 texts, 2:image:0.5,4:text:0.25" in capsys.readouterr().out
 
 
-def setting(**changes) -> Setting:
+def setting(**changes):
     fields = {"texts_per_image": 1, "text_length": 6, "schedule": "2:text:0.5,3:text:0.5", **changes}
     return Setting("tiny", 64, 2, attn_implementation="eager", clock="process", **fields)
 

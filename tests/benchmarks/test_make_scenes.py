@@ -26,7 +26,7 @@ def write_pictures(folder):
 
 
 def test_expressions_and_questions_fit_one_thing():
-    def thing(name: str, *box: int) -> Thing:
+    def thing(name, *box):
         return Thing(Picture(name, name, (0, 0, 9, 9)), box)
 
     owl = thing("owl", 0, 10, 20, 50)

@@ -11,7 +11,7 @@ from modeling_trips.conversion.rules import ConversionError, load_converted
 
 
 @pytest.fixture
-def blip() -> BlipForQuestionAnswering:
+def blip():
     text = {"vocab_size": 50, "num_hidden_layers": 2, "max_position_embeddings": 20, "bos_token_id": 48}
     config = BlipConfig(
         text_config={**LAYERS, **text, "sep_token_id": 3, "num_attention_heads": 2},

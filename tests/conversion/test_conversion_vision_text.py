@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 from random_models import IMAGES, LAYERS, assert_close, make_random
-from transformers import AutoConfig, AutoModel, BertForMaskedLM, PreTrainedModel, ViTForImageClassification
+from transformers import AutoConfig, AutoModel, BertForMaskedLM, ViTForImageClassification
 
 from modeling_trips import TripsForQuestionAnswering, TripsForRetrieval, TripsModel, from_vision_text_pretrained
 
 
-def make_vision(kind: str) -> PreTrainedModel:
+def make_vision(kind):
     fields = {**LAYERS, **IMAGES}
     if kind == "dinov2":
         fields["mlp_ratio"] = 2
@@ -21,7 +21,7 @@ def make_vision(kind: str) -> PreTrainedModel:
     return make_random(AutoModel.from_config(config))
 
 
-def make_text(kind: str, num_hidden_layers: int = 5, hidden_size: int = 32) -> PreTrainedModel:
+def make_text(kind, num_hidden_layers=5, hidden_size=32):
     sizes = {**LAYERS, "hidden_size": hidden_size, "vocab_size": 50, "max_position_embeddings": 12}
     config = AutoConfig.for_model(kind, num_hidden_layers=num_hidden_layers, **sizes)
     return make_random(AutoModel.from_config(config))
@@ -146,7 +146,7 @@ def test_pooling_mode_is_read_from_the_folder(tmp_path):
     vision = make_vision("vit")
     text = make_text("bert", num_hidden_layers=1)
 
-    def pooling_mode_with(text, **options) -> str:
+    def pooling_mode_with(text, **options):
         model, _ = join(vision, text, **options)
         return model.config.text_config.pooling_mode
 

@@ -43,7 +43,7 @@ def registries():
         registry.update(entries)
 
 
-def page_named(name: str):
+def page_named(name):
     return next(page for page in PAGES if str(page) == name)
 
 

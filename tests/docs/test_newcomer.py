@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sysconfig
-from pathlib import Path
 
 import PIL.Image
 import pytest
@@ -26,7 +25,7 @@ print(answerer(image='images/1.png', question='what is it?'))"
 """
 
 
-def path_of_the_readme() -> list[str]:
+def path_of_the_readme():
     """Return the commands: install, check, train, look at what would be sent; then publish and answer."""
     (install,) = [span for span in README.code_spans if "venv" in span]
     (block,) = [block for block in README.blocks("bash") if "push_to_hub" in block]
@@ -53,7 +52,7 @@ def clone(tmp_path):
     return clone
 
 
-def write_towers(folder: Path):
+def write_towers(folder):
     """Write small models with random weights where `make_towers.py` writes the pretrained ones."""
     vision = Dinov2Config(
         hidden_size=32,

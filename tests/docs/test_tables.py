@@ -61,7 +61,7 @@ PAPER = {"40", "1.45", "1.74", "76.23", "75.23", "75.92"}  # results of the pape
 NO_RESULTS = {"95"}  # 95% interval
 
 
-def numbers_of_rows() -> set[str]:
+def numbers_of_rows():
     """Return the numbers of all lines of the appendix, and of its code."""
     known = set()
     for name in tables.TABLES:
@@ -107,7 +107,7 @@ def test_paths_in_commands_of_rows_are_explained_or_ship():
                     assert re.sub(r"\d+", "", word.partition("/")[0]) in explained, words
 
 
-def has_in_git(name: str) -> bool:
+def has_in_git(name):
     return subprocess.run(["git", "cat-file", "-e", name], cwd=ROOT, capture_output=True).returncode == 0
 
 

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 from types import SimpleNamespace
 
 import PIL.Image
@@ -23,6 +22,7 @@ from trips_examples.ask import CHECKPOINT, QUESTIONS, SCENE
 gradio = pytest.importorskip("gradio")
 client = pytest.importorskip("gradio_client")
 pytestmark = pytest.mark.slow
+LINES = "\n".join(QUESTIONS)
 
 # Python runs this at its start: names of hosts are written to a file, and only those of this machine are found.
 WATCHED_NAMES = """
@@ -70,19 +70,13 @@ def app(tmp_path_factory):
     process.wait(60)
 
 
-def ask(
-    app,
-    image: Path | str = SCENE,
-    lines: str = "\n".join(QUESTIONS),
-    threshold: float = 0,
-    keep_rate: float = 0.25,
-) -> list[list[str]]:
+def ask(app, image=SCENE, lines=LINES, threshold=0, keep_rate=0.25):
     table, figure = app.client.predict(client.handle_file(str(image)), lines, threshold, keep_rate, api_name="/look")
     assert figure is None if keep_rate == 1 else figure["plot"].startswith("data:image/")
     return table["data"]
 
 
-def error_of(app, *question, **options) -> str:
+def error_of(app, *question, **options):
     with pytest.raises(client.exceptions.AppError) as raised:
         ask(app, *question, **options)
     return str(raised.value)

@@ -15,18 +15,18 @@ from trips_examples.data.busy_scenes import KINDS, busy_records
 from trips_examples.data.images import read_image
 
 
-def run(*options: str, cwd) -> subprocess.CompletedProcess:
+def run(*options, cwd):
     words = [sys.executable, str(EXAMPLES / "ask.py"), *options]
     return subprocess.run(words, cwd=cwd, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
 
 
 @pytest.fixture(scope="module")
-def model() -> TripsForQuestionAnswering:
+def model():
     return TripsForQuestionAnswering.from_pretrained(ask.CHECKPOINT).eval()
 
 
 @pytest.fixture(scope="module")
-def processor() -> TripsProcessor:
+def processor():
     return TripsProcessor.from_pretrained(ask.CHECKPOINT)
 
 

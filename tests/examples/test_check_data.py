@@ -18,13 +18,13 @@ def folder(tmp_path):
     return tmp_path
 
 
-def run(*arguments) -> tuple[list, list[str]]:
+def run(*arguments):
     """Return the faults and the notes."""
     args, *others = OPTIONS.parse_args_into_dataclasses(args=list(arguments))
     return check(args.task, *others)
 
 
-def named(faults) -> list[str]:
+def named(faults):
     return [f"{fault.source}: {fault.reason}" for fault in faults]
 
 

@@ -1,7 +1,5 @@
 """Annotation files in the official forms: their conversion has the rows of each task."""
 
-from pathlib import Path
-
 import PIL.Image
 import pytest
 from loading import load
@@ -106,14 +104,14 @@ CASES = {
 
 
 @pytest.fixture
-def folder(tmp_path) -> Path:
+def folder(tmp_path):
     for name in IMAGES:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         PIL.Image.new("RGB", (8, 8)).save(tmp_path / name)
     return tmp_path
 
 
-def write(folder: Path, contents: dict) -> list[str]:
+def write(folder, contents):
     for name, text in contents.items():
         (folder / name).write_text(text)
     return [str(folder / name) for name in contents]

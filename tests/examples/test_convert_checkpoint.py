@@ -88,7 +88,7 @@ def test_images_are_prepared_as_albef_does(arguments):
     np.testing.assert_allclose(actual, expected.transpose(2, 0, 1), atol=0.04)  # two grey levels
 
 
-def clean(text: str, task: str) -> str:
+def clean(text, task):
     """Clean a text as ALBEF does: lower case, split at hyphens and slashes, no other punctuation."""
     text = text.lower().translate(str.maketrans("-/", "  ", ",.'!?\"()*#:;~"))
     text = " ".join(text.split())

@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 from loading import write
@@ -18,12 +17,12 @@ from trips_examples.metrics.generation import VisionLanguageModel
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
+def checkpoint(tmp_path_factory):
     return save_tiny_vlm("idefics3", tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")
-def questions(checkpoint, tmp_path_factory) -> Path:
+def questions(checkpoint, tmp_path_factory):
     """Return a file of questions with the unpruned model's answers as truth, except the last."""
     folder = tmp_path_factory.mktemp("questions")
     vlm = VisionLanguageModel(checkpoint, device="cpu")

@@ -23,11 +23,11 @@ class SaliencyModel(nn.Module):
         self.backbone = make_random(Dinov2Model(config))
         self.head = nn.Linear(64, 1)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values):
         return self.head(self.backbone(pixel_values).last_hidden_state)
 
 
-def export(model: nn.Module, path):
+def export(model, path):
     torch.onnx.export(model.eval(), (torch.randn(1, 3, 24, 24),), path, dynamo=False, input_names=["input_image"])
 
 

@@ -24,14 +24,14 @@ QUESTIONS = ["what color is it?", "is it a circle?"]
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> Path:
+def photos(tmp_path_factory):
     """Return a folder of photos: 0.png, which is broken, 1.png and 2.png."""
     folder = write_images(tmp_path_factory.mktemp("photos"), range(3))
     (folder / "0.png").write_bytes(b"no image")
     return folder
 
 
-def rows_of(output: Path) -> list[dict]:
+def rows_of(output):
     if output.suffix == ".parquet":
         return pyarrow.parquet.read_table(output).to_pylist()
     text = output.read_text(encoding="utf-8-sig")
@@ -40,7 +40,7 @@ def rows_of(output: Path) -> list[dict]:
     return [{name: cell or None for name, cell in row.items()} for row in csv.DictReader(text.splitlines())]
 
 
-def words(model, images, output, *options) -> list[str]:
+def words(model, images, output, *options):
     return list(map(str, ["--model", model, "--images", images, "--output", output, *options]))
 
 
@@ -48,7 +48,7 @@ def run(*given):
     predict.main(words(*given))
 
 
-def loaded(folder: Path):
+def loaded(folder):
     model = getattr(modeling_trips, folder.name).from_pretrained(folder).eval()
     return model, TripsProcessor.from_pretrained(folder)
 
@@ -146,7 +146,7 @@ def test_a_killed_run_goes_on_in_two_processes_and_loses_and_doubles_nothing(che
     given = words(checkpoints["TripsForQuestionAnswering"], photos, output, "--questions", *QUESTIONS)
     script = str(EXAMPLES / "predict.py")
 
-    def num_parts() -> int:
+    def num_parts():
         return len(list(Path(f"{output}.parts").glob(predict.PARTS)))
 
     kill_when(lambda: num_parts() > 2, [sys.executable, script, *given])

@@ -22,7 +22,7 @@ def processor():
     return make_processor(tokenizer, TripsConfig.from_preset("tiny"))
 
 
-def row(color: str, caption: str) -> dict:
+def row(color, caption):
     return {
         "image": {"bytes": encoded(color), "path": None},
         "image_id": color,

@@ -17,13 +17,13 @@ OPTIONS = [*toy_tasks.OPTIONS, "--per_device_train_batch_size=6", "--per_device_
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> list[str]:
+def data(tmp_path_factory):
     """Return the options of files with five images and two captions each."""
     return write_task("captions", tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
-def trained(data, tmp_path_factory) -> tuple[Path, dict[str, float]]:
+def trained(data, tmp_path_factory):
     """Train a model on the toy data. Return it with its metrics."""
     folder = tmp_path_factory.mktemp("trained")
     options = [

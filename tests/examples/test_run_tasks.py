@@ -22,17 +22,17 @@ METRICS = {"vqa": "accuracy", "captions": "bleu_4", "nlvr2": "accuracy", "ground
 each_task = pytest.mark.parametrize("task", SCRIPTS)
 
 
-def main_of(task: str):
+def main_of(task):
     return importlib.import_module(f"trips_examples.{SCRIPTS[task]}").main
 
 
-def losses_of(folder: Path, name: str = "loss") -> list[float]:
+def losses_of(folder, name="loss"):
     logs = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     return [entry[name] for entry in logs if name in entry]
 
 
 @pytest.fixture(scope="module")
-def backbone(tmp_path_factory) -> str:
+def backbone(tmp_path_factory):
     """Return an untrained start model without BatchNorm, whose statistics depend on the batch."""
     words = "what color is it ? all is here a an image both are the square picture of , ".split()
     fields = {"vision_config": {"patch_embedding_type": "linear"}, "initializer_range": 0.02}
@@ -140,7 +140,7 @@ def test_two_processes_evaluate_each_row_once(task, backbone, tmp_path):
     assert two[name] == pytest.approx(one[name], rel=1e-5)
 
 
-def pair(left: str, right: str, label: int) -> dict:
+def pair(left, right, label):
     return {
         "images": [{"bytes": encoded(color), "path": None} for color in (left, right)],
         "image_ids": [left, right],

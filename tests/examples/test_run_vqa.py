@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import PIL.Image
 import pytest
@@ -29,7 +28,7 @@ COLORS = ["red", "blue", "green", "white"]
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
+def data(tmp_path_factory):
     """Return a folder with two files: 4 images with 3 training questions each, 2 of them for validation."""
     folder = tmp_path_factory.mktemp("data")
     rows = []
@@ -45,7 +44,7 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def options_of(data: Path, output_dir: Path, *options: str) -> list[str]:
+def options_of(data, output_dir, *options):
     return [
         f"--train_file={data / 'train.jsonl'}",
         f"--validation_file={data / 'validation.jsonl'}",

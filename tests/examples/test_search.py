@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import PIL.Image
 import pytest
@@ -17,12 +16,12 @@ from trips_examples.data.images import decode_image
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> str:
+def checkpoint(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> Path:
+def photos(tmp_path_factory):
     """Return a folder of 8 files, of which one is broken, 8 rows with images and 8 files in a shard."""
     folder = tmp_path_factory.mktemp("collection")
     write_images(folder / "images", range(8))
@@ -32,7 +31,7 @@ def photos(tmp_path_factory) -> Path:
     return folder
 
 
-def found_by(checkpoint, folder, *options) -> list[dict]:
+def found_by(checkpoint, folder, *options):
     """Search, and return the rows."""
     output = folder / "found.json"
     places = [folder / "images", folder / "rows.parquet", folder / "shard.tar"]
@@ -41,7 +40,7 @@ def found_by(checkpoint, folder, *options) -> list[dict]:
     return json.loads(output.read_text())
 
 
-def image_of(source: str) -> PIL.Image.Image:
+def image_of(source):
     name = source.rpartition("/")[2]
     number = 7 + int(name.rpartition(" ")[2]) if " row " in name else int(name.removesuffix(".png"))
     return decode_image(encoded(number))

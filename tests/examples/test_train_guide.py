@@ -3,7 +3,6 @@
 import logging
 import random
 from functools import partial
-from pathlib import Path
 
 import PIL.Image
 import pytest
@@ -18,12 +17,12 @@ from trips_examples import train_guide
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory) -> Path:
+def model_folder(tmp_path_factory):
     return save_tiny_vlm("llava", tmp_path_factory.mktemp("llava"), make_llava_processor(chat_template=None))
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> list[dict]:
+def rows(tmp_path_factory):
     """Return images of two halves in different colors, with a question about each half; the last has no region."""
     folder = tmp_path_factory.mktemp("images")
     rng = random.Random(0)
@@ -45,7 +44,7 @@ def rows(tmp_path_factory) -> list[dict]:
 def options(model_folder, rows, tmp_path):
     """Return a function that writes rows and returns options with them for training and evaluation."""
 
-    def make(*more: str, rows: list[dict] = rows, folder: str = "guide") -> list[str]:
+    def make(*more, rows=rows, folder="guide"):
         file = write(tmp_path / "rows.jsonl", rows)
         return [
             f"--model={model_folder}",
@@ -65,7 +64,7 @@ def options(model_folder, rows, tmp_path):
     return make
 
 
-def weights_of(folder: Path) -> dict[str, list]:
+def weights_of(folder):
     return {name: weight.tolist() for name, weight in load_file(folder / "model.safetensors").items()}
 
 

@@ -23,22 +23,22 @@ WAYS = [("onnx", "fp32", False), ("openvino", "int8", True)]
 
 
 @pytest.fixture(scope="module")
-def processor() -> TripsProcessor:
+def processor():
     return TripsProcessor.from_pretrained(CHECKPOINT)
 
 
 @pytest.fixture(scope="module")
-def questions() -> tuple[list[str], list[Image.Image]]:
+def questions():
     """Return 600 questions of the test split and their images."""
     records = list(busy_records("vqa", "test", 75))
     return [record["question"] for record in records], [read_image(record) for record in records]
 
 
-def load_model() -> TripsForQuestionAnswering:
+def load_model():
     return TripsForQuestionAnswering.from_pretrained(CHECKPOINT, schedule=SCHEDULE).eval()
 
 
-def answers_of(model, processor, texts, images) -> tuple[list[str], list[torch.Tensor]]:
+def answers_of(model, processor, texts, images):
     """Return the answers, and the kept patches by layer."""
     answers = []
     kept = []
@@ -100,7 +100,7 @@ def test_answers_and_patches_match_pytorch(exported, questions, expected):
     assert same >= 0.99
     assert min(same_patches) > 0.95
 
-    def best_answers_of(model) -> list[str]:
+    def best_answers_of(model):
         answerer = TripsVisualQuestionAnsweringPipeline(model=model, processor=processor)
         return [best["answer"] for best, *_ in answerer(images[0], texts[:2], top_k=2)]
 

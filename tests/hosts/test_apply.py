@@ -43,7 +43,7 @@ def test_keep_rate_one_changes_nothing(host):
     assert [selection.kept_indices.shape[1] for selection in selections] == [12]
 
 
-def snapshot(model: nn.Module) -> dict:
+def snapshot(model):
     """Return the identities of all modules, their attributes and the contents of their dictionaries."""
 
     def identity(value):

@@ -8,7 +8,6 @@ import torch
 from by_hand import logits_of_even
 from tiny_classes import IMAGE, IN_TOWER, PAGE, REFUSED, RUNS, make, make_refused, reason_of, with_table
 from tiny_vlms import keep_even
-from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from modeling_trips.hosts import apply_patch_selection, prune_inputs, remove_patch_selection
@@ -20,11 +19,11 @@ COUNTS = [1, 2]  # images per prompt
 SETTINGS = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "suppress_tokens": [IMAGE]}
 
 
-def make_prompts(sizes: list[int]) -> dict:
+def make_prompts(sizes):
     """Return left-padded prompts with images of these numbers of visual tokens."""
     generator = torch.Generator().manual_seed(1)
 
-    def words(number: int) -> list[int]:
+    def words(number):
         return torch.randint(5, 80, (number,), generator=generator).tolist()
 
     rows = []
@@ -40,7 +39,7 @@ def make_prompts(sizes: list[int]) -> dict:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def with_types(model: nn.Module, inputs: dict) -> dict:
+def with_types(model, inputs):
     """Add the types of tokens, where the model takes them."""
     types = (inputs["input_ids"] == IMAGE).long()
     parameters = inspect.signature(model.forward).parameters
@@ -63,10 +62,10 @@ def test_a_class_that_runs(name):
     inputs = with_types(model, make_prompts(sizes)) | images
     mask = inputs["attention_mask"].bool()
 
-    def logits(values: dict = inputs) -> torch.Tensor:
+    def logits(values=inputs):
         return model(**copy.deepcopy(values)).logits
 
-    def generate(**options) -> torch.Tensor:
+    def generate(**options):
         return model.generate(**copy.deepcopy(inputs), **SETTINGS, **options)
 
     unpruned = logits()

@@ -1,7 +1,5 @@
 """The selection layer: against loops over tokens, and its parts."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from naive_reference import naive_layers
@@ -28,7 +26,7 @@ def stacked(weight, bias):
     return dict(zip("qkv", zip(weight.chunk(3), bias.chunk(3))))
 
 
-def parts_of(layer: nn.Module) -> dict:
+def parts_of(layer):
     """Return the parts of a layer of each patched model, before patching."""
     name = type(layer).__name__
     if name in ("CLIPEncoderLayer", "SiglipEncoderLayer"):
@@ -70,7 +68,7 @@ def parts_of(layer: nn.Module) -> dict:
     }
 
 
-def check_against_loops(model, guidance, tokens, layers, guides, num_prefix, run: Callable[[], torch.Tensor]):
+def check_against_loops(model, guidance, tokens, layers, guides, num_prefix, run):
     """Compare `run` with selection and loops over `tokens`, the input of the layers, in float64."""
     model_layers = [parts_of(layer) for layer in layers]
     num_heads = 1 if type(layers[0]).__name__ == "BridgeTowerResidualAttention" else 2
@@ -91,7 +89,7 @@ def check_against_loops(model, guidance, tokens, layers, guides, num_prefix, run
     assert selections[1].candidate_indices.tolist() == [[*kept[0], -1] for kept in expected_kept]
 
 
-def guides_of(guidance, text_guide, image_guide) -> dict:
+def guides_of(guidance, text_guide, image_guide):
     """Return the guide of each selection layer, from the guides of a text and its image."""
     each = guidance if isinstance(guidance, list) else [guidance] * len(LAYERS)
     return {layer: text_guide if who == "text" else image_guide for layer, who in zip(LAYERS, each)}

@@ -37,7 +37,7 @@ TOLERANCE = {"atol": 1e-5, "rtol": 0}
 all_families = pytest.mark.parametrize("vlm", [*VLMS, *OTHERS], ids=lambda vlm: vlm.name)
 
 
-def logits_by_hand(model: nn.Module, inputs: dict) -> torch.Tensor:
+def logits_by_hand(model, inputs):
     """Return the logits of a prompt without the odd visual tokens of each image or tile."""
     encoder = {name: inputs[name] for name in ENCODER_INPUTS if name in inputs}
     if not encoder:
@@ -79,7 +79,7 @@ def test_every_way_to_generate(vlm):
     _, second_row = rows_alone(vlm, [1, 2])
     alone = prune_inputs(model, second_row, keep_rate=0.5)
 
-    def generate(inputs: dict, do_sample: bool = False, **options) -> torch.Tensor:
+    def generate(inputs, do_sample=False, **options):
         output = inputs["mm_encoder_outputs"]["image"]
         inputs = {**inputs, "mm_encoder_outputs": {"image": type(output)(**output)}}  # beams repeat it in place
         sequences = model.generate(**inputs, do_sample=do_sample, max_new_tokens=6, min_new_tokens=6, **options)

@@ -31,7 +31,7 @@ def test_relevance_and_distance_by_hand():
     assert kept.tolist() == [[0, 4]]
 
 
-def random_tokens(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def random_tokens(seed):
     """Return visual tokens with a part that all share, words and their mask, in float64; the first image has fewer."""
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(2, 12, 5, generator=generator, dtype=torch.float64)
@@ -41,7 +41,7 @@ def random_tokens(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return features, words, mask
 
 
-def cosine_of(first: torch.Tensor, second: torch.Tensor) -> float:
+def cosine_of(first, second):
     return torch.cosine_similarity(first, second, dim=0).item()
 
 
@@ -51,7 +51,7 @@ def test_divprune_equals_loops(seed):
     kept, kept_features = select_by_divprune(features, None, None, 5)
     for tokens, indices, tokens_kept in zip(features, kept.tolist(), kept_features):
 
-        def distance_to_nearest(token: int, others: list[int], tokens=tokens) -> float:
+        def distance_to_nearest(token, others, tokens=tokens):
             return min(1 - cosine_of(tokens[token], tokens[other]) for other in others if other != token)
 
         everyone = list(range(12))
@@ -80,7 +80,7 @@ def test_cdpruner_equals_determinants(seed):
             for j in range(12):
                 kernel[i, j] = relevance[i] * cosine_of(tokens[i], tokens[j]) * relevance[j]
 
-        def determinant(subset: list[int], kernel=kernel) -> float:
+        def determinant(subset, kernel=kernel):
             return kernel[subset][:, subset].det().item()
 
         chosen: list[int] = []
@@ -118,7 +118,7 @@ def test_vispruner_equals_loops(seed):
     kept, _ = select_by_vispruner(features, None, None, 5, attention=attention)
     for tokens, weights, indices in zip(features, attention, kept.tolist()):
 
-        def likeness(token: int, others: list[int], tokens=tokens) -> float:
+        def likeness(token, others, tokens=tokens):
             return max(cosine_of(tokens[token], tokens[other]) for other in others)
 
         ranked = weights.argsort(descending=True).tolist()

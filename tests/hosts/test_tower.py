@@ -8,7 +8,6 @@ from tiny_vlms import (
     ENCODER_INPUTS,
     IMAGE,
     VLMS,
-    Vlm,
     families,
     grid_and_packed,
     make_both,
@@ -34,7 +33,7 @@ class MaskingAttention:
     patches must equal those of the shorter sequence.
     """
 
-    def __init__(self, modules: list[nn.Module], hidden_from: dict[int, torch.Tensor], num_others: int | None):
+    def __init__(self, modules, hidden_from, num_others):
         self.numbers = {module: number for number, module in enumerate(modules, start=1)}
         self.hidden_from = hidden_from
         self.num_others = num_others
@@ -57,7 +56,7 @@ class MaskingAttention:
         return states.transpose(1, 2), None
 
 
-def patches_of_units(units: torch.Tensor) -> torch.Tensor:
+def patches_of_units(units):
     """Return the patches of marked units in a grid of 8 x 8 patches."""
     side = round(units.shape[1] ** 0.5)
     size = 8 // side
@@ -65,7 +64,7 @@ def patches_of_units(units: torch.Tensor) -> torch.Tensor:
     return grid.repeat_interleave(size, 1).repeat_interleave(size, 2).flatten(1)
 
 
-def tower_layers(model: nn.Module) -> nn.ModuleList:
+def tower_layers(model):
     base = model.model
     if hasattr(base, "visual"):
         return base.visual.blocks
@@ -74,11 +73,11 @@ def tower_layers(model: nn.Module) -> nn.ModuleList:
     return encoder.layer if hasattr(encoder, "layer") else encoder.layers
 
 
-def attention_of(layer: nn.Module) -> nn.Module:
+def attention_of(layer):
     return next(part for name, part in layer.named_children() if "att" in name)
 
 
-def hidden_patches(vlm: Vlm, inputs: dict, kept: torch.Tensor, num_units: int) -> torch.Tensor:
+def hidden_patches(vlm, inputs, kept, num_units):
     """Return a mask of the dropped patches in the tower's order, `(num_images, num_patches)`, packed in one row."""
     if vlm.kind != "packed":
         is_dropped = torch.ones(len(kept), num_units, dtype=torch.bool).scatter(1, kept, False)
@@ -214,7 +213,7 @@ def test_padding_patches_come_last_and_change_nothing(name, schedule, num_real):
     torch.testing.assert_close(*features, atol=1e-5, rtol=0)
 
 
-def padded_anyres(vlm: Vlm) -> dict:
+def padded_anyres(vlm):
     """An image of 16 x 64 pixels: padding is the upper and the lower quarter of both of its tiles."""
     inputs = make_inputs(vlm, [1])
     inputs["image_sizes"] = torch.tensor([[16, 64]])

@@ -31,7 +31,7 @@ def test_vilt_does_not_depend_on_padding():
                 assert places(indices[0], columns) == places(indices_together[row], 4)
 
 
-def places(indices: torch.Tensor, columns: int) -> list[tuple[int, int] | int]:
+def places(indices, columns):
     """Return (row, column) of each kept patch, -1 for a fused token, without padding."""
     return [divmod(index, columns) if index >= 0 else index for index in indices.tolist() if index != -2]
 

@@ -69,7 +69,7 @@ def test_removal_leaves_no_trace(vlm):
     assert torch.equal(model(**inputs).logits, expected)
 
 
-def count_hooks(model: nn.Module) -> int:
+def count_hooks(model):
     return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules())
 
 
@@ -140,13 +140,13 @@ def test_threads_do_not_mix(name):
     batches = [make_inputs(vlm, [1]), make_inputs(vlm, [2], seed=1)]
 
     @torch.no_grad()
-    def call(inputs: dict) -> torch.Tensor:
+    def call(inputs):
         return model(**inputs).logits
 
     expected = [call(inputs) for inputs in batches]
     barrier = threading.Barrier(2, timeout=30)
 
-    def wait(module: nn.Module, args: tuple):
+    def wait(module, args):
         barrier.wait()
 
     # Both threads are in the tower when its first layer selects.

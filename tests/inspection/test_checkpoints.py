@@ -45,7 +45,7 @@ NAME = "decoder.embeddings.LayerNorm.weight"
 KERNEL = "kernels-community/flash"
 
 
-def edit(name: str, **fields):
+def edit(name, **fields):
     """Return a function that sets fields of a JSON file of a folder; `part__field` is a field of a part."""
 
     def write(folder):
@@ -59,11 +59,11 @@ def edit(name: str, **fields):
     return write
 
 
-def put(name: str, content: str | bytes):
+def put(name, content):
     return lambda folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-def change_weights(function, name: str | None = None):
+def change_weights(function, name=None):
     """Return a function that changes one stored weight, or all floating-point ones."""
 
     def write(folder):
@@ -92,7 +92,7 @@ def cut_weights(folder):
     path.write_bytes(path.read_bytes()[:100])
 
 
-def deep(depth: int) -> str:
+def deep(depth):
     return '{"a":' * depth + "1" + "}" * depth
 
 
@@ -162,7 +162,7 @@ def edit_tokenizer(**fields):
     return edit("tokenizer.json", **fields)
 
 
-def growing(*normalizers: dict) -> dict:
+def growing(*normalizers):
     return {"type": "Sequence", "normalizers": list(normalizers)}
 
 
@@ -208,7 +208,7 @@ except OSError as error:
 """
 
 
-def load_in_a_process(name: str, **environment) -> tuple[str, float]:
+def load_in_a_process(name, **environment):
     """Return what a process printed, and its seconds."""
     start = time.monotonic()
     result = subprocess.run(

@@ -15,7 +15,7 @@ NARROW_TEXT = {"hidden_size": 96, "num_hidden_layers": 2, "intermediate_size": 2
 WIDTHS = {"text_config": {"vocab_size": 50, **NARROW_TEXT}}
 
 
-def config_of(schedule: SelectionSchedule, **fields) -> TripsConfig:
+def config_of(schedule, **fields):
     return TripsConfig.from_preset("tiny", vision_config={"image_size": 64}, schedule=schedule, **fields)
 
 

@@ -16,7 +16,7 @@ from modeling_trips.inspection.diagnostics import (
 )
 
 
-def selection_of(*kept: list[int]) -> TripsSelection:
+def selection_of(*kept):
     return TripsSelection(torch.tensor(kept), scores=None, candidate_indices=None)
 
 

@@ -1,7 +1,6 @@
 """`attn_implementation`: all kernels give the same outputs and kept patches, and each layer uses the kernel."""
 
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from modeling_trips.modeling_trips_text import TripsTextSelfAttention
 from modeling_trips.modeling_trips_vision import TripsVisionAttention
 
 
-def attention_layers(model) -> list[torch.nn.Module]:
+def attention_layers(model):
     return [module for module in model.modules() if isinstance(module, (TripsVisionAttention, TripsTextSelfAttention))]
 
 
@@ -29,7 +28,7 @@ def test_flex_attention_compiles():
 
 
 @pytest.fixture
-def register() -> Iterator:
+def register():
     """Register an attention function and its mask function for a test."""
     names = []
 
@@ -90,7 +89,7 @@ def flash_varlen(
 
 
 @pytest.fixture
-def flash_in_torch(register, monkeypatch) -> str:
+def flash_in_torch(register, monkeypatch):
     """Run Transformers' flash attention, with masks and unpadding, on PyTorch in place of the CUDA kernels."""
     functions = (flash, flash_varlen, None, flash_utils._pad_input, flash_utils._unpad_input)
     monkeypatch.setattr(flash_utils, "_lazy_imports", lambda *args, **kwargs: functions)

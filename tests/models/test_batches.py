@@ -12,7 +12,7 @@ from modeling_trips import TripsForImagesAndTextClassification
 BY_TOKEN = {"input_ids", "attention_mask", "mlm_input_ids", "mlm_labels"}
 
 
-def without_padding(outputs, inputs) -> torch.Tensor:
+def without_padding(outputs, inputs):
     main = main_output(outputs)
     return main[inputs["attention_mask"] == 1] if "last_hidden_state" in outputs else main
 
@@ -21,7 +21,7 @@ def without_padding(outputs, inputs) -> torch.Tensor:
 # The side of padding
 
 
-def padded_on_the_left(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def padded_on_the_left(inputs):
     shifts = (inputs["attention_mask"] == 0).sum(dim=-1).tolist()
     assert len(set(shifts)) > 1
     inputs = dict(inputs)
@@ -104,7 +104,7 @@ def test_shared_images_and_image_caches_equal_repeated_images(case, selection, a
     if case.model_class is TripsForImagesAndTextClassification:
         index = torch.tensor([[1, 0], [0, 1], [1, 1], [1, 0]])
 
-    def run(shared: bool):
+    def run(shared):
         """Return the outputs, and the gradients of the pixels and of the model."""
         model = case.make_model(**selection).double()
         inputs = case.make_inputs(training=True)

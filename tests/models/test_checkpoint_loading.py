@@ -20,7 +20,7 @@ def make_used_model(case):
     return model.eval()
 
 
-def split_device_map(model) -> dict[str, str]:
+def split_device_map(model):
     """Put every other indivisible module, and all remaining weights, on the disk."""
     names = [name for name, module in model.named_modules() if type(module).__name__ in model._no_split_modules]
     device_map = {name: ("cpu", "disk")[number % 2] for number, name in enumerate(names)}

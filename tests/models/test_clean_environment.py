@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ WITH_PROJECT = "import runpy, sys, modeling_trips; runpy.run_path(sys.argv.pop(1
 
 
 @pytest.fixture(scope="module")
-def image(tmp_path_factory) -> Path:
+def image(tmp_path_factory):
     path = tmp_path_factory.mktemp("image") / "picture.png"
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (48, 80, 3), generator=generator, dtype=torch.uint8)
@@ -29,7 +28,7 @@ def image(tmp_path_factory) -> Path:
     return path
 
 
-def run_stranger(python: list, checkpoints, image: Path, folder: Path, **environment) -> dict:
+def run_stranger(python, checkpoints, image, folder, **environment):
     folder.mkdir()
     auto_classes = {}
     for head, path in checkpoints.items():
@@ -49,7 +48,7 @@ def run_stranger(python: list, checkpoints, image: Path, folder: Path, **environ
 
 
 @pytest.fixture(scope="module")
-def expected(checkpoints, image, tmp_path_factory) -> dict:
+def expected(checkpoints, image, tmp_path_factory):
     """Return the results of an environment with this project."""
     folder = tmp_path_factory.mktemp("project") / "results"
     python = [sys.executable, "-c", WITH_PROJECT]
@@ -70,7 +69,7 @@ def assert_identical(actual, expected):
             assert value == expected_value, keystr(where)
 
 
-def assert_same_repository(again: Path, folder: Path):
+def assert_same_repository(again, folder):
     """Check that a checkpoint that is loaded and saved again has all files of the original."""
     assert {path.name for path in again.iterdir()} == {path.name for path in folder.iterdir()}
     for path in folder.iterdir():

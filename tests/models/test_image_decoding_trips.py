@@ -20,7 +20,7 @@ def image():
     return noise(30, 20)
 
 
-def oriented(orientation: int) -> Image.Exif:
+def oriented(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     return exif

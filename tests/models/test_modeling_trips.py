@@ -27,7 +27,7 @@ def test_a_checkpoint_is_the_same_for_every_selection(tmp_path):
     torch.testing.assert_close(outputs.last_hidden_state, expected.last_hidden_state)
 
 
-def lengths_of(outputs) -> list[int]:
+def lengths_of(outputs):
     return [layer.kept_indices.shape[1] for layer in outputs.selection]
 
 

@@ -63,7 +63,7 @@ def test_captions_that_are_too_short_to_be_cut_add_nothing():
     assert model(**batch).prefix_lm_loss == 0
 
 
-def part_of(batch: dict[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
+def part_of(batch, rank):
     """Return two captions of image 0 with three masked words, or the three others with two masked words."""
     texts = (slice(2), slice(2, None))[rank]
     images = (slice(1), slice(1, None))[rank]
@@ -72,7 +72,7 @@ def part_of(batch: dict[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor
     return part
 
 
-def losses_and_gradients(rank: int | None = None) -> dict[str, torch.Tensor]:
+def losses_and_gradients(rank=None):
     """Return those of a whole batch or of its half, with an image that both halves hold and with unnamed images."""
     results = {}
     for image_ids in (torch.tensor([4, 9, 4]), None):
@@ -108,7 +108,7 @@ SCHEDULES_OF_LOOPS = {
 }
 
 
-def naive_losses(model: TripsForPreTraining, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def naive_losses(model, batch):
     """
     Compute the losses of each text and pair alone, without padding, with the naive tower. All images are distinct.
     """
@@ -117,10 +117,10 @@ def naive_losses(model: TripsForPreTraining, batch: dict[str, torch.Tensor]) -> 
     images = batch["pixel_values"]
     index = batch["image_index"].tolist()
 
-    def rows_of(ids: str, mask: str) -> list[torch.Tensor]:
+    def rows_of(ids, mask):
         return [row[: int(length)] for row, length in zip(batch[ids], batch[mask].sum(1))]
 
-    def fused(text: torch.Tensor, image: int) -> torch.Tensor:
+    def fused(text, image):
         states = trips.text_model(text[None]).last_hidden_state
         ((image_states, _),) = tower(images[image : image + 1], states[:, 0])
         return trips.fusion_model(states, image_states[None]).last_hidden_state
@@ -165,11 +165,11 @@ def naive_losses(model: TripsForPreTraining, batch: dict[str, torch.Tensor]) -> 
     }
 
 
-def total_of(losses: dict[str, torch.Tensor]) -> torch.Tensor:
+def total_of(losses):
     return sum(WEIGHTS[name.replace("loss", "weight")] * loss for name, loss in losses.items())
 
 
-def gradients(model: TripsForPreTraining, losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
+def gradients(model, losses):
     names, parameters = zip(*model.named_parameters())
     return dict(zip(names, torch.autograd.grad(total_of(losses), parameters, allow_unused=True)))
 

@@ -27,7 +27,7 @@ from modeling_trips.pipeline_trips import best_answers, without_rest
 QUESTIONS = ["what color is it?", "is it a circle?", "is it red?"]
 
 
-def make_image(seed: int) -> Image.Image:
+def make_image(seed):
     generator = torch.Generator().manual_seed(seed)
     return Image.fromarray(torch.randint(256, (40, 56, 3), generator=generator, dtype=torch.uint8).numpy())
 
@@ -37,7 +37,7 @@ PICTURES = Features({"image": ImageFeature(), "question": Value("string")})
 SHORT = {"max_new_tokens": 3}
 
 
-def load(head: type, checkpoints):
+def load(head, checkpoints):
     folder = checkpoints[head.__name__]
     model = head.from_pretrained(folder).eval()
     # Weights of this scale give different answers to all questions and images, and answers that end.
@@ -57,7 +57,7 @@ def captioner(checkpoints):
     return load(TripsForConditionalGeneration, checkpoints)
 
 
-def direct_answers(oracle, image, question, top_k: int, **options) -> list[dict]:
+def direct_answers(oracle, image, question, top_k, **options):
     """Answer one question by hand: a beam search, and the probability of each sequence token by token."""
     model = oracle.model
     inputs = oracle.processor(images=image, text=question, return_tensors="pt")
@@ -76,7 +76,7 @@ def direct_answers(oracle, image, question, top_k: int, **options) -> list[dict]
     return sorted(answers, key=lambda answer: -answer["score"])
 
 
-def assert_same(actual: list[dict], expected: list[dict]):
+def assert_same(actual, expected):
     assert [answer["answer"] for answer in actual] == [answer["answer"] for answer in expected]
     scores = [answer["score"] for answer in actual]
     assert scores == pytest.approx([answer["score"] for answer in expected], rel=1e-3)
@@ -236,7 +236,7 @@ def stock(oracle):
     return pipeline("image-text-to-text", model=oracle.model, processor=oracle.processor)
 
 
-def messages(image, *texts: str) -> list[dict]:
+def messages(image, *texts):
     content = [{"type": "image", "image": image}]
     content += [{"type": "text", "text": text} for text in texts]
     return [{"role": "user", "content": content}]

@@ -66,7 +66,7 @@ def test_autocast_computes_in_half_precision(case, dtype):
 def test_gradient_checkpointing_changes_no_gradient(case, fields):
     inputs = case.make_inputs(training=True)
 
-    def run(checkpointing: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
+    def run(checkpointing):
         model = case.make_model(**fields).train()
         torch.manual_seed(0)
         if checkpointing:

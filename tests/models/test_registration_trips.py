@@ -4,7 +4,6 @@ import doctest
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -36,7 +35,7 @@ def test_the_example_of_each_head_runs(model_class):
         assert doctest.DocTestRunner().run(test).failed == 0
 
 
-def read_config(folder: Path) -> dict:
+def read_config(folder):
     return json.loads((folder / "config.json").read_text())
 
 
@@ -86,7 +85,7 @@ def test_parts_load_from_the_checkpoint_of_a_whole_model(checkpoints, tmp_path, 
 @pytest.mark.parametrize("model_class", HEADS)
 @pytest.mark.parametrize("name", ["TripsForQuestionAnswering", "TripsForPreTraining"])
 def test_every_class_loads_from_checkpoints_of_others_and_reports_what_is_missing(checkpoints, name, model_class):
-    def without_prefix(weights) -> dict:
+    def without_prefix(weights):
         return {key.removeprefix("model."): value for key, value in weights.items()}
 
     saved = without_prefix(load_file(checkpoints[name] / "model.safetensors"))

@@ -2,7 +2,6 @@
 
 import base64
 import json
-from pathlib import Path
 
 import PIL.Image
 import pytest
@@ -23,25 +22,25 @@ TEXTS = ["a teal picture", "a red one", "a picture of a red and teal shape"]
 IMAGE = PIL.Image.new("RGB", (70, 50), "teal")
 
 
-def in_base64(image: PIL.Image.Image, file_format: str = "PNG") -> str:
+def in_base64(image, file_format="PNG"):
     return base64.b64encode(encoded(image, file_format)).decode()
 
 
 INPUTS = {"image": in_base64(IMAGE), "question": TEXTS[0], "texts": TEXTS, "prompt": TEXTS[0]}
 
 
-def build(tmp_path: Path, name: str) -> Path:
+def build(tmp_path, name):
     folder = save_random_checkpoint(tmp_path / "checkpoint", getattr(modeling_trips, name), TEXTS)
     build_repository(tmp_path / "target", folder, "ada/finder", with_handler=True)
     return tmp_path / "target"
 
 
 @pytest.fixture(scope="module")
-def handlers(tmp_path_factory) -> dict[str, EndpointHandler]:
+def handlers(tmp_path_factory):
     return {name: EndpointHandler(str(build(tmp_path_factory.mktemp("handlers"), name))) for name in HANDLED}
 
 
-def ask(handler: EndpointHandler, parameters=None, **inputs):
+def ask(handler, parameters=None, **inputs):
     return handler(json.loads(json.dumps({"inputs": {**INPUTS, **inputs}, "parameters": parameters})))
 
 

@@ -2,10 +2,8 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard
 from random_checkpoint import save_random_checkpoint
 
 import modeling_trips
@@ -16,20 +14,20 @@ from modeling_trips.publishing.model_card import HEADS, make_model_card, read_re
 TEXTS = ["what color is it?", "red blue yes no"]
 
 
-def card_of(folder: Path, name: str = "TripsForQuestionAnswering", **options) -> ModelCard:
+def card_of(folder, name="TripsForQuestionAnswering", **options):
     """Make the card of a saved checkpoint."""
     model = getattr(modeling_trips, name).from_pretrained(folder)
     processor = TripsProcessor.from_pretrained(folder)
     return make_model_card(model, processor, "ada/model", **options)
 
 
-def make_card(folder: Path, name: str = "TripsForQuestionAnswering", **options) -> ModelCard:
+def make_card(folder, name="TripsForQuestionAnswering", **options):
     """Save a random checkpoint and make its card; `options` are those of the card."""
     save_random_checkpoint(folder, getattr(modeling_trips, name), TEXTS, initializer_range=0.02)
     return card_of(folder, name, **options)
 
 
-def write_results(folder: Path, **fields) -> Path:
+def write_results(folder, **fields):
     folder.mkdir()
     path = folder / "eval_results.json"
     path.write_text(json.dumps({"eval_accuracy": 0.75, "eval_samples": 30, **fields}))
@@ -77,7 +75,7 @@ def test_unknown_facts_are_in_no_metadata(tmp_path):
     assert template_marks == []
 
 
-def code_of(card: ModelCard) -> str:
+def code_of(card):
     (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     return code
 

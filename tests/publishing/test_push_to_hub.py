@@ -48,7 +48,7 @@ def hub(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def checkpoint(tmp_path) -> Path:
+def checkpoint(tmp_path):
     """Write the files of a training: model, processor, results, and private files."""
     folder = tmp_path / "checkpoint"
     save_random_checkpoint(folder, TripsForQuestionAnswering, ["what color is it?", "red blue yes no"])
@@ -57,15 +57,15 @@ def checkpoint(tmp_path) -> Path:
     return folder
 
 
-def published(folder: Path) -> set[str]:
+def published(folder):
     return {path.name for path in folder.iterdir()} - LEFTOVERS | {"README.md"}
 
 
-def push(folder: Path, *options: str) -> str | None:
+def push(folder, *options):
     return push_to_hub.main(["--model", str(folder), "--repo_id", REPO, *options])
 
 
-def dry_run(folder: Path, target: Path, *options: str) -> Path:
+def dry_run(folder, target, *options):
     push(folder, "--dry_run", "--output_dir", str(target), *options)
     return target
 
@@ -118,12 +118,12 @@ def test_new_version_keeps_files_of_the_owner(hub, checkpoint):
     assert hub.repositories[REPO].files.keys() == published(checkpoint) | {"docs/a.png"}
 
 
-def make_headless(folder: Path):
+def make_headless(folder):
     config = TripsConfig.from_pretrained(folder)
     TripsVisionModel(config.vision_config).save_pretrained(folder)
 
 
-def change_weights(folder: Path, value: torch.Tensor | None):
+def change_weights(folder, value):
     """Give a weight another value, or leave it out."""
     weights = load_file(folder / "model.safetensors")
     del weights["lm_head.dense.bias"]
@@ -164,7 +164,7 @@ def test_reference_to_foreign_code_raises(checkpoint, name, fields):
         check_code(checkpoint)
 
 
-def run(*words: str | Path, env: dict[str, str], cwd: Path) -> str:
+def run(*words, env, cwd):
     result = subprocess.run(words, env=os.environ | env, cwd=cwd, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout

@@ -4,7 +4,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from clean_environment import make_environment
@@ -17,7 +16,7 @@ DOCKER = shutil.which("docker")
 DOCKERFILE = (ROOT / "serving/Dockerfile").read_text().replace("\\\n", " ")
 
 
-def copy_source(folder: Path):
+def copy_source(folder):
     """Copy the tracked files that `COPY . /source` copies of a fresh clone."""
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     kept = [line[1:] for line in lines if line.startswith("!")]
@@ -31,7 +30,7 @@ def copy_source(folder: Path):
 class InstalledService(RunningService):
     """Service of another interpreter, in an empty folder."""
 
-    def __init__(self, python: Path, folder: Path, **settings):
+    def __init__(self, python, folder, **settings):
         super().__init__(folder.with_name("log"), **settings)
         self.python = python
         self.folder = folder

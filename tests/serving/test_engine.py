@@ -39,7 +39,7 @@ def save(folder, model_class, **fields):
     return str(save_random_checkpoint(folder, model_class, TEXTS, **fields))
 
 
-def make_items(engine: Engine, name: str, pairs, top_k=1, keep_rate=None) -> list[Item]:
+def make_items(engine, name, pairs, top_k=1, keep_rate=None):
     tokens = engine.prepare_texts("texts", TEXTS)
     images = [engine.find_image(encoded(image), keep_rate=keep_rate) for image in IMAGES]
     for image in images:
@@ -59,7 +59,7 @@ def make_items(engine: Engine, name: str, pairs, top_k=1, keep_rate=None) -> lis
 PAIRS = [(0, 0), (1, 2), (0, 1), (1, 0), (0, 0)]
 
 
-def match_alone(model: TripsForRetrieval, processor: TripsProcessor) -> list[float]:
+def match_alone(model, processor):
     """Return the score of each pair, computed in a batch of its own."""
     scores = []
     for image, text in PAIRS:
@@ -104,12 +104,12 @@ def test_captions(tmp_path):
     assert len(set(captions)) > 1
 
 
-def pipeline_of(folder: str, **fields) -> TripsVisualQuestionAnsweringPipeline:
+def pipeline_of(folder, **fields):
     model = TripsForQuestionAnswering.from_pretrained(folder, **fields).eval()
     return TripsVisualQuestionAnsweringPipeline(model=model, processor=TripsProcessor.from_pretrained(folder))
 
 
-def check_answers(found: list[list[dict]], pipeline: TripsVisualQuestionAnsweringPipeline, **options):
+def check_answers(found, pipeline, **options):
     for (image, text), answers in zip(PAIRS, found, strict=True):
         expected = pipeline(IMAGES[image], TEXTS[text], **options)
         assert [one["answer"] for one in answers] == [one["answer"] for one in expected]
@@ -224,13 +224,13 @@ def test_failing_item_does_not_affect_others(engine):
 WEIGHT = "decoder.embeddings.LayerNorm.weight"
 
 
-def change_a_weight(folder: str):
+def change_a_weight(folder):
     weights = load_file(f"{folder}/model.safetensors")
     weights[WEIGHT].fill_(3e38)
     save_file(weights, f"{folder}/model.safetensors", {"format": "pt"})
 
 
-def add_a_token(folder: str):
+def add_a_token(folder):
     processor = TripsProcessor.from_pretrained(folder)
     processor.tokenizer.add_tokens(["zebra"])
     processor.save_pretrained(folder)
@@ -306,7 +306,7 @@ class Number:
     kind: str = "a"
 
 
-def run(compute, max_size: int, requests):
+def run(compute, max_size, requests):
     """Return the results of `requests(batcher)`."""
 
     async def main():
@@ -323,11 +323,11 @@ def run(compute, max_size: int, requests):
 def test_requests_get_their_results_in_batches_of_one_kind():
     batches = []
 
-    def compute(items: list[Number]) -> list[int]:
+    def compute(items):
         batches.append(items)
         return [item.value**2 for item in items]
 
-    async def requests(batcher: Batcher):
+    async def requests(batcher):
         submitted = []
         for row in range(8):
             kind = "ab"[row % 2]
@@ -344,7 +344,7 @@ def test_requests_get_their_results_in_batches_of_one_kind():
 
 
 def test_failed_item_fails_its_request_alone():
-    async def requests(batcher: Batcher):
+    async def requests(batcher):
         first = batcher.submit([Number(1), Number(0)])
         second = batcher.submit([Number(2)])
         return await asyncio.gather(first, second, return_exceptions=True)
@@ -358,12 +358,12 @@ def test_cancelled_request_is_not_computed():
     computed = []
     release = threading.Event()
 
-    def compute(items: list[Number]) -> list[int]:
+    def compute(items):
         release.wait(10)
         computed.extend(item.value for item in items)
         return computed[-len(items) :]
 
-    async def requests(batcher: Batcher):
+    async def requests(batcher):
         tasks = [asyncio.create_task(batcher.submit([Number(value)])) for value in range(3)]
         await asyncio.sleep(0.1)  # item 0 is being computed
         tasks[1].cancel()

@@ -10,16 +10,16 @@ from trips_serving.settings import Settings  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def document() -> dict:
+def document():
     return describe("a model", request_models(Settings(model="a model")))
 
 
-def fields_of(document: dict, schema: dict) -> dict:
+def fields_of(document, schema):
     name = schema["$ref"].removeprefix("#/components/schemas/")
     return document["components"]["schemas"][name]["properties"]
 
 
-def content_of(document: dict, message: dict) -> dict:
+def content_of(document, message):
     return fields_of(document, message["content"]["application/json"]["schema"])
 
 

@@ -35,17 +35,17 @@ QUESTIONS = ["what color is the shape?", "is there a circle?", "what shape is in
 COLORS = ["teal", "red", "blue", "black", "green", "gray", "brown", "yellow"]
 
 
-def picture(color: str) -> PIL.Image.Image:
+def picture(color):
     image = PIL.Image.new("RGB", (64, 64), "white")
     PIL.ImageDraw.Draw(image).rectangle((16, 20, 48, 52), fill=color)
     return image
 
 
-def as_text(image: PIL.Image.Image | bytes) -> str:
+def as_text(image):
     return base64.b64encode(image if isinstance(image, bytes) else encoded(image)).decode()
 
 
-def ask(color: str, **fields) -> dict:
+def ask(color, **fields):
     return {"image": as_text(picture(color)), "questions": QUESTIONS, **fields}
 
 
@@ -56,7 +56,7 @@ def library():
     return TripsVisualQuestionAnsweringPipeline(model=model, processor=TripsProcessor.from_pretrained(CHECKPOINT))
 
 
-def check_answers(found: list[list[dict]], expected: list[list[dict]]):
+def check_answers(found, expected):
     for answers, expected_answers in zip(found, expected, strict=True):
         for one, expected_one in zip(answers, expected_answers, strict=True):
             assert one["answer"] == expected_one["answer"]
@@ -150,7 +150,7 @@ def test_documented_command_sends_a_photo(service, tmp_path):
     (command,) = [block for block in DEPLOY.blocks("bash") if "curl" in block]
     command = command.replace("127.0.0.1:3000", f"127.0.0.1:{service.port}")
 
-    def answers(folder) -> list[str]:
+    def answers(folder):
         result = subprocess.run(["sh", "-c", command], cwd=folder, capture_output=True, text=True)
         (found,) = json.loads(result.stdout)["answers"]
         return [one["answer"] for one in found]
@@ -295,7 +295,7 @@ def test_slow_clients_do_not_reach_the_service_behind_the_proxy(service, tmp_pat
     worker = psutil.Process(service.process.pid)
     processes = [worker, *worker.children(recursive=True)]
 
-    def num_connections() -> int:
+    def num_connections():
         found = [one for process in processes for one in process.net_connections("tcp")]
         return sum(one.status == psutil.CONN_ESTABLISHED and one.laddr.port == service.port for one in found)
 
@@ -368,7 +368,7 @@ def test_large_images_delay_only_decoding(tmp_path):
     large = as_text(PIL.Image.new("RGBA", (3000, 3000), (1, 2, 3, 100)))
     with RunningService(tmp_path / "log", max_latency_ms=1000) as service:
 
-        def seconds() -> float:
+        def seconds():
             start = time.monotonic()
             assert service.post("answer", ask("red")).status_code == 200
             return time.monotonic() - start
@@ -399,7 +399,7 @@ def test_incomplete_body_does_not_delay_shutdown(tmp_path):
         assert time.monotonic() - start < 20
 
 
-def check_refused(replies: list[httpx.Response]):
+def check_refused(replies):
     assert replies
     for reply in replies:
         assert reply.headers["retry-after"] == "1"

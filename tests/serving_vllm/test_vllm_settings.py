@@ -26,7 +26,7 @@ def folders(tmp_path_factory):
     return folder
 
 
-def printed_overrides(capsys, *options: str) -> dict:
+def printed_overrides(capsys, *options):
     main(options)
     words = shlex.split(capsys.readouterr().out)
     assert words.count("--hf-overrides") == 1

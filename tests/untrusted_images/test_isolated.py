@@ -47,11 +47,11 @@ def decode(request, isolated):
     return decode_untrusted if request.param == "here" else isolated.decode
 
 
-def worker_of(decoder: IsolatedDecoder) -> _Worker:
+def worker_of(decoder):
     return decoder._workers.queue[0]
 
 
-def check_red(image: Image.Image):
+def check_red(image):
     assert image.size == (9, 9) and image.getpixel((0, 0)) == (255, 0, 0)
 
 
@@ -159,7 +159,7 @@ def test_supervisor_that_ends_all_processes_ends_no_decoder(isolated):
 def test_threads_share_the_processes(isolated):
     colors = [(index, 2 * index, 255 - index) for index in range(60)]
 
-    def decode(index: int):
+    def decode(index):
         decoded = isolated.decode(encoded(Image.new("RGB", (20 + index, 20), colors[index])))
         return decoded.size, decoded.getpixel((0, 0))
 

@@ -29,7 +29,7 @@ def test_every_scene_has_two_questions_of_each_kind(scenes):
         assert len({question["question"] for question in scene.questions}) == 8
 
 
-def named_in(question: str) -> list[str]:
+def named_in(question):
     return [word for word in question.replace("?", "").split() if word in COLORS or word in SHAPES]
 
 
@@ -58,7 +58,7 @@ def words_of(wordings):
     return {word for text in wordings for word in text.replace("?", " ?").split()}
 
 
-def wording_of(question: str) -> str:
+def wording_of(question):
     return question.replace(" ".join(named_in(question)), "{}")
 
 

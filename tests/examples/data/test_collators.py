@@ -21,7 +21,7 @@ def processor():
     return make_processor(train_tokenizer([*QUESTIONS, *ANSWERS]), TripsConfig.from_preset("tiny"))
 
 
-def row(image_id: str, question: int, answers: list[str], color: str = "red") -> dict:
+def row(image_id, question, answers, color="red"):
     return {
         "image": {"bytes": encoded(color), "path": None},
         "image_id": image_id,

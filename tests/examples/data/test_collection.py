@@ -7,7 +7,7 @@ from tiny_collection import encoded, write_images
 from trips_examples.data.collection import find_images, rows_of
 
 
-def rows(*places, image_root: str | None = None) -> list[dict]:
+def rows(*places, image_root=None):
     shards = find_images([str(place) for place in places], image_root)
     return [row for shard in shards for row in rows_of(shard)]
 

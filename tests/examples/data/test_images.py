@@ -21,7 +21,7 @@ XMP = (
 )
 
 
-def exif(orientation: int) -> bytes:
+def exif(orientation):
     block = PIL.Image.Exif()
     block[0x0112] = orientation
     return block.tobytes()
@@ -34,7 +34,7 @@ FILES |= {f"{kind} XMP": encoded(PIXELS, kind, xmp=XMP) for kind in ("JPEG", "WE
 
 
 @pytest.fixture(params=FILES.values(), ids=FILES)
-def file(request, tmp_path) -> str:
+def file(request, tmp_path):
     path = tmp_path / "image"
     path.write_bytes(request.param)
     return str(path)

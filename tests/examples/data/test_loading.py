@@ -339,7 +339,7 @@ def processor():
     return make_processor(tokenizer(), TripsConfig.from_preset("tiny"))
 
 
-def write_bad(folder, task, rows) -> str:
+def write_bad(folder, task, rows):
     """Write a file with a good row 1, followed by the bad rows."""
     lines = [json.dumps(GOOD_ROWS[task])]
     lines += [row.line for row in rows]
@@ -348,7 +348,7 @@ def write_bad(folder, task, rows) -> str:
     return str(file)
 
 
-def expected(rows, *found: str) -> dict[str, str]:
+def expected(rows, *found):
     return {f"rows.jsonl row {number}": row.reason for number, row in enumerate(rows, start=2) if row.found in found}
 
 

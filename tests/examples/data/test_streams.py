@@ -4,7 +4,6 @@ import gzip
 import json
 import tarfile
 import tracemalloc
-from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
@@ -23,11 +22,11 @@ from trips_examples.data.streams import FileShard, PairStream, TarShard, find_sh
 pytest.importorskip("webdataset")
 
 
-def encoded(color: str = "red", kind: str = "PNG") -> bytes:
+def encoded(color="red", kind="PNG"):
     return strange_pictures.encoded(PIL.Image.new("RGB", (8, 8), color), kind)
 
 
-def write_tar(path: Path, samples: list[dict[str, bytes | str | dict]]) -> Path:
+def write_tar(path, samples):
     """Write samples with a file per suffix; `key` is their name."""
     files = {}
     for number, sample in enumerate(samples):
@@ -40,7 +39,7 @@ def write_tar(path: Path, samples: list[dict[str, bytes | str | dict]]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tars(tmp_path_factory) -> str:
+def tars(tmp_path_factory):
     """Return a pattern of four shards with 5, 6, 7 and 8 pairs and captions "shard-number"."""
     folder = tmp_path_factory.mktemp("tars")
     for shard in range(4):
@@ -52,15 +51,15 @@ def tars(tmp_path_factory) -> str:
 ALL = {f"{shard}-{number}" for shard in range(4) for number in range(5 + shard)}
 
 
-def captions(rows) -> list[str]:
+def captions(rows):
     return [row["caption"] for row in rows]
 
 
-def stream_of(place, **options) -> PairStream:
+def stream_of(place, **options):
     return PairStream(find_shards([str(place)]), **options)
 
 
-def take(stream: PairStream, count: int) -> list[dict]:
+def take(stream, count):
     return list(islice(iter(stream), count))
 
 
@@ -127,7 +126,7 @@ def test_a_stream_continues_after_any_pair(tars, index, num_processes, block_byt
 
 @pytest.mark.parametrize("num_workers", [0, 5])
 def test_a_loader_resumes_and_workers_may_outnumber_shards(tars, num_workers):
-    def loader() -> StatefulDataLoader:
+    def loader():
         stream = stream_of(tars, buffer_size=4)
         return StatefulDataLoader(stream, batch_size=3, num_workers=num_workers, collate_fn=captions)
 
@@ -201,7 +200,7 @@ def test_patterns_name_shards_and_missing_ones_are_named(tars, tmp_path):
 # Bad pairs
 
 
-def bad_tar(folder: Path, num_good: int) -> Path:
+def bad_tar(folder, num_good):
     samples = [{"png": encoded(), "txt": f"good {number}"} for number in range(num_good)]
     samples[2:2] = [
         {"key": "torn", "png": encoded()[:50], "txt": "a torn image"},
@@ -233,7 +232,7 @@ def test_bad_pairs_are_skipped_counted_and_named(tmp_path):
     assert "utf-8" in errors["latin"]
 
 
-def logged_errors(folder: Path) -> dict[str, str]:
+def logged_errors(folder):
     """Return the errors of bad pairs, by the last part of their source."""
     errors = {}
     for line in (folder / "bad_pairs-00000.jsonl").read_text().splitlines():
@@ -260,7 +259,7 @@ def test_a_broken_shard_is_named_and_the_next_one_is_read(tars, tmp_path):
     assert {"broken.json", "broken.parquet", "torn.tar"} <= logged_errors(tmp_path).keys()
 
 
-def damaged_tars(folder: Path) -> dict[str, bytes]:
+def damaged_tars(folder):
     """Return tar files of eight pairs that `tarfile` reads without an error, or with one after some pairs."""
     samples = [{"png": encoded(), "txt": f"{number}"} for number in range(8)]
     good = write_tar(folder / "good.tar", samples).read_bytes()
@@ -313,7 +312,7 @@ def test_the_json_of_a_tar_file_names_no_local_file(tmp_path, column):
     assert row["error"] is not None
 
 
-def forged(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+def forged(name, size, kind=tarfile.REGTYPE):
     """Return the header of a member that says more than the file has."""
     member = tarfile.TarInfo(name)
     member.size = size
@@ -345,7 +344,7 @@ def test_a_forged_size_ends_a_shard(name, kind, size, suffix, tmp_path):
     assert last.reason == "broken tar file"
 
 
-def zipped_zeros(path: Path, files: dict[str, int], kind: bytes = tarfile.REGTYPE) -> TarShard:
+def zipped_zeros(path, files, kind=tarfile.REGTYPE):
     """Return a small tar file of zeros with these names and sizes in MiB."""
     with gzip.open(path, "wb", compresslevel=1) as file:
         for name, size in files.items():
@@ -356,7 +355,7 @@ def zipped_zeros(path: Path, files: dict[str, int], kind: bytes = tarfile.REGTYP
     return TarShard(str(path))
 
 
-def most_memory(records: Iterable) -> int:
+def most_memory(records):
     """Return the most bytes that Python holds while records are read one by one."""
     tracemalloc.start()
     for _ in records:

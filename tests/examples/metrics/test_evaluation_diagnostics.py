@@ -26,7 +26,7 @@ ANSWERS = ["café", "50%", "$5", "c#", "红色", "u.s.a.", "tea", "10:30", "zebr
 
 
 @pytest.fixture
-def bert() -> TripsProcessor:
+def bert():
     """Return a processor with a tokenizer as BERT's (uncased), which knows no zebra."""
     return TripsProcessor(tokenizer=make_bert_tokenizer(ANSWERS[:-1]))
 

@@ -2,7 +2,6 @@
 
 import json
 
-import PIL.Image
 import pytest
 import torch
 from strange_pictures import noise
@@ -21,19 +20,19 @@ each_family = pytest.mark.parametrize("family", PLACEHOLDERS)
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict:
+def folders(tmp_path_factory):
     families = ("llava", "qwen2_5_vl", "idefics3", "paligemma")
     return {family: save_tiny_vlm(family, tmp_path_factory.mktemp(family)) for family in families}
 
 
 @pytest.fixture(scope="module")
-def images() -> list[list[PIL.Image.Image]]:
+def images():
     """Return the images of three questions: one, two of different sizes, and none."""
     return [[noise(40, 40)], [noise(64, 30), noise(48, 48)], []]
 
 
 @pytest.fixture(scope="module")
-def conversations(images) -> list[list[dict]]:
+def conversations(images):
     return [conversation(question, *shown) for question, shown in zip(QUESTIONS, images)]
 
 
@@ -62,7 +61,7 @@ def test_answers_match_generate_with_and_without_selection(family, visual_tokens
 
 @each_family
 def test_visual_tokens_are_counted(family, folders, conversations):
-    def count(vlm) -> float:
+    def count(vlm):
         vlm.answer(conversations, **OPTIONS)
         return vlm.visual_tokens_per_image
 

@@ -18,13 +18,13 @@ TEXTS = ["a red circle", "red", "a circle", "the blue one", "a blue rectangle an
 IMAGE_OF_TEXT = torch.tensor([2, 0, 0, 1, 4, 3, 3, 1])
 
 
-def make_images() -> list[PIL.Image.Image]:
+def make_images():
     generator = torch.Generator().manual_seed(5)
     pixels = torch.randint(0, 256, (5, 16, 16, 3), generator=generator, dtype=torch.uint8)
     return [PIL.Image.fromarray(image.numpy()) for image in pixels]
 
 
-def make_evaluator(batch_size: int = 3, guidance: str = "text"):
+def make_evaluator(batch_size=3, guidance="text"):
     tokenizer = train_tokenizer(TEXTS)
     config = make_config(schedule=f"2:{guidance}:0.5,3:{guidance}:0.5")
     config.text_config.vocab_size = len(tokenizer)
@@ -35,7 +35,7 @@ def make_evaluator(batch_size: int = 3, guidance: str = "text"):
 
 
 @torch.no_grad()
-def naive_recalls(evaluator: RetrievalEvaluator, rerank_k: int) -> dict[str, float]:
+def naive_recalls(evaluator, rerank_k):
     """Compute recalls from single pairs, with lists that Python sorts."""
     model = evaluator.model
     similarities = {}

@@ -10,7 +10,7 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import torch
-from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from accelerate.commands.config.config_args import load_config_from_file
 from clean_environment import make_environment
 from loading import write
 from places import HELPERS, ROOT
@@ -26,11 +26,11 @@ from trips_examples import run_vqa
 CONFIGS = ROOT / "examples" / "configs"
 
 
-def load_config(name: str) -> ClusterConfig:
+def load_config(name):
     return load_config_from_file(str(CONFIGS / f"{name}.yaml"))
 
 
-def launch(name: str, *command: str, python: str | Path = sys.executable) -> str:
+def launch(name, *command, python=sys.executable):
     """Launch two CPU processes with a configuration from examples/configs, and return their output."""
     shim = [str(HELPERS / "fsdp_on_cpu.py")] if name == "fsdp2" else []
     options = [f"--config_file={CONFIGS / name}.yaml", "--num_processes=2", "--main_process_port=0"]
@@ -48,7 +48,7 @@ def launch(name: str, *command: str, python: str | Path = sys.executable) -> str
 # The files
 
 
-def layers_to_wrap(case) -> list[str]:
+def layers_to_wrap(case):
     """Return the layer names in fsdp2.yaml, or those that it adds on the command line for this case."""
     if case.fusion_type == "single_stream":
         said = re.search(r"--fsdp_transformer_layer_cls_to_wrap (\S+)", (CONFIGS / "fsdp2.yaml").read_text())
@@ -78,7 +78,7 @@ def test_two_processes_train_every_model_as_one(name, prefix):
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory) -> list[str]:
+def options(tmp_path_factory):
     """Return options of run_vqa.py: two images with three questions each, and an untrained start model."""
     folder = tmp_path_factory.mktemp("data")
     rows = []
@@ -111,14 +111,14 @@ def options(tmp_path_factory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def one_process(options, tmp_path_factory) -> Path:
+def one_process(options, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     run_vqa.main([*options, f"--output_dir={folder}", "--per_device_train_batch_size=6"])
     return folder
 
 
 @pytest.fixture(scope="module")
-def deepspeed_python() -> Path:
+def deepspeed_python():
     """Return an environment with DeepSpeed, because Accelerate imports it wherever it is installed."""
     return make_environment(ROOT / "build" / "deepspeed", ["deepspeed"], exclude_project=False)
 

@@ -61,12 +61,12 @@ def test_the_truncation_of_a_tokenizer_is_no_limit_of_the_model(processor, tmp_p
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory) -> dict[str, str]:
+def parts(tmp_path_factory):
     arguments = write_parts(tmp_path_factory.mktemp("parts"))
     return dict(argument.removeprefix("--").split("=") for argument in arguments)
 
 
-def start_from(parts: dict[str, str], **options) -> TripsForQuestionAnswering:
+def start_from(parts, **options):
     args = ModelArguments(**parts, schedule="3:text:0.5", num_fusion_layers=1, image_size=48, **options)
     torch.manual_seed(0)
     return make_model(TripsForQuestionAnswering, args, *load_start(args))

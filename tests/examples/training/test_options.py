@@ -181,7 +181,7 @@ def test_a_hub_that_accepts_and_does_not_answer(monkeypatch):
         assert time.monotonic() - start < 10
 
 
-def answer_of(script: str, options: str, code: int) -> str:
+def answer_of(script, options, code):
     """Run a script that does not import what is slow, and return what it prints: one line, if it fails."""
     command = [sys.executable, "-X", "importtime", "-m", f"trips_examples.{script}", *options.split()]
     environment = {**os.environ, "HF_ENDPOINT": HUB, "HF_HUB_OFFLINE": "0"}

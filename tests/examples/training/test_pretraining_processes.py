@@ -29,11 +29,11 @@ for pid in "${pids[@]}"; do wait "$pid"; done""",
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory) -> list[str]:
+def parts(tmp_path_factory):
     return write_parts(tmp_path_factory.mktemp("parts"))
 
 
-def assert_equal(folder: Path, expected: Path, *names: str):
+def assert_equal(folder, expected, *names):
     for name in names:
         weights, weights_expected = load_file(folder / name), load_file(expected / name)
         assert weights.keys() == weights_expected.keys()
@@ -41,7 +41,7 @@ def assert_equal(folder: Path, expected: Path, *names: str):
             torch.testing.assert_close(weights[key], weight, rtol=0, atol=0, msg=f"{name}: {key}")
 
 
-def killed_and_resumed(words: list[str], folder: Path) -> str:
+def killed_and_resumed(words, folder):
     """Kill a run with its workers after its first complete checkpoint, resume it, and return the output."""
     kill_when((folder / "checkpoint-4/trainer_state.json").exists, [sys.executable, *words])
     assert not (folder / "model.safetensors").exists()

@@ -1,7 +1,5 @@
 """The trainer of pre-training: teacher, learning rates by part, queue and logs."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from datasets import Dataset
@@ -15,7 +13,7 @@ from trips_examples.training.pretraining import PretrainingTrainer
 from trips_examples.training.runs import TripsTrainingArguments
 
 
-def make_trainer(processor, folder: Path, config_fields: dict | None = None, **options) -> PretrainingTrainer:
+def make_trainer(processor, folder, config_fields=None, **options):
     """Return a trainer of 20 rows. `options` are fields of the arguments of training or of pre-training."""
     defaults = {
         "output_dir": str(folder),
@@ -66,7 +64,7 @@ def test_the_teacher_gains_weight_over_an_epoch(processor, tmp_path):
     trainer = make_trainer(processor, tmp_path, max_steps=1, gradient_accumulation_steps=2)
     assert trainer.epoch_steps == 3  # 20 rows in batches of 4, with two batches per step
 
-    def weights() -> list[float]:
+    def weights():
         found = []
         for trainer.state.global_step in range(7):
             found.append(trainer.current_teacher_weight())
@@ -95,7 +93,7 @@ def test_teacher_equals_the_model_before_it_starts(processor, tmp_path):
 
 
 def test_towers_have_learning_rates_of_their_own(processor, tmp_path):
-    def groups(**options) -> dict[str, tuple[float, float]]:
+    def groups(**options):
         """Return the learning rate and weight decay by parameter."""
         trainer = make_trainer(processor, tmp_path, max_steps=1, learning_rate=1e-4, **options)
         names = {parameter: name for name, parameter in trainer.model.named_parameters()}

@@ -17,7 +17,7 @@ PARSER = make_parser(TrainingOptions, description="")
 
 
 @pytest.fixture
-def args(tmp_path) -> TripsTrainingArguments:
+def args(tmp_path):
     return TripsTrainingArguments(output_dir=str(tmp_path), resume_from_checkpoint="last")
 
 

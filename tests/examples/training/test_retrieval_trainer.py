@@ -30,13 +30,13 @@ def test_accumulated_batches_are_averaged(processor, tmp_path, steps):
     batches = []
     gradients = []
 
-    def collate(rows: list[dict]) -> dict:
+    def collate(rows):
         batch = collator(rows)
         sources = batch.pop("sources")
         batches.append(batch)
         return {**batch, "sources": sources}
 
-    def note_gradient(weight: torch.Tensor):
+    def note_gradient(weight):
         gradients.append(weight.grad.clone())
 
     trainer = RetrievalTrainer(

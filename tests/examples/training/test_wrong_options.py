@@ -12,7 +12,7 @@ ERRORS = (ValueError, OSError, StrictDataclassError)  # the last one of Transfor
 
 
 @pytest.fixture
-def options(tmp_path) -> list[str]:
+def options(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "none.png"}))
     return [
         f"--train_file={tmp_path / 'rows.jsonl'}",
@@ -24,7 +24,7 @@ def options(tmp_path) -> list[str]:
     ]
 
 
-def error_of(script: str, options: list[str]) -> str:
+def error_of(script, options):
     with pytest.raises(ERRORS) as raised:
         importlib.import_module(f"trips_examples.{script}").main(options)
     return str(raised.value)

@@ -174,7 +174,7 @@ class TrainingOptions(RunOptions):
     num_pictures: int = option(0, "Number of predictions to draw, with the kept patches.")
     unpruned_share: float = option(0.0, "Share of unpruned first steps. With --model: 0.")
     relevance_share: float = option(0.0, "Share of the unpruned steps, the last, in which scores learn relevance.")
-    relevance_interval: int = option(0, "Of so many pruned steps, one runs unpruned and scores learn relevance.")
+    relevance_interval: int = option(0, "Of so many pruned steps, one also runs unpruned, and scores learn relevance.")
     keep_rates: list[float] = option([], "Rates of which each pruned step draws one: a model for all of them.")
 
     def __post_init__(self):
@@ -183,8 +183,8 @@ class TrainingOptions(RunOptions):
             raise ValueError(f"--unpruned_share must be in [0, 1), got {self.unpruned_share}.")
         if not 0 <= self.relevance_share <= 1:
             raise ValueError(f"--relevance_share must be in [0, 1], got {self.relevance_share}.")
-        if self.relevance_interval < 0 or self.relevance_interval == 1:
-            raise ValueError(f"--relevance_interval must be 0 or at least 2, got {self.relevance_interval}.")
+        if self.relevance_interval < 0:
+            raise ValueError(f"--relevance_interval must be at least 0, got {self.relevance_interval}.")
         for keep_rate in self.keep_rates:
             if not 0 < keep_rate <= 1:
                 raise ValueError(f"--keep_rates must be in (0, 1], got {keep_rate}.")

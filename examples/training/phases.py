@@ -45,14 +45,14 @@ def options_of_phases(args: TrainingArguments) -> dict[str, Any]:
 class Phases:
     """
     The phases of a training: unpruned steps, in the last of which the scores learn relevance, then pruned steps, of
-    which every `relevance_interval`-th does the same. Steps are numbered from 1.
+    which every `relevance_interval`-th also runs unpruned and does the same. Steps are numbered from 1.
 
     Args:
         schedule ([`SelectionSchedule`]): That of the model.
         max_steps (`int`): Steps of the training.
         unpruned_share (`float`): Share of first steps that run unpruned. The last step is pruned.
         relevance_share (`float`): Share of the unpruned steps, the last ones, in which the scores learn relevance.
-        relevance_interval (`int`): Number of pruned steps of which the first one learns relevance. 0: none.
+        relevance_interval (`int`): Number of pruned steps of which the first one also learns relevance. 0: none.
         keep_rates (`Sequence[float]`): Rates of which each pruned step draws one. Empty: the schedule's.
         seed (`int`): Seed of these draws, which depend on nothing but it and the step.
     """
@@ -92,19 +92,20 @@ class Phases:
             return self.unpruned_steps - relevance_steps + 1
         return self.unpruned_steps + 1 if self.relevance_interval > 0 else None
 
-    def schedule_of(self, step: int) -> SelectionSchedule:
-        """Return the schedule of a step. One whose layers only score teaches them relevance."""
+    def schedules_of(self, step: int) -> list[SelectionSchedule]:
+        """Return the schedule of each pass of a step. One whose layers only score teaches them relevance."""
         pruned_step = step - self.unpruned_steps  # from 1
+        scoring = self.schedule.scoring()
         if pruned_step <= 0:
             first = self.first_relevance_step
-            return UNPRUNED if first is None or step < first else self.schedule.scoring()
-        scoring = self.schedule.scoring()
+            return [UNPRUNED if first is None or step < first else scoring]
+        schedule = self.schedule
+        if self.keep_rates:
+            keep_rate = random.Random(f"{self.seed} {step}").choice(self.keep_rates)
+            schedule = schedule.with_keep_rate(keep_rate)
         if self.relevance_interval > 0 and scoring.layers and (pruned_step - 1) % self.relevance_interval == 0:
-            return scoring
-        if not self.keep_rates:
-            return self.schedule
-        keep_rate = random.Random(f"{self.seed} {step}").choice(self.keep_rates)
-        return self.schedule.with_keep_rate(keep_rate)
+            return [schedule, scoring]
+        return [schedule]
 
     def evaluated_after(self, step: int) -> SelectionSchedule:
         """Return the schedule of an evaluation after a step: unpruned, or the model's."""
@@ -122,5 +123,5 @@ class Phases:
         if self.keep_rates:
             pruned += f" with rates of {', '.join(f'{rate:g}' for rate in self.keep_rates)}"
         if self.relevance_interval:
-            pruned += f", one step in {self.relevance_interval} unpruned, in which the scores learn"
+            pruned += f", one step in {self.relevance_interval} unpruned as well, from which the scores learn"
         return ", ".join([*parts, pruned])

@@ -188,11 +188,10 @@ class PretrainingTrainer(RetrievalTrainer):
     def compute_loss(self, model, inputs, **kwargs):
         if not self.teacher_takes_part:
             return super().compute_loss(model, inputs, **kwargs)
-        inputs = {**inputs, "schedule": self.schedule}
         with self.accelerator.autocast():
             inputs = self.teacher.teach(inputs, self.current_teacher_weight())
         loss = super().compute_loss(model, inputs, **kwargs)
-        if model.training:
+        if inputs["schedule"] == self.schedules[-1]:  # once a step
             self.teacher.push(inputs["teacher"])
         return loss
 

@@ -105,7 +105,7 @@ class ZeroGradientCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.late_values = {}
-        if self.trainer.schedule.layers:
+        if any(schedule.layers for schedule in self.trainer.schedules):
             return
         for name, parameter in model.named_parameters():
             if "selection_projection" in name and parameter.requires_grad and parameter.grad is None:
@@ -237,12 +237,13 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
 
     @property
     def schedule(self) -> SelectionSchedule:
-        """The schedule of this step, or of the evaluation after it."""
-        if not self.is_in_train:
-            return self.phases.schedule
-        if self.model.training:
-            return self.phases.schedule_of(self.state.global_step + 1)
-        return self.phases.evaluated_after(self.state.global_step)
+        """The schedule of an evaluation: during a training, that of the phase it is in."""
+        return self.phases.evaluated_after(self.state.global_step) if self.is_in_train else self.phases.schedule
+
+    @property
+    def schedules(self) -> list[SelectionSchedule]:
+        """The schedule of each pass of this step."""
+        return self.phases.schedules_of(self.state.global_step + 1)
 
     @property
     def regions_used_for(self) -> str:
@@ -305,8 +306,13 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
         finally:
             self.data_collator = evaluation_collator
 
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        losses = []
+        for schedule in self.schedules:
+            losses.append(super().training_step(model, {**inputs, "schedule": schedule}, num_items_in_batch))
+        return losses[0]
+
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        inputs = {"schedule": self.schedule, **inputs}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         selector = self.model.base_model.vision_model.selector
         if model.training and selector is not None:

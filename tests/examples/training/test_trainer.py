@@ -73,6 +73,31 @@ def test_a_frozen_layer_that_a_text_scores_is_trained_while_its_scores_learn(tmp
     torch.testing.assert_close(weights, uninterrupted, rtol=0, atol=0)
 
 
+def test_a_pruned_step_with_relevance_adds_the_gradients_of_two_passes(tmp_path):
+    """Those of a pruned step and of an unpruned one with relevance, from the same weights."""
+    options = [*write_task("vqa", tmp_path), *OPTIONS, "--schedule=2:text:0.5", "--optim=sgd", "--weight_decay=0"]
+    options += ["--max_grad_norm=0", "--max_steps=2", "--save_strategy=steps", "--save_steps=1"]
+    options += ["--do_eval=False", "--do_predict=False"]
+    first_steps = {
+        "none": ["--learning_rate=0"],
+        "pruned": ["--unpruned_share=0", "--relevance_interval=0"],
+        "unpruned": ["--unpruned_share=0.5", "--relevance_share=1"],
+        "both": ["--unpruned_share=0", "--relevance_interval=2"],
+    }
+    weights = {}
+    for name, phases in first_steps.items():
+        run_vqa.main([*options, *phases, f"--output_dir={tmp_path / name}"])
+        weights[name] = load_file(tmp_path / name / "checkpoint-1" / "model.safetensors")
+    for key, before in weights["none"].items():
+        if not key.endswith(("weight", "bias")):  # statistics of batches
+            continue
+        pruned = weights["pruned"][key] - before
+        unpruned = weights["unpruned"][key] - before
+        torch.testing.assert_close(weights["both"][key] - before, pruned + unpruned, rtol=1e-3, atol=1e-6)
+    projection = "model.vision_model.layers.1.attention.q_proj.weight"
+    assert not torch.equal(weights["both"][projection], weights["pruned"][projection])
+
+
 def test_a_run_may_be_too_short_for_relevance(tmp_path):
     shares = ["--unpruned_share=0.5", "--relevance_share=0.25", "--relevance_interval=0", "--max_steps=2"]
     options = [*write_task("vqa", tmp_path), *OPTIONS, *shares, "--schedule=2:text:0.5", "--freeze_vision_layers=2"]

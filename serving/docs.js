@@ -39,7 +39,7 @@ document.title = document.querySelector("h1").textContent = description.info.tit
 for (const [path, methods] of Object.entries(description.paths)) {
   for (const [method, operation] of Object.entries(methods)) {
     make(document.body, "h2", `${method.toUpperCase()} ${path}`);
-    make(document.body, "p", `${operation.summary}.`);
+    make(document.body, "p", operation.summary);
     if (!operation.requestBody) continue;
     const of = ({ content }) => resolve(content["application/json"].schema);
     const request = of(operation.requestBody);

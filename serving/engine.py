@@ -2,16 +2,15 @@
 
 import asyncio
 import hashlib
-import io
 import json
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
-import PIL.Image
 import torch
 from anyio import to_thread
 from prometheus_client import Counter
@@ -21,6 +20,7 @@ from modeling_trips import TripsImageCache
 from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint, load_processor, local_folder
 from modeling_trips.untrusted_images import IsolatedDecoder
 
+from .schemas import EXAMPLE_IMAGE, read_base64
 from .settings import Settings
 
 
@@ -35,10 +35,11 @@ IMAGE_CACHES = Counter("trips_image_caches", "Images by the source of their cach
 
 @dataclass
 class ItemImage:
-    """Image of items: its file, then its pixels of shape `(1, num_channels, height, width)`; or its cached states."""
+    """Image of items: its file, or then its pixels of shape `(1, num_channels, height, width)`, and cached states."""
 
+    name: str  # in the request
     key: Hashable  # of the file and of the layers before the first that a text scores
-    data: bytes | None = None
+    data: bytes | None
     pixel_values: torch.Tensor | None = None
     states: TripsImageCache | None = None
     size: tuple[int, int] = (0, 0)  # height and width of the decoded file
@@ -63,11 +64,6 @@ class Item:
         """Key that is equal for items that can share a batch."""
         return self.endpoint, self.top_k, self.kept_patches, self.keep_rate, self.image is None
 
-    @property
-    def options(self) -> dict[str, float]:
-        """Arguments of a pass of the model."""
-        return {} if self.keep_rate is None else {"keep_rate": self.keep_rate}
-
 
 def tensors_of(image_cache: TripsImageCache) -> list[torch.Tensor]:
     """Return the tensors of a cache in the order of its `map`."""
@@ -91,15 +87,14 @@ class ImageCaches:
     def __init__(self, max_bytes: int):
         self.max_bytes = max_bytes
         self.bytes = 0
-        self._image_caches: dict[Hashable, TripsImageCache] = {}  # the least recently used first
+        self._image_caches: OrderedDict[Hashable, TripsImageCache] = OrderedDict()  # the least recently used first
         self._lock = Lock()
 
     def get(self, key: Hashable) -> TripsImageCache | None:
         with self._lock:
-            found = self._image_caches.pop(key, None)
-            if found is not None:
-                self._image_caches[key] = found
-            return found
+            if key in self._image_caches:
+                self._image_caches.move_to_end(key)
+            return self._image_caches.get(key)
 
     def put(self, key: Hashable, image_cache: TripsImageCache):
         with self._lock:
@@ -107,8 +102,8 @@ class ImageCaches:
                 self._image_caches[key] = image_cache
                 self.bytes += num_bytes(image_cache)
             while self.bytes > self.max_bytes:
-                oldest = next(iter(self._image_caches))
-                self.bytes -= num_bytes(self._image_caches.pop(oldest))
+                _, oldest = self._image_caches.popitem(last=False)
+                self.bytes -= num_bytes(oldest)
 
 
 class Engine:
@@ -125,11 +120,11 @@ class Engine:
         self.schedules: dict = {None: schedule}  # by the keep rate of a request
         for rate in settings.keep_rates:
             self.schedules[rate] = schedule.with_keep_rate(rate)
-        self.endpoints = ["match", "features"] if hasattr(self.model, "match") else []
+        self.endpoints = []
+        if hasattr(self.model, "match"):
+            self.endpoints = ["match", "features"]
         if self.model.can_generate():
-            self.pipeline = self.model.pipeline_class(
-                model=self.model, processor=self.processor, device=self.model.device
-            )
+            self.pipeline = self.model.pipeline_class(model=self.model, processor=self.processor, device=-1)
             self.endpoints = [GENERATIVE[self.pipeline.default_task]]
         if not self.endpoints:
             raise ValueError(f"A {type(self.model).__name__} does not answer, caption or match.")
@@ -138,18 +133,13 @@ class Engine:
     def _load(self, folder: Path) -> Any:
         settings = self.settings
         if not is_exported(folder):
-            fields: dict[str, Any] = {"schedule": settings.schedule} if settings.schedule else {}
+            fields: dict = {"schedule": settings.schedule} if settings.schedule else {}
             model = load_checkpoint(folder, dtype=settings.dtype, **fields)
             device = settings.device
             if device == "auto":
                 device = "cuda" if torch.cuda.is_available() else "cpu"
             return model.to(device)
-        if (
-            settings.schedule
-            or settings.keep_rates
-            or settings.dtype != "auto"
-            or settings.device not in ("auto", "cpu")
-        ):
+        if settings.model_fields_set & {"schedule", "keep_rates", "dtype", "device"}:
             raise ValueError(
                 "An exported model is fixed. Unset TRIPS_SCHEDULE, TRIPS_KEEP_RATES, TRIPS_DTYPE and TRIPS_DEVICE."
             )
@@ -158,41 +148,35 @@ class Engine:
         return load_exported(folder)
 
     def _check(self):
-        """Compute one item of each kind. Raise a `ValueError` if the tokenizer or a result does not fit."""
-        largest = max(self.processor.tokenizer.get_vocab().values())
-        vocab_size = self.model.config.text_config.vocab_size
-        if largest >= vocab_size:
-            raise ValueError(f"token ids of the tokenizer must be below {vocab_size}, got {largest}.")
-        file = io.BytesIO()
-        PIL.Image.effect_noise((64, 64), 60).save(file, "PNG")
-        image = ItemImage(key="", data=file.getvalue())
-        self.decode("image", image)
+        """Compute one item of each kind. Raise a `ValueError` if a result is not finite."""
+        image = ItemImage("image", key="", data=read_base64(EXAMPLE_IMAGE))
+        self.decode(image)
         text = "what is it?"
         (tokens,) = self.prepare_texts("texts", [text])
         for endpoint in self.endpoints:
             items = [Item(endpoint, image=image, text=text, tokens=tokens)]
             if endpoint == "features":
-                items = [Item(endpoint, image=image), Item(endpoint, text=text, tokens=tokens)]
+                items = [Item(endpoint, image=image), Item(endpoint, tokens=tokens)]
             for item in items:
                 json.dumps(self._compute([item]), allow_nan=False)
 
-    def find_image(self, data: bytes, decodes: bool = False, keep_rate: float | None = None) -> ItemImage:
-        """Return an image with its cached states, if any, or else (or if it must be decoded) with its file."""
+    def find_image(self, name: str, data: bytes, decodes: bool = False, keep_rate: float | None = None) -> ItemImage:
+        """Return an image with its file, and with its cached states if there are any and it need not be decoded."""
         schedule = self.schedules[keep_rate]
         stop = schedule.first_text_layer
         key = (hashlib.sha256(data).hexdigest(), stop, schedule.before(stop))
         states = None if decodes else self.cache.get(key)
-        return ItemImage(key, data if states is None else None, states=states)
+        return ItemImage(name, key, data, states=states)
 
-    def decode(self, name: str, image: ItemImage):
-        """Decode and preprocess the file of an image. An `HTTPException` gives its name in the request."""
+    def decode(self, image: ItemImage):
+        """Decode and preprocess the file of an image. An `HTTPException` gives its name."""
         try:
             decoded = self.decoder.decode(image.data, self.settings.max_pixels)
             image.size = decoded.size[::-1]
             image.pixel_values = self.processor(images=decoded, return_tensors="pt")["pixel_values"]
         except ValueError as error:
             status = STATUSES.get(getattr(error, "reason", ""), 422)
-            raise HTTPException(status, f"{name}: {error}") from error
+            raise HTTPException(status, f"{image.name}: {error}") from error
         image.data = None
 
     def prepare_texts(self, name: str, texts: list[str]) -> list[dict[str, list[int]]]:
@@ -200,14 +184,13 @@ class Engine:
         if not texts:
             return []
         encoded = self.processor.tokenizer(self.processor.clean_texts(texts))
+        rows = [dict(zip(encoded, values)) for values in zip(*encoded.values())]
         limit = self.processor.max_text_length(self.model.config)
-        rows = []
-        for position in range(len(texts)):
-            length = len(encoded["input_ids"][position])
+        for position, row in enumerate(rows):
+            length = len(row["input_ids"])
             if length > limit:
                 message = f"{name}.{position}: The text must have at most {limit} tokens, got {length}."
                 raise HTTPException(422, message)
-            rows.append({output: values[position] for output, values in encoded.items()})
         return rows
 
     def compute(self, items: list[Item]) -> list:
@@ -223,7 +206,7 @@ class Engine:
     @torch.inference_mode()
     def _compute(self, items: list[Item]) -> list:
         first = items[0]
-        inputs: dict[str, Any] = {}
+        inputs: dict = {}
         if first.tokens is not None:
             padded = self.processor.tokenizer.pad([item.tokens for item in items], return_tensors="pt")
             inputs |= padded.to(self.model.device)
@@ -233,12 +216,13 @@ class Engine:
         return method(items, inputs)
 
     def _answer(self, items: list[Item], inputs: dict) -> list[list[dict]]:
-        outputs = self.pipeline.forward({"inputs": inputs}, top_k=items[0].top_k, **items[0].options)
+        first = items[0]
+        outputs = self.pipeline.forward({"inputs": inputs}, top_k=first.top_k, keep_rate=first.keep_rate)
         answers = []
         for item, answers_of_item in zip(items, outputs["outputs"]):
-            answers.append(self.pipeline.postprocess(answers_of_item, threshold=item.threshold))
+            answers.append(self.pipeline.postprocess(answers_of_item, item.threshold))
         selection = outputs["selection"]
-        if selection and items[0].kept_patches:
+        if selection and first.kept_patches:
             sizes = [item.image.size for item in items]
             boxes_per_item = self.processor.patch_boxes(selection[-1].kept_indices, sizes)
             for answers_of_item, boxes in zip(answers, boxes_per_item):
@@ -246,15 +230,15 @@ class Engine:
         return answers
 
     def _caption(self, items: list[Item], inputs: dict) -> list[str]:
-        outputs = self.pipeline.forward({"inputs": inputs}, **items[0].options)["outputs"]
+        outputs = self.pipeline.forward({"inputs": inputs}, keep_rate=items[0].keep_rate)
         captions = []
-        for item, texts in zip(items, outputs):
-            best = self.pipeline.postprocess(texts, prompt=item.text)[0]
+        for item, texts in zip(items, outputs["outputs"]):
+            (best,) = self.pipeline.postprocess(texts, item.text)
             captions.append(best["generated_text"])
         return captions
 
     def _match(self, items: list[Item], inputs: dict) -> list[dict]:
-        logits = self.model.match(**inputs, **items[0].options).itm_logits  # (num_items, 2)
+        logits = self.model.match(**inputs, keep_rate=items[0].keep_rate).itm_logits  # (num_items, 2)
         scores = logits.softmax(-1)[:, 1].tolist()
         return [{**item.place, "score": score} for item, score in zip(items, scores)]
 
@@ -277,12 +261,14 @@ class Engine:
         IMAGE_CACHES.labels("computed").inc(len(missing))
         if missing:
             pixel_values = torch.cat([images[key].pixel_values for key in missing])
-            computed = self.model.base_model.encode_images(pixel_values.to(self.model.device), **items[0].options)
+            computed = self.model.base_model.encode_images(
+                pixel_values.to(self.model.device), keep_rate=items[0].keep_rate
+            )
             for row, key in enumerate(missing):
                 states[key] = computed[row : row + 1].map(torch.clone)  # memory of its own
                 self.cache.put(key, states[key])
-        row_of_image = {key: row for row, key in enumerate(states)}
-        image_index = [row_of_image[item.image.key] for item in items]
+        keys = list(states)
+        image_index = [keys.index(item.image.key) for item in items]
         return {
             "image_cache": joined(list(states.values())),
             "image_index": torch.tensor(image_index, device=self.model.device),
@@ -304,7 +290,7 @@ class Batcher:
 
     async def submit(self, items: list) -> list:
         """Return the results of items, or raise the exception of one. Cancelled items leave the queue."""
-        results: list[asyncio.Future] = [asyncio.get_running_loop().create_future() for _ in items]
+        results: list[asyncio.Future] = [asyncio.Future() for _ in items]
         self._waiting.update(zip(results, items))
         self._arrived.set()
         return await asyncio.gather(*results)

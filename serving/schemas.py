@@ -1,7 +1,7 @@
 """Requests and replies of the service, and their OpenAPI description."""
 
 import base64
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
 from pydantic.json_schema import SkipJsonSchema, models_json_schema
@@ -19,7 +19,7 @@ EXAMPLE_IMAGE = (
 )
 
 
-def read_base64(value: object) -> object:
+def read_base64(value: Any) -> Any:
     """Decode base64 or a data URL."""
     if not isinstance(value, str):
         return value
@@ -38,13 +38,12 @@ def request_models(settings: Settings) -> dict[str, type[BaseModel]]:
     text = Annotated[str, StringConstraints(max_length=settings.max_text_length)]
     non_empty = Annotated[text, StringConstraints(strip_whitespace=True, min_length=1)]
 
-    def text_list(kind: Any, least: int, description: str, example: str) -> Any:
-        limits = {"min_length": least, "max_length": settings.max_texts}
-        return Annotated[list[kind], Field(description=description, examples=[[example]], **limits)]
+    def several(kind: Any, least: int, most: int, description: str, example: str) -> Any:
+        field = Field(description=description, examples=[[example]], min_length=least, max_length=most)
+        return Annotated[list[kind], field]
 
-    def image_list(least: int) -> Any:
-        limits = {"min_length": least, "max_length": settings.max_images}
-        return Annotated[list[ImageFile], Field(description=FILES, examples=[[EXAMPLE_IMAGE]], **limits)]
+    def text_list(kind: Any, least: int, description: str, example: str) -> Any:
+        return several(kind, least, settings.max_texts, description, example)
 
     class Request(BaseModel):
         model_config = ConfigDict(extra="forbid")
@@ -67,11 +66,11 @@ def request_models(settings: Settings) -> dict[str, type[BaseModel]]:
         prompts: text_list(text, 1, "Beginnings of captions.", "a picture of") = [""]  # type: ignore
 
     class MatchRequest(SelectingRequest):
-        images: image_list(1)  # type: ignore
+        images: several(ImageFile, 1, settings.max_images, FILES, EXAMPLE_IMAGE)  # type: ignore
         texts: text_list(non_empty, 1, "Texts to match with each image.", "a teal square")  # type: ignore
 
     class FeaturesRequest(Request):
-        images: image_list(0) = []  # type: ignore
+        images: several(ImageFile, 0, settings.max_images, FILES, EXAMPLE_IMAGE) = []  # type: ignore
         texts: text_list(non_empty, 0, "Texts.", "a teal square") = []  # type: ignore
 
     return {"answer": AnswerRequest, "caption": CaptionRequest, "match": MatchRequest, "features": FeaturesRequest}
@@ -100,18 +99,26 @@ class Features(BaseModel):
 
 
 class AnswerReply(BaseModel):
+    """Answer questions about an image."""
+
     answers: list[list[Answer]] = Field(description="A list for each question, the best answer first.")
 
 
 class CaptionReply(BaseModel):
+    """Describe an image."""
+
     captions: list[str] = Field(description="A caption for each prompt.")
 
 
 class MatchReply(BaseModel):
+    """Match images with texts, to rerank candidates found by features."""
+
     scores: list[Match] = Field(description="A score for each pair of image and text.")
 
 
 class FeaturesReply(BaseModel):
+    """Features of images and texts for comparison and indexing."""
+
     features: list[Features] = Field(description="Those of the images, then those of the texts.")
 
 
@@ -119,28 +126,12 @@ class ErrorReply(BaseModel):
     error: str
 
 
-class Endpoint(NamedTuple):
-    summary: str
-    reply: type[BaseModel]
-
-    @property
-    def field(self) -> str:
-        """The one field of the reply."""
-        return next(iter(self.reply.model_fields))
-
-
-ENDPOINTS = {
-    "answer": Endpoint("Answer questions about an image", AnswerReply),
-    "caption": Endpoint("Describe an image", CaptionReply),
-    "match": Endpoint("Match images with texts, to rerank candidates found by features", MatchReply),
-    "features": Endpoint("Features of images and texts for comparison and indexing", FeaturesReply),
-}
-
-
-STATES = {
-    "/readyz": "200 when the model is loaded",
-    "/livez": "200 while the process runs",
-    "/metrics": "Counts and times for Prometheus",
+# By endpoint. A docstring says what the endpoint does; the reply has one field.
+REPLIES: dict[str, type[BaseModel]] = {
+    "answer": AnswerReply,
+    "caption": CaptionReply,
+    "match": MatchReply,
+    "features": FeaturesReply,
 }
 REFUSED = (
     "400, 408, 413, 415 and 422: the request does not fit, and `error` says why. 503: overloaded, try again after the "
@@ -150,8 +141,7 @@ REFUSED = (
 
 def describe(title: str, requests: dict[str, type[BaseModel]]) -> dict:
     """Return the OpenAPI document of a service with these endpoints."""
-    replies = [ENDPOINTS[name].reply for name in requests]
-    models = [ErrorReply, *requests.values(), *replies]
+    models = [ErrorReply, *requests.values(), *(REPLIES[name] for name in requests)]
     references, schemas = models_json_schema(
         [(model, "validation") for model in models],
         ref_template="#/components/schemas/{model}",
@@ -162,19 +152,16 @@ def describe(title: str, requests: dict[str, type[BaseModel]]) -> dict:
 
     paths = {}
     for name, request in requests.items():
-        endpoint = ENDPOINTS[name]
+        reply = REPLIES[name]
         operation = {
-            "operationId": name,
-            "summary": endpoint.summary,
+            "summary": reply.__doc__,
             "requestBody": {"required": True, "content": content(request)},
             "responses": {
-                "200": {"description": "Results", "content": content(endpoint.reply)},
+                "200": {"description": "Results", "content": content(reply)},
                 "default": {"description": REFUSED, "content": content(ErrorReply)},
             },
         }
         paths[f"/{name}"] = {"post": operation}
-    for path, summary in STATES.items():
-        paths[path] = {"get": {"summary": summary, "responses": {"200": {"description": "Text"}}}}
     return {
         "openapi": "3.1.0",
         "info": {"title": title, "version": modeling_trips.__version__},

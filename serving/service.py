@@ -25,7 +25,7 @@ from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainT
 from starlette.routing import Route
 
 from .engine import DECODERS, Batcher, Engine, Item, ItemImage
-from .schemas import ENDPOINTS, JSON, describe, request_models
+from .schemas import JSON, REPLIES, describe, request_models
 from .settings import FAILURE, PREFIX, Settings
 
 
@@ -85,20 +85,19 @@ class Service:
         self.engine = engine
         self.settings = settings
         models = request_models(settings)
-        self.models = {name: model for name, model in models.items() if name in engine.endpoints}
+        self.models = {name: models[name] for name in engine.endpoints}
         self.paths = ", ".join(f"/{name}" for name in self.models)
         self.batcher = Batcher(engine.compute, settings.max_batch_size)
         self.slots = asyncio.Semaphore(settings.queue)
         self.buffered_bytes = 0
         self.decoders = CapacityLimiter(DECODERS)
         alive = PlainTextResponse("ok")  # a worker listens when its model is loaded
-        document = describe(f"TRIPS: {Path(settings.model).name}", self.models)
         routes = [Route(f"/{name}", self.answer, methods=["POST"]) for name in self.models]
         routes += [
             Route("/livez", alive),
             Route("/readyz", alive),
             Route("/metrics", metrics),
-            Route("/openapi.json", JSONResponse(document)),
+            Route("/openapi.json", JSONResponse(describe(f"TRIPS: {Path(settings.model).name}", self.models))),
             Route("/", read_page()),
             Route("/docs", read_page("docs.js")),
         ]
@@ -137,7 +136,8 @@ class Service:
             async with self.slots:
                 with IN_PROGRESS.track_inprogress():
                     results = await self.compute(items, images, request)
-            response: Response = JSONResponse({ENDPOINTS[endpoint].field: results})
+            (field,) = REPLIES[endpoint].model_fields
+            response: Response = JSONResponse({field: results})
         except HTTPException as error:
             response = refuse(request, error)
         SECONDS.labels(endpoint, response.status_code).observe(time.perf_counter() - start)
@@ -147,16 +147,16 @@ class Service:
         if self.slots.locked():
             raise overloaded("Too many requests are waiting.")
 
-    async def compute(self, items: list[Item], images: dict[str, ItemImage], request: Request) -> list:
+    async def compute(self, items: list[Item], images: list[ItemImage], request: Request) -> list:
         """Return the results of items, which nobody waits for any more when the client of the request disconnects."""
         seconds = self.settings.max_latency_ms / 1000
         leaving = asyncio.ensure_future(request.receive())
         try:
             with CancelScope() as scope, fail_after(seconds):
                 leaving.add_done_callback(lambda _: scope.cancel())
-                for field, image in images.items():
+                for image in images:
                     if image.states is None:
-                        await to_thread.run_sync(self.engine.decode, field, image, limiter=self.decoders)
+                        await to_thread.run_sync(self.engine.decode, image, limiter=self.decoders)
                 return await self.batcher.submit(items)
         except TimeoutError as error:
             raise overloaded(f"There was no result within {seconds:g} s.") from error
@@ -164,8 +164,8 @@ class Service:
             leaving.cancel()
         raise HTTPException(400, "The client disconnected.")
 
-    async def read(self, endpoint: str, request: Request) -> tuple[list[Item], dict[str, ItemImage]]:
-        """Return the items of a request, and its images by field. Bytes of its body count among those of all."""
+    async def read(self, endpoint: str, request: Request) -> tuple[list[Item], list[ItemImage]]:
+        """Return the items of a request, and its images. Bytes of its body count among those of all."""
         media_type = request.headers.get("content-type", "").partition(";")[0]
         if media_type.strip().lower() != JSON:
             raise HTTPException(415, f"The Content-Type must be {JSON}.")
@@ -191,39 +191,35 @@ class Service:
         finally:
             self.buffered_bytes -= len(body)
 
-    def prepare(self, endpoint: str, content: bytes) -> tuple[list[Item], dict[str, ItemImage]]:
+    def prepare(self, endpoint: str, content: bytes) -> tuple[list[Item], list[ItemImage]]:
         """Validate a request, look up its images and tokenize its texts."""
         inputs = validate(self.models[endpoint], content)
-        kept_patches = inputs.get("kept_patches", False)
-        keep_rate = inputs.get("keep_rate")
-        files = {f"images.{row}": file for row, file in enumerate(inputs.get("images", []))}
-        if "image" in inputs:
-            files["image"] = inputs["image"]
-        images = {}
-        for field, file in files.items():
-            images[field] = self.engine.find_image(file, decodes=kept_patches, keep_rate=keep_rate)
         (text_field,) = {"questions", "prompts", "texts"} & inputs.keys()
-        texts = inputs[text_field]
+        texts = inputs.pop(text_field)
         tokens = self.engine.prepare_texts(text_field, texts)
+        files = {f"images.{row}": file for row, file in enumerate(inputs.pop("images", []))}
+        if "image" in inputs:
+            files["image"] = inputs.pop("image")
+        # The rest are fields of `Item`.
+        decodes = inputs.get("kept_patches", False)
+        keep_rate = inputs.get("keep_rate")
+        images = [self.engine.find_image(*named, decodes, keep_rate) for named in files.items()]
         items = []
         if endpoint == "features":
-            for row, image in enumerate(images.values()):
+            for row, image in enumerate(images):
                 items.append(Item(endpoint, image=image, place={"image": row}))
-            for row, text in enumerate(texts):
-                items.append(Item(endpoint, text=text, tokens=tokens[row], place={"text": row}))
+            for row, tokens_of_text in enumerate(tokens):
+                items.append(Item(endpoint, tokens=tokens_of_text, place={"text": row}))
         else:
-            for image_row, image in enumerate(images.values()):
+            for image_row, image in enumerate(images):
                 for text_row, text in enumerate(texts):
                     item = Item(
                         endpoint,
                         image=image,
                         text=text,
                         tokens=tokens[text_row],
-                        top_k=inputs.get("top_k", 1),
-                        threshold=inputs.get("threshold", 0.0),
                         place={"image": image_row, "text": text_row},
-                        kept_patches=kept_patches,
-                        keep_rate=keep_rate,
+                        **inputs,
                     )
                     items.append(item)
         if not items:
@@ -242,8 +238,8 @@ def validate(model: type[BaseModel], body: bytes) -> dict[str, Any]:
                     raise HTTPException(422, f"{name:.100}: The field is unknown. Use {known}.")
         return dict(model.model_validate(content))
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the body"
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the body"
         message = first["msg"].removeprefix("Value error, ")
         raise HTTPException(422, f"{place}: {message}.") from error
     except ValueError as error:

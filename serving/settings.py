@@ -49,8 +49,10 @@ class Settings(BaseModel):
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
         """Raise a `ValueError` if `TRIPS_MODEL` is missing, or a variable is unknown or has an invalid value."""
-        names = [name for name in environment if name.startswith(PREFIX) and name not in OF_SCRIPTS]
-        given = {name: environment[name].strip() for name in names}
+        given = {}
+        for name, value in environment.items():
+            if name.startswith(PREFIX) and name not in OF_SCRIPTS:
+                given[name] = value.strip()
         try:
             return cls.model_validate(given)
         except ValidationError as error:

@@ -185,6 +185,9 @@ def load_processor(name: str | Path, config: TripsConfig, revision: str = "main"
     _check_tokenizer(folder, num_tokens=config.text_config.vocab_size)
     with reading(folder):
         processor = TripsProcessor.from_pretrained(folder)
+    num_tokens = len(processor.tokenizer)
+    if num_tokens > config.text_config.vocab_size:
+        raise ValueError(f"The tokenizer of {name} has {num_tokens:,} tokens, more than the model.")
     image_size = config.vision_config.image_size
     longer_side = image_size if isinstance(image_size, int) else max(image_size)
     most = 2 * longer_side

@@ -41,10 +41,10 @@ def save(folder, model_class, **fields):
 
 def make_items(engine, name, pairs, top_k=1, keep_rate=None):
     tokens = engine.prepare_texts("texts", TEXTS)
-    images = [engine.find_image(encoded(image), keep_rate=keep_rate) for image in IMAGES]
+    images = [engine.find_image("image", encoded(image), keep_rate=keep_rate) for image in IMAGES]
     for image in images:
         if image.states is None:
-            engine.decode("image", image)
+            engine.decode(image)
     items = []
     for image, text in pairs:
         item = Item(name, top_k=top_k)
@@ -202,7 +202,7 @@ def test_long_texts_raise(engine):
 )
 def test_bad_images_raise(engine, data, status):
     with pytest.raises(HTTPException) as refused:
-        engine.decode("images.1", engine.find_image(data))
+        engine.decode(engine.find_image("images.1", data))
     assert refused.value.status_code == status
     assert refused.value.detail.startswith("images.1: ")
 

@@ -235,7 +235,7 @@ def test_the_page_answers_about_an_uploaded_image(service, library, page, tmp_pa
 def test_the_documentation_shows_all_fields_and_a_command_that_runs(service, page):
     document = httpx.get(f"{service.url}/openapi.json").json()
     page.goto(f"{service.url}/docs")
-    page.wait_for_selector("text=GET /metrics")
+    page.wait_for_selector("text=POST /answer")
     fields = document["components"]["schemas"]["AnswerRequest"]["properties"]
     assert page.locator("td code").all_text_contents() == [*fields, "answers"]
     assert "4" in page.inner_text("tr:has(code:text-is('questions'))")  # TRIPS_MAX_TEXTS of this service

@@ -90,14 +90,16 @@ def train_tower(model: TripsForQuestionAnswering, processor: TripsProcessor, arg
     for step in progress:
         numbers = range(step * SCENES_PER_STEP, (step + 1) * SCENES_PER_STEP)
         scenes = [draw_scene("train", number, args.seed) for number in numbers]
-        pixel_values = processor.image_processor([scene.image for scene in scenes], return_tensors="pt").pixel_values
+        images = [scene.image for scene in scenes]
+        pixel_values = processor.image_processor(images, return_tensors="pt").pixel_values
         labels = [patch_labels(scene.items, processor.patch_size, config.grid_size[0]) for scene in scenes]
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             states = tower(pixel_values, schedule=UNPRUNED).last_hidden_state[:, 1:]
             loss = 0
             for name, head in heads.items():
-                wanted = torch.stack([label[name] for label in labels])
-                loss = loss + nn.functional.cross_entropy(head(states).flatten(0, 1).float(), wanted.flatten())
+                logits = head(states).flatten(0, 1).float()  # (num_patches of all scenes, num_names)
+                wanted = torch.cat([label[name] for label in labels])
+                loss = loss + nn.functional.cross_entropy(logits, wanted)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -122,20 +124,21 @@ def main(argv: list[str] | None = None):
     (args,) = make_parser(PairArguments, description=__doc__).parse_args_into_dataclasses(args=argv)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
     folder = Path(args.output_dir)
-    tower, single, small = folder / "tower", folder / "single", folder / "small"
-    unpruned, model = folder / "unpruned", folder / "model"
-    if not tower.exists():
-        make_tower(tower, args)
-    stages = (
-        (tower, single, args.single_steps, 192, 1, ALL_PATCHES),
-        (single, small, args.small_steps, 192, 2, ALL_PATCHES),
-        (small, unpruned, args.unpruned_steps, 64, 4, ALL_PATCHES),
-        (unpruned, model, args.pruned_steps, 64, 4, ONE_PATCH),
-    )
-    for start, stage, max_steps, batch_size, grid, options in stages:
+    start = folder / "tower"
+    if not start.exists():
+        make_tower(start, args)
+    stages = {  # steps, batch size, cells per side, selection
+        "single": (args.single_steps, 192, 1, ALL_PATCHES),
+        "small": (args.small_steps, 192, 2, ALL_PATCHES),
+        "unpruned": (args.unpruned_steps, 64, 4, ALL_PATCHES),
+        "model": (args.pruned_steps, 64, 4, ONE_PATCH),
+    }
+    for name, (max_steps, batch_size, grid, options) in stages.items():
+        stage = folder / name
         if not (stage / "test_results.json").exists():
             metrics = demo.train_stage(start, stage, args, max_steps, batch_size, grid, **options)
             print(f"{stage}: {metrics['test_accuracy']:.1%}")
+        start = stage
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Each batch of test questions is answered by all in turns, so accuracy and time a
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from measuring import OutputArguments, run_benchmark
 
@@ -58,13 +59,14 @@ def measure(args: OneModelArguments) -> Iterator[dict]:
         def answer(name: str, inputs=inputs, answers=answers):
             answers[name] = models[name].generate(**inputs)
 
-        steps = {name: lambda name=name, answer=answer: answer(name) for name in models}
+        steps = {name: partial(answer, name) for name in models}
         times = seconds_in_turns(steps, warmup=0, repeats=1, clock=args.clock)
         num_questions += len(questions)
         for name in models:
             seconds[name] += times[name][0]
             texts = processor.post_process_answers(answers[name])
-            correct[name] += sum(text == question["answer"] for text, question in zip(texts, questions))
+            pairs = zip(texts, questions)
+            correct[name] += sum(text == question["answer"] for text, question in pairs)
 
     text_length = inputs["input_ids"].shape[1]
     costs = {name: forward_cost(model.config, text_length) for name, model in models.items()}

@@ -34,10 +34,15 @@ class TimedChoice:
         self.all_tokens: list[float] = []
         random = np.random.default_rng(0)
         self.prompts = []
+        side = job["image_size"]
         for _ in range(1 + ROUNDS + self.num_requests):
-            pixels = random.integers(0, 256, (job["image_size"], job["image_size"], 3), dtype=np.uint8)
-            data = {"image": Image.fromarray(pixels)}
-            self.prompts.append({"prompt": job["prompt"], "multi_modal_data": data, "mm_processor_kwargs": options})
+            pixels = random.integers(0, 256, (side, side, 3), dtype=np.uint8)
+            prompt = {
+                "prompt": job["prompt"],
+                "multi_modal_data": {"image": Image.fromarray(pixels)},
+                "mm_processor_kwargs": options,
+            }
+            self.prompts.append(prompt)
 
     def seconds(self, prompts: list[dict], num_tokens: int) -> float:
         """Return the seconds until all requests have this number of tokens."""
@@ -84,4 +89,5 @@ def run(jobs: list[dict]) -> list[dict]:
 
 if __name__ == "__main__":
     jobs, results = map(Path, sys.argv[1:])
-    results.write_text(json.dumps(run(json.loads(jobs.read_text("utf-8")))), "utf-8")
+    found = run(json.loads(jobs.read_text("utf-8")))
+    results.write_text(json.dumps(found), "utf-8")

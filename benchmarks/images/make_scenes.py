@@ -74,13 +74,15 @@ class Picture(NamedTuple):
 
 def clean_name(text: str) -> str:
     """Return the words of a name, or `""` if it has none or too many: `"Fire_Engine (2)"` gives `"fire engine"`."""
-    words = [word for word in re.findall(r"[^\W_]+", text.lower()) if word.isalpha() and len(word) > 1]
+    words = re.findall(r"[^\W_]+", text.lower())
+    words = [word for word in words if word.isalpha() and len(word) > 1]
     return " ".join(words) if len(words) <= MAX_WORDS else ""
 
 
 def hash_of(name: str) -> float:
     """Return a number in [0, 1)."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2**64
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
 
 
 def write_emoji(font_file: Path, names_file: Path, folder: Path) -> Path:

@@ -159,7 +159,7 @@ class TripsTextSelfAttention(nn.Module):
         key, value = self.key_value(source_states, cache)
         key = select_rows(key, key_info.index)  # (batch_size, num_heads, num_keys, head_dim)
         value = select_rows(value, key_info.index)
-        key_info = key_info.select_rows(key_info.index)
+        key_info = key_info.of_rows(key_info.index)
         implementation = None
         # Flash attention would also drop queries by its mask, which is of shape (batch_size, key_length).
         if self.is_cross_attention and isinstance(key_info.mask, torch.Tensor) and key_info.mask.dim() == 2:
@@ -463,7 +463,7 @@ class TripsFusionModel(TripsPreTrainedModel):
             if isinstance(layer, TripsConnectedLayer):
                 # From here on, each text has image tokens of its own.
                 encoder_hidden_states = select_rows(encoder_hidden_states, encoder_key_info.index)
-                encoder_key_info = encoder_key_info.select_rows(encoder_key_info.index)
+                encoder_key_info = encoder_key_info.of_rows(encoder_key_info.index)
                 joint_key_info = encoder_key_info._replace(mask=joint_mask)
                 hidden_states, encoder_hidden_states = layer(
                     hidden_states, encoder_hidden_states, encoder_key_info=joint_key_info, **kwargs

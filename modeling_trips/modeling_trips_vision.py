@@ -50,6 +50,7 @@ from .patch_selection import (
     num_kept_tokens,
     random_scores,
     score_tokens,
+    select_rows,
 )
 
 
@@ -633,7 +634,7 @@ class ImageTokens(NamedTuple):
         if not scored.has_own_rows:
             return self._replace(states=states, selection=(*self.selection, selection))
         if choice.gate is None:
-            key_info = self.key_info.select_rows(texts.image_index)
+            key_info = self.key_info.of_rows(texts.image_index)
         else:
             key_info = gated_key_info(choice, num_tokens=states.shape[1], num_tokens_before=texts.num_tokens_before)
         num_candidates = states.shape[1] - texts.num_tokens_before - key_info.num_probed
@@ -990,13 +991,6 @@ def next_candidates(selection: TripsSelection, num_candidates: int) -> torch.Lon
     """Return the original indices of the candidates after a selection layer, with -1 for a fused token."""
     num_fused = num_candidates - selection.kept_indices.shape[1]
     return nn.functional.pad(selection.kept_indices, (0, num_fused), value=FUSED_TOKEN)
-
-
-def select_rows(tensor: torch.Tensor | None, index: torch.LongTensor | None) -> torch.Tensor | None:
-    """Return the rows `index` of a tensor. Without an index, all rows."""
-    if tensor is None or index is None:
-        return tensor
-    return tensor.index_select(0, index.to(tensor.device))
 
 
 def selection_rows(

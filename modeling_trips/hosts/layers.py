@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -219,12 +220,8 @@ class SelectionPass:
         """Split units of a packed sequence, `counts` by image, and return their row-major numbers in each image."""
         if self.unit_order is not None:
             units = self.unit_order[units]
-        units_of_images = []
-        first = 0
-        for units_of_image, num_units in zip(units.split(counts), self.num_units):
-            units_of_images.append(units_of_image - first)
-            first += num_units
-        return units_of_images
+        starts = accumulate(self.num_units, initial=0)
+        return [units_of_image - start for units_of_image, start in zip(units.split(counts), starts)]
 
 
 class SelectionLayer(ModuleWrapper):

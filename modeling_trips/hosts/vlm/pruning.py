@@ -262,13 +262,10 @@ class Prompts:
 
     def drop(self, is_kept: torch.Tensor, tokens: VisualTokens, places: torch.Tensor) -> torch.Tensor:
         """Return the mask `is_kept`, `(batch_size, length)`, with only the kept visual tokens at these places."""
-        kept = []  # among the visual tokens of the batch
-        first = 0
-        for positions, size in zip(tokens.positions, tokens.sizes):
-            kept.append(first + positions)
-            first += size
-        kept = torch.cat(kept).to(self.ids.device)  # (num_kept,)
-        is_kept_visual = self.mask.new_zeros(first)  # (num_visual,)
+        starts = accumulate(tokens.sizes, initial=0)
+        kept = [start + positions for positions, start in zip(tokens.positions, starts)]
+        kept = torch.cat(kept).to(self.ids.device)  # (num_kept,), among the visual tokens of the batch
+        is_kept_visual = self.mask.new_zeros(sum(tokens.sizes))  # (num_visual,)
         is_kept_visual = is_kept_visual.index_fill(0, kept, True)
         return is_kept.masked_scatter(places, is_kept_visual)
 

@@ -9,6 +9,7 @@ Dropped units are zero, and their visual tokens are removed before the language 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -167,11 +168,9 @@ class PackedLayer(TowerLayer):
         num_units = current.counts_before(self.number)
         scores = self.score_images(normed, query, num_units)
         kept = []  # positions in the sequence of all units
-        first = 0
-        for scores_of_image, number in zip(scores, num_units):
+        for scores_of_image, start in zip(scores, accumulate(num_units, initial=0)):
             choice = selector.choose(scores_of_image, self.selection.keep_rate)
-            kept.append(first + choice.kept[0])
-            first += number
+            kept.append(start + choice.kept[0])
         positions = torch.cat(kept)
         candidates = current.kept_before(self.number)
         if candidates is None:

@@ -28,22 +28,24 @@ class ExitSelection:
     scorer: str | Scorer = "divprune"
 
     def __post_init__(self):
-        if self.visual_tokens is not None and self.keep_rate is not None:
-            raise ValueError("Give `visual_tokens` or `keep_rate`, not both.")
-        if self.visual_tokens is not None and type(self.visual_tokens) is not int:
-            raise TypeError(f"`visual_tokens` must be an int, got {self.visual_tokens!r}.")
-        if self.visual_tokens is not None and self.visual_tokens < 1:
-            raise ValueError(f"`visual_tokens` must be at least 1, got {self.visual_tokens}.")
-        if self.keep_rate is not None and type(self.keep_rate) not in (int, float):
-            raise TypeError(f"`keep_rate` must be a number, got {self.keep_rate!r}.")
-        if self.keep_rate is not None and not 0 < self.keep_rate <= 1:
-            raise ValueError(f"`keep_rate` must be in (0, 1], got {self.keep_rate}.")
+        if self.visual_tokens is not None:
+            if self.keep_rate is not None:
+                raise ValueError("Give `visual_tokens` or `keep_rate`, not both.")
+            if type(self.visual_tokens) is not int:
+                raise TypeError(f"`visual_tokens` must be an int, got {self.visual_tokens!r}.")
+            if self.visual_tokens < 1:
+                raise ValueError(f"`visual_tokens` must be at least 1, got {self.visual_tokens}.")
+            if self.scorer == EVS:
+                raise ValueError(f"`scorer='evs'` takes a `keep_rate`, got {self.visual_tokens} `visual_tokens`.")
+        if self.keep_rate is not None:
+            if type(self.keep_rate) not in (int, float):
+                raise TypeError(f"`keep_rate` must be a number, got {self.keep_rate!r}.")
+            if not 0 < self.keep_rate <= 1:
+                raise ValueError(f"`keep_rate` must be in (0, 1], got {self.keep_rate}.")
         if not callable(self.scorer) and self.scorer not in (*SCORERS, EVS):
             raise ValueError(
                 f"`scorer` must be a function or one of {', '.join(SCORERS)}, {EVS}, got {self.scorer!r}."
             )
-        if self.scorer == EVS and self.visual_tokens is not None:
-            raise ValueError(f"`scorer='evs'` takes a `keep_rate`, got {self.visual_tokens} `visual_tokens`.")
 
     def check_fits(self, tokens_per_image: int | None, in_tower: bool = False):
         """

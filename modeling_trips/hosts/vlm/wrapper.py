@@ -36,17 +36,17 @@ class VlmSelection:
 
     def prune(self, inputs: dict) -> dict:
         past = cache_of(inputs)
-        if past is not None and past.get_seq_length() > 0:
+        num_past = 0 if past is None else past.get_seq_length()
+        if num_past > 0:
             raise ValueError(
-                f"The cache must be empty with patch selection, got {past.get_seq_length()} tokens. Pass the whole "
-                "conversation without a cache."
+                f"The cache must be empty with patch selection, got {num_past} tokens. Pass the whole conversation "
+                "without a cache."
             )
-        in_tower = bool(self.schedule.layers)
         pruned, kept, current = prune(
             self.family,
             inputs,
             self.at_exit,
-            in_tower=in_tower,
+            in_tower=bool(self.schedule.layers),
             guide=self.guide,
         )
         if self.records and kept:
@@ -75,7 +75,7 @@ def check_generative(family: Family, schedule: SelectionSchedule, at_exit: ExitS
     model, a ValueError if the number of visual tokens or the guide does not fit.
     """
     model = family.model
-    name = type(family.model).__name__
+    name = type(model).__name__
     check_forward(model, name)
     family.check_exit(at_exit, in_tower=bool(schedule.layers))
     if schedule.layers and not family.layer_classes:
@@ -108,14 +108,13 @@ def prune_calls(family: Family, schedule: SelectionSchedule, at_exit: ExitSelect
     model = family.model
     if guide is not None:
         guide.to(model.device)
-    handles = family.add_hooks() if schedule.layers else []
     model.__dict__[ATTRIBUTE] = VlmSelection(
         own_class=type(model),
         family=family,
         schedule=schedule,
         at_exit=at_exit,
         guide=guide,
-        handles=handles,
+        handles=family.add_hooks() if schedule.layers else [],
     )
     model.__class__ = _pruning_class(type(model))  # type: ignore[arg-type]
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from random_models import make_random
 from tiny_hosts import INPUT_IDS, PAIRS, make_vilt
+from torch.testing import assert_close
 from transformers import ViltForQuestionAnswering, ViltModel
 
 from modeling_trips import (
@@ -36,9 +37,9 @@ def test_with_selection_it_is_vilt_with_patch_selection(schedule):
     for entry, expected_entry in zip(output.selection, selections, strict=True):
         assert torch.equal(entry.kept_indices, expected_entry.kept_indices)
         assert torch.equal(entry.candidate_indices, expected_entry.candidate_indices)
-        torch.testing.assert_close(entry.scores, expected_entry.scores, rtol=0, atol=1e-5)
+        assert_close(entry.scores, expected_entry.scores, rtol=0, atol=1e-5)
     states = torch.cat((output.last_hidden_state, output.vision_model_output.last_hidden_state), dim=1)
-    torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
+    assert_close(states, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -52,4 +53,4 @@ def test_vilt_with_a_head_starts_any_head(model_class):
     assert {name.partition(".")[0] for name in report.new} <= {"decoder", "lm_head", "classifier", "box_head"}
     expected = vilt.vilt(**PAIRS).last_hidden_state[:, : INPUT_IDS.shape[1]]  # the order of patches does not matter
     states = model.model(**PAIRS, schedule=UNPRUNED).last_hidden_state
-    torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
+    assert_close(states, expected, rtol=0, atol=1e-5)

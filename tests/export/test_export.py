@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_models import CASES, kept_by, main_output
 from tiny_question_answering import ANSWERS, inputs, make_model
+from torch.testing import assert_close
 
 from modeling_trips import TripsForPreTraining, TripsForRetrieval
 from modeling_trips.export import export_model, load_exported
@@ -32,7 +33,7 @@ def assert_same(parts, model, case):
             inputs[name] = inputs[name][:, :4]
         outputs = parts(**inputs)
         expected = model(**inputs)
-        torch.testing.assert_close(main_output(outputs), main_output(expected), rtol=1e-4, atol=1e-4)
+        assert_close(main_output(outputs), main_output(expected), rtol=1e-4, atol=1e-4)
         assert kept_by(outputs) == kept_by(expected)
 
 
@@ -78,7 +79,7 @@ def test_answers_are_ranked(answerers):
     ranking = exported.rank_answers(ANSWERS, k=3, answers_per_step=2, **inputs())
     expected = model.rank_answers(ANSWERS, k=3, answers_per_step=2, **inputs())
     assert torch.equal(ranking.answer_indices, expected.answer_indices)
-    torch.testing.assert_close(ranking.scores, expected.scores, rtol=1e-4, atol=1e-4)
+    assert_close(ranking.scores, expected.scores, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -99,7 +100,7 @@ def test_retrieval_matches_pairs_and_compares_features(tmp_path):
         features = [model.get_image_features(**images), model.get_text_features(**texts)]
         return [model.match(**inputs, **pairs).itm_logits, *(output.pooler_output for output in features)]
 
-    torch.testing.assert_close(results_of(exported), results_of(model), rtol=1e-4, atol=1e-4)
+    assert_close(results_of(exported), results_of(model), rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

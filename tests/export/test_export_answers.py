@@ -9,6 +9,7 @@ from killed import kill_when
 from PIL import Image
 from places import EXAMPLES
 from random_checkpoint import save_random_checkpoint
+from torch.testing import assert_close
 
 from modeling_trips import TripsForQuestionAnswering, TripsModel, TripsProcessor, TripsVisualQuestionAnsweringPipeline
 from modeling_trips.export import load_exported
@@ -124,8 +125,8 @@ def test_calibration_reads_training_files(columns, processor, tmp_path):
     (tmp_path / "rows.jsonl").write_text(f"\n{row}\n\n{row}\n", encoding="utf-8")
     expected = dict(processor(images=image, text="is it red?", return_tensors="pt"))
     first, second = read_calibration(str(tmp_path / "rows.jsonl"), str(tmp_path / "images"), processor)
-    torch.testing.assert_close(dict(first), expected, rtol=0, atol=0)
-    torch.testing.assert_close(dict(second), expected, rtol=0, atol=0)
+    assert_close(dict(first), expected, rtol=0, atol=0)
+    assert_close(dict(second), expected, rtol=0, atol=0)
 
 
 @pytest.mark.slow

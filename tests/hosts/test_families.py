@@ -8,6 +8,7 @@ import torch
 from by_hand import logits_of_even
 from tiny_classes import IMAGE, IN_TOWER, PAGE, REFUSED, RUNS, make, make_refused, reason_of, with_table
 from tiny_vlms import keep_even
+from torch.testing import assert_close
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from modeling_trips.hosts import apply_patch_selection, prune_inputs, remove_patch_selection
@@ -88,7 +89,7 @@ def test_a_class_that_runs(name):
         own = {name: inputs[name][prompt : prompt + 1, mask[prompt]] for name in inputs.keys() - images.keys()}
         alone = logits({**own, **row.images(first, first + count)})[0]
         scale = float(alone.abs().max())
-        torch.testing.assert_close(together[prompt, -len(alone) :], alone, atol=row.tolerance * scale, rtol=0)
+        assert_close(together[prompt, -len(alone) :], alone, atol=row.tolerance * scale, rtol=0)
         first += count
 
     remove_patch_selection(model)
@@ -100,7 +101,7 @@ def test_a_class_that_runs(name):
         output = model.base_model.get_image_features(**row.images(0, 1), return_dict=True)
         by_hand = logits_of_even(model, own, output, family.groups(output))
         apply_patch_selection(model, keep_rate=0.5, scorer=keep_even)
-        torch.testing.assert_close(logits(own), by_hand, atol=1e-5, rtol=1e-4)
+        assert_close(logits(own), by_hand, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -8,6 +8,7 @@ from timm.models.deit import VisionTransformerDistilled
 from tiny_hosts import HOSTS, INPUT_IDS, KEPT, LAYERS, PAIRS, PIXELS, RATE, make_timm
 from tiny_models import LargestSquare, compile_and_count, enable_checkpointing, gradients_of
 from torch import nn
+from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 from modeling_trips.hosts import apply_patch_selection, record_patch_selection
@@ -82,7 +83,7 @@ def check_against_loops(model, guidance, tokens, layers, guides, num_prefix, run
     apply_patch_selection(model, schedule_of(LAYERS, RATE, guidance))
     with record_patch_selection(model) as selections:
         actual = run()
-    torch.testing.assert_close(actual, torch.stack(expected_states), rtol=0, atol=1e-9)
+    assert_close(actual, torch.stack(expected_states), rtol=0, atol=1e-9)
     for i, selection in enumerate(selections):
         assert selection.kept_indices.tolist() == [kept[i] for kept in expected_kept]
         assert selection.kept_indices.shape[1] == KEPT[i]
@@ -186,7 +187,7 @@ def test_a_part_matches_the_whole_projection():
 
     states = torch.randn(4, 6)
     for linear in (nn.Linear(6, 9), nn.Linear(6, 9, bias=False), Adapted(6, 9)):
-        torch.testing.assert_close(project_rows(linear, slice(3, 6), states), linear(states)[:, 3:6])
+        assert_close(project_rows(linear, slice(3, 6), states), linear(states)[:, 3:6])
 
 
 def test_text_embeds_get_a_gradient_through_the_fused_token():
@@ -221,7 +222,7 @@ def test_compiles_once_without_graph_breaks(name):
     with torch.no_grad():
         for batch in (inputs, {**inputs, image: -inputs[image]}):
             actual = host.main_output(compiled(**batch))
-            torch.testing.assert_close(actual, host.run(model, batch), rtol=0, atol=1e-5)
+            assert_close(actual, host.run(model, batch), rtol=0, atol=1e-5)
     assert len(graphs) == (2 if name == "blip_vqa" else 1)  # text guidance is a hook, a graph of its own
 
 
@@ -244,4 +245,4 @@ def test_activation_checkpointing_changes_no_gradient(name):
             enable_checkpointing(model)
         else:
             model.set_grad_checkpointing()
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-6)
+    assert_close(gradients[1], gradients[0], rtol=0, atol=1e-6)

@@ -20,6 +20,7 @@ from tiny_vlms import (
     rows_alone,
 )
 from torch import nn
+from torch.testing import assert_close
 
 from modeling_trips.hosts import (
     TextGuide,
@@ -69,7 +70,7 @@ def test_logits_match_tokens_dropped_by_hand(vlm, padding_side):
     assert mask[:, 0 if padding_side == "right" else -1].all()
     for row, alone in enumerate(rows_alone(vlm, COUNTS)):
         expected = logits_by_hand(model, alone)[0]
-        torch.testing.assert_close(logits[row, mask[row]], expected, **TOLERANCE)
+        assert_close(logits[row, mask[row]], expected, **TOLERANCE)
 
 
 @all_families
@@ -156,7 +157,7 @@ def test_a_scorer_may_read_attention(name):
         apply_patch_selection(model, schedule, visual_tokens=3, scorer=keep_attended)
         model(**inputs)
         in_order = recorded[-2].candidate_indices.argsort(dim=1)  # windows have an order of their own
-        torch.testing.assert_close(read[-1], recorded[-2].scores.gather(1, in_order))
+        assert_close(read[-1], recorded[-2].scores.gather(1, in_order))
 
 
 def test_tokens_of_a_scorer_keep_their_order():
@@ -213,7 +214,7 @@ def test_inputs_embeds_match_input_ids(vlm):
     apply_patch_selection(model, "1:image:0.5", visual_tokens=7)
     expected = model(**inputs).logits
     inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
-    torch.testing.assert_close(model(**inputs).logits, expected, **TOLERANCE)
+    assert_close(model(**inputs).logits, expected, **TOLERANCE)
 
 
 def test_labels_may_cover_prompts_that_are_not_read():
@@ -294,7 +295,7 @@ def test_a_rate_is_of_each_time_step(name):
     features = torch.cat([image.pooler_output[0][::2], video.pooler_output[0][::2]])
     layers = zip(image.get("deepstack_features") or (), video.get("deepstack_features") or ())
     deepstack = [torch.cat([ours[0][::2], theirs[0][::2]]) for ours, theirs in layers]
-    torch.testing.assert_close(logits, logits_of_rest(model, inputs, stays, features, deepstack), **TOLERANCE)
+    assert_close(logits, logits_of_rest(model, inputs, stays, features, deepstack), **TOLERANCE)
 
 
 def test_evs_keeps_the_first_step_and_what_changes():

@@ -15,6 +15,7 @@ from tiny_vlms import (
     rows_alone,
 )
 from torch import nn
+from torch.testing import assert_close
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.vision_utils import get_vision_window_index
 
@@ -127,7 +128,7 @@ def test_kept_patches_match_masked_attention(vlm, schedule):
     for layer, expected_layer in zip(layers, expected_layers, strict=True):
         for image, expected, index in zip(layer, expected_layer, kept, strict=True):
             atol = 1e-5 * float(expected.abs().max())
-            torch.testing.assert_close(image, expected[index], atol=atol, rtol=0)
+            assert_close(image, expected[index], atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("vlm", [vlm for vlm in VLMS if vlm.kind != "packed"], ids=lambda vlm: vlm.name)
@@ -171,7 +172,7 @@ def test_batches_select_patches_like_single_prompts(vlm):
     logits = model(**make_inputs(vlm, COUNTS)).logits
     for row, inputs in enumerate(rows_alone(vlm, COUNTS)):
         alone = model(**inputs).logits[0]
-        torch.testing.assert_close(logits[row, -len(alone) :], alone, **TOLERANCE)
+        assert_close(logits[row, -len(alone) :], alone, **TOLERANCE)
 
 
 @grid_and_packed
@@ -210,7 +211,7 @@ def test_padding_patches_come_last_and_change_nothing(name, schedule, num_real):
         assert torch.equal(kept, recorded[-2].kept_indices[1])
         assert is_real[kept].sum() == num_real
         features.append(torch.cat([whole, padded[is_real[kept]]]))
-    torch.testing.assert_close(*features, atol=1e-5, rtol=0)
+    assert_close(*features, atol=1e-5, rtol=0)
 
 
 def padded_anyres(vlm):

@@ -5,6 +5,7 @@ import torch
 from schedules import schedule_of
 from tiny_hosts import HOSTS, INPUT_IDS, KEPT, LAYERS, PAIRS, PIXEL_MASK, PIXELS, RATE, kept_by, make_vilt
 from torch import nn
+from torch.testing import assert_close
 from transformers import ViltForImagesAndTextClassification, ViltForMaskedLM, ViltModel
 
 from modeling_trips.hosts import apply_patch_selection, record_patch_selection
@@ -26,7 +27,7 @@ def test_vilt_does_not_depend_on_padding():
             cropped[name] = alone[name][..., :height, :width]
             padded[name] = nn.functional.pad(alone[name], (0, 16, 0, 8))
         for inputs, columns in ((cropped, width // 8), (alone, 4), (padded, 6)):
-            torch.testing.assert_close(host.run(model, inputs)[0], together[row], rtol=0, atol=1e-5)
+            assert_close(host.run(model, inputs)[0], together[row], rtol=0, atol=1e-5)
             for indices, indices_together in zip(kept_by(host, model, inputs), kept_together):
                 assert places(indices[0], columns) == places(indices_together[row], 4)
 
@@ -47,7 +48,7 @@ def test_vilt_without_anything_to_drop_has_no_fused_token_in_that_row():
     inputs = {**host.inputs, "pixel_mask": mask}
     together = host.run(model, inputs)
     alone = {name: tensor[1:2] for name, tensor in inputs.items()}
-    torch.testing.assert_close(host.run(model, alone)[0], together[1], rtol=0, atol=1e-5)
+    assert_close(host.run(model, alone)[0], together[1], rtol=0, atol=1e-5)
 
 
 def test_vilt_takes_image_embeds():
@@ -59,7 +60,7 @@ def test_vilt_takes_image_embeds():
     with record_patch_selection(model) as selections:
         actual = model(**inputs)
     expected = model(input_ids=INPUT_IDS, pixel_values=PIXELS)  # the order of the patches does not matter
-    torch.testing.assert_close(actual.pooler_output, expected.pooler_output, rtol=0, atol=1e-5)
+    assert_close(actual.pooler_output, expected.pooler_output, rtol=0, atol=1e-5)
     assert [selection.kept_indices.shape[1] for selection in selections] == KEPT
     assert selections[0].candidate_indices.tolist() == [list(range(16))] * 3
 

@@ -14,6 +14,7 @@ from tiny_models import gradients_of
 from tiny_vlm_processors import conversation, make_llava_processor
 from tiny_vlms import BY_NAME, ENCODER_INPUTS, families, grid_and_packed, make_both, make_inputs
 from torch import nn
+from torch.testing import assert_close
 from transformers import GenerationConfig, Trainer, TrainingArguments, pipeline
 
 from modeling_trips.hosts import (
@@ -177,7 +178,7 @@ def test_checkpointing_recomputes_each_forward_pass(vlm):
     lowest = [gradient for name, gradient in gradients[0].items() if "vis" in name and ".0.mlp." in name]
     assert lowest
     assert all(gradient.any() for gradient in lowest)
-    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+    assert_close(*gradients, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -231,7 +232,7 @@ def test_decoding_by_hand(vlm):
         with pytest.raises(ValueError, match="attention_mask"):  # of the caller's prompt instead of the shorter one
             model(input_ids=new_ids, attention_mask=mask, **{name: cache})
     logits = model(input_ids=new_ids, **{CACHE_NAME: cache}).logits[:, -1]
-    torch.testing.assert_close(logits, outputs.logits[1], atol=1e-5, rtol=0)
+    assert_close(logits, outputs.logits[1], atol=1e-5, rtol=0)
 
 
 def test_lengths_count_the_prompt_of_the_caller():
@@ -254,7 +255,7 @@ def test_accelerate_dispatches_patched_models(tmp_path):
     apply_patch_selection(model, "1:image:0.5", visual_tokens=5)
     expected = model(**inputs).logits
     accelerate.disk_offload(model, tmp_path)
-    torch.testing.assert_close(model(**inputs).logits, expected)
+    assert_close(model(**inputs).logits, expected)
     remove_patch_selection(model)
     assert model(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]
 
@@ -350,7 +351,7 @@ def test_trainer_trains_and_evaluates(tmp_path):
     loaded = type(model).from_pretrained(tmp_path / "saved").eval()
     remove_patch_selection(model)
     inputs = make_inputs(vlm)
-    torch.testing.assert_close(loaded(**inputs).logits, model.eval()(**inputs).logits)
+    assert_close(loaded(**inputs).logits, model.eval()(**inputs).logits)
 
 
 def test_guides_move_to_the_device_of_the_model():

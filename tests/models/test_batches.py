@@ -5,6 +5,7 @@ from inspect import signature
 import pytest
 import torch
 from tiny_models import CASES, each_model, gradients_of, kept_by, loss_of, main_output
+from torch.testing import assert_close
 
 from modeling_trips import TripsForImagesAndTextClassification
 
@@ -44,9 +45,9 @@ def test_the_side_of_padding_changes_nothing(case, training):
     outputs = model(**left)
     assert kept_by(outputs) == kept_by(expected)
     states = without_padding(outputs, left)
-    torch.testing.assert_close(states, without_padding(expected, inputs), rtol=0, atol=1e-5)
+    assert_close(states, without_padding(expected, inputs), rtol=0, atol=1e-5)
     if training:
-        torch.testing.assert_close(loss_of(outputs), loss_of(expected), rtol=0, atol=1e-5)
+        assert_close(loss_of(outputs), loss_of(expected), rtol=0, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -70,7 +71,7 @@ def test_padding_batch_and_order_change_nothing_for_a_text(case):
         """Check that the results of a row of a batch are those of the same text alone."""
         (expected,) = main_output(alone)
         states = main_output(outputs)[row]
-        torch.testing.assert_close(states[: len(expected)], expected, rtol=1e-4, atol=1e-5)
+        assert_close(states[: len(expected)], expected, rtol=1e-4, atol=1e-5)
         images = slice(row * images_per_text, (row + 1) * images_per_text)
         assert [layer[images] for layer in kept_by(outputs)] == kept_by(alone)
 
@@ -121,6 +122,6 @@ def test_shared_images_and_image_caches_equal_repeated_images(case, selection, a
 
     outputs, gradients = run(shared=True)
     expected, expected_gradients = run(shared=False)
-    torch.testing.assert_close(main_output(outputs), main_output(expected), rtol=1e-5, atol=1e-5)
+    assert_close(main_output(outputs), main_output(expected), rtol=1e-5, atol=1e-5)
     assert kept_by(outputs) == kept_by(expected)
-    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-6)
+    assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-6)

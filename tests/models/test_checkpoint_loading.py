@@ -2,6 +2,7 @@
 
 import torch
 from tiny_models import CASES, assert_same_outputs, each_generator, each_model, loss_of, main_output
+from torch.testing import assert_close
 
 from modeling_trips import TripsConfig, TripsForConditionalGeneration
 from modeling_trips.registration_trips import MODELS
@@ -49,7 +50,7 @@ def test_parameters_and_buffers_come_back_from_shards_also_on_several_devices(ca
     loaded, report = case.model_class.from_pretrained(tmp_path / "checkpoint", output_loading_info=True)
     assert not any(report.values())
     expected = model.state_dict()
-    torch.testing.assert_close(loaded.state_dict(), expected, rtol=0, atol=0)
+    assert_close(loaded.state_dict(), expected, rtol=0, atol=0)
     statistics = [name for name in expected if "running" in name]
     assert len(statistics) == 4
     assert all(expected[name].unique().numel() > 1 for name in statistics)
@@ -67,7 +68,7 @@ def test_a_larger_vocabulary_reaches_every_table_and_its_checkpoint(case, tmp_pa
     assert all(head.out_features == 24 for head in heads)
     assert {head.weight for head in heads} <= {table.weight for table in tables}
     resized = main_output(model(**case.make_inputs()))
-    torch.testing.assert_close(resized[..., : expected.shape[-1]], expected)
+    assert_close(resized[..., : expected.shape[-1]], expected)
     inputs = case.make_inputs(training=True)
     inputs["input_ids"][:, 1] = 23
     assert loss_of(model(**inputs)).isfinite()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_models import IMAGES, TEXTS, kept_by, make_config
+from torch.testing import assert_close
 
 from modeling_trips.modeling_trips_classification import TripsForImagesAndTextClassification
 
@@ -50,7 +51,7 @@ def test_it_is_its_parts_for_one_image_at_a_time(num_images):
     assert output.logits.shape == (4, 3)
     for row in range(4):
         logits, kept = composed(model, row, IMAGES[image_index[row], 0])
-        torch.testing.assert_close(output.logits[row], logits, rtol=1e-4, atol=1e-5)
+        assert_close(output.logits[row], logits, rtol=1e-4, atol=1e-5)
         for place, expected in enumerate(kept, start=row * num_images):
             assert [[rows[place]] for rows in kept_by(output)] == expected
 
@@ -61,20 +62,20 @@ def test_a_flat_batch_holds_the_images_of_each_statement_in_order():
     expected = model(**inputs()).logits
     pixel_values = inputs()["pixel_values"].flatten(0, 1)
     flat = model(STATEMENTS, pixel_values, MASK)
-    torch.testing.assert_close(flat.logits, expected)
+    assert_close(flat.logits, expected)
     cached = model(STATEMENTS, attention_mask=MASK, image_cache=model.model.encode_images(pixel_values))
-    torch.testing.assert_close(cached.logits, expected)
+    assert_close(cached.logits, expected)
 
 
 def test_loss_is_the_cross_entropy_per_statement():
     model = make_model()
     output = model(**inputs(), labels=LABELS)
     nll = -output.logits.double().log_softmax(-1)[range(4), LABELS]
-    torch.testing.assert_close(output.loss.double(), nll.mean())
+    assert_close(output.loss.double(), nll.mean())
     ignored = model(**inputs(), labels=torch.tensor([1, -100, 0, 1]))
-    torch.testing.assert_close(ignored.loss.double(), nll[[0, 2, 3]].mean())
+    assert_close(ignored.loss.double(), nll[[0, 2, 3]].mean())
     per_batch = model(**inputs(), labels=LABELS, num_items_in_batch=torch.tensor(10))
-    torch.testing.assert_close(per_batch.loss.double(), nll.sum() / 10)
+    assert_close(per_batch.loss.double(), nll.sum() / 10)
     assert "loss" not in model(**inputs())
 
 

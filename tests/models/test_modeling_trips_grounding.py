@@ -6,6 +6,7 @@ import pytest
 import torch
 import torchvision
 from tiny_models import BOXES, TEXTS, Case, kept_by
+from torch.testing import assert_close
 
 from modeling_trips.modeling_trips_grounding import (
     TripsForVisualGrounding,
@@ -40,7 +41,7 @@ def test_it_is_its_parts_for_one_text_at_a_time():
         centers = [[(i % 16 + 0.5) / 16, (i // 16 + 0.5) / 4] if i >= 0 else [0.5, 0.5] for i in kept]
         centers.append([0.5, 0.5])  # the new fused token
         expected, _ = model.box_head(fused[:, 0], vision.last_hidden_state[:, 1:], torch.tensor([centers]))
-        torch.testing.assert_close(output.pred_boxes[row], expected[0], rtol=1e-4, atol=1e-5)
+        assert_close(output.pred_boxes[row], expected[0], rtol=1e-4, atol=1e-5)
         assert [rows[row] for rows in kept_by(output)] == [rows[0] for rows in kept_by(vision)]
 
 
@@ -53,14 +54,14 @@ def test_the_head_is_detrs_around_the_place_that_it_attends_to():
 
     scores = torch.stack([head.query(state).dot(head.key(token)) / WIDTH**0.5 for token in tokens])
     weights = scores.exp() / scores.exp().sum()
-    torch.testing.assert_close(attention[0], weights)
+    assert_close(attention[0], weights)
     assert weights.max() - weights.min() > 0.1
     place = sum(weight * center for weight, center in zip(weights, centers))
     state = state + sum(weight * head.value(token) for weight, token in zip(weights, tokens))
     first, second, last = head.layers
     offsets = last(second(first(state).relu()).relu())
     logits = torch.cat([(place / (1 - place)).log(), torch.zeros(2)]) + offsets
-    torch.testing.assert_close(boxes[0], 1 / (1 + (-logits).exp()), rtol=1e-4, atol=1e-5)
+    assert_close(boxes[0], 1 / (1 + (-logits).exp()), rtol=1e-4, atol=1e-5)
 
 
 def test_losses_by_hand():
@@ -87,7 +88,7 @@ def test_autocast_does_not_round_places():
     centers = torch.tensor([0.7123, 0.3001]).expand(1, 4, 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         boxes, _ = head(state, tokens, centers)
-    torch.testing.assert_close(boxes, torch.tensor([[0.7123, 0.3001, 0.5, 0.5]]), rtol=0, atol=1e-5)
+    assert_close(boxes, torch.tensor([[0.7123, 0.3001, 0.5, 0.5]]), rtol=0, atol=1e-5)
 
 
 def test_bad_inputs_are_refused():
@@ -108,13 +109,13 @@ def test_iou_its_loss_and_gradients_are_torchvisions():
     targets = random_boxes(seed=2).requires_grad_()
     iou = torchvision.ops.box_iou(boxes, targets).diagonal()
     assert 50 < (iou == 0).sum() < 150  # both boxes that meet and boxes that do not
-    torch.testing.assert_close(paired_box_iou(boxes, targets), iou)
+    assert_close(paired_box_iou(boxes, targets), iou)
     loss = generalized_box_iou_loss(boxes, targets)
     expected = torchvision.ops.generalized_box_iou_loss(boxes, targets)
-    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-8)
+    assert_close(loss, expected, rtol=1e-6, atol=1e-8)
     gradients = torch.autograd.grad(loss.sum(), (boxes, targets))
     expected_gradients = torch.autograd.grad(expected.sum(), (boxes, targets))
-    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-6, atol=1e-9)
+    assert_close(gradients, expected_gradients, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("target", [(0.2, 0.2, 0.2, 0.2), (0.7, 0.2, 0.7, 0.2), (0.1, 0.1, 0.4, 0.3)], ids=str)

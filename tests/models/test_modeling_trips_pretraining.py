@@ -9,6 +9,7 @@ from tiny_models import gradients_of
 from tiny_pretraining import SCHEDULES, WEIGHTS, make_batch, make_model
 from tiny_retrieval import images, make_config
 from torch.nn.functional import cross_entropy, log_softmax, normalize
+from torch.testing import assert_close
 from two_processes import results_of
 
 from modeling_trips import TripsForPreTraining
@@ -99,7 +100,7 @@ def test_two_processes_with_unequal_numbers_of_words_give_the_losses_and_gradien
     assert first.keys() == second.keys() == expected.keys()
     for name, value in expected.items():
         mean = (first[name] + second[name]) / 2  # as data parallel training takes it
-        torch.testing.assert_close(mean, value, rtol=1e-3, atol=1e-5, msg=name)
+        assert_close(mean, value, rtol=1e-3, atol=1e-5, msg=name)
 
 
 SCHEDULES_OF_LOOPS = {
@@ -187,8 +188,8 @@ def test_losses_and_gradients_equal_those_of_loops(schedule):
     outputs = model(**batch)
     expected = naive_losses(model, batch)
     losses = {name: outputs[name].double() for name in expected}  # that of words is computed in full precision
-    torch.testing.assert_close(outputs.loss.double(), total_of(losses), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
+    assert_close(outputs.loss.double(), total_of(losses), rtol=1e-5, atol=1e-6)
+    assert_close(losses, expected, rtol=1e-5, atol=1e-6)
     actual_gradients = gradients(model, losses)
     assert all(gradient is not None for gradient in actual_gradients.values())
-    torch.testing.assert_close(actual_gradients, gradients(model, expected), rtol=1e-4, atol=1e-5)
+    assert_close(actual_gradients, gradients(model, expected), rtol=1e-4, atol=1e-5)

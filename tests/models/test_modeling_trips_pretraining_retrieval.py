@@ -16,6 +16,7 @@ from tiny_retrieval import (
     run,
 )
 from torch.nn.functional import cross_entropy
+from torch.testing import assert_close
 
 from modeling_trips.modeling_trips_pretraining import (
     contrastive_loss,
@@ -34,9 +35,9 @@ def test_logits_compare_all_images_with_all_texts():
     vision = model.get_image_features(images(1))
     image_cache = model.model.encode_images(images(1))
     cached = model.get_image_features(image_cache=image_cache)
-    torch.testing.assert_close(cached.pooler_output, vision.pooler_output)
+    assert_close(cached.pooler_output, vision.pooler_output)
     text_features = model.get_text_features(TEXTS[:3], MASK[:3]).pooler_output
-    torch.testing.assert_close(output.logits_per_image, vision.pooler_output @ text_features.T / 0.07)
+    assert_close(output.logits_per_image, vision.pooler_output @ text_features.T / 0.07)
     assert torch.equal(output.logits_per_text, output.logits_per_image.T)
     assert torch.equal(output.text_embeds, text_features)
     assert output.loss is None
@@ -53,13 +54,13 @@ def test_matching_many_pairs_equals_matching_each_alone():
     expected = torch.stack([matched_alone(model, text, image) for text, image in pairs])
     index = {"text_index": text_index, "image_index": image_index, "attention_mask": MASK}
     output = model.match(TEXTS, images(), **index)
-    torch.testing.assert_close(output.itm_logits, expected)
+    assert_close(output.itm_logits, expected)
     text_states = model.get_text_features(TEXTS, MASK).last_hidden_state
     image_cache = model.model.encode_images(images())
     reused = model.match(text_states=text_states, image_cache=image_cache, **index)
-    torch.testing.assert_close(reused.itm_logits, expected)
+    assert_close(reused.itm_logits, expected)
     one_to_one = model.match(TEXTS[text_index], images()[image_index], MASK[text_index])
-    torch.testing.assert_close(one_to_one.itm_logits, expected)
+    assert_close(one_to_one.itm_logits, expected)
     assert kept_by(output) == kept_by(reused) == kept_by(one_to_one)
     assert len(kept_by(output)[0]) == 7
 
@@ -79,7 +80,7 @@ def test_a_batch_of_one_image_trains_on_its_true_pairs():
     image_index = torch.zeros(3, dtype=torch.long)
     output = model(TEXTS[:3], images(1), MASK[:3], image_index=image_index, return_loss=True)
     labels = torch.ones(3, dtype=torch.long)
-    torch.testing.assert_close(output.itm_loss, cross_entropy(output.itm_logits[:3], labels))
+    assert_close(output.itm_loss, cross_entropy(output.itm_logits[:3], labels))
     output.loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
@@ -90,7 +91,7 @@ def test_temperature_is_clamped_when_it_is_used(value, used):
     with torch.no_grad():
         model.temp.weight.fill_(value)
     output = run(model)
-    torch.testing.assert_close(output.logits_per_text, output.text_embeds @ output.image_embeds.T / used)
+    assert_close(output.logits_per_text, output.text_embeds @ output.image_embeds.T / used)
     output.itc_loss.backward()
     assert model.temp.weight.item() == pytest.approx(value)
     assert (model.temp.weight.grad.item() != 0) == (value == used)
@@ -107,8 +108,8 @@ def test_texts_are_taught_what_to_see_of_their_own_images():
     by_image, by_text = output.selection
     expected = selection_loss(by_image.scores, by_image.candidate_indices, union)
     expected = expected + selection_loss(by_text.scores, by_text.candidate_indices, targets)
-    torch.testing.assert_close(output.selection_loss, expected.mean() / 2)
-    torch.testing.assert_close(output.loss, plain.loss + 0.5 * output.selection_loss)
+    assert_close(output.selection_loss, expected.mean() / 2)
+    assert_close(output.loss, plain.loss + 0.5 * output.selection_loss)
     assert plain.selection_loss is None
     assert run(model.eval(), regions=regions).selection_loss is None
 
@@ -148,7 +149,7 @@ def test_similarity_is_computed_in_full_precision():
     queries, candidates = torch.nn.functional.normalize(torch.randn(2, 5, 64), dim=-1)
     expected = (queries.double() @ candidates.double().T / 0.01).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(similarity(queries, candidates, 0.01), expected, rtol=1e-4, atol=1e-4)
+        assert_close(similarity(queries, candidates, 0.01), expected, rtol=1e-4, atol=1e-4)
     assert similarity(queries.bfloat16(), candidates.bfloat16(), 0.01).dtype == torch.float32
     assert similarity(queries.double(), candidates.double(), 0.01).dtype == torch.float64
 
@@ -170,7 +171,7 @@ def test_negatives_are_drawn_by_the_softmax_of_the_others(logits, same_image, ex
     shares = indices.bincount(minlength=len(logits)) / num_draws
     assert shares[same_image] == 0
     # Four standard deviations of a share of one half.
-    torch.testing.assert_close(shares, torch.tensor(expected), rtol=0, atol=0.01)
+    assert_close(shares, torch.tensor(expected), rtol=0, atol=0.01)
 
 
 def test_a_query_without_a_negative_says_so():

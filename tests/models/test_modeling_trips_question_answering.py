@@ -18,6 +18,7 @@ from tiny_question_answering import (
     make_model,
     tokens_of,
 )
+from torch.testing import assert_close
 
 
 @torch.no_grad()
@@ -81,7 +82,7 @@ def test_images_or_texts_encoded_ahead_give_the_same_answers_and_ranking():
     for answers in (ANSWERS, ANSWERS.masked_fill(ANSWERS == -100, PAD)):
         ranking = model.rank_answers(answers, answers_per_step=2, **cached)
         assert torch.equal(ranking.answer_indices, expected_ranking.answer_indices)
-        torch.testing.assert_close(ranking.scores, expected_ranking.scores)
+        assert_close(ranking.scores, expected_ranking.scores)
 
 
 @torch.no_grad()
@@ -98,6 +99,6 @@ def test_ranking_in_two_stages(k):
         finalists = logits[answers[:, 0]].topk(k).indices
         best_first = finalists[scores[finalists].argsort(descending=True)]
         assert torch.equal(ranking.answer_indices[row], best_first)
-        torch.testing.assert_close(ranking.scores[row], scores[best_first], rtol=1e-5, atol=0)
+        assert_close(ranking.scores[row], scores[best_first], rtol=1e-5, atol=0)
         differs |= set(best_first.tolist()) != set(scores.topk(k).indices.tolist())
     assert differs  # from scoring all answers in full

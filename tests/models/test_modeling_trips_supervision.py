@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_models import ANSWERS, BOXES, IMAGES, TEXTS, make_config
+from torch.testing import assert_close
 
 from modeling_trips import (
     TripsForImagesAndTextClassification,
@@ -47,7 +48,7 @@ def test_it_is_a_part_of_the_loss_in_training_alone():
     assert without.selection_loss is None
     assert with_regions.selection_loss > 0
     difference = (with_regions.loss - without.loss) / model.config.selection_loss_weight
-    torch.testing.assert_close(difference, with_regions.selection_loss)
+    assert_close(difference, with_regions.selection_loss)
     assert model.eval()(**batch()).selection_loss is None
     model.train().config.selection_loss_weight = 0
     assert model(**batch()).selection_loss is None
@@ -59,7 +60,7 @@ def test_random_layers_have_no_loss():
     last = outputs.selection[1]
     expected = selection_loss(last.scores, last.candidate_indices, region_targets(BOXES[:4], (8, 8)))
     num_tokens = (ANSWERS[:4] != -100).sum(dim=1)
-    torch.testing.assert_close(outputs.selection_loss, (expected * num_tokens).sum() / num_tokens.sum())
+    assert_close(outputs.selection_loss, (expected * num_tokens).sum() / num_tokens.sum())
 
 
 def test_the_image_is_supervised_by_all_regions_of_its_texts():
@@ -77,7 +78,7 @@ def test_the_image_is_supervised_by_all_regions_of_its_texts():
     everywhere = torch.full((2, 64), 1 / 64)
     expected = selection_loss(by_image.scores, by_image.candidate_indices, everywhere)
     expected += selection_loss(by_text.scores, by_text.candidate_indices, region_targets(halves, (8, 8)))
-    torch.testing.assert_close(outputs.selection_losses, expected / 2)
+    assert_close(outputs.selection_losses, expected / 2)
 
 
 def test_a_cached_image_is_supervised_too():
@@ -91,7 +92,7 @@ def test_a_cached_image_is_supervised_too():
     }
     direct = model(pixel_values=pixel_values, **texts)
     cached = model(image_cache=model.encode_images(pixel_values), **texts)
-    torch.testing.assert_close(direct.selection_losses, cached.selection_losses)
+    assert_close(direct.selection_losses, cached.selection_losses)
 
 
 @pytest.mark.parametrize("fusion_type", ["cross_attention", "single_stream"])
@@ -116,12 +117,12 @@ def test_the_box_to_be_found_is_the_region():
     outputs = model(**boxes_to_be_found())
     targets = region_targets(BOXES[:4], (8, 8))
     by_layer = [selection_loss(layer.scores, layer.candidate_indices, targets) for layer in outputs.selection]
-    torch.testing.assert_close(outputs.selection_loss, torch.stack(by_layer).mean())
+    assert_close(outputs.selection_loss, torch.stack(by_layer).mean())
     losses = 5 * outputs.l1_loss + 2 * outputs.giou_loss + 0.5 * outputs.selection_loss
-    torch.testing.assert_close(outputs.loss, losses)
+    assert_close(outputs.loss, losses)
     first = model(**boxes_to_be_found(slice(0, 1)), num_items_in_batch=4 * 4)
     rest = model(**boxes_to_be_found(slice(1, 4)), num_items_in_batch=4 * 4)
-    torch.testing.assert_close(first.selection_loss + rest.selection_loss, outputs.selection_loss)
+    assert_close(first.selection_loss + rest.selection_loss, outputs.selection_loss)
     assert model.eval()(**boxes_to_be_found()).selection_loss is None
 
 
@@ -138,9 +139,9 @@ def test_a_statement_is_taught_in_each_of_its_images():
     targets = region_targets(regions.flatten(0, 1), (8, 8))
     by_layer = [selection_loss(layer.scores, layer.candidate_indices, targets) for layer in outputs.selection]
     by_text = torch.stack(by_layer).mean(dim=0).view(3, 2).mean(dim=1)
-    torch.testing.assert_close(outputs.selection_loss, by_text[:2].mean())  # the third has no label
+    assert_close(outputs.selection_loss, by_text[:2].mean())  # the third has no label
     plain = model(**inputs)
-    torch.testing.assert_close(outputs.loss, plain.loss + 0.5 * outputs.selection_loss)
+    assert_close(outputs.loss, plain.loss + 0.5 * outputs.selection_loss)
     assert plain.selection_loss is None
 
 
@@ -153,7 +154,7 @@ def test_attention_loss_is_a_part_of_the_loss_in_training_alone(schedule):
     assert model.eval()(**inputs).attention_loss is None
     without = make_model(TripsForVisualGrounding, schedule=schedule)(**inputs)
     assert without.attention_loss is None
-    torch.testing.assert_close(outputs.loss - without.loss, 2 * outputs.attention_loss)
+    assert_close(outputs.loss - without.loss, 2 * outputs.attention_loss)
 
 
 def test_questions_apart_and_together_have_the_same_loss():
@@ -161,4 +162,4 @@ def test_questions_apart_and_together_have_the_same_loss():
     model = make_model(patch_embedding_type="linear")
     num_tokens = int((ANSWERS[:4] != -100).sum())
     losses = [model(**batch(slice(row, row + 1)), num_items_in_batch=num_tokens).loss for row in range(4)]
-    torch.testing.assert_close(sum(losses), model(**batch()).loss)
+    assert_close(sum(losses), model(**batch()).loss)

@@ -6,6 +6,7 @@ from naive_reference import NaiveVisionTower
 from tiny_models import Case
 from tiny_retrieval import calls_of
 from tiny_vision import CLIP_STYLE, images, make_model, texts
+from torch.testing import assert_close
 
 from modeling_trips import TripsModel
 from modeling_trips.patch_selection import TokenSelector
@@ -41,16 +42,16 @@ def assert_equals_reference(model, pixel_values, text_embeds):
     expected = tower(naive["pixel_values"], naive.get("text_embeds"))
     expected_states = torch.cat([states for states, _ in expected])
     tokens = output.last_hidden_state.flatten(0, 1)
-    torch.testing.assert_close(tokens, expected_states, rtol=1e-5, atol=1e-5)
+    assert_close(tokens, expected_states, rtol=1e-5, atol=1e-5)
     expected_pooled = torch.stack([states[0] for states, _ in expected])
-    torch.testing.assert_close(output.pooler_output, expected_pooled, rtol=1e-5, atol=1e-5)
+    assert_close(output.pooler_output, expected_pooled, rtol=1e-5, atol=1e-5)
 
     expected_by_layer = zip(*[selections for _, selections in expected])
     for selection, entries in zip(output.selection, expected_by_layer, strict=True):
         kept, scores, candidates = zip(*entries)
         assert selection.kept_indices.tolist() == list(kept)
         assert selection.candidate_indices.tolist() == list(candidates)
-        torch.testing.assert_close(selection.scores.double(), torch.stack(scores), rtol=1e-5, atol=1e-6)
+        assert_close(selection.scores.double(), torch.stack(scores), rtol=1e-5, atol=1e-6)
 
     direction = torch.randn(expected_states.shape, dtype=torch.float64)
     (tokens * direction).sum().backward()
@@ -60,7 +61,7 @@ def assert_equals_reference(model, pixel_values, text_embeds):
     for gradient, expected_gradient in pairs:
         assert (gradient is None) == (expected_gradient is None)
         if gradient is not None:
-            torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-5)
+            assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("fields", CASES.values(), ids=CASES)
@@ -100,7 +101,7 @@ def test_an_image_cache_of_other_settings_behind_the_text_is_used():
     model.config.schedule = "1:image:0.5,3:text:0.4"
     expected = model(images(2), texts(2))
     output = model(image_cache=image_cache, text_embeds=texts(2))
-    torch.testing.assert_close(output.last_hidden_state, expected.last_hidden_state)
+    assert_close(output.last_hidden_state, expected.last_hidden_state)
 
 
 def test_convolutional_stem_gives_the_same_grid():

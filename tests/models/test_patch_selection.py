@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from modeling_trips.patch_selection import (
     choose_tokens,
@@ -31,7 +32,7 @@ def test_example_by_hand():
     assert choice.kept.tolist() == [[1, 3, 4]]
     tokens = shorten_tokens(TOKENS, SCORES, choice)
     expected = torch.tensor([[[9.0, 9.0], [2.0, 20.0], [4.0, 40.0], [5.0, 50.0], FUSED]])
-    torch.testing.assert_close(tokens, expected)
+    assert_close(tokens, expected)
 
 
 def test_candidates_are_drawn_by_their_scores():
@@ -59,7 +60,7 @@ def test_drawn_candidates_are_kept_and_the_others_fused():
         assert kept == sorted(kept)
         assert sorted(kept + probed) == [0, 1, 2, 3, 4]
         assert torch.equal(row[1:4], candidates[kept])
-        torch.testing.assert_close(row[4], SCORES[0, probed] @ candidates[probed])
+        assert_close(row[4], SCORES[0, probed] @ candidates[probed])
         assert torch.equal(row[5:], candidates[probed])
 
 
@@ -67,9 +68,9 @@ def test_score_tokens_by_hand():
     # Two heads of width 1. Scaling 1: logits (ln 1, ln 3) -> (1/4, 3/4), and (ln 1, ln 1) -> (1/2, 1/2).
     query = torch.tensor([[[1.0], [2.0]]])
     key = torch.tensor([[[[0.0], [math.log(3)]], [[0.0], [0.0]]]])
-    torch.testing.assert_close(score_tokens(query, key, scaling=1.0), torch.tensor([[0.375, 0.625]]))
+    assert_close(score_tokens(query, key, scaling=1.0), torch.tensor([[0.375, 0.625]]))
     # Scaling 2: head 1 has logits (0, 2 ln 3) -> (1/10, 9/10).
-    torch.testing.assert_close(score_tokens(query, key, scaling=2.0), torch.tensor([[0.3, 0.7]]))
+    assert_close(score_tokens(query, key, scaling=2.0), torch.tensor([[0.3, 0.7]]))
 
 
 def test_number_of_kept_tokens_is_the_exact_ceiling():
@@ -93,16 +94,16 @@ def test_scores_get_their_gradient_from_the_fused_token_only():
     choice = choose_tokens(scores, keep_rate=0.6)
     shorten_tokens(tokens, scores, choice).sum().backward()
     # d(sum of the fused token) / d(a_i) = the sum of X_i: 1 + 10 and 3 + 30 for the two that were fused.
-    torch.testing.assert_close(scores.grad, torch.tensor([[11.0, 0.0, 33.0, 0.0, 0.0]]))
+    assert_close(scores.grad, torch.tensor([[11.0, 0.0, 33.0, 0.0, 0.0]]))
     # [CLS] and the kept pass on 1; the fused their weight.
-    torch.testing.assert_close(tokens.grad[0, :, 0], torch.tensor([1.0, 0.1, 1.0, 0.05, 1.0, 1.0]))
+    assert_close(tokens.grad[0, :, 0], torch.tensor([1.0, 0.1, 1.0, 0.05, 1.0, 1.0]))
 
 
 def test_scores_of_half_precision_do_not_overflow_or_tie():
     # Unscaled products of 4 x 64 x 64 * 64 exceed float16's 65504; bfloat16 would round 1.000 and 1.002 together.
     query = torch.full((1, 1, 64), 64.0, dtype=torch.float16)
     key = torch.full((1, 1, 3, 64), 64.0, dtype=torch.float16)
-    torch.testing.assert_close(score_tokens(query, key, scaling=0.125), torch.full((1, 3), 1 / 3))
+    assert_close(score_tokens(query, key, scaling=0.125), torch.full((1, 3), 1 / 3))
     query = torch.ones(1, 1, 2, dtype=torch.bfloat16)
     key = torch.tensor([[[[1.0, 0.0], [1.0, 2**-9]]]], dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
@@ -159,4 +160,4 @@ def test_the_target_is_no_way_for_the_gradient():
     scores = scores.detach()
     pulled_to = targets * scores.sqrt()
     pulled_to = pulled_to / pulled_to.sum()
-    torch.testing.assert_close(logits.grad, scores - pulled_to)
+    assert_close(logits.grad, scores - pulled_to)

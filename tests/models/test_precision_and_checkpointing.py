@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_models import each_model, enable_checkpointing, gradients_of, loss_of, main_output, share_of_kept
+from torch.testing import assert_close
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
@@ -82,7 +83,7 @@ def test_gradient_checkpointing_changes_no_gradient(case, fields):
     loss, gradients, num_calls = run(checkpointing=True)
     loss_expected, gradients_expected, num_calls_expected = run(checkpointing=False)
     assert num_calls == 2 * num_calls_expected  # each layer was computed again for the backward pass
-    torch.testing.assert_close(loss, loss_expected)
-    torch.testing.assert_close(gradients, gradients_expected, rtol=1e-4, atol=1e-5)
+    assert_close(loss, loss_expected)
+    assert_close(gradients, gradients_expected, rtol=1e-4, atol=1e-5)
     if case.fusion_type != "single_stream" and "schedule" not in fields:  # it is reached by texts' scores
         assert any(name.endswith("selection_projection.weight") for name in gradients)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from torch.testing import assert_close
 from transformers import BertTokenizer, BlipImageProcessor, CLIPImageProcessor
 
 from modeling_trips import TripsProcessor
@@ -87,7 +88,7 @@ def test_predictions_beyond_the_image_are_clipped():
 )
 def test_rounded_annotations_are_clipped(image_processor, expected):
     labels = make_processor(image_processor).encode_boxes([[-1, -0.5, 41, 80.01]], [(80, 40)])
-    torch.testing.assert_close(labels, torch.tensor([expected]))
+    assert_close(labels, torch.tensor([expected]))
 
 
 @each_geometry
@@ -97,7 +98,7 @@ def test_pixels_come_back(image_processor):
     assert labels.min() >= 0
     assert labels.max() <= 1
     pixels = processor.post_process_grounding(labels, SIZES)
-    torch.testing.assert_close(pixels, torch.tensor(BOXES), rtol=0, atol=1e-4)
+    assert_close(pixels, torch.tensor(BOXES), rtol=0, atol=1e-4)
 
 
 @each_geometry
@@ -114,7 +115,7 @@ def test_labels_agree_with_the_pixels(image_processor):
         label = processor.encode_boxes([box], [size])
         height, width = light.shape
         expected = torchvision.ops.box_convert(label, "cxcywh", "xyxy")[0] * torch.tensor([width, height] * 2)
-        torch.testing.assert_close(found.float(), expected, rtol=0, atol=1)
+        assert_close(found.float(), expected, rtol=0, atol=1)
 
 
 @pytest.mark.parametrize(

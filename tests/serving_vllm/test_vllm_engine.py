@@ -21,6 +21,7 @@ from PIL import Image
 from places import ROOT
 from served_vlms import NUM_TOKENS, PROCESSORS, Selection, ServedVlm
 from strange_pictures import noise
+from torch.testing import assert_close
 
 from modeling_trips.hosts import apply_patch_selection, remove_patch_selection
 from modeling_trips.serving_vllm import ARCHITECTURES
@@ -167,7 +168,7 @@ def test_tokens_match_transformers(python, served, tmp_path, cases):
         tokens, logprobs = vlm.reference(selection)
         assert result["tokens"] == [tokens, tokens], (vlm.name, selection)
         atol = 0.2 if vlm.name == "gemma4" else 1e-3  # vLLM's Gemma 4 differs as much without selection
-        torch.testing.assert_close(torch.tensor(result["logprobs"]), logprobs.expand(2, -1, -1), atol=atol, rtol=0)
+        assert_close(torch.tensor(result["logprobs"]), logprobs.expand(2, -1, -1), atol=atol, rtol=0)
         is_shorter = [own < whole for own, whole in zip(result["lengths"], lengths[vlm.name])]
         if selection == UNPRUNED:
             assert not any(is_shorter)
@@ -223,7 +224,7 @@ def test_a_time_step_of_a_video_is_selected_as_an_image(python, served, tmp_path
     answers = [(result["tokens"][0][i], result["logprobs"][0][i]) for result in results for i in range(2)]
     for (tokens, logprobs), (expected_tokens, expected_logprobs) in zip(answers, expected):
         assert tokens == expected_tokens
-        torch.testing.assert_close(torch.tensor(logprobs), expected_logprobs, atol=1e-3, rtol=0)
+        assert_close(torch.tensor(logprobs), expected_logprobs, atol=1e-3, rtol=0)
     assert all(result["tokens"][0] == result["tokens"][1] for result in results)
 
 

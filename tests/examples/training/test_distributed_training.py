@@ -17,6 +17,7 @@ from places import HELPERS, ROOT
 from random_checkpoint import save_random_checkpoint
 from safetensors.torch import load_file
 from tiny_models import CASES, each_model
+from torch.testing import assert_close
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from modeling_trips import TripsForQuestionAnswering
@@ -135,7 +136,7 @@ def test_two_processes_match_one_in_run_vqa(name, options, one_process, tmp_path
     start = load_file(Path(options[0].partition("=")[2]) / "model.safetensors")
     for key, weight in expected.items():
         assert not torch.equal(weight, start[key]), key
-        torch.testing.assert_close(weights[key], weight, rtol=1e-4, atol=1e-5, msg=key)
+        assert_close(weights[key], weight, rtol=1e-4, atol=1e-5, msg=key)
     assert (tmp_path / "predictions.jsonl").read_text() == (one_process / "predictions.jsonl").read_text()
     # The checkpoint has the code of its class, also after wrapping.
     code = {path.name for path in one_process.glob("*.py")}
@@ -160,7 +161,7 @@ def test_processes_resume_before_relevance_and_pruning_begin(name, options, tmp_
     launch(name, script, *words)
     expected = load_file(tmp_path / "model.safetensors")
     for key, weight in load_file(tmp_path / "one" / "model.safetensors").items():
-        torch.testing.assert_close(expected[key], weight, rtol=1e-4, atol=1e-5, msg=key)
+        assert_close(expected[key], weight, rtol=1e-4, atol=1e-5, msg=key)
     launch(name, script, *words, f"--resume_from_checkpoint={tmp_path / 'checkpoint-2'}")
     weights = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(weights[key], weight) for key, weight in expected.items())

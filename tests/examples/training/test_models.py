@@ -6,6 +6,7 @@ import PIL.Image
 import pytest
 import torch
 from random_checkpoint import save_random_checkpoint
+from torch.testing import assert_close
 from toy_pairs import write_parts
 from transformers import BlipImageProcessor, CLIPImageProcessor, DeiTImageProcessor
 
@@ -111,12 +112,12 @@ def test_missing_decoder_starts_from_the_text_encoder(num_layers, processor, tmp
     decoder = model.decoder
     words = decoder.embeddings.word_embeddings.weight
     assert model.lm_head.decoder.weight is words
-    torch.testing.assert_close(words, text.embeddings.word_embeddings.weight)
+    assert_close(words, text.embeddings.word_embeddings.weight)
     uppermost = text.encoder.layer[-num_layers:]
     for layer, source in zip(decoder.encoder.layer, uppermost):
         weights = layer.state_dict()
         for name, weight in source.state_dict().items():
-            torch.testing.assert_close(weights[name], weight)
+            assert_close(weights[name], weight)
     # Fields of the checkpoint are not overwritten.
     torch.nn.init.ones_(decoder.encoder.layer[0].output.dense.weight)
     model.save_pretrained(tmp_path)

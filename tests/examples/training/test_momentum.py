@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_pretraining import SCHEDULES, make_batch, make_model
 from torch.nn.functional import log_softmax, normalize, softmax
+from torch.testing import assert_close
 
 from modeling_trips import UNPRUNED
 from modeling_trips.modeling_trips_pretraining import masked_language_loss
@@ -20,11 +21,11 @@ def test_the_teacher_is_a_moving_average():
     teacher.update(model)
     teacher.update(model)
     for parameter, start in zip(teacher.model.parameters(), starts):
-        torch.testing.assert_close(parameter, start + 1 - 0.75**2)
+        assert_close(parameter, start + 1 - 0.75**2)
         assert not parameter.requires_grad
     teacher.update(model.to(torch.bfloat16))
     for parameter, start in zip(teacher.model.parameters(), starts):
-        torch.testing.assert_close(parameter, start + 1 - 0.75**3, rtol=0, atol=0.01)
+        assert_close(parameter, start + 1 - 0.75**3, rtol=0, atol=0.01)
         assert parameter.dtype == torch.float32
 
 
@@ -47,8 +48,8 @@ def test_distilled_words_by_hand():
     teacher = softmax(teacher_logits[0, 0], dim=0)
     target = 0.4 * teacher + 0.6 * torch.tensor([1.0, 0.0])
     loss = masked_language_loss(logits, labels, teacher_logits, 0.4)
-    torch.testing.assert_close(loss, -(target * student).sum())
-    torch.testing.assert_close(masked_language_loss(logits, labels), -student[0])
+    assert_close(loss, -(target * student).sum())
+    assert_close(masked_language_loss(logits, labels), -student[0])
     assert masked_language_loss(logits, torch.full((1, 2), -100)) == 0
 
 
@@ -85,7 +86,7 @@ def test_past_batches_are_candidates_and_equal_ids_are_partners():
     text_ids = torch.tensor([4, 4, 8, 1, 8, 4, 4, 9, 6, 9])
     image_loss = loss(images, teacher_images, image_ids[:3], teacher_texts, text_ids)
     text_loss = loss(texts, teacher_texts, text_ids[:5], teacher_images, image_ids)
-    torch.testing.assert_close(actual, (image_loss + text_loss) / 2, rtol=1e-4, atol=1e-4)
+    assert_close(actual, (image_loss + text_loss) / 2, rtol=1e-4, atol=1e-4)
 
 
 def test_a_teacher_goes_on_where_it_was_saved(tmp_path):
@@ -99,7 +100,7 @@ def test_a_teacher_goes_on_where_it_was_saved(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["momentum.safetensors"]
     again = MomentumTeacher(make_model(), queue_size=8)
     again.load(tmp_path)
-    torch.testing.assert_close(again.state_dict(), teacher.state_dict(), rtol=0, atol=0)
+    assert_close(again.state_dict(), teacher.state_dict(), rtol=0, atol=0)
     with pytest.raises(FileNotFoundError, match="momentum.safetensors"):
         again.load(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="images.features"):
@@ -117,4 +118,4 @@ def test_a_teacher_looks_as_its_student_does(schedule):
         actual = teacher.teach(batch, 0.4)["teacher"]
         outputs = model(**batch)
         for name in ("image_embeds", "text_embeds", "mlm_logits"):
-            torch.testing.assert_close(getattr(actual, name), outputs[name])
+            assert_close(getattr(actual, name), outputs[name])

@@ -11,6 +11,7 @@ import torch
 from killed import kill_when
 from places import ROOT
 from safetensors.torch import load_file
+from torch.testing import assert_close
 from toy_pairs import TWO_PROCESSES, command, write_parts
 from toy_tasks import ENVIRONMENT, run
 
@@ -38,7 +39,7 @@ def assert_equal(folder, expected, *names):
         weights, weights_expected = load_file(folder / name), load_file(expected / name)
         assert weights.keys() == weights_expected.keys()
         for key, weight in weights_expected.items():
-            torch.testing.assert_close(weights[key], weight, rtol=0, atol=0, msg=f"{name}: {key}")
+            assert_close(weights[key], weight, rtol=0, atol=0, msg=f"{name}: {key}")
 
 
 def killed_and_resumed(words, folder):
@@ -132,4 +133,4 @@ def test_teacher_follows_an_fsdp_model(files, tmp_path):
     for name in names:
         is_statistic = name.rpartition(".")[2].startswith("running_")  # copied, not averaged
         expected = end[name] if is_statistic else 0.995 * start[name] + 0.005 * end[name]
-        torch.testing.assert_close(teacher[f"model.{name}"], expected, rtol=1e-5, atol=1e-7, msg=name)
+        assert_close(teacher[f"model.{name}"], expected, rtol=1e-5, atol=1e-7, msg=name)

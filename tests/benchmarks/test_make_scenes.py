@@ -4,8 +4,8 @@ import itertools
 import random
 
 import make_scenes
-import PIL.Image
 from make_scenes import Picture, Thing, expressions, place_things, questions, read_pictures
+from PIL import Image
 
 from trips_examples.data.loading import DataArguments, load_task_dataset
 
@@ -18,10 +18,10 @@ def write_pictures(folder):
     """Write plain shapes with a transparent border, and files that cannot be used."""
     for color in COLORS:
         for shape, (width, height) in SIZES.items():
-            picture = PIL.Image.new("RGBA", (60, 60))
+            picture = Image.new("RGBA", (60, 60))
             picture.paste(color, (5, 7, 5 + width, 7 + height))
             picture.save(folder / f"{color}_{shape}.png")
-    PIL.Image.new("RGBA", (9, 9)).save(folder / "nothing.png")
+    Image.new("RGBA", (9, 9)).save(folder / "nothing.png")
     (folder / "broken.png").write_bytes(b"no picture")
 
 

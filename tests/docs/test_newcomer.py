@@ -10,10 +10,10 @@ import shutil
 import subprocess
 import sysconfig
 
-import PIL.Image
 import pytest
 from documents import README
 from loopback_hub import LoopbackHub
+from PIL import Image
 from places import ROOT
 from transformers import BertConfig, BertModel, BertTokenizer, BitImageProcessor, Dinov2Config, Dinov2Model
 
@@ -43,7 +43,7 @@ def clone(tmp_path):
     lines = []
     for number, color in enumerate(("red", "green", "blue"), start=1):
         path = f"images/{number}.png"
-        PIL.Image.new("RGB", (48, 36), color).save(clone / path)
+        Image.new("RGB", (48, 36), color).save(clone / path)
         line = json.dumps({**row, "image": path, "answer": color})
         lines.append(line + "\n")
     for split in ("train", "val"):

@@ -9,8 +9,8 @@ import time
 import urllib.request
 from types import SimpleNamespace
 
-import PIL.Image
 import pytest
+from PIL import Image
 from places import EXAMPLES
 from programs import add_fake_ghostscript
 from running_service import free_port, wait_until
@@ -103,13 +103,13 @@ def test_the_first_click_answers(app):
 
 def test_mistakes_of_visitors_are_named(app, tmp_path):
     assert "JPEG" in error_of(app, app.eps) and not app.gs_was_started.exists()
-    PIL.Image.new("1", (8000, 8000)).save(tmp_path / "wide.png")
+    Image.new("1", (8000, 8000)).save(tmp_path / "wide.png")
     assert "8000 x 8000" in error_of(app, tmp_path / "wide.png")
     too_long = error_of(app, lines="is it red?\n" + 120 * "a ")
     assert "text[1]" in too_long and "122" in too_long
     assert "got 0" in error_of(app, lines=" ") and "got 7" in error_of(app, lines=7 * "a\n")
     assert "Traceback" not in app.log.read_text()
-    PIL.Image.effect_noise((1500, 1500), 90).save(tmp_path / "noise.png")
+    Image.effect_noise((1500, 1500), 90).save(tmp_path / "noise.png")
     with pytest.raises(Exception, match="(?i)size|large"):  # refused by Gradio
         ask(app, tmp_path / "noise.png")
 
@@ -140,7 +140,7 @@ def test_uploads_are_deleted(tmp_path, monkeypatch):
     try:
         connected = client.Client(url, verbose=False)
         upload = tmp_path / "upload.png"
-        PIL.Image.new("RGB", (64, 64), "teal").save(upload)
+        Image.new("RGB", (64, 64), "teal").save(upload)
         connected.predict(client.handle_file(str(upload)), "is there a circle?", 0, 0.25, api_name="/look")
         wait_until(lambda: not list((tmp_path / "cache").rglob("upload.png")), seconds=120)
     finally:

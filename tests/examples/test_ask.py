@@ -4,9 +4,9 @@ import os
 import subprocess
 import sys
 
-import PIL.Image
 import pytest
 import torch
+from PIL import Image
 from places import EXAMPLES
 
 from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsForVisualGrounding, TripsProcessor
@@ -40,7 +40,7 @@ def test_answers_draws_and_compares_without_any_option(tmp_path):
     assert "unpruned: " not in result.stdout
     assert "1 of 144 patches after layer 2" in result.stdout
     assert result.stdout.count(" times as fast") == 2
-    with PIL.Image.open(tmp_path / "outputs/kept_patches.png") as picture:  # the original and a panel per question
+    with Image.open(tmp_path / "outputs/kept_patches.png") as picture:  # the original and a panel per question
         assert picture.width > 1000
         assert len(picture.convert("RGB").getcolors(10**6)) > 20
 
@@ -59,7 +59,7 @@ def test_a_checkpoint_with_another_head_is_refused(tmp_path):
 
 def test_asks_a_model_that_keeps_all_patches(tmp_path, capsys):
     """About an image of another size and mode. There are no kept patches, and nothing to compare."""
-    PIL.Image.new("RGBA", (150, 90), "teal").save(tmp_path / "picture.png")
+    Image.new("RGBA", (150, 90), "teal").save(tmp_path / "picture.png")
     unpruned = TripsForQuestionAnswering.from_pretrained(ask.CHECKPOINT, schedule="unpruned")
     unpruned.save_pretrained(tmp_path / "unpruned")
     TripsProcessor.from_pretrained(ask.CHECKPOINT).save_pretrained(tmp_path / "unpruned")
@@ -96,7 +96,7 @@ LOGITS = [[9.638316, 3.043677, 2.622042], [9.99985, 2.138674, 1.588511]]
 @torch.no_grad()
 def test_the_shipped_checkpoint_computes_what_it_did_when_it_was_made(model, processor):
     questions = ["what mark is on the red circle?", "what color is the cross?"]
-    image = PIL.Image.open(EXAMPLES / "scene.png")
+    image = Image.open(EXAMPLES / "scene.png")
     inputs = processor(images=image, text=questions, image_index=[0, 0], return_tensors="pt")
     start = torch.full((2, 1), model.config.decoder_start_token_id)
     output = model(**inputs, decoder_input_ids=start)

@@ -1,9 +1,9 @@
 """`check_data.py` reports what training stops at, by file and row. test_loading.py has each kind of bad row."""
 
-import PIL.Image
 import pytest
 from datasets import Dataset
 from loading import write
+from PIL import Image
 from strange_pictures import noise
 from tiny_processors import make_bert_tokenizer
 
@@ -130,7 +130,7 @@ def test_a_run_from_scratch_and_the_check_measure_texts_alike(folder):
 
 def test_images_smaller_than_a_patch_of_the_model(folder, checkpoints):
     for side in (7, 8):
-        PIL.Image.new("RGB", (64, side)).save(folder / f"{side}.png")
+        Image.new("RGB", (64, side)).save(folder / f"{side}.png")
     file = write(folder / "t.jsonl", [{"image": f"{side}.png", "caption": "a"} for side in (7, 8)])
     for model in ("--preset=tiny", f"--model={checkpoints['TripsForRetrieval']}"):  # both have patches of 8
         faults, _ = run("--task=captions", f"--train_file={file}", model)

@@ -1,8 +1,8 @@
 """Annotation files in the official forms: their conversion has the rows of each task."""
 
-import PIL.Image
 import pytest
 from loading import load
+from PIL import Image
 
 from trips_examples.convert_annotations import main
 
@@ -107,7 +107,7 @@ CASES = {
 def folder(tmp_path):
     for name in IMAGES:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        PIL.Image.new("RGB", (8, 8)).save(tmp_path / name)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
     return tmp_path
 
 

@@ -4,8 +4,8 @@ import json
 import re
 from pathlib import Path
 
-import PIL.Image
 import pytest
+from PIL import Image
 
 from trips_examples import demo
 from trips_examples.ask import QUESTIONS
@@ -30,5 +30,5 @@ def test_demo_answers_draws_and_measures(tmp_path, monkeypatch, capsys):
     assert run["model_color"] == results["model"]["test_accuracy_color"] and run["seed"] == 42 and run["command"]
     assert all(run[f"unpruned_{kind}"] > 0.9 and run[f"pruned_{kind}"] < 0.8 for kind in KINDS)
     # One row of panels per selection layer: the picture shows the original and the questions.
-    with PIL.Image.open(tmp_path / "demo/kept_patches.png") as picture:
+    with Image.open(tmp_path / "demo/kept_patches.png") as picture:
         assert picture.width > 600 and len(picture.convert("RGB").getcolors(10**6)) > 20

@@ -6,12 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import PIL.Image
 import pyarrow.parquet
 import pytest
 import torch
 from archives import write_tar
 from killed import kill_when
+from PIL import Image
 from places import EXAMPLES
 from tiny_collection import encoded, write_images, write_parquet
 
@@ -91,7 +91,7 @@ def test_captions_of_encoded_photos(checkpoints, tmp_path):
 
 def test_boxes_are_in_pixels_of_each_photo(photos, checkpoints, tmp_path):
     folder = checkpoints["TripsForVisualGrounding"]
-    PIL.Image.new("RGB", (200, 50), "red").save(tmp_path / "wide.png")
+    Image.new("RGB", (200, 50), "red").save(tmp_path / "wide.png")
     (tmp_path / "rows.csv").write_text(f"image\nwide.png\n{photos}/1.png\n")
     (tmp_path / "asked.txt").write_text("it\n\nwhat color\nit\n")
     output = tmp_path / "boxes.parquet"
@@ -100,7 +100,7 @@ def test_boxes_are_in_pixels_of_each_photo(photos, checkpoints, tmp_path):
     assert [row["expression"] for row in rows] == ["it", "what color"] * 2
     model, processor = loaded(folder)
     for row in rows:
-        image = PIL.Image.open(row["image"])
+        image = Image.open(row["image"])
         inputs = processor(images=image, text=row["expression"], return_tensors="pt")
         with torch.no_grad():
             box = processor.post_process_grounding(model(**inputs), [(image.height, image.width)])[0]

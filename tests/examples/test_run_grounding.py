@@ -1,8 +1,8 @@
 """`examples/run_grounding.py`: resized boxes, scores and drawings."""
 
 import evaluate
-import PIL.Image
 import pytest
+from PIL import Image
 from places import EXAMPLES
 
 from trips_examples.training.pictures import draw_boxes
@@ -27,7 +27,7 @@ def test_accuracy_counts_boxes_from_half_overlap_on():
 
 
 def test_pictures_show_both_boxes():
-    image = PIL.Image.new("RGB", (120, 60), "white")
+    image = Image.new("RGB", (120, 60), "white")
     draw_boxes(image, [10, 10, 50, 50], [60, 20, 100, 50])
     assert image.getpixel((10, 30)) == (0x2B, 0x8A, 0x3E)  # the left edge of the true box
     assert image.getpixel((60, 30)) == (0x18, 0x64, 0xAB)

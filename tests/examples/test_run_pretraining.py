@@ -2,8 +2,8 @@
 
 import json
 
-import PIL.Image
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 from toy_pairs import CAPTIONS, COLORS, command
 
@@ -32,7 +32,7 @@ def test_learns_the_toy_data_and_leaves_a_model_for_other_scripts(files, tmp_pat
     processor = TripsProcessor.from_pretrained(tmp_path)
     model, info = TripsForRetrieval.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
-    image = PIL.Image.new("RGB", (64, 64), "green")
+    image = Image.new("RGB", (64, 64), "green")
     texts = [CAPTIONS[0].format(color) for color in COLORS]
     inputs = processor(images=image, text=texts, image_index=[0] * 6, return_tensors="pt")
     inputs.pop("image_index")

@@ -5,10 +5,10 @@ import re
 import subprocess
 import sys
 
-import PIL.Image
 import pytest
 import torch
 from loading import read, write
+from PIL import Image
 from places import HELPERS
 from safetensors.torch import load_file
 from tiny_processors import make_bert_tokenizer
@@ -34,7 +34,7 @@ def data(tmp_path_factory):
     rows = []
     for color in COLORS:
         image = f"{color}.png"
-        PIL.Image.new("RGB", (64, 64), color).save(folder / image)
+        Image.new("RGB", (64, 64), color).save(folder / image)
         rows.append({"image": image, "question": "what color is it?", "answers": [color] * 9 + ["other"]})
         for other in ("red", "blue"):
             answer = "yes" if color == other else "no"
@@ -66,12 +66,12 @@ def test_learns_the_toy_data_and_leaves_a_model_that_answers(data, tmp_path):
     assert {row["source"] for row in rows} == {f"validation.jsonl row {number}" for number in range(1, 9)}
     for row in rows:
         assert row["prediction"] == row["answers"][0]
-    with PIL.Image.open(tmp_path / "training.png") as figure:
+    with Image.open(tmp_path / "training.png") as figure:
         assert figure.width > figure.height
 
     model = TripsForQuestionAnswering.from_pretrained(tmp_path)
     processor = TripsProcessor.from_pretrained(tmp_path)
-    image = PIL.Image.new("RGB", (64, 64), "green")
+    image = Image.new("RGB", (64, 64), "green")
     inputs = processor(images=image, text="what color is it?", return_tensors="pt")
     assert processor.post_process_answers(model.generate(**inputs)) == ["green"]
 
@@ -127,7 +127,7 @@ def test_a_run_says_what_regions_teach(options, used_for, data, tmp_path, capsys
 
 def test_a_bad_row_stops_the_run_unless_it_may_be_skipped(data, tmp_path, caplog):
     rows = read(data / "train.jsonl")
-    PIL.Image.new("RGB", (64, 7)).save(tmp_path / "banner.png")  # the tiny preset has patches of 8
+    Image.new("RGB", (64, 7)).save(tmp_path / "banner.png")  # the tiny preset has patches of 8
     rows[4]["image"] = str(tmp_path / "banner.png")
     rows[7]["answer"] = "no " * 70
     broken = write(tmp_path / "broken.jsonl", rows)

@@ -3,10 +3,10 @@
 import json
 import shutil
 
-import PIL.Image
 import pytest
 import torch
 from archives import write_tar
+from PIL import Image
 from places import EXAMPLES
 from tiny_collection import TEXTS, encoded, save_model, write_images, write_parquet
 
@@ -50,7 +50,7 @@ def image_of(source):
 def test_texts_find_the_best_of_all_pairs(checkpoint, photos, capsys):
     rows = found_by(checkpoint, photos, "--text", *TEXTS, "--k", 23)
     assert "23 images, 1 that cannot be used" in capsys.readouterr().out
-    assert PIL.Image.open(photos / "found.png").width > 900
+    assert Image.open(photos / "found.png").width > 900
     model = TripsForRetrieval.from_pretrained(checkpoint).eval()
     processor = TripsProcessor.from_pretrained(checkpoint)
     for text in TEXTS:

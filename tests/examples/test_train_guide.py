@@ -4,11 +4,11 @@ import logging
 import random
 from functools import partial
 
-import PIL.Image
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from loading import write
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_vlm_processors import COLORS, make_llava_processor, make_paligemma_processor, save_tiny_vlm
 
@@ -29,7 +29,7 @@ def rows(tmp_path_factory):
     rows = []
     for number in range(8):
         upper, lower = rng.sample(COLORS, 2)
-        image = PIL.Image.new("RGB", (64, 64), upper)
+        image = Image.new("RGB", (64, 64), upper)
         image.paste(lower, (0, 32, 64, 64))
         path = str(folder / f"{number}.png")
         image.save(path)
@@ -139,7 +139,7 @@ def test_the_answer_is_supervised(make_processor):
     rows = []
     for answer in answers:
         row = {
-            "image": PIL.Image.new("RGB", (32, 32)),
+            "image": Image.new("RGB", (32, 32)),
             "question": "what color is it ?",
             "answers": [answer],
             "region": None,
@@ -153,7 +153,7 @@ def test_the_answer_is_supervised(make_processor):
 
 
 def test_regions_outside_the_crop_are_counted(options, rows, tmp_path, caplog):
-    PIL.Image.new("RGB", (192, 64), "red").save(tmp_path / "wide.png")
+    Image.new("RGB", (192, 64), "red").save(tmp_path / "wide.png")
     cropped = {**rows[0], "image": str(tmp_path / "wide.png"), "region": [0, 0, 20, 20]}
     with caplog.at_level(logging.WARNING):
         metrics = train_guide.main(options("--num_train_epochs=1", "--max_steps=-1", rows=rows + [cropped] * 5))

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import PIL.Image
+from PIL import Image
 from strange_pictures import noise
 from tiny_processors import make_bert_tokenizer
 
@@ -42,8 +42,8 @@ def write_images(folder: Path):
     (folder / "flipped.png").write_bytes(flipped)
     (folder / "text.png").write_text("no image")
     (folder / "folder.png").mkdir()
-    PIL.Image.new("RGB", (640, PATCH_SIZE - 1)).save(folder / "banner.png")
-    PIL.Image.new("F", (40, 32)).save(folder / "mode_f.tiff")
+    Image.new("RGB", (640, PATCH_SIZE - 1)).save(folder / "banner.png")
+    Image.new("F", (40, 32)).save(folder / "mode_f.tiff")
 
 
 def bad_rows(task: str) -> list[BadRow]:

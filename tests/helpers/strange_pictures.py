@@ -5,16 +5,16 @@ import struct
 import zlib
 
 import numpy as np
-import PIL.Image
+from PIL import Image
 
 
-def noise(width: int, height: int, seed: int = 0) -> PIL.Image.Image:
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     """Return an image of random colors."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return PIL.Image.fromarray(pixels)
+    return Image.fromarray(pixels)
 
 
-def encoded(image: PIL.Image.Image, kind: str = "PNG", **options) -> bytes:
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
@@ -34,7 +34,7 @@ def bomb(width: int, height: int) -> bytes:
 
 def scan_bomb(side: int, num_scans: int) -> bytes:
     """Return a progressive JPEG with `num_scans` refinements of a few bytes; each needs a pass over all blocks."""
-    source = encoded(PIL.Image.new("L", (side, side), 128), "JPEG", progressive=True, quality=50)
+    source = encoded(Image.new("L", (side, side), 128), "JPEG", progressive=True, quality=50)
     tables = b""
     position = 2
     while (marker := source[position + 1]) != 0xDA:
@@ -61,7 +61,7 @@ def scan_bomb(side: int, num_scans: int) -> bytes:
 
 
 def gif_with_comment(num_bytes: int) -> bytes:
-    gif = encoded(PIL.Image.new("P", (20, 20)), "GIF")
+    gif = encoded(Image.new("P", (20, 20)), "GIF")
     num_colors = 2 ** (gif[10] % 8 + 1)
     frame = gif.index(b",", 13 + 3 * num_colors)
     block = bytes([255]) + b"c" * 255
@@ -79,7 +79,7 @@ def run_length_bmp() -> bytes:
     return b"BM" + header + info + palette + pixels
 
 
-def jpeg_with(image: PIL.Image.Image, marker: bytes, content: bytes) -> bytes:
+def jpeg_with(image: Image.Image, marker: bytes, content: bytes) -> bytes:
     jpeg = encoded(image, "JPEG")
     return jpeg[:2] + marker + struct.pack(">H", 2 + len(content)) + content + jpeg[2:]
 
@@ -93,7 +93,7 @@ def animated_webp(canvas: tuple[int, int], frame: tuple[int, int]) -> bytes:
     def size(width: int, height: int) -> bytes:
         return (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
 
-    pixels = encoded(PIL.Image.new("RGB", frame), "WEBP", lossless=True)[12:]
+    pixels = encoded(Image.new("RGB", frame), "WEBP", lossless=True)[12:]
     chunks = [
         chunk(b"VP8X", b"\2\0\0\0" + size(*canvas)),
         chunk(b"ANIM", b"\0" * 6),

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import PIL.Image
+from PIL import Image
 from tiny_vlms import BY_NAME, CLIP, IMAGE, PAD, QWEN, SIGLIP, TEXT, VISION_END, VISION_START
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -118,6 +118,6 @@ def make_paligemma_processor() -> PaliGemmaProcessor:
     return PaliGemmaProcessor(image_processor, tokenizer)
 
 
-def conversation(text: str, *images: PIL.Image.Image) -> list[dict]:
+def conversation(text: str, *images: Image.Image) -> list[dict]:
     parts = [{"type": "image", "image": image} for image in images]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]

@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-import PIL.Image
 import strange_pictures
 import torch
 from archives import write_tar
+from PIL import Image
 from places import ROOT
 from transformers import BertConfig, BertModel, BertTokenizer, ViTConfig, ViTImageProcessor, ViTModel
 
@@ -31,7 +31,7 @@ TWO_PROCESSES = ["-m", "torch.distributed.run", "--nproc_per_node=2", *RENDEZVOU
 
 
 def encoded(color: str) -> bytes:
-    return strange_pictures.encoded(PIL.Image.new("RGB", (64, 64), color))
+    return strange_pictures.encoded(Image.new("RGB", (64, 64), color))
 
 
 def make_tokenizer() -> BertTokenizer:

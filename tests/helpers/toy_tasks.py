@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import PIL.Image
 from loading import read, write
+from PIL import Image
 
 
 COLORS = ["red", "blue", "green", "white", "black"]
@@ -24,7 +24,7 @@ OPTIONS = [
 def write_task(task: str, folder: Path) -> list[str]:
     """Write images and `rows.jsonl`, and return the options that use it for both splits."""
     for color in COLORS:
-        PIL.Image.new("RGB", (64, 64), color).save(folder / f"{color}.png")
+        Image.new("RGB", (64, 64), color).save(folder / f"{color}.png")
     file = write(folder / "rows.jsonl", list(_ROWS[task](folder)))
     return [f"--train_file={file}", f"--validation_file={file}"]
 
@@ -51,7 +51,7 @@ def _expressions(folder: Path):
     """Yield expressions about images of 120 x 60 pixels with a square on the left or on the right."""
     for color in COLORS:
         for side, box in (("left", [10, 10, 50, 50]), ("right", [70, 20, 110, 60])):
-            image = PIL.Image.new("RGB", (120, 60), "gray")
+            image = Image.new("RGB", (120, 60), "gray")
             image.paste(color, box)
             image.save(folder / f"{color}-{side}.png")
             yield {"image": f"{color}-{side}.png", "expression": f"the {color} square", "box": box}

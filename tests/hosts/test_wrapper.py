@@ -6,10 +6,10 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import accelerate
-import PIL.Image
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
+from PIL import Image
 from tiny_models import gradients_of
 from tiny_vlm_processors import conversation, make_llava_processor
 from tiny_vlms import BY_NAME, ENCODER_INPUTS, families, grid_and_packed, make_both, make_inputs
@@ -307,7 +307,7 @@ def test_the_pipeline_takes_chat_messages():
     model = BY_NAME["llava"].make()
     processor = make_llava_processor()
     processor.tokenizer.padding_side = "left"
-    image = PIL.Image.new("RGB", (40, 30), "red")
+    image = Image.new("RGB", (40, 30), "red")
     messages = [conversation(text, image) for text in ("what is it ?", "red ?")]
     apply_patch_selection(model, "1:image:0.5", visual_tokens=8)
     pipe = pipeline("image-text-to-text", model=model, processor=processor)

@@ -3,8 +3,8 @@
 import base64
 import json
 
-import PIL.Image
 import pytest
+from PIL import Image
 from random_checkpoint import save_random_checkpoint
 from strange_pictures import encoded
 
@@ -19,7 +19,7 @@ QA, WRITER, RETRIEVAL = HANDLED = (
     "TripsForRetrieval",
 )
 TEXTS = ["a teal picture", "a red one", "a picture of a red and teal shape"]
-IMAGE = PIL.Image.new("RGB", (70, 50), "teal")
+IMAGE = Image.new("RGB", (70, 50), "teal")
 
 
 def in_base64(image, file_format="PNG"):
@@ -105,8 +105,8 @@ BAD_IMAGES = {
     "path": "/etc/passwd",
     "url": "http://127.0.0.1:1/a.png",
     "none": None,
-    "PPM": in_base64(PIL.Image.new("RGB", (8, 8)), "PPM"),
-    "pixels": in_base64(PIL.Image.new("1", (8000, 8000))),
+    "PPM": in_base64(Image.new("RGB", (8, 8)), "PPM"),
+    "pixels": in_base64(Image.new("1", (8000, 8000))),
 }
 
 

@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import PIL.Image
 import pytest
 import torch
 from foreign_code import name_foreign_code
 from huggingface_hub import HfApi, snapshot_download
 from loopback_hub import LoopbackHub
+from PIL import Image
 from places import ROOT
 from random_checkpoint import save_random_checkpoint
 from safetensors.torch import load_file, save_file
@@ -94,7 +94,7 @@ def test_dry_run_lists_files_without_upload(hub, checkpoint, tmp_path, capsys):
 
 def test_the_tokenizer_s_files_are_those_of_the_model_alone(checkpoint, tmp_path):
     processor = TripsProcessor.from_pretrained(checkpoint)
-    processor(images=PIL.Image.new("RGB", (64, 64)), text="what color is it?", return_tensors="pt")
+    processor(images=Image.new("RGB", (64, 64)), text="what color is it?", return_tensors="pt")
     processor.tokenizer.save_pretrained(checkpoint)  # with the padding of this batch
     target = dry_run(checkpoint, tmp_path / "target")
     assert json.loads((target / "tokenizer.json").read_text())["padding"] is None

@@ -4,10 +4,10 @@ import asyncio
 import threading
 from dataclasses import dataclass, replace
 
-import PIL.Image
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 from random_checkpoint import save_random_checkpoint
 from safetensors.torch import load_file, save_file
 from starlette.exceptions import HTTPException
@@ -32,7 +32,7 @@ from trips_serving.settings import Settings  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 TEXTS = ["what color is it?", "is it a red or a teal shape, or no shape?", "shape"]
-IMAGES = [PIL.Image.effect_noise((80, 70), 60).convert("RGB"), PIL.Image.effect_noise((70, 80), 60)]
+IMAGES = [Image.effect_noise((80, 70), 60).convert("RGB"), Image.effect_noise((70, 80), 60)]
 
 
 def save(folder, model_class, **fields):
@@ -196,8 +196,8 @@ def test_long_texts_raise(engine):
     "data, status",
     [
         (b"", 422),
-        (encoded(PIL.Image.new("RGB", (40, 40)), "PPM"), 415),
-        (encoded(PIL.Image.new("RGB", (101, 100))), 413),
+        (encoded(Image.new("RGB", (40, 40)), "PPM"), 415),
+        (encoded(Image.new("RGB", (101, 100))), 413),
     ],
 )
 def test_bad_images_raise(engine, data, status):

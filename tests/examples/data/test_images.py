@@ -4,8 +4,8 @@ import os
 import socket
 
 import numpy as np
-import PIL.Image
 import pytest
+from PIL import Image
 from strange_pictures import bomb, encoded, noise
 
 from modeling_trips.image_decoding_trips import convert_to_rgb
@@ -22,7 +22,7 @@ XMP = (
 
 
 def exif(orientation):
-    block = PIL.Image.Exif()
+    block = Image.Exif()
     block[0x0112] = orientation
     return block.tobytes()
 
@@ -45,7 +45,7 @@ def test_an_image_is_the_same_by_every_road(file):
     expected = np.asarray(decode_image(file))
     for image in (decode_image(content), decode_untrusted_image(file), decode_untrusted_image(content)):
         np.testing.assert_array_equal(image, expected)
-    np.testing.assert_array_equal(convert_to_rgb(PIL.Image.open(file)), expected)
+    np.testing.assert_array_equal(convert_to_rgb(Image.open(file)), expected)
     assert check_image(file) == check_image(content, decode=False) == decode_image(file).size
 
 

@@ -5,7 +5,6 @@ from functools import partial
 from itertools import islice
 
 import datasets
-import PIL.Image
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -14,6 +13,7 @@ from bad_rows import PATCH_SIZE, bad_rows, tokenizer, write_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loading import encoded, load, write
+from PIL import Image
 
 from modeling_trips import TripsConfig
 from trips_examples import check_data
@@ -36,8 +36,8 @@ from trips_examples.training.options import ModelArguments
 @pytest.fixture
 def folder(tmp_path):
     write_images(tmp_path)
-    PIL.Image.new("L", (4, 3), 200).save(tmp_path / "a.png")
-    PIL.Image.effect_noise((32, 32), 50).convert("RGB").save(tmp_path / "b.png")
+    Image.new("L", (4, 3), 200).save(tmp_path / "a.png")
+    Image.effect_noise((32, 32), 50).convert("RGB").save(tmp_path / "b.png")
     return tmp_path
 
 
@@ -98,7 +98,7 @@ def test_file_of_each_format(folder, suffix, task):
     first, last = rows[0]["images"] if task == "nlvr2" else (rows[0]["image"], rows[-1]["image"])
     assert first.size == A
     assert first.mode == "L"  # as it is stored
-    assert last.tobytes() == PIL.Image.open(folder / "b.png").tobytes()
+    assert last.tobytes() == Image.open(folder / "b.png").tobytes()
 
 
 def test_the_lists_of_albef(folder):
@@ -268,7 +268,7 @@ def test_parquet_with_encoded_images(folder, image_type):
     assert rows["caption"][:] == ["one", "two", "three", "five"]
     first, second, other, third = rows["image_id"]
     assert first == second == third != other
-    assert rows[2]["image"].tobytes() == PIL.Image.open(folder / "b.png").tobytes()
+    assert rows[2]["image"].tobytes() == Image.open(folder / "b.png").tobytes()
 
     pairs = pyarrow.array([[a, b], [b, a]], pyarrow.list_(image_type))
     pyarrow.parquet.write_table(pyarrow.table({"images": pairs, "statement": ["s", "t"], "label": [0, 1]}), file)

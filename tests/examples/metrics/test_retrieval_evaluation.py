@@ -2,9 +2,9 @@
 
 import weakref
 
-import PIL.Image
 import pytest
 import torch
+from PIL import Image
 from tiny_retrieval import make_config
 
 from modeling_trips import TripsForRetrieval
@@ -21,7 +21,7 @@ IMAGE_OF_TEXT = torch.tensor([2, 0, 0, 1, 4, 3, 3, 1])
 def make_images():
     generator = torch.Generator().manual_seed(5)
     pixels = torch.randint(0, 256, (5, 16, 16, 3), generator=generator, dtype=torch.uint8)
-    return [PIL.Image.fromarray(image.numpy()) for image in pixels]
+    return [Image.fromarray(image.numpy()) for image in pixels]
 
 
 def make_evaluator(batch_size=3, guidance="text"):

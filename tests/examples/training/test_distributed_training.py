@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import PIL.Image
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from clean_environment import make_environment
 from loading import write
+from PIL import Image
 from places import HELPERS, ROOT
 from random_checkpoint import save_random_checkpoint
 from safetensors.torch import load_file
@@ -84,7 +84,7 @@ def options(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     rows = []
     for color in ("red", "blue"):
-        PIL.Image.new("RGB", (64, 64), color).save(folder / f"{color}.png")
+        Image.new("RGB", (64, 64), color).save(folder / f"{color}.png")
         rows.append({"image": f"{color}.png", "question": "what color is it?", "answer": color})
         rows.append({"image": f"{color}.png", "question": "is it red?", "answer": "yes" if color == "red" else "no"})
         rows.append({"image": f"{color}.png", "question": "is it blue?", "answer": "no" if color == "red" else "yes"})

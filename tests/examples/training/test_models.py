@@ -2,9 +2,9 @@
 
 import copy
 
-import PIL.Image
 import pytest
 import torch
+from PIL import Image
 from random_checkpoint import save_random_checkpoint
 from torch.testing import assert_close
 from toy_pairs import write_parts
@@ -33,7 +33,7 @@ def test_another_image_size_shows_the_whole_image(image_processor, processor, tm
     TripsProcessor(image_processor(), processor.tokenizer).save_pretrained(tmp_path)
     args = ModelArguments(model=str(tmp_path), image_size=96)
     _, loaded = load_start(args)
-    image = PIL.Image.new("RGB", (300, 200), "black")
+    image = Image.new("RGB", (300, 200), "black")
     image.paste("white", (0, 0, 150, 100))  # a quarter
     pixels = loaded(images=image, text="red", return_tensors="pt")["pixel_values"][0, 0]
     assert pixels.shape == (96, 96)
@@ -43,7 +43,7 @@ def test_another_image_size_shows_the_whole_image(image_processor, processor, tm
 def test_images_are_resized_to_the_size_of_the_model(processor):
     config = TripsConfig(vision_config={"image_size": [32, 64], "patch_size": [8, 8]})
     wide = make_processor(processor.tokenizer, config)
-    inputs = wide(images=PIL.Image.new("RGB", (40, 30)), text="red", return_tensors="pt")
+    inputs = wide(images=Image.new("RGB", (40, 30)), text="red", return_tensors="pt")
     assert inputs["pixel_values"].shape == (1, 3, 32, 64)
     assert wide.patch_size == 8
     config = TripsConfig(vision_config={"image_size": 64, "patch_size": [8, 16]})

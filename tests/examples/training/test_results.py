@@ -2,9 +2,9 @@
 
 import json
 
-import PIL.Image
 import pytest
 from loading import read, write
+from PIL import Image
 from toy_tasks import OPTIONS, write_task
 
 from trips_examples import run_vqa
@@ -71,13 +71,13 @@ def test_a_model_at_chance_gets_no_advice(metrics, expected):
 
 def test_predictions_are_drawn_with_the_kept_patches(run):
     for folder in (run, run / "test"):
-        assert PIL.Image.open(folder / "predictions.png").width == 1000
+        assert Image.open(folder / "predictions.png").width == 1000
 
 
 def test_a_sheet_has_rows_of_four(tmp_path):
-    pictures = [PIL.Image.new("RGB", (240, 100), "red")] * 5
+    pictures = [Image.new("RGB", (240, 100), "red")] * 5
     write_sheet(pictures, ["a long title " * 20] * 5, tmp_path / "sheet.png")
-    sheet = PIL.Image.open(tmp_path / "sheet.png").convert("RGB")
+    sheet = Image.open(tmp_path / "sheet.png").convert("RGB")
     width, height = sheet.size
     for row, column, is_filled in ((0.25, 0.125, True), (0.25, 0.875, True), (0.8, 0.125, True), (0.8, 0.875, False)):
         area = sheet.crop(
@@ -96,5 +96,5 @@ def test_evaluations_are_drawn_if_there_are_two(steps, panels, tmp_path):
     history = [{"step": step, "loss": 1 / step} for step in range(1, 11)]
     history += [{"step": step, "eval_accuracy": 0.5, "eval_loss": 1.0} for step in steps]
     plot_training(history, tmp_path / "training.png", unpruned_steps=5, majority=0.4)
-    width, height = PIL.Image.open(tmp_path / "training.png").size
+    width, height = Image.open(tmp_path / "training.png").size
     assert width / height == pytest.approx(panels * 5 / 4, rel=0.01)

@@ -1,14 +1,13 @@
 """Distributions: a wheel that works without the repository, and a source distribution that builds the same wheel."""
 
-import os
 import shutil
-import subprocess
 import sys
 import zipfile
 
 import pytest
 from clean_environment import make_environment
 from places import EXAMPLES, ROOT
+from programs import output_of
 from toy_tasks import OPTIONS, write_task
 
 
@@ -29,28 +28,13 @@ print(answerer(Image.new("RGB", (64, 64), "red"), "what color is it?", answers=[
 """
 
 
-def run(*command, **options):
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return result.stdout
-
-
 @pytest.fixture(scope="module")
 def wheel(clean_python, tmp_path_factory):
     """Build the source distribution, and the wheel from it."""
     folder = tmp_path_factory.mktemp("distributions")
     shutil.copytree(ROOT, folder / "source", ignore=NOT_SOURCE)
-    run(
-        clean_python,
-        "-I",
-        "-m",
-        "build",
-        "--no-isolation",
-        folder / "source",
-        "--outdir",
-        folder / "built",
-        cwd=folder,
-    )
+    build = [clean_python, "-I", "-m", "build", "--no-isolation"]
+    output_of(*build, folder / "source", "--outdir", folder / "built", cwd=folder)
     (path,) = (folder / "built").glob("*.whl")
     return path
 
@@ -69,11 +53,10 @@ def test_the_wheel_holds_the_packages_whole_and_nothing_else(wheel):
 
 def test_the_wheel_alone_trains_and_answers(wheel, tmp_path):
     python = make_environment(tmp_path / "installed")
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-index", f"{wheel}[examples]")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    here = {"cwd": tmp_path, "env": environment}
+    output_of(sys.executable, "-m", "pip", "--python", python, "install", "--no-index", f"{wheel}[examples]")
+    here = {"cwd": tmp_path, "variables": {"OMP_NUM_THREADS": "1"}}
     script = (python, "-I", "-m", "trips_examples.run_vqa")
-    assert "--train_file" in run(*script, "--help", **here)
+    assert "--train_file" in output_of(*script, "--help", **here)
     options = [*write_task("vqa", tmp_path), *OPTIONS, "--max_steps=2", f"--output_dir={tmp_path / 'model'}"]
-    run(*script, *options, **here)
-    assert run(python, "-I", "-c", USE, python.parent.parent, tmp_path / "model", **here).startswith("[{'score'")
+    output_of(*script, *options, **here)
+    assert output_of(python, "-I", "-c", USE, python.parent.parent, tmp_path / "model", **here).startswith("[{'score'")

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sysconfig
 
 import pytest
@@ -15,6 +14,7 @@ from documents import README
 from loopback_hub import LoopbackHub
 from PIL import Image
 from places import ROOT
+from programs import output_of
 from transformers import BertConfig, BertModel, BertTokenizer, BitImageProcessor, Dinov2Config, Dinov2Model
 
 
@@ -92,11 +92,6 @@ def test_the_readmes_commands_lead_to_a_published_model(clone, tmp_path):
         output = {}
         for command in path_of_the_readme():
             activate = "" if "activate" in command else ". .venv/bin/activate && "
-            result = subprocess.run(
-                ["bash", "-c", f"{activate}{command}"],
-                cwd=clone, env=environment, capture_output=True, text=True,
-            )  # fmt: skip
-            assert result.returncode == 0, f"{command}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
-            output[command] = result.stdout
+            output[command] = output_of("bash", "-c", f"{activate}{command}", cwd=clone, env=environment)
     assert {"model.safetensors", "config.json", "README.md"} <= hub.repositories["ada/mine"].files.keys()
     assert "'answer': " in output[ANSWER]  # loaded from the Hub, with its code

@@ -1,23 +1,17 @@
 """`examples/ask.py` as a user runs it, and the checkpoint that comes with the project."""
 
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
 from PIL import Image
 from places import EXAMPLES
+from programs import output_of
 
 from modeling_trips import TripsConfig, TripsForQuestionAnswering, TripsForVisualGrounding, TripsProcessor
 from trips_examples import ask
 from trips_examples.data.busy_scenes import KINDS, busy_records
 from trips_examples.data.images import read_image
-
-
-def run(*options, cwd):
-    words = [sys.executable, str(EXAMPLES / "ask.py"), *options]
-    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +26,13 @@ def processor():
 
 @pytest.mark.slow
 def test_answers_draws_and_compares_without_any_option(tmp_path):
-    result = run(cwd=tmp_path)
-    assert result.returncode == 0, result.stderr[-3000:]
+    printed = output_of(sys.executable, EXAMPLES / "ask.py", cwd=tmp_path, variables={"HF_HUB_OFFLINE": "1"})
     for question in ask.QUESTIONS:
-        assert result.stdout.count(f"  {question} ") == 1
-    assert result.stdout.count(f" {ask.SAME_WEIGHTS}: ") == len(ask.QUESTIONS)
-    assert "unpruned: " not in result.stdout
-    assert "1 of 144 patches after layer 2" in result.stdout
-    assert result.stdout.count(" times as fast") == 2
+        assert printed.count(f"  {question} ") == 1
+    assert printed.count(f" {ask.SAME_WEIGHTS}: ") == len(ask.QUESTIONS)
+    assert "unpruned: " not in printed
+    assert "1 of 144 patches after layer 2" in printed
+    assert printed.count(" times as fast") == 2
     with Image.open(tmp_path / "outputs/kept_patches.png") as picture:  # the original and a panel per question
         assert picture.width > 1000
         assert len(picture.convert("RGB").getcolors(10**6)) > 20

@@ -1,11 +1,26 @@
-"""Replacements of the programs that Pillow starts for some formats."""
+"""Commands, and replacements of the programs that Pillow starts for some formats."""
 
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n"
+
+
+def output_of(*command: str | Path, variables: dict | tuple = (), **options) -> str:
+    """
+    Run a command that must succeed, and return what it prints.
+
+    Args:
+        variables: of the environment, beside those of this process.
+        options: of `subprocess.run`.
+    """
+    options = {"env": {**os.environ, **dict(variables)}, **options}
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
+    assert result.returncode == 0, f"{command}\n{result.stdout[-5000:]}\n{result.stderr[-5000:]}"
+    return result.stdout
 
 
 def add_fake_ghostscript(folder: Path, set_variable: Callable[[str, str], None]) -> tuple[Path, Path]:

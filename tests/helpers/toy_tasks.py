@@ -1,12 +1,12 @@
 """A toy data set for each run_*.py script: plain images of 64 x 64 pixels, one row each."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 from loading import read, write
 from PIL import Image
+from programs import output_of
 
 
 COLORS = ["red", "blue", "green", "white", "black"]
@@ -62,9 +62,7 @@ _ROWS = {"vqa": _questions, "captions": _captions, "nlvr2": _statements, "ground
 
 def run(*words: str) -> str:
     """Run Python with these arguments and return the output."""
-    result = subprocess.run([sys.executable, *words], env=ENVIRONMENT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
+    return output_of(sys.executable, *words, env=ENVIRONMENT)
 
 
 def predictions(folder: Path) -> list[dict]:

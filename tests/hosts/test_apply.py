@@ -3,12 +3,12 @@
 import copy
 import pickle
 import re
-import subprocess
 import sys
 
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
+from programs import output_of
 from schedules import schedule_of
 from timm.models.vision_transformer import ParallelScalingBlock
 from tiny_hosts import (
@@ -159,9 +159,9 @@ def test_hidden_states_of_the_vision_tower_get_shorter(name, recorded_before):
 @pytest.mark.slow
 def test_importing_loads_no_model_modules():
     code = "import sys, modeling_trips; old = {*sys.modules}; import modeling_trips.hosts; print({*sys.modules} - old)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "modeling_trips.hosts" in result.stdout
-    assert not re.search(r"\.models\.|'timm", result.stdout)
+    loaded = output_of(sys.executable, "-c", code)
+    assert "modeling_trips.hosts" in loaded
+    assert not re.search(r"\.models\.|'timm", loaded)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,13 @@
 """Saved checkpoints give bit-identical results without this project."""
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
 from PIL import Image
 from places import ROOT
+from programs import output_of
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from modeling_trips.registration_trips import MODELS
@@ -35,15 +34,9 @@ def run_stranger(python, checkpoints, image, folder, **environment):
         auto_map = json.loads((path / "config.json").read_text())["auto_map"]
         auto_classes[head] = [name for name in auto_map if name in MODELS]
     source = next(iter(checkpoints.values())).parent
-    result = subprocess.run(
-        [*python, STRANGER, source, image, folder],
-        input=json.dumps(auto_classes),
-        env={**os.environ, "HF_HOME": str(folder / "home"), **environment},  # a fresh cache of remote code
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    variables = {"HF_HOME": str(folder / "home"), **environment}  # a fresh cache of remote code
+    command = [*python, STRANGER, source, image, folder]
+    output_of(*command, input=json.dumps(auto_classes), variables=variables, cwd=folder)
     return torch.load(folder / "results.pt", weights_only=True)
 
 

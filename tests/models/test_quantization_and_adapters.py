@@ -1,7 +1,6 @@
 """int8 by torchao and LoRA adapters by PEFT, which replace the linear layers of selection."""
 
 import re
-import subprocess
 from importlib.util import find_spec
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from clean_environment import make_environment
 from peft import LoraConfig, PeftModel, get_peft_model
 from places import ROOT
+from programs import output_of
 from tiny_models import CASES, assert_same_outputs, kept_by, loss_of, main_output, share_of_kept
 from transformers import TorchAoConfig
 
@@ -22,11 +22,9 @@ each_form = pytest.mark.parametrize("case", [*CASES[:2], *CASES[-2:]], ids=str)
 def test_int8_in_an_environment_with_torchao():
     """Where torchao is installed, every import of Transformers' trainer prints warnings about it."""
     python = make_environment(ROOT / "build" / "torchao", ["torchao>=0.15"], exclude_project=False)
-    command = [python, "-m", "pytest", "-n", "0", "-k", "int8_is_close", __file__]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout
-    assert re.search(r"\b4 passed\b", result.stdout)
-    assert "skipped" not in result.stdout
+    printed = output_of(python, "-m", "pytest", "-n", "0", "-k", "int8_is_close", __file__)
+    assert re.search(r"\b4 passed\b", printed)
+    assert "skipped" not in printed
 
 
 @pytest.mark.skipif(find_spec("torchao") is None, reason="runs in an environment of its own")

@@ -3,15 +3,14 @@ Transformers' test suites pass: `ModelTesterMixin` on every model, `ProcessorTes
 `GenerationTesterMixin`, which its source distribution lacks. Our part of them is in tests/transformers_suites.
 """
 
-import os
 import re
-import subprocess
 import sys
 from xml.etree import ElementTree
 
 import pytest
 import transformers
 from places import ROOT
+from programs import output_of
 from transformers_suites.source_tree import build_tree, download_source
 
 from modeling_trips.registration_trips import MODELS
@@ -63,9 +62,8 @@ def run_suite(tree, file, names):
     report = tree / "report.xml"
     command = [sys.executable, "-m", "pytest", f"tests/models/trips/{file}", f"--junitxml={report}"]
     command += ["-k", " or ".join(f"{name}Test" for name in names), "--tb=short", "--disable-warnings"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-20_000:] + result.stderr[-5_000:]
+    variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    output_of(*command, cwd=tree, variables=variables)
     passed, skipped = [], {}
     for case in ElementTree.parse(report).iter("testcase"):
         name = f"{case.get('classname').rpartition('.')[2].removesuffix('Test')}.{case.get('name')}"

@@ -12,6 +12,7 @@ from clean_environment import make_environment
 from packaging.requirements import Requirement
 from packaging.version import Version
 from places import EXAMPLES, HELPERS, ROOT
+from programs import output_of
 from toy_tasks import OPTIONS, write_task
 
 from modeling_trips.configuration_trips import TRANSFORMERS
@@ -76,9 +77,7 @@ def test_the_lowest_release_trains_answers_and_patches(tmp_path):
     packages = [f"transformers=={LOWEST}.0"]
     python = make_environment(ROOT / "build" / f"transformers-{LOWEST}-project", packages, exclude_project=False)
     options = [*write_task("vqa", tmp_path), *OPTIONS, "--max_steps=1", f"--output_dir={tmp_path / 'model'}"]
-    command = [python, "-I", "-c", SMOKE, EXAMPLES, HELPERS, tmp_path, *options]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    output_of(python, "-I", "-c", SMOKE, EXAMPLES, HELPERS, tmp_path, *options, cwd=tmp_path)
     said = json.loads((tmp_path / "said.json").read_text())
     assert said["release"] == f"{LOWEST}.0" and said["answers"] == ["purple"] and said["layers"]
     assert (tmp_path / "model/model.safetensors").is_file()

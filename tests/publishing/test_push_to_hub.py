@@ -1,9 +1,7 @@
 """Publishing with `examples/push_to_hub.py`: published files, refused files, and the upload to a local Hub."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from huggingface_hub import HfApi, snapshot_download
 from loopback_hub import LoopbackHub
 from PIL import Image
 from places import ROOT
+from programs import output_of
 from random_checkpoint import save_random_checkpoint
 from safetensors.torch import load_file, save_file
 
@@ -164,12 +163,6 @@ def test_reference_to_foreign_code_raises(checkpoint, name, fields):
         check_code(checkpoint)
 
 
-def run(*words, env, cwd):
-    result = subprocess.run(words, env=os.environ | env, cwd=cwd, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["TripsForQuestionAnswering", "TripsForRetrieval"])
 def test_card_and_handler_run_without_the_project(head, hub, tmp_path, clean_python):
@@ -177,7 +170,8 @@ def test_card_and_handler_run_without_the_project(head, hub, tmp_path, clean_pyt
     push(folder, "--with_handler")
     (code,) = re.findall(r"```python\n(.*?)```", hub.repositories[REPO].files["README.md"].decode(), re.DOTALL)
     code += HANDLER_CALL
-    there = run(clean_python, "-I", "-c", code, env=hub.client_environment(tmp_path / "reader"), cwd=tmp_path)
-    environment = hub.client_environment(tmp_path / "author")
-    here = run(sys.executable, "-c", f"import modeling_trips\n{code}", env=environment, cwd=ROOT)
+    reader = hub.client_environment(tmp_path / "reader")
+    there = output_of(clean_python, "-I", "-c", code, variables=reader, cwd=tmp_path)
+    author = hub.client_environment(tmp_path / "author")
+    here = output_of(sys.executable, "-c", f"import modeling_trips\n{code}", variables=author, cwd=ROOT)
     assert there == here and there.count("\n") >= 3  # scores and boxes to the last digit

@@ -8,6 +8,7 @@ import sys
 import pytest
 from clean_environment import make_environment
 from places import ROOT
+from programs import output_of
 from running_service import CHECKPOINT, RunningService
 
 
@@ -20,8 +21,7 @@ def copy_source(folder):
     """Copy the tracked files that `COPY . /source` copies of a fresh clone."""
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     kept = [line[1:] for line in lines if line.startswith("!")]
-    names = subprocess.run(["git", "ls-files", *kept], cwd=ROOT, capture_output=True, text=True, check=True)
-    for name in names.stdout.splitlines():
+    for name in output_of("git", "ls-files", *kept, cwd=ROOT).splitlines():
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)

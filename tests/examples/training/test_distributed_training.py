@@ -1,9 +1,7 @@
 """Training in several processes with each configuration of examples/configs gives the weights of one process."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from clean_environment import make_environment
 from loading import write
 from PIL import Image
 from places import HELPERS, ROOT
+from programs import output_of
 from random_checkpoint import save_random_checkpoint
 from safetensors.torch import load_file
 from tiny_models import CASES, each_model
@@ -35,14 +34,8 @@ def launch(name, *command, python=sys.executable):
     """Launch two CPU processes with a configuration from examples/configs, and return their output."""
     shim = [str(HELPERS / "fsdp_on_cpu.py")] if name == "fsdp2" else []
     options = [f"--config_file={CONFIGS / name}.yaml", "--num_processes=2", "--main_process_port=0"]
-    result = subprocess.run(
-        [python, "-m", "accelerate.commands.launch", *options, *shim, *command],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-5000:]
-    return result.stdout
+    launcher = [python, "-m", "accelerate.commands.launch", *options, *shim]
+    return output_of(*launcher, *command, variables={"OMP_NUM_THREADS": "1"})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

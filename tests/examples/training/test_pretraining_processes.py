@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,15 +9,17 @@ import pytest
 import torch
 from killed import kill_when
 from places import ROOT
+from programs import output_of
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from toy_pairs import TWO_PROCESSES, command, write_parts
-from toy_tasks import ENVIRONMENT, run
+from toy_tasks import run
 
 from trips_examples import run_pretraining
 from trips_examples.training.pretraining import stream_positions
 
 
+pytestmark = pytest.mark.slow
 STAND_INS = {
     "scontrol": "echo 127.0.0.1",
     "srun": """pids=()
@@ -49,7 +50,6 @@ def killed_and_resumed(words, folder):
     return run(*words, "--resume_from_checkpoint=last")
 
 
-@pytest.mark.slow
 def test_killed_and_resumed_ends_as_a_run_left_alone(stream, tmp_path):
     """
     Two processes read a stream. Weights, the teacher and its queues are equal, although masks, cuts and hard negatives
@@ -67,36 +67,29 @@ def test_killed_and_resumed_ends_as_a_run_left_alone(stream, tmp_path):
     assert (queue != -1).all()  # 72 texts and a queue of 40
 
 
-@pytest.mark.slow
 def test_the_slurm_script_trains_on_two_nodes(folder, parts, tmp_path):
     """Run two "nodes" on this machine, with replacements for SLURM's commands."""
     for name, code in STAND_INS.items():
         (tmp_path / name).write_text(f"#!/bin/bash\nset -e\n{code}\n")
         (tmp_path / name).chmod(0o755)
     slurm = {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "9725"}
-    slurm |= {"SLURM_CPUS_PER_TASK": "1", "DATA": str(folder)}
+    slurm |= {"SLURM_CPUS_PER_TASK": "1", "DATA": str(folder), "OUTPUT_DIR": str(tmp_path / "out")}
     path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    slurm |= {"GPUS_PER_NODE": "1", "OMP_NUM_THREADS": "1", "PATH": path}
     options = [f"--train_shards={folder}/pairs-{{0..2}}.tar", "--shuffle_buffer=4", *parts, "--image_size=32"]
     options += ["--schedule=2:text:0.7", "--max_steps=2", "--warmup_steps=0", "--per_device_train_batch_size=3"]
     options += ["--dataloader_num_workers=0", "--use_cpu=True", "--logging_steps=1"]
     script = ROOT / "examples/configs/slurm_multi_node.sh"
     for step in (2, 4):  # the second run resumes
-        result = subprocess.run(
-            ["bash", script, *options, f"--max_steps={step}", "--save_steps=2", "--disable_tqdm=True"],
-            cwd=ROOT,
-            env={**ENVIRONMENT, **slurm, "PATH": path, "OUTPUT_DIR": str(tmp_path / "out"), "GPUS_PER_NODE": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert result.returncode == 0, result.stderr[-5000:]
-        assert result.stdout.count("'loss'") == 4  # from each node
+        steps = [f"--max_steps={step}", "--save_steps=2", "--disable_tqdm=True"]
+        printed = output_of("bash", script, *options, *steps, cwd=ROOT, variables=slurm)
+        assert printed.count("'loss'") == 4  # from each node
     states = [json.loads((tmp_path / f"out/checkpoint-4/stream_{rank}.json").read_text()) for rank in (0, 1)]
     assert [state["num_processes"] for state in states] == [2, 2]
     seen = [position["seen"] for state in states for position in stream_positions(state["loader"])]
     assert seen == [12, 12]
 
 
-@pytest.mark.slow
 def test_queues_hold_what_all_processes_saw(files, tmp_path):
     """A step of two processes with three texts each gives the queues of one process with all six."""
     # Without augmentation, dropout and hard negatives, only the order is random, and it is the same.
@@ -117,7 +110,6 @@ def test_queues_hold_what_all_processes_saw(files, tmp_path):
         assert [value for _, value in found[0]] == pytest.approx([value for _, value in found[1]], abs=1e-4)
 
 
-@pytest.mark.slow
 def test_teacher_follows_an_fsdp_model(files, tmp_path):
     options = ["--max_steps=1", "--do_eval=False", "--warmup_steps=0", "--save_steps=1"]
     run_pretraining.main(command(files, tmp_path / "start", *options, "--learning_rate=0")[1:])

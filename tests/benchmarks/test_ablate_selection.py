@@ -4,6 +4,7 @@ import json
 
 import ablate_selection
 import pytest
+from json_files import read_json
 from toy_tasks import OPTIONS, write_task
 
 from trips_examples import run_grounding
@@ -13,7 +14,7 @@ def test_an_evaluation_describes_what_each_selection_layer_keeps(tmp_path):
     run = tmp_path / "run"
     options = ["--schedule=3:text:0.25", "--do_train=False", f"--output_dir={run}"]
     run_grounding.main([*write_task("grounding", tmp_path), *OPTIONS, *options])
-    metrics = json.loads((run / "eval_results.json").read_text())
+    metrics = read_json(run / "eval_results.json")
     for name in ("kept", "entropy", "region_recall"):
         assert f"eval_layer3_{name}" in metrics
     assert 0.25 <= metrics["eval_layer3_coverage"] <= 1
@@ -34,7 +35,7 @@ def arguments(tmp_path):
 @pytest.mark.slow
 def test_each_variant_trains_once_and_is_compared(arguments, tmp_path):
     rows = ablate_selection.main([*arguments, "--max_steps=1"])
-    assert json.loads((tmp_path / "rows.json").read_text()) == rows
+    assert read_json(tmp_path / "rows.json") == rows
     assert [(row["variant"], row["seed"]) for row in rows] == [("text", 3), ("unpruned", 3)]
     assert all(row["command"].startswith("examples/run_grounding.py ") for row in rows)
     assert "eval_layer2_entropy" in rows[0]  # the variant wins

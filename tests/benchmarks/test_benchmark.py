@@ -5,6 +5,7 @@ import json
 import benchmark
 import pytest
 from benchmark import Setting, count_macs, measure
+from json_files import read_json
 
 
 def test_a_schedule_has_a_guidance_and_a_rate_per_layer(tmp_path, capsys):
@@ -16,7 +17,7 @@ def test_a_schedule_has_a_guidance_and_a_rate_per_layer(tmp_path, capsys):
     )
     files = [f"--output_json={path}", f"--config_fields={json.dumps(fields)}"]
     benchmark.main(["--schedule", *schedules, *options.split(), *files])
-    rows = json.loads(path.read_text())
+    rows = read_json(path)
     assert [row["schedule"] for row in rows] == schedules * 2
     assert [row["texts_per_image"] for row in rows] == [1, 1, 3, 3]
     assert rows[0]["tokens_per_layer"] == [65, 34, 34, 11]

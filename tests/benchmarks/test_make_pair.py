@@ -1,9 +1,8 @@
 """`benchmarks/make_pair.py`: labels of patches, and all stages with few steps."""
 
-import json
-
 import make_pair
 import pytest
+from json_files import read_json
 from make_pair import NAMES, patch_labels
 
 from modeling_trips import TripsForQuestionAnswering
@@ -30,7 +29,7 @@ def test_all_stages_run_and_complete_ones_are_kept(tmp_path):
     make_pair.main(options)
     schedules = {}
     for stage in ("small", "unpruned", "model"):
-        results = json.loads((tmp_path / stage / "all_results.json").read_text())
+        results = read_json(tmp_path / stage / "all_results.json")
         assert results["regions_used_for"] == "none"
         model = TripsForQuestionAnswering.from_pretrained(tmp_path / stage)
         schedules[stage] = str(model.config.vision_config.schedule)

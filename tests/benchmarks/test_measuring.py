@@ -1,7 +1,6 @@
 """`benchmarks/measuring.py`: rows have their provenance and are written one by one."""
 
-import json
-
+from json_files import read_json
 from measuring import OutputArguments, run_benchmark
 from places import ROOT
 
@@ -12,11 +11,11 @@ def test_rows_are_written_immediately_with_provenance(tmp_path, monkeypatch):
 
     def measure(args):
         yield {"value": 1}
-        assert [row["value"] for row in json.loads(path.read_text())] == [1]
+        assert [row["value"] for row in read_json(path)] == [1]
         yield {"value": 2, "seed": 5}
 
     rows = run_benchmark(OutputArguments, "Test.", measure, lambda rows, args: None, [f"--output_json={path}"])
-    assert json.loads(path.read_text()) == rows
+    assert read_json(path) == rows
     first, second = rows
     assert first["seed"] is None
     assert second["seed"] == 5

@@ -1,7 +1,6 @@
 """`examples/convert_checkpoint.py`: from a published file to a checkpoint with its processor."""
 
 import argparse
-import json
 import sys
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 import torch
 from albef_reference import TINY, random_checkpoint
 from convert_cases import TEXTS, convert, make_tokenizer
+from json_files import read_json
 from killed import kill_when
 from PIL import Image
 from places import EXAMPLES
@@ -62,7 +62,7 @@ def test_the_folder_loads_with_its_processor_and_a_report(arguments, capsys):
     assert len(processor.post_process_answers(model.generate(**inputs, max_new_tokens=3))) == 4
     assert model.config.decoder_start_token_id == processor.tokenizer.cls_token_id
     assert model.config.decoder_config.eos_token_id == processor.tokenizer.sep_token_id
-    written = json.loads((folder / "conversion_report.json").read_text())
+    written = read_json(folder / "conversion_report.json")
     source = torch.load(arguments["checkpoint"], weights_only=True)["model"]
     assert {*written["used"], *written["left_out"]} == source.keys()
     assert str(report) in capsys.readouterr().out

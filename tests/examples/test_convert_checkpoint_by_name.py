@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from convert_cases import TEXTS, convert, make_tokenizer
+from json_files import read_json
 from PIL import Image
 from random_models import make_random
 from safetensors.torch import load_file, save_file
@@ -110,7 +111,7 @@ def test_the_processor_is_vilts_in_another_resolution(vilt_arguments, tokenizer)
 def test_heads_of_older_versions_of_vilt_are_left_out(vilt_arguments, architectures):
     add_weights(vilt_arguments["checkpoint"], "mlm_score.bias", "itm_score.fc.weight")
     path = vilt_arguments["checkpoint"] / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": architectures}))
+    path.write_text(json.dumps({**read_json(path), "architectures": architectures}))
     report = convert(vilt_arguments)
     heads = {key for key, why in report.left_out.items() if why == "ViLT's heads"}
     assert {"mlm_score.bias", "itm_score.fc.weight", "mlm_score.transform.dense.weight"} <= heads

@@ -1,9 +1,9 @@
 """`examples/evaluate_vlm.py` on questions of a file, and its table."""
 
-import json
 import math
 
 import pytest
+from json_files import read_json
 from loading import write
 from strange_pictures import noise
 from tiny_vlm_processors import conversation, save_tiny_vlm
@@ -63,12 +63,12 @@ def test_questions_are_evaluated_once(checkpoint, questions, tmp_path, capsys, m
     assert smaller["not_supported"] in capsys.readouterr().out
     with monkeypatch.context() as patch:
         patch.setattr(evaluate_vlm, "evaluate", None)  # it would be called for another row
-        assert evaluate_vlm.main(options) == json.loads((tmp_path / "rows.json").read_text())
+        assert evaluate_vlm.main(options) == read_json(tmp_path / "rows.json")
     limited, *_ = evaluate_vlm.main([*options, "--limit=2"])
     assert limited["num_samples"] == 2
     questions.write_text(questions.read_text().replace('"x"', '"y"'))
     assert len(evaluate_vlm.main(options)) == 3
-    assert len(json.loads((tmp_path / "rows.json").read_text())) == 9  # for other settings, and for other questions
+    assert len(read_json(tmp_path / "rows.json")) == 9  # for other settings, and for other questions
 
 
 def test_every_selection_keeps_about_the_same_number(questions, tmp_path):

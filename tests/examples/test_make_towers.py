@@ -1,9 +1,8 @@
 """DINOv2 inside ONNX files: equal outputs, and conversion of the packaged model to a tower of TRIPS."""
 
-import json
-
 import pytest
 import torch
+from json_files import read_json
 from random_models import assert_close, make_random
 from torch import nn
 from transformers import Dinov2Config, Dinov2Model
@@ -49,7 +48,7 @@ def test_packaged_models_become_towers(tmp_path):
     make_towers.main([f"--output_dir={tmp_path / 'towers'}"])
     vision, text = tmp_path / "towers" / "dinov2-small", tmp_path / "towers" / "minilm"
     assert "unknown" in " ".join((vision / "README.md").read_text().split())
-    assert json.loads((vision / "preprocessor_config.json").read_text())["image_mean"] == [0.485, 0.456, 0.406]
+    assert read_json(vision / "preprocessor_config.json")["image_mean"] == [0.485, 0.456, 0.406]
     dinov2 = Dinov2Model.from_pretrained(vision)
     for side in (224, 518):
         model = from_vision_text_pretrained(TripsModel, vision, text, image_size=side, schedule="unpruned")

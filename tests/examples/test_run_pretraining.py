@@ -1,8 +1,7 @@
 """`examples/run_pretraining.py`: training on files and on a stream, and a model for other scripts."""
 
-import json
-
 import pytest
+from json_files import read_json
 from PIL import Image
 from safetensors.torch import load_file
 from toy_pairs import CAPTIONS, COLORS, command
@@ -22,7 +21,7 @@ def test_learns_the_toy_data_and_leaves_a_model_for_other_scripts(files, tmp_pat
         assert metrics[f"eval_features_{name}"] > 1 / 6 + 0.3, (name, metrics)
     for name, most in {"itc": 1.0, "itm": 0.5, "mlm": 1.5, "prefix_lm": 1.5}.items():  # chance: log 6, log 2, log 30
         assert metrics[f"eval_{name}_loss"] < most, metrics
-    assert json.loads((tmp_path / "eval_results.json").read_text())["eval_samples"] == 18
+    assert read_json(tmp_path / "eval_results.json")["eval_samples"] == 18
 
     # The teacher and its queues are in the checkpoints, not in the model that is published.
     teachers = {path.parent.name for path in tmp_path.rglob("momentum*.safetensors")}
@@ -59,10 +58,10 @@ def test_a_stream_of_shards(stream, folder, tmp_path):
     assert config.itc_weight == 1.0
     assert config.itm_weight == 0.5
     assert config.prefix_lm_weight == 0.0
-    state = json.loads((tmp_path / "checkpoint-4/stream_0.json").read_text())
+    state = read_json(tmp_path / "checkpoint-4/stream_0.json")
     (position,) = stream_positions(state["loader"])
     assert position["seen"] == 24
-    log = json.loads((tmp_path / "checkpoint-4/trainer_state.json").read_text())["log_history"]
+    log = read_json(tmp_path / "checkpoint-4/trainer_state.json")["log_history"]
     assert [entry["pairs"] for entry in log if "loss" in entry] == [12, 24]
     # URLs identify the images of a stream in the queue.
     teacher = load_file(tmp_path / "checkpoint-4/momentum.safetensors")

@@ -1,10 +1,10 @@
 """`examples/run_retrieval.py` on a toy data set: results, batches and two processes."""
 
-import json
 from pathlib import Path
 
 import pytest
 import toy_tasks
+from json_files import read_json
 from places import EXAMPLES, HELPERS
 from toy_pairs import TWO_PROCESSES
 from toy_tasks import predictions, run, write_task
@@ -46,8 +46,8 @@ def test_learns_the_toy_data(trained):
         assert metrics[f"eval_{name}"] > 0.9
     assert metrics["eval_samples"] == 10
     assert metrics["eval_images"] == 5
-    assert json.loads((folder / "eval_results.json").read_text())["eval_t2i_r1"] == metrics["eval_t2i_r1"]
-    logs = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    assert read_json(folder / "eval_results.json")["eval_t2i_r1"] == metrics["eval_t2i_r1"]
+    logs = read_json(folder / "trainer_state.json")["log_history"]
     losses = [entry for entry in logs if "loss" in entry]
     for entry in losses:  # both beside their sum
         assert entry["loss"] == pytest.approx(entry["itc_loss"] + entry["itm_loss"], rel=1e-3)
@@ -89,7 +89,7 @@ def test_two_processes_evaluate_as_one(data, trained, tmp_path):
     options = [f"--model={folder}", "--do_train=False", "--rerank_k=3", f"--output_dir={tmp_path}"]
     run(*TWO_PROCESSES, SCRIPT, *data, *OPTIONS, *options)
     assert predictions(tmp_path) == predictions(folder)
-    results = json.loads((tmp_path / "eval_results.json").read_text())
+    results = read_json(tmp_path / "eval_results.json")
     for name, value in results.items():
         if name.startswith("eval_"):
             assert value == expected[name]

@@ -1,11 +1,11 @@
 """All run_*.py scripts: they learn, accumulated gradients equal a larger batch, and two processes evaluate as one."""
 
 import importlib
-import json
 from pathlib import Path
 
 import pytest
 import torch
+from json_files import read_json
 from places import EXAMPLES
 from random_checkpoint import save_random_checkpoint
 from safetensors.torch import load_file
@@ -27,7 +27,7 @@ def main_of(task):
 
 
 def losses_of(folder, name="loss"):
-    logs = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    logs = read_json(folder / "trainer_state.json")["log_history"]
     return [entry[name] for entry in logs if name in entry]
 
 
@@ -101,7 +101,7 @@ def test_the_test_split_is_reported_beside_the_validation_split(task, backbone, 
         assert row["source"].startswith("test.jsonl")
         assert all(Path(path).is_file() for path in row.get("images") or [row["image"]])
     for split, other in (("eval", "test"), ("test", "eval")):
-        results = json.loads((out / f"{split}_results.json").read_text())
+        results = read_json(out / f"{split}_results.json")
         assert f"{split}_{METRICS[task]}" in results
         if task != "grounding":
             assert {f"{split}_collapsed", f"{split}_different_predictions"} <= results.keys()
@@ -135,7 +135,7 @@ def test_two_processes_evaluate_each_row_once(task, backbone, tmp_path):
             assert row_of_two["prediction"] == row["prediction"]
             if task == "nlvr2":
                 assert row_of_two["probability"] == pytest.approx(row["probability"], rel=1e-4)
-    two = json.loads((tmp_path / "two/eval_results.json").read_text())
+    two = read_json(tmp_path / "two/eval_results.json")
     name = f"eval_{METRICS[task]}"
     assert two[name] == pytest.approx(one[name], rel=1e-5)
 

@@ -1,12 +1,12 @@
 """`examples/run_vqa.py` on a toy data set: results, resuming after a kill, and losses that are not finite."""
 
-import json
 import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from json_files import read_json
 from loading import read, write
 from PIL import Image
 from places import HELPERS
@@ -58,7 +58,7 @@ def options_of(data, output_dir, *options):
 def test_learns_the_toy_data_and_leaves_a_model_that_answers(data, tmp_path):
     metrics = run_vqa.main(options_of(data, tmp_path, "--max_steps=100", "--per_device_train_batch_size=12"))
     assert metrics["eval_accuracy"] == 1.0
-    results = json.loads((tmp_path / "eval_results.json").read_text())
+    results = read_json(tmp_path / "eval_results.json")
     assert results["eval_accuracy"] == 1.0
     assert results["seed"] == 42
     assert {"command", "git_commit", "date", "device_name", "num_threads", "torch_version"} <= results.keys()
@@ -118,7 +118,7 @@ def test_a_run_says_what_regions_teach(options, used_for, data, tmp_path, capsys
     options = [f"--train_file={file}", f"--image_root={data}", "--max_steps=1", *options]
     run_vqa.main(options_of(data, tmp_path / "out", *options))
     for name in ("train", "eval"):
-        results = json.loads((tmp_path / "out" / f"{name}_results.json").read_text())
+        results = read_json(tmp_path / "out" / f"{name}_results.json")
         assert results["regions_used_for"] == used_for
         assert results["precision"] == "float32"
         assert results["cpu_capability"]
@@ -158,7 +158,7 @@ def test_resuming_a_finished_run_trains_no_further(options, data, tmp_path, capf
         weights = load_file(tmp_path / "model.safetensors")
         torch.testing.assert_close(weights, expected, rtol=0, atol=0)
         assert {path.name for path in tmp_path.glob("checkpoint-*")} == folders
-        assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 4
+        assert read_json(tmp_path / "trainer_state.json")["global_step"] == 4
     printed = capfd.readouterr().err  # nothing looks like damage
     assert "missing keys" not in printed
     assert "do not match" not in printed

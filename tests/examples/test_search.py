@@ -1,11 +1,11 @@
 """`search.py`: the features of photos, kept for the next search, and their order, against single pairs."""
 
-import json
 import shutil
 
 import pytest
 import torch
 from archives import write_tar
+from json_files import read_json
 from PIL import Image
 from places import EXAMPLES
 from tiny_collection import TEXTS, encoded, save_model, write_images, write_parquet
@@ -37,7 +37,7 @@ def found_by(checkpoint, folder, *options):
     places = [folder / "images", folder / "rows.parquet", folder / "shard.tar"]
     files = ["--picture", folder / "found.png", "--output_json", output]
     search.main(list(map(str, ["--model", checkpoint, "--images", *places, *files, *options])))
-    return json.loads(output.read_text())
+    return read_json(output)
 
 
 def image_of(source):

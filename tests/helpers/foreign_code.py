@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from json_files import read_json
+
 
 def name_foreign_code(checkpoint: Path):
     """Add references to foreign code to all configurations in `checkpoint`, which stays loadable."""
@@ -18,7 +20,7 @@ def name_foreign_code(checkpoint: Path):
     def edit(name: str, change):
         path = checkpoint / name
         if path.is_file():
-            fields = json.loads(path.read_text())
+            fields = read_json(path)
             change(fields)
             fields["nested"] = {"deeper": [{**code}]}
             path.write_text(json.dumps(fields))

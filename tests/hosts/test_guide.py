@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from json_files import read_json
 from safetensors.torch import load_file, save_file
 
 from modeling_trips.hosts import TextGuide
@@ -44,7 +45,7 @@ def test_other_weights_are_refused(folder, change):
 
 
 def test_sizes_are_checked_before_memory_is_taken(folder):
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     (folder / "config.json").write_text(json.dumps(config | {"text_hidden_size": 10**12}))
     with pytest.raises(ValueError):  # 512 TB
         TextGuide.from_pretrained(folder)

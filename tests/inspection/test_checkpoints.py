@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from json_files import read_json
 from loopback_hub import LoopbackHub, Repository
 from random_checkpoint import save_random_checkpoint
 from safetensors.torch import load_file, save_file
@@ -50,7 +51,7 @@ def edit(name, **fields):
 
     def write(folder):
         path = folder / name
-        content = json.loads(path.read_text()) if path.exists() else {}
+        content = read_json(path) if path.exists() else {}
         for field, value in fields.items():
             part, is_nested, own = field.partition("__")
             (content[part] if is_nested else content)[own if is_nested else field] = value

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from json_files import read_json
 from PIL import Image
 from places import ROOT
 from programs import output_of
@@ -31,7 +32,7 @@ def run_stranger(python, checkpoints, image, folder, **environment):
     folder.mkdir()
     auto_classes = {}
     for head, path in checkpoints.items():
-        auto_map = json.loads((path / "config.json").read_text())["auto_map"]
+        auto_map = read_json(path / "config.json")["auto_map"]
         auto_classes[head] = [name for name in auto_map if name in MODELS]
     source = next(iter(checkpoints.values())).parent
     variables = {"HF_HOME": str(folder / "home"), **environment}  # a fresh cache of remote code
@@ -68,8 +69,8 @@ def assert_same_repository(again, folder):
     for path in folder.iterdir():
         if path.name not in ("config.json", "tokenizer_config.json"):  # loading adds fields to these files
             assert (again / path.name).read_bytes() == path.read_bytes(), path
-    config = json.loads((folder / "config.json").read_text())
-    config_again = json.loads((again / "config.json").read_text())
+    config = read_json(folder / "config.json")
+    config_again = read_json(again / "config.json")
     for name in ("architectures", "auto_map", "custom_pipelines"):
         assert config_again.get(name) == config.get(name), folder
 

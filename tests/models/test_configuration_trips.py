@@ -4,6 +4,7 @@ import json
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
+from json_files import read_json
 from schedules import rates_of
 
 from modeling_trips import (
@@ -95,7 +96,7 @@ def test_round_trip_through_a_file(tmp_path):
     assert loaded.to_diff_dict() == config.to_diff_dict()
     vision = loaded.vision_config
     assert vision.schedule == SelectionSchedule.parse("2:image:0.3")
-    assert json.loads((tmp_path / "config.json").read_text())["vision_config"]["schedule"] == "2:image:0.3"
+    assert read_json(tmp_path / "config.json")["vision_config"]["schedule"] == "2:image:0.3"
     assert not vision.fuse_inattentive_tokens
     assert type(vision) is TripsVisionConfig
     assert type(loaded.text_config) is TripsTextConfig
@@ -144,7 +145,7 @@ def test_selection_fields_can_be_given_beside_a_part():
 def test_the_lists_of_an_earlier_version_are_read_and_replaced(lists, expected, tmp_path):
     TripsConfig(**SMALL).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
-    content = json.loads(path.read_text())
+    content = read_json(path)
     del content["vision_config"]["schedule"]
     content["vision_config"] |= lists
     path.write_text(json.dumps(content))

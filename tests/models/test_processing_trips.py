@@ -1,11 +1,11 @@
 """The processor: images, texts, image_index, answers, construction and saving."""
 
 import io
-import json
 
 import numpy as np
 import pytest
 import torch
+from json_files import read_json
 from PIL import Image
 from strange_pictures import encoded, noise
 from tiny_processors import CLS, PAD, SEP, VOCABULARY, WORDS, make_bert_tokenizer, make_processor
@@ -171,7 +171,7 @@ def test_cleaning_by_hand():
 def test_texts_are_cleaned_and_answers_are_not(tokenizer, tmp_path, text_cleaning, cleaned):
     saved = TripsProcessor(tokenizer=tokenizer, text_cleaning=text_cleaning)
     saved.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "processor_config.json").read_text())["text_cleaning"] == text_cleaning
+    assert read_json(tmp_path / "processor_config.json")["text_cleaning"] == text_cleaning
     expected = tokenizer(cleaned)["input_ids"]
     assert tokenizer.mask_token_id in expected
     answer = tokenizer(TEXT, add_special_tokens=False)["input_ids"]

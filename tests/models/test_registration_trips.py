@@ -1,7 +1,6 @@
 """Auto classes, pipelines and examples of all heads, and the `auto_map` of saved checkpoints."""
 
 import doctest
-import json
 import re
 import shutil
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 import transformers
 from foreign_code import name_foreign_code
+from json_files import read_json
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoProcessor, pipeline
 
@@ -36,7 +36,7 @@ def test_the_example_of_each_head_runs(model_class):
 
 
 def read_config(folder):
-    return json.loads((folder / "config.json").read_text())
+    return read_json(folder / "config.json")
 
 
 def test_auto_classes_make_the_class_of_the_checkpoint(checkpoints):

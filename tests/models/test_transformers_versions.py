@@ -1,6 +1,5 @@
 """Supported releases of Transformers: one range everywhere, and the lowest release trains, answers and patches."""
 
-import json
 import os
 import subprocess
 import tomllib
@@ -9,6 +8,7 @@ import pytest
 import transformers
 import yaml
 from clean_environment import make_environment
+from json_files import read_json
 from packaging.requirements import Requirement
 from packaging.version import Version
 from places import EXAMPLES, HELPERS, ROOT
@@ -78,6 +78,6 @@ def test_the_lowest_release_trains_answers_and_patches(tmp_path):
     python = make_environment(ROOT / "build" / f"transformers-{LOWEST}-project", packages, exclude_project=False)
     options = [*write_task("vqa", tmp_path), *OPTIONS, "--max_steps=1", f"--output_dir={tmp_path / 'model'}"]
     output_of(python, "-I", "-c", SMOKE, EXAMPLES, HELPERS, tmp_path, *options, cwd=tmp_path)
-    said = json.loads((tmp_path / "said.json").read_text())
+    said = read_json(tmp_path / "said.json")
     assert said["release"] == f"{LOWEST}.0" and said["answers"] == ["purple"] and said["layers"]
     assert (tmp_path / "model/model.safetensors").is_file()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from foreign_code import name_foreign_code
 from huggingface_hub import HfApi, snapshot_download
+from json_files import read_json
 from loopback_hub import LoopbackHub
 from PIL import Image
 from places import ROOT
@@ -96,8 +97,8 @@ def test_the_tokenizer_s_files_are_those_of_the_model_alone(checkpoint, tmp_path
     processor(images=Image.new("RGB", (64, 64)), text="what color is it?", return_tensors="pt")
     processor.tokenizer.save_pretrained(checkpoint)  # with the padding of this batch
     target = dry_run(checkpoint, tmp_path / "target")
-    assert json.loads((target / "tokenizer.json").read_text())["padding"] is None
-    assert not {"is_local", "local_files_only"} & json.loads((target / "tokenizer_config.json").read_text()).keys()
+    assert read_json(target / "tokenizer.json")["padding"] is None
+    assert not {"is_local", "local_files_only"} & read_json(target / "tokenizer_config.json").keys()
 
 
 def test_private_does_not_publish_into_a_public_repository(hub, checkpoint):

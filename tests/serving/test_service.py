@@ -152,8 +152,7 @@ def test_documented_command_sends_a_photo(service, tmp_path):
     command = command.replace("127.0.0.1:3000", f"127.0.0.1:{service.port}")
 
     def answers(folder):
-        result = subprocess.run(["sh", "-c", command], cwd=folder, capture_output=True, text=True)
-        (found,) = json.loads(result.stdout)["answers"]
+        (found,) = json.loads(output_of("sh", "-c", command, cwd=folder))["answers"]
         return [one["answer"] for one in found]
 
     assert answers(ROOT)[0] == "purple"
@@ -242,8 +241,7 @@ def test_the_documentation_shows_all_fields_and_a_command_that_runs(service, pag
     assert "4" in page.inner_text("tr:has(code:text-is('questions'))")  # TRIPS_MAX_TEXTS of this service
     headings = page.locator("h2").all_text_contents()
     assert {heading.split()[1] for heading in headings} == set(document["paths"])
-    result = subprocess.run(["sh", "-c", f"{page.inner_text('pre')} --silent"], capture_output=True, text=True)
-    assert json.loads(result.stdout)["answers"], result.stderr
+    assert json.loads(output_of("sh", "-c", f"{page.inner_text('pre')} --silent"))["answers"]
 
 
 def test_slow_bodies_time_out(service):

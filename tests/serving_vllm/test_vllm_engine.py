@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from clean_environment import make_environment
+from json_files import read_json
 from packaging.requirements import Requirement
 from PIL import Image
 from places import ROOT
@@ -119,7 +120,7 @@ def run_jobs(python, jobs, folder):
     (folder / "jobs.json").write_text(json.dumps(jobs), "utf-8")
     command = [python, ROOT / "tests" / "helpers" / "run_vllm.py", folder / "jobs.json", folder / "results.json"]
     subprocess.run(command, env={**os.environ, **VARIABLES}, check=True)
-    return json.loads((folder / "results.json").read_text("utf-8"))
+    return read_json(folder / "results.json")
 
 
 def make_job(vlm, overrides, options):
@@ -231,7 +232,7 @@ def test_a_time_step_of_a_video_is_selected_as_an_image(python, served, tmp_path
 def test_positions_under_model_runner_v2_match_transformers(python, tmp_path):
     helper = ROOT / "tests" / "helpers" / "run_vllm_pruner.py"
     subprocess.run([python, helper, tmp_path / "result.json"], env={**os.environ, **VARIABLES}, check=True)
-    result = json.loads((tmp_path / "result.json").read_text("utf-8"))
+    result = read_json(tmp_path / "result.json")
     assert result["requests"] == 600 and result["at_the_end"] > 50 and not result["wrong"]
 
 

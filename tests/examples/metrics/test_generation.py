@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from json_files import read_json
 from strange_pictures import noise
 from tiny_vlm_processors import conversation, make_llava_processor, save_tiny_vlm
 from tiny_vlms import BY_NAME
@@ -126,7 +127,7 @@ def test_lower_resolution_of_images_of_any_size(folders):
 
 def test_code_and_pickles_of_a_checkpoint_are_not_loaded(tmp_path):
     folder = save_tiny_vlm("llava", tmp_path / "foreign")
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     reference = f"{tmp_path}--foreign.Foreign"
     config["model_type"] = "foreign"
     config["auto_map"] = {"AutoConfig": reference, "AutoModelForImageTextToText": reference}

@@ -1,6 +1,5 @@
 """Training in several processes with each configuration of examples/configs gives the weights of one process."""
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from clean_environment import make_environment
+from json_files import read_json
 from loading import write
 from PIL import Image
 from places import HELPERS, ROOT
@@ -134,7 +134,7 @@ def test_two_processes_match_one_in_run_vqa(name, options, one_process, tmp_path
     # The checkpoint has the code of its class, also after wrapping.
     code = {path.name for path in one_process.glob("*.py")}
     assert code and code == {path.name for path in tmp_path.glob("*.py")}
-    config, expected_config = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, one_process))
+    config, expected_config = (read_json(folder / "config.json") for folder in (tmp_path, one_process))
     for field in ("architectures", "auto_map", "custom_pipelines"):
         assert config[field] == expected_config[field]
 

@@ -1,12 +1,12 @@
 """Pre-training in several processes and after a kill gives the result of one uninterrupted process."""
 
-import json
 import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from json_files import read_json
 from killed import kill_when
 from places import ROOT
 from programs import output_of
@@ -84,7 +84,7 @@ def test_the_slurm_script_trains_on_two_nodes(folder, parts, tmp_path):
         steps = [f"--max_steps={step}", "--save_steps=2", "--disable_tqdm=True"]
         printed = output_of("bash", script, *options, *steps, cwd=ROOT, variables=slurm)
         assert printed.count("'loss'") == 4  # from each node
-    states = [json.loads((tmp_path / f"out/checkpoint-4/stream_{rank}.json").read_text()) for rank in (0, 1)]
+    states = [read_json(tmp_path / f"out/checkpoint-4/stream_{rank}.json") for rank in (0, 1)]
     assert [state["num_processes"] for state in states] == [2, 2]
     seen = [position["seen"] for state in states for position in stream_positions(state["loader"])]
     assert seen == [12, 12]

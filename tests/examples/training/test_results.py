@@ -1,8 +1,7 @@
 """The results of a run: the files, the few lines at the end, and the pictures."""
 
-import json
-
 import pytest
+from json_files import read_json
 from loading import read, write
 from PIL import Image
 from toy_tasks import OPTIONS, write_task
@@ -37,14 +36,14 @@ def run(tmp_path_factory):
 
 def test_the_results_begin_with_what_matters(run):
     for split in ("eval", "test"):
-        results = json.loads((run / f"{split}_results.json").read_text())
+        results = read_json(run / f"{split}_results.json")
         assert next(iter(results)) == "summary"
         summary = "\n".join(results["summary"])
         assert f"{results[f'{split}_accuracy']:.1%}" in summary and " 7 of 64 patches" in summary
         for what in ("text", "image"):
             assert f"({results[f'{split}_layer3_{what}_sensitivity']:.2f})" in summary
         assert (results["schedule"], results["precision"]) == ("2:text:0.3,3:text:0.3", "float32")
-    results = json.loads((run / "all_results.json").read_text())
+    results = read_json(run / "all_results.json")
     assert {"test_accuracy", "eval_accuracy", "train_loss"} <= results.keys()
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset, Image, List
+from json_files import read_json
 
 from trips_examples.training.files import only_writer, write_predictions
 
@@ -30,7 +31,7 @@ def test_both_images_of_a_statement_are_named(tmp_path):
     rows = Dataset.from_dict({"images": [pair], "image_ids": [["l", "r"]], "label": [1]})
     rows = rows.cast_column("images", List(Image()))
     write_predictions(tmp_path, rows, ["label"], [{"prediction": 1}])
-    line = json.loads((tmp_path / "predictions.jsonl").read_text())
+    line = read_json(tmp_path / "predictions.jsonl")
     assert line == {"label": 1, "images": ["left.png", "r"], "prediction": 1}
 
 

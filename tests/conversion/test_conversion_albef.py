@@ -74,7 +74,7 @@ QKV = "visual_encoder.blocks.3.attn.qkv.weight"
 
 
 @pytest.mark.parametrize(
-    ("key", "weight"),
+    "key, weight",
     [
         (QKV, None),  # is missing
         ("text_encoder.encoder.layer.2.adapter.weight", torch.zeros(2)),

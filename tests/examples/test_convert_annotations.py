@@ -130,7 +130,7 @@ def test_the_training_scripts_read_what_it_writes(folder, name):
 
 
 @pytest.mark.parametrize(
-    ("contents", "named"),
+    "contents, named",
     [
         ({"questions.json": QUESTIONS}, "annotations of VQAv2"),
         ({"captions.json": CAPTIONS, "refs.json": REFS}, "captions of COCO"),

@@ -9,7 +9,7 @@ from places import EXAMPLES
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("given", "policy"), [("", "PASSIVE"), ("active", "ACTIVE")], ids=["default", "of the user"])
+@pytest.mark.parametrize("given, policy", [("", "PASSIVE"), ("active", "ACTIVE")], ids=["default", "of the user"])
 def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(given, policy):
     environment = {**os.environ, "OMP_DISPLAY_ENV": "VERBOSE", "OMP_WAIT_POLICY": given}
     environment = {name: value for name, value in environment.items() if value}

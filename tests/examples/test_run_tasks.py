@@ -41,7 +41,7 @@ def backbone(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "steps"), [("captions", 120), ("nlvr2", 150), ("grounding", 200)])
+@pytest.mark.parametrize("task, steps", [("captions", 120), ("nlvr2", 150), ("grounding", 200)])
 def test_learns_the_toy_data_and_leaves_a_model_that_is_loaded(task, steps, tmp_path):
     folder = tmp_path / "out"
     options = [*write_task(task, tmp_path), *OPTIONS, "--per_device_train_batch_size=10"]

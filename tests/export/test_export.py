@@ -108,7 +108,7 @@ def test_retrieval_matches_pairs_and_compares_features(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    "changes, message",
     [
         ({"output_attentions": True}, "`output_attentions`"),
         ({"input_ids": torch.ones(4, 13, dtype=torch.long)}, "13 tokens"),

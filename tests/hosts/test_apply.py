@@ -165,7 +165,7 @@ def test_importing_loads_no_model_modules():
 
 
 @pytest.mark.parametrize(
-    ("make_model", "schedule", "error"),
+    "make_model, schedule, error",
     [
         (lambda: nn.Linear(2, 2), "1:image:0.5", TypeError),
         (lambda: make_clip(CLIPForImageClassification), "1:image:0.5", TypeError),

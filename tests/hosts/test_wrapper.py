@@ -106,7 +106,7 @@ def test_replaced_forward_passes_raise(wrap, schedule):
 
 
 @pytest.mark.parametrize(
-    ("schedule", "options"),
+    "schedule, options",
     [
         (None, {}),
         ("3:image:0.5", {}),  # LLaVA uses the states of the layer before the last one

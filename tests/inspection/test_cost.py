@@ -20,7 +20,7 @@ def config_of(schedule, **fields):
 
 
 @pytest.mark.parametrize(
-    ("text", "fields"),
+    "text, fields",
     [
         ("2:image:0.5,3:image:0.5", {}),
         ("2:random:0.5,4:text:0.25", {}),

@@ -59,7 +59,7 @@ def test_sensitivity_to_the_image_compares_rows_of_different_images():
         image_sensitivity(selection, torch.tensor([0, 0, 0]), num_patches=4)
 
 
-@pytest.mark.parametrize(("value", "words"), [(0.03, "the same"), (0.2, "nearly the same"), (0.66, "different")])
+@pytest.mark.parametrize("value, words", [(0.03, "the same"), (0.2, "nearly the same"), (0.66, "different")])
 def test_sensitivities_are_said_in_words(value, words):
     (text,) = describe_sensitivities(value, None)
     assert text == f"Two texts about one image keep {words} patches ({value:.2f})."

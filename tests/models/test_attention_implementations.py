@@ -109,7 +109,7 @@ def assert_equals_eager(case, inputs, attn_implementation):
 
 @each_model
 @pytest.mark.parametrize(
-    ("attn_implementation", "padded"),
+    "attn_implementation, padded",
     [("sdpa", True), ("flex_attention", True), ("flash_in_torch", True), ("flash_in_torch", False)],
 )
 @torch.no_grad()

@@ -33,7 +33,7 @@ def test_nothing_waits_for_the_device(case, gate):
         loss_of(model(**inputs)).backward()
 
 
-@pytest.mark.parametrize(("attn_implementation", "forms_a_map"), [("sdpa", False), ("eager", True)])
+@pytest.mark.parametrize("attn_implementation, forms_a_map", [("sdpa", False), ("eager", True)])
 @torch.no_grad()
 def test_no_attention_map_is_formed_with_fused_kernels(attn_implementation, forms_a_map):
     with LargestSquare(num_tokens=65) as mode:
@@ -56,7 +56,7 @@ def batches(case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("case", "fields"),
+    "case, fields",
     [
         # Pre-training is left out, because its model only returns losses.
         *((case, {}) for case in CASES if case.model_class is not TripsForPreTraining),

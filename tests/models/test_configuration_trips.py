@@ -126,7 +126,7 @@ def test_selection_fields_can_be_given_beside_a_part():
 
 
 @pytest.mark.parametrize(
-    ("lists", "expected"),
+    "lists, expected",
     [
         ({"selection_layers": [2, 3], "keep_rate": 1.0, "selection_guidance": "text"}, "unpruned"),
         ({"selection_layers": [], "keep_rate": 0.7, "selection_guidance": "text"}, "unpruned"),

@@ -77,7 +77,7 @@ def test_an_eps_image_starts_no_program(tmp_path, monkeypatch):
     assert not started.exists()
 
 
-@pytest.mark.parametrize(("size", "scale"), [((800, 600), 1), ((801, 600), 2), ((1599, 1199), 2), ((6300, 4700), 8)])
+@pytest.mark.parametrize("size, scale", [((800, 600), 1), ((801, 600), 2), ((1599, 1199), 2), ((6300, 4700), 8)])
 def test_a_large_jpeg_is_scaled_as_it_is_decoded(size, scale):
     left = Image.new("RGB", size, "red")
     left.paste("blue", (size[0] // 2, 0, *size))
@@ -108,7 +108,7 @@ def test_a_heic_photo_without_its_reader_names_the_package(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("mode", "color", "expected"),
+    "mode, color, expected",
     [
         ("1", 1, (255, 255, 255)),
         ("LA", (77, 0), (255, 255, 255)),
@@ -129,7 +129,7 @@ def test_every_mode_becomes_rgb(mode, color, expected):
     assert image.mode == mode and converted is not image
 
 
-@pytest.mark.parametrize(("transparent", "expected"), [(0, (10, 20, 30)), (1, (255, 255, 255))])
+@pytest.mark.parametrize("transparent, expected", [(0, (10, 20, 30)), (1, (255, 255, 255))])
 def test_a_transparent_color_of_a_palette_is_white(transparent, expected):
     image = Image.new("P", (2, 2), 1)
     image.putpalette([0, 0, 0, 10, 20, 30])

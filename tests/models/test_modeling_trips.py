@@ -45,7 +45,7 @@ def test_a_changed_field_of_the_vision_tower_takes_effect_and_is_what_is_saved(t
     assert kept_by(loaded(**inputs)) == kept_by(changed)
 
 
-@pytest.mark.parametrize(("schedule", "word"), [("1:text:1.5", "keep_rate"), ("1,4", "1..3")])
+@pytest.mark.parametrize("schedule, word", [("1:text:1.5", "keep_rate"), ("1,4", "1..3")])
 def test_a_wrong_schedule_of_the_configuration_is_refused(schedule, word):
     model = CASE.make_model()
     with pytest.raises(ValueError, match=word):
@@ -139,7 +139,7 @@ WRONG_RATES = [("2", rate) for rate in (0, -0.5, 1.5, True, "all", float("nan"))
 WRONG_RATES += [("unpruned", 0.5), ("1,3", 0.5)]  # not one layer
 
 
-@pytest.mark.parametrize(("schedule", "keep_rate"), WRONG_RATES)
+@pytest.mark.parametrize("schedule, keep_rate", WRONG_RATES)
 def test_a_wrong_keep_rate_is_refused(schedule, keep_rate):
     with pytest.raises(ValueError, match="keep_rate"):
         CASE.make_model(schedule=schedule)(**CASE.make_inputs(), keep_rate=keep_rate)

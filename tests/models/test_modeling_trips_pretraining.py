@@ -17,7 +17,7 @@ from modeling_trips.modeling_trips_pretraining import matching_pairs
 
 
 @pytest.mark.parametrize(
-    ("off", "unused"),
+    "off, unused",
     [
         (None, set()),
         ("itc_weight", {"vision_proj", "temp"}),

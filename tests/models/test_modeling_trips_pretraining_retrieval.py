@@ -138,7 +138,7 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize(("image_ids", "odds_by_image", "odds_by_text"), PAIRS, ids=["distinct", "twice"])
+@pytest.mark.parametrize("image_ids, odds_by_image, odds_by_text", PAIRS, ids=["distinct", "twice"])
 def test_the_contrastive_loss_by_hand(image_ids, odds_by_image, odds_by_text):
     losses = [math.log(odds) for odds in (*odds_by_image, *odds_by_text)]
     loss = loss_of(SCORES.log(), ids(*image_ids), ids(*image_ids), torch.tensor([0.5]))
@@ -160,7 +160,7 @@ FAR = [1000.0, -1000.0, -1000.0 + math.log(3)]
 
 
 @pytest.mark.parametrize(
-    ("logits", "same_image", "expected"),
+    "logits, same_image, expected",
     [(HALVES, 0, [0, 0.5, 0.25, 0.25]), (HALVES, 2, [4 / 7, 2 / 7, 0, 1 / 7]), (FAR, 0, [0, 0.25, 0.75])],
 )
 def test_negatives_are_drawn_by_the_softmax_of_the_others(logits, same_image, expected, num_draws=40_000):

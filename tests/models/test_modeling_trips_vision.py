@@ -135,7 +135,7 @@ def make_inputs():
 
 
 @pytest.mark.parametrize(
-    ("schedule", "rows", "rows_of_fusion"),
+    "schedule, rows, rows_of_fusion",
     [
         ("2:image:0.6,3:text:0.6", [(2, 2), (2, 2), (2, 4)], 4),  # patches are chosen between a layer's two halves
         ("2:text:0.6,3:image:0.6", [(2, 2), (2, 4), (4, 4)], 4),

@@ -303,7 +303,7 @@ def test_transparent_pixels_are_white_by_every_road(oracle, captioner, classifie
 
 
 @pytest.mark.parametrize(
-    ("question", "options", "item"),
+    "question, options, item",
     [
         (None, {}, "question"),
         (["is it red?", "  "], {}, "'  '"),

@@ -166,7 +166,7 @@ def test_cleaning_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("text_cleaning", "cleaned"), [(None, TEXT), ("albef_question", QUESTION), ("albef_caption", CAPTION)]
+    "text_cleaning, cleaned", [(None, TEXT), ("albef_question", QUESTION), ("albef_caption", CAPTION)]
 )
 def test_texts_are_cleaned_and_answers_are_not(tokenizer, tmp_path, text_cleaning, cleaned):
     saved = TripsProcessor(tokenizer=tokenizer, text_cleaning=text_cleaning)

@@ -62,7 +62,7 @@ def test_an_index_out_of_the_grid_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("option", "value"),
+    "option, value",
     [
         ("size", {"longest_edge": 32}),
         ("size", {"shortest_edge": 32, "longest_edge": 64}),
@@ -82,7 +82,7 @@ def test_predictions_beyond_the_image_are_clipped():
 
 
 @pytest.mark.parametrize(
-    ("image_processor", "expected"),
+    "image_processor, expected",
     [(SQUASH, [0.5, 0.5, 1.0, 1.0]), (PAD, [0.5, 0.5, 40 / 128, 80 / 128])],
     ids=["squash", "pad"],
 )
@@ -119,7 +119,7 @@ def test_labels_agree_with_the_pixels(image_processor):
 
 
 @pytest.mark.parametrize(
-    ("image_processor", "box"),
+    "image_processor, box",
     [
         (SQUASH, [10, 10, 10, 20]),  # no area
         (SQUASH, [10, 10, 20, 82]),

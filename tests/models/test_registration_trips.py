@@ -68,7 +68,7 @@ def test_saving_names_no_code_of_others_in_the_configuration(checkpoints, tmp_pa
         assert read_config(tmp_path / "saved")[field] == read_config(original)[field]
 
 
-@pytest.mark.parametrize(("part_class", "part"), [(TripsVisionModel, "vision_model"), (TripsTextModel, "text_model")])
+@pytest.mark.parametrize("part_class, part", [(TripsVisionModel, "vision_model"), (TripsTextModel, "text_model")])
 def test_parts_load_from_the_checkpoint_of_a_whole_model(checkpoints, tmp_path, part_class, part):
     folder = checkpoints["TripsForQuestionAnswering"]
     weights = load_file(folder / "model.safetensors")

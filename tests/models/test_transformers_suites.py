@@ -76,7 +76,7 @@ def run_suite(tree, file, names):
 
 
 @pytest.mark.parametrize(
-    ("file", "names"),
+    "file, names",
     [
         pytest.param("model_suites.py", MAIN_MODELS, marks=pytest.mark.slow),
         pytest.param("model_suites.py", OTHER_MODELS, marks=pytest.mark.release),

@@ -67,7 +67,7 @@ def test_scores_are_the_probabilities_that_texts_match(handlers):
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"),
+    "name, parameters",
     [
         *((QA, {"num_beams": value}) for value in (0, 11, 10**30, True, "5")),
         (QA, {"max_new_tokens": 129}),
@@ -86,7 +86,7 @@ def test_unsupported_parameters_raise(name, parameters, handlers):
 
 
 @pytest.mark.parametrize(
-    ("name", "field", "value"),
+    "name, field, value",
     [
         (QA, "question", ["red?"] * (MAX_TEXTS + 1)),
         (QA, "question", None),

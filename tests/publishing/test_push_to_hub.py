@@ -133,7 +133,7 @@ def change_weights(folder, value):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "named"),
+    "spoil, named",
     [
         (make_headless, "TripsVisionModel"),
         (lambda folder: change_weights(folder, None), "lm_head.dense.bias"),
@@ -150,7 +150,7 @@ def test_unsuitable_folders_raise(spoil, named, checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "fields"),
+    "name, fields",
     [
         ("config.json", {"vision_config": {"auto_map": {"AutoModel": "mallory/foreign--modeling.Model"}}}),
         ("config.json", {"custom_pipelines": {"text-generation": {"impl": "mallory/foreign--pipeline.Pipeline"}}}),

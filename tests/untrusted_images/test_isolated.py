@@ -79,7 +79,7 @@ def test_accepted_files_give_what_pillow_reads(decode, data):
 
 
 @pytest.mark.parametrize(
-    ("data", "reason"),
+    "data, reason",
     [
         (b"", "empty"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n", "format"),

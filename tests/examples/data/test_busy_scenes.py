@@ -140,7 +140,7 @@ def test_statements_are_true_of_their_scenes_and_the_text_alone_does_not_tell():
         assert max(counts.values()) / counts.total() < 0.65
 
 
-@pytest.mark.parametrize(("task", "grid"), [("vqa", 1), ("captions", 2), ("nlvr2", 2), ("grounding", 4)])
+@pytest.mark.parametrize("task, grid", [("vqa", 1), ("captions", 2), ("nlvr2", 2), ("grounding", 4)])
 def test_rows_are_those_of_the_records(task, grid):
     column = TASKS[task].text
     loaded = load(task, grid=grid, seed=5, train_scenes=6, validation_scenes=2, test_scenes=3)

@@ -131,7 +131,7 @@ STRAY = "image,question,answer\na.png,what?,red\na.png,{}\na.png,why?,blue\na.pn
 
 
 @pytest.mark.parametrize(
-    ("content", "number"),
+    "content, number",
     [
         ("image,question,answer\na.png,what, then?,red\n", 1),  # `load_dataset` shifts all columns
         (STRAY.format('how?,"red', "where?,red"), 2),  # a quote that no other one closes
@@ -235,7 +235,7 @@ def test_files_that_cannot_be_read(folder):
 
 
 @pytest.mark.parametrize(
-    ("task", "given", "option"),
+    "task, given, option",
     [
         ("vqa", {"image_root": "."}, "image_root"),
         ("nlvr2", {"grid": 1}, "grid"),

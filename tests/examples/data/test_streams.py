@@ -102,7 +102,7 @@ def test_processes_share_the_pairs(tars, num_processes):
 
 
 @pytest.mark.parametrize(
-    ("index", "num_processes", "block_bytes"), [(0, 1, 10**9), (1, 2, 10**9), (4, 6, 10**9), (0, 1, 2000)]
+    "index, num_processes, block_bytes", [(0, 1, 10**9), (1, 2, 10**9), (4, 6, 10**9), (0, 1, 2000)]
 )
 def test_a_stream_continues_after_any_pair(tars, index, num_processes, block_bytes, monkeypatch):
     """Also where blocks end early."""
@@ -323,7 +323,7 @@ def forged(name, size, kind=tarfile.REGTYPE):
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
 @pytest.mark.parametrize("size", [1 << 40, -512, -(1 << 40)])
 @pytest.mark.parametrize(
-    ("name", "kind"),
+    "name, kind",
     [
         ("b.png", tarfile.REGTYPE),
         ("b.mp4", tarfile.REGTYPE),

@@ -20,7 +20,7 @@ def module(metric):
 
 
 @pytest.mark.parametrize(
-    ("caption", "words"),
+    "caption, words",
     [
         ("A Dog runs, fast.", "a dog runs fast"),
         ("it isn't the dog's ball", "it is n't the dog 's ball"),
@@ -63,7 +63,7 @@ LANGUAGES = {
 
 
 @pytest.mark.parametrize(
-    ("language", "use_java"),
+    "language, use_java",
     [*((name, False) for name in LANGUAGES), pytest.param("Chinese", True, marks=pytest.mark.slow)],
 )
 def test_right_captions_score_alike_in_every_language(language, use_java, metric, module):

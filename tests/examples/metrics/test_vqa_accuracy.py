@@ -10,7 +10,7 @@ from trips_examples.metrics.vqa_accuracy import VqaAccuracy, answer_score, exact
 
 
 @pytest.mark.parametrize(
-    ("text", "normalized"),
+    "text, normalized",
     [
         ("the red.", "red"),
         ("A dog, an owl and the cat!", "dog owl and cat"),

@@ -64,7 +64,7 @@ def test_fsdp_shards_only_layers(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "prefix"), [("ddp", "DistributedDataParallel"), ("fsdp2", "FSDPTrips")])
+@pytest.mark.parametrize("name, prefix", [("ddp", "DistributedDataParallel"), ("fsdp2", "FSDPTrips")])
 def test_two_processes_train_every_model_as_one(name, prefix):
     """DDP does not look for unused parameters, so that a missing gradient would be an error."""
     printed = [line for line in launch(name, str(HELPERS / "train_cases.py")).splitlines() if line.startswith(prefix)]

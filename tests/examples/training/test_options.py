@@ -40,7 +40,7 @@ class Options:
             raise ValueError("--rate is too large")
 
 
-@pytest.mark.parametrize(("options", "word"), [(["--rate=2"], "--rate is too large"), (["--rat3=1"], "--rat3")])
+@pytest.mark.parametrize("options, word", [(["--rate=2"], "--rate is too large"), (["--rat3=1"], "--rat3")])
 def test_wrong_options_exit_without_a_traceback(options, word, monkeypatch, capsys):
     of_options = make_parser(Options, description="A script.")
     monkeypatch.setattr("sys.argv", ["script.py", *options])
@@ -78,7 +78,7 @@ def circle_of_causes():
 
 
 @pytest.mark.parametrize(
-    ("main", "word"),
+    "main, word",
     [
         (lambda: ModelArguments(selection_gate=2.0), "--selection_gate"),
         (lambda: open("nowhere.txt"), "nowhere.txt"),

@@ -40,7 +40,7 @@ def test_missing_objectives_and_tokenizer_raise(files, stream, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
+    "options, named",
     [
         (["--train_shards=a.tar"], "--max_steps"),
         (["--train_shards=a.tar", "--max_steps=1"], "--validation_file"),

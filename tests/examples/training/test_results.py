@@ -90,7 +90,7 @@ def test_a_sheet_has_rows_of_four(tmp_path):
         assert ((255, 0, 0) in area.getdata()) == is_filled
 
 
-@pytest.mark.parametrize(("steps", "panels"), [([], 1), ([10, 10], 1), ([5, 10], 2)])
+@pytest.mark.parametrize("steps, panels", [([], 1), ([10, 10], 1), ([5, 10], 2)])
 def test_evaluations_are_drawn_if_there_are_two(steps, panels, tmp_path):
     history = [{"step": step, "loss": 1 / step} for step in range(1, 11)]
     history += [{"step": step, "eval_accuracy": 0.5, "eval_loss": 1.0} for step in steps]

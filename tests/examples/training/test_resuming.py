@@ -51,7 +51,7 @@ PARTS = ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.p
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [*product(PARTS, [0, 15]), *((part, None) for part in PARTS if part != "model.safetensors")]
+    "name, size", [*product(PARTS, [0, 15]), *((part, None) for part in PARTS if part != "model.safetensors")]
 )
 def test_incomplete_checkpoints_are_skipped(name, size, args, two_checkpoints, tmp_path, caplog):
     assert checkpoint_to_resume(args) == str(tmp_path / "checkpoint-10")

@@ -37,7 +37,7 @@ def test_scripts_check_the_model_before_the_data(script, options):
 
 
 @pytest.mark.parametrize(
-    ("option", "message"),
+    "option, message",
     [
         ("--schedule=9:text:0.5", "1..4"),
         ("--image_size=50", "`image_size` .50. must be a multiple of `patch_size`"),

@@ -31,7 +31,7 @@ class Sizes(NamedTuple):
 TINY = Sizes()
 
 
-def make_bert(sizes: Sizes, num_layers: int) -> BertLMHeadModel:
+def make_bert(sizes, num_layers):
     config = BertConfig(
         vocab_size=sizes.vocab,
         hidden_size=sizes.width,
@@ -48,7 +48,7 @@ def make_bert(sizes: Sizes, num_layers: int) -> BertLMHeadModel:
 class Albef(nn.Module):
     """ALBEF with the state dict `weights` of a checkpoint."""
 
-    def __init__(self, weights: dict[str, torch.Tensor], sizes: Sizes = TINY):
+    def __init__(self, weights, sizes=TINY):
         super().__init__()
         self.visual_encoder = VisionTransformer(
             img_size=sizes.grid * sizes.patch_size,
@@ -131,7 +131,7 @@ class Albef(nn.Module):
         return candidates.gather(1, order), probabilities
 
 
-def random_checkpoint(task: str, sizes: Sizes = TINY) -> dict[str, torch.Tensor]:
+def random_checkpoint(task, sizes=TINY):
     """
     Return a "pretraining", "retrieval" (or RefCOCO) or "question-answering" checkpoint with random values, at a scale
     where attention is not flat. Tied weights are equal.

@@ -2,10 +2,9 @@
 
 import io
 import tarfile
-from pathlib import Path
 
 
-def write_tar(file: Path, files: dict[str, bytes]) -> Path:
+def write_tar(file, files):
     with tarfile.open(file, "w") as tar:
         for name, content in files.items():
             info = tarfile.TarInfo(name)

@@ -1,8 +1,7 @@
 """All kinds of bad rows by task: the record and its reason."""
 
 import json
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image
 from strange_pictures import noise
@@ -28,11 +27,11 @@ class BadRow(NamedTuple):
     found: str = "reading"
 
     @property
-    def line(self) -> str:
+    def line(self):
         return self.record if isinstance(self.record, str) else json.dumps(self.record)
 
 
-def write_images(folder: Path):
+def write_images(folder):
     for name in ("good.png", "good.jpg", "cut.jpg", "cut.gif", "cut.tiff", "cut.png", "cut.webp"):
         noise(40, 32).save(folder / name)
     for path in folder.glob("cut.*"):
@@ -46,8 +45,8 @@ def write_images(folder: Path):
     Image.new("F", (40, 32)).save(folder / "mode_f.tiff")
 
 
-def bad_rows(task: str) -> list[BadRow]:
-    def with_image(image: Any) -> dict:
+def bad_rows(task):
+    def with_image(image):
         return {**GOOD[task], **({"images": ["good.png", image]} if task == "nlvr2" else {"image": image})}
 
     images = [BadRow(with_image(image), reason) for reason, images in _IMAGES.items() for image in images]
@@ -74,7 +73,7 @@ _IMAGES = {
 }
 
 
-def _bad_texts(task: str) -> list[BadRow]:
+def _bad_texts(task):
     text = TEXT[task]
     name = "a caption" if task == "captions" else text
     kinds = [

@@ -1,16 +1,10 @@
 """Logits of a generative model for a prompt of which some visual tokens are dropped by hand."""
 
-from collections.abc import Sequence
-
 import torch
 from tiny_vlms import IMAGE, VIDEO
-from torch import nn
-from transformers.utils import ModelOutput
 
 
-def logits_of_rest(
-    model: nn.Module, inputs: dict, stays: torch.Tensor, features: torch.Tensor, deepstack: Sequence[torch.Tensor] = ()
-) -> torch.Tensor:
+def logits_of_rest(model, inputs, stays, features, deepstack=()):
     """
     Args:
         inputs: a prompt without padding, whose positions are those before tokens are dropped.
@@ -40,9 +34,7 @@ def logits_of_rest(
     return model(**arguments).logits
 
 
-def logits_of_even(
-    model: nn.Module, inputs: dict, encoded: ModelOutput, groups: Sequence[torch.Tensor]
-) -> torch.Tensor:
+def logits_of_even(model, inputs, encoded, groups):
     """
     Return the logits of a prompt without the odd visual tokens of each image or tile.
 

@@ -12,7 +12,7 @@ from filelock import FileLock
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def make_environment(folder: str | Path, packages: list[str] | None = None, exclude_project: bool = True) -> Path:
+def make_environment(folder, packages=None, exclude_project=True):
     """
     Build a virtual environment that imports the running environment's packages, or reuse an existing one.
 
@@ -52,7 +52,7 @@ def make_environment(folder: str | Path, packages: list[str] | None = None, excl
     return python
 
 
-def _build(folder: Path, python: Path, inherited: list[str], packages: list[str] | None):
+def _build(folder, python, inherited, packages):
     venv.create(folder, clear=True, symlinks=True)
     site_packages = next(folder.glob("lib/python*/site-packages"))
     (site_packages / "inherited.pth").write_text("\n".join(inherited) + "\n")

@@ -1,12 +1,11 @@
 """Checkpoints whose files refer to code of another repository."""
 
 import json
-from pathlib import Path
 
 from json_files import read_json
 
 
-def name_foreign_code(checkpoint: Path):
+def name_foreign_code(checkpoint):
     """Add references to foreign code to all configurations in `checkpoint`, which stays loadable."""
     reference = "mallory/foreign--foreign.Foreign"
     auto_map = dict.fromkeys(("AutoModel", "AutoProcessor", "AutoImageProcessor"), reference)
@@ -17,7 +16,7 @@ def name_foreign_code(checkpoint: Path):
         "custom_generate": "mallory/foreign",
     }
 
-    def edit(name: str, change):
+    def edit(name, change):
         path = checkpoint / name
         if path.is_file():
             fields = read_json(path)
@@ -25,13 +24,13 @@ def name_foreign_code(checkpoint: Path):
             fields["nested"] = {"deeper": [{**code}]}
             path.write_text(json.dumps(fields))
 
-    def edit_config(fields: dict):
+    def edit_config(fields):
         fields["auto_map"]["AutoFeatureExtractor"] = reference
         fields["custom_pipelines"]["text-generation"] = code["custom_pipelines"]["visual-question-answering"]
         for part in ("vision_config", "text_config", "fusion_encoder_config", "decoder_config"):
             fields[part].update(code)
 
-    def edit_generation_config(fields: dict):
+    def edit_generation_config(fields):
         fields.pop("_from_model_config", None)  # otherwise unknown fields are not loaded
         fields.update(code)
 

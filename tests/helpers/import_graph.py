@@ -23,12 +23,12 @@ class Module(NamedTuple):
     imports: set[str]
 
     @property
-    def is_flat(self) -> bool:
+    def is_flat(self):
         """Whether checkpoints may carry this file."""
         return self.path.parent == ROOTS["modeling_trips"] and self.path.name != "__init__.py"
 
 
-def modules() -> dict[str, Module]:
+def modules():
     """Return the modules of the package, the examples and the service, by name."""
     paths = {}
     for package, root in ROOTS.items():
@@ -43,7 +43,7 @@ def modules() -> dict[str, Module]:
     return found
 
 
-def _imports(name: str, package: str, tree: ast.Module, known) -> set[str]:
+def _imports(name, package, tree, known):
     targets = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -1,8 +1,7 @@
 """JSON files."""
 
 import json
-from pathlib import Path
 
 
-def read_json(path: Path):
+def read_json(path):
     return json.loads(path.read_text("utf-8"))

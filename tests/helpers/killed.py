@@ -3,12 +3,11 @@
 import os
 import subprocess
 import time
-from collections.abc import Callable
 
 import psutil
 
 
-def kill_when(is_time: Callable[[], bool], command: list[str]):
+def kill_when(is_time, command):
     """Start a command, and kill it as soon as `is_time()`. It may have ended by then."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

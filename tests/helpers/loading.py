@@ -4,12 +4,11 @@ import csv
 import json
 
 import datasets
-from datasets import DatasetDict
 
 from trips_examples.data.loading import DataArguments, load_task_dataset
 
 
-def load(task: str, dataset_name: str | None = None, seed: int = 0, **source) -> DatasetDict:
+def load(task, dataset_name=None, seed=0, **source):
     return load_task_dataset(task, DataArguments(dataset_name, **source), seed=seed)
 
 

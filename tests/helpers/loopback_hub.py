@@ -15,10 +15,8 @@ import re
 import threading
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils.sha import git_hash
 
@@ -29,16 +27,16 @@ MODEL = "/api/models/([^/]+/[^/]+)"
 class Repository:
     """Whether a repository is private, and the files of each commit by their path."""
 
-    def __init__(self, private: bool):
+    def __init__(self, private):
         self.private = private
         self.commits: list[dict[str, bytes]] = [{}]
 
     @property
-    def files(self) -> dict[str, bytes]:
+    def files(self):
         return self.commits[-1]
 
     @property
-    def sha(self) -> str:
+    def sha(self):
         return hashlib.sha1(str(len(self.commits)).encode()).hexdigest()
 
 
@@ -58,7 +56,7 @@ class LoopbackHub(ThreadingHTTPServer):
         self.repositories: dict[str, Repository] = {}
         self.requests: list[str] = []
 
-    def __enter__(self) -> "LoopbackHub":
+    def __enter__(self):
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
@@ -66,7 +64,7 @@ class LoopbackHub(ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
 
-    def client_environment(self, home: Path) -> dict[str, str]:
+    def client_environment(self, home):
         """Return environment variables that point a client to this Hub, with a separate cache."""
         return {
             "HF_ENDPOINT": self.url,
@@ -77,7 +75,7 @@ class LoopbackHub(ThreadingHTTPServer):
             "NO_PROXY": "127.0.0.1",
         }
 
-    def connect(self, monkeypatch: pytest.MonkeyPatch, home: Path):
+    def connect(self, monkeypatch, home):
         """Apply `client_environment` to the running process, whose client has already read its environment."""
         for name, value in self.client_environment(home).items():
             monkeypatch.setenv(name, value)
@@ -134,12 +132,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.repositories.setdefault(repo_id, Repository(private=options.get("visibility") == "private"))
         return {"url": f"{self.server.url}/{repo_id}"}, status, {}
 
-    def model_info(self, repo_id: str):
+    def model_info(self, repo_id):
         repository = self.server.repositories[repo_id]
         facts = {"id": repo_id, "sha": repository.sha, "private": repository.private, "gated": False}
         return {**facts, "siblings": [{"rfilename": path} for path in repository.files]}
 
-    def list_tree(self, repo_id: str, folder: str | None):
+    def list_tree(self, repo_id, folder):
         tree = []
         for path, content in self.server.repositories[repo_id].files.items():
             if path.startswith(folder or ""):
@@ -148,11 +146,11 @@ class _Handler(BaseHTTPRequestHandler):
             return {"error": "none"}, 404, {"X-Error-Code": "EntryNotFound"}
         return tree, 200, {}
 
-    def preupload(self, repo_id: str):
+    def preupload(self, repo_id):
         files = json.loads(self.body)["files"]
         return {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]}
 
-    def commit(self, repo_id: str):
+    def commit(self, repo_id):
         repository = self.server.repositories[repo_id]
         files = dict(repository.files)
         for line in self.body.splitlines():
@@ -165,7 +163,7 @@ class _Handler(BaseHTTPRequestHandler):
         repository.commits.append(files)
         return {"commitOid": repository.sha, "commitUrl": f"{self.server.url}/{repo_id}/commit/{repository.sha}"}
 
-    def download(self, repo_id: str, path: str):
+    def download(self, repo_id, path):
         repository = self.server.repositories[repo_id]
         if path not in repository.files:
             return {"error": path}, 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": repository.sha}

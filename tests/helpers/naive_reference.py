@@ -123,7 +123,7 @@ def attention_of_head(query, keys, head):
     return torch.stack(logits).softmax(dim=0)
 
 
-def pair(size: int | list[int]) -> list[int]:
+def pair(size):
     return size if isinstance(size, list) else [size, size]
 
 

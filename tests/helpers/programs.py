@@ -2,14 +2,12 @@
 
 import os
 import subprocess
-from collections.abc import Callable
-from pathlib import Path
 
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n"
 
 
-def output_of(*command: str | Path, variables: dict | tuple = (), **options) -> str:
+def output_of(*command, variables=(), **options):
     """
     Run a command that must succeed, and return what it prints.
 
@@ -23,7 +21,7 @@ def output_of(*command: str | Path, variables: dict | tuple = (), **options) -> 
     return result.stdout
 
 
-def add_fake_ghostscript(folder: Path, set_variable: Callable[[str, str], None]) -> tuple[Path, Path]:
+def add_fake_ghostscript(folder, set_variable):
     """
     Put a `gs` into the `PATH` that writes a file when it is started.
 

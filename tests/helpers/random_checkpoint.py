@@ -1,7 +1,5 @@
 """Checkpoints of the tiny preset with random weights and their own vocabulary."""
 
-from pathlib import Path
-
 import torch
 
 from modeling_trips import TripsConfig
@@ -9,7 +7,7 @@ from trips_examples.data.vocabulary import train_tokenizer
 from trips_examples.training.models import make_processor
 
 
-def save_random_checkpoint(folder: Path, model_class: type, texts: list[str], **fields) -> Path:
+def save_random_checkpoint(folder, model_class, texts, **fields):
     """Save a checkpoint whose tokenizer has the words of `texts`; `fields` are those of [`TripsConfig`]."""
     torch.manual_seed(0)
     tokenizer = train_tokenizer(texts)

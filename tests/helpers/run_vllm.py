@@ -23,12 +23,12 @@ from modeling_trips.serving_vllm.selection import check_engine
 from modeling_trips.serving_vllm.settings import ServingSettings
 
 
-def check(job: dict):
+def check(job):
     config = EngineArgs(model=job["model"], **job["options"]).create_engine_config()
     check_engine(config, ServingSettings.of(config.model_config.hf_config))
 
 
-def video_metadata(num_frames: int) -> dict:
+def video_metadata(num_frames):
     """Return what vLLM notes of a video of one frame per second when it loads all frames."""
     return {
         "fps": 1.0,
@@ -40,7 +40,7 @@ def video_metadata(num_frames: int) -> dict:
     }
 
 
-def run(job: dict) -> dict:
+def run(job):
     try:
         if not job["prompts"]:
             check(job)
@@ -73,7 +73,7 @@ def run(job: dict) -> dict:
     }
 
 
-def inspect_here(registered) -> registry._ModelInfo:
+def inspect_here(registered):
     """Inspect a model's class, as vLLM does in a process of its own, which takes a minute, so that it needs no GPU."""
     return registry._ModelInfo.from_model_cls(registered.load_model_cls())
 

@@ -50,10 +50,10 @@ class RopeBuffer:
         self.positions = torch.zeros(REQUESTS_PER_ROUND, 3, LONGEST, dtype=torch.int32)
         self.deltas = [0] * REQUESTS_PER_ROUND
 
-    def read_prefill_positions(self, request: int, length: int) -> torch.Tensor:
+    def read_prefill_positions(self, request, length):
         return self.positions[request, :, :length]
 
-    def update_prefill_positions(self, request: int, positions: torch.Tensor, delta: int):
+    def update_prefill_positions(self, request, positions, delta):
         self.positions[request, :, : positions.shape[1]] = positions
         self.deltas[request] = delta
 
@@ -61,7 +61,7 @@ class RopeBuffer:
 class Request:
     """A random prompt without the dropped visual tokens, and its positions by Transformers."""
 
-    def __init__(self, model: PositionsOnly, reference: nn.Module, rng: random.Random, name: str):
+    def __init__(self, model, reference, rng, name):
         self.ids = []
         self.features = []
         self.outputs = {}
@@ -70,12 +70,12 @@ class Request:
         grids = []
         dtype = rng.choice([torch.float32, torch.bfloat16])
 
-        def add(ids: list[int], kept: list[int]):
+        def add(ids, kept):
             places_kept.extend(len(whole) + place for place in kept)
             whole.extend(ids)
             self.ids += [ids[place] for place in kept]
 
-        def add_text(*ids: int):
+        def add_text(*ids):
             add(list(ids), list(range(len(ids))))
 
         for number in range(rng.randint(0, 3)):
@@ -106,7 +106,7 @@ class Request:
         self.positions = positions[:, 0, places_kept]
         self.delta = int(self.positions.max()) + 1 - len(self.ids)
 
-    def embeddings_in(self, start: int, end: int) -> list[torch.Tensor]:
+    def embeddings_in(self, start, end):
         """Return the visual tokens of each image that are at these places of the prompt."""
         found = []
         for feature in self.features:
@@ -118,7 +118,7 @@ class Request:
         return found
 
 
-def run_round(model: PositionsOnly, requests: list[Request], rng: random.Random) -> set[int]:
+def run_round(model, requests, rng):
     """Prefill the requests together, and return those with wrong positions."""
     rope = RopeBuffer()
     ids = torch.zeros(len(requests), LONGEST, dtype=torch.int32)

@@ -5,7 +5,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -16,13 +15,13 @@ from places import EXAMPLES
 CHECKPOINT = EXAMPLES / "trips-tiny-scenes"
 
 
-def free_port() -> int:
+def free_port():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
-def wait_until(is_so: Callable[[], bool], seconds: float = 300):
+def wait_until(is_so, seconds=300):
     end = time.monotonic() + seconds
     while not is_so():
         assert time.monotonic() < end
@@ -38,7 +37,7 @@ class RunningService:
         settings: as in `queue=4`, which is `TRIPS_QUEUE=4` to the process.
     """
 
-    def __init__(self, log: Path, model: Path = CHECKPOINT, **settings):
+    def __init__(self, log, model=CHECKPOINT, **settings):
         self.log = log
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -48,7 +47,7 @@ class RunningService:
             f"TRIPS_{name.upper()}": str(value) for name, value in {"model": model, **settings}.items()
         }
 
-    def __enter__(self) -> "RunningService":
+    def __enter__(self):
         self.start()
         until = time.monotonic() + 600
         while not self.is_ready():
@@ -68,24 +67,24 @@ class RunningService:
         self.process.terminate()
         self.process.wait(300)
 
-    def is_ready(self) -> bool:
+    def is_ready(self):
         try:
             return httpx.get(f"{self.url}/readyz").status_code == 200
         except httpx.TransportError:
             return False
 
-    def workers(self) -> list[psutil.Process]:
+    def workers(self):
         children = psutil.Process(self.process.pid).children()
         return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
 
-    def get(self, path: str) -> httpx.Response:
+    def get(self, path):
         return httpx.get(f"{self.url}/{path}", timeout=600)
 
-    def post(self, endpoint: str, body: dict | None = None, **options) -> httpx.Response:
+    def post(self, endpoint, body=None, **options):
         options = options if body is None else {"json": body, **options}
         return httpx.post(f"{self.url}/{endpoint}", timeout=600, **options)
 
-    def metric(self, name: str) -> float:
+    def metric(self, name):
         """Return the sum of a metric over its labels."""
         lines = httpx.get(f"{self.url}/metrics").text.splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name} ", name + "{")))

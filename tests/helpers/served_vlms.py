@@ -2,12 +2,10 @@
 
 import json
 import re
-from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -44,14 +42,11 @@ from transformers import (
     GotOcr2ImageProcessorPil,
     InternVLProcessor,
     InternVLVideoProcessor,
-    LlavaProcessor,
     MiniCPMV4_6ImageProcessor,
     MiniCPMV4_6Processor,
     MiniCPMV4_6VideoProcessor,
     PixtralImageProcessor,
     PixtralProcessor,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
     ProcessorMixin,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
@@ -167,7 +162,7 @@ def widen(config):
     return {name: WIDTHS.get(name, widen(value)) for name, value in config.items()}
 
 
-def make_siglip_processor() -> LlavaProcessor:
+def make_siglip_processor():
     processor = make_llava_processor()
     side = SIGLIP["image_size"]
     processor.image_processor = SiglipImageProcessor(size={"height": side, "width": side})
@@ -176,7 +171,7 @@ def make_siglip_processor() -> LlavaProcessor:
     return processor
 
 
-def name_tokens(tokenizer: PreTrainedTokenizerBase, tokens: dict[str, str]):
+def name_tokens(tokenizer, tokens):
     """Let the tokenizer have special tokens under these names, also when it is saved."""
     for name, token in tokens.items():
         tokenizer.init_kwargs[f"{name}_token"] = token
@@ -184,7 +179,7 @@ def name_tokens(tokenizer: PreTrainedTokenizerBase, tokens: dict[str, str]):
         setattr(tokenizer, f"{name}_token_id", tokenizer.convert_tokens_to_ids(token))
 
 
-def make_internvl_processor() -> InternVLProcessor:
+def make_internvl_processor():
     """Return a processor for images of up to 4 tiles."""
     side = {"height": CLIP["image_size"], "width": CLIP["image_size"]}
     tokens = {"start_image": "<|vision_start|>", "end_image": "<|vision_end|>", "context_image": "<image>"}
@@ -198,7 +193,7 @@ def make_internvl_processor() -> InternVLProcessor:
     )
 
 
-def make_internvl_chat_processor() -> InternVLProcessor:
+def make_internvl_chat_processor():
     """Return a processor that treats images as vLLM does in the published form."""
     processor = make_internvl_processor()
     image_processor = GotOcr2ImageProcessorPil(size=processor.image_processor.size)
@@ -210,7 +205,7 @@ def make_internvl_chat_processor() -> InternVLProcessor:
     return processor
 
 
-def make_qwen3_processor() -> Qwen3VLProcessor:
+def make_qwen3_processor():
     processor = make_qwen_processor()
     return Qwen3VLProcessor(
         processor.image_processor,
@@ -227,7 +222,7 @@ def make_qwen3_processor() -> Qwen3VLProcessor:
     )
 
 
-def make_smolvlm_processor() -> SmolVLMProcessor:
+def make_smolvlm_processor():
     """Return a processor of images in tiles of 32 pixels, as that of Idefics3. It needs num2words."""
     processor = make_idefics3_processor()
     image_processor = SmolVLMImageProcessor(size={"longest_edge": 128}, max_image_size={"longest_edge": 32})
@@ -240,7 +235,7 @@ def make_smolvlm_processor() -> SmolVLMProcessor:
     )
 
 
-def make_glm_processor() -> Glm4vProcessor:
+def make_glm_processor():
     names = {VISION_START: "<|begin_of_image|>", VISION_END: "<|end_of_image|>", 93: "<|video|>"}
     tokenizer = make_tokenizer("<|image|>", {**names, 94: "<|begin_of_video|>", 95: "<|end_of_video|>"})
     sizes = {"patch_size": QWEN["patch_size"], "merge_size": 2, "temporal_patch_size": 2}
@@ -248,7 +243,7 @@ def make_glm_processor() -> Glm4vProcessor:
     return Glm4vProcessor(Glm4vImageProcessor(**sizes, **limits), tokenizer, Glm4vVideoProcessor(**sizes, **limits))
 
 
-def make_mistral_processor() -> PixtralProcessor:
+def make_mistral_processor():
     return PixtralProcessor(
         PixtralImageProcessor(size={"longest_edge": 64}, patch_size=VIT["patch_size"]),
         make_tokenizer("[IMG]", {VISION_START: "[IMG_BREAK]", VISION_END: "[IMG_END]"}),
@@ -257,7 +252,7 @@ def make_mistral_processor() -> PixtralProcessor:
     )
 
 
-def make_gemma_processor() -> Gemma4Processor:
+def make_gemma_processor():
     tokens = {"boi": "<|image>", "image": "<|image|>", "eoi": "<image|>"}
     tokens |= {"audio": "<|audio|>", "boa": "<|audio>", "eoa": "<audio|>"}
     names = {VISION_START: "<|image>", VISION_END: "<image|>", 93: "<|video|>", 94: "<|audio|>"}
@@ -269,7 +264,7 @@ def make_gemma_processor() -> Gemma4Processor:
     )
 
 
-def make_minicpm_processor() -> MiniCPMV4_6Processor:
+def make_minicpm_processor():
     """Return a processor for images of up to 4 slices of about 32 pixels."""
     names = {VISION_START: "<image>", VISION_END: "</image>", 94: "<slice>", 95: "</slice>", 72: "<image_id>"}
     tokenizer = make_tokenizer("<|image_pad|>", {**names, 73: "</image_id>"})
@@ -309,10 +304,10 @@ class Selection:
     keep_rate: float | None = None
 
     @property
-    def is_by_text(self) -> bool:
+    def is_by_text(self):
         return "text" in self.schedule
 
-    def overrides(self, folder: Path) -> dict:
+    def overrides(self, folder):
         """Return what the overrides of a configuration in vLLM set."""
         settings = {
             "schedule": self.schedule,
@@ -327,7 +322,7 @@ class Selection:
 class ServedVlm:
     """A saved tiny model with its processor, prompts with images, and greedy tokens of Transformers."""
 
-    def __init__(self, name: str, folder: Path):
+    def __init__(self, name, folder):
         self.name = name
         self.folder = folder
         model = replace(VLMS[name], config=widen(VLMS[name].config)).make()
@@ -350,7 +345,7 @@ class ServedVlm:
             noise(*size, seed).save(self.images[-1])
 
     @property
-    def prompts(self) -> list[tuple[str, list[str]]]:
+    def prompts(self):
         """
         Different images and questions, an image under two questions, two images in a prompt, a question before its
         image, and an image alone.
@@ -367,7 +362,7 @@ class ServedVlm:
             (image, [first]),
         ]
 
-    def lengths(self) -> list[int]:
+    def lengths(self):
         """Return the number of tokens of each prompt without selection."""
         lengths = []
         for text, files in self.prompts:
@@ -376,7 +371,7 @@ class ServedVlm:
             lengths.append(len(ids))
         return lengths
 
-    def reference(self, selection: Selection) -> tuple[list[list[int]], torch.Tensor]:
+    def reference(self, selection):
         """Return the greedy tokens of each prompt, one by one, and their log-probabilities."""
         tokens = []
         logprobs = []
@@ -388,7 +383,7 @@ class ServedVlm:
         return tokens, torch.stack(logprobs)
 
     @contextmanager
-    def selecting(self, selection: Selection) -> Iterator[None]:
+    def selecting(self, selection):
         """Let the model select."""
         apply_patch_selection(
             self.model,
@@ -403,7 +398,7 @@ class ServedVlm:
         finally:
             remove_patch_selection(self.model)
 
-    def generate(self, text: str, images: list[Image.Image]) -> tuple[list[int], torch.Tensor]:
+    def generate(self, text, images):
         inputs = self.processor(text=text, images=images, return_tensors="pt")
         outputs = self.model.generate(
             **inputs,
@@ -417,7 +412,7 @@ class ServedVlm:
         return tokens.tolist(), logprobs.gather(1, tokens[:, None])[:, 0]
 
 
-def store_as_published(file: Path):
+def store_as_published(file):
     """Use names and shapes of published checkpoints: vLLM 0.32 does not know what Transformers writes since 5.19."""
     weights = {}
     for name, weight in load_file(file).items():
@@ -458,7 +453,7 @@ class InternVLChatConfig(PreTrainedConfig):
 """
 
 
-def store_internvl_chat(model: PreTrainedModel, folder: Path):
+def store_internvl_chat(model, folder):
     """Replace what Transformers saved of InternVL by the published form, which it does not have."""
     weights = {}
     for name, weight in model.state_dict().items():

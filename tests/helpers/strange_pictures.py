@@ -8,22 +8,22 @@ import numpy as np
 from PIL import Image
 
 
-def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+def noise(width, height, seed=0):
     """Return an image of random colors."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
-def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+def encoded(image, kind="PNG", **options):
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
 
 
-def bomb(width: int, height: int) -> bytes:
+def bomb(width, height):
     """Return a PNG of a few hundred bytes that claims this size."""
 
-    def chunk(name: bytes, data: bytes) -> bytes:
+    def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
@@ -32,7 +32,7 @@ def bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-def scan_bomb(side: int, num_scans: int) -> bytes:
+def scan_bomb(side, num_scans):
     """Return a progressive JPEG with `num_scans` refinements of a few bytes; each needs a pass over all blocks."""
     source = encoded(Image.new("L", (side, side), 128), "JPEG", progressive=True, quality=50)
     tables = b""
@@ -43,11 +43,11 @@ def scan_bomb(side: int, num_scans: int) -> bytes:
             tables += source[position : position + length]
         position += length
 
-    def huffman_table(kind: int, value: int) -> bytes:
+    def huffman_table(kind, value):
         num_codes = bytes([1] + [0] * 15)  # by length: one code of one bit
         return b"\xff\xc4" + struct.pack(">HB", 20, kind << 4) + num_codes + bytes([value])
 
-    def scan(start: int, end: int, low: int) -> bytes:
+    def scan(start, end, low):
         return b"\xff\xda" + struct.pack(">HBBBBBB", 8, 1, 1, 0, start, end, low)
 
     num_blocks = ((side + 7) // 8) ** 2
@@ -60,7 +60,7 @@ def scan_bomb(side: int, num_scans: int) -> bytes:
     return b"\xff\xd8" + tables + first + refinement * num_scans + b"\xff\xd9"
 
 
-def gif_with_comment(num_bytes: int) -> bytes:
+def gif_with_comment(num_bytes):
     gif = encoded(Image.new("P", (20, 20)), "GIF")
     num_colors = 2 ** (gif[10] % 8 + 1)
     frame = gif.index(b",", 13 + 3 * num_colors)
@@ -69,7 +69,7 @@ def gif_with_comment(num_bytes: int) -> bytes:
     return gif[:frame] + comment + gif[frame:]
 
 
-def run_length_bmp() -> bytes:
+def run_length_bmp():
     info = struct.pack("<IiiHHIIiiII", 40, 20, 20, 1, 8, 1, 42, 2835, 2835, 2, 2)
     palette = bytes([0, 0, 0, 0, 255, 255, 255, 0])
     row = b"\x14\x01\0\0"  # 20 times color 1, end of the row
@@ -79,18 +79,18 @@ def run_length_bmp() -> bytes:
     return b"BM" + header + info + palette + pixels
 
 
-def jpeg_with(image: Image.Image, marker: bytes, content: bytes) -> bytes:
+def jpeg_with(image, marker, content):
     jpeg = encoded(image, "JPEG")
     return jpeg[:2] + marker + struct.pack(">H", 2 + len(content)) + content + jpeg[2:]
 
 
-def animated_webp(canvas: tuple[int, int], frame: tuple[int, int]) -> bytes:
+def animated_webp(canvas, frame):
     """Return a WebP whose canvas (VP8X) is larger than its frame."""
 
-    def chunk(name: bytes, data: bytes) -> bytes:
+    def chunk(name, data):
         return name + struct.pack("<I", len(data)) + data + b"\0" * (len(data) % 2)
 
-    def size(width: int, height: int) -> bytes:
+    def size(width, height):
         return (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
 
     pixels = encoded(Image.new("RGB", frame), "WEBP", lossless=True)[12:]

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoProcessor, pipeline
 TEXTS = ["what color is it?", "is it a circle?"]
 
 
-def use_model(model, inputs) -> dict:
+def use_model(model, inputs):
     """Return the class, the weights, and the outputs of a model."""
     with torch.no_grad():
         outputs = getattr(model, "model", model)(**inputs)
@@ -35,7 +35,7 @@ def use_model(model, inputs) -> dict:
     return results
 
 
-def use_checkpoint(source: str, image: str, head: str, auto_classes: list[str], folder: str) -> dict:
+def use_checkpoint(source, image, head, auto_classes, folder):
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
     processor.save_pretrained(folder)  # before it is used, which changes the padding of the tokenizer
     inputs = processor(images=Image.open(image), text=TEXTS, image_index=[0, 0], return_tensors="pt")
@@ -50,7 +50,7 @@ def use_checkpoint(source: str, image: str, head: str, auto_classes: list[str], 
     return results
 
 
-def use_pipelines(source: str, image: str) -> dict:
+def use_pipelines(source, image):
     def run(task, head, *args, **options):
         return pipeline(task, model=f"{source}/{head}", trust_remote_code=True)(*args, **options)
 
@@ -70,7 +70,7 @@ def use_pipelines(source: str, image: str) -> dict:
     }
 
 
-def main(source: str, image: str, folder: str):
+def main(source, image, folder):
     heads = json.load(sys.stdin)  # class name -> the Auto classes to load its checkpoint with
     results = {}
     for head, auto_classes in heads.items():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from modeling_trips.hosts.vlm.families import NOT_SUPPORTED
@@ -41,7 +41,7 @@ FIELDS = {
 SMALL = {name: size for size, names in FIELDS.items() for name in names.split()}
 
 
-def shrink(config: PreTrainedConfig, own: dict) -> dict:
+def shrink(config, own):
     """Return arguments that make a configuration of this kind tiny; `own` are those of the class."""
     arguments = dict(own)
     for name, value in vars(config).items():
@@ -64,7 +64,7 @@ def shrink(config: PreTrainedConfig, own: dict) -> dict:
     return arguments
 
 
-def pixels(index: int, *shape: int) -> torch.Tensor:
+def pixels(index, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(index))
 
 
@@ -74,18 +74,18 @@ def pixels(index: int, *shape: int) -> torch.Tensor:
 GRIDS = [(4, 4), (4, 8), (8, 4)]  # patches of images of any size, down and across
 
 
-def square(index: int) -> dict:
+def square(index):
     return {"pixel_values": pixels(index, 1, 3, SIDE, SIDE)}
 
 
-def sized(index: int) -> dict:
+def sized(index):
     return {**square(index), "image_sizes": torch.tensor([[SIDE, SIDE]])}
 
 
-def packed(frames: int = 2, is_flat: bool = True, **more: int) -> Callable[[int], dict]:
+def packed(frames=2, is_flat=True, **more):
     """Return a format with all patches in one sequence; `frames` of each are in a row of pixels."""
 
-    def image(index: int) -> dict:
+    def image(index):
         down, across = GRIDS[index % len(GRIDS)]
         shape = (3 * frames * PATCH**2,) if is_flat else (3, PATCH, PATCH)
         grid = torch.tensor([[1, down, across]])
@@ -98,23 +98,23 @@ def packed(frames: int = 2, is_flat: bool = True, **more: int) -> Callable[[int]
     return image
 
 
-def tiles(index: int) -> dict:
+def tiles(index):
     return {"pixel_values": pixels(index, 1, 1, 3, SIDE, SIDE)}
 
 
-def masked_tiles(index: int) -> dict:
+def masked_tiles(index):
     return {**tiles(index), "pixel_attention_mask": torch.ones(1, 1, dtype=torch.bool)}
 
 
-def anyres(index: int) -> dict:
+def anyres(index):
     return {"pixel_values": pixels(index, 1, 3, 3, SIDE, SIDE), "image_sizes": torch.tensor([[SIDE, 2 * SIDE]])}
 
 
-def two_sizes(index: int) -> dict:
+def two_sizes(index):
     return {**square(index), "high_res_pixel_values": pixels(index, 1, 3, 2 * SIDE, 2 * SIDE)}
 
 
-def siglip2(index: int) -> dict:
+def siglip2(index):
     shape = torch.tensor([[(4, 4), (2, 4), (4, 2)][index % 3]])
     mask = (torch.arange(16) < shape.prod()).long()
     return {
@@ -124,7 +124,7 @@ def siglip2(index: int) -> dict:
     }
 
 
-def strip(index: int) -> dict:
+def strip(index):
     down, across = GRIDS[index % len(GRIDS)]
     return {
         "pixel_values": pixels(index, 1, 3, PATCH, PATCH * down * across),
@@ -132,14 +132,14 @@ def strip(index: int) -> dict:
     }
 
 
-def pooled(index: int) -> dict:
+def pooled(index):
     """Patches, and those of each visual token, which count from the first image on."""
     units = torch.arange(16).view(2, 2, 2, 2).transpose(1, 2).reshape(4, 4)
     grid = torch.tensor([[2, 2, 0, 0]])
     return {"pixel_values": pixels(index, 1, 16, 3 * PATCH**2), "image_token_pooling": units, "image_grids": grid}
 
 
-def placed(index: int) -> dict:
+def placed(index):
     """Patches with their places across and down."""
     places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(1)
     return {"pixel_values": pixels(index, 1, 16, 3 * PATCH**2), "image_position_ids": places[None]}
@@ -160,7 +160,7 @@ class TinyClass:
     tolerance: float = 1e-5  # of a batch against its prompts alone, of the largest logit
     quick: bool = False  # also outside of the slow tests
 
-    def images(self, first: int, end: int) -> dict:
+    def images(self, first, end):
         images = [self.image(index) for index in range(first, end)]
         joined = {}
         for number, image in enumerate(images):
@@ -172,7 +172,7 @@ class TinyClass:
         return joined
 
 
-def make(name: str, own: dict) -> PreTrainedModel:
+def make(name, own):
     """Return a tiny model of the class for a type of model."""
     config_class = CONFIG_MAPPING[name]
     config = config_class(**shrink(config_class(), own))
@@ -193,11 +193,11 @@ FLAT = packed(frames=1)
 CONV = packed(is_flat=False)
 
 
-def text(**own) -> dict:
+def text(**own):
     return {"text_config": own}
 
 
-def mrope(*section: int, **own) -> dict:
+def mrope(*section, **own):
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": section, **own.pop("rope", {})}
     return {"rope_parameters": rope, **own}
 
@@ -342,7 +342,7 @@ REFUSED = {
 }
 
 
-def make_refused(name: str) -> PreTrainedModel:
+def make_refused(name):
     """Return a model of a class that is refused, with its configuration alone."""
     own_class = getattr(transformers, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[name])
     model = own_class.__new__(own_class)
@@ -351,12 +351,12 @@ def make_refused(name: str) -> PreTrainedModel:
     return model
 
 
-def reason_of(name: str) -> str:
+def reason_of(name):
     """Return why a class is refused, as its error says."""
     return NOT_SUPPORTED.get(name, "no visual tokens in its prompt; a schedule for its tower works")
 
 
-def write_table() -> str:
+def write_table():
     """Return the table of docs/vlm.md."""
     lines = ["| Model | At the exit | Inside the tower |", "|---|---|---|"]
     for rows, in_tower in ((IN_TOWER, "yes"), (AT_EXIT, "no")):
@@ -368,7 +368,7 @@ def write_table() -> str:
     return "\n".join(lines)
 
 
-def with_table(page: str) -> str:
+def with_table(page):
     return re.sub(r"(<!-- table: classes -->\n).*?(\n<!-- end -->)", rf"\1{write_table()}\2", page, flags=re.DOTALL)
 
 

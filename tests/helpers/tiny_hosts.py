@@ -17,7 +17,6 @@ from transformers import (
     BridgeTowerModel,
     CLIPConfig,
     CLIPModel,
-    PreTrainedModel,
     SiglipConfig,
     SiglipModel,
     ViltConfig,
@@ -66,7 +65,7 @@ def make_siglip():
     return SiglipModel(SiglipConfig(vision_config=VISION, text_config={**TEXT, "projection_size": 32}))
 
 
-def make_blip(model_class: type[PreTrainedModel], image_size: int = 32, vocab_size: int = 50):
+def make_blip(model_class, image_size=32, vocab_size=50):
     text = {**TEXT, **NO_DROPOUT, "encoder_hidden_size": 32, "sep_token_id": 2, "vocab_size": vocab_size}
     vision = {**VISION, "image_size": image_size}
     return model_class(BlipConfig(vision_config=vision, text_config=text, image_text_hidden_size=16))
@@ -96,7 +95,7 @@ class Host(NamedTuple):
     inputs: dict[str, torch.Tensor]
     main_output: Callable  # of the model's output: a tensor that depends on the selection
 
-    def make_model(self, seed: int = 0) -> nn.Module:
+    def make_model(self, seed=0):
         torch.manual_seed(seed)
         model = self.make().eval()
         with torch.no_grad():  # attention that differs between heads and tokens
@@ -104,10 +103,10 @@ class Host(NamedTuple):
                 parameter.add_(torch.randn_like(parameter) * 0.2)
         return model
 
-    def apply(self, model: nn.Module, rate=RATE, **options):
+    def apply(self, model, rate=RATE, **options):
         apply_patch_selection(model, schedule_of(LAYERS, rate, **{"guidance": self.guidance, **options}))
 
-    def run(self, model: nn.Module, inputs: dict | None = None) -> torch.Tensor:
+    def run(self, model, inputs=None):
         torch.manual_seed(0)  # ViLT shuffles its patches
         return self.main_output(model(**(self.inputs if inputs is None else inputs)))
 
@@ -133,7 +132,7 @@ HOSTS = {
 each_host = pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS)
 
 
-def kept_by(host: Host, model: nn.Module, inputs: dict | None = None) -> list[torch.Tensor]:
+def kept_by(host, model, inputs=None):
     with torch.no_grad(), record_patch_selection(model) as selections:
         host.run(model, inputs)
     return [selection.kept_indices for selection in selections]

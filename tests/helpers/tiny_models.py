@@ -5,7 +5,6 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.utils import ModelOutput
 
 from modeling_trips import (
     TripsConfig,
@@ -43,17 +42,17 @@ class Case(NamedTuple):
     draws: bool = False  # whether its losses draw random rows of the batch
     fusion_type: str = "cross_attention"
 
-    def __str__(self) -> str:
+    def __str__(self):
         form = "" if self.fusion_type == "cross_attention" else f"-{self.fusion_type}"
         return self.model_class.__name__ + form
 
-    def make_model(self, attn_implementation: str | dict = "sdpa", **fields) -> TripsPreTrainedModel:
+    def make_model(self, attn_implementation="sdpa", **fields):
         """Return a model in evaluation mode with the same random weights each time; `fields` as in `make_config`."""
         torch.manual_seed(0)
         config = make_config(**{"fusion_type": self.fusion_type, **fields})
         return self.model_class._from_config(config, attn_implementation=attn_implementation).eval()
 
-    def make_inputs(self, num_texts: int = 4, training: bool = False) -> dict[str, torch.Tensor]:
+    def make_inputs(self, num_texts=4, training=False):
         """Return up to 6 padded texts, each with its own image. Sets the seed."""
         torch.manual_seed(0)
         inputs = {
@@ -109,7 +108,7 @@ class NoNumbers(TorchDispatchMode):
 class LargestSquare(TorchDispatchMode):
     """Mode that records the sizes of results whose last two dimensions equal a number of tokens."""
 
-    def __init__(self, num_tokens: int):
+    def __init__(self, num_tokens):
         super().__init__()
         self.num_tokens, self.found = num_tokens, []
 
@@ -124,7 +123,7 @@ each_model = pytest.mark.parametrize("case", CASES, ids=str)
 each_generator = pytest.mark.parametrize("case", [case for case in CASES if case.model_class.can_generate()], ids=str)
 
 
-def make_config(dropout: float = 0.0, fusion_type: str = "cross_attention", **vision) -> TripsConfig:
+def make_config(dropout=0.0, fusion_type="cross_attention", **vision):
     """
     Return a configuration with 64 patches -> ceil(.6 * 64) = 39 and 1 fused -> ceil(.6 * 40) = 24 and 1 fused.
 
@@ -167,28 +166,28 @@ def make_config(dropout: float = 0.0, fusion_type: str = "cross_attention", **vi
     )
 
 
-def main_output(outputs: ModelOutput) -> torch.Tensor:
+def main_output(outputs):
     names = ("logits", "pred_boxes", "logits_per_text", "last_hidden_state")
     return next(outputs[name] for name in names if name in outputs)
 
 
-def loss_of(outputs: ModelOutput) -> torch.Tensor:
+def loss_of(outputs):
     return outputs.loss if "loss" in outputs else outputs.last_hidden_state.sin().mean()
 
 
-def kept_by(outputs: ModelOutput) -> list[list[list[int]]]:
+def kept_by(outputs):
     """Return the kept patches by selection layer and row."""
     return [layer.kept_indices.tolist() for layer in outputs.selection]
 
 
-def assert_same_outputs(model: TripsPreTrainedModel, expected_model: TripsPreTrainedModel, case: Case, rtol=0, atol=0):
+def assert_same_outputs(model, expected_model, case, rtol=0, atol=0):
     outputs = model(**case.make_inputs())
     expected = expected_model(**case.make_inputs())
     torch.testing.assert_close(main_output(outputs), main_output(expected), rtol=rtol, atol=atol)
     assert kept_by(outputs) == kept_by(expected)
 
 
-def share_of_kept(outputs: ModelOutput, expected: ModelOutput) -> float:
+def share_of_kept(outputs, expected):
     """Return the share of the kept patches of `expected` that `outputs` also kept."""
     pairs = [
         (set(row), set(row_expected))
@@ -198,13 +197,13 @@ def share_of_kept(outputs: ModelOutput, expected: ModelOutput) -> float:
     return sum(len(row & expected) for row, expected in pairs) / sum(len(expected) for _, expected in pairs)
 
 
-def enable_checkpointing(model: TripsPreTrainedModel, **kwargs):
+def enable_checkpointing(model, **kwargs):
     """Enable activation checkpointing, whose method Transformers 5.24 renamed."""
     name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     getattr(model, f"{name}_checkpointing_enable")(kwargs or None)
 
 
-def compile_and_count(model: torch.nn.Module) -> tuple[torch.nn.Module, list]:
+def compile_and_count(model):
     """Return the model compiled without Inductor, and the list of its graphs."""
     graphs = []
 
@@ -215,5 +214,5 @@ def compile_and_count(model: torch.nn.Module) -> tuple[torch.nn.Module, list]:
     return torch.compile(model, backend=count_graphs, fullgraph=True), graphs
 
 
-def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def gradients_of(model):
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}

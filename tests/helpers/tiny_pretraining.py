@@ -14,7 +14,7 @@ SCHEDULES = [
 WEIGHTS = {"itc_weight": 0.5, "itm_weight": 2.0, "mlm_weight": 3.0, "prefix_lm_weight": 5.0}
 
 
-def make_model(text_width: int = 32, **fields) -> TripsForPreTraining:
+def make_model(text_width=32, **fields):
     torch.manual_seed(0)
     config = TripsConfig.from_preset(
         "tiny",
@@ -31,7 +31,7 @@ def make_model(text_width: int = 32, **fields) -> TripsForPreTraining:
     return TripsForPreTraining(config).eval()
 
 
-def make_batch() -> dict[str, torch.Tensor]:
+def make_batch():
     """Five captions of three images. Two tokens are masked, none in the last caption; each caption is cut in two."""
     texts = TEXTS[:5]
     masked, labels = texts.clone(), torch.full_like(texts, -100)

@@ -10,7 +10,7 @@ VOCABULARY = {word: index for index, word in enumerate(WORDS)}
 PAD, CLS, SEP = VOCABULARY["[PAD]"], VOCABULARY["[CLS]"], VOCABULARY["[SEP]"]
 
 
-def make_bert_tokenizer(texts: list[str], **options) -> BertTokenizer:
+def make_bert_tokenizer(texts, **options):
     """Return a tokenizer as BERT's (uncased) that knows the words of texts."""
     tools = BertTokenizer().backend_tokenizer
     words = [tools.pre_tokenizer.pre_tokenize_str(tools.normalizer.normalize_str(text)) for text in texts]

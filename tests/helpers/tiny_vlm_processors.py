@@ -1,8 +1,5 @@
 """Processors of the tiny models of `tiny_vlms`: a vocabulary of words, and images of 32 x 32 pixels."""
 
-from pathlib import Path
-
-from PIL import Image
 from tiny_vlms import BY_NAME, CLIP, IMAGE, PAD, QWEN, SIGLIP, TEXT, VISION_END, VISION_START
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -12,7 +9,6 @@ from transformers import (
     LlavaProcessor,
     PaliGemmaProcessor,
     PreTrainedTokenizerFast,
-    ProcessorMixin,
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
@@ -31,7 +27,7 @@ QWEN_TEMPLATE = LLAVA_TEMPLATE.replace("<image>", "<|vision_start|><|image_pad|>
 )
 
 
-def make_tokenizer(image_token: str, names: dict[int, str] | None = None) -> PreTrainedTokenizerFast:
+def make_tokenizer(image_token, names=None):
     """
     Return a tokenizer with one token per word, and special tokens with the ids of the tiny models; `names` are those
     from 91 on that a family has instead.
@@ -59,7 +55,7 @@ def make_tokenizer(image_token: str, names: dict[int, str] | None = None) -> Pre
     return tokenizer
 
 
-def make_llava_processor(chat_template: str | None = LLAVA_TEMPLATE) -> LlavaProcessor:
+def make_llava_processor(chat_template=LLAVA_TEMPLATE):
     side = CLIP["image_size"]
     image_processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     return LlavaProcessor(
@@ -73,7 +69,7 @@ def make_llava_processor(chat_template: str | None = LLAVA_TEMPLATE) -> LlavaPro
     )
 
 
-def make_qwen_processor() -> Qwen2_5_VLProcessor:
+def make_qwen_processor():
     sizes = {"patch_size": QWEN["patch_size"], "merge_size": 2, "temporal_patch_size": 2}
     limits = {"min_pixels": 16 * 16, "max_pixels": 64 * 64}
     return Qwen2_5_VLProcessor(
@@ -84,7 +80,7 @@ def make_qwen_processor() -> Qwen2_5_VLProcessor:
     )
 
 
-def save_tiny_vlm(name: str, folder: Path, processor: ProcessorMixin | None = None) -> Path:
+def save_tiny_vlm(name, folder, processor=None):
     """Save a tiny model with random weights and its processor."""
     model = BY_NAME[name].make()
     model.generation_config.eos_token_id = None  # answers have the maximal length
@@ -99,7 +95,7 @@ def save_tiny_vlm(name: str, folder: Path, processor: ProcessorMixin | None = No
     return folder
 
 
-def make_idefics3_processor() -> Idefics3Processor:
+def make_idefics3_processor():
     """Return a processor for images of at most 128 pixels per side, in tiles of 32 pixels."""
     image_processor = Idefics3ImageProcessor(size={"longest_edge": 128}, max_image_size={"longest_edge": 32})
     tokens = BY_NAME["idefics3"].tokens
@@ -108,7 +104,7 @@ def make_idefics3_processor() -> Idefics3Processor:
     )
 
 
-def make_paligemma_processor() -> PaliGemmaProcessor:
+def make_paligemma_processor():
     """Return a processor without a chat template, as in PaliGemma's checkpoints."""
     side = SIGLIP["image_size"]
     image_processor = SiglipImageProcessor(size={"height": side, "width": side})
@@ -118,6 +114,6 @@ def make_paligemma_processor() -> PaliGemmaProcessor:
     return PaliGemmaProcessor(image_processor, tokenizer)
 
 
-def conversation(text: str, *images: Image.Image) -> list[dict]:
+def conversation(text, *images):
     parts = [{"type": "image", "image": image} for image in images]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]

@@ -1,12 +1,10 @@
 """Tiny generative vision-language models with random weights, and prompts for them."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 import transformers
-from transformers import PreTrainedModel
 
 
 TEXT = {
@@ -69,7 +67,7 @@ class Vlm:
     tokens: int = 64  # visual tokens per image of a grid, or per tile
     num_layers: int = 3  # layers of the tower that may select
 
-    def make(self) -> PreTrainedModel:
+    def make(self):
         torch.manual_seed(0)
         config = getattr(transformers, self.config_name)(**self.config)
         model = getattr(transformers, self.class_name)(config).eval()
@@ -83,7 +81,7 @@ class Vlm:
         return model
 
 
-def llama_vlm(name: str, prefix: str, vision: dict, text: dict, kind: str = "grid", **options) -> Vlm:
+def llama_vlm(name, prefix, vision, text, kind="grid", **options):
     config = {
         "vision_config": vision,
         "text_config": text,
@@ -243,12 +241,12 @@ BY_NAME = {vlm.name: vlm for vlm in [*VLMS, *OTHERS]}
 SIZES = [(32, 64), (64, 64), (32, 32), (64, 32)]  # sizes of images without a fixed size
 
 
-def make_images(vlm: Vlm, counts: list[int], seed: int = 0) -> tuple[dict, list[int]]:
+def make_images(vlm, counts, seed=0):
     """Return images for prompts with `counts` images each, and the number of visual tokens of each image."""
     generator = torch.Generator().manual_seed(seed)
     number = sum(counts)
 
-    def pixels(*shape: int) -> torch.Tensor:
+    def pixels(*shape):
         return torch.randn(*shape, generator=generator)
 
     if number == 0:
@@ -280,7 +278,7 @@ def make_images(vlm: Vlm, counts: list[int], seed: int = 0) -> tuple[dict, list[
     return inputs, tokens
 
 
-def make_inputs(vlm: Vlm, counts: list[int] = (1, 1), padding_side: str = "left", seed: int = 0) -> dict:
+def make_inputs(vlm, counts=(1, 1), padding_side="left", seed=0):
     """Return a batch of prompts with `counts` images each and texts of different lengths."""
     images, tokens = make_images(vlm, list(counts), seed)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -307,7 +305,7 @@ def make_inputs(vlm: Vlm, counts: list[int] = (1, 1), padding_side: str = "left"
     return inputs
 
 
-def make_both(name: str, *args, **options) -> tuple[PreTrainedModel, dict]:
+def make_both(name, *args, **options):
     """Return a model, and inputs as `make_inputs` does."""
     vlm = BY_NAME[name]
     return vlm.make(), make_inputs(vlm, *args, **options)
@@ -316,7 +314,7 @@ def make_both(name: str, *args, **options) -> tuple[PreTrainedModel, dict]:
 VIDEO = QWEN_TOKENS["video_token_id"]
 
 
-def make_video_inputs(vlm: Vlm) -> dict:
+def make_video_inputs(vlm):
     """Return a prompt with an image and a video of three time steps of 8 visual tokens, apart from Qwen3-VL on."""
     images, (num_tokens,) = make_images(vlm, [1])
     grid = torch.tensor([[3, 4, 8]])
@@ -340,7 +338,7 @@ families = pytest.mark.parametrize("vlm", VLMS, ids=lambda vlm: vlm.name)
 grid_and_packed = pytest.mark.parametrize("vlm", [BY_NAME["llava"], BY_NAME["qwen2_5_vl"]], ids=lambda vlm: vlm.name)
 
 
-def rows_alone(vlm: Vlm, counts: list[int]) -> Iterator[dict]:
+def rows_alone(vlm, counts):
     """Return the prompts of `make_inputs(vlm, counts)` one by one, without padding."""
     batch = make_inputs(vlm, counts)
     image = patch = 0

@@ -1,14 +1,13 @@
 """Toy pairs for pre-training: images of one color and captions that name it, with options of the script."""
 
 import json
-from pathlib import Path
 
 import strange_pictures
 import torch
 from archives import write_tar
 from PIL import Image
 from places import ROOT
-from transformers import BertConfig, BertModel, BertTokenizer, ViTConfig, ViTImageProcessor, ViTModel
+from transformers import BertConfig, BertModel, ViTConfig, ViTImageProcessor, ViTModel
 
 from trips_examples.data.vocabulary import train_tokenizer
 
@@ -30,15 +29,15 @@ RENDEZVOUS = ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
 TWO_PROCESSES = ["-m", "torch.distributed.run", "--nproc_per_node=2", *RENDEZVOUS]
 
 
-def encoded(color: str) -> bytes:
+def encoded(color):
     return strange_pictures.encoded(Image.new("RGB", (64, 64), color))
 
 
-def make_tokenizer() -> BertTokenizer:
+def make_tokenizer():
     return train_tokenizer([caption.format(color) for caption in CAPTIONS for color in COLORS])
 
 
-def write_pairs(folder: Path):
+def write_pairs(folder):
     """Write six images with three captions each as rows of a file and in three tar shards, and a tokenizer."""
     pairs = [(color, caption.format(color)) for color in COLORS for caption in CAPTIONS]
     for color in COLORS:
@@ -55,12 +54,12 @@ def write_pairs(folder: Path):
     make_tokenizer().save_pretrained(folder / "tokenizer")
 
 
-def file_options(folder: Path) -> list[str]:
+def file_options(folder):
     """Return the options to train and evaluate on the rows of `write_pairs`."""
     return [f"--train_file={folder / 'pairs.jsonl'}", f"--validation_file={folder / 'pairs.jsonl'}"]
 
 
-def stream_options(folder: Path) -> list[str]:
+def stream_options(folder):
     """Return the options to train on the shards of `write_pairs`."""
     return [
         f"--train_shards={folder}/pairs-{{0..2}}.tar",
@@ -70,7 +69,7 @@ def stream_options(folder: Path) -> list[str]:
     ]
 
 
-def write_parts(folder: Path) -> list[str]:
+def write_parts(folder):
     """Write an untrained ViT and BERT, and return their options."""
     tokenizer = make_tokenizer()
     sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
@@ -83,7 +82,7 @@ def write_parts(folder: Path) -> list[str]:
     return [f"--vision_model_name_or_path={folder / 'vit'}", f"--text_model_name_or_path={folder / 'bert'}"]
 
 
-def make_rows(count: int, caption: str = "{} from the left to the right") -> list[dict]:
+def make_rows(count, caption="{} from the left to the right"):
     return [
         {
             "image": {"bytes": encoded(COLORS[number % 6]), "path": None},
@@ -95,5 +94,5 @@ def make_rows(count: int, caption: str = "{} from the left to the right") -> lis
     ]
 
 
-def command(data: list[str], output_dir: Path, *options: str) -> list[str]:
+def command(data, output_dir, *options):
     return [SCRIPT, *data, *OPTIONS, f"--output_dir={output_dir}", *options]

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from pathlib import Path
 
 from loading import read, write
 from PIL import Image
@@ -21,7 +20,7 @@ OPTIONS = [
 ]
 
 
-def write_task(task: str, folder: Path) -> list[str]:
+def write_task(task, folder):
     """Write images and `rows.jsonl`, and return the options that use it for both splits."""
     for color in COLORS:
         Image.new("RGB", (64, 64), color).save(folder / f"{color}.png")
@@ -29,17 +28,17 @@ def write_task(task: str, folder: Path) -> list[str]:
     return [f"--train_file={file}", f"--validation_file={file}"]
 
 
-def _questions(folder: Path):
+def _questions(folder):
     for color in COLORS:
         yield {"image": f"{color}.png", "question": "what color is it?", "answer": color}
 
 
-def _captions(folder: Path):
+def _captions(folder):
     for color in COLORS:
         yield {"image": f"{color}.png", "captions": [f"all is {color} here", f"a {color} image"]}
 
 
-def _statements(folder: Path):
+def _statements(folder):
     """Yield statements that are true of one pair and false of another; images occur in several pairs."""
     for number, color in enumerate(COLORS):
         other = COLORS[number - 1]
@@ -47,7 +46,7 @@ def _statements(folder: Path):
         yield {"images": [f"{color}.png", f"{other}.png"], "statement": f"both are {color}", "label": False}
 
 
-def _expressions(folder: Path):
+def _expressions(folder):
     """Yield expressions about images of 120 x 60 pixels with a square on the left or on the right."""
     for color in COLORS:
         for side, box in (("left", [10, 10, 50, 50]), ("right", [70, 20, 110, 60])):
@@ -60,10 +59,10 @@ def _expressions(folder: Path):
 _ROWS = {"vqa": _questions, "captions": _captions, "nlvr2": _statements, "grounding": _expressions}
 
 
-def run(*words: str) -> str:
+def run(*words):
     """Run Python with these arguments and return the output."""
     return output_of(sys.executable, *words, env=ENVIRONMENT)
 
 
-def predictions(folder: Path) -> list[dict]:
+def predictions(folder):
     return read(folder / "predictions.jsonl")

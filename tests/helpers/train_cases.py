@@ -6,13 +6,13 @@ script, which prints the classes of the wrapped models.
 
 import torch
 from accelerate import Accelerator
-from tiny_models import CASES, Case, loss_of
+from tiny_models import CASES, loss_of
 from torch.distributed.tensor import DTensor
 
 from modeling_trips import patch_selection
 
 
-def train(model, optimizer, inputs: dict[str, torch.Tensor], accelerator: Accelerator | None = None):
+def train(model, optimizer, inputs, accelerator=None):
     for _ in range(3):
         loss = loss_of(model(**inputs))
         loss.backward() if accelerator is None else accelerator.backward(loss)
@@ -20,7 +20,7 @@ def train(model, optimizer, inputs: dict[str, torch.Tensor], accelerator: Accele
         optimizer.zero_grad()
 
 
-def compare(case: Case, accelerator: Accelerator, **fields):
+def compare(case, accelerator, **fields):
     if accelerator.is_fsdp2 and case.fusion_type == "single_stream":  # as examples/configs/fsdp2.yaml says
         accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = ["TripsVisionLayer", "TripsCrossLayer"]
     # No BatchNorm, whose statistics differ between processes. Both halves of the batch have the same number of labels.

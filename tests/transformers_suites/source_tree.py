@@ -44,7 +44,7 @@ def url_to_local_path(url, *args, **kwargs):
 }
 
 
-def download_source(version: str, cache: Path) -> Path:
+def download_source(version, cache):
     """Download the source distribution of a version of Transformers once, and return the archive in `cache`."""
     archive = cache / f"transformers-{version}.tar.gz"
     if archive.exists():
@@ -64,7 +64,7 @@ def download_source(version: str, cache: Path) -> Path:
     return archive
 
 
-def build_tree(archive: Path, target: Path):
+def build_tree(archive, target):
     """Unpack the suites into `target`, with the stubs, and with this project's testers in `tests/models/trips`."""
     root = archive.name.removesuffix(".tar.gz")
     with tarfile.open(archive) as source:

@@ -26,7 +26,6 @@ CASES = {
     "text_of_another_width": {"guidance_hidden_size": 5, "schedule": "1:text:0.5,2:text:0.5"},
     "oblong_patches": {"patch_size": [4, 2]},
 }
-RESOLUTIONS = {"larger": (16, 12), "wider": (4, 20)}
 
 
 def assert_equals_reference(model, pixel_values, text_embeds):
@@ -71,15 +70,11 @@ def test_equals_the_naive_reference(fields):
     assert_equals_reference(model, images(dtype=torch.float64), texts(width=width, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("size", RESOLUTIONS.values(), ids=RESOLUTIONS)
-def test_equals_the_naive_reference_at_other_resolutions(size):
+@pytest.mark.parametrize("size, with_text", [((16, 12), True), ((4, 20), True), ((12, 8), False)])
+def test_equals_it_at_other_resolutions_and_without_a_text(size, with_text):
     model = make_model(schedule="1:text:0.6,3:text:0.6").double()
-    assert_equals_reference(model, images(size=size, dtype=torch.float64), texts(dtype=torch.float64))
-
-
-def test_without_a_text_the_image_guides_itself():
-    model = make_model(schedule="1:text:0.5,3:text:0.5").double()
-    assert_equals_reference(model, images(dtype=torch.float64), None)
+    text_embeds = texts(dtype=torch.float64) if with_text else None  # else the image guides itself
+    assert_equals_reference(model, images(size=size, dtype=torch.float64), text_embeds)
 
 
 BY_IMAGE_THEN_TEXT = "1:image:0.5,3:text:0.5"

@@ -24,7 +24,8 @@ def text_guidance_of(
     attention_mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """Return the text's [CLS] from BLIP's unimodal text encoder: `(batch_size, hidden_size)`."""
-    return model.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[:, 0]
+    output = model.text_encoder(input_ids=input_ids, attention_mask=attention_mask)
+    return output.last_hidden_state[:, 0]
 
 
 class TextGuidance:

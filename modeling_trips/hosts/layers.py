@@ -232,7 +232,8 @@ class SelectionLayer(ModuleWrapper):
     Attention is the model's own module and kernel. It does not return scores, so one query is compared with the
     candidates a second time.
 
-    Subclasses name the parts of the model's layer: `normed_tokens`, `projections`, `attend` and `feed_forward`.
+    Subclasses name the parts of the model's layer: `norms`, `projections` and `attend`, and `feed_forward` if it has
+    more than a norm and an MLP.
     """
 
     number: int
@@ -243,10 +244,13 @@ class SelectionLayer(ModuleWrapper):
     has_class_token: bool  # token 0 is [CLS]
     takes_text: bool  # the caller may pass `text_embeds`
     needs_text: bool  # the caller must pass them
+    # Names of the norms before attention and before the MLP.
+    norms = ("norm1", "norm2")
 
     def normed_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the input of queries and keys: `(num_images, seq_length, hidden_size)`."""
-        raise NotImplementedError
+        norm = getattr(self, self.norms[0])
+        return norm(hidden_states)
 
     def projections(self) -> Projections:
         raise NotImplementedError
@@ -270,7 +274,9 @@ class SelectionLayer(ModuleWrapper):
         raise NotImplementedError
 
     def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        norm = getattr(self, self.norms[1])
+        hidden_states = norm(hidden_states)
+        return self.mlp(hidden_states)
 
     def shorten_arguments(self, current: SelectionPass, kept: torch.Tensor, arguments: dict) -> dict:
         """Return further arguments of attention, with entries for the kept units only."""

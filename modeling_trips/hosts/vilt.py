@@ -141,8 +141,7 @@ class PaddedSelector(TokenSelector):
 class ViltSelectionLayer(SelectionLayer):
     """Selection layer that always keeps the text and the image's [CLS]."""
 
-    def normed_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.layernorm_before(hidden_states)
+    norms = ("layernorm_before", "layernorm_after")
 
     def projections(self) -> Projections:
         attention = self.attention.attention

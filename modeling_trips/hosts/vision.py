@@ -10,8 +10,7 @@ from .layers import Projections, SelectionLayer, library_name
 class ClipLayer(SelectionLayer):
     """Layer of CLIP, SigLIP, SmolVLM or Idefics3, with separate linear maps for queries and keys."""
 
-    def normed_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.layer_norm1(hidden_states)
+    norms = ("layer_norm1", "layer_norm2")
 
     def projections(self) -> Projections:
         attention = self.self_attn
@@ -20,11 +19,8 @@ class ClipLayer(SelectionLayer):
     def attend(self, normed: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs) -> torch.Tensor:
         if attention_mask is not None:  # attention in BLIP-2 takes none
             kwargs["attention_mask"] = attention_mask
-        return self.self_attn(hidden_states=normed, **kwargs)[0]
-
-    def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.layer_norm2(hidden_states)
-        return self.mlp(hidden_states)
+        attn_output, *_ = self.self_attn(hidden_states=normed, **kwargs)
+        return attn_output
 
 
 class BlipLayer(ClipLayer):
@@ -37,9 +33,7 @@ class BlipLayer(ClipLayer):
 class BridgeTowerLayer(SelectionLayer):
     """Layer for sequence-first states: `(seq_length, num_images, hidden_size)`."""
 
-    def normed_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.ln_1(hidden_states)
-
+    norms = ("ln_1", "ln_2")
     keys_are_linear = False  # in a parameter, which `score_states` does not read
 
     def project(self, states: torch.Tensor, part: int) -> torch.Tensor:
@@ -72,9 +66,6 @@ class BridgeTowerLayer(SelectionLayer):
 
 
 class TimmLayer(SelectionLayer):
-    def normed_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.norm1(hidden_states)
-
     def projections(self) -> Projections:
         attention = self.attn
         return Projections.stacked(attention.qkv, attention.num_heads * attention.head_dim, attention.num_heads)
@@ -97,8 +88,7 @@ class TimmLayer(SelectionLayer):
         return self.drop_path1(attn_output)
 
     def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.norm2(hidden_states)
-        hidden_states = self.mlp(hidden_states)
+        hidden_states = super().feed_forward(hidden_states)
         hidden_states = self.ls2(hidden_states)
         return self.drop_path2(hidden_states)
 

@@ -7,9 +7,11 @@ changes. `python -m modeling_trips.serving_vllm MODEL --schedule 8:image:0.33` p
 
 import logging
 import os
-import re
 from collections.abc import Callable
 from functools import wraps
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion
 
 
 # Architecture of vLLM for each type of model.
@@ -41,8 +43,8 @@ MODULES = {
     "TripsQwen3VLMoeForConditionalGeneration": "qwen",
     "TripsVlmForConditionalGeneration": "backend",
 }
-# Releases of vLLM whose interfaces the plugin fits: from the first, before the second.
-RELEASES = ("0.32", "0.34")
+# Releases of vLLM whose interfaces the plugin fits.
+RELEASES = SpecifierSet(">=0.32,<0.34", prereleases=True)
 # Variable of the environment that tries the plugin with any release.
 ANY_RELEASE = "TRIPS_ANY_VLLM"
 
@@ -51,19 +53,12 @@ def check_release(version: str):
     """Raise a ValueError if the plugin does not fit this release of vLLM, unless `ANY_RELEASE` is set."""
     if os.environ.get(ANY_RELEASE) == "1":
         return
-    first = parse_release(RELEASES[0])
-    end = parse_release(RELEASES[1])
-    given = parse_release(version)
-    if given is None or not first <= given < end:
-        raise ValueError(
-            f"Patch selection needs vLLM >={RELEASES[0]},<{RELEASES[1]}, got {version}. Set {ANY_RELEASE}=1 to try it."
-        )
-
-
-def parse_release(version: str) -> tuple[int, int] | None:
-    """Return the first two numbers of a version, `None` for others, such as `dev`."""
-    found = re.match(r"(\d+)\.(\d+)", version)
-    return None if found is None else (int(found[1]), int(found[2]))
+    try:
+        fits = version in RELEASES
+    except InvalidVersion:  # such as `dev`
+        fits = False
+    if not fits:
+        raise ValueError(f"Patch selection needs vLLM {RELEASES}, got {version}. Set {ANY_RELEASE}=1 to try it.")
 
 
 def register():

@@ -27,7 +27,8 @@ class FusedLayer(ServedLayer):
         if not hasattr(attention, "qkv_proj"):
             return super().projections()
         width = attention.qkv_proj.output_size_per_partition // 3
-        return Projections.stacked(attention.qkv_proj, width, width // attention.head_dim)
+        num_heads = width // attention.head_dim
+        return Projections.stacked(attention.qkv_proj, width, num_heads)
 
 
 class TripsVlmProcessingInfo(MultiModalProcessingInfo):
@@ -53,7 +54,6 @@ class TripsVlmForConditionalGeneration(SelectingModel, TransformersMultiModalFor
             layer_classes[name] = type(layer_class.__name__, (FusedLayer, layer_class), {})
         family.layer_classes = layer_classes
         self.select_patches(family, vllm_config)
-        family.add_hooks()
 
     def _process_vision_input(
         self, modality: str, pixel_values: torch.Tensor, num_patches: torch.Tensor, **inputs
@@ -62,4 +62,5 @@ class TripsVlmForConditionalGeneration(SelectingModel, TransformersMultiModalFor
         request = RequestInputs.of(inputs)
         inputs = {name: value.to(pixel_values.device) for name, value in inputs.items()}
         inputs["pixel_values"] = pixel_values
-        return self.tokens_of_images(inputs, num_patches.flatten().tolist(), request)
+        counts = num_patches.flatten()
+        return self.tokens_of_images(inputs, counts.tolist(), request)

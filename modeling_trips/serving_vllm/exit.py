@@ -57,9 +57,11 @@ class InterleavedProcessor(SelectionProcessor):
 
     def _get_mm_prompt_updates(self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs):
         updates = super()._get_mm_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
-        for item, (update,) in zip(out_mm_kwargs.get("image", []), updates.get("image", [])):
+        images = out_mm_kwargs.get("image", [])
+        for item, (update,) in zip(images, updates.get("image", [])):
             ids = torch.tensor(update.content.whole_ids)
-            item[WHOLE_IDS] = MultiModalFieldElem(data=ids, field=MultiModalBatchedField())
+            field = MultiModalBatchedField()
+            item[WHOLE_IDS] = MultiModalFieldElem(data=ids, field=field)
         return updates
 
     def shorten(self, settings: ServingSettings, sizes: list[int], whole: PromptUpdateDetails) -> PromptUpdateDetails:
@@ -77,15 +79,18 @@ class InterleavedExit(SelectingExit):
             (visual,) = is_visual.nonzero(as_tuple=True)
             (others,) = (~is_visual).nonzero(as_tuple=True)
             places = torch.cat([visual[kept], others])
-            embeddings = torch.cat([group, self.embed_input_ids(ids[others]).to(group.dtype)])
-            features.append(embeddings[places.argsort()])
+            other_embeddings = self.embed_input_ids(ids[others])
+            embeddings = torch.cat([group, other_embeddings.to(group.dtype)])
+            order = places.argsort()
+            features.append(embeddings[order])
         return features
 
 
 class MiniCpmProcessor(SelectionProcessor):
     def tile_sizes(self, item: MultiModalKwargsItem, num_visual: int) -> list[int]:
         patches = item["tgt_sizes"].data.prod(dim=-1)  # of each slice
-        return (patches * num_visual // patches.sum()).tolist()
+        sizes = patches * num_visual // patches.sum()
+        return sizes.tolist()
 
 
 # By architecture of vLLM: how it selects, and its processor.

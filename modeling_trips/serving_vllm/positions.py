@@ -6,7 +6,8 @@ are written before prefill.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate
+from dataclasses import replace
+from itertools import groupby
 
 import torch
 from vllm.config import VllmConfig
@@ -14,7 +15,7 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem, 
 from vllm.platforms import current_platform
 
 from ..hosts.vlm.visual_tokens import VisualTokens
-from .selection import CHOICE, SIZES, RequestInputs, SelectingExit, SelectionProcessor, ServedFamily, by_image
+from .selection import CHOICE, RequestInputs, SelectingExit, SelectionProcessor, ServedFamily, joined_by_image
 
 
 INTEGERS = {2: torch.int16, 4: torch.int32}  # by the size of the embeddings' dtype
@@ -60,7 +61,8 @@ class PlacedExit(SelectingExit):
 
     def own_features(self, inputs: Mapping) -> Sequence[torch.Tensor]:
         """Return the tower's tokens of each image, with the columns of deepstack."""
-        return self._process_image_input(self._parse_and_validate_image_input(**inputs))
+        parsed = self._parse_and_validate_image_input(**inputs)
+        return self._process_image_input(parsed)
 
     def embed_multimodal(self, **kwargs) -> Sequence[torch.Tensor]:
         modality = "video" if "video_grid_thw" in kwargs else "image"
@@ -68,27 +70,23 @@ class PlacedExit(SelectingExit):
         kwargs = {VIDEO_INPUTS.get(name, name): value for name, value in kwargs.items()}
         if CHOICE.format(modality) not in kwargs:  # embeddings of the caller stay as they are
             groups = self.own_features(kwargs)
-            positions = [torch.arange(len(group), device=group.device) for group in groups]
-            return self.with_places(groups, positions, kwargs)
+            whole = VisualTokens.whole(groups)
+            return self.with_places(whole.features, whole.positions, kwargs)
         request = RequestInputs.of(kwargs, modality)
-        return self.tokens_of_images(kwargs, kwargs["image_grid_thw"].prod(dim=-1).tolist(), request)
+        num_patches = kwargs["image_grid_thw"].prod(dim=-1)
+        return self.tokens_of_images(kwargs, num_patches.tolist(), request)
 
     def visual_tokens(self, inputs: Mapping, request: RequestInputs) -> VisualTokens:
         grids = inputs["image_grid_thw"]
-        steps = grids.repeat_interleave(grids[:, 0], dim=0)
+        num_steps = grids[:, 0]
+        steps = grids.repeat_interleave(num_steps, dim=0)
         steps[:, 0] = 1
         return super().visual_tokens({**inputs, "image_grid_thw": steps}, request)
 
     def join(self, tokens: VisualTokens, inputs: Mapping) -> list[torch.Tensor]:
-        sizes = inputs[SIZES]
-        features = []
-        positions = []
-        kept = [group[own] for group, own in zip(tokens.output, tokens.positions)]
-        for tiles, own, sizes_of_tiles in zip(by_image(kept, sizes), by_image(tokens.positions, sizes), sizes):
-            starts = accumulate(sizes_of_tiles, initial=0)
-            features.append(torch.cat(tiles))
-            positions.append(torch.cat([part + start for part, start in zip(own, starts)]))
-        return self.with_places(features, positions, inputs)
+        kept = replace(tokens, features=tokens.output).keep(tokens.positions)
+        joined = joined_by_image(kept, inputs)
+        return self.with_places(joined.features, joined.positions, inputs)
 
     def with_places(
         self, groups: Iterable[torch.Tensor], positions: list[torch.Tensor], inputs: Mapping
@@ -99,9 +97,10 @@ class PlacedExit(SelectingExit):
         features = []
         for number, (group, kept, (_, height, width)) in enumerate(zip(groups, positions, grids)):
             num_columns = width // self.family.unit
-            size = num_columns * (height // self.family.unit)
-            times = self.times(kept // size, None if seconds is None else seconds[number])
-            rows = kept % size // num_columns
+            num_rows = height // self.family.unit
+            steps = kept // (num_rows * num_columns)
+            times = self.times(steps, None if seconds is None else seconds[number])
+            rows = kept // num_columns % num_rows
             columns = kept % num_columns
             places = torch.stack([times, rows, columns], dim=1)  # (num_kept, NUM_PLACES - 1)
             farthest = places.max().expand(len(places), 1)
@@ -115,7 +114,9 @@ class PlacedExit(SelectingExit):
         if self.steps_are_apart:
             return torch.zeros_like(steps)
         per_step = 1.0 if seconds is None else float(seconds)
-        return (steps * (per_step * getattr(self.config.vision_config, "tokens_per_second", 1.0))).long()
+        per_step *= getattr(self.config.vision_config, "tokens_per_second", 1.0)
+        times = steps * per_step
+        return times.long()
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]):
         """
@@ -155,8 +156,9 @@ class PlacedExit(SelectingExit):
             bits = torch.cat([part[:, -NUM_PLACES:] for part in multimodal_embeddings]).contiguous()
             times, rows, columns, farthest = bits.view(INTEGERS[bits.itemsize]).T.to(positions)
             ids = torch.as_tensor(input_ids, device=positions.device)
-            is_visual = (ids == self.config.image_token_id) | (ids == self.config.video_token_id)
-            visual = is_visual.nonzero()[:, 0]
+            is_image = ids == self.config.image_token_id
+            is_video = ids == self.config.video_token_id
+            (visual,) = torch.where(is_image | is_video)
             written = visual[visual >= num_computed_tokens][: len(rows)]
             starts = positions[0, written] - times
             positions[1, written] = starts + rows
@@ -175,11 +177,12 @@ def runs(place: PlaceholderRange) -> Iterator[tuple[int, int]]:
     if place.is_embed is None:
         yield place.offset, place.length
         return
-    edges = torch.diff(place.is_embed.int(), prepend=torch.zeros(1), append=torch.zeros(1))
-    starts = (edges == 1).nonzero()[:, 0].tolist()
-    ends = (edges == -1).nonzero()[:, 0].tolist()
-    for start, end in zip(starts, ends):
-        yield place.offset + start, end - start
+    first = place.offset
+    for is_visual, run in groupby(place.is_embed.tolist()):
+        length = len([*run])
+        if is_visual:
+            yield first, length
+        first += length
 
 
 if current_platform.is_cpu():

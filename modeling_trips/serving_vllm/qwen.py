@@ -25,7 +25,8 @@ class QwenLayer(ServedLayer, PackedLayer):
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         if "selection_pass" not in kwargs:  # whole images take the layer's own way
             return super().forward(hidden_states, **kwargs)
-        return super().forward(hidden_states.squeeze(1), **kwargs).unsqueeze(1)
+        hidden_states = super().forward(hidden_states.squeeze(1), **kwargs)
+        return hidden_states.unsqueeze(1)
 
     def split_heads(self, states: torch.Tensor) -> Sequence[torch.Tensor]:
         """Return queries, keys and values of this process: `(num_images, length, num_heads, head_dim)`."""
@@ -34,13 +35,16 @@ class QwenLayer(ServedLayer, PackedLayer):
         return [part.unflatten(-1, (-1, self.attn.hidden_size_per_attention_head)) for part in parts]
 
     def project_query(self, states: torch.Tensor) -> torch.Tensor:
-        return self.split_heads(states.unsqueeze(1))[0].squeeze(1)
+        query, *_ = self.split_heads(states.unsqueeze(1))
+        return query.squeeze(1)
 
     def project_key(self, states: torch.Tensor) -> torch.Tensor:
-        return self.split_heads(states)[1].transpose(1, 2)
+        _, key, _ = self.split_heads(states)
+        return key.transpose(1, 2)
 
     def attend(self, normed: torch.Tensor, attention_mask: None, **kwargs) -> torch.Tensor:
-        return self.attn(normed.unsqueeze(1), **kwargs).squeeze(1)
+        attn_output = self.attn(normed.unsqueeze(1), **kwargs)
+        return attn_output.squeeze(1)
 
     def shorten_arguments(self, current: SelectionPass, kept: torch.Tensor, arguments: dict) -> dict:
         # `max_seqlen` may be larger than the longest segment.
@@ -100,10 +104,8 @@ class SelectingQwen(PlacedExit):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        if self.settings.tower.layers:
-            if self.visual.attn_backend == AttentionBackendEnum.FLASHINFER:
-                raise ValueError("A schedule needs another `mm_encoder_attn_backend` than FLASHINFER.")
-            self.family.add_hooks()
+        if self.settings.tower.layers and self.visual.attn_backend == AttentionBackendEnum.FLASHINFER:
+            raise ValueError("A schedule needs another `mm_encoder_attn_backend` than FLASHINFER.")
 
 
 class SelectingQwen2(SelectingQwen):

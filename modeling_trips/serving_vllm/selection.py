@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs,
 
 from ..hosts.layers import SelectionPass
 from ..hosts.vlm.families import Family
-from ..hosts.vlm.tower import TowerLayer, selecting
+from ..hosts.vlm.tower import TowerLayer
 from ..hosts.vlm.visual_tokens import VisualTokens, special_token_ids
 from .settings import NUM_CHOICES, ONE_SIZE, REQUEST_KEYS, ServingSettings, find_question, split_calls
 
@@ -101,12 +102,20 @@ class SelectionProcessor(BaseMultiModalProcessor):
         settings = self.settings_of(hf_processor_mm_kwargs)
         updates = super()._get_mm_prompt_updates(mm_items, without_own(hf_processor_mm_kwargs), out_mm_kwargs)
         for modality in self.pixels:
-            for item, own in zip(out_mm_kwargs.get(modality, []), updates.get(modality, [])):
+            items = out_mm_kwargs.get(modality, [])
+            for item, own in zip(items, updates.get(modality, [])):
                 choice = item.get(CHOICE.format(modality))
-                if choice is not None:  # embeddings of the caller stay as they are
-                    sizes = self.tile_sizes(item, num_visual(own[0].content))
-                    choice.data = torch.cat([choice.data[:NUM_CHOICES], choice.data.new_tensor(sizes)])
-                    own[:] = [replace(update, content=self.shorten(settings, sizes, update.content)) for update in own]
+                if choice is None:  # embeddings of the caller stay as they are
+                    continue
+                number = num_visual(own[0].content)
+                sizes = self.tile_sizes(item, number)
+                if modality == "video":
+                    settings.check_steps(min(sizes))
+                chosen = choice.data[:NUM_CHOICES].tolist()
+                choice.data = choice.data.new_tensor([*chosen, *sizes])
+                for index, update in enumerate(own):
+                    content = self.shorten(settings, sizes, update.content)
+                    own[index] = replace(update, content=content)
         return updates
 
     def shorten(self, settings: ServingSettings, sizes: list[int], whole: PromptUpdateDetails) -> PromptUpdateDetails:
@@ -142,8 +151,11 @@ class SelectionProcessor(BaseMultiModalProcessor):
     def _maybe_apply_prompt_updates(self, mm_items, mm_res):
         for modality in self.pixels:
             for update, *_ in mm_res.prompt_updates.get(modality, []):
-                VISUAL_TOKENS.labels("kept").inc(num_visual(update.content))
-                VISUAL_TOKENS.labels("dropped").inc(getattr(update.content, "num_dropped", 0))
+                content = update.content
+                num_kept = num_visual(content)
+                num_dropped = getattr(content, "num_dropped", 0)
+                VISUAL_TOKENS.labels("kept").inc(num_kept)
+                VISUAL_TOKENS.labels("dropped").inc(num_dropped)
         return super()._maybe_apply_prompt_updates(mm_items, mm_res)
 
 
@@ -176,9 +188,11 @@ class RequestInputs:
         choices = []
         sizes = []
         for row in inputs.pop(CHOICE.format(modality)):
-            choices.append(tuple(row[:NUM_CHOICES].tolist()))
-            sizes.append(row[NUM_CHOICES:].long().tolist())
-        return cls(choices=choices, sizes=sizes, questions=inputs.pop(QUESTION.format(modality), None))
+            chosen, own_sizes = row.tensor_split([NUM_CHOICES])
+            choices.append(tuple(chosen.tolist()))
+            sizes.append(own_sizes.long().tolist())
+        questions = inputs.pop(QUESTION.format(modality), None)
+        return cls(choices=choices, sizes=sizes, questions=questions)
 
     def __getitem__(self, images: slice) -> "RequestInputs":
         questions = None if self.questions is None else self.questions[images]
@@ -188,7 +202,8 @@ class RequestInputs:
     def questions_of_tiles(self) -> list[torch.Tensor]:
         questions = []
         for question, sizes in zip(self.questions, self.sizes):
-            questions += [question] * len(sizes)
+            num_tiles = len(sizes)
+            questions += [question] * num_tiles
         return questions
 
 
@@ -202,16 +217,15 @@ class ServedFamily(Family):
         self.base = model
         self.config = model.config
 
-    def encode(self, inputs: Mapping, current: SelectionPass | None) -> VisualTokens:
-        with selecting(current), self.watching_attention(current):
-            groups = self.model.own_features(inputs)
-        tiles = torch.cat([*groups]).split(sum(inputs[SIZES], []))
+    def encode_whole(self, inputs: Mapping, current: SelectionPass | None) -> VisualTokens:
+        groups = self.model.own_features(inputs)
+        joined = torch.cat([*groups])
+        sizes = [*chain(*inputs[SIZES])]
+        tiles = joined.split(sizes)
         # Scorers read the columns of the language model's width. Those of deepstack follow the choice.
         width = self.config.get_text_config().hidden_size
-        tokens = VisualTokens.whole([tile[:, :width] for tile in tiles], output=tiles)
-        if current is None or not current.records:
-            return tokens
-        return tokens.keep(self.kept_tokens(tokens.sizes, inputs, current))
+        read = joined[:, :width].split(sizes)
+        return VisualTokens.whole(read, output=tiles)
 
 
 class ServedLayer(TowerLayer):
@@ -221,7 +235,8 @@ class ServedLayer(TowerLayer):
         num_heads = self.project_query(states[:, 0]).shape[1]
         if num_heads < query.shape[1]:  # a guide makes the query of all heads
             query = query.split(num_heads, dim=1)[get_tensor_model_parallel_rank()]
-        return tensor_model_parallel_all_reduce(super().score(query, states))
+        scores = super().score(query, states)
+        return tensor_model_parallel_all_reduce(scores)
 
 
 def check_engine(vllm_config: VllmConfig, settings: ServingSettings):
@@ -262,6 +277,8 @@ class SelectingModel(nn.Module):
         # A list hides the guide from vLLM, which expects its weights in the model's checkpoint.
         self.guides = [] if guide is None else [guide.to(vllm_config.device_config.device)]
         family.wrap_layers(self.settings.tower)
+        if self.settings.tower.layers:
+            family.add_hooks()
         self.max_tokens = vllm_config.scheduler_config.max_num_encoder_input_tokens
         log = logger.warning if self.settings.keeps_all else logger.info
         log("Patch selection %s.", self.settings.describe(family.tokens_per_image))
@@ -321,7 +338,7 @@ class SelectingModel(nn.Module):
 
     def join(self, tokens: VisualTokens, inputs: Mapping) -> list[torch.Tensor]:
         """Return the kept tokens of each image from those of its tiles."""
-        return [torch.cat(tiles) for tiles in by_image(tokens.features, inputs[SIZES])]
+        return joined_by_image(tokens, inputs).features
 
 
 class SelectingExit(SelectingModel):
@@ -331,7 +348,8 @@ class SelectingExit(SelectingModel):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.select_patches(self.family_class(self), vllm_config)
+        family = self.family_class(self)
+        self.select_patches(family, vllm_config)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.get_language_model().model.embed_tokens
@@ -359,10 +377,10 @@ def serve(own_class: Any, model_class: type, processor_class: type = SelectionPr
     return register(type(name, (model_class, own_class), {"__doc__": model_class.__doc__}))
 
 
-def by_image(tiles: Sequence[torch.Tensor], sizes: list[list[int]]) -> list[list[torch.Tensor]]:
-    """Return the tiles of each image, which has as many as `sizes`."""
-    remaining = iter(tiles)
-    return [[next(remaining) for _ in sizes_of_tiles] for sizes_of_tiles in sizes]
+def joined_by_image(tokens: VisualTokens, inputs: Mapping) -> VisualTokens:
+    """Return the visual tokens of each image, whose tiles are joined."""
+    num_tiles = [len(sizes) for sizes in inputs[SIZES]]
+    return tokens.joined(num_tiles)
 
 
 def take(value, images: slice, num_images: int, rows: slice, num_rows: int):

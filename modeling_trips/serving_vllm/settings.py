@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from ..hosts.vlm import families
 from ..hosts.vlm.families import Family
 from ..hosts.vlm.guide import TextGuide
 from ..hosts.vlm.scoring import READ_PROMPT
@@ -20,6 +21,7 @@ from . import ARCHITECTURES
 
 DIFFERS = "answers of vLLM's own class differ from those of Transformers without selection, too"
 NOT_SUPPORTED = {
+    **families.NOT_SUPPORTED,
     "lfm2_vl": DIFFERS,
     "paligemma": "its whole prompt attends in both directions in Transformers, but only its image in vLLM",
     "qwen3_5": DIFFERS,
@@ -104,7 +106,7 @@ class ServingSettings:
         instead of the server's, and `visual_scorer`. `"all"` keeps whole images: nothing is selected inside the tower,
         either. Raise a ValueError if they are out of range, or the operator does not allow the scorer.
         """
-        given = {name: options[name] for name in REQUEST_KEYS if options.get(name) is not None}
+        given: dict[str, Any] = {name: options[name] for name in REQUEST_KEYS if options.get(name) is not None}
         if not given:
             return self
         if given == {"visual_tokens": "all"}:
@@ -117,9 +119,8 @@ class ServingSettings:
             )
         if given.keys() & {*NUMBERS}:
             given = {**dict.fromkeys(NUMBERS), **given}
-        changes: dict[str, Any] = dict(given)
         try:
-            return replace(self, **changes)
+            return replace(self, **given)
         except TypeError as error:
             raise ValueError(str(error)) from error
 
@@ -127,9 +128,10 @@ class ServingSettings:
         """Return what a request may choose as numbers that travel with its images. [`choice_of`] reads them."""
         number = self.visual_tokens or 0
         rate = self.keep_rate or 0.0
+        scorer = SCORERS.index(self.visual_scorer)
         if self.tower.layers and self.at_exit.keeps_all:
             rate = 1.0
-        return torch.tensor([number, rate, SCORERS.index(self.visual_scorer)], dtype=torch.float64)
+        return torch.tensor([number, rate, scorer], dtype=torch.float64)
 
     def choice_of(self, encoded: Sequence[float]) -> ExitSelection | None:
         """Return the selection after the tower of a request; `None` if its images stay whole, also in the tower."""
@@ -175,6 +177,13 @@ class ServingSettings:
         self.at_exit.check_fits(size, in_tower=bool(self.tower.layers))
         self.check_number(size)
 
+    def check_steps(self, size: int):
+        """Raise a ValueError if the rate keeps less than one token of a time step of `size` tokens of a video."""
+        if self.keep_rate is not None and self.keep_rate * size < 1:
+            raise ValueError(
+                f"`keep_rate` must keep a token of each time step of a video, got {self.keep_rate} of {size} tokens."
+            )
+
     def check_number(self, size: int):
         """Raise a ValueError if the tower keeps fewer than `visual_tokens` of an image (or tile) of `size` tokens."""
         most = replace(self, visual_tokens=None, keep_rate=None).num_kept(size)
@@ -211,7 +220,9 @@ class ServingSettings:
     def num_kept(self, size: int) -> int:
         """Return how many visual tokens of a square grid, and maybe the tower's [CLS], are kept."""
         num_patches = math.isqrt(size) ** 2
-        return self.at_exit.num_kept(size, size - num_patches + self.num_kept_in_tower(num_patches))
+        num_others = size - num_patches
+        num_candidates = num_others + self.num_kept_in_tower(num_patches)
+        return self.at_exit.num_kept(size, num_candidates)
 
     def describe(self, size: int | None) -> str:
         """Return a line that says what is kept of images (or tiles) of `size` tokens, by what, and what is cached."""
@@ -235,9 +246,13 @@ def find_question(ids: Sequence[int], visual_ids: Sequence[int], special_ids: Se
     `visual_ids` are the tokens of their placeholders.
     """
     row = torch.tensor([ids], dtype=torch.long)
-    is_visual = torch.isin(row, torch.tensor(visual_ids, dtype=torch.long))
-    is_special = torch.isin(row, torch.tensor(special_ids, dtype=torch.long))
-    return row[text_after_images(is_visual, ~is_visual & ~is_special)].tolist()
+    visual = torch.tensor(visual_ids, dtype=torch.long)
+    special = torch.tensor(special_ids, dtype=torch.long)
+    is_visual = torch.isin(row, visual)
+    is_special = torch.isin(row, special)
+    is_text = ~is_visual & ~is_special
+    is_question = text_after_images(is_visual, is_text)
+    return row[is_question].tolist()
 
 
 def split_calls(sizes: Sequence[int], most: int, choices: Sequence) -> list[slice]:

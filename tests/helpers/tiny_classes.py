@@ -145,6 +145,27 @@ def placed(index):
     return {"pixel_values": pixels(index, 1, 16, 3 * PATCH**2), "image_position_ids": places[None]}
 
 
+def raster(index: int) -> dict:
+    """Squares of patches of one visual token each, row by row, with the channels last."""
+    down, across = (side // 2 for side in GRIDS[index % len(GRIDS)])
+    side = 2 * PATCH
+    return {
+        "pixel_values": pixels(index, down * across, side, side, 3),
+        "image_grid_thw": torch.tensor([[1, down, across]]),
+    }
+
+
+def merged(index: int) -> dict:
+    """Patches of one visual token each with their places across and down."""
+    return {**placed(index), "pixel_values": pixels(index, 1, 16, 3 * (2 * PATCH) ** 2)}
+
+
+def flat_grid(index: int) -> dict:
+    image = FLAT(index)
+    grid = image.pop("image_grid_thw")
+    return {**image, "image_grid_hw": grid[:, 1:]}
+
+
 # ---- Rows ----------------------------------------------------------------------------------------------------------
 
 
@@ -231,6 +252,26 @@ GEMMA4 = {
     **text(hidden_size_per_layer_input=0, num_kv_shared_layers=0, global_head_dim=8, layer_types=SLIDING),
 }
 
+GEMMA4_UNIFIED = {
+    "vision_config": {
+        "model_type": "gemma4_unified_vision",
+        **{name: SMALL[name] for name in ("patch_size", "pooling_kernel_size")},
+        **dict.fromkeys(("mm_embed_dim", "output_proj_dims"), 32),
+        "mm_posemb_size": 16,
+    },
+}
+INDEXER = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_compress_ratio": 4}
+QWEN4 = text(
+    **GLM["text_config"], **INDEXER, indexer_budget=512, layer_types=["linear_attention", "indexed_attention"]
+)
+INKLING2 = text(unpadded_vocab_size=120, swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=8)
+DOTS3 = {"audio_config": {"adapter_input_size": 32}, **text(num_key_value_heads=4)}
+MUSE = {"audio_config": {"num_hidden_layers": 4, "hidden_sizes": [8] * 4}, "out_hidden_size": 128}
+NEMOTRON = {"vision_config": {"video_temporal_patch_size": 2}, "vision_hidden_size": 32, "image_token_id": IMAGE}
+PERCEPTION = {"embed_dim": 32, "depth": 2, "num_heads": 4, "img_size": SIDE, "patch_size": PATCH, "ref_feat_shape": 4}
+PERCEPTION |= {"global_pool": "", "use_post_transformer_norm": False, "init_values": 0.1}
+TIMM = {"vision_config": {"architecture": "vit_pe_core_large_patch14_336", "model_args": PERCEPTION}}
+
 # By type of model, in the order of the table: those that select in their tower, too, and those that do not.
 IN_TOWER = {
     "llava": TinyClass("LLaVA-1.5", quick=True),
@@ -292,6 +333,16 @@ AT_EXIT = {
     "step3p7": TinyClass("Step 3.7", config=text(sliding_window=16, layer_types=["full_attention"] * 2)),
     "video_llama_3": TinyClass("VideoLLaMA 3", packed(frames=1, image_merge_sizes=2)),
     "video_llava": TinyClass("Video-LLaVA"),
+    "dots3_note": TinyClass("dots3", FLAT, DOTS3),
+    "gemma4_unified": TinyClass("Gemma 4 unified", merged, GEMMA4_UNIFIED, by_hand=False),
+    "glm5_next": TinyClass("GLM-5-next", QWEN, text(num_key_value_heads=4, qk_rope_head_dim=0, layer_types=HYBRID)),
+    "inkling2": TinyClass("Inkling 2", raster, INKLING2),
+    "inkling2_loop": TinyClass("Inkling 2 Loop", raster, INKLING2),
+    "muse_spark": TinyClass("Muse Spark", QWEN, MUSE),
+    "nemotron_h_omni": TinyClass("Nemotron-H-Omni", flat_grid, NEMOTRON),
+    "perception_lm": TinyClass("PerceptionLM", tiles, TIMM),
+    "qwen4_exp": TinyClass("Qwen4-exp", QWEN, QWEN4),
+    "unlimited_ocr": TinyClass("Unlimited-OCR", config={"vision_config": OCR2["vision_config"]}),
     "vipllava": TinyClass("ViP-LLaVA", config={"vision_feature_layers": [-1, -2]}),
 }
 RUNS = IN_TOWER | AT_EXIT
@@ -326,19 +377,9 @@ REFUSED = {
     "qwen2_5_omni_thinker": "Qwen2.5-Omni",
     "qwen3_omni_moe_thinker": "Qwen3-Omni",
     "apertus1p5": "Apertus 1.5",
-    "dots3_note": "dots3",
     "gemma3n": "Gemma 3n",
-    "gemma4_unified": "Gemma 4 unified",
-    "glm5_next": "GLM-5-next",
     "hunyuan_vl": "HunYuan-VL",
-    "inkling2": "Inkling 2",
-    "inkling2_loop": "Inkling 2 Loop",
     "inkling_mm_model": "Inkling",
-    "muse_spark": "Muse Spark",
-    "nemotron_h_omni": "Nemotron-H-Omni",
-    "perception_lm": "PerceptionLM",
-    "qwen4_exp": "Qwen4-exp",
-    "unlimited_ocr": "Unlimited-OCR",
 }
 
 

@@ -48,7 +48,12 @@ OPTIONS = {
     "limit_mm_per_prompt": {"image": 2},
 }
 COUNTER = 'trips_visual_tokens_total{state="%s"}'
-WRONG_OPTIONS = [{"keep_rate": 1.5}, {"keeprate": 0.5}, {"schedule": "1:image:0.5"}]  # of a request
+WRONG_OPTIONS = [  # of a request
+    {"keep_rate": 1.5},
+    {"keep_rate": float("nan")},
+    {"keeprate": 0.5},
+    {"schedule": "1:image:0.5"},
+]
 CHUNKS = {"max_num_batched_tokens": 32}
 # Without its linear attention, which vLLM computes on CPUs in bfloat16 only. It caches prefixes only with it.
 ONLY_ATTENTION = ("minicpmv4_6",)
@@ -364,8 +369,9 @@ def test_a_server_answers_chats_and_survives_odd_images(python, served, tmp_path
                     chat(url, *asked[0], wrong)
                 assert all(name in refused.value.read().decode() for name in wrong), wrong
             assert len(chat(url, video_part([noise(32, 32)] * 4), questions[0])) == NUM_TOKENS
-            with pytest.raises(urllib.error.HTTPError, match="400"):
-                chat(url, video_part([]), questions[0])
+            for frames, options in (([], None), ([noise(32, 32)] * 4, {"keep_rate": 0.01})):
+                with pytest.raises(urllib.error.HTTPError, match="400"):
+                    chat(url, video_part(frames), questions[0], options)
             assert chat(url, *asked[0]) == again
         finally:
             server.terminate()

@@ -8,6 +8,7 @@ import torch
 from served_vlms import PROCESSORS, VLMS, store_internvl_chat
 from strange_pictures import noise
 from tiny_vlms import BY_NAME
+from transformers import AutoConfig
 
 from modeling_trips.hosts import TextGuide
 from modeling_trips.hosts.vlm.families import find_family
@@ -23,6 +24,8 @@ def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     for name in BY_NAME:
         BY_NAME[name].make().config.save_pretrained(folder / name)
+    for name in ("fuyu", "git"):
+        AutoConfig.for_model(name).save_pretrained(folder / name)
     return folder
 
 
@@ -95,6 +98,8 @@ def test_the_helper_reads_a_guide(folders, tmp_path, capsys):
         ("smolvlm", "--schedule 1:image:0.5 --visual_tokens 9", "1:image:0.5"),
         ("paligemma", "--visual_tokens 9", "whole prompt"),
         ("qwen3_5", "--visual_tokens 9", "own class"),
+        ("fuyu", "--visual_tokens 9", "no vision tower"),
+        ("git", "--visual_tokens 9", "placeholders"),
         ("glm4v", "--schedule 1:image:0.5", "1:image:0.5"),
         ("glm4v", "--visual_tokens 9 --visual_scorer vispruner", "vispruner"),
         ("glm4v", "--visual_tokens 9 --request_scorers prompt pooling", "pooling"),
@@ -175,8 +180,12 @@ def test_a_request_replaces_the_number_or_the_rate():
         {"visual_tokens": 0},
         {"visual_tokens": "many"},
         {"visual_tokens": 2.5},
+        {"visual_tokens": True},
+        {"keep_rate": 0},
         {"keep_rate": 1.5},
         {"keep_rate": "0.5"},
+        {"keep_rate": True},
+        {"keep_rate": float("nan")},
         {"keep_rate": 0.5, "visual_tokens": 9},
         {"keep_rate": 0.5, "visual_tokens": "all"},
     ]
@@ -187,6 +196,13 @@ def test_a_request_replaces_the_number_or_the_rate():
     for number in (11, 65):  # no grid, and more than there are
         with pytest.raises(ValueError, match=str(number)):
             pooling.of_request({"visual_tokens": number}).check_size(64)
+
+
+def test_a_video_keeps_a_token_of_each_time_step():
+    ServingSettings(keep_rate=0.25).check_steps(4)
+    ServingSettings(visual_tokens=9).check_steps(4)
+    with pytest.raises(ValueError, match=r"0\.2 of 4"):
+        ServingSettings(keep_rate=0.2).check_steps(4)
 
 
 def test_a_request_names_a_scorer_that_the_server_allows():

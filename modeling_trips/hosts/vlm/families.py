@@ -34,6 +34,9 @@ class Family(Host):
     has_class_token = False
     can_fuse = False
     has_attention = False  # a scorer after the tower may read the attention of its last layer
+    # Names of the tower, and of the layers in its transformer.
+    tower_name = "vision_tower"
+    layers_name = "encoder.layers"
     # Numbers of tokens that the processor writes before and after the placeholders of an image (or tile).
     framing_tokens = (0, 0)
     # Number of visual tokens of an image in the language model, `None` where it depends on the image's size.
@@ -57,7 +60,7 @@ class Family(Host):
 
     @property
     def tower(self) -> nn.Module:
-        return self.base.vision_tower
+        return getattr(self.base, self.tower_name)
 
     @property
     def transformer(self) -> nn.Module:
@@ -66,7 +69,7 @@ class Family(Host):
 
     @property
     def layers(self) -> nn.ModuleList:
-        return self.transformer.encoder.layers
+        return self.transformer.get_submodule(self.layers_name)
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -83,24 +86,29 @@ class Family(Host):
 
     def encode(self, inputs: Mapping, current: SelectionPass | None) -> VisualTokens:
         """Encode the images. Return the visual tokens that the tower keeps in this pass; `None`: all."""
+        with selecting(current), self.watching_attention(current):
+            tokens = self.encode_whole(inputs, current)
+        if current is None:
+            return tokens
+        if current.attention is not None:
+            attention = []
+            for row, size in zip(current.attention, tokens.sizes):
+                num_others = size - len(row)  # LLaVA may pass the tower's [CLS] to the language model
+                attention.append(nn.functional.pad(row, (num_others, 0)))
+            tokens = replace(tokens, attention=attention)
+        if not current.records:
+            return tokens
+        positions = self.kept_tokens(tokens.sizes, inputs, current)
+        return tokens.keep(positions)
+
+    def encode_whole(self, inputs: Mapping, current: SelectionPass | None) -> VisualTokens:
+        """Run the model's own encoder. Return the tokens of whole images, in which those without a patch are zeros."""
         arguments = given(inputs, self.encoder_arguments["image"])
         if current is not None and current.segments is not None:  # computed once for the tower
             arguments["image_window_index"] = current.unit_order
             arguments["image_cu_window_seqlens"] = current.segments
-        with selecting(current), self.watching_attention(current):
-            output = self.base.get_image_features(**arguments, return_dict=True)
-        tokens = VisualTokens.whole(self.groups(output), output)
-        if current is None:
-            return tokens
-        if current.attention is not None:
-            # LLaVA may pass the tower's [CLS] to the language model.
-            attention = [
-                nn.functional.pad(row, (size - len(row), 0)) for row, size in zip(current.attention, tokens.sizes)
-            ]
-            tokens = replace(tokens, attention=attention)
-        if not current.records:
-            return tokens
-        return tokens.keep(self.kept_tokens(tokens.sizes, inputs, current))
+        output = self.base.get_image_features(**arguments, return_dict=True)
+        return VisualTokens.whole(self.groups(output), output)
 
     def encode_videos(self, inputs: Mapping) -> VisualTokens:
         """Encode the videos. Return the visual tokens of each time step, or of each video where steps have no grid."""
@@ -233,7 +241,8 @@ class Llava(Family):
     @property
     def tokens_per_image(self) -> int | None:
         config = self.config.vision_config
-        return (config.image_size // config.patch_size) ** 2 + self.num_class_tokens
+        side = config.image_size // config.patch_size
+        return side**2 + self.num_class_tokens
 
     def to_units(self, values: list[torch.Tensor], inputs: Mapping) -> list[torch.Tensor]:
         return [values_of_image[self.num_class_tokens :] for values_of_image in values]
@@ -266,11 +275,14 @@ class LlavaNext(Llava):
     def blank_tiles(self, inputs: Mapping, **options) -> list[torch.Tensor]:
         """Return one number per patch, for the tiles of each image."""
         config = self.config.vision_config
-        num_patches = (config.image_size // config.patch_size) ** 2
+        side = config.image_size // config.patch_size
+        num_patches = side**2
         return [torch.zeros(number, num_patches, 1, **options) for number in self.tiles_per_image(inputs)]
 
     def group_sizes(self, inputs: Mapping, tokens_per_prompt: list[int]) -> list[int]:
-        return [len(group) for group in self.pack(self.blank_tiles(inputs), inputs)]
+        tiles = self.blank_tiles(inputs)
+        packed = self.pack(tiles, inputs)
+        return [len(group) for group in packed]
 
     def begin_pass(self, inputs: Mapping) -> SelectionPass:
         # `pack` crops the tiles to the image and may interpolate them. The gradient of the packed tokens' sum says
@@ -282,7 +294,8 @@ class LlavaNext(Llava):
             packed = self.pack(tiles, inputs)
             total = torch.cat(packed).sum()
             gradients = torch.autograd.grad(total, tiles)
-        is_image = torch.cat(gradients)[..., 0] != 0  # (num_tiles, num_patches)
+        of_patches = torch.cat(gradients).squeeze(-1)  # (num_tiles, num_patches)
+        is_image = of_patches != 0
         device = inputs["pixel_values"].device
         return SelectionPass(is_image=is_image.to(device, non_blocking=True))
 
@@ -301,8 +314,7 @@ class LlavaNext(Llava):
     def images_per_group(self, inputs: Mapping, sizes: list[int]) -> list[int]:
         return self.tiles_per_image(inputs)
 
-    def tiles_per_entry(self, inputs: Mapping, tokens_per_prompt: list[int]) -> list[int]:
-        return self.tiles_per_image(inputs)
+    tiles_per_entry = images_per_group
 
     def kept_tokens(self, sizes: list[int], inputs: Mapping, current: SelectionPass) -> list[torch.Tensor]:
         kept = current.kept_before()
@@ -356,10 +368,7 @@ class Smolvlm(Family):
     layers_follow = True  # the mask of the patches
     has_attention = True
     framing_tokens = (2, 1)  # <fake_token_around_image><global-img>...<fake_token_around_image>
-
-    @property
-    def tower(self) -> nn.Module:
-        return self.base.vision_model
+    tower_name = "vision_model"
 
     @property
     def unit(self) -> int:
@@ -389,11 +398,7 @@ class Internvl(Family):
     has_class_token = True
     has_attention = True
     framing_tokens = (1, 1)  # <img>...</img>
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        return self.tower.encoder.layer
-
+    layers_name = "encoder.layer"
     num_selectable_layers = Llava.num_selectable_layers
 
     @property
@@ -423,14 +428,8 @@ class Qwen2Vl(Family):
     )
     layers_follow = True  # segments and rotary embeddings
     has_attention = True
-
-    @property
-    def tower(self) -> nn.Module:
-        return self.base.visual
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        return self.tower.blocks
+    tower_name = "visual"
+    layers_name = "blocks"
 
     @property
     def unit(self) -> int:
@@ -547,18 +546,24 @@ FAMILIES: dict[str, type[Family]] = {
 Q_FORMER = "its Q-Former has a fixed number of visual tokens; its `vision_model` supports selection"
 CROSS_ATTENTION = "its decoder reads the image by cross-attention, not as tokens of the prompt"
 POSITIONS = "its `get_rope_index` needs more than the types of tokens and the sizes of images"
+CONVOLUTIONAL = "its vision tower is convolutional"
+VOCABULARY = "an image is tokens of its vocabulary"
 NOT_SUPPORTED = {
+    "apertus1p5": VOCABULARY,
     "blip-2": Q_FORMER,
-    "chameleon": "an image is a fixed number of tokens of its vocabulary",
+    "chameleon": VOCABULARY,
     "diffusion_gemma": "it writes blocks of text by diffusion",
-    "emu3": "an image is a fixed number of tokens of its vocabulary",
+    "emu3": VOCABULARY,
     "evolla": "it reads proteins, not images",
-    "fast_vlm": "its vision tower is convolutional",
+    "fast_vlm": CONVOLUTIONAL,
     "florence2": "its vision tower has convolutions and windows, and its text model is an encoder-decoder",
     "fuyu": "it has no vision tower: its language model reads the patches themselves",
+    "gemma3n": CONVOLUTIONAL,
     "git": "its visual tokens have no placeholders in the prompt",
     "granite4_vision": "layers of its language model read visual tokens of different layers of the tower",
+    "hunyuan_vl": "its positions are not those of time, row and column",
     "idefics": CROSS_ATTENTION,
+    "inkling_mm_model": "its encoder does not say which visual tokens an image has",
     "instructblip": Q_FORMER,
     "instructblipvideo": Q_FORMER,
     "kosmos-2": "its resampler has a fixed number of visual tokens",
@@ -573,14 +578,6 @@ NOT_SUPPORTED = {
     "udop": "its encoder adds the patches to the words at their place of the page",
     "vision-encoder-decoder": CROSS_ATTENTION,
     **dict.fromkeys(("minicpmv4_7", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), POSITIONS),
-    **dict.fromkeys(
-        (
-            *("apertus1p5", "dots3_note", "gemma3n", "gemma4_unified", "glm5_next", "hunyuan_vl", "inkling2"),
-            *("inkling2_loop", "inkling_mm_model", "muse_spark", "nemotron_h_omni", "perception_lm", "qwen4_exp"),
-            "unlimited_ocr",
-        ),
-        "no test covers it",
-    ),
 }
 
 

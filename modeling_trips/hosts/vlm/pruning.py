@@ -70,7 +70,11 @@ def prune_inputs(
     family = find_family(model)
     if family is None:
         raise TypeError(f"`prune_inputs` does not support {type(model).__name__}, whose prompt has no visual tokens.")
-    at_exit = ExitSelection(visual_tokens=visual_tokens, keep_rate=keep_rate, scorer=scorer)
+    at_exit = ExitSelection(
+        visual_tokens=visual_tokens,
+        keep_rate=keep_rate,
+        scorer=scorer,
+    )
     family.check_exit(at_exit)
     pruned, _, _ = prune(family, dict(inputs), at_exit)
     return pruned

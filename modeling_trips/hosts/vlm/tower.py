@@ -78,8 +78,7 @@ class ClipTowerLayer(TowerLayer, ClipLayer):
 
 
 class InternvlLayer(TowerLayer):
-    def normed_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.layernorm_before(hidden_states)
+    norms = ("layernorm_before", "layernorm_after")
 
     def projections(self) -> Projections:
         attention = self.attention
@@ -104,8 +103,7 @@ class InternvlLayer(TowerLayer):
         return self.lambda_1 * attn_output
 
     def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.layernorm_after(hidden_states)
-        hidden_states = self.mlp(hidden_states)
+        hidden_states = super().feed_forward(hidden_states)
         return self.lambda_2 * self.dropout(hidden_states)
 
 
@@ -117,18 +115,11 @@ class PackedLayer(TowerLayer):
     Scores do not use rotary embeddings, because a prompt or a mean of tokens has no position in the image.
     """
 
-    def normed_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.norm1(hidden_states)
-
     def projections(self) -> Projections:
         return Projections.stacked(self.attn.qkv, self.attn.dim, self.attn.num_heads)
 
     def attend(self, normed: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs) -> torch.Tensor:
         return self.attn(normed, **kwargs)
-
-    def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.norm2(hidden_states)
-        return self.mlp(hidden_states)
 
     def shorten_arguments(self, current: SelectionPass, kept: torch.Tensor, arguments: dict) -> dict:
         def once_per_pass(shorten, value: torch.Tensor) -> torch.Tensor:
@@ -191,14 +182,16 @@ class PackedLayer(TowerLayer):
     def attention_to_units(self, current: SelectionPass, hidden_states: torch.Tensor) -> list[torch.Tensor]:
         """Return the scores of all units of each image in row-major order, `(num_units,)`, 0 for those dropped."""
         num_units = current.counts_before(self.number)
-        scores = self.score_images(self.normed_tokens(hidden_states), None, num_units)
-        scores = torch.cat(scores, dim=1)[0]
+        normed = self.normed_tokens(hidden_states)
+        scores_of_images = self.score_images(normed, None, num_units)
+        scores = torch.cat(scores_of_images, dim=1)[0]
         units = current.kept_before(self.number)
         if units is None:
             units = torch.arange(len(scores), device=scores.device)
         if current.unit_order is not None:
             units = current.unit_order[units]
-        whole = scores.new_zeros(sum(current.num_units)).index_copy(0, units, scores)
+        whole = scores.new_zeros(sum(current.num_units))
+        whole = whole.index_copy(0, units, scores)
         return [*whole.split(current.num_units)]
 
     def score_images(

@@ -117,7 +117,12 @@ class VisualTokens:
         features = list(groups)
         sizes = [len(group) for group in features]
         positions = [torch.arange(len(group), device=group.device) for group in features]
-        return cls(features=features, positions=positions, sizes=sizes, output=output)
+        return cls(
+            features=features,
+            positions=positions,
+            sizes=sizes,
+            output=output,
+        )
 
     def keep(self, positions: list[torch.Tensor]) -> "VisualTokens":
         """Return the tokens at these positions of whole groups."""
@@ -205,7 +210,12 @@ class VisualTokens:
             positions.append(torch.cat([own + start for own, start in zip(self.positions[first:end], starts)]))
             sizes.append(starts[-1])
             first = end
-        return replace(self, features=features, positions=positions, sizes=sizes)
+        return replace(
+            self,
+            features=features,
+            positions=positions,
+            sizes=sizes,
+        )
 
 
 def special_token_ids(config: PreTrainedConfig) -> list[int]:

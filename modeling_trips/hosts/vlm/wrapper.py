@@ -93,11 +93,11 @@ def check_generative(family: Family, schedule: SelectionSchedule, at_exit: ExitS
         return
     if not by_text:
         raise ValueError(f"`guide` needs a layer that is scored by the text, such as 2:text:0.3, got {schedule}.")
-    sizes = (model.get_input_embeddings().embedding_dim, *family.heads)
-    if (guide.text_hidden_size, guide.num_heads, guide.head_dim) != sizes:
+    expected = (model.get_input_embeddings().embedding_dim, *family.heads)
+    sizes = (guide.text_hidden_size, guide.num_heads, guide.head_dim)
+    if sizes != expected:
         raise ValueError(
-            f"`guide` must have the (text_hidden_size, num_heads, head_dim) of {name}, {sizes}, got "
-            f"{(guide.text_hidden_size, guide.num_heads, guide.head_dim)}."
+            f"`guide` must have the (text_hidden_size, num_heads, head_dim) of {name}, {expected}, got {sizes}."
         )
     if guide.layer not in (None, *by_text):
         raise ValueError(f"`guide` is trained for layer {guide.layer}, got {schedule}.")

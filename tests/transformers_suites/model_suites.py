@@ -3,7 +3,7 @@
 new class is tested once it is registered; one whose inputs or labels are its own needs a tester of its name.
 
 A test of the suites that does not fit is replaced by one of the same name and purpose. Of Transformers' mixins, only
-`ModelTesterMixin` runs. The source distribution lacks `GenerationTesterMixin`, in tests/generation;
+`ModelTesterMixin` runs. `GenerationTesterMixin` is an empty stub, as the source distribution lacks tests/generation;
 tests/models/test_modeling_trips_generation.py checks in its place that caches, rows, beams and draws agree. Those for
 pipelines, FSDP and tensor parallelism need files that are missing, too, the one for training only has token ids, and
 the one for memory has no tests.
@@ -28,6 +28,7 @@ from modeling_trips import (
 from modeling_trips.modeling_trips_pretraining import matching_pairs
 from modeling_trips.registration_trips import MODELS
 
+from ...generation.test_utils import GenerationTesterMixin
 from ...test_modeling_common import ModelTesterMixin
 from . import model_testers
 from .model_testers import VISION_LENGTHS
@@ -109,7 +110,7 @@ class HeadSuite(TripsSuite):
             self.model_class(self.model_tester.get_config()).activation_checkpointing_enable({"use_reentrant": True})
 
 
-class GenerativeSuite(HeadSuite):
+class GenerativeSuite(HeadSuite, GenerationTesterMixin):  # a test of `ModelTesterMixin` wants it
     is_encoder_decoder = True
 
     def test_attention_outputs(self):

@@ -40,12 +40,13 @@ from trips_examples.data.busy_scenes import CELL_SIZE, KINDS
 from trips_examples.run_vqa import train_question_answering
 from trips_examples.training.files import write_json
 from trips_examples.training.options import DataArguments, ModelArguments
+from trips_examples.training.recipe import RELEVANCE_INTERVAL
 from trips_examples.training.runs import TripsTrainingArguments
 
 
 START = ask.CHECKPOINT.with_name(f"{ask.CHECKPOINT.name}-unpruned")
 PRUNED: dict[str, Any] = {"schedule": "2:text:0.005"}
-STAGES = {"unpruned": {}, "pruned": PRUNED, "model": {**PRUNED, "selection_gate": 0.2}}  # options of the models
+STAGES = {"unpruned": {}, "pruned": PRUNED, "model": PRUNED}  # options of the models
 TITLES = {"unpruned": "all patches", "pruned": "pruned, before training", "model": "pruned, trained from answers"}
 
 
@@ -87,6 +88,7 @@ def train_stage(
             texts_per_image=8,  # all questions of an image stand in one batch and share its computation
             learning_rate=1e-3,
             adam_beta2=0.999,
+            relevance_interval=RELEVANCE_INTERVAL,
             save_strategy="no",
             logging_steps=100,
         ),

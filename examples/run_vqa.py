@@ -2,7 +2,7 @@ r"""
 Train and evaluate TRIPS on visual question answering.
 
     python examples/run_vqa.py --model examples/trips-tiny-scenes-unpruned --schedule 2:text:0.1 \
-        --selection_gate 0.2 --selection_loss_weight 0                           # bundled scenes, from answers alone
+        --selection_loss_weight 0                                                # bundled scenes, from answers alone
     python examples/run_vqa.py --train_file train.jsonl --validation_file val.jsonl  # your own: docs/pictures.md
 """
 
@@ -10,8 +10,6 @@ from trips_examples.training.options import DataArguments, ModelArguments, run_s
 
 
 OPTIONS = task_parser("vqa", __doc__, __name__)
-
-from collections.abc import Callable
 
 from transformers import EvalPrediction
 
@@ -39,8 +37,6 @@ def train_question_answering(
     model_args: ModelArguments,
     data_args: DataArguments,
     training_args: TripsTrainingArguments,
-    trainer_class: Callable[..., ImageGroupedTrainer] = ImageGroupedTrainer,
-    collator_class: Callable[..., VqaCollator] = VqaCollator,
 ) -> dict[str, float]:
     """Train and evaluate a question-answering model, and return the metrics."""
     model, processor, data = start_run(TripsForQuestionAnswering, "vqa", model_args, data_args, training_args)
@@ -80,12 +76,12 @@ def train_question_answering(
             "samples": len(rows),
         }
 
-    trainer = trainer_class(
+    trainer = ImageGroupedTrainer(
         model=model,
         args=training_args,
         data=data,
-        data_collator=collator_class(processor),
-        train_collator=collator_class(processor, training=True),
+        data_collator=VqaCollator(processor),
+        train_collator=VqaCollator(processor, training=True),
         processing_class=processor,
         compute_metrics=metrics_of,
     )

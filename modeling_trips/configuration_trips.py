@@ -30,11 +30,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
-from transformers.utils import auto_docstring
+from transformers.utils import auto_docstring, logging
 from transformers.utils.type_validators import activation_fn_key, interval, probability
 
 from .schedule_trips import UNPRUNED, LayerSelection, SelectionSchedule
 
+
+logger = logging.get_logger(__name__)
 
 # Kinds of validated fields.
 positive = interval(min=1)
@@ -54,6 +56,12 @@ def _as_pair(field: str, size: int | list[int] | tuple[int, int]) -> tuple[int, 
     if len(pair) != 2 or min(pair) < 1:
         raise ValueError(f"`{field}` must be a positive number or a pair (height, width) of them, got {size}.")
     return pair
+
+
+def _drop_gate(fields: dict[str, Any]):
+    """Take a field of earlier versions, which has no effect, out of the fields of a configuration."""
+    if fields.pop("selection_gate", None):
+        logger.warning_once("`selection_gate` of an earlier version has no effect. See `learns_relevance`.")
 
 
 SCHEDULE = "5:text:0.7,10:text:0.7"  # of the paper
@@ -133,11 +141,6 @@ class TripsVisionConfig(StoredConfig):
         (`selection_layers`, `keep_rate`, `selection_guidance`) are still read.
     fuse_inattentive_tokens (`bool`, *optional*, defaults to `True`):
         Whether the tokens that are not kept become one fused token, or are dropped.
-    selection_gate (`float`, *optional*, defaults to 0.0):
-        Share of the dropped tokens, drawn at random, that run beside the kept ones in training, so that the loss
-        teaches the scores of the last selection layer which tokens it misses: see [`attend`]. If a text
-        scores that layer, the kept ones are drawn by their scores in training ([`draw_kept`]); they are the best in
-        evaluation. The loss is that of the kept tokens alone. 0 turns the gate off, as `"random"` needs.
     trained_keep_rates (`list[float]`, *optional*):
         Keep rates that the model was trained with. A call with a `keep_rate` outside of them is a warning, once.
     guidance_hidden_size (`int`, *optional*):
@@ -174,7 +177,6 @@ class TripsVisionConfig(StoredConfig):
     use_pre_layernorm: bool = False
     schedule: GivenSchedule = SCHEDULE  # type: ignore[assignment]
     fuse_inattentive_tokens: bool = True
-    selection_gate: float | int = probability(default=0.0)
     trained_keep_rates: list[float | int] | None = None
     guidance_hidden_size: int | None = None
 
@@ -189,6 +191,7 @@ class TripsVisionConfig(StoredConfig):
             raise ValueError(f"Give `schedule` without {' and '.join(sorted(old_fields))}, which are a part of it.")
         if old_fields:
             self.schedule = SelectionSchedule.parse(_schedule_of_lists(**old_fields))
+        _drop_gate(kwargs)
         self.architectures = self.architectures or []  # the Auto classes search it for the one of two models
         super().__post_init__(**kwargs)
 
@@ -359,7 +362,6 @@ OWN_TEXT_FIELDS = {"num_hidden_layers", "is_decoder"}
 # Fields of parts that are also fields of the whole.
 PART_FIELDS = {
     "schedule": "vision_config",
-    "selection_gate": "vision_config",
     "fuse_inattentive_tokens": "vision_config",
     "image_size": "vision_config",
     "fusion_type": "fusion_encoder_config",
@@ -410,6 +412,10 @@ class TripsConfig(StoredConfig):
     selection_loss_weight (`float`, *optional*, defaults to 0.5):
         Weight of the selection supervision in training, if regions are given: of a text's scores by its region, of an
         image's scores by the union of the regions of its texts. 0 turns it off.
+    learns_relevance (`bool`, *optional*, defaults to `False`):
+        Whether a pruned pass in training teaches the scores of its last layer *relevance* ([`RelevanceGradient`]):
+        those of the kept patches each, of the others together, by the fused token. A pass whose layers only score
+        always does. With a fusion encoder only.
     num_images (`int`, *optional*, defaults to 2):
         Images per text of [`TripsForImagesAndTextClassification`].
     attention_loss_weight (`float`, *optional*, defaults to 0.0):
@@ -464,6 +470,7 @@ class TripsConfig(StoredConfig):
     confidence_temperature: float | int = not_negative(default=1.0)
     question_tokens: str | None = None
     selection_loss_weight: float | int = not_negative(default=0.5)
+    learns_relevance: bool = False
     num_images: int = positive(default=2)
     attention_loss_weight: float | int = not_negative(default=0.0)
     initializer_range: float = not_negative(default=0.02)
@@ -476,7 +483,6 @@ class TripsConfig(StoredConfig):
     selection_layers = _part_of_schedule("selection_layers")
     keep_rate = _part_of_schedule("keep_rate")
     selection_guidance = _part_of_schedule("selection_guidance")
-    selection_gate = _part_field("selection_gate")
     fuse_inattentive_tokens = _part_field("fuse_inattentive_tokens")
     image_size = _part_field("image_size")
     fusion_type = _part_field("fusion_type")
@@ -504,6 +510,7 @@ class TripsConfig(StoredConfig):
         return cls(**fields)
 
     def __post_init__(self, **kwargs):
+        _drop_gate(kwargs)
         for name in PART_FIELDS.keys() & kwargs.keys():
             part = getattr(self, PART_FIELDS[name])
             if isinstance(part, PreTrainedConfig):

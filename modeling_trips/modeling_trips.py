@@ -49,6 +49,7 @@ from .modeling_trips_vision import (
     TripsVisionModel,
     TripsVisionModelOutput,
     resolve_schedule,
+    scores_of_tokens,
     select_rows,
     selection_rows,
 )
@@ -99,7 +100,8 @@ class TripsModelOutput(ModelOutput):
     selection_losses (`torch.FloatTensor` of shape `(num_texts,)`, *optional*):
         In training: the `selection_loss` of each text, 0 without a region, if regions are given.
     relevance_losses (`torch.FloatTensor` of shape `(num_texts,)`, *optional*):
-        In training with layers that only score: the loss that teaches them, see [`RelevanceGradient`]. It is 0.
+        In training with layers that only score, or with `learns_relevance`: the loss that teaches the scores, see
+        [`RelevanceGradient`]. It is 0.
     relevance_values (`tuple(torch.FloatTensor)`, *optional*):
         What it stands for, one entry per layer: the cross-entropy of the scores of a text, or an image, with the
         relevance. It is known after the backward pass, and 0 before.
@@ -219,7 +221,8 @@ class TripsModel(TripsPreTrainedModel):
             )
             image_states = vision.last_hidden_state
             states_index = vision.image_index
-            if schedule.scores_only and self.training:
+            # CODEPATH: relevance is learnt in training only, and in pruned passes if the configuration says so.
+            if self.training and (schedule.scores_only or self.config.learns_relevance):
                 taught = self.teach_relevance(vision, schedule)
                 image_states, states_index, relevance_losses, relevance_values = taught
             fused = self.fusion_model(
@@ -227,7 +230,6 @@ class TripsModel(TripsPreTrainedModel):
                 encoder_hidden_states=image_states,
                 attention_mask=attention_mask,
                 image_index=states_index,
-                probed=vision.probed,
                 **kwargs,
             )
             fused_states = fused.last_hidden_state
@@ -259,24 +261,34 @@ class TripsModel(TripsPreTrainedModel):
 
     def teach_relevance(
         self, vision: TripsVisionModelOutput, schedule: SelectionSchedule
-    ) -> tuple[torch.Tensor, torch.LongTensor | None, torch.Tensor, tuple[torch.Tensor, ...]]:
+    ) -> tuple[torch.Tensor, torch.LongTensor | None, torch.Tensor | None, tuple[torch.Tensor, ...] | None]:
         """
         Return the image states for the fusion encoder, the row of each text in them, and `relevance_losses` and
         `relevance_values` of [`TripsModelOutput`]. The texts of an image share the gradient of its states where the
-        image scores; where a text scores, each has its own.
+        image scores; where a text scores, each has its own. In a pruned pass the last layer learns, of the tokens that
+        it passes on.
         """
         image_states = vision.last_hidden_state
         image_index = vision.image_index
+        scored = list(zip(schedule.selections, vision.selection))
+        if not schedule.scores_only:
+            scored = scored[-1:]
         losses = []
         values = []
-        scored = list(zip(schedule.selections, vision.selection))
         for settings, layer in sorted(scored, key=lambda pair: pair[0].guidance):  # "image" before "text"
+            if settings.guidance == "random":
+                continue
             if settings.guidance == "text":
                 image_states = select_rows(image_states, image_index)
                 image_index = None
-            values.append(torch.zeros_like(layer.scores[:, 0]))
-            image_states, losses_of_rows = RelevanceGradient.apply(image_states, layer.scores, values[-1])
+            scores = layer.scores
+            if not schedule.scores_only:
+                scores = scores_of_tokens(layer, num_tokens=image_states.shape[1] - 1)
+            values.append(torch.zeros_like(scores[:, 0]))
+            image_states, losses_of_rows = RelevanceGradient.apply(image_states, scores, values[-1])
             losses.append(select_rows(losses_of_rows, image_index))
+        if not losses:
+            return image_states, image_index, None, None
         return image_states, image_index, torch.stack(losses).mean(dim=0), tuple(values)
 
     def grid_of(self, pixel_values: torch.Tensor | None, image_cache: TripsImageCache | None) -> tuple[int, int]:

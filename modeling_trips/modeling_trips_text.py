@@ -15,6 +15,8 @@
 The text side: text encoder, fusion encoder and decoder, with BERT's parameter names.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
@@ -37,7 +39,6 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_trips import TripsDecoderConfig, TripsFusionConfig, TripsTextConfig
 from .modeling_trips_vision import (
-    ProbedTokens,
     TripsPreTrainedModel,
     attend_as_configured,
     bidirectional_mask,
@@ -46,7 +47,7 @@ from .modeling_trips_vision import (
     select_rows,
     split_heads,
 )
-from .patch_selection import KeyInfo, gather_tokens
+from .patch_selection import gather_tokens
 
 
 # Name of the keys and values in `generate` and in outputs: "cache" since Transformers 5.24.
@@ -150,29 +151,28 @@ class TripsTextSelfAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         source_states: torch.Tensor,
-        key_info: KeyInfo,
+        attention_mask: Any = None,
+        source_index: torch.LongTensor | None = None,
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`source_states` give keys and values."""
+        """`source_states` give keys and values, to row i those of `source_index[i]`, by default i."""
         query = split_heads(self.query(hidden_states), self.head_dim)
         key, value = self.key_value(source_states, cache)
-        key = select_rows(key, key_info.index)  # (batch_size, num_heads, num_keys, head_dim)
-        value = select_rows(value, key_info.index)
-        key_info = key_info.of_rows(key_info.index)
+        key = select_rows(key, source_index)  # (batch_size, num_heads, num_keys, head_dim)
+        value = select_rows(value, source_index)
         implementation = None
         # Flash attention would also drop queries by its mask, which is of shape (batch_size, key_length).
-        if self.is_cross_attention and isinstance(key_info.mask, torch.Tensor) and key_info.mask.dim() == 2:
-            mask = key_info.mask[:, None, None].bool()  # (batch_size, 1, 1, key_length)
-            key_info = key_info._replace(mask=mask)
+        if self.is_cross_attention and isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+            attention_mask = attention_mask[:, None, None].bool()  # (batch_size, 1, 1, key_length)
             implementation = "sdpa"
         attn_output, attn_weights = attend_as_configured(
             self,
             query,
             key,
             value,
+            attention_mask,
             dropout=self.dropout.p,
-            key_info=key_info,
             implementation=implementation,
             **kwargs,
         )
@@ -224,10 +224,10 @@ class TripsTextAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         source_states: torch.Tensor,
-        key_info: KeyInfo,
+        attention_mask: Any = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        attn_output, _ = self.self(hidden_states, source_states, key_info, **kwargs)
+        attn_output, _ = self.self(hidden_states, source_states, attention_mask, **kwargs)
         return self.output(attn_output, hidden_states)
 
 
@@ -254,10 +254,10 @@ class TripsTextLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        key_info: KeyInfo,
+        attention_mask: Any = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        hidden_states = self.attention(hidden_states, hidden_states, key_info, **kwargs)
+        hidden_states = self.attention(hidden_states, hidden_states, attention_mask, **kwargs)
         intermediate_states = self.intermediate(hidden_states)
         return self.output(intermediate_states, residual=hidden_states)
 
@@ -273,14 +273,21 @@ class TripsCrossLayer(TripsTextLayer):
         self,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
-        key_info: KeyInfo,
-        encoder_key_info: KeyInfo,
+        attention_mask: Any = None,
+        encoder_attention_mask: Any = None,
+        encoder_index: torch.LongTensor | None = None,
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        hidden_states = self.attention(hidden_states, hidden_states, key_info, cache=cache, **kwargs)
+        """Text i reads row `encoder_index[i]` of `encoder_hidden_states`, by default row i."""
+        hidden_states = self.attention(hidden_states, hidden_states, attention_mask, cache=cache, **kwargs)
         hidden_states = self.crossattention(
-            hidden_states, encoder_hidden_states, encoder_key_info, cache=cache, **kwargs
+            hidden_states,
+            encoder_hidden_states,
+            encoder_attention_mask,
+            source_index=encoder_index,
+            cache=cache,
+            **kwargs,
         )
         return self.output(self.intermediate(hidden_states), hidden_states)
 
@@ -295,18 +302,14 @@ class TripsConnectedLayer(TripsTextLayer):
         self,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
-        encoder_key_info: KeyInfo,
+        joint_mask: Any = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mask of `encoder_key_info` is that of all tokens."""
+        """`joint_mask` is that of all tokens."""
         text_length = hidden_states.shape[1]
         num_image_tokens = encoder_hidden_states.shape[1]
         joint_states = torch.cat((hidden_states, encoder_hidden_states), dim=1)
-        joint_key_info = encoder_key_info
-        if encoder_key_info.gate is not None:
-            joint_gate = nn.functional.pad(encoder_key_info.gate, (text_length, 0), value=1.0)
-            joint_key_info = encoder_key_info._replace(gate=joint_gate)
-        joint_states = super().forward(joint_states, joint_key_info, **kwargs)
+        joint_states = super().forward(joint_states, joint_mask, **kwargs)
         text_states, image_states = joint_states.split((text_length, num_image_tokens), dim=1)
         return text_states, encoder_hidden_states + image_states
 
@@ -373,9 +376,9 @@ class TripsTextModel(TripsPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
         )
-        key_info = KeyInfo(mask=bidirectional_mask(self.config, attention_mask, inputs_embeds=hidden_states))
+        mask = bidirectional_mask(self.config, attention_mask, inputs_embeds=hidden_states)
         for layer in self.encoder["layer"]:
-            hidden_states = layer(hidden_states, key_info=key_info, **kwargs)
+            hidden_states = layer(hidden_states, attention_mask=mask, **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states, pooler_output=self.pooled(hidden_states, attention_mask)
         )
@@ -431,21 +434,14 @@ class TripsFusionModel(TripsPreTrainedModel):
         encoder_hidden_states: torch.FloatTensor,
         attention_mask: torch.Tensor | None = None,
         image_index: torch.LongTensor | None = None,
-        probed: ProbedTokens | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithCrossAttentions:
         r"""
         image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
             Text i reads row `image_index[i]` of `encoder_hidden_states`, so that image tokens which several texts
             have in common are projected to keys and values once. By default row i.
-        probed ([`ProbedTokens`], *optional*):
-            In training with `selection_gate`, the dropped image tokens that take part for the gate.
         """
-        encoder_key_info = KeyInfo(index=image_index)
-        if probed is not None:
-            encoder_hidden_states = torch.cat((encoder_hidden_states, probed.states), dim=1)
-            encoder_key_info = KeyInfo(index=image_index, gate=probed.gate, num_probed=probed.states.shape[1])
-        text_key_info = KeyInfo(mask=bidirectional_mask(self.config, attention_mask, inputs_embeds=inputs_embeds))
+        text_mask = bidirectional_mask(self.config, attention_mask, inputs_embeds=inputs_embeds)
         hidden_states = inputs_embeds
         joint_mask = None
         if self.image_projection is not None:
@@ -462,18 +458,17 @@ class TripsFusionModel(TripsPreTrainedModel):
         for layer in self.encoder["layer"]:
             if isinstance(layer, TripsConnectedLayer):
                 # From here on, each text has image tokens of its own.
-                encoder_hidden_states = select_rows(encoder_hidden_states, encoder_key_info.index)
-                encoder_key_info = encoder_key_info.of_rows(encoder_key_info.index)
-                joint_key_info = encoder_key_info._replace(mask=joint_mask)
+                encoder_hidden_states = select_rows(encoder_hidden_states, image_index)
+                image_index = None
                 hidden_states, encoder_hidden_states = layer(
-                    hidden_states, encoder_hidden_states, encoder_key_info=joint_key_info, **kwargs
+                    hidden_states, encoder_hidden_states, joint_mask=joint_mask, **kwargs
                 )
             else:
                 hidden_states = layer(
                     hidden_states,
                     encoder_hidden_states,
-                    key_info=text_key_info,
-                    encoder_key_info=encoder_key_info,
+                    attention_mask=text_mask,
+                    encoder_index=image_index,
                     **kwargs,
                 )
         return BaseModelOutputWithCrossAttentions(last_hidden_state=hidden_states)
@@ -527,14 +522,12 @@ class TripsDecoder(TripsPreTrainedModel):
                 inputs_embeds=hidden_states,
                 encoder_hidden_states=encoder_hidden_states,
             )
-        key_info = KeyInfo(mask=attention_mask)
-        encoder_key_info = KeyInfo(mask=encoder_attention_mask)
         for layer in self.encoder["layer"]:
             hidden_states = layer(
                 hidden_states,
                 encoder_hidden_states,
-                key_info=key_info,
-                encoder_key_info=encoder_key_info,
+                attention_mask=attention_mask,
+                encoder_attention_mask=encoder_attention_mask,
                 cache=cache,
                 **kwargs,
             )

@@ -16,7 +16,6 @@ The base class of all models, and the vision towers of TRIPS: a Vision Transform
 in a single stream with the text (ViLT's form).
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
@@ -41,16 +40,12 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_trips import LayerSelection, SelectionSchedule, TripsConfig, TripsVisionConfig
 from .patch_selection import (
     FUSED_TOKEN,
-    GateSelector,
-    KeyInfo,
-    TokenChoice,
-    TokenSelector,
-    attend,
     choose_tokens,
-    num_kept_tokens,
+    keep_topk,
     random_scores,
     score_tokens,
     select_rows,
+    shorten_tokens,
 )
 
 
@@ -199,19 +194,20 @@ def attend_as_configured(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    attention_mask: Any,
     dropout: float,
     implementation: str | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Call [`attend`] with the scaling of an attention module and an implementation, by default the configured one."""
+    """Call an attention implementation, by default the configured one, which needs masks in a form of its own."""
     implementation = implementation or module.config._attn_implementation
     attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-    return attend(
-        attention,
+    return attention(
         module,
         query,
         key,
         value,
+        attention_mask,
         dropout=dropout if module.training else 0.0,
         scaling=module.scaling,
         **kwargs,
@@ -379,14 +375,14 @@ class TripsVisionAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        key_info: KeyInfo,
+        attention_mask: Any = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
         query = split_heads(self.q_proj(hidden_states), self.head_dim)
         key = split_heads(self.k_proj(hidden_states), self.head_dim)
         value = split_heads(self.v_proj(hidden_states), self.head_dim)
         attn_output, attn_weights = attend_as_configured(
-            self, query, key, value, dropout=self.attention_dropout, key_info=key_info, **kwargs
+            self, query, key, value, attention_mask, dropout=self.attention_dropout, **kwargs
         )
         attn_output = self.o_proj(attn_output.reshape(hidden_states.shape).contiguous())
         return attn_output, attn_weights, query, key
@@ -426,11 +422,6 @@ class GuidingTexts(NamedTuple):
         """Number of tokens before the candidates: those of the text in a single stream, and the image's [CLS]."""
         return self.length + 1
 
-    @property
-    def are_given(self) -> bool:
-        """Whether there are texts. Without them, the image guides itself."""
-        return self.embeds is not None or self.length > 0
-
 
 class ScoredTokens(NamedTuple):
     """
@@ -438,12 +429,12 @@ class ScoredTokens(NamedTuple):
 
     Args:
         scores (`torch.Tensor` of shape `(num_texts, num_candidates)`): float32 or wider.
-        choice ([`TokenChoice`]): Those that it keeps.
+        kept (`torch.LongTensor` of shape `(num_texts, num_kept)`): Positions of those that it keeps, ascending.
         has_own_rows (`bool`): Whether the states have a row per text now. A layer that only scores leaves them shared.
     """
 
     scores: torch.Tensor
-    choice: TokenChoice
+    kept: torch.Tensor
     has_own_rows: bool
 
 
@@ -465,40 +456,34 @@ class TripsVisionLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        key_info: KeyInfo,
         texts: GuidingTexts,
-        selector: TokenSelector,
+        attention_mask: Any = None,
         selection: LayerSelection | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, ScoredTokens | None]:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(num_rows, texts.length + 1 + num_candidates, hidden_size)`)
-            key_info ([`KeyInfo`]): Padding, and the gate of an earlier layer, whose dropped tokens come last.
             texts ([`GuidingTexts`]): With `image_index`, attention runs once per row, selection and MLP once per text.
-            selector ([`TokenSelector`]): Chooses by the scores.
+            attention_mask (*optional*): Hides padding, in the form of the attention in use.
             selection ([`LayerSelection`], *optional*): What scores the candidates and how many are kept. By default
                 the layer does not select, and nothing is scored.
         """
         residual = hidden_states
         hidden_states = self.layernorm_before(hidden_states)
-        attn_output, _, query, key = self.attention(hidden_states, key_info, **kwargs)
+        attn_output, _, query, key = self.attention(hidden_states, attention_mask, **kwargs)
         hidden_states = residual + self.dropout(attn_output)
 
         scored = None
         if selection is not None:
-            num_tokens = hidden_states.shape[1] - key_info.num_probed
-            key = key[:, :, texts.num_tokens_before : num_tokens]  # (num_rows, num_heads, num_candidates, head_dim)
+            key = key[:, :, texts.num_tokens_before :]  # (num_rows, num_heads, num_candidates, head_dim)
             key = select_rows(key, texts.image_index)  # (num_texts, num_heads, num_candidates, head_dim)
             scores = self.score_candidates(query, key, selection, texts)
-            if selection.only_scores:
-                scored = ScoredTokens(scores, choose_tokens(scores, keep_rate=1.0), has_own_rows=False)
-            else:
-                scored = ScoredTokens(scores, selector.choose(scores, selection.keep_rate), has_own_rows=True)
+            kept = choose_tokens(scores, selection.keep_rate)
+            scored = ScoredTokens(scores, kept, has_own_rows=not selection.only_scores)
+            if scored.has_own_rows:
                 hidden_states = select_rows(hidden_states, texts.image_index)
-                hidden_states = selector.shorten(
-                    hidden_states, scores, scored.choice, self.config.fuse_inattentive_tokens
-                )
+                hidden_states = shorten_tokens(hidden_states, scores, kept, self.config.fuse_inattentive_tokens)
 
         residual = hidden_states
         hidden_states = self.layernorm_after(hidden_states)
@@ -576,8 +561,6 @@ class TripsImageCache:
             Number of that layer (from 1); `None` if there is none.
         schedule (`SelectionSchedule`, *optional*):
             The schedule of the layers before `next_layer`. A pass with another schedule refuses the cache.
-        gate (`torch.FloatTensor` of shape `(num_images, num_tokens)`, *optional*):
-            In training with `selection_gate`, the gate of all tokens; dropped ones are behind the candidates.
     """
 
     hidden_states: torch.FloatTensor
@@ -586,7 +569,6 @@ class TripsImageCache:
     selection: tuple[TripsSelection, ...] = ()
     next_layer: int | None = None
     schedule: SelectionSchedule | None = None
-    gate: torch.FloatTensor | None = None
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -611,64 +593,33 @@ class ImageTokens(NamedTuple):
     The tokens between two layers of a vision tower.
 
     Args:
-        states (`torch.Tensor` of shape `(num_rows, text_length + 1 + num_candidates + num_probed, hidden_size)`)
+        states (`torch.Tensor` of shape `(num_rows, text_length + 1 + num_candidates, hidden_size)`)
         indices (`torch.LongTensor` of shape `(num_rows, num_candidates)`): The original index of each candidate, -1
             for a fused token.
-        key_info ([`KeyInfo`]): What attention needs to know about them.
+        attention_mask (*optional*): Hides padding, in the form of the attention in use.
         selection (`tuple(TripsSelection)`): What the layers before kept.
     """
 
     states: torch.Tensor
     indices: torch.Tensor
-    key_info: KeyInfo
+    attention_mask: Any = None
     selection: tuple[TripsSelection, ...] = ()
 
     def after(self, states: torch.Tensor, scored: ScoredTokens, texts: GuidingTexts) -> "ImageTokens":
         """Return the tokens after a layer with this result. `texts.image_index` is the row of each text before it."""
-        choice = scored.choice
         indices = select_rows(self.indices, texts.image_index)
-        indices = indices.to(choice.kept.device)  # layers may be on several devices
+        indices = indices.to(scored.kept.device)  # layers may be on several devices
         selection = TripsSelection(
-            kept_indices=indices.gather(1, choice.kept), scores=scored.scores, candidate_indices=indices
+            kept_indices=indices.gather(1, scored.kept), scores=scored.scores, candidate_indices=indices
         )
         if not scored.has_own_rows:
             return self._replace(states=states, selection=(*self.selection, selection))
-        if choice.gate is None:
-            key_info = self.key_info.of_rows(texts.image_index)
-        else:
-            key_info = gated_key_info(choice, num_tokens=states.shape[1], num_tokens_before=texts.num_tokens_before)
-        num_candidates = states.shape[1] - texts.num_tokens_before - key_info.num_probed
+        num_candidates = states.shape[1] - texts.num_tokens_before
         return ImageTokens(
             states=states,
             indices=next_candidates(selection, num_candidates),
-            key_info=key_info,
             selection=(*selection_rows(self.selection, texts.image_index), selection),
         )
-
-
-def gated_key_info(choice: TokenChoice, num_tokens: int, num_tokens_before: int) -> KeyInfo:
-    """Return what attention needs to know about the tokens after a choice with a gate. Probed ones are the last."""
-    num_kept = choice.kept.shape[1]
-    num_probed = choice.probed.shape[1]
-    num_fused = num_tokens - num_tokens_before - num_kept - num_probed
-    gate_of_kept, gate_of_probed = choice.gate.split((num_kept, num_probed), dim=1)
-    # Nothing scores the tokens before the kept ones and the fused token behind them: their gate is 1.
-    gate_of_others = nn.functional.pad(gate_of_kept, (num_tokens_before, num_fused), value=1.0)
-    gate = torch.cat((gate_of_others, gate_of_probed), dim=1)  # (num_texts, num_tokens)
-    return KeyInfo(gate=gate, num_probed=num_probed)
-
-
-class ProbedTokens(NamedTuple):
-    """
-    Dropped tokens that took part in training with `selection_gate`.
-
-    Args:
-        states (`torch.Tensor` of shape `(num_rows, num_probed, hidden_size)`): Their final states.
-        gate (`torch.Tensor` of shape `(num_rows, num_tokens + num_probed)`): The gate of the other tokens and theirs.
-    """
-
-    states: torch.Tensor
-    gate: torch.Tensor
 
 
 @auto_docstring(custom_intro="Output of [`TripsVisionModel`].")
@@ -684,13 +635,10 @@ class TripsVisionModelOutput(BaseModelOutputWithPooling):
     image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
         The row of each text in the other fields. `None` where text i has row i: without `image_index`, and where a
         text guides a layer that selects.
-    probed ([`ProbedTokens`], *optional*):
-        In training with `selection_gate`, the dropped tokens that took part for the gate.
     """
 
     selection: tuple[TripsSelection, ...] | None = None
     image_index: torch.LongTensor | None = None
-    probed: ProbedTokens | None = None
 
 
 class TripsVisionEmbeddings(nn.Module):
@@ -771,8 +719,6 @@ class TripsVisionModel(TripsPreTrainedModel):
             self.selection_projection = nn.Linear(config.guidance_hidden_size, config.hidden_size)
         self.layers = nn.ModuleList(TripsVisionLayer(config) for _ in range(config.num_hidden_layers))
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        # Another way to choose patches than to keep the best and, in training, the gate.
-        self.selector: TokenSelector | None = None
         self.post_init()
 
     def _init_weights(self, module):
@@ -782,8 +728,7 @@ class TripsVisionModel(TripsPreTrainedModel):
             init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
 
     def unused_modules(self, is_supervised: bool = False) -> list[nn.Module]:
-        # Without supervision, only the gate and the weights of fused tokens give the text a gradient.
-        text_learns = self.config.fuse_inattentive_tokens or self.config.selection_gate > 0 or is_supervised
+        text_learns = self.config.fuse_inattentive_tokens or is_supervised
         text_scores = self.config.schedule.first_text_layer is not None
         if self.selection_projection is None or (text_scores and text_learns):
             return []
@@ -837,7 +782,6 @@ class TripsVisionModel(TripsPreTrainedModel):
             selection=tokens.selection,
             next_layer=stop,
             schedule=schedule.before(stop),
-            gate=tokens.key_info.gate,
         )
 
     def run_layers(
@@ -853,27 +797,17 @@ class TripsVisionModel(TripsPreTrainedModel):
         that selects by the scores of `texts` gives each text a row of its own.
         """
         tokens = self.first_tokens(image_cache, texts)
-        gated_layer = self.gated_layer(schedule, num_patches=math.prod(image_cache.grid_size))
         end = len(self.layers) + 1
         for number in range(image_cache.next_layer or end, stop or end):
             selection = schedule.by_layer.get(number)
             is_scored_by_text = selection is not None and selection.guidance == "text"
             # Up to the first layer that they score, texts of an image share its row.
             layer_texts = texts if is_scored_by_text else texts._replace(image_index=None)
-            if self.selector is not None:
-                selector = self.selector
-            elif number == gated_layer:
-                # Texts draw the patches, so that they try others than the best. Models whose image draws its patches
-                # were less accurate than models whose image keeps the best.
-                selector = GateSelector(self.config.selection_gate, draw=is_scored_by_text and texts.are_given)
-            else:
-                selector = TokenSelector()
             layer = self.layers[number - 1]
             states, scored = layer(
                 tokens.states,
-                key_info=tokens.key_info,
                 texts=layer_texts,
-                selector=selector,
+                attention_mask=tokens.attention_mask,
                 selection=selection,
                 **kwargs,
             )
@@ -888,46 +822,12 @@ class TripsVisionModel(TripsPreTrainedModel):
 
     def first_tokens(self, image_cache: TripsImageCache, texts: GuidingTexts) -> ImageTokens:
         """Return the input of layer `image_cache.next_layer`."""
-        num_tokens = image_cache.hidden_states.shape[1]
-        num_candidates = image_cache.candidate_indices.shape[1]
-        num_probed = num_tokens - texts.num_tokens_before - num_candidates
         tokens = ImageTokens(
             states=image_cache.hidden_states,
             indices=image_cache.candidate_indices,
-            key_info=KeyInfo(gate=image_cache.gate, num_probed=num_probed),
             selection=image_cache.selection,
         )
         return self.mask_padding(tokens, texts)
-
-    def gated_layer(self, schedule: SelectionSchedule, num_patches: int) -> int | None:
-        """
-        Return the layer whose scores the gate teaches: the last one that drops patches, where gradients are computed
-        in training.
-
-        Raises:
-            ValueError: No layer of the schedule drops patches, the last one is scored at random, or there is a
-                `selector`.
-        """
-        is_learning = self.training and torch.is_grad_enabled()
-        is_pruned = bool(schedule.layers) and not schedule.scores_only
-        # CODEPATH: the gate takes part in training only.
-        if not is_learning or self.config.selection_gate == 0 or not is_pruned:
-            return None
-        if self.selector is not None:
-            raise ValueError("A `selector` takes the place of the gate in training. Set `selection_gate` to 0.")
-        num_candidates = num_patches
-        last = None
-        for number, selection in schedule.by_layer.items():
-            num_kept = num_kept_tokens(num_candidates, selection.keep_rate)
-            if num_kept < num_candidates:
-                num_candidates = num_kept + self.config.fuse_inattentive_tokens
-                last = number
-        if last is None or schedule.by_layer[last].guidance == "random":
-            raise ValueError(
-                "`selection_gate` teaches the last layer that drops patches, which must be scored by the text or the "
-                f"image, got {schedule} for {num_patches} patches. Set `selection_gate` to 0, or change the schedule."
-            )
-        return last
 
     def mask_padding(self, tokens: ImageTokens, texts: GuidingTexts) -> ImageTokens:
         """Mask the padding of the texts in a single stream, in the form of the attention in use."""
@@ -936,8 +836,7 @@ class TripsVisionModel(TripsPreTrainedModel):
         num_image_tokens = tokens.states.shape[1] - texts.length
         mask = joint_padding_mask(texts.attention_mask, num_image_tokens)
         mask = bidirectional_mask(self.config, mask, inputs_embeds=tokens.states)
-        key_info = tokens.key_info._replace(mask=mask)
-        return tokens._replace(key_info=key_info)
+        return tokens._replace(attention_mask=mask)
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -973,17 +872,11 @@ class TripsVisionModel(TripsPreTrainedModel):
         tokens = self.run_layers(image_cache, schedule, texts=texts, **kwargs)
         has_own_rows = is_guided and not schedule.scores_only
         hidden_states = self.layernorm(tokens.states)
-        probed = None
-        if tokens.key_info.gate is not None:
-            num_tokens = hidden_states.shape[1] - tokens.key_info.num_probed
-            probed = ProbedTokens(states=hidden_states[:, num_tokens:], gate=tokens.key_info.gate)
-            hidden_states = hidden_states[:, :num_tokens]  # (num_rows, num_tokens, hidden_size)
         return TripsVisionModelOutput(
             last_hidden_state=hidden_states,
             pooler_output=hidden_states[:, 0],
             selection=tokens.selection,
             image_index=None if has_own_rows else image_index,
-            probed=probed,
         )
 
 
@@ -991,6 +884,20 @@ def next_candidates(selection: TripsSelection, num_candidates: int) -> torch.Lon
     """Return the original indices of the candidates after a selection layer, with -1 for a fused token."""
     num_fused = num_candidates - selection.kept_indices.shape[1]
     return nn.functional.pad(selection.kept_indices, (0, num_fused), value=FUSED_TOKEN)
+
+
+def scores_of_tokens(selection: TripsSelection, num_tokens: int) -> torch.Tensor:
+    """
+    Return the scores of the `num_tokens` tokens that a selection layer passes on behind [CLS], `(batch_size,
+    num_tokens)`: those of the kept candidates, and the sum of the others for the fused token. Without one, the scores
+    of the kept are normalized. Each row sums to 1.
+    """
+    positions = keep_topk(selection.scores, selection.kept_indices.shape[1])
+    scores = selection.scores.gather(1, positions)
+    if num_tokens > scores.shape[1]:
+        others = selection.scores.scatter(1, positions, 0.0).sum(dim=-1, keepdim=True)
+        return torch.cat((scores, others), dim=1)
+    return scores / scores.sum(dim=-1, keepdim=True)
 
 
 def selection_rows(
@@ -1081,8 +988,7 @@ class TripsSingleStreamModel(TripsVisionModel):
         text_length = text_states.shape[1]
         texts = GuidingTexts(length=text_length, attention_mask=attention_mask)
         tokens = self.run_layers(replace(image_cache, hidden_states=joint_states), schedule, texts=texts, **kwargs)
-        num_tokens = tokens.states.shape[1] - tokens.key_info.num_probed
-        hidden_states = self.layernorm(tokens.states[:, :num_tokens])  # (num_texts, num_tokens, hidden_size)
+        hidden_states = self.layernorm(tokens.states)  # (num_texts, num_tokens, hidden_size)
         return TripsSingleStreamModelOutput(
             last_hidden_state=hidden_states[:, text_length:],
             pooler_output=hidden_states[:, text_length],

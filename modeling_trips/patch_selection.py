@@ -7,8 +7,6 @@ The functions never form a full attention map. Shapes depend on shapes and rates
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import torch
 
@@ -91,18 +89,6 @@ def log_scores(scores: torch.Tensor) -> torch.Tensor:
     return scores.clamp(min=LOWEST_SCORE).log()
 
 
-def draw_kept(scores: torch.Tensor, num_kept: int) -> torch.Tensor:
-    """
-    Return the positions of `num_kept` candidates that are drawn by their scores, without repetition, in ascending
-    order: `(batch_size, num_candidates)` -> `(batch_size, num_kept)`.
-
-    They are the best by log scores with Gumbel noise (https://arxiv.org/abs/1903.06059).
-    """
-    logits = log_scores(scores.detach())
-    gumbel_noise = -torch.empty_like(scores).exponential_().log()
-    return keep_topk(logits + gumbel_noise, num_kept)
-
-
 def gather_tokens(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """
     Return the tokens at `positions`: `(batch_size, num_tokens, hidden_size)` and `(batch_size, num_kept)` ->
@@ -124,111 +110,42 @@ def fuse_tokens(tokens: torch.Tensor, scores: torch.Tensor, kept_positions: torc
     return fused.to(tokens.dtype)  # autocast lowers the precision of `bmm`
 
 
-class TokenChoice(NamedTuple):
+def choose_tokens(scores: torch.Tensor, keep_rate: float) -> torch.Tensor:
     """
-    What one layer keeps of its candidates.
-
-    Args:
-        kept (`torch.LongTensor` of shape `(batch_size, num_kept)`): Positions of the kept candidates, ascending.
-        probed (`torch.LongTensor` of shape `(batch_size, num_probed)`, *optional*): Positions of dropped candidates
-            that run beside the kept ones for the gate.
-        gate (`torch.Tensor` of shape `(batch_size, num_kept + num_probed)`, *optional*): Their gate, see
-            [`gate_of_best`] and [`gate_of_drawn`].
-    """
-
-    kept: torch.Tensor
-    probed: torch.Tensor | None = None
-    gate: torch.Tensor | None = None
-
-
-def choose_tokens(scores: torch.Tensor, keep_rate: float, probe_share: float = 0.0, draw: bool = False) -> TokenChoice:
-    """
-    Decide which candidates are kept and, for the gate, which of the others also run.
-
-    Args:
-        scores (`torch.Tensor` of shape `(batch_size, num_candidates)`)
-        keep_rate (`float`): Share of the candidates to keep, in (0, 1].
-        probe_share (`float`, *optional*, defaults to 0.0): Share of the dropped candidates that also run, in [0, 1].
-            0: there is no gate.
-        draw (`bool`, *optional*, defaults to `False`): Whether, with a gate, the kept candidates are drawn by their
-            scores, as in [`draw_kept`], or are the best.
+    Return the positions of the kept candidates, in ascending order: `(batch_size, num_candidates)` -> `(batch_size,
+    num_kept)`. `keep_rate`, in (0, 1], is their share.
     """
     num_candidates = scores.shape[1]
     num_kept = num_kept_tokens(num_candidates, keep_rate)
     if num_kept == num_candidates:
         positions = torch.arange(num_candidates, device=scores.device)
-        return TokenChoice(kept=positions.expand(scores.shape))
-    if probe_share == 0:
-        return TokenChoice(kept=keep_topk(scores, num_kept))
-    kept = draw_kept(scores, num_kept) if draw else keep_topk(scores, num_kept)
-    probed = draw_probed(scores, kept, probe_share)
-    positions = torch.cat((kept, probed), dim=1)
-    gate = gate_of_drawn(scores, positions) if draw else gate_of_best(scores, kept, positions)
-    return TokenChoice(kept=kept, probed=probed, gate=gate)
+        return positions.expand(scores.shape)
+    return keep_topk(scores, num_kept)
 
 
-def shorten_tokens(tokens: torch.Tensor, scores: torch.Tensor, choice: TokenChoice, fuse: bool = True) -> torch.Tensor:
+def shorten_tokens(tokens: torch.Tensor, scores: torch.Tensor, kept: torch.Tensor, fuse: bool = True) -> torch.Tensor:
     """
     Shorten a sequence of p other tokens (here [CLS]) and n candidates to these p, the k kept candidates in their
-    original order, with `fuse` one token for the rest, and the candidates that run for the gate.
+    original order and, with `fuse`, one token for the rest.
 
     Args:
         tokens (`torch.Tensor` of shape `(batch_size, p + n, hidden_size)`)
         scores (`torch.Tensor` of shape `(batch_size, n)`)
-        choice ([`TokenChoice`]): Result of [`choose_tokens`]. If all are kept, `tokens` are returned unchanged,
-            without a fused token.
+        kept (`torch.LongTensor` of shape `(batch_size, k)`): Result of [`choose_tokens`]. If all are kept, `tokens`
+            are returned unchanged, without a fused token.
         fuse (`bool`, *optional*, defaults to `True`): Whether the others become one token, or are dropped.
 
     Returns:
-        `torch.Tensor` of shape `(batch_size, p + k + 1 + num_probed, hidden_size)` (`p + k + num_probed` without
-        `fuse`).
+        `torch.Tensor` of shape `(batch_size, p + k + 1, hidden_size)` (`p + k` without `fuse`).
     """
     num_candidates = scores.shape[1]
-    if choice.kept.shape[1] == num_candidates:
+    if kept.shape[1] == num_candidates:
         return tokens
     others, candidates = tokens.split((tokens.shape[1] - num_candidates, num_candidates), dim=1)
-    parts = [others, gather_tokens(candidates, choice.kept)]
+    parts = [others, gather_tokens(candidates, kept)]
     if fuse:
-        parts.append(fuse_tokens(candidates, scores, choice.kept))
-    if choice.probed is not None:
-        parts.append(gather_tokens(candidates, choice.probed))
+        parts.append(fuse_tokens(candidates, scores, kept))
     return torch.cat(parts, dim=1)
-
-
-class TokenSelector:
-    """
-    How a layer chooses tokens: it keeps the best and fuses the others. Subclasses choose in another way, shorten in
-    another way, or add to the loss. A [`TripsVisionModel`] gives its `selector`, if it has one, to each layer that
-    selects.
-    """
-
-    def choose(self, scores: torch.Tensor, keep_rate: float) -> TokenChoice:
-        """Decide what is kept, by the scores of the candidates, `(batch_size, num_candidates)`: [`choose_tokens`]."""
-        return choose_tokens(scores, keep_rate)
-
-    def shorten(
-        self, tokens: torch.Tensor, scores: torch.Tensor, choice: TokenChoice, fuse: bool = True
-    ) -> torch.Tensor:
-        """Shorten the tokens to those of the choice: [`shorten_tokens`]."""
-        return shorten_tokens(tokens, scores, choice, fuse)
-
-    def loss_term(self, inputs: dict, outputs: Any) -> torch.Tensor | float:
-        """Return what a training step with these inputs and outputs of the model adds to its loss."""
-        return 0.0
-
-
-class GateSelector(TokenSelector):
-    """Also runs dropped tokens, for the gate. The arguments are those of [`choose_tokens`]."""
-
-    def __init__(self, probe_share: float, draw: bool = False):
-        self.probe_share = probe_share
-        self.draw = draw
-
-    def choose(self, scores: torch.Tensor, keep_rate: float) -> TokenChoice:
-        return choose_tokens(scores, keep_rate, self.probe_share, self.draw)
-
-
-# Attention, and the gate: scores that learn from the loss
 
 
 def select_rows(tensor: torch.Tensor | None, index: torch.LongTensor | None) -> torch.Tensor | None:
@@ -236,167 +153,6 @@ def select_rows(tensor: torch.Tensor | None, index: torch.LongTensor | None) -> 
     if tensor is None or index is None:
         return tensor
     return tensor.index_select(0, index.to(tensor.device))
-
-
-class KeyInfo(NamedTuple):
-    """
-    What attention needs to know about its keys. It travels where a mask alone would.
-
-    Args:
-        mask (`torch.Tensor`, *optional*): Hides padding, in the form of the attention in use; with a gate
-            broadcastable to `(batch_size, 1, num_queries, num_keys)`.
-        index (`torch.LongTensor` of shape `(batch_size,)`, *optional*): Queries of row i attend to row `index[i]` of
-            the keys, by default to row i.
-        gate (`torch.Tensor` of shape `(num_rows, num_keys)`, *optional*): See [`gate_of_best`], [`gate_of_drawn`]. A
-            key that nothing scores has a constant.
-        num_probed (`int`, *optional*, defaults to 0): Number of dropped tokens at the end of the keys, which only
-            teach the gate.
-        is_probed (`torch.BoolTensor` of shape `(num_rows, num_keys)`, *optional*): The same as a mask, where they
-            stand between other keys.
-    """
-
-    mask: Any = None
-    index: torch.Tensor | None = None
-    gate: torch.Tensor | None = None
-    num_probed: int = 0
-    is_probed: torch.Tensor | None = None
-
-    def of_rows(self, index: torch.Tensor | None) -> "KeyInfo":
-        """Return this for the rows `index` of the keys, by default all. The mask already has one row per query."""
-        return self._replace(index=None, gate=select_rows(self.gate, index))
-
-
-def draw_probed(scores: torch.Tensor, kept_positions: torch.Tensor, share: float) -> torch.Tensor:
-    """
-    Return the positions of a random sample of the candidates that are not kept, without repetition: `(batch_size,
-    num_probed)` with `num_probed = ceil(share * num_dropped)` and a share in (0, 1].
-    """
-    num_probed = num_kept_tokens(scores.shape[1] - kept_positions.shape[1], share)
-    ranks = torch.rand_like(scores)  # in [0, 1)
-    ranks = ranks.scatter(1, kept_positions, -1.0)  # the kept ones rank behind
-    return ranks.topk(num_probed, dim=-1).indices
-
-
-def gate_of_best(scores: torch.Tensor, kept_positions: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """
-    Return the gate of the candidates at `positions`, `(batch_size, num_positions)`, where the best are kept.
-
-    [`attend`] takes a gate as 1 for a kept candidate and as 0 for a dropped one, and gives it the gradient
-    of that value (straight-through estimator, https://arxiv.org/abs/1308.3432); the gate's own value does not count.
-    Here it is a sigmoid of the distance of the log scores from the threshold, midway between the lowest kept and the
-    highest dropped one. Candidates that are far from it learn nothing.
-
-    Args:
-        scores (`torch.Tensor` of shape `(batch_size, num_candidates)`): Positive.
-        kept_positions (`torch.LongTensor` of shape `(batch_size, num_kept)`): Fewer than all candidates.
-        positions (`torch.LongTensor` of shape `(batch_size, num_positions)`)
-    """
-    logits = log_scores(scores)
-    with torch.no_grad():
-        logits_of_kept = logits.gather(1, kept_positions)
-        logits_of_dropped = logits.scatter(1, kept_positions, -math.inf)
-        lowest_kept = logits_of_kept.amin(dim=-1, keepdim=True)
-        highest_dropped = logits_of_dropped.amax(dim=-1, keepdim=True)
-        threshold = (lowest_kept + highest_dropped) / 2
-    return (logits.gather(1, positions) - threshold).sigmoid()
-
-
-def gate_of_drawn(scores: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """
-    Return the gate of the candidates at `positions`, `(batch_size, num_positions)`, where [`draw_kept`] keeps them.
-
-    There is no threshold, so all have the gradient of the middle of the sigmoid in [`gate_of_best`]: a quarter of that
-    of their log score.
-    """
-    return log_scores(scores).gather(1, positions) / 4
-
-
-class GateGradient(torch.autograd.Function):
-    """
-    The output of the attention to the kept tokens, as it is. Its backward pass gives the gate of key j the gradient
-    sum over heads and queries of p_j * grad_output . (v_j - output), with p the attention among all tokens.
-    """
-
-    @staticmethod
-    def forward(ctx, attn_output, gate, query, key, value, attention_mask, scaling):
-        ctx.save_for_backward(attn_output, gate, query, key, value, attention_mask)
-        ctx.scaling = scaling
-        return attn_output.view_as(attn_output)
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        attn_output, gate, query, key, value, attention_mask = ctx.saved_tensors
-        queries_per_key = query.shape[1] // key.shape[1]  # query heads that share a head of keys and values
-        key = key.repeat_interleave(queries_per_key, dim=1)  # (batch_size, num_heads, num_keys, head_dim)
-        value = value.repeat_interleave(queries_per_key, dim=1)
-        dtype = torch.promote_types(query.dtype, torch.float32)
-
-        logits = query @ key.transpose(2, 3)  # (batch_size, num_heads, num_queries, num_keys)
-        logits = logits.to(dtype) * ctx.scaling
-        if attention_mask is not None and attention_mask.dtype == torch.bool:
-            lowest = torch.finfo(dtype).min  # finite, for the rows of padding, which see no key
-            logits = logits.masked_fill(~attention_mask, lowest)
-        elif attention_mask is not None:
-            logits = logits + attention_mask
-
-        # `grad_output` and `attn_output` are of shape (batch_size, num_queries, num_heads, head_dim).
-        grad_by_head = grad_output.transpose(1, 2).to(value.dtype)
-        grad_dot_value = grad_by_head @ value.transpose(2, 3)  # (batch_size, num_heads, num_queries, num_keys)
-        grad_dot_output = (grad_output.to(dtype) * attn_output).sum(dim=-1)
-        grad_dot_output = grad_dot_output.transpose(1, 2).unsqueeze(-1)  # (batch_size, num_heads, num_queries, 1)
-        weights = logits.softmax(dim=-1)
-        grad_gate = (weights * (grad_dot_value - grad_dot_output)).sum(dim=(1, 2))  # (batch_size, num_keys)
-        return grad_output, grad_gate.to(gate.dtype), None, None, None, None, None
-
-
-def attend(
-    attention: Callable,
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_info: KeyInfo,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """
-    Call an attention function of Transformers on keys of which some are dropped tokens that run for the gate.
-
-    Without a gate this is the call alone. With one, the output is that of the attention to the other keys, and
-    [`GateGradient`] tells the gate what the loss would gain or lose, to first order, if a little of a token was there.
-    (With the attention among the kept keys in place of that among all, gradients of dropped tokens have no bound.)
-
-    Args:
-        attention (`Callable`): Attention function, as of `ALL_ATTENTION_FUNCTIONS`.
-        query, key, value (`torch.Tensor` of shape `(batch_size, num_heads, num_tokens, head_dim)`)
-        key_info ([`KeyInfo`]): With one row per query.
-
-    Raises:
-        ValueError: With a gate, the mask has another form, as FlashAttention and FlexAttention need it.
-    """
-    mask = key_info.mask
-    if key_info.gate is None:
-        return attention(module, query, key, value, mask, **kwargs)
-    if mask is not None and getattr(mask, "ndim", 0) != 4:
-        raise ValueError("With padding, `selection_gate` needs the attention implementation 'sdpa' or 'eager'.")
-
-    kept_key = key
-    kept_value = value
-    kept_mask = mask
-    if key_info.is_probed is None:
-        num_kept = key.shape[2] - key_info.num_probed
-        kept_key = key[:, :, :num_kept]
-        kept_value = value[:, :, :num_kept]
-        if mask is not None:
-            kept_mask = mask[..., :num_kept]
-    else:
-        kept_mask = ~key_info.is_probed[:, None, None]  # (batch_size, 1, 1, num_keys)
-        if mask is not None:
-            kept_mask = kept_mask & mask
-    attn_output, attn_weights = attention(module, query, kept_key, kept_value, kept_mask, **kwargs)
-    attn_output = GateGradient.apply(
-        attn_output, key_info.gate, query.detach(), key.detach(), value.detach(), mask, kwargs["scaling"]
-    )
-    return attn_output, attn_weights
 
 
 # Supervision of scores and attention by regions

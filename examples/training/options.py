@@ -28,7 +28,6 @@ from trips_examples.training.recipe import SCHEDULES, recipe
 # Options that are fields of `TripsConfig`.
 CONFIG_FIELDS = {
     "schedule",
-    "selection_gate",
     "selection_loss_weight",
     "attention_loss_weight",
     "fusion_type",
@@ -78,7 +77,6 @@ class ModelArguments:
     image_size: int | None = option(None, "Height and width in pixels. Default: the checkpoint's, or the scenes'.")
     max_image_size: int | None = option(None, "In place of --image_size: that of the images, at most this.")
     schedule: str | None = option(None, SCHEDULE_HELP)
-    selection_gate: float | None = option(None, "Share of dropped tokens that run in training, to learn from answers.")
     selection_loss_weight: float | None = option(None, "Weight of selection supervision by regions.")
     fusion_type: str | None = option(None, "cross_attention, skip_connected (mPLUG) or single_stream (ViLT).")
 
@@ -89,8 +87,6 @@ class ModelArguments:
             raise ValueError("--model and --vision_model_name_or_path exclude each other. Give one.")
         if self.num_fusion_layers is not None and not self.starts_from_parts:
             raise ValueError("--num_fusion_layers needs --vision_model_name_or_path.")
-        if self.selection_gate is not None and not 0 <= self.selection_gate <= 1:
-            raise ValueError(f"--selection_gate must be in [0, 1], got {self.selection_gate}.")
         if self.schedule not in (None, *SCHEDULES.values()):  # of the recipe
             check_schedule(self.schedule)
 
@@ -166,7 +162,9 @@ class TrainingOptions(RunOptions):
     num_pictures: int = option(0, "Number of predictions to draw, with the kept patches.")
     unpruned_share: float = option(0.0, "Share of unpruned first steps. With --model: 0.")
     relevance_share: float = option(0.0, "Share of the unpruned steps, the last, in which scores learn relevance.")
-    relevance_interval: int = option(0, "Of so many pruned steps, one also runs unpruned, and scores learn relevance.")
+    relevance_interval: int = option(
+        0, "Pruned steps teach relevance, and one of so many also runs unpruned. 0: none."
+    )
     keep_rates: list[float] = option([], "Rates of which each pruned step draws one: a model for all of them.")
 
     def __post_init__(self):
@@ -247,11 +245,9 @@ class PairArguments(DataArguments):
         return not self.is_stream and super().is_bundled
 
 
-# Where answers alone teach which patches matter: measured for questions.
-RELEVANCE = {"relevance_interval": 8}
 # Options of a task, and defaults of its runs on bundled scenes and from scratch in place of [`TrainingOptions`]'.
 TASK_OPTIONS: dict[str, tuple[list[type], dict]] = {
-    "vqa": ([], RELEVANCE),
+    "vqa": ([], {}),
     "captioning": ([CaptioningArguments], {}),
     "grounding": (
         [GroundingArguments],
@@ -259,7 +255,7 @@ TASK_OPTIONS: dict[str, tuple[list[type], dict]] = {
     ),
     "nlvr2": (
         [],
-        {"num_train_epochs": 10.0, "per_device_train_batch_size": 64, "learning_rate": 5e-4, **RELEVANCE},
+        {"num_train_epochs": 10.0, "per_device_train_batch_size": 64, "learning_rate": 5e-4},
     ),
     "retrieval": (
         [RetrievalArguments],

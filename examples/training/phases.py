@@ -1,4 +1,4 @@
-"""The phases of a training: the schedule of each step, which says whether its scores learn relevance."""
+"""The phases of a training: the schedules of each step, one for each of its passes."""
 
 import random
 from collections.abc import Sequence
@@ -23,6 +23,10 @@ def check_phases(config: TripsConfig, args: TrainingArguments):
     schedule = config.vision_config.schedule
     if args.keep_rates and len(schedule.layers) != 1:
         raise ValueError(f"--keep_rates needs a --schedule of one layer, whose rate it replaces, got {schedule}.")
+    if args.deepspeed_plugin is not None and args.relevance_interval > 0:
+        if "relevance_interval" in args.typed:
+            raise ValueError("--relevance_interval needs two passes in a step, which DeepSpeed has not. Give 0.")
+        args.relevance_interval = 0
     reason = None
     if config.fusion_type == "single_stream":
         reason = "a fusion encoder, got --fusion_type single_stream"
@@ -45,14 +49,14 @@ def options_of_phases(args: TrainingArguments) -> dict[str, Any]:
 class Phases:
     """
     The phases of a training: unpruned steps, in the last of which the scores learn relevance, then pruned steps, of
-    which every `relevance_interval`-th also runs unpruned and does the same. Steps are numbered from 1.
+    which every `relevance_interval`-th also runs unpruned and teaches the same. Steps are numbered from 1.
 
     Args:
         schedule ([`SelectionSchedule`]): That of the model.
         max_steps (`int`): Steps of the training.
         unpruned_share (`float`): Share of first steps that run unpruned. The last step is pruned.
         relevance_share (`float`): Share of the unpruned steps, the last ones, in which the scores learn relevance.
-        relevance_interval (`int`): Number of pruned steps of which the first one also learns relevance. 0: none.
+        relevance_interval (`int`): Pruned steps teach relevance, and the first of so many also runs unpruned. 0: none.
         keep_rates (`Sequence[float]`): Rates of which each pruned step draws one. Empty: the schedule's.
         seed (`int`): Seed of these draws, which depend on nothing but it and the step.
     """
@@ -93,7 +97,7 @@ class Phases:
         return self.unpruned_steps + 1 if self.relevance_interval > 0 else None
 
     def schedules_of(self, step: int) -> list[SelectionSchedule]:
-        """Return the schedule of each pass of a step. One whose layers only score teaches them relevance."""
+        """Return the schedule of each pass of a step. An unpruned one that teaches relevance has layers that score."""
         pruned_step = step - self.unpruned_steps  # from 1
         scoring = self.schedule.scoring()
         if pruned_step <= 0:
@@ -123,5 +127,5 @@ class Phases:
         if self.keep_rates:
             pruned += f" with rates of {', '.join(f'{rate:g}' for rate in self.keep_rates)}"
         if self.relevance_interval:
-            pruned += f", one step in {self.relevance_interval} unpruned as well, from which the scores learn"
+            pruned += f", where the scores learn the same, one step in {self.relevance_interval} also unpruned"
         return ", ".join([*parts, pruned])

@@ -20,7 +20,7 @@ PLACES = (Path("towers"), Path(__file__).resolve().parents[2] / "towers")
 NEW = {"num_fusion_layers": 2, "freeze_vision_layers": 6, "max_image_size": 224}
 ON_CPU = {"max_image_size": 112}  # a step takes a third of the time
 
-# Of 12 layers. A text keeps few patches, early, so that what runs once per text is short; the gate teaches it which.
+# Of 12 layers. A text keeps few patches, early, so that what runs once per text is short; relevance teaches it which.
 # Few patches show where a thing is, not where it ends: boxes keep a quarter, late. A prompt or a search has no text
 # that says where to look: the image scores, in two steps.
 FEW = "6:text:0.0625"
@@ -28,7 +28,9 @@ MANY_TEXTS = "9:image:0.25"  # they share the image's: fewer operations from sev
 BOXES = "9:text:0.25"
 BY_IMAGE = "6:image:0.5,9:image:0.5"
 SCHEDULES = {"vqa": FEW, "nlvr2": FEW, "grounding": BOXES, "captioning": BY_IMAGE, "retrieval": BY_IMAGE}
-GATES = {"vqa": 0.2, "nlvr2": 0.2}  # boxes have regions
+# Where answers alone teach which patches matter. Boxes have regions.
+RELEVANCE_INTERVAL = 8
+FROM_ANSWERS = ("vqa", "nlvr2")
 
 TRAINING = {  # of a model from towers, of a TRIPS checkpoint
     "per_device_train_batch_size": (60, 60),
@@ -62,7 +64,9 @@ def recipe(task: str | None, typed: dict, on_cpu: bool = False) -> dict:
         typed (`dict`): The options on the command line by name.
         on_cpu (`bool`, *optional*, defaults to `False`): Whether the run has no accelerator.
     """
-    start = {"unpruned_share": 0.0 if "model" in typed else UNPRUNED_SHARE}
+    start: dict = {"unpruned_share": 0.0 if "model" in typed else UNPRUNED_SHARE}
+    if task in FROM_ANSWERS:
+        start["relevance_interval"] = RELEVANCE_INTERVAL
     has_files = not typed.keys().isdisjoint(("train_file", "validation_file", "test_file"))
     if task is None or not (has_files or typed.get("dataset_name", BUNDLED) != BUNDLED):
         return start
@@ -75,10 +79,7 @@ def recipe(task: str | None, typed: dict, on_cpu: bool = False) -> dict:
         defaults |= {**towers(), **NEW, "schedule": SCHEDULES[task]}
         if on_cpu:
             defaults |= ON_CPU
-    has_gate = typed.get("selection_gate", 1) > 0 and "random" not in typed.get("schedule", "")
-    if task in GATES and has_gate:  # ahead of relevance in pruned steps on drawn pictures, see docs/evidence.md
-        defaults |= {"selection_gate": GATES[task], "relevance_interval": 0}
-    if is_new and task in GATES and "fusion_type" not in typed:
+    if is_new and task in FROM_ANSWERS:
         defaults |= RELEVANCE
     if task == "grounding":
         defaults["attention_loss_weight"] = 2.0

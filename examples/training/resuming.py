@@ -92,8 +92,7 @@ def check_resumed(config: TripsConfig, args: TrainingArguments):
     if (folder / "config.json").exists():  # FSDP writes none
         stored = TripsConfig.from_pretrained(folder)
         values["schedule"] = (str(stored.vision_config.schedule), str(config.vision_config.schedule))
-        for name in ("selection_gate", "selection_loss_weight"):
-            values[name] = (getattr(stored, name), getattr(config, name))
+        values["selection_loss_weight"] = (stored.selection_loss_weight, config.selection_loss_weight)
     for entry in state.log_history:
         if "unpruned_share" in entry:  # by `PhasesCallback`; the last one counts
             for name, value in options_of_phases(args).items():

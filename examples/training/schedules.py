@@ -1,4 +1,4 @@
-"""The schedule of a run: whether its scores can learn, what it costs, and the choice of the default one."""
+"""The schedule of a run: what it costs, and the choice of the default one."""
 
 import logging
 import math
@@ -6,23 +6,13 @@ from collections import Counter
 
 from datasets import Dataset
 
-from modeling_trips import UNPRUNED, SelectionSchedule, TripsConfig, TripsProcessor, TripsVisionConfig
+from modeling_trips import UNPRUNED, SelectionSchedule, TripsConfig, TripsProcessor
 from modeling_trips.inspection.cost import forward_cost
 from trips_examples.data.images import column_of, image_keys
 from trips_examples.training.recipe import MANY_TEXTS
 
 
 logger = logging.getLogger(__name__)
-
-
-def check_gate(config: TripsVisionConfig):
-    """Raise a `ValueError` before the first step for a schedule whose scores the gate cannot teach."""
-    schedule = config.schedule
-    if config.selection_gate > 0 and schedule.layers and schedule.selections[-1].guidance == "random":
-        raise ValueError(
-            "--selection_gate needs a --schedule whose last layer is scored by the text or the image, got "
-            f"{schedule}. Give --selection_gate 0."
-        )
 
 
 def settle_schedule(

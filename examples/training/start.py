@@ -16,7 +16,7 @@ from trips_examples.training.options import DataArguments, ModelArguments
 from trips_examples.training.phases import check_phases
 from trips_examples.training.recipe import FEW
 from trips_examples.training.resuming import check_resumed
-from trips_examples.training.schedules import check_gate, settle_schedule, texts_of_images
+from trips_examples.training.schedules import settle_schedule, texts_of_images
 
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,6 @@ def start_run(
     """
     config, processor = load_start(model_args, data_args.scene_size, **task_fields)
     check_phases(config, training_args)
-    check_gate(config.vision_config)
     if load is None:
         data = load_data(task, data_args, training_args, config.vision_config.patch_shape[0])
     else:

@@ -67,6 +67,7 @@ class PhasesCallback(TrainerCallback):
             state.global_step + 1 + DurationCallback.num_steps,
         )
         trainer.model.config.vision_config.trained_keep_rates = trainer.phases.trained_keep_rates
+        trainer.model.config.learns_relevance = args.relevance_interval > 0
         # `check_resumed` reads it from checkpoints.
         state.log_history.append({**options_of_phases(args), "step": state.global_step})
 
@@ -198,7 +199,7 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
         self.train_collator = train_collator or self.data_collator
         self.losses: dict[str, list[torch.Tensor]] = defaultdict(list)
         self.train_sampler: ImageGroupedSampler | None = None
-        is_supervised = self.learns_relevance or "selection loss" in self.regions_used_for
+        is_supervised = self.teaches_scores or "selection loss" in self.regions_used_for
         for parameter in self.model.unused_parameters(is_supervised):
             parameter.requires_grad_(False)
         self.late_layers = self._take_late_layers()
@@ -212,7 +213,7 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
         optimizer takes them, too.
         """
         late_layers = []
-        if self.learns_relevance:
+        if self.teaches_scores:
             for number in self.model.config.vision_config.schedule.scoring().layers:
                 layer = self.model.base_model.vision_model.layers[number - 1]
                 if not any(parameter.requires_grad for parameter in layer.parameters()):
@@ -221,8 +222,8 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
         return late_layers
 
     @property
-    def learns_relevance(self) -> bool:
-        """Whether scores learn relevance in some steps."""
+    def teaches_scores(self) -> bool:
+        """Whether some steps teach the scores relevance."""
         return self.args.relevance_share > 0 or self.args.relevance_interval > 0
 
     @property
@@ -314,9 +315,6 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        selector = self.model.base_model.vision_model.selector
-        if model.training and selector is not None:
-            loss = loss + selector.loss_term(inputs, outputs)
         for name in self.logged_losses:
             if outputs.get(name) is not None:
                 self.losses[name].append(outputs[name].detach())

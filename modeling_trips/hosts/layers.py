@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..modeling_trips_vision import TripsSelection
-from ..patch_selection import FUSED_TOKEN, TokenSelector, random_scores, score_tokens
+from ..patch_selection import FUSED_TOKEN, choose_tokens, random_scores, score_tokens, shorten_tokens
 from ..schedule_trips import LayerSelection
 
 
@@ -310,26 +310,25 @@ class SelectionLayer(ModuleWrapper):
         query: torch.Tensor | None,
     ) -> torch.Tensor:
         """Reduce `(num_images, seq_length, hidden_size)` to prefix, kept units and, with `self.fuse`, fused token."""
-        selector = TokenSelector()
         before = current.kept_before(self.number)
         is_whole = before is None
         is_image = shorten_mask(current.is_image, before, self.unit)
         scores = self.score_units(normed, query, is_image, is_whole)  # (num_images, num_candidates)
-        choice = selector.choose(scores, self.selection.keep_rate)
+        positions = choose_tokens(scores, self.selection.keep_rate)
         num_candidates = scores.shape[1]
         if is_whole:
             candidates = torch.arange(num_candidates, device=scores.device).expand(scores.shape)
         else:
             num_fused = num_candidates - before.shape[1]
             candidates = nn.functional.pad(before, (0, num_fused), value=FUSED_TOKEN)
-        kept = candidates.gather(1, choice.kept)
+        kept = candidates.gather(1, positions)
         current.records[self.number] = LayerRecord(kept, candidates, scores)
         if self.unit == 1:
-            return selector.shorten(hidden_states, scores, choice, self.fuse)
+            return shorten_tokens(hidden_states, scores, positions, self.fuse)
         prefix, patches = hidden_states.tensor_split([self.num_prefix_tokens], dim=1)
         # One row per unit: the selection then drops all patches of a unit.
         units = to_units(patches, self.unit, is_whole).flatten(2)
-        units = selector.shorten(units, scores, choice, self.fuse)  # (num_images, num_kept, unit ** 2 * hidden_size)
+        units = shorten_tokens(units, scores, positions, self.fuse)  # (num_images, num_kept, unit ** 2 * hidden_size)
         patches = units.unflatten(2, (self.unit**2, -1))
         return torch.cat([prefix, patches.flatten(1, 2)], dim=1)
 

@@ -6,13 +6,12 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..patch_selection import (
-    TokenChoice,
-    TokenSelector,
     first_true,
     gather_tokens,
     num_kept_tokens,
     positions_of,
     score_tokens,
+    shorten_tokens,
 )
 from ..schedule_trips import SelectionSchedule
 from .host import Host
@@ -107,10 +106,10 @@ class ViltSelectionEncoder(ModuleWrapper):
         )
 
 
-class PaddedSelector(TokenSelector):
+class PaddedSelector:
     """
-    Selector for rows with padding. The number of kept candidates of a row depends on the size of its image, not on the
-    padding. The longest row sets the shape, and padding, not dropped patches, fills rows that keep fewer.
+    Choice of tokens for rows with padding. The number of kept candidates of a row depends on the size of its image,
+    not on the padding. The longest row sets the shape, and padding, not dropped patches, fills rows that keep fewer.
 
     Args:
         is_padding (`torch.BoolTensor` of shape `(batch_size, num_candidates)`)
@@ -127,7 +126,8 @@ class PaddedSelector(TokenSelector):
         product = self.num_candidates * round(keep_rate * unit) - round(1e-6 * unit)
         return (product + unit - 1).div(unit, rounding_mode="floor").clamp(min=1)
 
-    def choose(self, scores: torch.Tensor, keep_rate: float) -> TokenChoice:
+    def choose(self, scores: torch.Tensor, keep_rate: float) -> torch.Tensor:
+        """Return the positions of the kept candidates and of padding, `(batch_size, longest)`."""
         num_kept = self.num_kept(keep_rate)
         scores_of_patches = scores.masked_fill(self.is_padding, -1.0)
         order = scores_of_patches.argsort(dim=-1, descending=True, stable=True)
@@ -135,7 +135,7 @@ class PaddedSelector(TokenSelector):
         is_kept = rank < num_kept
         longest = num_kept_tokens(scores.shape[1], keep_rate)
         is_filling = first_true(self.is_padding & ~is_kept, longest - num_kept)
-        return TokenChoice(positions_of(is_kept | is_filling, longest))
+        return positions_of(is_kept | is_filling, longest)
 
 
 class ViltSelectionLayer(SelectionLayer):
@@ -181,17 +181,17 @@ class ViltSelectionLayer(SelectionLayer):
         numbers = token_numbers[:, num_others:]
         scores = self.score_patches(normed, numbers, text_length)
         selector = PaddedSelector(numbers == PADDING)
-        choice = selector.choose(scores, self.selection.keep_rate)
+        positions = selector.choose(scores, self.selection.keep_rate)
         if selection_pass is not None:
             candidates = numbers - FIRST_PATCH
-            kept = candidates.gather(1, choice.kept)
+            kept = candidates.gather(1, positions)
             selection_pass.records[self.number] = LayerRecord(kept, candidates, scores)
-        hidden_states = selector.shorten(hidden_states, scores, choice)
-        if choice.kept.shape[1] < numbers.shape[1]:
+        hidden_states = shorten_tokens(hidden_states, scores, positions)
+        if positions.shape[1] < numbers.shape[1]:
             drops = selector.num_candidates > selector.num_kept(self.selection.keep_rate)
             fused = torch.where(drops, NO_PATCH, PADDING)  # padding in rows that drop nothing
             others = token_numbers[:, :num_others]
-            kept_numbers = numbers.gather(1, choice.kept)
+            kept_numbers = numbers.gather(1, positions)
             token_numbers = torch.cat([others, kept_numbers, fused], dim=1)
         layer_output = self.layernorm_after(hidden_states)
         layer_output = self.intermediate(layer_output)

@@ -107,8 +107,8 @@ def test_answers_that_the_model_cannot_write_are_counted(data, tmp_path, caplog)
     "options, used_for",
     [
         (["--schedule=unpruned"], "none"),
-        (["--selection_loss_weight=0", "--selection_gate=0.2"], "none"),
-        (["--selection_gate=0.2"], "selection loss"),
+        (["--selection_loss_weight=0"], "none"),
+        ([], "selection loss"),
     ],
     ids=str,
 )

@@ -9,8 +9,6 @@ from accelerate import Accelerator
 from tiny_models import CASES, loss_of
 from torch.distributed.tensor import DTensor
 
-from modeling_trips import patch_selection
-
 
 def train(model, optimizer, inputs, accelerator=None):
     for _ in range(3):
@@ -46,10 +44,6 @@ def compare(case, accelerator, **fields):
 
 if __name__ == "__main__":
     accelerator = Accelerator(cpu=True)
-    # With a gate, the best tokens in place of drawn ones, and all dropped ones run: nothing is drawn.
-    patch_selection.draw_kept = patch_selection.keep_topk
     for case in CASES:
         compare(case, accelerator)
-        if not case.draws:
-            compare(case, accelerator, selection_gate=1.0)
     accelerator.end_training()

@@ -33,7 +33,6 @@ WRONG_VALUES = [
     (TripsVisionConfig, {"keep_rate": [0.7]}),  # of an earlier version, as the next two
     (TripsVisionConfig, {"keep_rate": 0.0}),
     (TripsVisionConfig, {"selection_guidance": ["text"]}),
-    (TripsVisionConfig, {"selection_gate": 1.5}),
     (TripsVisionConfig, {"num_attention_heads": 7}),
     (TripsVisionConfig, {"image_size": 225}),
     (TripsVisionConfig, {"image_size": 240, "patch_embedding_type": "convolutional", "patch_size": 24}),
@@ -107,11 +106,17 @@ def test_round_trip_through_a_file(tmp_path):
 def test_selection_fields_are_those_of_the_vision_config():
     config = TripsConfig(**SMALL)
     config.schedule = "2:text:0.25"
-    config.selection_gate = 0.1
+    config.fuse_inattentive_tokens = False
     assert config.schedule == SelectionSchedule.parse("2:text:0.25")
     assert rates_of(config.vision_config) == {2: 0.25}
-    assert config.vision_config.selection_gate == 0.1
-    assert not {"schedule", "selection_gate"} & config.to_dict().keys()
+    assert not config.vision_config.fuse_inattentive_tokens
+    assert not {"schedule", "fuse_inattentive_tokens"} & config.to_dict().keys()
+
+
+@pytest.mark.parametrize("config_class", [TripsConfig, TripsVisionConfig])
+@pytest.mark.parametrize("value", [0.2, None])
+def test_a_gate_of_an_earlier_version_is_read_and_not_stored(config_class, value):
+    assert "selection_gate" not in config_class(selection_gate=value).to_dict()
 
 
 def test_selection_fields_can_be_given_beside_a_part():

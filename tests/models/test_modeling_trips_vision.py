@@ -9,7 +9,6 @@ from tiny_vision import CLIP_STYLE, images, make_model, texts
 from torch.testing import assert_close
 
 from modeling_trips import TripsModel
-from modeling_trips.patch_selection import TokenSelector
 
 
 CASES = {
@@ -148,20 +147,3 @@ def test_layers_run_once_per_image_until_a_text_guides(schedule, rows, rows_of_f
     cross = model.fusion_model.encoder.layer[0].crossattention.self
     for projection in (cross.key, cross.value):
         assert calls_of(projection, lambda: model(**inputs)) == [rows_of_fusion]
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_a_selector_chooses_in_the_place_of_the_best(training):
-    class Worst(TokenSelector):
-        def choose(self, scores, keep_rate):
-            return super().choose(-scores, keep_rate)
-
-    model = make_model().train(training)
-    model.selector = Worst()
-    (layer,) = model(images()).selection
-    worst = layer.scores.topk(3, largest=False).indices.sort().values  # of 6
-    assert torch.equal(layer.kept_indices, worst)
-    model.config.selection_gate = 0.5
-    if training:
-        with pytest.raises(ValueError, match="selection_gate"):
-            model(images())

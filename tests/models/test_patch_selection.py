@@ -8,7 +8,6 @@ from torch.testing import assert_close
 
 from modeling_trips.patch_selection import (
     choose_tokens,
-    draw_kept,
     keep_topk,
     num_kept_tokens,
     region_targets,
@@ -28,40 +27,11 @@ FUSED = [0.25, 2.5]
 
 
 def test_example_by_hand():
-    choice = choose_tokens(SCORES, keep_rate=0.6)
-    assert choice.kept.tolist() == [[1, 3, 4]]
-    tokens = shorten_tokens(TOKENS, SCORES, choice)
+    kept = choose_tokens(SCORES, keep_rate=0.6)
+    assert kept.tolist() == [[1, 3, 4]]
+    tokens = shorten_tokens(TOKENS, SCORES, kept)
     expected = torch.tensor([[[9.0, 9.0], [2.0, 20.0], [4.0, 40.0], [5.0, 50.0], FUSED]])
     assert_close(tokens, expected)
-
-
-def test_candidates_are_drawn_by_their_scores():
-    # Without repetition: first i with p_i, then j with p_j / (1 - p_i) of what is left.
-    torch.manual_seed(0)
-    num_rows = 20_000
-    scores = [0.6, 0.3, 0.1]
-    kept = draw_kept(torch.tensor([scores]).expand(num_rows, -1), 2)
-    for i, j in ([0, 1], [0, 2], [1, 2]):
-        share = (kept == torch.tensor([i, j])).all(dim=1).double().mean().item()
-        product = scores[i] * scores[j]
-        expected = product / (1 - scores[i]) + product / (1 - scores[j])
-        assert share == pytest.approx(expected, abs=4 * (0.25 / num_rows) ** 0.5)
-
-
-def test_drawn_candidates_are_kept_and_the_others_fused():
-    torch.manual_seed(0)
-    scores = SCORES.expand(20, -1)
-    choice = choose_tokens(scores, keep_rate=0.6, probe_share=1.0, draw=True)
-    selected = shorten_tokens(TOKENS.expand(20, -1, -1), scores, choice)
-    assert choice.gate.shape == (20, 5)
-    assert len({tuple(row) for row in choice.kept.tolist()}) > 1
-    candidates = TOKENS[0, 1:]
-    for row, kept, probed in zip(selected, choice.kept.tolist(), choice.probed.tolist()):
-        assert kept == sorted(kept)
-        assert sorted(kept + probed) == [0, 1, 2, 3, 4]
-        assert torch.equal(row[1:4], candidates[kept])
-        assert_close(row[4], SCORES[0, probed] @ candidates[probed])
-        assert torch.equal(row[5:], candidates[probed])
 
 
 def test_score_tokens_by_hand():
@@ -91,8 +61,8 @@ def test_equal_scores_go_to_the_lower_index():
 def test_scores_get_their_gradient_from_the_fused_token_only():
     tokens = TOKENS.clone().requires_grad_()
     scores = SCORES.clone().requires_grad_()
-    choice = choose_tokens(scores, keep_rate=0.6)
-    shorten_tokens(tokens, scores, choice).sum().backward()
+    kept = choose_tokens(scores, keep_rate=0.6)
+    shorten_tokens(tokens, scores, kept).sum().backward()
     # d(sum of the fused token) / d(a_i) = the sum of X_i: 1 + 10 and 3 + 30 for the two that were fused.
     assert_close(scores.grad, torch.tensor([[11.0, 0.0, 33.0, 0.0, 0.0]]))
     # [CLS] and the kept pass on 1; the fused their weight.

@@ -1,4 +1,4 @@
-"""Unpruned passes in training teach the scores which patches the loss needs."""
+"""Passes in training teach the scores which patches the loss needs."""
 
 import math
 
@@ -7,6 +7,7 @@ import torch
 from tiny_models import CASES, enable_checkpointing, gradients_of
 
 from modeling_trips import UNPRUNED, SelectionSchedule, TripsModel
+from modeling_trips.modeling_trips_vision import TripsSelection, scores_of_tokens
 from modeling_trips.patch_selection import RelevanceGradient
 
 
@@ -95,6 +96,49 @@ def test_gradients_are_those_of_the_cross_entropy_with_the_relevance(schedule, f
         gradients.append(torch.autograd.grad(losses.sum(), weights))
     for without, taught, wanted in zip(*gradients, expected):
         torch.testing.assert_close(taught - without, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_the_fused_token_has_the_scores_of_all_that_is_not_kept():
+    """The second candidate and the second fused token of earlier layers are kept."""
+    selection = TripsSelection(
+        kept_indices=torch.tensor([[7, -1]]),
+        scores=torch.tensor([[0.1, 0.3, 0.2, 0.4]]),
+        candidate_indices=torch.tensor([[5, 7, -1, -1]]),
+    )
+    torch.testing.assert_close(scores_of_tokens(selection, num_tokens=3), torch.tensor([[0.3, 0.4, 0.3]]))
+    torch.testing.assert_close(scores_of_tokens(selection, num_tokens=2), torch.tensor([[3 / 7, 4 / 7]]))
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("schedule", ["1:text:0.5", "1:image:0.5", "1:image:0.5,2:text:0.5"])
+def test_a_pruned_pass_teaches_its_last_layer_by_the_tokens_that_it_passes_on(schedule, fuse):
+    inputs = shared_inputs()
+    model = MODEL.make_model("eager", schedule=schedule, fuse_inattentive_tokens=fuse).train()
+    schedule = SelectionSchedule.parse(schedule)
+    weight = model.vision_model.layers[schedule.layers[-1] - 1].attention.q_proj.weight
+    image_states = []
+    hook = model.fusion_model.register_forward_pre_hook(
+        lambda module, args, kwargs: image_states.append(kwargs["encoder_hidden_states"]), with_kwargs=True
+    )
+    without = model(**inputs)
+    hook.remove()
+    (states,) = image_states
+    loss = without.last_hidden_state.square().sum()
+    gradient, untaught = torch.autograd.grad(loss, (states, weight), retain_graph=True)
+    relevance = (-gradient * states).sum(dim=-1)[:, 1:].clamp(min=0).detach()
+    targets = relevance / relevance.sum(dim=-1, keepdim=True).clamp(min=1e-30)
+    scores = scores_of_tokens(without.vision_model_output.selection[-1], num_tokens=targets.shape[1])
+    losses = -(targets * scores.log()).sum(dim=-1)
+    if schedule.selections[-1].guidance == "image":  # two texts have each image
+        losses = 2 * losses
+    (expected,) = torch.autograd.grad(losses.sum(), weight)
+
+    model.config.learns_relevance = True
+    outputs = model(**inputs)
+    assert torch.equal(outputs.last_hidden_state, without.last_hidden_state)
+    loss = outputs.last_hidden_state.square().sum() + outputs.relevance_losses.sum()
+    (taught,) = torch.autograd.grad(loss, weight)
+    torch.testing.assert_close(taught - untaught, expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ...modeling_trips_vision import TripsSelection
-from ...patch_selection import TokenChoice, TokenSelector
+from ...patch_selection import choose_tokens, shorten_tokens
 from ..layers import LayerRecord, Projections, SelectionLayer, SelectionPass, pad_units
 from ..vision import ClipLayer
 
@@ -155,13 +155,12 @@ class PackedLayer(TowerLayer):
         normed: torch.Tensor,
         query: torch.Tensor | None,
     ) -> torch.Tensor:
-        selector = TokenSelector()
         num_units = current.counts_before(self.number)
         scores = self.score_images(normed, query, num_units)
         kept = []  # positions in the sequence of all units
         for scores_of_image, start in zip(scores, accumulate(num_units, initial=0)):
-            choice = selector.choose(scores_of_image, self.selection.keep_rate)
-            kept.append(start + choice.kept[0])
+            (kept_of_image,) = choose_tokens(scores_of_image, self.selection.keep_rate)
+            kept.append(start + kept_of_image)
         positions = torch.cat(kept)
         candidates = current.kept_before(self.number)
         if candidates is None:
@@ -175,7 +174,7 @@ class PackedLayer(TowerLayer):
         units = hidden_states.unflatten(0, (-1, self.unit**2))  # (sum of num_units, unit ** 2, width)
         units = units.flatten(1)[None]  # (1, sum of num_units, unit ** 2 * width)
         all_scores = torch.cat(scores, dim=1)  # (1, sum of num_units)
-        units = selector.shorten(units, all_scores, TokenChoice(positions[None]), fuse=False)
+        units = shorten_tokens(units, all_scores, positions[None], fuse=False)
         patches = units[0].unflatten(1, (self.unit**2, -1))
         return patches.flatten(0, 1)
 

@@ -68,7 +68,7 @@ def test_fsdp_shards_only_layers(case):
 def test_two_processes_train_every_model_as_one(name, prefix):
     """DDP does not look for unused parameters, so that a missing gradient would be an error."""
     printed = [line for line in launch(name, str(HELPERS / "train_cases.py")).splitlines() if line.startswith(prefix)]
-    assert len(printed) == len(CASES) + sum(not case.draws for case in CASES)  # some with the gate as well
+    assert len(printed) == len(CASES)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,6 @@ def options(tmp_path_factory):
         "--adam_epsilon=1e-4",  # AdamW would amplify the rounding errors of zero gradients
         "--use_cpu=True",
         "--unpruned_share=0.5",
-        "--selection_gate=0",  # its draws are those of each process
         "--activation_checkpointing=True",
         "--save_strategy=no",
         "--disable_tqdm=True",

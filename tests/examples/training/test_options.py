@@ -80,7 +80,7 @@ def circle_of_causes():
 @pytest.mark.parametrize(
     "main, word",
     [
-        (lambda: ModelArguments(selection_gate=2.0), "--selection_gate"),
+        (lambda: ModelArguments(num_fusion_layers=2), "--num_fusion_layers"),
         (lambda: open("nowhere.txt"), "nowhere.txt"),
         (lambda: TripsConfig(schedule="5:text:2.0"), "`keep_rate`"),
         (circle_of_causes, "damaged"),

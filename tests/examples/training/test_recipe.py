@@ -10,7 +10,7 @@ from modeling_trips import TripsConfig
 from trips_examples import run_vqa
 from trips_examples.data.vocabulary import train_tokenizer
 from trips_examples.training.models import fit_image_size, make_processor
-from trips_examples.training.recipe import SCHEDULES, TOWERS, recipe, towers
+from trips_examples.training.recipe import FROM_ANSWERS, SCHEDULES, TOWERS, recipe, towers
 
 
 OWN = {"train_file": "train.jsonl"}
@@ -19,10 +19,11 @@ OWN = {"train_file": "train.jsonl"}
 @pytest.mark.parametrize("task", SCHEDULES)
 def test_what_is_typed_decides_which_defaults_a_run_has(task):
     first_steps = recipe(task, {})
-    assert first_steps.keys() == {"unpruned_share"}
+    learnt = {"relevance_interval"} if task in FROM_ANSWERS else set()
+    assert first_steps.keys() == {"unpruned_share"} | learnt
     assert first_steps["unpruned_share"] > recipe(task, {"model": "mine"})["unpruned_share"] == 0
     assert recipe(task, {"dataset_name": "busy_scenes"}) == first_steps
-    assert recipe(None, OWN) == first_steps
+    assert recipe(None, OWN).keys() == {"unpruned_share"}
     assert recipe(task, {**OWN, "preset": "tiny"}) == first_steps
     assert recipe(task, {**OWN, "tokenizer": "bert"}) == first_steps
     new = recipe(task, OWN)
@@ -35,20 +36,9 @@ def test_what_is_typed_decides_which_defaults_a_run_has(task):
     assert "schedule" not in recipe(task, {**OWN, "vision_model_name_or_path": "clip"})
 
 
-def test_the_gate_teaches_scores_that_can_learn(tmp_path):
-    assert recipe("vqa", OWN)["selection_gate"] > 0
-    assert recipe("vqa", OWN)["relevance_interval"] == 0
-    assert "relevance_interval" not in recipe("vqa", {**OWN, "selection_gate": 0.0})
-    assert "selection_gate" not in recipe("vqa", {**OWN, "schedule": "6:random:0.5"})
-    write_task("vqa", tmp_path)
-    with pytest.raises(ValueError, match="selection_gate"):
-        train(tmp_path / "out", "--selection_gate=0.2", "--schedule=2:random:0.5")
-
-
 def test_the_scores_of_a_new_model_learn_relevance():
     assert recipe("vqa", OWN)["relevance_share"] > 0
     assert "relevance_share" not in recipe("vqa", {**OWN, "model": "mine"})
-    assert "relevance_share" not in recipe("vqa", {**OWN, "fusion_type": "single_stream"})
 
 
 def test_another_text_model_keeps_the_vision_tower():
@@ -133,7 +123,7 @@ def test_the_first_steps_are_those_of_an_unpruned_training(tmp_path):
 def test_a_resumed_run_goes_on_with_the_options_of_its_checkpoint_or_says_so(tmp_path, caplog):
     """Other defaults, as of a newer version, are refused; options on the command line may differ."""
     write_task("vqa", tmp_path)
-    learnt = ["--selection_gate=0.5", "--selection_loss_weight=0.25"]
+    learnt = ["--relevance_interval=4", "--selection_loss_weight=0.25"]
     saved = ["--save_strategy=steps", "--save_steps=2", "--do_eval=False"]
     train(tmp_path / "out", *PHASES, *learnt, *saved)
     resumed = [*saved, f"--resume_from_checkpoint={tmp_path / 'out' / 'checkpoint-2'}"]

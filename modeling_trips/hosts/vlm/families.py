@@ -314,7 +314,8 @@ class LlavaNext(Llava):
     def images_per_group(self, inputs: Mapping, sizes: list[int]) -> list[int]:
         return self.tiles_per_image(inputs)
 
-    tiles_per_entry = images_per_group
+    def tiles_per_entry(self, inputs: Mapping, tokens_per_prompt: list[int]) -> list[int]:
+        return self.tiles_per_image(inputs)
 
     def kept_tokens(self, sizes: list[int], inputs: Mapping, current: SelectionPass) -> list[torch.Tensor]:
         kept = current.kept_before()

@@ -29,6 +29,7 @@ from trips_examples.training.recipe import SCHEDULES, recipe
 CONFIG_FIELDS = {
     "schedule",
     "selection_loss_weight",
+    "learns_relevance",
     "attention_loss_weight",
     "fusion_type",
     "itc_weight",
@@ -44,6 +45,7 @@ RARE = {
     "tokenizer",
     "max_image_size",
     "selection_loss_weight",
+    "learns_relevance",
     "fusion_type",
     "dataset_config_name",
     "grid",
@@ -78,6 +80,7 @@ class ModelArguments:
     max_image_size: int | None = option(None, "In place of --image_size: that of the images, at most this.")
     schedule: str | None = option(None, SCHEDULE_HELP)
     selection_loss_weight: float | None = option(None, "Weight of selection supervision by regions.")
+    learns_relevance: bool | None = option(None, "Pruned passes in training teach the scores relevance.")
     fusion_type: str | None = option(None, "cross_attention, skip_connected (mPLUG) or single_stream (ViLT).")
 
     def __post_init__(self):
@@ -162,9 +165,7 @@ class TrainingOptions(RunOptions):
     num_pictures: int = option(0, "Number of predictions to draw, with the kept patches.")
     unpruned_share: float = option(0.0, "Share of unpruned first steps. With --model: 0.")
     relevance_share: float = option(0.0, "Share of the unpruned steps, the last, in which scores learn relevance.")
-    relevance_interval: int = option(
-        0, "Pruned steps teach relevance, and one of so many also runs unpruned. 0: none."
-    )
+    relevance_interval: int = option(0, "Of so many pruned steps, one also runs unpruned and teaches relevance.")
     keep_rates: list[float] = option([], "Rates of which each pruned step draws one: a model for all of them.")
 
     def __post_init__(self):

@@ -56,7 +56,7 @@ class Phases:
         max_steps (`int`): Steps of the training.
         unpruned_share (`float`): Share of first steps that run unpruned. The last step is pruned.
         relevance_share (`float`): Share of the unpruned steps, the last ones, in which the scores learn relevance.
-        relevance_interval (`int`): Pruned steps teach relevance, and the first of so many also runs unpruned. 0: none.
+        relevance_interval (`int`): The first of so many pruned steps also runs unpruned, with relevance. 0: none.
         keep_rates (`Sequence[float]`): Rates of which each pruned step draws one. Empty: the schedule's.
         seed (`int`): Seed of these draws, which depend on nothing but it and the step.
     """
@@ -127,5 +127,5 @@ class Phases:
         if self.keep_rates:
             pruned += f" with rates of {', '.join(f'{rate:g}' for rate in self.keep_rates)}"
         if self.relevance_interval:
-            pruned += f", where the scores learn the same, one step in {self.relevance_interval} also unpruned"
+            pruned += f", one step in {self.relevance_interval} also unpruned, from which the scores learn the same"
         return ", ".join([*parts, pruned])

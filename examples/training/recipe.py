@@ -72,6 +72,8 @@ def recipe(task: str | None, typed: dict, on_cpu: bool = False) -> dict:
         return start
     if not typed.keys().isdisjoint(("preset", "tokenizer")):
         return start  # from scratch
+    if task in FROM_ANSWERS:
+        start["learns_relevance"] = True
     is_new = "model" not in typed
     has_other_tower = "vision_model_name_or_path" in typed  # another text model keeps tower and schedule
     defaults = start | {name: values[0 if is_new else 1] for name, values in TRAINING.items()}

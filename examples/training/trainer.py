@@ -67,7 +67,6 @@ class PhasesCallback(TrainerCallback):
             state.global_step + 1 + DurationCallback.num_steps,
         )
         trainer.model.config.vision_config.trained_keep_rates = trainer.phases.trained_keep_rates
-        trainer.model.config.learns_relevance = args.relevance_interval > 0
         # `check_resumed` reads it from checkpoints.
         state.log_history.append({**options_of_phases(args), "step": state.global_step})
 
@@ -224,7 +223,8 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
     @property
     def teaches_scores(self) -> bool:
         """Whether some steps teach the scores relevance."""
-        return self.args.relevance_share > 0 or self.args.relevance_interval > 0
+        args = self.args
+        return args.relevance_share > 0 or args.relevance_interval > 0 or self.model.config.learns_relevance
 
     @property
     def phases(self) -> Phases:

@@ -38,6 +38,8 @@ def test_what_is_typed_decides_which_defaults_a_run_has(task):
 
 def test_the_scores_of_a_new_model_learn_relevance():
     assert recipe("vqa", OWN)["relevance_share"] > 0
+    for typed in (OWN, {**OWN, "model": "mine"}):
+        assert recipe("nlvr2", typed)["learns_relevance"]
     assert "relevance_share" not in recipe("vqa", {**OWN, "model": "mine"})
 
 

@@ -48,8 +48,8 @@ def test_an_evaluation_that_is_not_finite_stops(checkpoints, tmp_path):
 
 def test_a_frozen_layer_that_a_text_scores_is_trained_while_its_scores_learn(tmp_path):
     """
-    In steps 3 and 4 of 8, the last unpruned ones, and in the pruned ones, layer 2 learns relevance. A run that resumes
-    before them ends as an uninterrupted one.
+    In steps 3 and 4 of 8, the last unpruned ones, and in every third pruned one, layer 2 learns relevance. A run that
+    resumes before them ends as an uninterrupted one.
     """
     shares = ["--unpruned_share=0.5", "--relevance_share=0.5", "--relevance_interval=3", "--max_steps=8"]
     shares += ["--schedule=2:text:0.5", "--logging_steps=1"]
@@ -58,7 +58,7 @@ def test_a_frozen_layer_that_a_text_scores_is_trained_while_its_scores_learn(tmp
     options += [f"--output_dir={tmp_path / 'run'}"]
     run_vqa.main(options)
     history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
-    assert [entry["step"] for entry in history if "relevance_loss" in entry] == [3, 4, 5, 6, 7, 8]
+    assert [entry["step"] for entry in history if "relevance_loss" in entry] == [3, 4, 5, 8]
 
     def layer_after(step: int, number: int) -> torch.Tensor:
         weights = load_file(tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors")
@@ -74,7 +74,7 @@ def test_a_frozen_layer_that_a_text_scores_is_trained_while_its_scores_learn(tmp
 
 
 def test_a_pruned_step_with_relevance_adds_the_gradients_of_two_passes(tmp_path):
-    """Those of a pruned and an unpruned one from the same weights. Relevance teaches nothing of the decoder."""
+    """Those of a pruned step and of an unpruned one with relevance, from the same weights."""
     options = [*write_task("vqa", tmp_path), *OPTIONS, "--schedule=2:text:0.5", "--optim=sgd", "--weight_decay=0"]
     options += ["--max_grad_norm=0", "--max_steps=2", "--save_strategy=steps", "--save_steps=1"]
     options += ["--do_eval=False", "--do_predict=False"]
@@ -89,7 +89,7 @@ def test_a_pruned_step_with_relevance_adds_the_gradients_of_two_passes(tmp_path)
         run_vqa.main([*options, *phases, f"--output_dir={tmp_path / name}"])
         weights[name] = load_file(tmp_path / name / "checkpoint-1" / "model.safetensors")
     for key, before in weights["none"].items():
-        if key.startswith("decoder."):
+        if key.endswith(("weight", "bias")):  # not statistics of batches
             pruned = weights["pruned"][key] - before
             unpruned = weights["unpruned"][key] - before
             torch.testing.assert_close(weights["both"][key] - before, pruned + unpruned, rtol=1e-3, atol=1e-6)

@@ -15,5 +15,5 @@ class PoisonedCollator(run_vqa.VqaCollator):
 
 
 if __name__ == "__main__":
-    arguments = parse_arguments(run_vqa.OPTIONS)
-    run_vqa.train_question_answering(*arguments, collator_class=PoisonedCollator)
+    run_vqa.VqaCollator = PoisonedCollator
+    run_vqa.train_question_answering(*parse_arguments(run_vqa.OPTIONS))

@@ -9,8 +9,8 @@ Measure MACs and time of TRIPS against the unpruned baseline, the same weights a
 
 Pruned and unpruned steps alternate after a warm-up, and medians are compared. `FlopCounterMode` counts the
 multiply-accumulates (MACs) of matrix products. A step is the forward pass of text encoder, vision tower and fusion
-encoder, in `training` mode followed by the backward pass. With `--relevance_interval 8`, what questions train with, a
-pruned step has an eighth of an unpruned pass that teaches relevance.
+encoder, in `training` mode followed by the backward pass. With `--relevance_interval 8`, a pruned step has an
+eighth of an unpruned pass that teaches relevance; own questions also train with `{"learns_relevance": true}`.
 """
 
 import itertools
@@ -95,7 +95,6 @@ class Setting:
             self.preset,
             vision_config={"image_size": self.image_size},
             schedule=self.schedule,
-            learns_relevance=self.relevance_interval > 0,
             **self.config_fields,
         )
         dtype = getattr(torch, self.dtype)

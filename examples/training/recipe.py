@@ -72,8 +72,6 @@ def recipe(task: str | None, typed: dict, on_cpu: bool = False) -> dict:
         return start
     if not typed.keys().isdisjoint(("preset", "tokenizer")):
         return start  # from scratch
-    if task in FROM_ANSWERS:
-        start["learns_relevance"] = True
     is_new = "model" not in typed
     has_other_tower = "vision_model_name_or_path" in typed  # another text model keeps tower and schedule
     defaults = start | {name: values[0 if is_new else 1] for name, values in TRAINING.items()}
@@ -81,8 +79,10 @@ def recipe(task: str | None, typed: dict, on_cpu: bool = False) -> dict:
         defaults |= {**towers(), **NEW, "schedule": SCHEDULES[task]}
         if on_cpu:
             defaults |= ON_CPU
-    if is_new and task in FROM_ANSWERS:
-        defaults |= RELEVANCE
+    if task in FROM_ANSWERS:
+        defaults["learns_relevance"] = True
+        if is_new:
+            defaults |= RELEVANCE
     if task == "grounding":
         defaults["attention_loss_weight"] = 2.0
     if "num_train_epochs" in typed:

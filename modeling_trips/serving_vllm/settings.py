@@ -40,6 +40,7 @@ NUMBERS = ("visual_tokens", "keep_rate")
 REQUEST_KEYS = (*NUMBERS, "visual_scorer")
 # Scorers whose choice depends on the image and the question alone, so that vLLM may cache it.
 SCORERS = ("divprune", "prompt", "cdpruner", "pooling", "vispruner")
+MOST_TOKENS = 1_000_000  # of an image: more than any prompt has, and exact in every float
 NUM_CHOICES = 3  # of a request: the number, the rate, and the scorer's place in `SCORERS`
 
 
@@ -82,6 +83,8 @@ class ServingSettings:
         object.__setattr__(self, "tower", tower)
         at_exit = ExitSelection(self.visual_tokens, self.keep_rate, self.visual_scorer)
         object.__setattr__(self, "at_exit", at_exit)
+        if (self.visual_tokens or 0) > MOST_TOKENS:
+            raise ValueError(f"`visual_tokens` must be at most {MOST_TOKENS}, got {self.visual_tokens}.")
         if tower.first_text_layer is not None and self.text_guide is None:
             raise ValueError(f"Layer {tower.first_text_layer} is scored by the text, but `text_guide` is not set.")
 

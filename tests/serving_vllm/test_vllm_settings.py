@@ -178,6 +178,7 @@ def test_a_request_replaces_the_number_or_the_rate():
     assert server.of_request({"visual_tokens": "all"}).keeps_all
     wrong = [
         {"visual_tokens": 0},
+        {"visual_tokens": 10**400},
         {"visual_tokens": "many"},
         {"visual_tokens": 2.5},
         {"visual_tokens": True},

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from functools import cache
 
 import torch
-from torch import nn
 from vllm import ModelRegistry
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem, MultiModalKwargsItem
 from vllm.multimodal.processing import PromptUpdateDetails
@@ -44,9 +43,6 @@ class SmolvlmFamily(ServedFamily):
 
 class SmolvlmExit(SelectingExit):
     family_class = SmolvlmFamily
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.text_model.embed_tokens
 
 
 class InterleavedProcessor(SelectionProcessor):

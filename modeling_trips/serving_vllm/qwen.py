@@ -28,6 +28,9 @@ class QwenLayer(ServedLayer, PackedLayer):
         hidden_states = super().forward(hidden_states.squeeze(1), **kwargs)
         return hidden_states.unsqueeze(1)
 
+    def normed_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().normed_tokens(hidden_states.squeeze(1))
+
     def split_heads(self, states: torch.Tensor) -> Sequence[torch.Tensor]:
         """Return queries, keys and values of this process: `(num_images, length, num_heads, head_dim)`."""
         stacked, _ = self.attn.qkv(states)

@@ -31,6 +31,8 @@ QUESTION = "{}_question_ids"
 CHOICE = "{}_choice_and_sizes"
 QUESTIONS = QUESTION.format("all")  # an option of the processor
 SIZES = "tile_sizes"
+# In the configuration, the ids of tokens that stand for images and videos in a prompt before it is processed.
+PLACEHOLDERS = ("image_token_id", "video_token_id", "boi_token_index")  # the last one of Gemma 3
 OPTIONS = {QUESTIONS, "patch_selection", *REQUEST_KEYS}  # of the image's processor, which do not reach Transformers
 # Processors run in the process that serves /metrics. vLLM removes foreign counters whose names begin with its own.
 VISUAL_TOKENS = Counter("trips_visual_tokens", "Visual tokens of the images and videos in prompts.", ["state"])
@@ -68,7 +70,7 @@ class SelectionProcessor(BaseMultiModalProcessor):
         options = {**inputs.hf_processor_mm_kwargs, "patch_selection": str(settings)}
         if settings.reads_prompt:
             config = self.info.get_hf_config()
-            visual_ids = [config.image_token_id, getattr(config, "video_token_id", -1)]
+            visual_ids = [getattr(config, name, -1) for name in PLACEHOLDERS]
             options[QUESTIONS] = find_question(inputs.prompt, visual_ids, special_token_ids(config))
         return super().apply(replace(inputs, hf_processor_mm_kwargs=options), *args, **kwargs)
 
@@ -292,15 +294,11 @@ class SelectingModel(nn.Module):
 
     def embed_questions(self, questions: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the input embeddings `(num_images, length, width)` of the questions, and their mask."""
-        longest = max(len(question) for question in questions)
+        ids = nn.utils.rnn.pad_sequence([*questions], batch_first=True, padding_value=-1)
         # The padding also gives an empty question a position, which the mask leaves out.
-        ids = questions[0].new_zeros(len(questions), longest + 1)  # (num_images, length)
-        mask = torch.zeros_like(ids, dtype=torch.bool)
-        for row, question in enumerate(questions):
-            ids[row, : len(question)] = question
-            mask[row, : len(question)] = True
-        embeddings = self.embed_input_ids(ids.flatten())  # (num_images * length, width)
-        return embeddings.unflatten(0, ids.shape), mask
+        ids = nn.functional.pad(ids, (0, 1), value=-1)  # (num_images, length)
+        embeddings = self.embed_input_ids(ids.clamp(min=0).flatten())  # (num_images * length, width)
+        return embeddings.unflatten(0, ids.shape), ids >= 0
 
     def visual_tokens(self, inputs: Mapping, request: RequestInputs) -> VisualTokens:
         """

@@ -27,13 +27,12 @@ NOT_SUPPORTED = {
     "qwen3_5": DIFFERS,
 }
 # Types of models whose images (or tiles) have one size, for which only the image may choose because their processors
-# write other text around it or Transformers does not have them, and whose towers may select.
+# write other text around it or Transformers does not have them, whose towers' attention scorers may read, and whose
+# towers may select.
 ONE_SIZE = ("gemma3", "idefics3", "internvl", "internvl_chat", "llava", "smolvlm")
 BY_IMAGE = ("internvl_chat", "minicpmv4_6", "mistral3")
-IN_TOWER = (
-    *("idefics3", "internvl", "llava", "llava_next", "llava_onevision"),
-    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"),
-)
+WATCHED = ("idefics3", "internvl", "llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+IN_TOWER = (*WATCHED, "llava_next", "llava_onevision")
 KEYS = ("schedule", "visual_tokens", "keep_rate", "visual_scorer", "request_scorers", "text_guide")
 NUMBERS = ("visual_tokens", "keep_rate")
 # Keys that a request may have among its `mm_processor_kwargs`.
@@ -151,8 +150,8 @@ class ServingSettings:
         tower = config.vision_config.model_type
         if name == "llava" and tower not in ("clip_vision_model", "siglip_vision_model"):
             raise ValueError(f"Patch selection in vLLM supports LLaVA with a tower of CLIP or SigLIP, got {tower}.")
-        if name != "llava" and "vispruner" in self.scorers:
-            raise ValueError(f"The scorer 'vispruner' is supported in vLLM for llava only, not for {name}.")
+        if name not in WATCHED and "vispruner" in self.scorers:
+            raise ValueError(f"The scorer 'vispruner' is supported in vLLM for {', '.join(WATCHED)}, not for {name}.")
         if name in BY_IMAGE and self.may_read_prompt:
             raise ValueError(f"Scorers must choose by the image for {name}, got {', '.join(self.scorers)}.")
         if name not in IN_TOWER and self.tower.layers:

@@ -31,6 +31,8 @@ from tiny_vlms import (
 )
 from transformers import (
     AutoModelForImageTextToText,
+    Gemma3ImageProcessor,
+    Gemma3Processor,
     Gemma4AudioFeatureExtractor,
     Gemma4ImageProcessor,
     Gemma4Processor,
@@ -73,6 +75,7 @@ WIDTHS = {
 }
 NUM_TOKENS = 16
 PLACEHOLDERS = {  # of an image in a prompt, by the first word of a family's name
+    "gemma3": "w29 <start_of_image>",  # lines of two images would meet
     "gemma4": "<|image|>",
     "glm4v": "<|begin_of_image|> <|image|> <|end_of_image|>",
     "minicpmv4": "<|image_pad|>",
@@ -82,6 +85,9 @@ PLACEHOLDERS = {  # of an image in a prompt, by the first word of a family's nam
 GLM = deepcopy(BY_NAME["glm4v"])
 GLM.config["text_config"]["rope_parameters"]["partial_rotary_factor"] = 1.0  # else a half in vLLM
 GLM.config["text_config"]["attention_bias"] = True  # Transformers has it always, vLLM reads the configuration
+GEMMA3 = deepcopy(BY_NAME["gemma3"])
+GEMMA3.config.update(boi_token_index=VISION_START, eoi_token_index=VISION_END)
+GEMMA3.config["text_config"]["query_pre_attn_scalar"] = 32
 VLMS = {
     "llava": BY_NAME["llava"],
     "llava_siglip": llama_vlm(
@@ -96,6 +102,7 @@ VLMS = {
         for name in ("idefics3", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm")
     },
     "internvl_chat": BY_NAME["internvl"],
+    "gemma3": GEMMA3,
     "glm4v": GLM,
     "mistral3": llama_vlm(
         "mistral3",
@@ -252,6 +259,16 @@ def make_mistral_processor():
     )
 
 
+def make_gemma3_processor():
+    lines = {number: "\n" * count for count, number in enumerate(range(72, 76), start=1)}
+    tokenizer = make_tokenizer(
+        "<image_soft_token>", {**lines, VISION_START: "<start_of_image>", VISION_END: "<end_of_image>"}
+    )
+    name_tokens(tokenizer, {"boi": "<start_of_image>", "image": "<image_soft_token>", "eoi": "<end_of_image>"})
+    side = {"height": SIGLIP["image_size"], "width": SIGLIP["image_size"]}
+    return Gemma3Processor(Gemma3ImageProcessor(size=side), tokenizer, image_seq_length=BY_NAME["gemma3"].tokens)
+
+
 def make_gemma_processor():
     tokens = {"boi": "<|image>", "image": "<|image|>", "eoi": "<image|>"}
     tokens |= {"audio": "<|audio|>", "boa": "<|audio>", "eoa": "<audio|>"}
@@ -281,6 +298,7 @@ PROCESSORS = {
     "idefics3": make_idefics3_processor,
     "internvl": make_internvl_processor,
     "internvl_chat": make_internvl_chat_processor,
+    "gemma3": make_gemma3_processor,
     "gemma4": make_gemma_processor,
     "glm4v": make_glm_processor,
     "minicpmv4_6": make_minicpm_processor,
@@ -335,7 +353,7 @@ class ServedVlm:
             self.guide.save_pretrained(folder / "guide")
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
         self.processor: ProcessorMixin = PROCESSORS[name]()
-        if name.startswith("llava") or name.endswith("_moe"):
+        if name.startswith(("gemma3", "llava")) or name.endswith("_moe"):
             store_as_published(folder / "model.safetensors")
         if name == "internvl_chat":
             store_internvl_chat(self.model, folder)
@@ -400,6 +418,7 @@ class ServedVlm:
 
     def generate(self, text, images):
         inputs = self.processor(text=text, images=images, return_tensors="pt")
+        inputs.pop("token_type_ids", None)  # Gemma 3 then is causal within images, too, as in vLLM on CPUs
         outputs = self.model.generate(
             **inputs,
             max_new_tokens=NUM_TOKENS,

@@ -69,6 +69,7 @@ RATE = Selection("unpruned", keep_rate=0.3, scorer="prompt")
 SHARE = Selection("unpruned", keep_rate=0.3, scorer="divprune")
 CDPRUNER = Selection("unpruned", 6, "cdpruner")
 VISPRUNER = Selection("unpruned", 6, "vispruner")
+VISPRUNER_OF_TOWER = Selection("2:image:0.5", 6, "vispruner")
 # Selections whose prompts are computed in one step, and in chunks.
 CASES = {
     "llava": ([UNPRUNED, BY_QUESTION, GUIDED], [BOTH]),
@@ -79,16 +80,17 @@ CASES = {
 FURTHER_CASES = {
     "llava": ([EXIT, TOWER, RATE, CDPRUNER, VISPRUNER], []),
     "llava_siglip": ([BOTH, BY_QUESTION, VISPRUNER], []),
+    "gemma3": ([UNPRUNED, RATE], [SHARE]),
     "gemma4": ([UNPRUNED, RATE], [SHARE]),
     "glm4v": ([UNPRUNED, RATE], [SHARE]),
     "minicpmv4_6": ([UNPRUNED], [SHARE]),
     "mistral3": ([UNPRUNED, EXIT], []),
-    "internvl": ([UNPRUNED, BOTH, GUIDED, RATE], []),
+    "internvl": ([UNPRUNED, BOTH, GUIDED, RATE, VISPRUNER], []),
     "internvl_chat": ([UNPRUNED], [EXIT]),
-    "idefics3": ([TOWER, BOTH, Selection("1:text:0.5")], []),
-    "qwen2_vl": ([UNPRUNED, GUIDED], [BOTH]),
-    "qwen2_5_vl": ([UNPRUNED, EXIT, BY_QUESTION], [TOWER]),
-    "qwen3_vl": ([UNPRUNED, EXIT, BY_QUESTION, GUIDED], [TOWER]),
+    "idefics3": ([TOWER, BOTH, Selection("1:text:0.5"), VISPRUNER], []),
+    "qwen2_vl": ([UNPRUNED, GUIDED, VISPRUNER], [BOTH]),
+    "qwen2_5_vl": ([UNPRUNED, EXIT, BY_QUESTION, VISPRUNER], [TOWER]),
+    "qwen3_vl": ([UNPRUNED, EXIT, BY_QUESTION, GUIDED, VISPRUNER_OF_TOWER], [TOWER]),
     "qwen3_vl_moe": ([BY_QUESTION], [BOTH]),
 }
 if "smolvlm" in PROCESSORS:

@@ -250,12 +250,14 @@ def test_the_question_is_that_of_transformers(name, text):
     model = VLMS[name].make()
     processor = PROCESSORS[name]()
     family = find_family(model)
-    prompt = text.replace("{}", processor.image_token)
+    placeholder = processor.boi_token if name == "gemma3" else processor.image_token
+    prompt = text.replace("{}", placeholder)
     images = [noise(64, 32, seed) for seed in range(text.count("{}"))]
     inputs = processor(text=prompt, images=images, return_tensors="pt")
     embeddings, mask = Prompts(family, dict(inputs)).text
     ids = processor.tokenizer(prompt)["input_ids"]
-    question = find_question(ids, [processor.image_token_id], family.special_token_ids)
+    (placeholder_id,) = processor.tokenizer.convert_tokens_to_ids([placeholder])
+    question = find_question(ids, [placeholder_id], family.special_token_ids)
     expected = model.get_input_embeddings()(torch.tensor(question, dtype=torch.long))
     assert torch.equal(embeddings[mask], expected)
 

@@ -143,14 +143,15 @@ class Family(Host):
         own_module = getattr(module, "wrapped_module", module)
         by_image = LayerSelection(guidance="image", keep_rate=1.0)
         layer = self.wrap(own_module, number, by_image)
+        norm = getattr(own_module, layer.norms[0])  # engines call compiled layers past their hooks
 
-        def watch(module: nn.Module, args: tuple, kwargs: dict):
+        def watch(module: nn.Module, args: tuple):
             if CURRENT_PASS.get() is current:  # not the pass of another thread
-                hidden_states = args[0] if args else kwargs["hidden_states"]
+                handle.remove()  # the scores need the norm, too
                 with torch.no_grad():
-                    current.attention = layer.attention_to_units(current, hidden_states)
+                    current.attention = layer.attention_to_units(current, *args)
 
-        handle = module.register_forward_pre_hook(watch, with_kwargs=True)
+        handle = norm.register_forward_pre_hook(watch)
         try:
             yield
         finally:

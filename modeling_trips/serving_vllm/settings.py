@@ -183,7 +183,8 @@ class ServingSettings:
         """Raise a ValueError if the rate keeps less than one token of a time step of `size` tokens of a video."""
         if self.keep_rate is not None and self.keep_rate * size < 1:
             raise ValueError(
-                f"`keep_rate` must keep a token of each time step of a video, got {self.keep_rate} of {size} tokens."
+                f"`keep_rate` must keep a token of each time step of a video, got {self.keep_rate} of {size} tokens. "
+                "Raise it, or start without videos: --limit-mm-per-prompt '{\"video\": 0}'."
             )
 
     def check_number(self, size: int):

@@ -142,7 +142,7 @@ def make_job(vlm, overrides, options):
         overrides = {"architectures": [ARCHITECTURES[model_type]], **overrides}
     if vlm.name == "internvl_chat":
         options = {**options, "trust_remote_code": True}
-    if vlm.name.startswith(("qwen", "internvl_chat")):
+    if vlm.name.startswith(("glm4v", "internvl_chat", "qwen")):
         options = {**options, "limit_mm_per_prompt": {"image": 2, "video": 0}}
     if vlm.name in ONLY_ATTENTION:
         options = {**options, "enable_prefix_caching": False}

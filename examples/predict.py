@@ -7,8 +7,8 @@ Predict for a collection of photos: every photo with every question, as a table 
     python examples/predict.py --model statements --images pairs.csv --questions_file statements.txt --output true.csv
 
 Questions are expressions for boxes, statements for pairs (a file of rows with `left_image` and `right_image`), and the
-prompt for captions. A photo that cannot be used gets one row with its `error`. Until the output is whole, its rows are
-in a folder beside it: a second run of the same command continues there. Each of several processes takes a part of the
+prompt for captions. A photo that cannot be used gets one row with its `error`. The datasets library keeps predictions
+until a file changes: a second run of a killed command continues there. Each of several processes takes a part of the
 shards: torchrun --nproc_per_node 8 examples/predict.py ...
 """
 
@@ -45,14 +45,9 @@ class PredictArguments:
         if Path(self.output).suffix.lower() not in FORMATS:
             raise ValueError(f"--output must end with {' or '.join(FORMATS)}, got {self.output}.")
 
-    @property
-    def parts(self) -> Path:
-        """The folder of the rows until the output is whole."""
-        return Path(f"{self.output}.parts")
-
     def check_files(self):
         """Raise an `OSError` for an output that exists, or a file that does not."""
-        if Path(self.output).exists() and not self.parts.exists():
+        if Path(self.output).exists():
             raise FileExistsError(f"--output {self.output} exists. Give another name, or delete it.")
         if self.questions_file:
             check_is_file("questions_file", self.questions_file)
@@ -62,20 +57,17 @@ OPTIONS = make_parser(PredictArguments, description=__doc__, script=__name__)
 
 import codecs
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from datetime import timedelta
 from typing import NamedTuple
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet
 import torch
 import transformers
 from accelerate import PartialState
-from datasets import Dataset
+from accelerate.utils import gather_object
+from datasets import Dataset, Features, Value, concatenate_datasets
 from huggingface_hub.utils import chunk_iterable
 from tqdm.auto import tqdm
 
@@ -90,16 +82,14 @@ from modeling_trips import (
 )
 from modeling_trips.inspection.checkpoints import check_head, load_checkpoint, load_processor
 from modeling_trips.inspection.files import whole_file
-from trips_examples.data.collection import FolderShard, Shard, find_images, id_of, rows_of
+from trips_examples.data.collection import FolderShard, Shard, find_images, kept_rows, rows_of, version_of
 from trips_examples.data.images import decode_untrusted_image, path_or_bytes
-from trips_examples.data.loading import RowReader, stamp_of
+from trips_examples.data.loading import RowReader
 from trips_examples.data.records import parsed_record, read_records
 from trips_examples.data.tasks import TASKS, BadRowError, Fault, filled_text
-from trips_examples.training.files import only_writer, write_whole
 
 
-PHOTOS_PER_PART = 32  # a killed process loses at most the work on these
-PARTS = "[0-9]*.parquet"  # not the hidden ones that a killed process leaves
+PHOTOS_PER_PART = 64  # a killed process loses at most the work on these
 CAPTION_PROMPT = "a picture of "  # that of run_captioning.py
 
 
@@ -139,18 +129,18 @@ class Head(NamedTuple):
     """The column of a model's texts, the columns of its predictions, and the function that makes them."""
 
     text: str
-    columns: dict[str, pa.DataType]
+    columns: dict[str, Value]
     predict: Callable
 
 
-TEXT, NUMBER = pa.string(), pa.float64()
+TEXT, NUMBER = Value("string"), Value("float64")
 WRITTEN = {"confidence": NUMBER, "unknown_words": TEXT}
 BOX = dict.fromkeys(("x0", "y0", "x1", "y1"), NUMBER)
 HEADS: dict[type, Head] = {
     TripsForQuestionAnswering: Head("question", {"answer": TEXT, **WRITTEN}, write_texts),
     TripsForConditionalGeneration: Head("prompt", {"caption": TEXT, **WRITTEN}, write_texts),
     TripsForVisualGrounding: Head("expression", BOX, find_boxes),
-    TripsForImagesAndTextClassification: Head("statement", {"label": pa.int64(), "confidence": NUMBER}, judge),
+    TripsForImagesAndTextClassification: Head("statement", {"label": Value("int64"), "confidence": NUMBER}, judge),
 }
 
 
@@ -176,9 +166,8 @@ def read_texts(args: PredictArguments, head: Head) -> list[str]:
 
 
 class Item(NamedTuple):
-    """The photos (paths or encoded) that a prediction is about, their name in the output, and an id; or the error."""
+    """The photos (paths or encoded) that a prediction is about, and their name in the output; or the error."""
 
-    id: str
     name: str
     images: list[str | bytes]
     error: str | None
@@ -190,7 +179,7 @@ def items_of(shard: Shard, column: str | None, num_images: int) -> Iterator[Item
         for row in rows_of(shard, column):
             image = path_or_bytes(row["image"])
             name = image if isinstance(image, str) else row["source"]
-            yield Item(row["id"], name, [image], row["error"])
+            yield Item(name, [image], row["error"])
         return
     if isinstance(shard, FolderShard):
         raise ValueError("Statements are about two photos: --images must be rows with left_image and right_image.")
@@ -208,33 +197,23 @@ def items_of(shard: Shard, column: str | None, num_images: int) -> Iterator[Item
             except BadRowError as bad:
                 error = str(bad)
         names = [image if isinstance(image, str) else source for image in images]
-        yield Item(id_of(f"{shard.name} {source}"), "|".join(names) or source, images, error)
+        yield Item("|".join(names) or source, images, error)
 
 
-def count_new(shards: list[Shard], done: set[str], column: str | None, num_images: int) -> int | None:
-    """Return the number of items that are not done, or None if that means to read all the images."""
-    total = 0
-    for shard in shards:
-        if not isinstance(shard, FolderShard) and not shard.name.endswith((".csv", ".json", ".jsonl")):
-            return None
-        total += sum(item.id not in done for item in items_of(shard, column, num_images))
-    return total
-
-
-# Parts of the output
+# The table
 
 
 @torch.inference_mode()
 def predict(
-    items: list[Item], texts: list[str], threshold: float, model: TripsPreTrainedModel, processor: TripsProcessor
+    items: list[Item], texts: tuple[str, ...], threshold: float, model: TripsPreTrainedModel, processor: TripsProcessor
 ) -> list[dict]:
     """Return the rows of items: one per text, or one with the error of an item that cannot be used."""
     head = HEADS[type(model)]
-    rows_of_item: dict[str, list[dict]] = {item.id: [] for item in items}
-    usable = []
+    rows_of_items: list[list[dict]] = [[] for _ in items]
+    usable = []  # places of items
     pixel_values = []
     sizes = []  # (height, width) per text
-    for item in items:
+    for place, item in enumerate(items):
         error = item.error
         try:
             pixels = []
@@ -244,69 +223,62 @@ def predict(
         except BadRowError as bad:
             error = str(bad)
         if error is not None:
-            rows_of_item[item.id].append({"error": error})
+            rows_of_items[place].append({"error": error})
             continue
-        usable.append(item)
+        usable.append(place)
         pixel_values += pixels
         sizes += [(decoded.height, decoded.width)] * len(texts)
     if usable:
         image_index = torch.arange(len(pixel_values)).view(len(usable), -1)  # (num_items, num_images)
         image_index = image_index.repeat_interleave(len(texts), dim=0).squeeze(1)
-        inputs = processor(text=texts * len(usable), return_tensors="pt").to(model.device)
+        inputs = processor(text=[*texts] * len(usable), return_tensors="pt").to(model.device)
         inputs["pixel_values"] = torch.cat(pixel_values).to(model.device, model.dtype)
         inputs["image_index"] = image_index.to(model.device)
         predictions = head.predict(model, processor, inputs, sizes, threshold)
-        asked = [(item, text) for item in usable for text in texts]
-        for (item, text), prediction in zip(asked, predictions, strict=True):
-            rows_of_item[item.id].append({head.text: text, **dict(zip(head.columns, prediction))})
-    return [{"id": item.id, "image": item.name, **row} for item in items for row in rows_of_item[item.id]]
+        asked = [(place, text) for place in usable for text in texts]
+        for (place, text), prediction in zip(asked, predictions, strict=True):
+            rows_of_items[place].append({head.text: text, **dict(zip(head.columns, prediction))})
+    return [{"image": item.name, **row} for item, rows in zip(items, rows_of_items) for row in rows]
 
 
-def write_parts(
-    shards: list[Shard],
+def rows_of_part(items: tuple[Item, ...], batch_size: int, **given) -> Iterator[dict]:
+    for batch in chunk_iterable(items, batch_size):
+        yield from predict(list(batch), **given)
+
+
+def table_of(
+    shard: Shard,
     texts: list[str],
     model: TripsPreTrainedModel,
     processor: TripsProcessor,
     args: PredictArguments,
-):
-    """Write the rows of this process's shards whose items are in no part yet. A part is whole or absent."""
-    state = PartialState()
+    bar: tqdm,
+) -> Dataset:
+    """Return the rows of a shard. Those of some photos at a time are kept."""
     head = HEADS[type(model)]
-    num_images = getattr(model, "num_images", 1)
-    schema = pa.schema({"id": TEXT, "image": TEXT, head.text: TEXT, **head.columns, "error": TEXT})
-    done: set[str] = set()
-    for part in args.parts.glob(PARTS):
-        table = pyarrow.parquet.read_table(part, columns=["id"])
-        done.update(table["id"].to_pylist())
-    numbered_shards = list(enumerate(shards))[state.process_index :: state.num_processes]
-    own_shards = [shard for _, shard in numbered_shards]
-    total = count_new(own_shards, done, args.image_column, num_images)
-    state.wait_for_everyone()  # all know what is done before new parts appear
-    with tqdm(desc="Photos", unit=" photos", total=total, disable=not state.is_main_process) as bar:
-        for number, shard in numbered_shards:
-            items = items_of(shard, args.image_column, num_images)
-            new_items = ((place, item) for place, item in enumerate(items) if item.id not in done)
-            for block in chunk_iterable(new_items, PHOTOS_PER_PART):
-                places, items_of_part = zip(*block)
-                rows = []
-                for batch in chunk_iterable(items_of_part, args.batch_size):
-                    rows_of_batch = predict(list(batch), texts, args.threshold, model, processor)
-                    rows += rows_of_batch
-                    bar.update(len({row["id"] for row in rows_of_batch}))
-                # In the order of the collection; the id tells parts apart if the collection has changed.
-                name = f"{number:06d}-{places[0]:09d}-{items_of_part[0].id}.parquet"
-                with whole_file(args.parts / name) as partial:
-                    table = pa.Table.from_pylist(rows, schema=schema)
-                    pyarrow.parquet.write_table(table, partial)
+    features = {"image": TEXT, head.text: TEXT, **head.columns, "error": TEXT}
+    version = (version_of(args.model, shard), texts, args.threshold, args.image_column)
+    items = items_of(shard, args.image_column, getattr(model, "num_images", 1))
+    parts = []
+    for number, part in enumerate(map(tuple, chunk_iterable(items, PHOTOS_PER_PART))):
+        rows = kept_rows(
+            rows_of_part,
+            Features(features),
+            version=(*version, number),
+            items=part,
+            batch_size=args.batch_size,
+            texts=tuple(texts),
+            threshold=args.threshold,
+            model=model,
+            processor=processor,
+        )
+        parts.append(rows)
+        bar.update(len(part))
+    return concatenate_datasets(parts) if parts else Dataset.from_dict({})
 
 
-def write_output(args: PredictArguments):
-    """Join the parts to the output, remove them, and print how many rows it has. At least one must have no error."""
-    datasets.disable_progress_bars()
-    parts = [str(part) for part in sorted(args.parts.glob(PARTS))]
-    if not parts:
-        raise ValueError(f"--images {' '.join(args.images)} has no rows.")
-    table = Dataset.from_parquet(parts, cache_dir=str(args.parts / "cache")).remove_columns("id")
+def write_output(table: Dataset, args: PredictArguments):
+    """Write the table, and print how many rows it has. At least one must have no error."""
     with whole_file(args.output) as partial:
         if partial.suffix.lower() == ".csv":
             with partial.open("wb") as file:
@@ -321,16 +293,16 @@ def write_output(args: PredictArguments):
     faults = Counter(error.partition(" (")[0] for error in errors)
     reasons = ", ".join(f"{reason}: {count}" for reason, count in faults.most_common())
     reasons = f" ({reasons})" if reasons else ""
-    num_rows = len(table)
-    shutil.rmtree(args.parts)
-    print(f"{args.output}: {num_rows - len(errors)} predictions; photos that cannot be used: {len(errors)}{reasons}.")
-    if len(errors) == num_rows:
+    num_predictions = len(table) - len(errors)
+    print(f"{args.output}: {num_predictions} predictions; photos that cannot be used: {len(errors)}{reasons}.")
+    if num_predictions == 0:
         raise ValueError(f"No photo could be used: the column error of {args.output} says why.")
 
 
 def main(argv: list[str] | None = None):
     (args,) = OPTIONS.parse_args_into_dataclasses(args=argv)
     transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     head = HEADS[check_head(args.model, list(HEADS))]
     texts = read_texts(args, head)
     shards = find_images(args.images, args.image_root)
@@ -339,21 +311,17 @@ def main(argv: list[str] | None = None):
     state = PartialState(cpu=is_on_cpu, timeout=timedelta(days=7))  # processes wait for the slowest
     model = load_checkpoint(args.model, list(HEADS)).to(args.device)
     processor = load_processor(args.model, model.config)
-    weights = stamp_of(Path(args.model, "model.safetensors").absolute())
-    made_by = json.dumps({"model": weights, "texts": texts, "threshold": args.threshold})
-    with only_writer(args.parts / "rows") if state.is_main_process else nullcontext():
-        record = args.parts / "made_by.json"
-        with state.main_process_first():
-            if state.is_main_process and not any(args.parts.glob(PARTS)):
-                write_whole(record, made_by)
-        if record.read_text(encoding="utf-8") != made_by:
-            raise ValueError(
-                f"{args.parts} has rows of another model or other texts. Delete it, or give another --output."
-            )
-        write_parts(shards, texts, model, processor, args)
-        state.wait_for_everyone()
-        if state.is_main_process:
-            write_output(args)
+    own_tables = []
+    with tqdm(desc="Photos", unit=" photos", disable=not state.is_main_process) as bar:
+        for number, shard in list(enumerate(shards))[state.process_index :: state.num_processes]:
+            table = table_of(shard, texts, model, processor, args, bar)
+            if len(table):
+                own_tables.append((number, table))
+    tables = dict(gather_object(own_tables))
+    if not tables:
+        raise ValueError(f"--images {' '.join(args.images)} has no rows.")
+    if state.is_main_process:
+        write_output(concatenate_datasets([tables[number] for number in sorted(tables)]), args)
 
 
 if __name__ == "__main__":

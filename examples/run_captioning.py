@@ -21,10 +21,9 @@ from transformers import EvalPrediction
 from modeling_trips import TripsForConditionalGeneration
 from trips_examples.data.collators import CaptionCollator
 from trips_examples.data.images import one_row_per_image
-from trips_examples.metrics.caption_metrics import CaptionMetrics, split_words
+from trips_examples.metrics.caption_metrics import caption_scores, split_words
 from trips_examples.metrics.diagnostics import variety, warn_of_unwritable_texts
 from trips_examples.training.files import texts_of, write_predictions
-from trips_examples.training.pictures import draw_predictions
 from trips_examples.training.runs import parse_arguments, train_and_evaluate
 from trips_examples.training.start import start_run
 from trips_examples.training.trainer import ImageGroupedTrainer
@@ -32,7 +31,6 @@ from trips_examples.training.trainer import ImageGroupedTrainer
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, task_args, data_args, training_args = parse_arguments(OPTIONS, argv)
-    metric = CaptionMetrics()
     writing = {
         "num_beams": training_args.generation_num_beams or 1,
         "length_penalty": task_args.length_penalty,
@@ -54,15 +52,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         rows = trainer.eval_dataset
         truths = references[trainer.split]
         captions = texts_of(prediction.predictions, processor)
-        scores = metric.compute(predictions=captions, references=truths)
+        scores = caption_scores(captions, truths)
         if trainer.is_in_train:
             return scores
         first_truths = [own_truths[0] for own_truths in truths]
         pairs = zip(truths, captions, strict=True)
         predictions = [{"captions": own_truths, "prediction": caption} for own_truths, caption in pairs]
         write_predictions(training_args.output_dir, rows, ["source", "image_id"], predictions)
-        titles = [f"{caption} (true: {truth})" for caption, truth in zip(captions, first_truths)]
-        draw_predictions(trainer, titles)
         return {
             **scores,
             **variety(captions, first_truths, "caption"),

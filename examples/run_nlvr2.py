@@ -23,7 +23,6 @@ from trips_examples.data.collators import Nlvr2Collator
 from trips_examples.data.images import column_of
 from trips_examples.metrics.diagnostics import diagnose_selection, variety
 from trips_examples.training.files import write_predictions
-from trips_examples.training.pictures import draw_predictions
 from trips_examples.training.runs import parse_arguments, train_and_evaluate
 from trips_examples.training.start import start_run
 from trips_examples.training.trainer import ImageGroupedTrainer
@@ -54,10 +53,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         pairs = zip(chosen, probabilities)
         judgements = [{"prediction": own, "probability": probability} for own, probability in pairs]
         write_predictions(training_args.output_dir, rows, columns, judgements)
-        titles = []
-        for statement, probability, label in zip(column_of(rows, "statement"), probabilities, labels):
-            titles.append(f"{statement}: {probability:.0%} (true: {bool(label)})")
-        draw_predictions(trainer, titles)
         varied = variety(chosen, labels, "label", lambda label: labels.count(label[0]) / len(labels))
         return {"accuracy": accuracy, **varied, **diagnose_selection(trainer), "samples": len(rows)}
 

@@ -25,9 +25,8 @@ from trips_examples.metrics.diagnostics import (
     variety,
     warn_of_unwritable_texts,
 )
-from trips_examples.metrics.vqa_accuracy import VqaAccuracy, answer_score, most_common_answer, normalize_answer
+from trips_examples.metrics.vqa_accuracy import answer_score, most_common_answer, normalize_answer, vqa_scores
 from trips_examples.training.files import texts_of, write_predictions
-from trips_examples.training.pictures import draw_predictions
 from trips_examples.training.runs import TripsTrainingArguments, parse_arguments, train_and_evaluate
 from trips_examples.training.start import start_run
 from trips_examples.training.trainer import ImageGroupedTrainer
@@ -45,31 +44,26 @@ def train_question_answering(
     unwritable = warn_of_unwritable_texts(data, "answers", processor, normalize_answer)
     longest = training_args.generation_max_length or max(10, most_tokens(data, "answers", processor))
     model.generation_config.update(max_new_tokens=longest, max_length=None)
-    metric = VqaAccuracy()
 
     def metrics_of(prediction: EvalPrediction) -> dict[str, float]:
         rows = trainer.eval_dataset
         answers = texts_of(prediction.predictions, processor)
         references = measurable_answers(column_of(rows, "answers"), processor)
-        scores = metric.compute(predictions=answers, references=references)
+        scores = vqa_scores(answers, references)
         if trainer.is_in_train:
             return scores
         columns = ["source", "question_id", "question", "answers"]
         predictions = [{"prediction": answer} for answer in answers]
         write_predictions(training_args.output_dir, rows, columns, predictions)
         truths = [most_common_answer(each) for each in references]
-        titles = []
-        for question, answer, truth in zip(column_of(rows, "question"), answers, truths):
-            titles.append(f"{question} {answer} (true: {truth})")
-        draw_predictions(trainer, titles)
 
         def accuracy_of(answers: list[str]) -> float:
-            return metric.compute(predictions=answers, references=references)["accuracy"]
+            return vqa_scores(answers, references)["accuracy"]
 
         return {
             **scores,
             **variety(answers, truths, "answer", accuracy_of),
-            **accuracy_by_group(metric, answers, references, rows),
+            **accuracy_by_group(vqa_scores, answers, references, rows),
             **diagnose_selection(trainer),
             **calibrate(trainer, prediction.predictions, list(map(answer_score, answers, references))),
             "unwritable_answers": unwritable[trainer.split],

@@ -39,28 +39,30 @@ class SearchArguments:
 
 OPTIONS = make_parser(SearchArguments, description=__doc__, script=__name__)
 
+import math
+import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 
 import datasets
 import PIL.Image
 import torch
 import transformers
 from datasets import Dataset, Features, Value, concatenate_datasets
-from datasets.fingerprint import Hasher
 from huggingface_hub.utils import chunk_iterable
+from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from modeling_trips import TripsForPreTraining, TripsForRetrieval
 from modeling_trips.inspection import draw_kept_patches
-from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint, load_processor, local_folder
-from trips_examples.data.collection import FolderShard, Shard, find_images, rows_of
+from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint, load_processor
+from modeling_trips.inspection.files import whole_file
+from trips_examples.data.collection import Shard, find_images, kept_rows, rows_of, version_of
 from trips_examples.data.images import DecodedImages, column_of, decode_untrusted_image, path_or_bytes
-from trips_examples.data.loading import stamp_of
 from trips_examples.data.printing import visible
 from trips_examples.data.tasks import BadRowError
 from trips_examples.metrics.retrieval import RetrievalEvaluator
 from trips_examples.training.files import write_json
-from trips_examples.training.pictures import write_sheet
 
 
 HEADS = (TripsForRetrieval, TripsForPreTraining)  # models with image features that match pairs
@@ -98,17 +100,10 @@ def decoded(row: dict, patch_size: int = 1) -> PIL.Image.Image:
 def load_images(args: SearchArguments, evaluator: RetrievalEvaluator) -> Dataset:
     """Return the images with their features, and print those that cannot be used."""
     datasets.disable_progress_bars()
-    model_files = [stamp_of(path) for path in sorted(local_folder(args.model).iterdir())]
     parts = []
     for shard in tqdm(find_images(args.images), desc="Images"):
-        files = shard.paths if isinstance(shard, FolderShard) else [shard.name]
-        part = Dataset.from_generator(
-            rows_with_vectors,
-            features=FEATURES,
-            gen_kwargs={"shard": shard, "evaluator": evaluator},
-            fingerprint=Hasher.hash((model_files, shard, [stamp_of(file) for file in files])),
-        )
-        parts.append(part)
+        version = version_of(args.model, shard)
+        parts.append(kept_rows(rows_with_vectors, FEATURES, version, shard=shard, evaluator=evaluator))
     table = concatenate_datasets(parts)
     usable = []
     for place, (source, error) in enumerate(zip(column_of(table, "source"), column_of(table, "error"))):
@@ -168,6 +163,21 @@ def draw(image: PIL.Image.Image, text: str, evaluator: RetrievalEvaluator) -> PI
         return image
     (boxes,) = evaluator.processor.patch_boxes(selection[-1].kept_indices, [(image.height, image.width)])
     return draw_kept_patches(image, boxes)
+
+
+def write_sheet(pictures: list[PIL.Image.Image], titles: list[str], path: str | Path):
+    """Write a picture of images in rows of four, with up to three lines of a title above each."""
+    num_rows = math.ceil(len(pictures) / 4)
+    figure = Figure(figsize=(10, 3 * num_rows), layout="constrained")
+    panels = figure.subplots(num_rows, 4, squeeze=False).ravel()
+    for axes in panels:
+        axes.axis("off")
+    for axes, picture, title in zip(panels, pictures, titles):
+        axes.imshow(picture)
+        lines = textwrap.wrap(title, width=38, max_lines=3, placeholder=" ...")
+        axes.set_title("\n".join(lines), fontsize=8)
+    with whole_file(path) as partial:
+        figure.savefig(partial)
 
 
 def main(argv: list[str] | None = None):

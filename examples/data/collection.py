@@ -1,15 +1,19 @@
 """The images of a collection as rows. The source of an image identifies it."""
 
-import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from datasets import Dataset, Features
+from datasets.fingerprint import Hasher
 from huggingface_hub.utils import chunk_iterable
 
+from modeling_trips import __version__
+from modeling_trips.inspection.checkpoints import local_folder
+from trips_examples.data.loading import stamp_of
 from trips_examples.data.printing import printable
 from trips_examples.data.streams import IMAGE_SUFFIXES, FileShard, TarShard, encoded_image, find_shards
 from trips_examples.data.tasks import SHOWN, BadRowError, Fault
@@ -110,9 +114,17 @@ def rows_of(shard: Shard, image_column: str | None = None) -> Iterator[dict]:
                 image = {"bytes": None if is_path else content, "path": content if is_path else None}
             except BadRowError as bad:
                 error = str(bad)
-        yield {"id": id_of(source), "source": source, "image": image, "error": error}
+        yield {"source": source, "image": image, "error": error}
 
 
-def id_of(source: str) -> str:
-    """Return a hash of a source, 32 hexadecimal digits."""
-    return hashlib.blake2b(source.encode(), digest_size=16).hexdigest()
+def version_of(model: str, shard: Shard) -> tuple:
+    """Return what tells results of a model on a shard from those of other versions of their files."""
+    model_files = [stamp_of(path) for path in sorted(local_folder(model).iterdir())]
+    files = shard.paths if isinstance(shard, FolderShard) else [shard.name]
+    return model_files, shard, [stamp_of(file) for file in files]
+
+
+def kept_rows(make_rows: Callable[..., Iterator[dict]], features: Features, version: tuple, **given) -> Dataset:
+    """Return the rows that `make_rows(**given)` yields, or those of an earlier call with what has this version."""
+    fingerprint = Hasher.hash((__version__, version))
+    return Dataset.from_generator(make_rows, features=features, gen_kwargs=given, fingerprint=fingerprint)

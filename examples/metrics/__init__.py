@@ -1,1 +1,1 @@
-"""Metrics of the tasks. Three of them are modules of `evaluate`."""
+"""Metrics of the tasks."""

@@ -1,14 +1,12 @@
 """Files of a run: results and predictions. A file is whole or absent."""
 
-import contextlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from accelerate import PartialState
 from datasets import Dataset
-from filelock import FileLock, Timeout
 
 from modeling_trips import TripsProcessor
 from modeling_trips.inspection.files import whole_file
@@ -24,18 +22,6 @@ def write_whole(path: str | Path, text: str):
 def write_json(path: str | Path, value):
     """Write indented JSON atomically."""
     write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-@contextlib.contextmanager
-def only_writer(path: Path) -> Iterator[None]:
-    """Hold a lock beside a file or folder, whatever link names it."""
-    path = path.resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(f"{path}.lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise BlockingIOError(f"Another process is writing {path}. Wait until it ends, or stop it.") from error
 
 
 def texts_of(sequences: np.ndarray, processor: TripsProcessor) -> list[str]:

@@ -162,7 +162,6 @@ class TrainingOptions(RunOptions):
     tower_learning_rate: list[float] | None = option(None, "Peak rate of both towers, or of vision and text.")
     adam_beta2: float = option(0.98, "AdamW's decay of the second moment.")
     texts_per_image: int = option(4, "Texts of an image that may share a training batch.")
-    num_pictures: int = option(0, "Number of predictions to draw, with the kept patches.")
     unpruned_share: float = option(0.0, "Share of unpruned first steps. With --model: 0.")
     relevance_share: float = option(0.0, "Share of the unpruned steps, the last, in which scores learn relevance.")
     relevance_interval: int = option(0, "Of so many pruned steps, one also runs unpruned and teaches relevance.")

@@ -111,8 +111,6 @@ class PretrainingTrainer(RetrievalTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if self.args.num_pictures:
-            raise ValueError("--num_pictures draws predictions, which pre-training has not. Leave it at 0.")
         config = self.model.config
         self.teacher = None
         if self.task_args.momentum_teacher and (config.itc_weight > 0 or config.mlm_weight > 0):

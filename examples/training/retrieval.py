@@ -9,7 +9,6 @@ from trips_examples.data.images import DecodedImages, column_of, first_rows
 from trips_examples.metrics.retrieval import Ranking, RetrievalEvaluator
 from trips_examples.training.files import write_predictions
 from trips_examples.training.options import RetrievalArguments
-from trips_examples.training.pictures import draw_predictions
 from trips_examples.training.trainer import ImageGroupedTrainer
 
 
@@ -69,7 +68,7 @@ class RetrievalTrainer(ImageGroupedTrainer):
         return {**metrics, "samples": len(dataset), "images": len(rankings["i2t"].candidates)}
 
     def _write_rankings(self, dataset: Dataset, ranking: Ranking):
-        """Write and draw what each caption found."""
+        """Write what each caption found."""
         image_rows, _ = first_rows(column_of(dataset, "image_id"))
         image_ids = column_of(dataset.select(image_rows), "image_id")
         best = ranking.candidates[:, :10].tolist()
@@ -79,13 +78,6 @@ class RetrievalTrainer(ImageGroupedTrainer):
             found = [image_ids[number] for number in numbers]
             predictions.append({"found": found, "first_right": rank})
         write_predictions(self.args.output_dir, dataset, ["source", "caption"], predictions)
-
-        def row_with_found_image(number: int) -> dict:
-            found_row = dataset[image_rows[best[number][0]]]
-            return {**found_row, "caption": dataset[number]["caption"]}
-
-        titles = [f"{caption} (rank {rank})" for caption, rank in zip(column_of(dataset, "caption"), ranks)]
-        draw_predictions(self, titles, row_of=row_with_found_image)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         metrics = self.metrics_of(self.eval_dataset if eval_dataset is None else eval_dataset)

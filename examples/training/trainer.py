@@ -2,10 +2,8 @@
 
 import logging
 import math
-import time
 from collections import defaultdict
 from collections.abc import Mapping
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -30,24 +28,6 @@ REMEDY = (
 )
 
 
-class DurationCallback(TrainerCallback):
-    """Log the seconds per step and the time that is left, after the first steps of a run."""
-
-    num_steps = 5  # behind the first one, which is slower
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.first_step = state.global_step + 1
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.first_step:
-            self.began = time.perf_counter()
-        elif state.global_step == self.first_step + self.num_steps:
-            seconds = (time.perf_counter() - self.began) / self.num_steps
-            left = timedelta(seconds=round(seconds * (state.max_steps - state.global_step)))
-            message = "Step %d of %d: %.2g seconds per step, %s (h:mm:ss) left at this pace"
-            logger.info(message, state.global_step, state.max_steps, seconds, left)
-
-
 class PhasesCallback(TrainerCallback):
     """
     Log the phases of a training, train the late layers from where scores learn relevance, and forget the best
@@ -60,11 +40,10 @@ class PhasesCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
         logger.info(
-            "Training of %d steps: %s; regions used for: %s. Its time follows after step %d",
+            "Training of %d steps: %s; regions used for: %s",
             state.max_steps,
             trainer.phases,
             trainer.regions_used_for,
-            state.global_step + 1 + DurationCallback.num_steps,
         )
         trainer.model.config.vision_config.trained_keep_rates = trainer.phases.trained_keep_rates
         # `check_resumed` reads it from checkpoints.
@@ -159,7 +138,6 @@ class FiniteTrainer(Trainer):
         )
         self.test_dataset = data.get("test")
         self.add_callback(FiniteCallback())
-        self.add_callback(DurationCallback())
 
     @property
     def split(self) -> str:

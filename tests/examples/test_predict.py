@@ -69,7 +69,6 @@ def test_every_photo_has_the_answer_of_the_pipeline_to_every_question(suffix, ph
         (best,) = pipeline(image=row["image"], question=row["question"], top_k=1)
         assert (row["answer"] or "") == best["answer"] and row["error"] is None
         assert float(row["confidence"]) == pytest.approx(best["score"], abs=1e-4)
-    assert not list(tmp_path.glob("*.parts"))
     run(folder, photos, tmp_path / "unsure.csv", "--questions", "what 色", "--threshold", "1.1")
     _, *rows = rows_of(tmp_path / "unsure.csv")
     assert {(row["answer"], row["unknown_words"]) for row in rows} == {("unsure", "[UNK]")}
@@ -127,19 +126,8 @@ def test_statements_are_judged_for_pairs_of_photos(photos, checkpoints, tmp_path
         assert float(row["confidence"]) == pytest.approx(probabilities.max().item(), abs=1e-4)
 
 
-def test_parts_of_other_questions_are_refused_and_kept(photos, checkpoints, tmp_path):
-    output = tmp_path / "answers.csv"
-    parts = Path(f"{output}.parts")
-    parts.mkdir()
-    (parts / "made_by.json").write_text("other questions")
-    pyarrow.parquet.write_table(pyarrow.table({"id": ["0"]}), parts / "0.parquet")
-    with pytest.raises(ValueError, match="answers.csv.parts"):
-        run(checkpoints["TripsForQuestionAnswering"], photos, output, "--questions", *QUESTIONS)
-    assert (parts / "0.parquet").exists() and not output.exists()
-
-
 @pytest.mark.slow
-def test_a_killed_run_goes_on_in_two_processes_and_loses_and_doubles_nothing(checkpoints, tmp_path):
+def test_a_killed_run_goes_on_in_two_processes_and_loses_and_doubles_nothing(checkpoints, tmp_path, monkeypatch):
     numbers = range(300)  # two shards
     photos = write_images(tmp_path / "photos", numbers)
     output = tmp_path / "answers.csv"
@@ -147,12 +135,16 @@ def test_a_killed_run_goes_on_in_two_processes_and_loses_and_doubles_nothing(che
     script = str(EXAMPLES / "predict.py")
 
     def num_parts():
-        return len(list(Path(f"{output}.parts").glob(predict.PARTS)))
+        return len(list(tmp_path.glob("cache/generator/*/*/*/*.arrow")))
 
-    kill_when(lambda: num_parts() > 2, [sys.executable, script, *given])
-    assert 2 < num_parts() < 9 and not output.exists()
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    kill_when(lambda: num_parts() > 1, [sys.executable, script, *given])
+    assert 1 < num_parts() < 5 and not output.exists()
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    kept = set(tmp_path.glob("cache/generator/*/*/*/*.arrow"))
+    times = {path: path.stat().st_mtime_ns for path in kept}
     subprocess.run([sys.executable, *launcher, script, *given], check=True)
+    assert {path: path.stat().st_mtime_ns for path in kept} == times
     expected = {(str(photos / f"{number}.png"), question) for number in numbers for question in QUESTIONS}
     found = [(row["image"], row["question"]) for row in rows_of(output)]
     assert len(found) == len(expected) and set(found) == expected

@@ -96,3 +96,20 @@ def test_without_a_usable_photo_nothing_is_drawn(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="no image"):
         search.main([*words, f"--image={EXAMPLES / 'scene.png'}"])
     assert not (tmp_path / "found.png").exists()
+
+
+def test_a_sheet_has_rows_of_four(tmp_path):
+    pictures = [Image.new("RGB", (240, 100), "red")] * 5
+    search.write_sheet(pictures, ["a long title " * 20] * 5, tmp_path / "sheet.png")
+    sheet = Image.open(tmp_path / "sheet.png").convert("RGB")
+    width, height = sheet.size
+    for row, column, is_filled in ((0.25, 0.125, True), (0.25, 0.875, True), (0.8, 0.125, True), (0.8, 0.875, False)):
+        area = sheet.crop(
+            (
+                round((column - 0.05) * width),
+                round((row - 0.2) * height),
+                round((column + 0.05) * width),
+                round((row + 0.2) * height),
+            )
+        )
+        assert ((255, 0, 0) in area.getdata()) == is_filled

@@ -1,4 +1,4 @@
-"""The images of a collection as rows: each once, with a stable id, or with its error."""
+"""The images of a collection as rows: each once, with a source of its own, or with its error."""
 
 import pytest
 from archives import write_tar
@@ -56,7 +56,7 @@ def test_shards_may_be_torn_and_use_a_name_twice(tmp_path):
     whole = write_tar(tmp_path / "0.tar", files)
     (tmp_path / "1.tar").write_bytes(whole.read_bytes()[:1000])
     found = rows(tmp_path / "{0..1}.tar")
-    assert len({row["id"] for row in found}) == len(found)
+    assert len({row["source"] for row in found}) == len(found)
     assert [row["source"] for row in found if row["image"]][:2] == [f"{whole}/a", f"{whole}/b"]
     assert f"{whole}/c" in [row["source"] for row in found if row["error"]]
     assert found[-1]["source"].startswith(f"{tmp_path}/1.tar")

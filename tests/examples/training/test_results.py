@@ -7,7 +7,7 @@ from PIL import Image
 from toy_tasks import OPTIONS, write_task
 
 from trips_examples import run_vqa
-from trips_examples.training.pictures import plot_training, write_sheet
+from trips_examples.training.pictures import plot_training
 from trips_examples.training.results import beats_baseline
 
 
@@ -27,7 +27,6 @@ def run(tmp_path_factory):
     options = [
         "--schedule=2:text:0.3,3:text:0.3",
         "--max_steps=2",
-        "--num_pictures=3",
         f"--output_dir={folder / 'out'}",
     ]
     run_vqa.main([*files, *OPTIONS, *options])
@@ -66,28 +65,6 @@ def test_few_lines_are_printed_at_the_end(run, capsys):
 )
 def test_a_model_at_chance_gets_no_advice(metrics, expected):
     assert beats_baseline(metrics) == expected
-
-
-def test_predictions_are_drawn_with_the_kept_patches(run):
-    for folder in (run, run / "test"):
-        assert Image.open(folder / "predictions.png").width == 1000
-
-
-def test_a_sheet_has_rows_of_four(tmp_path):
-    pictures = [Image.new("RGB", (240, 100), "red")] * 5
-    write_sheet(pictures, ["a long title " * 20] * 5, tmp_path / "sheet.png")
-    sheet = Image.open(tmp_path / "sheet.png").convert("RGB")
-    width, height = sheet.size
-    for row, column, is_filled in ((0.25, 0.125, True), (0.25, 0.875, True), (0.8, 0.125, True), (0.8, 0.875, False)):
-        area = sheet.crop(
-            (
-                round((column - 0.05) * width),
-                round((row - 0.2) * height),
-                round((column + 0.05) * width),
-                round((row + 0.2) * height),
-            )
-        )
-        assert ((255, 0, 0) in area.getdata()) == is_filled
 
 
 @pytest.mark.parametrize("steps, panels", [([], 1), ([10, 10], 1), ([5, 10], 2)])

@@ -1,13 +1,12 @@
 """Files of predictions that an evaluation writes."""
 
 import json
-from pathlib import Path
 
 import pytest
 from datasets import Dataset, Image, List
 from json_files import read_json
 
-from trips_examples.training.files import only_writer, write_predictions
+from trips_examples.training.files import write_predictions
 
 
 def test_predictions_are_written_with_columns_and_image(tmp_path):
@@ -33,12 +32,3 @@ def test_both_images_of_a_statement_are_named(tmp_path):
     write_predictions(tmp_path, rows, ["label"], [{"prediction": 1}])
     line = read_json(tmp_path / "predictions.jsonl")
     assert line == {"label": 1, "images": ["left.png", "r"], "prediction": 1}
-
-
-def test_a_folder_has_one_lock_under_all_of_its_names(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    alias = tmp_path / "alias"
-    alias.symlink_to("rows")
-    for one, other in ((Path("rows"), alias), (alias, tmp_path / "rows")):
-        with only_writer(one), pytest.raises(BlockingIOError, match="rows"), only_writer(other):
-            pass

@@ -84,7 +84,7 @@ from modeling_trips.inspection.checkpoints import check_head, load_checkpoint, l
 from modeling_trips.inspection.files import whole_file
 from trips_examples.data.collection import FolderShard, Shard, find_images, kept_rows, rows_of, version_of
 from trips_examples.data.images import decode_untrusted_image, path_or_bytes
-from trips_examples.data.loading import RowReader
+from trips_examples.data.loading import RowReader, stamp_of
 from trips_examples.data.records import parsed_record, read_records
 from trips_examples.data.tasks import TASKS, BadRowError, Fault, filled_text
 
@@ -261,10 +261,11 @@ def table_of(
     items = items_of(shard, args.image_column, getattr(model, "num_images", 1))
     parts = []
     for number, part in enumerate(map(tuple, chunk_iterable(items, PHOTOS_PER_PART))):
+        paths = [image for item in part for image in item.images if isinstance(image, str)]
         rows = kept_rows(
             rows_of_part,
             Features(features),
-            version=(*version, number),
+            version=(*version, number, [stamp_of(path) for path in paths]),
             items=part,
             batch_size=args.batch_size,
             texts=tuple(texts),

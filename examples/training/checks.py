@@ -3,7 +3,6 @@ Checks of options that a script makes at once, before it imports what takes seco
 """
 
 import contextlib
-import errno
 import functools
 import threading
 from pathlib import Path
@@ -129,23 +128,3 @@ def check_output(output_dir: str, resume_from_checkpoint: str | None, overwrite:
                 f"{output_dir} holds a model that this run did not write ({found.name}). Choose another --output_dir, "
                 "or let it be replaced with --overwrite_output_dir."
             )
-
-
-# Errors
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """
-    Return whether an error comes from a full disk. Of the writers of weights, safetensors says so in words, and
-    PyTorch only that its stream failed, or that a file is shorter than what was written.
-    """
-    signs = ("No space left on device", "iostream error", "] . unexpected pos ")
-    seen: list[BaseException] = []  # an exception can be its own cause
-    while error is not None and error not in seen:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(sign in str(error) for sign in signs):
-            return True
-        seen.append(error)
-        error = error.__cause__ or error.__context__
-    return False

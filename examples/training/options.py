@@ -20,7 +20,6 @@ from trips_examples.training.checks import (
     check_names,
     check_output,
     check_schedule,
-    is_disk_full,
 )
 from trips_examples.training.recipe import SCHEDULES, recipe
 
@@ -409,7 +408,7 @@ def is_of_input(error: Exception) -> bool:
 
 def run_script(main: Callable[[], object]):
     """
-    Run the `main` of a script. Errors of the input, losses that are not finite, and a full disk end the process with
+    Run the `main` of a script. Errors of the input or of files, and losses that are not finite end the process with
     status 1 and one line; `TRIPS_TRACEBACK=1` shows their traceback. Other exceptions keep theirs. At the end, the
     processes of a launch wait for each other.
     """
@@ -418,13 +417,10 @@ def run_script(main: Callable[[], object]):
     except Exception as error:
         if os.environ.get("TRIPS_TRACEBACK", "0") != "0":
             raise
-        if is_disk_full(error):
-            message = f"The disk is full ({error}). Whole files stay whole. Make room, then resume or run again."
-        elif is_of_input(error):
-            is_wrapped = isinstance(error, StrictDataclassError) and error.__cause__ is not None
-            message = str(error.__cause__ if is_wrapped else error)
-        else:
+        if not is_of_input(error):
             raise
+        is_wrapped = isinstance(error, StrictDataclassError) and error.__cause__ is not None
+        message = str(error.__cause__ if is_wrapped else error)
         message = "\n".join(map(visible, message.splitlines()))
         sys.exit(f"error: {message} (TRIPS_TRACEBACK=1 shows the traceback.)")
     distributed = sys.modules.get("torch.distributed")

@@ -7,10 +7,10 @@ the rows.
     python benchmarks/on_a_gpu.py --device cpu --tiny True  # whether it runs, without a GPU
     python benchmarks/benchmark.py --device cuda --dtype bfloat16 --mode forward training  # TRIPS itself
 
-Parts, each with its table when it ends: `tokens`, answers of tiny models in vLLM (Model Runner V2) against
+Parts, whose rows are printed at once: `tokens`, answers of tiny models in vLLM (Model Runner V2) against
 Transformers; `speed`, the time to the first token, tokens and requests per second in vLLM at four rates, in the shapes
 of LLaVA-1.5 7B and Qwen3-VL 8B with random weights. Both run eager and compiled and are planned to take ten minutes.
-What does not work is printed at once, becomes a row with an `error`, and the rest goes on.
+What does not work becomes a row with an `error`, and the rest goes on.
 """
 
 import importlib.util
@@ -57,12 +57,6 @@ class GpuArguments(OutputArguments):
     device: str = option("cuda", "cuda, or cpu to try the script.")
     tiny: bool = option(False, "Tiny shapes, to try the script.")
     seed: int = option(0, "Seed of weights and inputs.")
-
-
-def failure(error: str) -> dict:
-    """Print at once what does not work, and return the field of its row."""
-    print(f"Does not work: {error}", file=sys.stderr)
-    return {"error": error}
 
 
 def run_vllm(script: Path, jobs: list[dict], device: str) -> list[dict]:
@@ -115,7 +109,7 @@ def token_rows(args: GpuArguments) -> Iterator[dict]:
     for (name, mode), result in zip(cases, results):
         row = {"part": "tokens", "model": name, "mode": mode}
         if "error" in result:
-            yield row | failure(result["error"])
+            yield row | result
             continue
         (answers,) = result["tokens"]
         num_equal = sum(answer == wanted for answer, wanted in zip(answers, references[name]))
@@ -150,7 +144,7 @@ def speed_rows(args: GpuArguments) -> Iterator[dict]:
             (result,) = run_vllm(ROOT / "benchmarks" / "time_vllm.py", [job], args.device)
             row = {"part": "speed", "model": model_type, "mode": mode, "num_requests": num_requests}
             if "error" in result:
-                yield row | failure(result["error"])
+                yield row | result
                 continue
             for rate in RATES:
                 yield row | {"keep_rate": rate} | result[str(rate)]
@@ -215,19 +209,12 @@ def measure_all(args: GpuArguments) -> Iterator[dict]:
     if importlib.util.find_spec("vllm") is None:
         raise ValueError('vLLM is not installed: pip install -e ".[examples,vllm]"')
     for part in args.parts:
-        rows = []
         for row in PARTS[part](args):
-            rows.append(row)
+            print(", ".join(f"{name} {row[name]}" for name in SHOWN if name in row))
             yield row
-        print_table(rows)
 
 
 PARTS = {"tokens": token_rows, "speed": speed_rows}
-
-
-def print_table(rows: list[dict]):
-    for row in rows:
-        print(", ".join(f"{name} {row[name]}" for name in SHOWN if name in row))
 
 
 def main(argv: list[str] | None = None) -> list[dict]:

@@ -58,12 +58,6 @@ def _as_pair(field: str, size: int | list[int] | tuple[int, int]) -> tuple[int, 
     return pair
 
 
-def _drop_gate(fields: dict[str, Any]):
-    """Take a field of earlier versions, which has no effect, out of the fields of a configuration."""
-    if fields.pop("selection_gate", None):
-        logger.warning_once("`selection_gate` of an earlier version has no effect. See `learns_relevance`.")
-
-
 SCHEDULE = "5:text:0.7,10:text:0.7"  # of the paper
 # A configuration takes the text form, too, and always has the schedule.
 if TYPE_CHECKING:
@@ -81,23 +75,25 @@ def _part_of_schedule(name: str) -> property:
     return property(refuse, refuse)
 
 
-def _schedule_of_lists(selection_layers=(5, 10), keep_rate=0.7, selection_guidance="text") -> str:
+def _schedule_of_lists(selection_layers=(5, 10), keep_rate=0.7, selection_guidance="text") -> SelectionSchedule:
     """Return the schedule of a configuration of earlier versions: values for all layers, or one for each."""
-    layers = list(selection_layers)
-    columns = [layers]
-    for name, values in (("selection_guidance", selection_guidance), ("keep_rate", keep_rate)):
-        if not isinstance(values, (list, tuple)):
-            values = [values] * len(layers)
-        if len(values) != len(layers):
-            raise ValueError(f"`{name}` must be one value or one per selection layer, got {len(values)} values.")
-        columns.append(values)
-    entries = [f"{layer}:{guidance}:{rate}" for layer, guidance, rate in zip(*columns)]
-    return ",".join(entries) or str(UNPRUNED)
+    layers = tuple(selection_layers)
+    columns = []
+    for values in (selection_guidance, keep_rate):
+        columns.append(values if isinstance(values, (list, tuple)) else [values] * len(layers))
+    if any(len(values) != len(layers) for values in columns):
+        raise ValueError(f"`selection_guidance` and `keep_rate` must be one value or {len(layers)}, one per layer.")
+    selections = tuple(LayerSelection(*settings) for settings in zip(*columns))
+    return SelectionSchedule(layers, selections)
 
 
 @strict
 class StoredConfig(PreTrainedConfig):  # trf-ignore: TRF057 (no model's own)
     """Base of the configurations, which names no code."""
+
+    selection_layers = _part_of_schedule("selection_layers")
+    keep_rate = _part_of_schedule("keep_rate")
+    selection_guidance = _part_of_schedule("selection_guidance")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -180,18 +176,13 @@ class TripsVisionConfig(StoredConfig):
     trained_keep_rates: list[float | int] | None = None
     guidance_hidden_size: int | None = None
 
-    selection_layers = _part_of_schedule("selection_layers")
-    keep_rate = _part_of_schedule("keep_rate")
-    selection_guidance = _part_of_schedule("selection_guidance")
-
     def __post_init__(self, **kwargs):
         old_names = kwargs.keys() & {"selection_layers", "keep_rate", "selection_guidance"}
         old_fields = {name: kwargs.pop(name) for name in old_names}
         if old_fields and str(self.schedule) != SCHEDULE:
             raise ValueError(f"Give `schedule` without {' and '.join(sorted(old_fields))}, which are a part of it.")
         if old_fields:
-            self.schedule = SelectionSchedule.parse(_schedule_of_lists(**old_fields))
-        _drop_gate(kwargs)
+            self.schedule = _schedule_of_lists(**old_fields)
         self.architectures = self.architectures or []  # the Auto classes search it for the one of two models
         super().__post_init__(**kwargs)
 
@@ -282,10 +273,6 @@ class TripsCrossAttentionConfig(TripsLayersConfig):  # trf-ignore: TRF057 (no mo
     """What fusion encoder and decoder share: layers that attend to other states, too."""
 
     encoder_hidden_size: int | None = None
-
-    def __post_init__(self, **kwargs):
-        kwargs.pop("pooling_mode", None)  # of the text encoder, in earlier versions
-        super().__post_init__(**kwargs)
 
     @property
     def cross_attention_hidden_size(self) -> int:
@@ -480,9 +467,6 @@ class TripsConfig(StoredConfig):
     decoder_start_token_id: int | None = None
 
     schedule = _part_field("schedule")
-    selection_layers = _part_of_schedule("selection_layers")
-    keep_rate = _part_of_schedule("keep_rate")
-    selection_guidance = _part_of_schedule("selection_guidance")
     fuse_inattentive_tokens = _part_field("fuse_inattentive_tokens")
     image_size = _part_field("image_size")
     fusion_type = _part_field("fusion_type")
@@ -510,7 +494,6 @@ class TripsConfig(StoredConfig):
         return cls(**fields)
 
     def __post_init__(self, **kwargs):
-        _drop_gate(kwargs)
         for name in PART_FIELDS.keys() & kwargs.keys():
             part = getattr(self, PART_FIELDS[name])
             if isinstance(part, PreTrainedConfig):
@@ -552,6 +535,7 @@ class TripsConfig(StoredConfig):
                 ("text_config.hidden_size", text.hidden_size, vision.hidden_size),
                 ("text_config.pooling_mode", text.pooling_mode, "cls"),
                 ("vision_config.use_pre_layernorm", vision.use_pre_layernorm, False),
+                ("learns_relevance", self.learns_relevance, False),
             ]
         for name, value, needed in fields:
             if value != needed:

@@ -51,7 +51,6 @@ from .modeling_trips_vision import (
     resolve_schedule,
     scores_of_tokens,
     select_rows,
-    selection_rows,
 )
 from .patch_selection import RelevanceGradient, region_targets, selection_loss, union_of_targets
 from .pipeline_trips import TripsImageToTextPipeline, TripsVisualQuestionAnsweringPipeline
@@ -152,9 +151,6 @@ class TripsModel(TripsPreTrainedModel):
     def set_input_embeddings(self, value):
         self.text_model.set_input_embeddings(value)
 
-    def unused_modules(self, is_supervised: bool = False) -> list[nn.Module]:
-        return self.vision_model.unused_modules(is_supervised)
-
     def encode_images(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> TripsImageCache:
         """
         Return the `image_cache` of `forward`, the text-independent part of the vision tower: see
@@ -207,7 +203,6 @@ class TripsModel(TripsPreTrainedModel):
             )
             fused = vision
             fused_states = vision.text_states
-            selection = vision.selection
         else:
             if text_embeds is None:
                 text_embeds = self.text_model.pooled(text_states, attention_mask)
@@ -233,9 +228,10 @@ class TripsModel(TripsPreTrainedModel):
                 **kwargs,
             )
             fused_states = fused.last_hidden_state
-            selection = vision.selection
-            if not schedule.scores_only:  # there, a row per text if a text scores
-                selection = selection_rows(selection, vision.image_index)
+        selection = tuple(
+            layer if settings.guidance == "text" else layer.rows(vision.image_index)
+            for settings, layer in zip(schedule.selections, vision.selection)
+        )
         # CODEPATH: a weight of 0 turns the loss off, and so does evaluation.
         has_supervision = regions is not None and self.training and self.config.selection_loss_weight > 0
         if has_supervision and not schedule.scores_only:
@@ -481,15 +477,12 @@ class TripsForConditionalGeneration(TripsWritingModel, GenerationMixin):
         As in Transformers. A checkpoint of a task without generation has no generation config, so that the special
         tokens come from the decoder's config.
         """
-        defaults = self.generation_config
+        names = ["bos_token_id", "eos_token_id", "max_new_tokens"]
+        defaults = {name: getattr(self.generation_config, name) for name in names}
         super().adjust_generation_fn(*args, **kwargs)
-        loaded = self.generation_config
-        names = ["bos_token_id", "eos_token_id"]
-        if loaded.max_length is None:
-            names.append("max_new_tokens")
-        for name in names:
-            if getattr(loaded, name) is None:
-                setattr(loaded, name, getattr(defaults, name))
+        if self.generation_config.max_length is not None:
+            del defaults["max_new_tokens"]
+        self.generation_config.update(defaults_only=True, **defaults)
 
     def get_output_embeddings(self):
         """

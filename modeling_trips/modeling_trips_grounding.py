@@ -48,14 +48,14 @@ def _areas(boxes: torch.Tensor) -> torch.Tensor:
     return (x1 - x0) * (y1 - y0)
 
 
-def _intersections_and_unions(boxes: torch.Tensor, target_boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _iou_and_unions(boxes: torch.Tensor, target_boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     top_left = torch.maximum(boxes[..., :2], target_boxes[..., :2])
     bottom_right = torch.minimum(boxes[..., 2:], target_boxes[..., 2:])
     sides = (bottom_right - top_left).clamp(min=0)
     widths, heights = sides.unbind(-1)
     intersections = widths * heights
     unions = _areas(boxes) + _areas(target_boxes) - intersections
-    return intersections, unions
+    return intersections / unions.clamp(min=SMALLEST_AREA), unions
 
 
 def paired_box_iou(boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor:
@@ -63,8 +63,8 @@ def paired_box_iou(boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Ten
     Return the intersection over union of box i and target box i, `(num_boxes,)`; 0 if both boxes have no area. Boxes
     `(num_boxes, 4)` are corners (x0, y0, x1, y1). (`torchvision.ops.box_iou` returns it for all pairs.)
     """
-    intersections, unions = _intersections_and_unions(boxes, target_boxes)
-    return intersections / unions.clamp(min=SMALLEST_AREA)
+    iou, _ = _iou_and_unions(boxes, target_boxes)
+    return iou
 
 
 def generalized_box_iou_loss(boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor:
@@ -72,12 +72,11 @@ def generalized_box_iou_loss(boxes: torch.Tensor, target_boxes: torch.Tensor) ->
     Return `1 - GIoU` of box i and target box i (https://arxiv.org/abs/1902.09630), `(num_boxes,)`, in [0, 2]. Boxes
     are as in `paired_box_iou`. `torchvision.ops.generalized_box_iou_loss` returns the same but syncs with the device.
     """
-    intersections, unions = _intersections_and_unions(boxes, target_boxes)
+    iou, unions = _iou_and_unions(boxes, target_boxes)
     top_left = torch.minimum(boxes[..., :2], target_boxes[..., :2])
     bottom_right = torch.maximum(boxes[..., 2:], target_boxes[..., 2:])
     enclosing_boxes = torch.cat((top_left, bottom_right), dim=-1)
     enclosing_areas = _areas(enclosing_boxes)
-    iou = intersections / unions.clamp(min=SMALLEST_AREA)
     empty_share = (enclosing_areas - unions) / enclosing_areas.clamp(min=SMALLEST_AREA)
     return 1 - iou + empty_share
 

@@ -31,7 +31,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, 
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_trips import SelectionSchedule, TripsConfig
-from .modeling_trips import TripsModel, TripsWritingModel, label_loss, mean_over_items, weighted_sum
+from .modeling_trips import TripsModel, TripsWritingModel, label_loss, weighted_sum
 from .modeling_trips_text import TripsLMHead, class_states
 from .modeling_trips_vision import (
     SHARED_ARGS,
@@ -40,9 +40,7 @@ from .modeling_trips_vision import (
     TripsSelection,
     TripsVisionModelOutput,
     check_counts,
-    resolve_schedule,
     select_rows,
-    selection_rows,
 )
 from .pipeline_trips_retrieval import TripsZeroShotImageClassificationPipeline
 
@@ -498,25 +496,6 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         if isinstance(module, TripsTemperature):
             init.constant_(module.weight, INITIAL_TEMPERATURE)
 
-    @property
-    def has_pairs(self) -> bool:
-        """Whether a loss of positive weight reads texts that are fused with images."""
-        return self.config.itm_weight > 0
-
-    def unused_modules(self, is_supervised: bool = False) -> list[nn.Module]:
-        modules = super().unused_modules(is_supervised)
-        # CODEPATH: without contrast, nothing reads the features.
-        if self.config.itc_weight == 0:
-            modules += [self.vision_proj, self.text_proj, self.temp]
-        # CODEPATH: without matching, nothing reads its logits.
-        if self.config.itm_weight == 0:
-            modules.append(self.itm_head)
-        if not self.has_pairs:
-            modules.append(self.model.fusion_model)
-            if self.model.vision_model.selection_projection is not None:
-                modules.append(self.model.vision_model.selection_projection)
-        return modules
-
     @can_return_tuple
     @auto_docstring
     def get_text_features(
@@ -552,10 +531,12 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
             The output of the vision tower without a text. Its `pooler_output`, of shape `(num_images, projection_dim)`
             and float32 or wider, holds the normalized features.
         """
-        if keep_rate is not None:
-            schedule = resolve_schedule(self.config.vision_config, schedule, keep_rate)
         vision_outputs = self.model.vision_model(
-            pixel_values=pixel_values, image_cache=image_cache, schedule=schedule, **kwargs
+            pixel_values=pixel_values,
+            image_cache=image_cache,
+            schedule=schedule,
+            keep_rate=keep_rate,
+            **kwargs,
         )
         vision_outputs.pooler_output = _normalized(self.vision_proj(vision_outputs.pooler_output))
         return vision_outputs
@@ -581,8 +562,6 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         keep_rate: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TripsMatchingOutput:
-        if keep_rate is not None:
-            schedule = resolve_schedule(self.config.vision_config, schedule, keep_rate)
         if (input_ids is None) == (text_states is None):
             raise ValueError("Specify exactly one of `input_ids` and `text_states`.")
         if text_states is None:
@@ -599,6 +578,7 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
             image_index=image_index,
             image_cache=image_cache,
             schedule=schedule,
+            keep_rate=keep_rate,
             **kwargs,
         )
         class_state = class_states(fused.last_hidden_state, attention_mask)  # (num_pairs, hidden_size)
@@ -638,17 +618,19 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         teacher: TeacherOutput | None = None,
         teacher_weight: float = 0.0,
         regions: torch.Tensor | None = None,
-        schedule: SelectionSchedule | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsRetrievalOutput:
-        """Return the output of `forward` with the losses of contrast, matching and supervision, and their sum."""
+        """
+        Return the output of `forward` with the losses of contrast, matching and supervision, and their sum. `kwargs`
+        have the schedule and the keep rate.
+        """
         config = self.config
         num_images = image_cache.hidden_states.shape[0]
         image_index, image_ids = check_captions(text_outputs.last_hidden_state, num_images, image_index, image_ids)
         outputs = TripsRetrievalOutput(text_embeds=text_outputs.pooler_output, text_model_output=text_outputs)
         # CODEPATH: a weight of 0 leaves out contrast and its compute.
         if config.itc_weight > 0:
-            image_outputs = self.get_image_features(image_cache=image_cache, schedule=schedule, **kwargs)
+            image_outputs = self.get_image_features(image_cache=image_cache, **kwargs)
             outputs = self.compare(text_outputs, image_outputs)
             outputs.itc_loss = contrastive_loss(
                 image_embeds=outputs.image_embeds,
@@ -668,7 +650,6 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
                 image_index=image_index,
                 image_ids=image_ids,
                 regions=regions,
-                schedule=schedule,
                 **kwargs,
             )
         loss = weighted_sum(
@@ -715,25 +696,18 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         itm_loss = matching_loss(matched.itm_logits, pairs.labels, pairs.weights)
         if matched.relevance_losses is not None:
             itm_loss = itm_loss + mean_over_pairs(matched.relevance_losses, pairs.weights)  # 0, but for its gradient
+        selection_loss = None
+        if matched.selection_losses is not None:
+            num_true_pairs = pairs.labels.sum()
+            selection_loss = matched.selection_losses.sum() / mean_count(num_true_pairs)
         return replace(
             outputs,
             itm_loss=itm_loss,
             itm_logits=matched.itm_logits,
-            selection=selection_rows(matched.selection, true_pairs),
-            selection_loss=supervision_loss(matched.selection_losses, true_pairs),
+            selection=tuple(layer.rows(true_pairs) for layer in matched.selection),
+            selection_loss=selection_loss,
             relevance_values=matched.relevance_values,
         )
-
-
-def supervision_loss(selection_losses: torch.Tensor | None, true_pairs: torch.LongTensor) -> torch.Tensor | None:
-    """
-    Return the mean of the selection losses over the true pairs of all processes. `selection_losses` are those of all
-    pairs, of which the negative ones have a loss of 0.
-    """
-    if selection_losses is None:
-        return None
-    num_true_pairs = mean_count(true_pairs.new_full((), len(true_pairs)))
-    return mean_over_items(selection_losses, torch.ones_like(selection_losses), num_true_pairs)
 
 
 @auto_docstring(
@@ -782,17 +756,17 @@ class TripsForRetrieval(TripsContrastiveModel):
         (2, 2)
         ```
         """
-        if keep_rate is not None:
-            schedule = resolve_schedule(self.config.vision_config, schedule, keep_rate)
         if return_loss is None:
             return_loss = image_ids is not None
         text_outputs = self.get_text_features(
             input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, **kwargs
         )
         if not return_loss:
-            image_outputs = self.get_image_features(pixel_values=pixel_values, schedule=schedule, **kwargs)
+            image_outputs = self.get_image_features(
+                pixel_values=pixel_values, schedule=schedule, keep_rate=keep_rate, **kwargs
+            )
             return self.compare(text_outputs, image_outputs)
-        image_cache = self.model.encode_images(pixel_values, schedule=schedule, **kwargs)
+        image_cache = self.model.encode_images(pixel_values, schedule=schedule, keep_rate=keep_rate, **kwargs)
         outputs = self.pair_losses(
             text_outputs,
             image_cache,
@@ -801,6 +775,7 @@ class TripsForRetrieval(TripsContrastiveModel):
             image_ids=image_ids,
             regions=regions,
             schedule=schedule,
+            keep_rate=keep_rate,
             **kwargs,
         )
         if outputs.loss is None:
@@ -879,27 +854,6 @@ class TripsForPreTraining(TripsContrastiveModel, TripsWritingModel):
         self.add_decoder()
         self.post_init()
 
-    @property
-    def has_pairs(self) -> bool:
-        config = self.config
-        return config.itm_weight > 0 or config.mlm_weight > 0 or config.prefix_lm_weight > 0
-
-    def unused_modules(self, is_supervised: bool = False) -> list[nn.Module]:
-        modules = super().unused_modules(is_supervised)
-        # CODEPATH: without masked language modeling, nothing reads its logits.
-        if self.config.mlm_weight == 0:
-            modules.append(self.mlm_score)
-        # CODEPATH: without prefix language modeling, nothing is written.
-        if self.config.prefix_lm_weight == 0:
-            modules += [self.decoder, self.lm_head]
-        return modules
-
-    def unused_parameters(self, is_supervised: bool = False) -> list[nn.Parameter]:
-        # The head of masked words may share the word embeddings of the text encoder.
-        word_embeddings = self.get_input_embeddings().weight
-        unused = super().unused_parameters(is_supervised)
-        return [parameter for parameter in unused if parameter is not word_embeddings]
-
     def get_output_embeddings(self):
         return self.mlm_score.decoder
 
@@ -942,10 +896,8 @@ class TripsForPreTraining(TripsContrastiveModel, TripsWritingModel):
         ['itc_loss', 'itm_loss']
         ```
         """
-        if keep_rate is not None:
-            schedule = resolve_schedule(self.config.vision_config, schedule, keep_rate)
         config = self.config
-        image_cache = self.model.encode_images(pixel_values, schedule=schedule, **kwargs)
+        image_cache = self.model.encode_images(pixel_values, schedule=schedule, keep_rate=keep_rate, **kwargs)
         text_outputs = self.get_text_features(
             input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, **kwargs
         )
@@ -959,6 +911,7 @@ class TripsForPreTraining(TripsContrastiveModel, TripsWritingModel):
             teacher_weight=teacher_weight,
             regions=regions,
             schedule=schedule,
+            keep_rate=keep_rate,
             **kwargs,
         )
         mlm_loss = None
@@ -973,21 +926,30 @@ class TripsForPreTraining(TripsContrastiveModel, TripsWritingModel):
                 image_index=image_index,
                 image_cache=image_cache,
                 schedule=schedule,
+                keep_rate=keep_rate,
                 **kwargs,
             )
             teacher_logits = None if teacher is None else teacher.mlm_logits
             mlm_loss = masked_language_loss(mlm_logits, mlm_labels, teacher_logits, teacher_weight)
         # CODEPATH: a weight of 0 leaves out prefix language modeling and its compute.
         if config.prefix_lm_weight > 0 and labels is not None:
-            logits = self.continuation_logits(
-                prompt_input_ids=prompt_input_ids,
-                prompt_attention_mask=prompt_attention_mask,
+            fused = self.model(
+                input_ids=prompt_input_ids,
+                attention_mask=prompt_attention_mask,
                 image_index=image_index,
                 image_cache=image_cache,
-                labels=labels,
                 schedule=schedule,
+                keep_rate=keep_rate,
                 **kwargs,
             )
+            decoded = self.decoder(
+                self.prepare_decoder_input_ids_from_labels(labels),
+                encoder_hidden_states=fused.last_hidden_state,
+                encoder_attention_mask=prompt_attention_mask,
+                use_cache=False,
+                **kwargs,
+            )
+            logits = self.lm_head(decoded.last_hidden_state)  # (num_texts, label_length, vocab_size)
             num_tokens = mean_count((labels != -100).sum())  # 0 if all texts are too short to be cut
             prefix_lm_loss = label_loss(logits, labels, num_tokens)
         loss = weighted_sum(
@@ -1019,37 +981,6 @@ class TripsForPreTraining(TripsContrastiveModel, TripsWritingModel):
             **kwargs,
         )
         return self.mlm_score(fused.last_hidden_state)
-
-    def continuation_logits(
-        self,
-        prompt_input_ids: torch.LongTensor,
-        prompt_attention_mask: torch.Tensor | None,
-        image_index: torch.LongTensor | None,
-        image_cache: TripsImageCache,
-        labels: torch.LongTensor,
-        schedule: SelectionSchedule | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        """
-        Return the scores of each label given the labels before it, `(num_texts, label_length, vocab_size)`. Arguments
-        as in `forward` and `masked_token_logits`.
-        """
-        fused = self.model(
-            input_ids=prompt_input_ids,
-            attention_mask=prompt_attention_mask,
-            image_index=image_index,
-            image_cache=image_cache,
-            schedule=schedule,
-            **kwargs,
-        )
-        decoded = self.decoder(
-            self.prepare_decoder_input_ids_from_labels(labels),
-            encoder_hidden_states=fused.last_hidden_state,
-            encoder_attention_mask=prompt_attention_mask,
-            use_cache=False,
-            **kwargs,
-        )
-        return self.lm_head(decoded.last_hidden_state)
 
 
 TripsForPreTraining.register_for_auto_class("AutoModelForPreTraining")

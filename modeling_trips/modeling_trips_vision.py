@@ -111,18 +111,6 @@ class TripsPreTrainedModel(PreTrainedModel):
     def _can_set_attn_implementation(cls) -> bool:
         return True  # by `attend_as_configured`; the library searches only the module of a class
 
-    def unused_modules(self, is_supervised: bool = False) -> list[nn.Module]:
-        """Return the modules whose parameters get no gradient, as `unused_parameters`."""
-        return [] if self.base_model is self else self.base_model.unused_modules(is_supervised)
-
-    def unused_parameters(self, is_supervised: bool = False) -> list[nn.Parameter]:
-        """
-        Return the parameters that get no gradient in this configuration, and with regions or relevance if
-        `is_supervised`. Freeze them for data parallel training that does not look for unused parameters.
-        """
-        unused = nn.ModuleList(self.unused_modules(is_supervised))
-        return list(unused.parameters())
-
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs):
         """
         As in Transformers.
@@ -515,9 +503,8 @@ class TripsVisionLayer(GradientCheckpointingLayer):
         if texts.attention_mask is None:
             return query[:, :, 0]
         first = first_positions(texts.attention_mask).to(query.device)
-        num_texts, num_heads, _, head_dim = query.shape
-        index = first[:, None, None, None].expand(num_texts, num_heads, 1, head_dim)
-        return query.gather(2, index)[:, :, 0]
+        rows = torch.arange(len(first), device=query.device)
+        return query[rows, :, first]
 
 
 @auto_docstring(custom_intro="What one selection layer kept.")
@@ -540,6 +527,10 @@ class TripsSelection(ModelOutput):
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "TripsSelection":
         """Return a selection with the result of `function` in place of each tensor."""
         return TripsSelection(*map(function, self.to_tuple()))
+
+    def rows(self, index: torch.LongTensor | None) -> "TripsSelection":
+        """Return [`select_rows`] of each tensor."""
+        return self.map(lambda tensor: select_rows(tensor, index))
 
 
 @dataclass(frozen=True)
@@ -587,38 +578,29 @@ class TripsImageCache:
     def __getitem__(self, rows: slice | torch.LongTensor) -> "TripsImageCache":
         return self.map(lambda value: value[rows])
 
-
-class ImageTokens(NamedTuple):
-    """
-    The tokens between two layers of a vision tower.
-
-    Args:
-        states (`torch.Tensor` of shape `(num_rows, text_length + 1 + num_candidates, hidden_size)`)
-        indices (`torch.LongTensor` of shape `(num_rows, num_candidates)`): The original index of each candidate, -1
-            for a fused token.
-        attention_mask (*optional*): Hides padding, in the form of the attention in use.
-        selection (`tuple(TripsSelection)`): What the layers before kept.
-    """
-
-    states: torch.Tensor
-    indices: torch.Tensor
-    attention_mask: Any = None
-    selection: tuple[TripsSelection, ...] = ()
-
-    def after(self, states: torch.Tensor, scored: ScoredTokens, texts: GuidingTexts) -> "ImageTokens":
-        """Return the tokens after a layer with this result. `texts.image_index` is the row of each text before it."""
-        indices = select_rows(self.indices, texts.image_index)
+    def after(
+        self, hidden_states: torch.Tensor, scored: ScoredTokens | None, texts: GuidingTexts
+    ) -> "TripsImageCache":
+        """
+        Return the tokens after a layer with this result. `texts.image_index` is the row of each text before it, and in
+        a single stream `hidden_states` begin with the text.
+        """
+        if scored is None:
+            return replace(self, hidden_states=hidden_states)
+        indices = select_rows(self.candidate_indices, texts.image_index)
         indices = indices.to(scored.kept.device)  # layers may be on several devices
         selection = TripsSelection(
             kept_indices=indices.gather(1, scored.kept), scores=scored.scores, candidate_indices=indices
         )
         if not scored.has_own_rows:
-            return self._replace(states=states, selection=(*self.selection, selection))
-        num_candidates = states.shape[1] - texts.num_tokens_before
-        return ImageTokens(
-            states=states,
-            indices=next_candidates(selection, num_candidates),
-            selection=(*selection_rows(self.selection, texts.image_index), selection),
+            return replace(self, hidden_states=hidden_states, selection=(*self.selection, selection))
+        layers_before = [layer.rows(texts.image_index) for layer in self.selection]
+        num_candidates = hidden_states.shape[1] - texts.num_tokens_before
+        return replace(
+            self,
+            hidden_states=hidden_states,
+            candidate_indices=next_candidates(selection, num_candidates),
+            selection=(*layers_before, selection),
         )
 
 
@@ -727,13 +709,6 @@ class TripsVisionModel(TripsPreTrainedModel):
             init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
             init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
 
-    def unused_modules(self, is_supervised: bool = False) -> list[nn.Module]:
-        text_learns = self.config.fuse_inattentive_tokens or is_supervised
-        text_scores = self.config.schedule.first_text_layer is not None
-        if self.selection_projection is None or (text_scores and text_learns):
-            return []
-        return [self.selection_projection]
-
     def embed_images(self, pixel_values: torch.Tensor) -> TripsImageCache:
         """Return the input of the first layer."""
         hidden_states, grid_size = self.embeddings(pixel_values)
@@ -774,15 +749,8 @@ class TripsVisionModel(TripsPreTrainedModel):
         schedule = resolve_schedule(self.config, schedule, keep_rate)
         stop = schedule.first_text_layer
         image_cache = self.embed_images(pixel_values)
-        tokens = self.run_layers(image_cache, schedule, texts=GuidingTexts(), stop=stop, **kwargs)
-        return replace(
-            image_cache,
-            hidden_states=tokens.states,
-            candidate_indices=tokens.indices,
-            selection=tokens.selection,
-            next_layer=stop,
-            schedule=schedule.before(stop),
-        )
+        image_cache = self.run_layers(image_cache, schedule, texts=GuidingTexts(), stop=stop, **kwargs)
+        return replace(image_cache, next_layer=stop, schedule=schedule.before(stop))
 
     def run_layers(
         self,
@@ -791,52 +759,40 @@ class TripsVisionModel(TripsPreTrainedModel):
         texts: GuidingTexts,
         stop: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> ImageTokens:
+    ) -> TripsImageCache:
         """
-        Run the layers from `image_cache.next_layer` up to the one before `stop`, or all the others. The first layer
-        that selects by the scores of `texts` gives each text a row of its own.
+        Run the layers from `image_cache.next_layer` up to the one before `stop`, or all the others, and return the
+        tokens after them. The first layer that selects by the scores of `texts` gives each text a row of its own.
         """
-        tokens = self.first_tokens(image_cache, texts)
+        tokens = image_cache
+        attention_mask = self.padding_mask(tokens.hidden_states, texts)
         end = len(self.layers) + 1
         for number in range(image_cache.next_layer or end, stop or end):
             selection = schedule.by_layer.get(number)
             is_scored_by_text = selection is not None and selection.guidance == "text"
             # Up to the first layer that they score, texts of an image share its row.
             layer_texts = texts if is_scored_by_text else texts._replace(image_index=None)
-            layer = self.layers[number - 1]
-            states, scored = layer(
-                tokens.states,
+            hidden_states, scored = self.layers[number - 1](
+                tokens.hidden_states,
                 texts=layer_texts,
-                attention_mask=tokens.attention_mask,
+                attention_mask=attention_mask,
                 selection=selection,
                 **kwargs,
             )
-            if scored is None:
-                tokens = tokens._replace(states=states)
-                continue
-            tokens = tokens.after(states, scored, layer_texts)
-            tokens = self.mask_padding(tokens, texts)
-            if is_scored_by_text and scored.has_own_rows:
-                texts = texts._replace(image_index=None)
+            tokens = tokens.after(hidden_states, scored, layer_texts)
+            if scored is not None:
+                attention_mask = self.padding_mask(hidden_states, texts)
+                if is_scored_by_text and scored.has_own_rows:
+                    texts = texts._replace(image_index=None)
         return tokens
 
-    def first_tokens(self, image_cache: TripsImageCache, texts: GuidingTexts) -> ImageTokens:
-        """Return the input of layer `image_cache.next_layer`."""
-        tokens = ImageTokens(
-            states=image_cache.hidden_states,
-            indices=image_cache.candidate_indices,
-            selection=image_cache.selection,
-        )
-        return self.mask_padding(tokens, texts)
-
-    def mask_padding(self, tokens: ImageTokens, texts: GuidingTexts) -> ImageTokens:
-        """Mask the padding of the texts in a single stream, in the form of the attention in use."""
+    def padding_mask(self, hidden_states: torch.Tensor, texts: GuidingTexts) -> Any:
+        """Return the mask of the texts' padding in a single stream, in the form of the attention in use, or `None`."""
         if texts.attention_mask is None:
-            return tokens
-        num_image_tokens = tokens.states.shape[1] - texts.length
+            return None
+        num_image_tokens = hidden_states.shape[1] - texts.length
         mask = joint_padding_mask(texts.attention_mask, num_image_tokens)
-        mask = bidirectional_mask(self.config, mask, inputs_embeds=tokens.states)
-        return tokens._replace(attention_mask=mask)
+        return bidirectional_mask(self.config, mask, inputs_embeds=hidden_states)
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -871,7 +827,7 @@ class TripsVisionModel(TripsPreTrainedModel):
             texts = GuidingTexts(embeds=text_embeds, image_index=image_index)
         tokens = self.run_layers(image_cache, schedule, texts=texts, **kwargs)
         has_own_rows = is_guided and not schedule.scores_only
-        hidden_states = self.layernorm(tokens.states)
+        hidden_states = self.layernorm(tokens.hidden_states)
         return TripsVisionModelOutput(
             last_hidden_state=hidden_states,
             pooler_output=hidden_states[:, 0],
@@ -898,13 +854,6 @@ def scores_of_tokens(selection: TripsSelection, num_tokens: int) -> torch.Tensor
         others = selection.scores.scatter(1, positions, 0.0).sum(dim=-1, keepdim=True)
         return torch.cat((scores, others), dim=1)
     return scores / scores.sum(dim=-1, keepdim=True)
-
-
-def selection_rows(
-    selections: tuple[TripsSelection, ...], index: torch.LongTensor | None
-) -> tuple[TripsSelection, ...]:
-    """Return `select_rows` of the selection of each layer."""
-    return tuple(layer.map(lambda tensor: select_rows(tensor, index)) for layer in selections)
 
 
 # ViLT's form: one stream of text and image tokens
@@ -947,13 +896,7 @@ class TripsSingleStreamModel(TripsVisionModel):
         self.modality_embeddings = nn.Embedding(NUM_MODALITIES, config.hidden_size)
         self.post_init()
 
-    def encode_images(
-        self,
-        pixel_values: torch.Tensor,
-        schedule: SelectionSchedule | None = None,
-        keep_rate: float | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> TripsImageCache:
+    def encode_images(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> TripsImageCache:
         """As in the parent, without layers: the text takes part in the first one."""
         return self.embed_images(pixel_values)
 
@@ -988,7 +931,7 @@ class TripsSingleStreamModel(TripsVisionModel):
         text_length = text_states.shape[1]
         texts = GuidingTexts(length=text_length, attention_mask=attention_mask)
         tokens = self.run_layers(replace(image_cache, hidden_states=joint_states), schedule, texts=texts, **kwargs)
-        hidden_states = self.layernorm(tokens.states)  # (num_texts, num_tokens, hidden_size)
+        hidden_states = self.layernorm(tokens.hidden_states)  # (num_texts, num_tokens, hidden_size)
         return TripsSingleStreamModelOutput(
             last_hidden_state=hidden_states[:, text_length:],
             pooler_output=hidden_states[:, text_length],

@@ -264,12 +264,15 @@ class RelevanceGradient(torch.autograd.Function):
             scores (`torch.Tensor` of shape `(num_rows, num_candidates)`)
             values (`torch.Tensor` of shape `(num_rows,)`)
         """
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(states, scores)
         ctx.values = values
         return states.view_as(states), scores.new_zeros(len(scores))
 
     @staticmethod
     def backward(ctx, grad_states, grad_losses):
+        if grad_states is None or grad_losses is None:  # as in a pass whose relevance loss nobody adds
+            return grad_states, None, None
         states, scores = ctx.saved_tensors
         gradient_dot_state = (grad_states.to(scores.dtype) * states).sum(dim=-1)
         relevance = -gradient_dot_state[:, 1:].clamp(max=0)

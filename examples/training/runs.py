@@ -67,8 +67,8 @@ class TripsTrainingArguments(TrainingOptions, RunArguments, Seq2SeqTrainingArgum
             raise ValueError("--predict_with_generate False is not supported. Leave it on.")
         if self.eval_steps is None and self.logging_steps < 1:
             self.eval_steps = self.save_steps  # evaluations are slower than logging
-        if self.unpruned_share > 0 and self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = True  # unpruned, the text scores nothing
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = True  # such as those by which a text scores, where none does
         super().__post_init__()
 
 

@@ -165,8 +165,7 @@ class FiniteTrainer(Trainer):
 class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
     """
     `Seq2SeqTrainer` that samples the texts of an image together, may have a collator of its own for training
-    (`train_collator`), logs the parts of the loss (`logged_losses`), and evaluates each row once. Parameters without a
-    gradient are frozen, for data parallelism.
+    (`train_collator`), logs the parts of the loss (`logged_losses`), and evaluates each row once.
     """
 
     logged_losses: tuple[str, ...] = ("selection_loss", "attention_loss")
@@ -176,9 +175,6 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
         self.train_collator = train_collator or self.data_collator
         self.losses: dict[str, list[torch.Tensor]] = defaultdict(list)
         self.train_sampler: ImageGroupedSampler | None = None
-        is_supervised = self.teaches_scores or "selection loss" in self.regions_used_for
-        for parameter in self.model.unused_parameters(is_supervised):
-            parameter.requires_grad_(False)
         self.late_layers = self._take_late_layers()
         self.add_callback(PhasesCallback(self))
         self.add_callback(SamplerEpochCallback(self))

@@ -113,12 +113,6 @@ def test_selection_fields_are_those_of_the_vision_config():
     assert not {"schedule", "fuse_inattentive_tokens"} & config.to_dict().keys()
 
 
-@pytest.mark.parametrize("config_class", [TripsConfig, TripsVisionConfig])
-@pytest.mark.parametrize("value", [0.2, None])
-def test_a_gate_of_an_earlier_version_is_read_and_not_stored(config_class, value):
-    assert "selection_gate" not in config_class(selection_gate=value).to_dict()
-
-
 def test_selection_fields_can_be_given_beside_a_part():
     config = TripsConfig(**SMALL, schedule="1:text:0.25,3:text:0.25")
     assert rates_of(config.vision_config) == {1: 0.25, 3: 0.25}

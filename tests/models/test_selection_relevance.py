@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tiny_models import CASES, enable_checkpointing, gradients_of
 
-from modeling_trips import UNPRUNED, SelectionSchedule, TripsModel
+from modeling_trips import UNPRUNED, SelectionSchedule, TripsConfig, TripsModel
 from modeling_trips.modeling_trips_vision import TripsSelection, scores_of_tokens
 from modeling_trips.patch_selection import RelevanceGradient
 
@@ -39,7 +40,7 @@ def test_the_scores_learn_from_the_relevance_of_the_candidates():
     assert losses.tolist() == [0]
     (same * gradient).sum().backward(retain_graph=True)
     assert torch.equal(states.grad, gradient)
-    assert not scores.grad.any()  # no loss of its own, nothing to learn
+    assert scores.grad is None  # no loss of its own, nothing to learn
     scores.grad = None
     ((same * gradient).sum() + 2 * losses.sum()).backward()
     torch.testing.assert_close(scores.grad, torch.tensor([[-2 * 0.75 / 0.2, -2 * 0.25 / 0.3, 0.0]]))
@@ -153,6 +154,13 @@ def test_outputs_are_those_without_it_and_texts_of_an_image_share_its_row(attent
     assert expected.relevance_losses is None
 
 
+@torch.no_grad()
+def test_texts_that_share_an_image_have_a_row_each_in_every_layer_that_scores():
+    schedule = SelectionSchedule.parse("1:image:score,2:text:score")
+    outputs = MODEL.make_model(**FIELDS).eval()(**shared_inputs(), schedule=schedule)
+    assert [layer.scores.shape[0] for layer in outputs.selection] == [4, 4]
+
+
 def test_padding_changes_nothing():
     inputs = MODEL.make_inputs()
     model = MODEL.make_model(**FIELDS).train()
@@ -175,6 +183,8 @@ def test_a_single_stream_is_refused():
     model = MODEL.make_model(fusion_type="single_stream")
     with pytest.raises(ValueError, match="single stream"):
         model(**MODEL.make_inputs(), **SCORED)
+    with pytest.raises(StrictDataclassError, match="learns_relevance"):
+        TripsConfig.from_preset("tiny", fusion_type="single_stream", learns_relevance=True)
 
 
 def test_only_what_scores_learns_from_it():

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import CASES, each_model, loss_of
+from tiny_models import each_model, loss_of
 from toy_tasks import OPTIONS, write_task
 
 from modeling_trips import TripsForQuestionAnswering, TripsProcessor
@@ -104,29 +104,10 @@ def test_a_run_may_be_too_short_for_relevance(tmp_path):
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
-SELECTIONS = [{}, {"schedule": "unpruned"}, {"schedule": "1:image:0.6,3:image:0.6"}]
-SELECTIONS += [{"schedule": "1:random:0.6,3:random:0.6"}, {"fuse_inattentive_tokens": False}]
-
-
-def test_what_regions_or_relevance_teach_is_used():
-    model = CASES[1].make_model(fuse_inattentive_tokens=False)
-    assert model.unused_parameters()
-    assert not model.unused_parameters(is_supervised=True)
-
-
 @each_model
-@pytest.mark.parametrize("selection", SELECTIONS, ids=str)
-def test_with_the_unused_parameters_frozen_every_parameter_has_a_gradient(case, selection):
-    """Otherwise data parallel training would wait for their gradients."""
-    model = case.make_model(**selection).train()
-    unused = model.unused_parameters()
-    projection = getattr(model, "model", model).vision_model.selection_projection
-    assert len(unused) == (2 if selection and projection is not None else 0)
-    for parameter in unused:
-        parameter.requires_grad_(False)
+def test_every_parameter_has_a_gradient(case):
+    """Otherwise data parallel training would have to look for those without."""
+    model = case.make_model().train()
     loss_of(model(**case.make_inputs(training=True))).backward()
-    missing = [name for name, value in model.named_parameters() if value.requires_grad and value.grad is None]
-    if not selection:
-        missing += [name for name, value in model.named_parameters() if not value.grad.any()]
+    missing = [name for name, value in model.named_parameters() if value.grad is None or not value.grad.any()]
     assert missing == []
-    assert all(parameter.grad is None for parameter in unused)

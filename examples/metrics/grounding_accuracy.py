@@ -23,4 +23,7 @@ def grounding_scores(predictions: list[list[float]], references: list[list[float
     true_boxes = torch.tensor(references, dtype=torch.float64)
     iou = paired_box_iou(boxes, true_boxes)
     is_right = (iou >= 0.5).double()
-    return {"accuracy": is_right.mean().item(), "mean_iou": iou.mean().item()}
+    return {
+        "accuracy": is_right.mean().item(),
+        "mean_iou": iou.mean().item(),
+    }

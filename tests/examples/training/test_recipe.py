@@ -138,7 +138,7 @@ def test_a_resumed_run_goes_on_with_the_options_of_its_checkpoint_or_says_so(tmp
     assert "2:text:0.3,3:text:0.3" in message and "3:image:0.5" in message
 
 
-def test_the_log_says_where_it_writes_and_how_long_it_takes(tmp_path, caplog):
+def test_the_log_says_where_it_writes_and_what_it_costs(tmp_path, caplog):
     write_task("vqa", tmp_path)
     caplog.set_level("INFO")
     train(tmp_path / "out", *PRUNED, "--max_steps=8", "--do_eval=False")

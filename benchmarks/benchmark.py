@@ -2,15 +2,14 @@
 Measure MACs and time of TRIPS against the unpruned baseline, the same weights at keep rate 1.0.
 
     python benchmarks/benchmark.py                     # base size, 224 and 384 px, three schedules
-    python benchmarks/benchmark.py --mode forward training --relevance_interval 8 --output_json speed.json
+    python benchmarks/benchmark.py --mode training --config_fields '{"learns_relevance": true}'
     python benchmarks/benchmark.py --preset tiny --image_size 64 --schedule 3:text:0.7,4:text:0.7 --batch_size 1 32
     python benchmarks/benchmark.py --schedule 5:image:0.7,12:text:0.3 --batch_size 1 --texts_per_image 1 2 5 10
     python benchmarks/benchmark.py --device cuda --dtype bfloat16 --batch_size 1 8 32 128 --compile True
 
 Pruned and unpruned steps alternate after a warm-up, and medians are compared. `FlopCounterMode` counts the
 multiply-accumulates (MACs) of matrix products. A step is the forward pass of text encoder, vision tower and fusion
-encoder, in `training` mode followed by the backward pass. With `--relevance_interval 8`, a pruned step has an
-eighth of an unpruned pass that teaches relevance; own questions also train with `{"learns_relevance": true}`.
+encoder, in `training` mode followed by the backward pass; questions train with `{"learns_relevance": true}`.
 """
 
 import itertools
@@ -49,7 +48,6 @@ class BenchmarkArguments(OutputArguments):
         "Schedules in their text form.",
     )
     config_fields: str = option("{}", "Further fields of TripsConfig, as JSON.")
-    relevance_interval: int = option(0, "In training, one of so many pruned steps also teaches relevance. 0: none.")
     mode: list[str] = option(["forward"], "What is measured.", choices=[*MODES])
     dtype: list[str] = option(["float32"], "float32, bfloat16, float16.")
     attn_implementation: str = option("sdpa", "eager, sdpa or flash_attention_2.")
@@ -81,7 +79,6 @@ class Setting:
     compile: bool = False
     clock: str = "wall"  # "process": CPU time, for one thread on a shared machine
     config_fields: dict = field(default_factory=dict)  # further fields of [`TripsConfig`]
-    relevance_interval: int = 0  # of so many pruned training steps, one also runs unpruned and teaches relevance
 
     def __post_init__(self):
         if self.clock not in CLOCKS or (self.clock == "process" and self.device != "cpu"):
@@ -164,18 +161,11 @@ def measure(setting: Setting, warmup: int, repeats: int) -> dict:
         "unpruned": make_step(setting, callable_model, {**inputs, "schedule": UNPRUNED}),
     }
     schedules = {"pruned": setting.schedule, "unpruned": "unpruned"}
-    if setting.mode == "training" and setting.relevance_interval > 0:
-        scoring = model.config.vision_config.schedule.scoring()
-        steps["relevance"] = make_step(setting, callable_model, {**inputs, "schedule": scoring})
-        schedules["relevance"] = str(scoring)
     seconds = seconds_in_turns(
         steps, warmup, repeats, clock=setting.clock, device=setting.device, prepare=model.zero_grad
     )
     latency = {name: statistics.median(values) for name, values in seconds.items()}
     macs = {name: count_macs(setting, schedule) for name, schedule in schedules.items()}
-    for cost in (latency, macs):
-        if "relevance" in cost:
-            cost["pruned"] += cost["relevance"] / setting.relevance_interval
     return {
         **asdict(setting),
         "macs": macs["pruned"],

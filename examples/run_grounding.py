@@ -2,7 +2,7 @@ r"""
 Train and evaluate TRIPS on visual grounding: the box of what an expression refers to (RefCOCO, RefCOCO+, RefCOCOg).
 
     python examples/run_grounding.py --model examples/trips-tiny-scenes-unpruned --schedule 2:text:0.25 \
-        --relevance_interval 8 --selection_loss_weight 0 --attention_loss_weight 2  # bundled scenes
+        --learns_relevance True --selection_loss_weight 0 --attention_loss_weight 2  # bundled scenes
     accelerate launch examples/run_grounding.py --train_file train.jsonl --validation_file val.jsonl \
         --image_root images --model pretrained --image_size 384 --learning_rate 2e-5 \
         --per_device_train_batch_size 32

@@ -28,7 +28,6 @@ from trips_examples.training.recipe import SCHEDULES, recipe
 CONFIG_FIELDS = {
     "schedule",
     "selection_loss_weight",
-    "learns_relevance",
     "attention_loss_weight",
     "fusion_type",
     "itc_weight",
@@ -79,7 +78,6 @@ class ModelArguments:
     max_image_size: int | None = option(None, "In place of --image_size: that of the images, at most this.")
     schedule: str | None = option(None, SCHEDULE_HELP)
     selection_loss_weight: float | None = option(None, "Weight of selection supervision by regions.")
-    learns_relevance: bool | None = option(None, "Pruned passes in training teach the scores relevance.")
     fusion_type: str | None = option(None, "cross_attention, skip_connected (mPLUG) or single_stream (ViLT).")
 
     def __post_init__(self):
@@ -163,7 +161,7 @@ class TrainingOptions(RunOptions):
     texts_per_image: int = option(4, "Texts of an image that may share a training batch.")
     unpruned_share: float = option(0.0, "Share of unpruned first steps. With --model: 0.")
     relevance_share: float = option(0.0, "Share of the unpruned steps, the last, in which scores learn relevance.")
-    relevance_interval: int = option(0, "Of so many pruned steps, one also runs unpruned and teaches relevance.")
+    learns_relevance: bool = option(False, "Pruned steps teach the scores relevance, too.")
     keep_rates: list[float] = option([], "Rates of which each pruned step draws one: a model for all of them.")
 
     def __post_init__(self):
@@ -172,8 +170,6 @@ class TrainingOptions(RunOptions):
             raise ValueError(f"--unpruned_share must be in [0, 1), got {self.unpruned_share}.")
         if not 0 <= self.relevance_share <= 1:
             raise ValueError(f"--relevance_share must be in [0, 1], got {self.relevance_share}.")
-        if self.relevance_interval < 0:
-            raise ValueError(f"--relevance_interval must be at least 0, got {self.relevance_interval}.")
         for keep_rate in self.keep_rates:
             if not 0 < keep_rate <= 1:
                 raise ValueError(f"--keep_rates must be in (0, 1], got {keep_rate}.")

@@ -1,4 +1,4 @@
-"""The phases of a training: the schedules of each step, one for each of its passes."""
+"""The phases of a training: the schedule of each step."""
 
 import random
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ from transformers import TrainingArguments
 from modeling_trips import UNPRUNED, SelectionSchedule, TripsConfig
 
 
-OPTIONS = ("unpruned_share", "relevance_share", "relevance_interval", "keep_rates")
+OPTIONS = ("unpruned_share", "relevance_share", "learns_relevance", "keep_rates")
 
 
 def check_phases(config: TripsConfig, args: TrainingArguments):
     """
-    Turn relevance off where it is a default and cannot be learnt.
+    Let pruned steps teach relevance or not, and turn it off where it is a default and cannot be learnt.
 
     Raises:
         ValueError: It is asked for there, or rates do not fit the schedule.
@@ -23,21 +23,18 @@ def check_phases(config: TripsConfig, args: TrainingArguments):
     schedule = config.vision_config.schedule
     if args.keep_rates and len(schedule.layers) != 1:
         raise ValueError(f"--keep_rates needs a --schedule of one layer, whose rate it replaces, got {schedule}.")
-    if args.deepspeed_plugin is not None and args.relevance_interval > 0:
-        if "relevance_interval" in args.typed:
-            raise ValueError("--relevance_interval needs two passes in a step, which DeepSpeed has not. Give 0.")
-        args.relevance_interval = 0
     reason = None
     if config.fusion_type == "single_stream":
         reason = "a fusion encoder, got --fusion_type single_stream"
     elif schedule.layers and not schedule.scoring().layers:
         reason = f"a --schedule with a layer that the text or the image scores, got {schedule}"
-    if reason is None:
-        return
-    for name in ("relevance_share", "relevance_interval"):
-        if name in args.typed and getattr(args, name) > 0:
-            raise ValueError(f"--{name} needs {reason}. Give 0.")
-        setattr(args, name, 0)
+    if reason is not None:
+        for name in ("relevance_share", "learns_relevance"):
+            if name in args.typed and getattr(args, name):
+                raise ValueError(f"--{name} needs {reason}. Give 0.")
+        args.relevance_share = 0.0
+        args.learns_relevance = False
+    config.learns_relevance = args.learns_relevance
 
 
 def options_of_phases(args: TrainingArguments) -> dict[str, Any]:
@@ -48,15 +45,15 @@ def options_of_phases(args: TrainingArguments) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Phases:
     """
-    The phases of a training: unpruned steps, in the last of which the scores learn relevance, then pruned steps, of
-    which every `relevance_interval`-th also runs unpruned and teaches the same. Steps are numbered from 1.
+    The phases of a training: unpruned steps, in the last of which the scores learn relevance, then pruned steps.
+    Steps are numbered from 1.
 
     Args:
         schedule ([`SelectionSchedule`]): That of the model.
         max_steps (`int`): Steps of the training.
         unpruned_share (`float`): Share of first steps that run unpruned. The last step is pruned.
         relevance_share (`float`): Share of the unpruned steps, the last ones, in which the scores learn relevance.
-        relevance_interval (`int`): The first of so many pruned steps also runs unpruned, with relevance. 0: none.
+        learns_relevance (`bool`): Whether they learn it in the pruned steps, too.
         keep_rates (`Sequence[float]`): Rates of which each pruned step draws one. Empty: the schedule's.
         seed (`int`): Seed of these draws, which depend on nothing but it and the step.
     """
@@ -65,7 +62,7 @@ class Phases:
     max_steps: int
     unpruned_share: float = 0.0
     relevance_share: float = 0.0
-    relevance_interval: int = 0
+    learns_relevance: bool = False
     keep_rates: Sequence[float] = ()
     seed: int = 0
 
@@ -82,7 +79,7 @@ class Phases:
         if len(self.schedule.layers) != 1:
             return None
         rates = set(self.keep_rates or [self.schedule.selections[0].keep_rate])
-        if self.unpruned_steps or self.relevance_interval:
+        if self.unpruned_steps:
             rates.add(1.0)
         return sorted(rates)
 
@@ -92,24 +89,19 @@ class Phases:
         if not self.schedule.scoring().layers:
             return None
         relevance_steps = round(self.relevance_share * self.unpruned_steps)
-        if relevance_steps > 0:
+        if relevance_steps > 0 or self.learns_relevance:
             return self.unpruned_steps - relevance_steps + 1
-        return self.unpruned_steps + 1 if self.relevance_interval > 0 else None
+        return None
 
-    def schedules_of(self, step: int) -> list[SelectionSchedule]:
-        """Return the schedule of each pass of a step. An unpruned one that teaches relevance has layers that score."""
-        pruned_step = step - self.unpruned_steps  # from 1
-        scoring = self.schedule.scoring()
-        if pruned_step <= 0:
+    def schedule_of(self, step: int) -> SelectionSchedule:
+        """Return the schedule of a step. An unpruned one that teaches relevance has layers that score."""
+        if step <= self.unpruned_steps:
             first = self.first_relevance_step
-            return [UNPRUNED if first is None or step < first else scoring]
-        schedule = self.schedule
-        if self.keep_rates:
-            keep_rate = random.Random(f"{self.seed} {step}").choice(self.keep_rates)
-            schedule = schedule.with_keep_rate(keep_rate)
-        if self.relevance_interval > 0 and scoring.layers and (pruned_step - 1) % self.relevance_interval == 0:
-            return [schedule, scoring]
-        return [schedule]
+            return UNPRUNED if first is None or step < first else self.schedule.scoring()
+        if not self.keep_rates:
+            return self.schedule
+        keep_rate = random.Random(f"{self.seed} {step}").choice(self.keep_rates)
+        return self.schedule.with_keep_rate(keep_rate)
 
     def evaluated_after(self, step: int) -> SelectionSchedule:
         """Return the schedule of an evaluation after a step: unpruned, or the model's."""
@@ -121,11 +113,10 @@ class Phases:
         parts = []
         if self.unpruned_steps:
             parts.append(f"steps 1 to {self.unpruned_steps} unpruned")
-            if self.first_relevance_step is not None and self.first_relevance_step <= self.unpruned_steps:
-                parts.append(f"from step {self.first_relevance_step} on the scores learn which patches matter")
-        pruned = f"then {self.schedule}" if parts else str(self.schedule)
+        if self.first_relevance_step is not None:
+            last = "on" if self.learns_relevance else f"to {self.unpruned_steps}"
+            parts.append(f"from step {self.first_relevance_step} {last} the scores learn which patches matter")
+        pruned = f"then {self.schedule}" if self.unpruned_steps else str(self.schedule)
         if self.keep_rates:
             pruned += f" with rates of {', '.join(f'{rate:g}' for rate in self.keep_rates)}"
-        if self.relevance_interval:
-            pruned += f", one step in {self.relevance_interval} also unpruned, from which the scores learn the same"
         return ", ".join([*parts, pruned])

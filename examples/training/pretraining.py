@@ -189,8 +189,7 @@ class PretrainingTrainer(RetrievalTrainer):
         with self.accelerator.autocast():
             inputs = self.teacher.teach(inputs, self.current_teacher_weight())
         loss = super().compute_loss(model, inputs, **kwargs)
-        if inputs["schedule"] == self.schedules[-1]:  # once a step
-            self.teacher.push(inputs["teacher"])
+        self.teacher.push(inputs["teacher"])
         return loss
 
     def log(self, logs: dict[str, float], *args, **kwargs):

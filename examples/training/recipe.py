@@ -29,7 +29,6 @@ BOXES = "9:text:0.25"
 BY_IMAGE = "6:image:0.5,9:image:0.5"
 SCHEDULES = {"vqa": FEW, "nlvr2": FEW, "grounding": BOXES, "captioning": BY_IMAGE, "retrieval": BY_IMAGE}
 # Where answers alone teach which patches matter. Boxes have regions.
-RELEVANCE_INTERVAL = 8
 FROM_ANSWERS = ("vqa", "nlvr2")
 
 TRAINING = {  # of a model from towers, of a TRIPS checkpoint
@@ -41,9 +40,10 @@ TRAINING = {  # of a model from towers, of a TRIPS checkpoint
     "bf16": (None, None),  # where the device computes in it: less than half the time, equal losses
 }
 
-# The last quarter of the unpruned steps teaches the scores which patches the answers need.
-RELEVANCE = {"relevance_share": 0.25}
-UNPRUNED_SHARE = 0.6  # of the steps of a new model that is to be pruned: 750 of 1,250
+# First steps that run unpruned, 750 of 1,250 in a new model, and the last of these, which teach the scores which
+# patches the answers need. A trained model that gets a schedule has learnt to answer.
+NEW_PHASES = {"unpruned_share": 0.6, "relevance_share": 0.25}
+START_PHASES = {"unpruned_share": 0.125, "relevance_share": 1.0}
 
 
 def towers() -> dict[str, str]:
@@ -64,25 +64,25 @@ def recipe(task: str | None, typed: dict, on_cpu: bool = False) -> dict:
         typed (`dict`): The options on the command line by name.
         on_cpu (`bool`, *optional*, defaults to `False`): Whether the run has no accelerator.
     """
-    start: dict = {"unpruned_share": 0.0 if "model" in typed else UNPRUNED_SHARE}
+    is_new = "model" not in typed
+    start: dict = {"unpruned_share": NEW_PHASES["unpruned_share"] if is_new else 0.0}
     if task in FROM_ANSWERS:
-        start["relevance_interval"] = RELEVANCE_INTERVAL
+        start["learns_relevance"] = True
+        if is_new:
+            start |= NEW_PHASES
+        elif "schedule" in typed:
+            start |= START_PHASES
     has_files = not typed.keys().isdisjoint(("train_file", "validation_file", "test_file"))
     if task is None or not (has_files or typed.get("dataset_name", BUNDLED) != BUNDLED):
         return start
     if not typed.keys().isdisjoint(("preset", "tokenizer")):
         return start  # from scratch
-    is_new = "model" not in typed
     has_other_tower = "vision_model_name_or_path" in typed  # another text model keeps tower and schedule
     defaults = start | {name: values[0 if is_new else 1] for name, values in TRAINING.items()}
     if is_new and not has_other_tower:
         defaults |= {**towers(), **NEW, "schedule": SCHEDULES[task]}
         if on_cpu:
             defaults |= ON_CPU
-    if task in FROM_ANSWERS:
-        defaults["learns_relevance"] = True
-        if is_new:
-            defaults |= RELEVANCE
     if task == "grounding":
         defaults["attention_loss_weight"] = 2.0
     if "num_train_epochs" in typed:

@@ -93,7 +93,6 @@ def check_resumed(config: TripsConfig, args: TrainingArguments):
         stored = TripsConfig.from_pretrained(folder)
         values["schedule"] = (str(stored.vision_config.schedule), str(config.vision_config.schedule))
         values["selection_loss_weight"] = (stored.selection_loss_weight, config.selection_loss_weight)
-        values["learns_relevance"] = (stored.learns_relevance, config.learns_relevance)
     for entry in state.log_history:
         if "unpruned_share" in entry:  # by `PhasesCallback`; the last one counts
             for name, value in options_of_phases(args).items():

@@ -84,7 +84,7 @@ class ZeroGradientCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.late_values = {}
-        if any(schedule.layers for schedule in self.trainer.schedules):
+        if self.trainer.step_schedule.layers:
             return
         for name, parameter in model.named_parameters():
             if "selection_projection" in name and parameter.requires_grad and parameter.grad is None:
@@ -197,8 +197,7 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
     @property
     def teaches_scores(self) -> bool:
         """Whether some steps teach the scores relevance."""
-        args = self.args
-        return args.relevance_share > 0 or args.relevance_interval > 0 or self.model.config.learns_relevance
+        return self.args.relevance_share > 0 or self.args.learns_relevance
 
     @property
     def phases(self) -> Phases:
@@ -216,9 +215,9 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
         return self.phases.evaluated_after(self.state.global_step) if self.is_in_train else self.phases.schedule
 
     @property
-    def schedules(self) -> list[SelectionSchedule]:
-        """The schedule of each pass of this step."""
-        return self.phases.schedules_of(self.state.global_step + 1)
+    def step_schedule(self) -> SelectionSchedule:
+        """The schedule of this step of a training."""
+        return self.phases.schedule_of(self.state.global_step + 1)
 
     @property
     def regions_used_for(self) -> str:
@@ -282,10 +281,7 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
             self.data_collator = evaluation_collator
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        losses = []
-        for schedule in self.schedules:
-            losses.append(super().training_step(model, {**inputs, "schedule": schedule}, num_items_in_batch))
-        return losses[0]
+        return super().training_step(model, {**inputs, "schedule": self.step_schedule}, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)

@@ -42,15 +42,6 @@ def test_a_row_has_the_ratios_of_its_times_and_macs(mode, texts):
     assert row["throughput"] == pytest.approx(2 * texts / row["latency"])
 
 
-def test_relevance_adds_its_share_of_an_unpruned_pass():
-    own = setting(mode="training", relevance_interval=8)
-    row = measure(own, warmup=0, repeats=1)
-    pruned = count_macs(own, own.schedule)
-    scoring = count_macs(own, "2:text:score,3:text:score")
-    assert row["macs"] == pruned + scoring / 8
-    assert row["macs_ratio"] > pruned / count_macs(own, "unpruned")
-
-
 def test_processor_time_is_of_the_cpu_only():
     with pytest.raises(ValueError):
         setting(device="cuda")

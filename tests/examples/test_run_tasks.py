@@ -60,7 +60,7 @@ def test_gradient_accumulation_equals_the_larger_batch(task, backbone, tmp_path)
     """Compare micro-batches of 1 and of 4 rows in the same order; captions and answers differ in length."""
     data = write_task(task, tmp_path)
     options = [*data, *OPTIONS, backbone, "--max_steps=2", "--optim=sgd", "--do_eval=False", "--texts_per_image=1"]
-    options += ["--unpruned_share=0", "--relevance_interval=2", "--learns_relevance=True"]
+    options += ["--unpruned_share=0.5", "--relevance_share=1", "--learns_relevance=True"]
     whole = tmp_path / "whole"
     parts = tmp_path / "parts"
     for folder, size, times in ((whole, 4, 1), (parts, 1, 4)):

@@ -142,11 +142,11 @@ def test_two_processes_match_one_in_run_vqa(name, options, one_process, tmp_path
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
 def test_processes_resume_before_relevance_and_pruning_begin(name, options, tmp_path):
     """
-    Scores learn in the last of three unpruned steps and in every second pruned one. A frozen layer is trained from
-    the first of them on, and does not decay before. The weights are those of one process.
+    Scores learn in the last of three unpruned steps and in the pruned ones. A frozen layer is trained from then on, and
+    does not decay before. The weights are those of one process.
     """
     script, saves = str(ROOT / "examples" / "run_vqa.py"), ["--save_strategy=steps", "--save_steps=2"]
-    relevance = ["--schedule=2:text:0.5", "--relevance_share=0.34", "--relevance_interval=2"]
+    relevance = ["--schedule=2:text:0.5", "--relevance_share=0.34"]
     words = [*options, *relevance, "--freeze_vision_layers=2", "--weight_decay=1", "--do_eval=False"]
     run_vqa.main([*words, f"--output_dir={tmp_path / 'one'}", "--per_device_train_batch_size=6"])
     words += [*saves, "--save_total_limit=3", f"--output_dir={tmp_path}", "--per_device_train_batch_size=3"]

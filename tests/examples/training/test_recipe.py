@@ -19,7 +19,7 @@ OWN = {"train_file": "train.jsonl"}
 @pytest.mark.parametrize("task", SCHEDULES)
 def test_what_is_typed_decides_which_defaults_a_run_has(task):
     first_steps = recipe(task, {})
-    learnt = {"relevance_interval"} if task in FROM_ANSWERS else set()
+    learnt = {"relevance_share", "learns_relevance"} if task in FROM_ANSWERS else set()
     assert first_steps.keys() == {"unpruned_share"} | learnt
     assert first_steps["unpruned_share"] > recipe(task, {"model": "mine"})["unpruned_share"] == 0
     assert recipe(task, {"dataset_name": "busy_scenes"}) == first_steps
@@ -40,7 +40,11 @@ def test_the_scores_of_a_new_model_learn_relevance():
     assert recipe("vqa", OWN)["relevance_share"] > 0
     for typed in (OWN, {**OWN, "model": "mine"}):
         assert recipe("nlvr2", typed)["learns_relevance"]
-    assert "relevance_share" not in recipe("vqa", {**OWN, "model": "mine"})
+    started = {**OWN, "model": "mine"}
+    assert "relevance_share" not in recipe("vqa", started)
+    pruned = recipe("vqa", {**started, "schedule": "2:text:0.1"})  # its scores have learnt nothing yet
+    assert 0 < pruned["unpruned_share"] < recipe("vqa", OWN)["unpruned_share"]
+    assert pruned["relevance_share"] == 1
 
 
 def test_another_text_model_keeps_the_vision_tower():
@@ -125,7 +129,7 @@ def test_the_first_steps_are_those_of_an_unpruned_training(tmp_path):
 def test_a_resumed_run_goes_on_with_the_options_of_its_checkpoint_or_says_so(tmp_path, caplog):
     """Other defaults, as of a newer version, are refused; options on the command line may differ."""
     write_task("vqa", tmp_path)
-    learnt = ["--relevance_interval=4", "--selection_loss_weight=0.25"]
+    learnt = ["--relevance_share=0.5", "--selection_loss_weight=0.25"]
     saved = ["--save_strategy=steps", "--save_steps=2", "--do_eval=False"]
     train(tmp_path / "out", *PHASES, *learnt, *saved)
     resumed = [*saved, f"--resume_from_checkpoint={tmp_path / 'out' / 'checkpoint-2'}"]

@@ -21,7 +21,7 @@ from transformers import EvalPrediction
 from modeling_trips import TripsForConditionalGeneration
 from trips_examples.data.collators import CaptionCollator
 from trips_examples.data.images import one_row_per_image
-from trips_examples.metrics.caption_metrics import caption_scores, split_words
+from trips_examples.metrics.caption_metrics import CaptionMetrics, split_words
 from trips_examples.metrics.diagnostics import variety, warn_of_unwritable_texts
 from trips_examples.training.files import texts_of, write_predictions
 from trips_examples.training.runs import parse_arguments, train_and_evaluate
@@ -31,6 +31,7 @@ from trips_examples.training.trainer import ImageGroupedTrainer
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, task_args, data_args, training_args = parse_arguments(OPTIONS, argv)
+    metric = CaptionMetrics()
     writing = {
         "num_beams": training_args.generation_num_beams or 1,
         "length_penalty": task_args.length_penalty,
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         rows = trainer.eval_dataset
         truths = references[trainer.split]
         captions = texts_of(prediction.predictions, processor)
-        scores = caption_scores(captions, truths)
+        scores = metric.compute(predictions=captions, references=truths)
         if trainer.is_in_train:
             return scores
         first_truths = [own_truths[0] for own_truths in truths]

@@ -20,7 +20,7 @@ from modeling_trips import TripsForVisualGrounding
 from trips_examples.data.collators import GroundingCollator
 from trips_examples.data.images import column_of, image_size
 from trips_examples.metrics.diagnostics import accuracy_by_group, diagnose_selection
-from trips_examples.metrics.grounding_accuracy import grounding_scores
+from trips_examples.metrics.grounding_accuracy import GroundingAccuracy
 from trips_examples.training.files import write_predictions
 from trips_examples.training.runs import parse_arguments, train_and_evaluate
 from trips_examples.training.start import start_run
@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model, processor, data = start_run(
         TripsForVisualGrounding, "grounding", model_args, data_args, training_args, **config_fields(task_args)
     )
+    metric = GroundingAccuracy()
 
     def metrics_of(prediction: EvalPrediction) -> dict[str, float]:
         rows = trainer.eval_dataset
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         sizes = [image_size(row) for row in rows]
         outputs = torch.from_numpy(prediction.predictions)
         boxes = processor.post_process_grounding(outputs, sizes).tolist()
-        scores = grounding_scores(boxes, truths)
+        scores = metric.compute(predictions=boxes, references=truths)
         if trainer.is_in_train:
             return scores
         columns = ["source", "question_id", "expression", "box"]
@@ -47,11 +48,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         write_predictions(training_args.output_dir, rows, columns, predictions)
         scale = torch.tensor([[width, height, width, height] for height, width in sizes])
         mean_box = (torch.tensor(truths) / scale).mean(dim=0)
-        same = grounding_scores((mean_box * scale).tolist(), truths)
+        same = metric.compute(predictions=(mean_box * scale).tolist(), references=truths)
         return {
             **scores,
             "accuracy_mean_box": same["accuracy"],
-            **accuracy_by_group(grounding_scores, boxes, truths, rows),
+            **accuracy_by_group(metric, boxes, truths, rows),
             **diagnose_selection(trainer),
             "samples": len(rows),
         }

@@ -25,7 +25,7 @@ from trips_examples.metrics.diagnostics import (
     variety,
     warn_of_unwritable_texts,
 )
-from trips_examples.metrics.vqa_accuracy import answer_score, most_common_answer, normalize_answer, vqa_scores
+from trips_examples.metrics.vqa_accuracy import VqaAccuracy, answer_score, most_common_answer, normalize_answer
 from trips_examples.training.files import texts_of, write_predictions
 from trips_examples.training.runs import TripsTrainingArguments, parse_arguments, train_and_evaluate
 from trips_examples.training.start import start_run
@@ -44,12 +44,13 @@ def train_question_answering(
     unwritable = warn_of_unwritable_texts(data, "answers", processor, normalize_answer)
     longest = training_args.generation_max_length or max(10, most_tokens(data, "answers", processor))
     model.generation_config.update(max_new_tokens=longest, max_length=None)
+    metric = VqaAccuracy()
 
     def metrics_of(prediction: EvalPrediction) -> dict[str, float]:
         rows = trainer.eval_dataset
         answers = texts_of(prediction.predictions, processor)
         references = measurable_answers(column_of(rows, "answers"), processor)
-        scores = vqa_scores(answers, references)
+        scores = metric.compute(predictions=answers, references=references)
         if trainer.is_in_train:
             return scores
         columns = ["source", "question_id", "question", "answers"]
@@ -58,12 +59,12 @@ def train_question_answering(
         truths = [most_common_answer(each) for each in references]
 
         def accuracy_of(answers: list[str]) -> float:
-            return vqa_scores(answers, references)["accuracy"]
+            return metric.compute(predictions=answers, references=references)["accuracy"]
 
         return {
             **scores,
             **variety(answers, truths, "answer", accuracy_of),
-            **accuracy_by_group(vqa_scores, answers, references, rows),
+            **accuracy_by_group(metric, answers, references, rows),
             **diagnose_selection(trainer),
             **calibrate(trainer, prediction.predictions, list(map(answer_score, answers, references))),
             "unwritable_answers": unwritable[trainer.split],

@@ -1,1 +1,1 @@
-"""Metrics of the tasks."""
+"""Metrics of the tasks. Three of them are modules of `evaluate`."""

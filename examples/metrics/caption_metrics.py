@@ -1,15 +1,17 @@
-"""BLEU, METEOR, ROUGE-L and CIDEr of captions with COCO's scorers in pycocoevalcap.
+"""BLEU, METEOR, ROUGE-L and CIDEr of captions as an `evaluate` metric, with COCO's scorers in pycocoevalcap.
 
 With Java, COCO's PTB tokenizer splits the words of captions in Latin letters, and scores equal those of
 `pycocoevalcap.eval.COCOEvalCap`. [`split_words`] splits captions in other scripts, which PTB does not know, and all
 captions without Java, where METEOR is missing, and scores of captions with unusual punctuation differ slightly from
-published ones.
+published ones. The metric needs no network, also by `evaluate.load("examples/metrics/caption_metrics.py")`.
 """
 
 import logging
 import subprocess
 import unicodedata
 
+import datasets
+import evaluate
 import regex
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
@@ -68,11 +70,9 @@ def _tokenized(captions: list[list[str]], use_java: bool) -> dict[int, list[str]
     return words
 
 
-def caption_scores(
-    predictions: list[str], references: list[list[str]], use_java: bool | None = None
-) -> dict[str, float]:
+class CaptionMetrics(evaluate.Metric):
     """
-    Score captions of images with one or more references each.
+    BLEU, METEOR, ROUGE-L and CIDEr of image captions with one or more references each.
 
     Args:
         predictions (`list[str]`): A caption of each image.
@@ -89,30 +89,43 @@ def caption_scores(
 
     Example:
 
-    >>> caption_scores(["a cat"], [["a black cat", "the cat"]], use_java=False)["bleu_1"]
+    >>> metric = evaluate.load("examples/metrics/caption_metrics.py")
+    >>> metric.compute(predictions=["a cat"], references=[["a black cat", "the cat"]], use_java=False)["bleu_1"]
     0.9999999...
     """
-    if not predictions:
-        raise ValueError("There are no predictions. Give at least one.")
-    for number, (prediction, captions) in enumerate(zip(predictions, references)):
-        if not captions:
-            raise ValueError(f"The prediction {prediction!r} (number {number}) has no references. Give one.")
-    if use_java is None:
-        use_java = java_runs()
-        if not use_java:
-            logger.warning(
-                "Java does not run: METEOR is left out, and words are split by a simpler rule than in published "
-                "scores. Install Java (apt-get install default-jre-headless, conda install openjdk, brew install "
-                "openjdk) and evaluate again, or score predictions.jsonl elsewhere."
-            )
-    candidates = _tokenized([[prediction] for prediction in predictions], use_java)
-    truths = _tokenized(references, use_java)
-    bleu, _ = Bleu(4).compute_score(truths, candidates, verbose=0)
-    scores = {f"bleu_{n}": float(score) for n, score in enumerate(bleu, start=1)}
-    scorers = {"rouge_l": Rouge(), "cider": Cider()}
-    if use_java:
-        scorers["meteor"] = Meteor()
-    for name, scorer in scorers.items():
-        score, _ = scorer.compute_score(truths, candidates)
-        scores[name] = float(score)
-    return scores
+
+    def _info(self) -> evaluate.MetricInfo:
+        text = datasets.Value("string")
+        return evaluate.MetricInfo(
+            description=self.__doc__,
+            citation="arXiv 1504.00325",
+            features=datasets.Features({"predictions": text, "references": datasets.Sequence(text)}),
+        )
+
+    def _compute(
+        self, predictions: list[str], references: list[list[str]], use_java: bool | None = None
+    ) -> dict[str, float]:
+        if not predictions:
+            raise ValueError("There are no predictions. Give at least one.")
+        for number, (prediction, captions) in enumerate(zip(predictions, references)):
+            if not captions:
+                raise ValueError(f"The prediction {prediction!r} (number {number}) has no references. Give one.")
+        if use_java is None:
+            use_java = java_runs()
+            if not use_java:
+                logger.warning(
+                    "Java does not run: METEOR is left out, and words are split by a simpler rule than in published "
+                    "scores. Install Java (apt-get install default-jre-headless, conda install openjdk, brew install "
+                    "openjdk) and evaluate again, or score predictions.jsonl elsewhere."
+                )
+        candidates = _tokenized([[prediction] for prediction in predictions], use_java)
+        truths = _tokenized(references, use_java)
+        bleu, _ = Bleu(4).compute_score(truths, candidates, verbose=0)
+        scores = {f"bleu_{n}": float(score) for n, score in enumerate(bleu, start=1)}
+        scorers = {"rouge_l": Rouge(), "cider": Cider()}
+        if use_java:
+            scorers["meteor"] = Meteor()
+        for name, scorer in scorers.items():
+            score, _ = scorer.compute_score(truths, candidates)
+            scores[name] = float(score)
+        return scores

@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from statistics import mean
 
+import evaluate
 import torch
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
@@ -230,14 +231,12 @@ def groups_of(rows: Dataset) -> dict[str, list[int]]:
     return dict(sorted(groups.items()))
 
 
-def accuracy_by_group(
-    score: Callable[[list, list], dict], predictions: list, references: list, rows: Dataset
-) -> dict[str, float]:
-    """Return the `accuracy` of `score` on each of `groups_of(rows)`, as `accuracy_{group}`."""
+def accuracy_by_group(metric: evaluate.Metric, predictions: list, references: list, rows: Dataset) -> dict[str, float]:
+    """Return the accuracy on each of `groups_of(rows)`, as `accuracy_{group}`."""
     results = {}
     for name, places in groups_of(rows).items():
         own_predictions = [predictions[place] for place in places]
         own_references = [references[place] for place in places]
-        scores = score(own_predictions, own_references)
+        scores = metric.compute(predictions=own_predictions, references=own_references)
         results[f"accuracy_{name}"] = scores["accuracy"]
     return results

@@ -1,9 +1,10 @@
-"""VQA accuracy by the rule of VQAv2's official evaluation script.
+"""VQA accuracy as an `evaluate` metric, by the rule of VQAv2's official evaluation script.
 
 The rule is that of Antol et al. 2015 (arXiv 1505.00468), as in `vqaEval.py` of https://github.com/GT-Vision-Lab/VQA:
 the mean of min(matches / 3, 1) over the leave-one-out subsets of the annotators, with normalized answers if the
 annotators disagree. Questions with one answer are scored by exact match of normalized answers, and the result has
-another name. Accuracies are in [0, 1].
+another name. Accuracies are in [0, 1]. The metric needs no network, also by
+`evaluate.load("examples/metrics/vqa_accuracy.py")`.
 """
 
 import functools
@@ -11,6 +12,9 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from statistics import fmean
+
+import datasets
+import evaluate
 
 
 _NUMBER_WORDS = "zero one two three four five six seven eight nine ten".split()
@@ -119,9 +123,9 @@ def most_common_answer(answers: list[str]) -> str:
     return Counter(map(normalize_answer, answers)).most_common(1)[0][0]
 
 
-def vqa_scores(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+class VqaAccuracy(evaluate.Metric):
     """
-    Score open-ended visual question answering with the answers of one or more annotators.
+    Accuracy of open-ended visual question answering with the answers of one or more annotators.
 
     Args:
         predictions (`list[str]`): The model's answer to each question.
@@ -136,17 +140,28 @@ def vqa_scores(predictions: list[str], references: list[list[str]]) -> dict[str,
 
     Example:
 
-    >>> vqa_scores(["Two", "a dog"], [["2"], ["cat"]])
+    >>> metric = evaluate.load("examples/metrics/vqa_accuracy.py")
+    >>> metric.compute(predictions=["Two", "a dog"], references=[["2"], ["cat"]])
     {'accuracy': 0.5, 'exact_match': 0.5}
     """
-    scores = []
-    scores_by_rule = defaultdict(list)
-    for prediction, answers in zip(predictions, references, strict=True):
-        score = answer_score(prediction, answers)
-        rule = "exact_match" if len(answers) == 1 else "vqa_accuracy"
-        scores.append(score)
-        scores_by_rule[rule].append(score)
-    results = {"accuracy": fmean(scores)}
-    for rule, scores_of_rule in scores_by_rule.items():
-        results[rule] = fmean(scores_of_rule)
-    return results
+
+    def _info(self) -> evaluate.MetricInfo:
+        text = datasets.Value("string")
+        return evaluate.MetricInfo(
+            description=self.__doc__,
+            citation="arXiv 1505.00468",
+            features=datasets.Features({"predictions": text, "references": datasets.Sequence(text)}),
+        )
+
+    def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+        scores = []
+        scores_by_rule = defaultdict(list)
+        for prediction, answers in zip(predictions, references, strict=True):
+            score = answer_score(prediction, answers)
+            rule = "exact_match" if len(answers) == 1 else "vqa_accuracy"
+            scores.append(score)
+            scores_by_rule[rule].append(score)
+        results = {"accuracy": fmean(scores)}
+        for rule, scores_of_rule in scores_by_rule.items():
+            results[rule] = fmean(scores_of_rule)
+        return results

@@ -2,9 +2,21 @@
 
 import math
 
+import evaluate
 import pytest
+from places import EXAMPLES
 
-from trips_examples.metrics.caption_metrics import caption_scores, java_runs, split_words
+
+@pytest.fixture(scope="module")
+def metric():
+    return evaluate.load(str(EXAMPLES / "metrics/caption_metrics.py"))
+
+
+@pytest.fixture(scope="module")
+def module(metric):
+    from trips_examples.metrics import caption_metrics
+
+    return caption_metrics
 
 
 @pytest.mark.parametrize(
@@ -23,13 +35,13 @@ from trips_examples.metrics.caption_metrics import caption_scores, java_runs, sp
         ("", ""),
     ],
 )
-def test_words_without_java(caption, words):
-    assert split_words(caption) == words
+def test_words_without_java(caption, words, module):
+    assert module.split_words(caption) == words
 
 
-def test_hand_worked_scores():
+def test_hand_worked_scores(metric):
     """Without Java, 4 of 4 words, 2 of 3 pairs and 1 of 2 triples are in the reference."""
-    scores = caption_scores(["a cat sat down"], [["a cat sat up down there"]], use_java=False)
+    scores = metric.compute(predictions=["a cat sat down"], references=[["a cat sat up down there"]], use_java=False)
     brevity = math.exp(1 - 6 / 4)
     assert scores["bleu_1"] == pytest.approx(brevity, rel=1e-6)
     assert scores["bleu_2"] == pytest.approx(brevity * math.sqrt(2 / 3), rel=1e-6)
@@ -54,25 +66,25 @@ LANGUAGES = {
     "language, use_java",
     [*((name, False) for name in LANGUAGES), pytest.param("Chinese", True, marks=pytest.mark.slow)],
 )
-def test_right_captions_score_alike_in_every_language(language, use_java):
-    if use_java and not java_runs():
+def test_right_captions_score_alike_in_every_language(language, use_java, metric, module):
+    if use_java and not module.java_runs():
         pytest.skip("Java does not run here")
     captions = LANGUAGES[language]
     references = [[caption] for caption in captions]
-    scores = caption_scores(captions, references, use_java=use_java)
+    scores = metric.compute(predictions=captions, references=references, use_java=use_java)
     assert scores["cider"] == pytest.approx(10)
     assert scores["bleu_4"] == pytest.approx(1)
-    half = caption_scores([captions[0]] * 2, references, use_java=False)
+    half = metric.compute(predictions=[captions[0]] * 2, references=references, use_java=False)
     assert 4 < half["cider"] < 6
     assert half["rouge_l"] < 1
 
 
-def test_without_java_it_says_what_is_left_out_and_how_to_get_it(monkeypatch, tmp_path, caplog):
+def test_without_java_it_says_what_is_left_out_and_how_to_get_it(metric, monkeypatch, tmp_path, caplog):
     """Also with a `java` that only prints how to install Java, as on macOS."""
     monkeypatch.setenv("PATH", str(tmp_path))
     for _ in range(2):
         caplog.clear()
-        scores = caption_scores(["a cat"], [["a cat"]])
+        scores = metric.compute(predictions=["a cat"], references=[["a cat"]])
         assert "meteor" not in scores
         assert scores["bleu_1"] == pytest.approx(1.0)
         assert "METEOR" in caplog.text
@@ -81,14 +93,14 @@ def test_without_java_it_says_what_is_left_out_and_how_to_get_it(monkeypatch, tm
         (tmp_path / "java").chmod(0o755)
 
 
-def test_bad_input_is_named():
+def test_bad_input_is_named(metric):
     with pytest.raises(ValueError, match="'a dog' .number 1. has no references"):
-        caption_scores(["a cat", "a dog"], [["a cat"], []])
+        metric.compute(predictions=["a cat", "a dog"], references=[["a cat"], []])
 
 
 @pytest.mark.slow
-def test_with_java_scores_are_those_of_the_coco_evaluation():
-    if not java_runs():
+def test_with_java_scores_are_those_of_the_coco_evaluation(metric, module):
+    if not module.java_runs():
         pytest.skip("Java does not run here")
     from pycocoevalcap.eval import Bleu, Cider, Meteor, PTBTokenizer, Rouge
 
@@ -98,7 +110,7 @@ def test_with_java_scores_are_those_of_the_coco_evaluation():
         ["two cats are not here"],
         ["an empty room"],
     ]
-    scores = caption_scores(predictions, references)
+    scores = metric.compute(predictions=predictions, references=references)
     tokenizer = PTBTokenizer()
     truths = tokenizer.tokenize({i: [{"caption": caption} for caption in each] for i, each in enumerate(references)})
     candidates = tokenizer.tokenize({i: [{"caption": caption}] for i, caption in enumerate(predictions)})
@@ -109,6 +121,6 @@ def test_with_java_scores_are_those_of_the_coco_evaluation():
         assert scores[name] == pytest.approx(score), name
     assert 0 < scores["meteor"] < 1
     # The rule without Java splits these as PTB does.
-    own = caption_scores(predictions, references, use_java=False)
+    own = metric.compute(predictions=predictions, references=references, use_java=False)
     assert own["bleu_4"] == pytest.approx(scores["bleu_4"])
     assert own["cider"] == pytest.approx(scores["cider"])

@@ -18,8 +18,8 @@ from trips_examples.metrics.diagnostics import (
     warn_of_unwritable_texts,
     written_texts,
 )
-from trips_examples.metrics.grounding_accuracy import grounding_scores
-from trips_examples.metrics.vqa_accuracy import normalize_answer, vqa_scores
+from trips_examples.metrics.grounding_accuracy import GroundingAccuracy
+from trips_examples.metrics.vqa_accuracy import VqaAccuracy, normalize_answer
 
 
 ANSWERS = ["café", "50%", "$5", "c#", "红色", "u.s.a.", "tea", "10:30", "zebra"]
@@ -32,13 +32,14 @@ def bert():
 
 
 def test_right_tokens_are_right_answers_with_every_tokenizer(bert):
+    metric = VqaAccuracy()
     own = TripsProcessor(tokenizer=train_tokenizer(ANSWERS))
     for processor, unknown in ((bert, "zebra"), (own, None)):
         for answer in ANSWERS:
             ids = processor.tokenizer([answer], add_special_tokens=False)["input_ids"]
             predictions = processor.post_process_answers(ids)
             references = measurable_answers([[answer]], processor)
-            score = vqa_scores(predictions, references)["accuracy"]
+            score = metric.compute(predictions=predictions, references=references)["accuracy"]
             assert score == float(answer != unknown)
 
 
@@ -102,7 +103,7 @@ def test_boxes_by_kind():
     rows = Dataset.from_dict({"kind": KINDS, "box": BOXES})
     wrong = [50, 50, 60, 60]
     found = [BOXES[0], BOXES[1], wrong, wrong]
-    assert accuracy_by_group(grounding_scores, found, rows["box"], rows) == {
+    assert accuracy_by_group(GroundingAccuracy(), found, rows["box"], rows) == {
         "accuracy_name": 0.5,
         "accuracy_place": 0.0,
         "accuracy_size": 1.0,
@@ -114,7 +115,7 @@ def test_answers_by_kind():
     rows = Dataset.from_dict({"kind": [*KINDS[:3], None], "region": [BOXES[0], None, BOXES[2], None]})
     assert groups_of(rows) == {"name": [0, 2], "size": [1]}
     references = [["owl"], ["yes"], ["cat"], ["2"]]
-    assert accuracy_by_group(vqa_scores, ["owl", "no", "bat", "2"], references, rows) == {
+    assert accuracy_by_group(VqaAccuracy(), ["owl", "no", "bat", "2"], references, rows) == {
         "accuracy_name": 0.5,
         "accuracy_size": 0.0,
     }

@@ -1,8 +1,12 @@
 """VQA accuracy: values of the official rule by hand."""
 
-import pytest
+from functools import partial
 
-from trips_examples.metrics.vqa_accuracy import answer_score, exact_match, normalize_answer, vqa_accuracy, vqa_scores
+import evaluate
+import pytest
+from places import EXAMPLES
+
+from trips_examples.metrics.vqa_accuracy import VqaAccuracy, answer_score, exact_match, normalize_answer, vqa_accuracy
 
 
 @pytest.mark.parametrize(
@@ -91,12 +95,18 @@ def test_no_answers_or_predictions_are_an_error():
     with pytest.raises(ValueError, match="'red'"):
         answer_score("red", [])
     with pytest.raises(ValueError):
-        vqa_scores([], [])
+        VqaAccuracy().compute(predictions=[], references=[])
 
 
-def test_scores_by_the_number_of_answers():
-    references = [["red"] * 2 + ["blue"] * 8, ["yes"], ["2"], ["no"]]
-    assert vqa_scores(["red", "yes", "Two", "yes"], references) == {
+MODULE = str(EXAMPLES / "metrics/vqa_accuracy.py")
+PREDICTIONS = ["red", "yes", "Two", "yes"]
+REFERENCES = [["red"] * 2 + ["blue"] * 8, ["yes"], ["2"], ["no"]]
+
+
+@pytest.mark.parametrize("load", [VqaAccuracy, partial(evaluate.load, MODULE)], ids=["import", "load"])
+def test_metric(load):
+    metric = load()
+    assert metric.compute(predictions=PREDICTIONS, references=REFERENCES) == {
         "accuracy": pytest.approx(2.6 / 4),
         "vqa_accuracy": pytest.approx(0.6),
         "exact_match": pytest.approx(2 / 3),

@@ -142,8 +142,8 @@ def test_two_processes_match_one_in_run_vqa(name, options, one_process, tmp_path
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
 def test_processes_resume_before_relevance_and_pruning_begin(name, options, tmp_path):
     """
-    Scores learn in the last of three unpruned steps and in the pruned ones. A frozen layer is trained from then on, and
-    does not decay before. The weights are those of one process.
+    Scores learn in the last of three unpruned steps and in the pruned ones. A frozen layer is trained from then on,
+    and does not decay before. The weights are those of one process.
     """
     script, saves = str(ROOT / "examples" / "run_vqa.py"), ["--save_strategy=steps", "--save_steps=2"]
     relevance = ["--schedule=2:text:0.5", "--relevance_share=0.34"]

@@ -312,9 +312,13 @@ def main(argv: list[str] | None = None):
     state = PartialState(cpu=is_on_cpu, timeout=timedelta(days=7))  # processes wait for the slowest
     model = load_checkpoint(args.model, list(HEADS)).to(args.device)
     processor = load_processor(args.model, model.config)
+    own_shards = list(enumerate(shards))[state.process_index :: state.num_processes]
+    total = None  # of files and archives, the rows are not known
+    if all(isinstance(shard, FolderShard) for _, shard in own_shards):
+        total = sum(len(shard.paths) for _, shard in own_shards)
     own_tables = []
-    with tqdm(desc="Photos", unit=" photos", disable=not state.is_main_process) as bar:
-        for number, shard in list(enumerate(shards))[state.process_index :: state.num_processes]:
+    with tqdm(desc="Photos", unit=" photos", total=total, disable=not state.is_main_process) as bar:
+        for number, shard in own_shards:
             table = table_of(shard, texts, model, processor, args, bar)
             if len(table):
                 own_tables.append((number, table))

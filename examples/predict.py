@@ -313,9 +313,10 @@ def main(argv: list[str] | None = None):
     model = load_checkpoint(args.model, list(HEADS)).to(args.device)
     processor = load_processor(args.model, model.config)
     own_shards = list(enumerate(shards))[state.process_index :: state.num_processes]
-    total = None  # of files and archives, the rows are not known
-    if all(isinstance(shard, FolderShard) for _, shard in own_shards):
-        total = sum(len(shard.paths) for _, shard in own_shards)
+    folders = [shard for _, shard in own_shards if isinstance(shard, FolderShard)]
+    total = None  # the rows of files and archives are not known
+    if len(folders) == len(own_shards):
+        total = sum(len(folder.paths) for folder in folders)
     own_tables = []
     with tqdm(desc="Photos", unit=" photos", total=total, disable=not state.is_main_process) as bar:
         for number, shard in own_shards:

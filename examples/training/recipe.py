@@ -4,6 +4,7 @@ defaults, so that every option on the command line wins.
 """
 
 from pathlib import Path
+from typing import Any
 
 from trips_examples.data.source import BUNDLED
 
@@ -42,8 +43,8 @@ TRAINING = {  # of a model from towers, of a TRIPS checkpoint
 
 # First steps that run unpruned, 750 of 1,250 in a new model, and the last of these, which teach the scores which
 # patches the answers need. A trained model that gets a schedule has learnt to answer.
-NEW_PHASES = {"unpruned_share": 0.6, "relevance_share": 0.25}
-START_PHASES = {"unpruned_share": 0.125, "relevance_share": 1.0}
+NEW_PHASES: dict[str, Any] = {"unpruned_share": 0.6, "relevance_share": 0.25}
+START_PHASES: dict[str, Any] = {"unpruned_share": 0.125, "relevance_share": 1.0}
 
 
 def towers() -> dict[str, str]:

@@ -61,10 +61,7 @@ def test_accumulated_batches_are_averaged(processor, tmp_path, steps):
     weight = model.text_proj.weight
     weight.register_post_accumulate_grad_hook(note_gradient)
     trainer.train()
-    assert not model.itm_head.weight.requires_grad  # of weight 0
     losses = [model(**batch).loss for batch in batches]
     model.zero_grad()
     (sum(losses[:steps]) / steps).backward()
     torch.testing.assert_close(gradients[steps - 1], weight.grad, rtol=1e-4, atol=1e-6)
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None or not parameter.requires_grad, name

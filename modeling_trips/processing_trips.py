@@ -324,6 +324,12 @@ class TripsProcessor(ProcessorMixin):
         """Return how many tokens a text may have, special ones included, for a model with `config`."""
         return min(self.tokenizer.model_max_length, config.text_config.max_position_embeddings)
 
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
+        """As in Transformers; the processor itself keeps no `auto_map`."""
+        files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        self.__dict__.pop("auto_map", None)
+        return files
+
     def _check_lengths(self, rows, name: str, remedy: str):
         """Raise a `ValueError` if the token ids of a text are more than the tokenizer allows, without padding."""
         limit = self.tokenizer.model_max_length

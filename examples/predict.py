@@ -260,12 +260,12 @@ def table_of(
     version = (version_of(args.model, shard), texts, args.threshold, args.image_column)
     items = items_of(shard, args.image_column, getattr(model, "num_images", 1))
     parts = []
-    for number, part in enumerate(map(tuple, chunk_iterable(items, PHOTOS_PER_PART))):
+    for part in map(tuple, chunk_iterable(items, PHOTOS_PER_PART)):
         paths = [image for item in part for image in item.images if isinstance(image, str)]
         rows = kept_rows(
             rows_of_part,
             Features(features),
-            version=(*version, number, [stamp_of(path) for path in paths]),
+            version=(*version, [(item.name, item.error) for item in part], [stamp_of(path) for path in paths]),
             items=part,
             batch_size=args.batch_size,
             texts=tuple(texts),

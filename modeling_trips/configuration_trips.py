@@ -535,7 +535,6 @@ class TripsConfig(StoredConfig):
                 ("text_config.hidden_size", text.hidden_size, vision.hidden_size),
                 ("text_config.pooling_mode", text.pooling_mode, "cls"),
                 ("vision_config.use_pre_layernorm", vision.use_pre_layernorm, False),
-                ("learns_relevance", self.learns_relevance, False),
             ]
         for name, value, needed in fields:
             if value != needed:

@@ -93,10 +93,12 @@ def check_resumed(config: TripsConfig, args: TrainingArguments):
         stored = TripsConfig.from_pretrained(folder)
         values["schedule"] = (str(stored.vision_config.schedule), str(config.vision_config.schedule))
         values["selection_loss_weight"] = (stored.selection_loss_weight, config.selection_loss_weight)
+        values["learns_relevance"] = (stored.learns_relevance, config.learns_relevance)
     for entry in state.log_history:
         if "unpruned_share" in entry:  # by `PhasesCallback`; the last one counts
             for name, value in options_of_phases(args).items():
-                values[name] = (entry.get(name, value), value)
+                if name in entry:
+                    values[name] = (entry[name], value)
     has_same_epochs = args.max_steps <= 0 and state.num_train_epochs == math.ceil(args.num_train_epochs)
     if not has_same_epochs:
         values["max_steps"] = (state.max_steps, args.max_steps)

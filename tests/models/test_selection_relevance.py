@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from tiny_models import CASES, enable_checkpointing, gradients_of
 
-from modeling_trips import UNPRUNED, SelectionSchedule, TripsConfig, TripsModel
+from modeling_trips import UNPRUNED, SelectionSchedule, TripsModel
 from modeling_trips.modeling_trips_vision import TripsSelection, scores_of_tokens
 from modeling_trips.patch_selection import RelevanceGradient
 
@@ -183,8 +182,6 @@ def test_a_single_stream_is_refused():
     model = MODEL.make_model(fusion_type="single_stream")
     with pytest.raises(ValueError, match="single stream"):
         model(**MODEL.make_inputs(), **SCORED)
-    with pytest.raises(StrictDataclassError, match="learns_relevance"):
-        TripsConfig.from_preset("tiny", fusion_type="single_stream", learns_relevance=True)
 
 
 def test_only_what_scores_learns_from_it():

@@ -74,30 +74,32 @@ class SamplerEpochCallback(TrainerCallback):
 
 class ZeroGradientCallback(TrainerCallback):
     """
-    Give what only the selection uses, and late layers, a gradient of zero in unpruned steps: FSDP resumes no parameter
-    without an optimizer state. Late layers stay as they are in one process: they neither decay nor count steps.
+    Give what only the selection uses a gradient of zero in unpruned steps. FSDP resumes no parameter without an
+    optimizer state: there, do so for all that never had a gradient, such as late layers. These stay as they are in one
+    process: they neither decay nor count steps.
     """
 
     def __init__(self, trainer: "ImageGroupedTrainer"):
         self.trainer = trainer
-        self.late_values: dict[nn.Parameter, torch.Tensor] = {}
+        self.untrained: dict[nn.Parameter, torch.Tensor] = {}  # parameters with their values
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.late_values = {}
-        if self.trainer.step_schedule.layers:
-            return
-        for name, parameter in model.named_parameters():
-            if "selection_projection" in name and parameter.requires_grad and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        if self.trainer.is_fsdp_enabled:
-            for layer in self.trainer.late_layers:
-                for parameter in layer.parameters():
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.untrained = {}
+        if not self.trainer.step_schedule.layers:
+            for name, parameter in model.named_parameters():
+                if "selection_projection" in name and parameter.requires_grad and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                    self.late_values[parameter] = parameter.detach().clone()
+        if self.trainer.is_fsdp_enabled:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    num_steps = optimizer.state.get(parameter, {}).get("step", 0)
+                    if parameter.grad is None and num_steps == 0:
+                        parameter.grad = torch.zeros_like(parameter)
+                        self.untrained[parameter] = parameter.detach().clone()
 
     @torch.no_grad()
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        for parameter, value in self.late_values.items():
+        for parameter, value in self.untrained.items():
             parameter.copy_(value)
             optimizer.state[parameter]["step"].zero_()
 

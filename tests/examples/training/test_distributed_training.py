@@ -157,3 +157,20 @@ def test_processes_resume_before_relevance_and_pruning_begin(name, options, tmp_
     launch(name, script, *words, f"--resume_from_checkpoint={tmp_path / 'checkpoint-2'}")
     weights = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(weights[key], weight) for key, weight in expected.items())
+
+
+@pytest.mark.slow
+def test_fsdp_resumes_what_learns_nothing(options, tmp_path):
+    """The projection of a text that scores no layer."""
+    words = [*options, "--schedule=2:image:0.5", "--unpruned_share=0", "--relevance_share=0", "--weight_decay=1"]
+    words += ["--do_eval=False", "--save_strategy=steps", "--save_steps=3", "--save_total_limit=3"]
+    words += ["--per_device_train_batch_size=3", f"--output_dir={tmp_path}"]
+    script = str(ROOT / "examples" / "run_vqa.py")
+    launch("fsdp2", script, *words)
+    expected = load_file(tmp_path / "model.safetensors")
+    launch("fsdp2", script, *words, f"--resume_from_checkpoint={tmp_path / 'checkpoint-3'}")
+    weights = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(weights[key], weight) for key, weight in expected.items())
+    start = load_file(Path(options[0].partition("=")[2]) / "model.safetensors")
+    unused = [key for key in start if "selection_projection" in key]
+    assert unused and all(torch.equal(start[key], expected[key]) for key in unused)

@@ -40,7 +40,7 @@ from trips_examples.data.busy_scenes import CELL_SIZE, KINDS
 from trips_examples.run_vqa import train_question_answering
 from trips_examples.training.files import write_json
 from trips_examples.training.options import DataArguments, ModelArguments
-from trips_examples.training.recipe import START_PHASES
+from trips_examples.training.recipe import recipe
 from trips_examples.training.runs import TripsTrainingArguments
 
 
@@ -88,10 +88,9 @@ def train_stage(
             texts_per_image=8,  # all questions of an image stand in one batch and share its computation
             learning_rate=1e-3,
             adam_beta2=0.999,
-            learns_relevance=True,
-            **START_PHASES,
             save_strategy="no",
             logging_steps=100,
+            **recipe("vqa", {"model": start, **options}),
         ),
     )
 

@@ -82,7 +82,7 @@ from modeling_trips import (
 )
 from modeling_trips.inspection.checkpoints import check_head, load_checkpoint, load_processor
 from modeling_trips.inspection.files import whole_file
-from trips_examples.data.collection import FolderShard, Shard, find_images, kept_rows, rows_of, version_of
+from trips_examples.data.collection import FolderShard, Shard, find_images, kept_rows, rows_of, version_of_model
 from trips_examples.data.images import decode_untrusted_image, path_or_bytes
 from trips_examples.data.loading import RowReader, stamp_of
 from trips_examples.data.records import parsed_record, read_records
@@ -252,20 +252,23 @@ def table_of(
     model: TripsPreTrainedModel,
     processor: TripsProcessor,
     args: PredictArguments,
+    made_by: tuple,
     bar: tqdm,
 ) -> Dataset:
-    """Return the rows of a shard. Those of some photos at a time are kept."""
+    """Return the rows of a shard. Those of some photos at a time are kept, under the version `made_by`."""
     head = HEADS[type(model)]
     features = {"image": TEXT, head.text: TEXT, **head.columns, "error": TEXT}
-    version = (version_of(args.model, shard), texts, args.threshold, args.image_column)
+    shard_files = [] if isinstance(shard, FolderShard) else [shard.name]
     items = items_of(shard, args.image_column, getattr(model, "num_images", 1))
     parts = []
     for part in map(tuple, chunk_iterable(items, PHOTOS_PER_PART)):
         paths = [image for item in part for image in item.images if isinstance(image, str)]
+        stamps = [stamp_of(path) for path in shard_files + paths]
+        names = [(item.name, item.error) for item in part]
         rows = kept_rows(
             rows_of_part,
             Features(features),
-            version=(*version, [(item.name, item.error) for item in part], [stamp_of(path) for path in paths]),
+            version=(made_by, names, stamps),
             items=part,
             batch_size=args.batch_size,
             texts=tuple(texts),
@@ -317,10 +320,11 @@ def main(argv: list[str] | None = None):
     total = None  # the rows of files and archives are not known
     if len(folders) == len(own_shards):
         total = sum(len(folder.paths) for folder in folders)
+    made_by = (version_of_model(args.model), texts, args.threshold, args.image_column)
     own_tables = []
     with tqdm(desc="Photos", unit=" photos", total=total, disable=not state.is_main_process) as bar:
         for number, shard in own_shards:
-            table = table_of(shard, texts, model, processor, args, bar)
+            table = table_of(shard, texts, model, processor, args, made_by, bar)
             if len(table):
                 own_tables.append((number, table))
     tables = dict(gather_object(own_tables))

@@ -57,8 +57,9 @@ from modeling_trips import TripsForPreTraining, TripsForRetrieval
 from modeling_trips.inspection import draw_kept_patches
 from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint, load_processor
 from modeling_trips.inspection.files import whole_file
-from trips_examples.data.collection import Shard, find_images, kept_rows, rows_of, version_of
+from trips_examples.data.collection import FolderShard, Shard, find_images, kept_rows, rows_of, version_of_model
 from trips_examples.data.images import DecodedImages, column_of, decode_untrusted_image, path_or_bytes
+from trips_examples.data.loading import stamp_of
 from trips_examples.data.printing import visible
 from trips_examples.data.tasks import BadRowError
 from trips_examples.metrics.retrieval import RetrievalEvaluator
@@ -100,9 +101,11 @@ def decoded(row: dict, patch_size: int = 1) -> PIL.Image.Image:
 def load_images(args: SearchArguments, evaluator: RetrievalEvaluator) -> Dataset:
     """Return the images with their features, and print those that cannot be used."""
     datasets.disable_progress_bars()
+    model_version = version_of_model(args.model)
     parts = []
     for shard in tqdm(find_images(args.images), desc="Images"):
-        version = version_of(args.model, shard)
+        files = shard.paths if isinstance(shard, FolderShard) else [shard.name]
+        version = (model_version, shard, [stamp_of(file) for file in files])
         parts.append(kept_rows(rows_with_vectors, FEATURES, version, shard=shard, evaluator=evaluator))
     table = concatenate_datasets(parts)
     usable = []

@@ -117,11 +117,9 @@ def rows_of(shard: Shard, image_column: str | None = None) -> Iterator[dict]:
         yield {"source": source, "image": image, "error": error}
 
 
-def version_of(model: str, shard: Shard) -> tuple:
-    """Return what tells results of a model on a shard from those of other versions of their files."""
-    model_files = [stamp_of(path) for path in sorted(local_folder(model).iterdir())]
-    files = shard.paths if isinstance(shard, FolderShard) else [shard.name]
-    return model_files, shard, [stamp_of(file) for file in files]
+def version_of_model(model: str) -> list[str]:
+    """Return the stamps of the files of a model."""
+    return [stamp_of(path) for path in sorted(local_folder(model).iterdir())]
 
 
 def kept_rows(make_rows: Callable[..., Iterator[dict]], features: Features, version: tuple, **given) -> Dataset:

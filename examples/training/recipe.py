@@ -1,6 +1,7 @@
 """
 What a run on own data does where no option says otherwise: the best known values, see docs/pictures.md. They are
-defaults, so that every option on the command line wins.
+defaults, so that every option on the command line wins. Where an image has many texts, `settle_schedule` takes the
+cheaper `MANY_TEXTS` in place of `FEW`.
 """
 
 from pathlib import Path
@@ -41,8 +42,8 @@ TRAINING = {  # of a model from towers, of a TRIPS checkpoint
     "bf16": (None, None),  # where the device computes in it: less than half the time, equal losses
 }
 
-# First steps that run unpruned, 750 of 1,250 in a new model, and the last of these, which teach the scores which
-# patches the answers need. A trained model that gets a schedule has learnt to answer.
+# The share of the steps that run unpruned first, 750 of 1,250 in a new model, and the share of these, the last, that
+# teach the scores which patches the answers need. A trained model that gets a schedule has learnt to answer.
 NEW_PHASES: dict[str, Any] = {"unpruned_share": 0.6, "relevance_share": 0.25}
 START_PHASES: dict[str, Any] = {"unpruned_share": 0.125, "relevance_share": 1.0}
 

@@ -68,7 +68,7 @@ class TripsTrainingArguments(TrainingOptions, RunArguments, Seq2SeqTrainingArgum
         if self.eval_steps is None and self.logging_steps < 1:
             self.eval_steps = self.save_steps  # evaluations are slower than logging
         if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = True  # such as those by which a text scores, where none does
+            self.ddp_find_unused_parameters = True  # no text scores in an unpruned step, for one
         super().__post_init__()
 
 

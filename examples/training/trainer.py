@@ -239,7 +239,9 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         args = self.args
-        if args.lr_scheduler_type == "warmup_stable_decay":  # it decays behind the unpruned steps
+        if (
+            args.lr_scheduler_type == "warmup_stable_decay"
+        ):  # it decays behind the unpruned steps, and there in an unpruned baseline
             num_unpruned_steps = round(args.unpruned_share * num_training_steps)
             num_warmup_steps = args.get_warmup_steps(num_training_steps)
             num_decay_steps = num_training_steps - max(num_unpruned_steps, num_warmup_steps)

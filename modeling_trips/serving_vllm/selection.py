@@ -31,8 +31,8 @@ QUESTION = "{}_question_ids"
 CHOICE = "{}_choice_and_sizes"
 QUESTIONS = QUESTION.format("all")  # an option of the processor
 SIZES = "tile_sizes"
-# In the configuration, the ids of tokens that stand for images and videos in a prompt before it is processed.
-PLACEHOLDERS = ("image_token_id", "video_token_id", "boi_token_index")  # the last one of Gemma 3
+# Of some configurations: further ids of tokens that stand for images and videos in a prompt before it is processed.
+PLACEHOLDERS = ("video_token_id", "boi_token_index")  # the last one of Gemma 3
 OPTIONS = {QUESTIONS, "patch_selection", *REQUEST_KEYS}  # of the image's processor, which do not reach Transformers
 # Processors run in the process that serves /metrics. vLLM removes foreign counters whose names begin with its own.
 VISUAL_TOKENS = Counter("trips_visual_tokens", "Visual tokens of the images and videos in prompts.", ["state"])
@@ -70,7 +70,7 @@ class SelectionProcessor(BaseMultiModalProcessor):
         options = {**inputs.hf_processor_mm_kwargs, "patch_selection": str(settings)}
         if settings.reads_prompt:
             config = self.info.get_hf_config()
-            visual_ids = [getattr(config, name, -1) for name in PLACEHOLDERS]
+            visual_ids = [config.image_token_id, *(getattr(config, name, -1) for name in PLACEHOLDERS)]
             options[QUESTIONS] = find_question(inputs.prompt, visual_ids, special_token_ids(config))
         return super().apply(replace(inputs, hf_processor_mm_kwargs=options), *args, **kwargs)
 

@@ -39,7 +39,7 @@ NUMBERS = ("visual_tokens", "keep_rate")
 REQUEST_KEYS = (*NUMBERS, "visual_scorer")
 # Scorers whose choice depends on the image and the question alone, so that vLLM may cache it.
 SCORERS = ("divprune", "prompt", "cdpruner", "pooling", "vispruner")
-MOST_TOKENS = 1_000_000  # of an image: more than any prompt has, and exact in every float
+MOST_TOKENS = 1_000_000  # of an image: more than any prompt has, and exact in float64
 NUM_CHOICES = 3  # of a request: the number, the rate, and the scorer's place in `SCORERS`
 
 

@@ -74,16 +74,9 @@ def open_image(file: str | os.PathLike | BinaryIO) -> Image.Image:
     try:
         return Image.open(file, formats=formats)
     except Image.UnidentifiedImageError as error:
-        if isinstance(file, (str, os.PathLike)):
-            with open(file, "rb") as opened:
-                start = opened.read(12)
-        else:
-            file.seek(0)
-            start = file.read(12)
-        if start[4:8] == b"ftyp" and not READS_HEIC:
-            message = "HEIC photos need a package: `pip install pillow-heif`."
-        else:
-            message = f"The file is not a whole image of one of the formats {', '.join(FORMATS)}."
+        message = f"The file is not a whole image of one of the formats {', '.join(formats)}."
+        if not READS_HEIC:
+            message += " HEIC photos need a package: `pip install pillow-heif`."
         raise ImageError("format", message) from error
 
 

@@ -27,7 +27,11 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPooling, Seq2SeqLMOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithCrossAttentions,
+    BaseModelOutputWithPooling,
+    Seq2SeqLMOutput,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
 
@@ -88,7 +92,7 @@ def mean_over_items(
 
 @auto_docstring(custom_intro="Output of [`TripsModel`].")
 @dataclass
-class TripsModelOutput(ModelOutput):
+class TripsModelOutput(BaseModelOutputWithCrossAttentions):
     r"""
     last_hidden_state (`torch.FloatTensor` of shape `(num_texts, text_length, hidden_size)`):
         The fused states: the text tokens after attention to the image tokens.
@@ -110,11 +114,7 @@ class TripsModelOutput(ModelOutput):
         Output of the vision tower: the remaining image tokens.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
     selection: tuple[TripsSelection, ...] | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
     selection_losses: torch.FloatTensor | None = None
     relevance_losses: torch.FloatTensor | None = None
     relevance_values: tuple[torch.FloatTensor, ...] | None = None
@@ -162,7 +162,6 @@ class TripsModel(TripsPreTrainedModel):
         self,
         text_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        text_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_index: torch.LongTensor | None = None,
         image_cache: TripsImageCache | None = None,
@@ -177,9 +176,8 @@ class TripsModel(TripsPreTrainedModel):
 
         Args:
             text_states (`torch.Tensor` of shape `(num_pairs, text_length, hidden_size)`): The `last_hidden_state` of
-                `text_model`. Repeat a text that has several images. The other arguments are those of `forward`.
-            text_embeds (`torch.Tensor` of shape `(num_pairs, hidden_size)`, *optional*): The text guidance t. By
-                default it is pooled from `text_states`.
+                `text_model`, from which the text guidance t is pooled. Repeat a text that has several images. The
+                other arguments are those of `forward`.
 
         Raises:
             ValueError: The layers only score, in a single stream.
@@ -204,11 +202,9 @@ class TripsModel(TripsPreTrainedModel):
             fused = vision
             fused_states = vision.text_states
         else:
-            if text_embeds is None:
-                text_embeds = self.text_model.pooled(text_states, attention_mask)
             vision = self.vision_model(
                 pixel_values=pixel_values,
-                text_embeds=text_embeds,
+                text_embeds=self.text_model.pooled(text_states, attention_mask),
                 image_index=image_index,
                 image_cache=image_cache,
                 schedule=schedule,
@@ -358,7 +354,6 @@ class TripsModel(TripsPreTrainedModel):
         outputs = self.fuse(
             text_states=text_output.last_hidden_state,
             attention_mask=attention_mask,
-            text_embeds=text_output.pooler_output,
             pixel_values=pixel_values,
             image_index=image_index,
             image_cache=image_cache,

@@ -19,8 +19,9 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.loss.loss_utils import fixed_cross_entropy
+from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 
 from .configuration_trips import SelectionSchedule, TripsConfig
 from .modeling_trips import TripsModel, mean_over_items, weighted_sum
@@ -30,7 +31,7 @@ from .modeling_trips_vision import SHARED_ARGS, TripsImageCache, TripsPreTrained
 
 @auto_docstring(custom_intro="Output of [`TripsForImagesAndTextClassification`].")
 @dataclass
-class TripsForImagesAndTextClassificationOutput(ModelOutput):
+class TripsForImagesAndTextClassificationOutput(SequenceClassifierOutput):
     r"""
     loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
         Cross-entropy of the labels, per text, plus `config.selection_loss_weight * selection_loss`. NaN, as of
@@ -46,13 +47,9 @@ class TripsForImagesAndTextClassificationOutput(ModelOutput):
         `hidden_states`, `attentions` and `cross_attentions` of the fusion encoder.
     """
 
-    loss: torch.FloatTensor | None = None
     selection_loss: torch.FloatTensor | None = None
     relevance_values: tuple[torch.FloatTensor, ...] | None = None
-    logits: torch.FloatTensor | None = None
     selection: tuple[TripsSelection, ...] | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
     cross_attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
@@ -102,7 +99,6 @@ class TripsForImagesAndTextClassification(TripsPreTrainedModel):
 
     def __init__(self, config: TripsConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
         self.num_images = config.num_images
         self.model = TripsModel(config)
         self.classifier = TripsImagesAndTextClassificationHead(config, self.num_images)
@@ -146,7 +142,7 @@ class TripsForImagesAndTextClassification(TripsPreTrainedModel):
             **kwargs,
         )
         num_texts = text_output.last_hidden_state.shape[0]
-        pixel_values, image_index = _flatten_images(pixel_values, image_cache, image_index, num_texts, self.num_images)
+        pixel_values, image_index = _flatten_images(pixel_values, image_index, num_texts, self.num_images)
 
         # From here on, row `i * num_images + j` is text i with its image j.
         text_states = text_output.last_hidden_state.repeat_interleave(self.num_images, dim=0)
@@ -207,7 +203,6 @@ class TripsForImagesAndTextClassification(TripsPreTrainedModel):
 
 def _flatten_images(
     pixel_values: torch.Tensor | None,
-    image_cache: TripsImageCache | None,
     image_index: torch.LongTensor | None,
     num_texts: int,
     num_images: int,
@@ -227,14 +222,8 @@ def _flatten_images(
                 f"`image_index` must have shape ({num_texts}, {num_images}), the images of each text, got "
                 f"{tuple(image_index.shape)}."
             )
-        return pixel_values, image_index.flatten()
-    images = pixel_values if image_cache is None else image_cache.hidden_states
-    if images is not None and images.shape[0] != num_texts * num_images:
-        raise ValueError(
-            f"Got {images.shape[0]} images for {num_texts} texts with {num_images} images each (`config.num_images`). "
-            "Pass all images, or `image_index` with the images of each text."
-        )
-    return pixel_values, None
+        image_index = image_index.flatten()
+    return pixel_values, image_index
 
 
 TripsForImagesAndTextClassification.register_for_auto_class("AutoModelForSequenceClassification")

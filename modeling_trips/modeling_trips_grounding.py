@@ -366,8 +366,7 @@ def mean_over_boxes(
     """Return [`mean_over_items`] of the losses, `(num_texts,)`, with four items per box."""
     if losses is None:
         return None
-    num_boxes = None if num_items_in_batch is None else num_items_in_batch / 4
-    return mean_over_items(losses, torch.ones_like(losses), num_boxes)
+    return mean_over_items(losses, torch.full_like(losses, 4), num_items_in_batch)
 
 
 TripsForVisualGrounding.register_for_auto_class("AutoModelForZeroShotObjectDetection")

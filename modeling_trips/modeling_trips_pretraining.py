@@ -31,7 +31,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, 
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_trips import SelectionSchedule, TripsConfig
-from .modeling_trips import TripsModel, TripsWritingModel, label_loss, weighted_sum
+from .modeling_trips import TripsModel, TripsModelOutput, TripsWritingModel, label_loss, weighted_sum
 from .modeling_trips_text import TripsLMHead, class_states
 from .modeling_trips_vision import (
     SHARED_ARGS,
@@ -415,28 +415,14 @@ class TripsRetrievalOutput(ModelOutput):
 
 @auto_docstring(custom_intro="Output of [`TripsForRetrieval.match`].")
 @dataclass
-class TripsMatchingOutput(ModelOutput):
+class TripsMatchingOutput(TripsModelOutput):
     r"""
     itm_logits (`torch.FloatTensor` of shape `(num_pairs, 2)`):
-        Scores of the pairs. `itm_logits.softmax(-1)[:, 1]` is the probability of a match.
-    selection (`tuple(TripsSelection)`):
-        Kept patches of each pair's image, one entry per selection layer.
-    selection_losses (`torch.FloatTensor` of shape `(num_pairs,)`, *optional*):
-        As in [`TripsModelOutput`].
-    relevance_losses (`torch.FloatTensor` of shape `(num_pairs,)`, *optional*):
-        As in [`TripsModelOutput`].
-    relevance_values (`tuple(torch.FloatTensor)`, *optional*):
-        As in [`TripsModelOutput`].
+        Scores of the pairs. `itm_logits.softmax(-1)[:, 1]` is the probability of a match. The other fields are those
+        of [`TripsModelOutput`], one row per pair.
     """
 
     itm_logits: torch.FloatTensor | None = None
-    selection: tuple[TripsSelection, ...] | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
-    selection_losses: torch.FloatTensor | None = None
-    relevance_losses: torch.FloatTensor | None = None
-    relevance_values: tuple[torch.FloatTensor, ...] | None = None
 
 
 MATCHING_ARGS = r"""
@@ -582,16 +568,7 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
             **kwargs,
         )
         class_state = class_states(fused.last_hidden_state, attention_mask)  # (num_pairs, hidden_size)
-        return TripsMatchingOutput(
-            itm_logits=self.itm_head(class_state),
-            selection=fused.selection,
-            hidden_states=fused.hidden_states,
-            attentions=fused.attentions,
-            cross_attentions=fused.cross_attentions,
-            selection_losses=fused.selection_losses,
-            relevance_losses=fused.relevance_losses,
-            relevance_values=fused.relevance_values,
-        )
+        return TripsMatchingOutput(**fused, itm_logits=self.itm_head(class_state))
 
     def compare(self, text_outputs, image_outputs) -> TripsRetrievalOutput:
         """Return the similarities of all images and texts."""
@@ -625,8 +602,11 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         have the schedule and the keep rate.
         """
         config = self.config
-        num_images = image_cache.hidden_states.shape[0]
-        image_index, image_ids = check_captions(text_outputs.last_hidden_state, num_images, image_index, image_ids)
+        text_states = text_outputs.last_hidden_state
+        num_texts = len(text_states)
+        num_images = len(image_cache.hidden_states)
+        image_index, image_ids = check_captions(text_states, num_images, image_index, image_ids)
+        pair_ids = image_ids[image_index]  # (num_texts,)
         outputs = TripsRetrievalOutput(text_embeds=text_outputs.pooler_output, text_model_output=text_outputs)
         # CODEPATH: a weight of 0 leaves out contrast and its compute.
         if config.itc_weight > 0:
@@ -637,21 +617,38 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
                 text_embeds=outputs.text_embeds,
                 temperature=self.temp(),
                 image_ids=image_ids,
-                text_image_ids=image_ids[image_index],
+                text_image_ids=pair_ids,
                 teacher=teacher,
                 teacher_weight=teacher_weight,
             )
         # CODEPATH: a weight of 0 leaves out matching, the supervision of its pairs, and their compute.
         if config.itm_weight > 0:
-            outputs = self.add_matching(
-                outputs,
-                image_cache,
+            pair_logits = torch.zeros(num_texts, num_texts, device=pair_ids.device)
+            if outputs.logits_per_text is not None:
+                pair_logits = outputs.logits_per_text[:, image_index]
+            pairs = matching_pairs(pair_logits, pair_ids)
+            if regions is not None:
+                # The negative pairs, which come last, have no supervision: their regions have no area.
+                num_negatives = len(pairs.labels) - len(regions)
+                regions = nn.functional.pad(regions, (0, 0, 0, num_negatives))  # (num_pairs, 4)
+            matched = self.match(
                 attention_mask=attention_mask,
-                image_index=image_index,
-                image_ids=image_ids,
+                image_index=image_index[pairs.image_index],
+                image_cache=image_cache,
+                text_states=text_states,
+                text_index=pairs.text_index,
                 regions=regions,
                 **kwargs,
             )
+            outputs.itm_logits = matched.itm_logits
+            outputs.itm_loss = matching_loss(matched.itm_logits, pairs.labels, pairs.weights)
+            if matched.relevance_losses is not None:  # 0, but for their gradient
+                outputs.itm_loss = outputs.itm_loss + mean_over_pairs(matched.relevance_losses, pairs.weights)
+            if matched.selection_losses is not None:
+                outputs.selection_loss = matched.selection_losses.sum() / mean_count(pairs.labels.sum())
+            true_pairs = torch.arange(num_texts, device=pair_ids.device)
+            outputs.selection = tuple(layer.rows(true_pairs) for layer in matched.selection)
+            outputs.relevance_values = matched.relevance_values
         loss = weighted_sum(
             [
                 (config.itc_weight, outputs.itc_loss),
@@ -660,54 +657,6 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
             ]
         )
         return replace(outputs, loss=loss)
-
-    def add_matching(
-        self,
-        outputs: TripsRetrievalOutput,
-        image_cache: TripsImageCache,
-        attention_mask: torch.Tensor | None,
-        image_index: torch.LongTensor,
-        image_ids: torch.LongTensor,
-        regions: torch.Tensor | None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> TripsRetrievalOutput:
-        """Return `outputs` with the matching loss, its logits, and the supervised selection of the true pairs."""
-        pair_ids = image_ids[image_index]
-        num_texts = len(pair_ids)
-        if outputs.logits_per_text is None:
-            pair_logits = torch.zeros(num_texts, num_texts, device=pair_ids.device)
-        else:
-            pair_logits = outputs.logits_per_text[:, image_index]  # (num_texts, num_texts)
-        pairs = matching_pairs(pair_logits, pair_ids)
-        if regions is not None:
-            # The negative pairs, which come last, have no supervision: their regions have no area.
-            num_negatives = len(pairs.labels) - len(regions)
-            regions = nn.functional.pad(regions, (0, 0, 0, num_negatives))  # (num_pairs, 4)
-        matched = self.match(
-            attention_mask=attention_mask,
-            image_index=image_index[pairs.image_index],
-            image_cache=image_cache,
-            text_states=outputs.text_model_output.last_hidden_state,
-            text_index=pairs.text_index,
-            regions=regions,
-            **kwargs,
-        )
-        true_pairs = torch.arange(num_texts, device=pair_ids.device)
-        itm_loss = matching_loss(matched.itm_logits, pairs.labels, pairs.weights)
-        if matched.relevance_losses is not None:
-            itm_loss = itm_loss + mean_over_pairs(matched.relevance_losses, pairs.weights)  # 0, but for its gradient
-        selection_loss = None
-        if matched.selection_losses is not None:
-            num_true_pairs = pairs.labels.sum()
-            selection_loss = matched.selection_losses.sum() / mean_count(num_true_pairs)
-        return replace(
-            outputs,
-            itm_loss=itm_loss,
-            itm_logits=matched.itm_logits,
-            selection=tuple(layer.rows(true_pairs) for layer in matched.selection),
-            selection_loss=selection_loss,
-            relevance_values=matched.relevance_values,
-        )
 
 
 @auto_docstring(
@@ -959,27 +908,12 @@ class TripsForPreTraining(TripsContrastiveModel, TripsWritingModel):
             **replace(outputs, loss=loss), mlm_loss=mlm_loss, prefix_lm_loss=prefix_lm_loss, mlm_logits=mlm_logits
         )
 
-    def masked_token_logits(
-        self,
-        mlm_input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        image_index: torch.LongTensor | None = None,
-        image_cache: TripsImageCache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
+    def masked_token_logits(self, mlm_input_ids: torch.LongTensor, **kwargs) -> torch.Tensor:
         """
-        Return the scores of the masked texts' tokens, `(num_texts, text_length, vocab_size)`. Arguments as in
-        `forward`; `image_cache` is the result of `model.encode_images`.
+        Return the scores of the masked texts' tokens, `(num_texts, text_length, vocab_size)`. The other arguments are
+        those of [`TripsModel`].
         """
-        fused = self.model(
-            input_ids=mlm_input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            image_index=image_index,
-            image_cache=image_cache,
-            **kwargs,
-        )
+        fused = self.model(input_ids=mlm_input_ids, **kwargs)
         return self.mlm_score(fused.last_hidden_state)
 
 

@@ -39,15 +39,14 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_trips import TripsDecoderConfig, TripsFusionConfig, TripsTextConfig
 from .modeling_trips_vision import (
+    TripsAttention,
     TripsPreTrainedModel,
-    attend_as_configured,
     bidirectional_mask,
+    class_states,
     first_positions,
     joint_padding_mask,
     select_rows,
-    split_heads,
 )
-from .patch_selection import gather_tokens
 
 
 # Name of the keys and values in `generate` and in outputs: "cache" since Transformers 5.24.
@@ -56,14 +55,6 @@ CACHE_NAME = "cache" if "cache" in Seq2SeqLMOutput.__dataclass_fields__ else "pa
 accept_former_cache_name = deprecate_kwarg(
     "past_key_values", version="5.40.0" if CACHE_NAME == "cache" else "5.20.0", new_name="cache"
 )
-
-
-def class_states(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Return the state of each text's [CLS]: `(num_texts, text_length, hidden_size)` -> `(num_texts, hidden_size)`."""
-    if attention_mask is None:
-        return hidden_states[:, 0]
-    positions = first_positions(attention_mask).to(hidden_states.device)
-    return gather_tokens(hidden_states, positions[:, None])[:, 0]
 
 
 def check_text_length(length: int, max_length: int):
@@ -119,28 +110,24 @@ class TripsTextEmbeddings(nn.Module):
         return self.dropout(embeddings)
 
 
-class TripsTextSelfAttention(nn.Module):
+class TripsTextSelfAttention(TripsAttention):
     """BERT's attention over the text itself, causal in the decoder."""
 
     is_cross_attention = False
 
     def __init__(self, config: TripsTextConfig, layer_idx: int, source_size: int | None = None):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.layer_idx = layer_idx
         source_size = source_size or config.hidden_size  # of the states that give keys and values
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.scaling = self.head_dim**-0.5
         self.is_causal = config.is_decoder
 
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
         self.key = nn.Linear(source_size, config.hidden_size)
         self.value = nn.Linear(source_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
     def key_value(self, hidden_states: torch.Tensor, cache: Cache | None) -> tuple[torch.Tensor, torch.Tensor]:
-        key = split_heads(self.key(hidden_states), self.head_dim)
-        value = split_heads(self.value(hidden_states), self.head_dim)
+        key = self.split_heads(self.key(hidden_states))
+        value = self.split_heads(self.value(hidden_states))
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
         if cache is not None:
@@ -157,7 +144,7 @@ class TripsTextSelfAttention(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`source_states` give keys and values, to row i those of `source_index[i]`, by default i."""
-        query = split_heads(self.query(hidden_states), self.head_dim)
+        query = self.split_heads(self.query(hidden_states))
         key, value = self.key_value(source_states, cache)
         key = select_rows(key, source_index)  # (batch_size, num_heads, num_keys, head_dim)
         value = select_rows(value, source_index)
@@ -166,18 +153,7 @@ class TripsTextSelfAttention(nn.Module):
         if self.is_cross_attention and isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
             attention_mask = attention_mask[:, None, None].bool()  # (batch_size, 1, 1, key_length)
             implementation = "sdpa"
-        attn_output, attn_weights = attend_as_configured(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.dropout.p,
-            implementation=implementation,
-            **kwargs,
-        )
-        attn_output = attn_output.reshape(hidden_states.shape).contiguous()
-        return attn_output, attn_weights
+        return self.attend(query, key, value, attention_mask, implementation=implementation, **kwargs)
 
 
 class TripsTextCrossAttention(TripsTextSelfAttention):

@@ -41,6 +41,7 @@ from .configuration_trips import LayerSelection, SelectionSchedule, TripsConfig,
 from .patch_selection import (
     FUSED_TOKEN,
     choose_tokens,
+    gather_tokens,
     keep_topk,
     random_scores,
     score_tokens,
@@ -109,7 +110,7 @@ class TripsPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        return True  # by `attend_as_configured`; the library searches only the module of a class
+        return True  # by `TripsAttention`; the library searches only the module of a class
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs):
         """
@@ -177,34 +178,47 @@ def eager_attention_forward(
     return attn_output, attn_weights
 
 
-def attend_as_configured(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: Any,
-    dropout: float,
-    implementation: str | None = None,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Call an attention implementation, by default the configured one, which needs masks in a form of its own."""
-    implementation = implementation or module.config._attn_implementation
-    attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-    return attention(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        dropout=dropout if module.training else 0.0,
-        scaling=module.scaling,
-        **kwargs,
-    )
+class TripsAttention(nn.Module):
+    """Multi-head attention by the configured implementation: what attention has in common for images and texts."""
 
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.is_causal = False
 
-def split_heads(states: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """`(batch_size, seq_length, hidden_size)` -> `(batch_size, num_heads, seq_length, head_dim)`."""
-    return states.view(*states.shape[:-1], -1, head_dim).transpose(1, 2)
+    def split_heads(self, states: torch.Tensor) -> torch.Tensor:
+        """`(batch_size, seq_length, hidden_size)` -> `(batch_size, num_heads, seq_length, head_dim)`."""
+        return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        implementation: str | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Return the output, `(batch_size, query_length, hidden_size)`, and the weights, if the implementation has them.
+        The implementation is by default the configured one, which needs masks in a form of its own.
+        """
+        implementation = implementation or self.config._attn_implementation
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        attn_output, attn_weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return attn_output.flatten(2).contiguous(), attn_weights
 
 
 def bidirectional_mask(config: PreTrainedConfig, attention_mask: torch.Tensor | None, **kwargs):
@@ -229,6 +243,14 @@ def first_positions(attention_mask: torch.Tensor) -> torch.LongTensor:
     return attention_mask.long().argmax(dim=-1)
 
 
+def class_states(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Return the state of each text's [CLS]: `(num_texts, text_length, hidden_size)` -> `(num_texts, hidden_size)`."""
+    if attention_mask is None:
+        return hidden_states[:, 0]
+    positions = first_positions(attention_mask).to(hidden_states.device)
+    return gather_tokens(hidden_states, positions[:, None])[:, 0]
+
+
 # Checks of inputs
 
 
@@ -246,8 +268,7 @@ def check_counts(num_texts: int, num_images: int, image_index: torch.LongTensor 
 
 def check_image_source(pixel_values: torch.Tensor | None, image_cache: object | None):
     if (pixel_values is None) == (image_cache is None):
-        found = "neither" if image_cache is None else "both"
-        raise ValueError(f"Specify exactly one of `pixel_values` and `image_cache`, got {found}.")
+        raise ValueError("Specify exactly one of `pixel_values` and `image_cache`.")
 
 
 def resolve_schedule(
@@ -344,17 +365,11 @@ class TripsPatchEmbeddings(nn.Module):
         return patches.flatten(2).transpose(1, 2)
 
 
-class TripsVisionAttention(nn.Module):
+class TripsVisionAttention(TripsAttention):
     """Self-attention of the ViT. It also returns the queries and keys, for patch selection."""
 
     def __init__(self, config: TripsVisionConfig):
-        super().__init__()
-        self.config = config
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.scaling = self.head_dim**-0.5
-        self.attention_dropout = config.attention_probs_dropout_prob
-        self.is_causal = False
-
+        super().__init__(config)
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
@@ -366,13 +381,11 @@ class TripsVisionAttention(nn.Module):
         attention_mask: Any = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        query = split_heads(self.q_proj(hidden_states), self.head_dim)
-        key = split_heads(self.k_proj(hidden_states), self.head_dim)
-        value = split_heads(self.v_proj(hidden_states), self.head_dim)
-        attn_output, attn_weights = attend_as_configured(
-            self, query, key, value, attention_mask, dropout=self.attention_dropout, **kwargs
-        )
-        attn_output = self.o_proj(attn_output.reshape(hidden_states.shape).contiguous())
+        query = self.split_heads(self.q_proj(hidden_states))
+        key = self.split_heads(self.k_proj(hidden_states))
+        value = self.split_heads(self.v_proj(hidden_states))
+        attn_output, attn_weights = self.attend(query, key, value, attention_mask, **kwargs)
+        attn_output = self.o_proj(attn_output)
         return attn_output, attn_weights, query, key
 
 
@@ -498,13 +511,10 @@ class TripsVisionLayer(GradientCheckpointingLayer):
             return query[:, :, texts.length]  # the image's [CLS]
         if texts.embeds is not None:
             text_query = self.attention.q_proj(texts.embeds)
-            return text_query.unflatten(-1, (-1, self.attention.head_dim))
-        # The first token is the text's [CLS] in a single stream, or the image's, which guides where no text is given.
-        if texts.attention_mask is None:
-            return query[:, :, 0]
-        first = first_positions(texts.attention_mask).to(query.device)
-        rows = torch.arange(len(first), device=query.device)
-        return query[rows, :, first]
+        else:
+            # The first token is the text's [CLS] in a single stream, or the image's, if no text is given.
+            text_query = class_states(query.transpose(1, 2).flatten(2), texts.attention_mask)
+        return text_query.unflatten(-1, (-1, self.attention.head_dim))
 
 
 @auto_docstring(custom_intro="What one selection layer kept.")
@@ -570,10 +580,6 @@ class TripsImageCache:
         """Return a cache with the result of `function` in place of each tensor."""
         tensors = {name: function(value) for name, value in self.tensors.items()}
         return replace(self, **tensors, selection=tuple(layer.map(function) for layer in self.selection))
-
-    def to(self, device: torch.device | str, **kwargs) -> "TripsImageCache":
-        """Move the tensors to a device. `kwargs` are those of `torch.Tensor.to`."""
-        return self.map(lambda value: value.to(device, **kwargs))
 
     def __getitem__(self, rows: slice | torch.LongTensor) -> "TripsImageCache":
         return self.map(lambda value: value[rows])
@@ -820,10 +826,10 @@ class TripsVisionModel(TripsPreTrainedModel):
             check_counts(text_embeds.shape[0], image_cache.hidden_states.shape[0], image_index)
         # CODEPATH: a text takes part only where it guides or scores a layer.
         is_guided = text_embeds is not None and schedule.first_text_layer is not None
-        if is_guided and self.selection_projection is not None:
-            text_embeds = self.selection_projection(text_embeds)
         texts = GuidingTexts()
         if is_guided:
+            if self.selection_projection is not None:
+                text_embeds = self.selection_projection(text_embeds)
             texts = GuidingTexts(embeds=text_embeds, image_index=image_index)
         tokens = self.run_layers(image_cache, schedule, texts=texts, **kwargs)
         has_own_rows = is_guided and not schedule.scores_only

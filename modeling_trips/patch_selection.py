@@ -115,12 +115,7 @@ def choose_tokens(scores: torch.Tensor, keep_rate: float) -> torch.Tensor:
     Return the positions of the kept candidates, in ascending order: `(batch_size, num_candidates)` -> `(batch_size,
     num_kept)`. `keep_rate`, in (0, 1], is their share.
     """
-    num_candidates = scores.shape[1]
-    num_kept = num_kept_tokens(num_candidates, keep_rate)
-    if num_kept == num_candidates:
-        positions = torch.arange(num_candidates, device=scores.device)
-        return positions.expand(scores.shape)
-    return keep_topk(scores, num_kept)
+    return keep_topk(scores, num_kept_tokens(scores.shape[1], keep_rate))
 
 
 def shorten_tokens(tokens: torch.Tensor, scores: torch.Tensor, kept: torch.Tensor, fuse: bool = True) -> torch.Tensor:

@@ -56,7 +56,7 @@ def best_answers(pairs: list[tuple[str, float]]) -> list[dict]:
 
 
 class TripsPipeline(Pipeline):
-    """Base of the pipelines. An item is an image with one or more texts; each image is processed once."""
+    """Base of the pipelines, whose processor takes images and texts."""
 
     _load_processor = True
     _load_tokenizer = False
@@ -67,11 +67,19 @@ class TripsPipeline(Pipeline):
 
     def __init__(self, *args, task: str = "", **kwargs):
         super().__init__(*args, task=task or self.default_task, **kwargs)
+        self.check_model_type()
+
+    def check_model_type(self, supported_models=()):
+        """Raise a `ValueError` for a model of another library, whatever models Transformers supports."""
         model_type = self.model.config.model_type
         if model_type != "trips":
             raise ValueError(
-                f"The pipeline {self.task!r} takes TRIPS models, not a {model_type}: try `image-text-to-text`."
+                f"The pipeline {self.task!r} takes TRIPS models, got a {model_type}. Use a pipeline of Transformers."
             )
+
+
+class TripsWritingPipeline(TripsPipeline):
+    """Base of the pipelines that write. An item is an image with one or more texts; each image is processed once."""
 
     def __call__(self, inputs, **kwargs):
         """Run the pipeline. Unlike in Transformers, inputs may be empty or come from the library `datasets`."""
@@ -83,11 +91,11 @@ class TripsPipeline(Pipeline):
     def make_item(
         self, image, texts: str | list[str], timeout: float | None = None, truncation: bool | str = False
     ) -> dict:
-        if isinstance(image, str) and image.startswith(("http://", "https://")):
+        if isinstance(image, str):
             try:
                 image = read_image(image, timeout)
             except Exception as error:  # the network and Pillow raise many types
-                raise ValueError(f"The image {image} cannot be used: {error}") from error
+                raise ValueError(f"The image {image:.200} cannot be used: {error}") from error
         is_single = isinstance(texts, str)
         return {
             "image": image,
@@ -142,11 +150,8 @@ class TripsPipeline(Pipeline):
         )
         return next(results)
 
-    def postprocess(self, outputs: list[dict], **parameters) -> list[dict]:
-        return outputs
 
-
-class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
+class TripsVisualQuestionAnsweringPipeline(TripsWritingPipeline):
     """
     Pipeline that answers questions about images, under the task name `"visual-question-answering"`.
 
@@ -301,9 +306,19 @@ class TripsVisualQuestionAnsweringPipeline(TripsPipeline):
         return {"outputs": ranked, "selection": ranking.selection}
 
 
-class TripsImageToTextPipeline(TripsPipeline):
+class TripsImageToTextPipeline(TripsWritingPipeline):
     """
     Pipeline that generates captions, under the task name `"image-to-text"`.
+
+    Args of a call:
+        inputs: An image (PIL image, path or URL), or a list, dataset or generator of them.
+        prompt (`str`, *optional*): Beginning of the caption. It also selects the patches.
+        batch_size, timeout, truncation, keep_rate: As in [`TripsVisualQuestionAnsweringPipeline`].
+        kwargs: Options of `generate`: `max_new_tokens`, `num_beams`, `num_return_sequences`, ...
+
+    A call returns `list[dict]` per image, with `generated_text` (`str`) of each sequence. A list of images gives a
+    list of them, a dataset or a generator gives an iterator. An image that cannot be read, or a prompt that is too
+    long for the model, is a `ValueError`.
 
     ```python
     >>> from transformers import pipeline
@@ -322,23 +337,6 @@ class TripsImageToTextPipeline(TripsPipeline):
             raise ValueError(f"`prompt` must be one text for all images, got {prompt!r:.200}.")
         preprocess_params = _given(timeout=timeout, truncation=truncation, prompt=prompt)
         return preprocess_params, {**kwargs, **(generate_kwargs or {})}, _given(prompt=prompt)
-
-    def __call__(self, inputs, **kwargs):
-        """
-        Args:
-            inputs: An image (PIL image, path or URL), or a list, dataset or generator of them.
-            prompt (`str`, *optional*): Beginning of the caption. It also selects the patches.
-            batch_size, timeout, truncation, keep_rate: As in [`TripsVisualQuestionAnsweringPipeline`].
-            kwargs: Options of `generate`: `max_new_tokens`, `num_beams`, `num_return_sequences`, ...
-
-        Returns:
-            `list[dict]` per image, with `generated_text` (`str`) of each sequence. A list of images gives a list of
-            them, a dataset or a generator gives an iterator.
-
-        Raises:
-            ValueError: An image cannot be read, or the prompt is too long for the model.
-        """
-        return super().__call__(inputs, **kwargs)
 
     def preprocess(self, image, prompt: str = "", **options) -> dict:
         return self.make_item(image, prompt, **options)

@@ -4,10 +4,11 @@
 
 from transformers import ZeroShotImageClassificationPipeline
 
+from .pipeline_trips import TripsPipeline
 from .processing_trips import read_image
 
 
-class TripsZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline):
+class TripsZeroShotImageClassificationPipeline(TripsPipeline, ZeroShotImageClassificationPipeline):
     """
     Pipeline that ranks labels of an image, under the task name `"zero-shot-image-classification"`.
 
@@ -24,18 +25,7 @@ class TripsZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeli
     ```
     """
 
-    _load_processor = True
-    _load_tokenizer = False
-    _load_image_processor = False
-
     default_task = "zero-shot-image-classification"
-
-    def __init__(self, *args, task: str = "", **kwargs):
-        super().__init__(*args, task=task or self.default_task, **kwargs)
-
-    def check_model_type(self, supported_models):
-        if self.model.config.model_type != "trips":
-            raise ValueError(f"The model must be a TRIPS model, got a {self.model.config.model_type}.")
 
     def preprocess(
         self,

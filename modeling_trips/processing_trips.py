@@ -128,12 +128,13 @@ def check_images_of_texts(images: list | None, text: str | list[str] | None, ima
                 "of each text."
             )
         return
-    if not isinstance(image_index, (list, tuple)) or len(image_index) != num_texts:
-        raise ValueError(f"`image_index` must be a list, one entry per text ({num_texts}), got {image_index!r:.200}.")
-    for position, entry in enumerate(image_index):
-        for index in entry if isinstance(entry, (list, tuple)) else [entry]:
-            if not (isinstance(index, (int, np.integer)) and 0 <= index < num_images):
-                raise ValueError(f"`image_index[{position}]` must be integers in [0, {num_images - 1}], got {entry}.")
+    index = np.asarray(image_index)
+    has_row_per_text = index.shape[:1] == (num_texts,) and np.issubdtype(index.dtype, np.integer)
+    if not has_row_per_text or (index < 0).any() or (index >= num_images).any():
+        raise ValueError(
+            f"`image_index` must have {num_texts} entries, one per text, in [0, {num_images - 1}], got "
+            f"{image_index!r:.200}."
+        )
 
 
 # Texts
@@ -179,13 +180,12 @@ TEXT_KWARGS = {"padding": True, "truncation": False}
 BOX_TOLERANCE = 1.0
 
 
-def _resized_size(image_size: tuple[int, int], size: dict[str, int]) -> tuple[int, int]:
-    """Return the (height, width) after the resize of an image of (height, width)."""
+def _resized(sizes: torch.Tensor, size: dict[str, int]) -> torch.Tensor:
+    """Return the sizes of images, `(num_images, 2)` as (height, width), after the resize to `size`."""
     if set(size) == {"height", "width"}:
-        return size["height"], size["width"]
+        return sizes.new_tensor((size["height"], size["width"])).expand_as(sizes)
     if set(size) == {"shortest_edge"}:
-        height, width = (int(size["shortest_edge"] * length / min(image_size)) for length in image_size)
-        return height, width
+        return (size["shortest_edge"] * sizes / sizes.amin(dim=-1, keepdim=True)).floor()
     raise ValueError(
         "Boxes cannot be traced back: the image processor must resize to 'height' and 'width' or to a "
         f"'shortest_edge', got `size={size}`."
@@ -291,7 +291,7 @@ class TripsProcessor(ProcessorMixin):
         Raises:
             `ValueError`: An image that cannot be read; a text with more tokens than the tokenizer's
             `model_max_length`; as many images as texts are needed but not there; an `image_index` that is out of
-            range; an argument of another type. Each message names the position of the item.
+            range; an argument of another type. The message names the position of an image or a text.
         """
         if isinstance(image_index, (np.ndarray, torch.Tensor)):
             image_index = image_index.tolist()
@@ -300,9 +300,9 @@ class TripsProcessor(ProcessorMixin):
         check_images_of_texts(images, text, image_index)
         cleaned = text
         if isinstance(text, str):
-            cleaned = self.clean_texts([text])[0]
+            (cleaned,) = self.clean_texts([text])
         elif text is not None:
-            cleaned = self.clean_texts(list(text))
+            cleaned = self.clean_texts(text)
         inputs = super().__call__(images=images, text=cleaned, **kwargs)
         if text is not None:
             rows = [inputs["input_ids"]] if isinstance(text, str) else inputs["input_ids"]
@@ -513,33 +513,25 @@ class TripsProcessor(ProcessorMixin):
 
     def _pixel_frames(self, image_sizes: torch.LongTensor | list[tuple[int, int]]) -> list[torch.Tensor]:
         """
-        Per image, each of shape (num_images, 4) as (x, y, x, y), float64: its size, its size after the resize, start
-        and size of the crop.
+        How `pixel_values` lie on images. Per image, each of shape (num_images, 4) as (x, y, x, y), float64: its size,
+        its size after the resize, start and size of the crop.
         """
-        rows = []
-        for height, width in image_sizes:
-            image_size = int(height), int(width)
-            frame = (image_size, *self._pixel_frame(image_size))
-            rows.append([[across, down] * 2 for down, across in frame])
-        frames = torch.tensor(rows, dtype=torch.float64).view(len(rows), 4, 4)
-        return frames.unbind(dim=1)
-
-    def _pixel_frame(self, image_size: tuple[int, int]) -> tuple[tuple[int, ...], ...]:
-        """How `pixel_values` lie on an image: (height, width) after the resize, (top, left) and size of the crop."""
         processor = self.image_processor
         if getattr(processor, "do_pad", None):
             raise ValueError("Boxes cannot be traced back: the image processor pads (`do_pad=True`).")
-        resized = image_size
+        sizes = torch.as_tensor(image_sizes, dtype=torch.float64, device="cpu").view(len(image_sizes), 2)
+        resized = sizes
         if processor.do_resize:
             size = get_size_dict(processor.size, default_to_square=processor.default_to_square)
-            resized = _resized_size(image_size, size)
-        if not getattr(processor, "do_center_crop", None):
-            return resized, (0, 0), resized
-        crop = get_size_dict(processor.crop_size, param_name="crop_size")
-        crop_size = crop["height"], crop["width"]
-        # int() rounds towards zero, as the image processors do; a crop larger than the image starts left of it
-        corner = tuple(int((length - kept) / 2) for length, kept in zip(resized, crop_size, strict=True))
-        return resized, corner, crop_size
+            resized = _resized(sizes, size)
+        start = torch.zeros_like(sizes)
+        crop_size = resized
+        if getattr(processor, "do_center_crop", None):
+            crop = get_size_dict(processor.crop_size, param_name="crop_size")
+            crop_size = sizes.new_tensor((crop["height"], crop["width"])).expand_as(sizes)
+            # Towards zero, as the image processors round; a crop larger than the image starts left of it.
+            start = ((resized - crop_size) / 2).trunc()
+        return [sides.flip(-1).repeat(1, 2) for sides in (sizes, resized, start, crop_size)]
 
 
 TripsProcessor.register_for_auto_class()

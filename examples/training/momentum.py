@@ -114,7 +114,12 @@ class MomentumTeacher(nn.Module):
             output |= self._candidates(images, texts, image_index, image_ids)
         if config.mlm_weight > 0 and mlm_input_ids is not None:
             output["mlm_logits"] = teacher.masked_token_logits(
-                mlm_input_ids, attention_mask, token_type_ids, image_index, image_cache, schedule=schedule
+                mlm_input_ids,
+                attention_mask=attention_mask,
+                token_type_ids=token_type_ids,
+                image_index=image_index,
+                image_cache=image_cache,
+                schedule=schedule,
             )
         return TeacherOutput(**output)
 

@@ -182,7 +182,6 @@ class TripsGraphModel(TripsModel):
         self,
         text_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        text_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_index: torch.LongTensor | None = None,
         image_cache: TripsImageCache | None = None,

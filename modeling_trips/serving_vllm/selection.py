@@ -303,7 +303,7 @@ class SelectingModel(nn.Module):
     def visual_tokens(self, inputs: Mapping, request: RequestInputs) -> VisualTokens:
         """
         Return the visual tokens of images (or tiles) that the tower and the selection after it keep, as Transformers
-        does in [`modeling_trips.hosts.vlm.pruning.prune`]. All have one choice, and each has its question.
+        does in [`modeling_trips.hosts.vlm.pruning.select_visual_tokens`]. All have one choice, each has its question.
         """
         at_exit = self.settings.choice_of(request.choices[0])
         if at_exit is None:

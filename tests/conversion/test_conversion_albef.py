@@ -54,7 +54,9 @@ def assert_same_outputs(model, albef):
     assert_close(model.match(**inputs).itm_logits, albef.matching_logits(**inputs))
     assert model.temp.weight.item() == pytest.approx(0.2)
     if isinstance(model, TripsForPreTraining):
-        words = model.masked_token_logits(*texts, pixel_values=inputs["pixel_values"])
+        words = model.masked_token_logits(
+            inputs["input_ids"], attention_mask=inputs["attention_mask"], pixel_values=inputs["pixel_values"]
+        )
         assert_close(words, albef.masked_language_logits(**inputs))
 
 

@@ -102,7 +102,7 @@ def test_kept_patches_match_masked_attention(vlm, schedule):
     inputs = make_inputs(vlm, [1, 2])
     apply_patch_selection(model, schedule)
     with record_patch_selection(model) as recorded:
-        pruned = selection_of(model).prune(inputs)
+        pruned = selection_of(model).prune_call(inputs)
     *selections, visual = recorded
     features = pruned["mm_encoder_outputs"]["image"]
     remove_patch_selection(model)
@@ -205,7 +205,7 @@ def test_padding_patches_come_last_and_change_nothing(name, schedule, num_real):
     for value in (0.0, 3.0):
         inputs["pixel_values"][:, 1, :, :, 16:] = value
         with record_patch_selection(model) as recorded:
-            pruned = selection_of(model).prune(inputs)
+            pruned = selection_of(model).prune_call(inputs)
         whole, padded = pruned["mm_encoder_outputs"]["image"].pooler_output
         kept = recorded[-1].kept_indices[1]
         assert torch.equal(kept, recorded[-2].kept_indices[1])

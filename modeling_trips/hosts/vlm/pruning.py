@@ -76,11 +76,11 @@ def prune_inputs(
         scorer=scorer,
     )
     family.check_exit(at_exit)
-    pruned, _, _ = prune(family, dict(inputs), at_exit)
+    pruned, _, _ = select_visual_tokens(family, dict(inputs), at_exit)
     return pruned
 
 
-def prune(
+def select_visual_tokens(
     family: Family,
     inputs: dict,
     at_exit: ExitSelection,
@@ -122,7 +122,7 @@ def prune(
         if inputs.get("video_grid_thw") is not None:  # others stay whole: their steps are not known
             tokens = tokens.select_steps(at_exit, steps, rows=rows, text=lambda: prompts.text)
         kept["video"] = tokens.joined(steps)
-    pruned = prompts.prune(kept)
+    pruned = prompts.without_dropped(kept)
     pruned["mm_encoder_outputs"] = {kind: family.encoder_output(tokens) for kind, tokens in kept.items()}
     positions = [group for tokens in kept.values() for group in tokens.positions]
     return pruned, positions, current
@@ -227,7 +227,7 @@ class Prompts:
             rows += [row] * number
         return rows
 
-    def prune(self, kept: dict[str, VisualTokens]) -> dict:
+    def without_dropped(self, kept: dict[str, VisualTokens]) -> dict:
         """
         Return the inputs without the images, the videos and the dropped tokens.
 

@@ -14,7 +14,7 @@ from ...modeling_trips_vision import TripsSelection
 from ..apply import record_patch_selection
 from ..layers import selecting_layers
 from .families import find_family
-from .pruning import Prompts, prune
+from .pruning import Prompts, select_visual_tokens
 from .visual_tokens import ExitSelection
 from .wrapper import selection_of
 
@@ -29,7 +29,7 @@ def guided_selection(model: PreTrainedModel, inputs: Mapping) -> TripsSelection:
     if "text" not in guidances:
         raise ValueError(f"No layer of this {type(model).__name__} is scored by the text. Pass a `guide`.")
     with record_patch_selection(model) as selections:
-        selection_of(model).prune(dict(inputs))
+        selection_of(model).prune_call(dict(inputs))
     return selections[guidances.index("text")]
 
 
@@ -103,7 +103,7 @@ def targets_of_relevance(model: PreTrainedModel, inputs: Mapping, num_answer_tok
     """
     family = find_family(model)
     with torch.no_grad():
-        whole, _, _ = prune(family, dict(inputs), ExitSelection())  # encoded, and all tokens kept
+        whole, _, _ = select_visual_tokens(family, dict(inputs), ExitSelection())  # encoded, and all tokens kept
     whole.pop("labels", None)  # longer than the logits
     encoded = whole["mm_encoder_outputs"]["image"]
     groups = [group.detach().requires_grad_() for group in encoded.pooler_output]

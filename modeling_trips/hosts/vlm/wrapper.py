@@ -14,7 +14,7 @@ from ...schedule_trips import SelectionSchedule
 from ..layers import check_forward, pad_units, selecting_layers
 from .families import Family
 from .guide import TextGuide
-from .pruning import prune
+from .pruning import select_visual_tokens
 from .visual_tokens import ExitSelection
 
 
@@ -34,7 +34,7 @@ class VlmSelection:
     handles: list
     records: list[list[TripsSelection]] = field(default_factory=list)  # of open `record_patch_selection`
 
-    def prune(self, inputs: dict) -> dict:
+    def prune_call(self, inputs: dict) -> dict:
         past = cache_of(inputs)
         num_past = 0 if past is None else past.get_seq_length()
         if num_past > 0:
@@ -42,7 +42,7 @@ class VlmSelection:
                 f"The cache must be empty with patch selection, got {num_past} tokens. Pass the whole conversation "
                 "without a cache."
             )
-        pruned, kept, current = prune(
+        pruned, kept, current = select_visual_tokens(
             self.family,
             inputs,
             self.at_exit,
@@ -172,7 +172,7 @@ def _pruning_class(own_class: type[nn.Module]) -> type[nn.Module]:
             kwargs = _by_name(signature, self, args, kwargs)
             selection = selection_of(self)  # None in other models loaded with this class
             if selection is not None and _has_pixels(kwargs):
-                kwargs = selection.prune(kwargs)
+                kwargs = selection.prune_call(kwargs)
             elif selection is not None:
                 _check_mask(kwargs)
             return own_class.forward(self, **kwargs)
@@ -229,7 +229,7 @@ def _pruning_generate(own_class: type[nn.Module]):
             raise ValueError("`generate` needs `input_ids` with patch selection, got None.")
         ids = kwargs["input_ids"]
         with torch.no_grad():
-            kwargs = selection.prune(kwargs)
+            kwargs = selection.prune_call(kwargs)
         length = kwargs["input_ids"].shape[1]
         generation_config = copy.deepcopy(kwargs.pop("generation_config", None))
         _count_pruned_prompt(self, generation_config, kwargs, ids.shape[1], length)

@@ -25,8 +25,13 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 
 from .configuration_trips import SelectionSchedule, TripsConfig
 from .modeling_trips import TripsModel, mean_over_items, weighted_sum
-from .modeling_trips_text import class_states
-from .modeling_trips_vision import SHARED_ARGS, TripsImageCache, TripsPreTrainedModel, TripsSelection
+from .modeling_trips_vision import (
+    SHARED_ARGS,
+    TripsImageCache,
+    TripsPreTrainedModel,
+    TripsSelection,
+    class_states,
+)
 
 
 @auto_docstring(custom_intro="Output of [`TripsForImagesAndTextClassification`].")

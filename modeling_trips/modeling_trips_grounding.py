@@ -23,12 +23,12 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, 
 
 from .configuration_trips import SelectionSchedule, TripsConfig
 from .modeling_trips import TripsModel, mean_over_items, weighted_sum
-from .modeling_trips_text import class_states
 from .modeling_trips_vision import (
     SHARED_ARGS,
     TripsImageCache,
     TripsPreTrainedModel,
     TripsSelection,
+    class_states,
     next_candidates,
     select_rows,
 )

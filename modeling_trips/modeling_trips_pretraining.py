@@ -32,7 +32,7 @@ from transformers.utils.generic import maybe_autocast
 
 from .configuration_trips import SelectionSchedule, TripsConfig
 from .modeling_trips import TripsModel, TripsModelOutput, TripsWritingModel, label_loss, weighted_sum
-from .modeling_trips_text import TripsLMHead, class_states
+from .modeling_trips_text import TripsLMHead
 from .modeling_trips_vision import (
     SHARED_ARGS,
     TripsImageCache,
@@ -40,6 +40,7 @@ from .modeling_trips_vision import (
     TripsSelection,
     TripsVisionModelOutput,
     check_counts,
+    class_states,
     select_rows,
 )
 from .pipeline_trips_retrieval import TripsZeroShotImageClassificationPipeline

@@ -60,9 +60,12 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import datasets
+import PIL.Image
 import torch
 import transformers
 from accelerate import PartialState
@@ -82,11 +85,18 @@ from modeling_trips import (
 )
 from modeling_trips.inspection.checkpoints import check_head, load_checkpoint, load_processor
 from modeling_trips.inspection.files import whole_file
-from trips_examples.data.collection import FolderShard, Shard, find_images, kept_rows, rows_of, version_of_model
-from trips_examples.data.images import decode_untrusted_image, path_or_bytes
-from trips_examples.data.loading import RowReader, stamp_of
+from trips_examples.data.collection import (
+    FolderShard,
+    Shard,
+    find_images,
+    kept_rows,
+    results_of,
+    rows_of,
+    version_of_model,
+)
+from trips_examples.data.loading import stamp_of
 from trips_examples.data.records import parsed_record, read_records
-from trips_examples.data.tasks import TASKS, BadRowError, Fault, filled_text
+from trips_examples.data.tasks import filled_text
 
 
 PHOTOS_PER_PART = 64  # a killed process loses at most the work on these
@@ -165,85 +175,39 @@ def read_texts(args: PredictArguments, head: Head) -> list[str]:
     return texts
 
 
-class Item(NamedTuple):
-    """The photos (paths or encoded) that a prediction is about, and their name in the output; or the error."""
-
-    name: str
-    images: list[str | bytes]
-    error: str | None
-
-
-def items_of(shard: Shard, column: str | None, num_images: int) -> Iterator[Item]:
-    """Yield the items of a shard: single photos, or the pairs of a file of rows."""
-    if num_images == 1:
-        for row in rows_of(shard, column):
-            image = path_or_bytes(row["image"])
-            name = image if isinstance(image, str) else row["source"]
-            yield Item(name, [image], row["error"])
-        return
-    if isinstance(shard, FolderShard):
-        raise ValueError("Statements are about two photos: --images must be rows with left_image and right_image.")
-    reader = RowReader(TASKS["nlvr2"], shard.name, getattr(shard, "image_root", ""))
-    for record in shard:
-        source = record.source if isinstance(record, Fault) else record["source"]
-        images = []
-        error = None
-        if isinstance(record, Fault):
-            error = record.error
-        else:
-            try:
-                for value in map(path_or_bytes, reader.image_values(record)):
-                    images.append(value if isinstance(value, bytes) else reader.path(value))
-            except BadRowError as bad:
-                error = str(bad)
-        names = [image if isinstance(image, str) else source for image in images]
-        yield Item("|".join(names) or source, images, error)
-
-
 # The table
 
 
 @torch.inference_mode()
 def predict(
-    items: list[Item], texts: tuple[str, ...], threshold: float, model: TripsPreTrainedModel, processor: TripsProcessor
-) -> list[dict]:
-    """Return the rows of items: one per text, or one with the error of an item that cannot be used."""
+    photos: list[list[PIL.Image.Image]],
+    texts: tuple[str, ...],
+    threshold: float,
+    model: TripsPreTrainedModel,
+    processor: TripsProcessor,
+) -> list[list[dict]]:
+    """Return a row per text for each photo or pair of photos."""
     head = HEADS[type(model)]
-    rows_of_items: list[list[dict]] = [[] for _ in items]
-    usable = []  # places of items
-    pixel_values = []
-    sizes = []  # (height, width) per text
-    for place, item in enumerate(items):
-        error = item.error
-        try:
-            pixels = []
-            for image in item.images if error is None else []:
-                decoded = decode_untrusted_image(image, processor.patch_size)
-                pixels.append(processor(images=decoded, return_tensors="pt")["pixel_values"])
-        except BadRowError as bad:
-            error = str(bad)
-        if error is not None:
-            rows_of_items[place].append({"error": error})
-            continue
-        usable.append(place)
-        pixel_values += pixels
-        sizes += [(decoded.height, decoded.width)] * len(texts)
-    if usable:
-        image_index = torch.arange(len(pixel_values)).view(len(usable), -1)  # (num_items, num_images)
-        image_index = image_index.repeat_interleave(len(texts), dim=0).squeeze(1)
-        inputs = processor(text=[*texts] * len(usable), return_tensors="pt").to(model.device)
-        inputs["pixel_values"] = torch.cat(pixel_values).to(model.device, model.dtype)
-        inputs["image_index"] = image_index.to(model.device)
-        predictions = head.predict(model, processor, inputs, sizes, threshold)
-        asked = [(place, text) for place in usable for text in texts]
-        for (place, text), prediction in zip(asked, predictions, strict=True):
-            rows_of_items[place].append({head.text: text, **dict(zip(head.columns, prediction))})
-    return [{"image": item.name, **row} for item, rows in zip(items, rows_of_items) for row in rows]
+    images = list(chain.from_iterable(photos))
+    image_index = torch.arange(len(images)).view(len(photos), -1)  # (num_photos, num_images)
+    image_index = image_index.repeat_interleave(len(texts), dim=0).squeeze(1)
+    asked = [*texts] * len(photos)
+    inputs = processor(images=images, text=asked, image_index=image_index.tolist(), return_tensors="pt")
+    inputs = inputs.to(model.device, model.dtype)
+    sizes = [(photo[0].height, photo[0].width) for photo in photos for _ in texts]
+    predictions = head.predict(model, processor, inputs, sizes, threshold)
+    rows = []
+    for text, prediction in zip(asked, predictions, strict=True):
+        rows.append({head.text: text, **dict(zip(head.columns, prediction))})
+    return [rows[start : start + len(texts)] for start in range(0, len(rows), len(texts))]
 
 
-def rows_of_part(items: tuple[Item, ...], batch_size: int, **given) -> Iterator[dict]:
-    for batch in chunk_iterable(items, batch_size):
-        yield from predict(list(batch), **given)
+def rows_of_part(photos: tuple[dict, ...], batch_size: int, bar: tqdm, **given) -> Iterator[dict]:
+    patch_size = given["processor"].patch_size
+    for photo, rows in results_of(photos, partial(predict, **given), batch_size, patch_size):
+        bar.update()
+        for row in rows or [{"error": photo["error"]}]:
+            yield {"image": photo["source"], **row}
 
 
 def table_of(
@@ -259,25 +223,27 @@ def table_of(
     head = HEADS[type(model)]
     features = {"image": TEXT, head.text: TEXT, **head.columns, "error": TEXT}
     shard_files = [] if isinstance(shard, FolderShard) else [shard.name]
-    items = items_of(shard, args.image_column, getattr(model, "num_images", 1))
+    photos = rows_of(shard, args.image_column, getattr(model, "num_images", 1))
     parts = []
-    for part in map(tuple, chunk_iterable(items, PHOTOS_PER_PART)):
-        paths = [image for item in part for image in item.images if isinstance(image, str)]
+    for part in map(tuple, chunk_iterable(photos, PHOTOS_PER_PART)):
+        paths = [image for photo in part for image in photo["images"] if isinstance(image, str)]
         stamps = [stamp_of(path) for path in shard_files + paths]
-        names = [(item.name, item.error) for item in part]
+        names = [(photo["source"], photo["error"]) for photo in part]
+        done = bar.n + len(part)
         rows = kept_rows(
             rows_of_part,
             Features(features),
             version=(made_by, names, stamps),
-            items=part,
+            photos=part,
             batch_size=args.batch_size,
-            texts=tuple(texts),
+            bar=bar,
+            texts=tuple(texts),  # the datasets library would split a list
             threshold=args.threshold,
             model=model,
             processor=processor,
         )
         parts.append(rows)
-        bar.update(len(part))
+        bar.update(done - bar.n)  # those of an earlier run
     return concatenate_datasets(parts) if parts else Dataset.from_dict({})
 
 
@@ -318,6 +284,8 @@ def main(argv: list[str] | None = None):
     own_shards = list(enumerate(shards))[state.process_index :: state.num_processes]
     folders = [shard for _, shard in own_shards if isinstance(shard, FolderShard)]
     total = None  # the rows of files and archives are not known
+    if folders and getattr(model, "num_images", 1) == 2:
+        raise ValueError("Statements are about two photos: --images must be rows with left_image and right_image.")
     if len(folders) == len(own_shards):
         total = sum(len(folder.paths) for folder in folders)
     made_by = (version_of_model(args.model), texts, args.threshold, args.image_column)

@@ -49,7 +49,6 @@ import PIL.Image
 import torch
 import transformers
 from datasets import Dataset, Features, Value, concatenate_datasets
-from huggingface_hub.utils import chunk_iterable
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
@@ -57,11 +56,18 @@ from modeling_trips import TripsForPreTraining, TripsForRetrieval
 from modeling_trips.inspection import draw_kept_patches
 from modeling_trips.inspection.checkpoints import is_exported, load_checkpoint, load_processor
 from modeling_trips.inspection.files import whole_file
-from trips_examples.data.collection import FolderShard, Shard, find_images, kept_rows, rows_of, version_of_model
-from trips_examples.data.images import DecodedImages, column_of, decode_untrusted_image, path_or_bytes
+from trips_examples.data.collection import (
+    FolderShard,
+    Shard,
+    find_images,
+    kept_rows,
+    results_of,
+    rows_of,
+    version_of_model,
+)
+from trips_examples.data.images import DecodedImages, column_of, decode_untrusted_image, path_or_bytes, stored_image
 from trips_examples.data.loading import stamp_of
 from trips_examples.data.printing import visible
-from trips_examples.data.tasks import BadRowError
 from trips_examples.metrics.retrieval import RetrievalEvaluator
 from trips_examples.training.files import write_json
 
@@ -79,23 +85,17 @@ FEATURES = Features(
 
 def rows_with_vectors(shard: Shard, evaluator: RetrievalEvaluator) -> Iterator[dict]:
     """Yield the images of a shard as rows with the columns `FEATURES`. Each has its `vector` or its `error`."""
-    for batch in map(list, chunk_iterable(rows_of(shard), evaluator.batch_size)):
-        images = {}
-        for place, row in enumerate(batch):
-            try:
-                if row["error"] is None:
-                    images[place] = decoded(row, evaluator.processor.patch_size)
-            except BadRowError as error:
-                row["error"] = str(error)
-        vectors = {}
-        if images:
-            vectors = dict(zip(images, evaluator.index_images(list(images.values())).tolist()))
-        for place, row in enumerate(batch):
-            yield {**row, "vector": vectors.get(place)}
+
+    def embed(photos: list[list[PIL.Image.Image]]) -> list:
+        return evaluator.index_images([image for (image,) in photos]).tolist()
+
+    for row, vector in results_of(rows_of(shard), embed, evaluator.batch_size, evaluator.processor.patch_size):
+        (image,) = row.pop("images") or [None]
+        yield {**row, "image": stored_image(image), "vector": vector}
 
 
-def decoded(row: dict, patch_size: int = 1) -> PIL.Image.Image:
-    return decode_untrusted_image(path_or_bytes(row["image"]), patch_size)
+def decoded(row: dict) -> PIL.Image.Image:
+    return decode_untrusted_image(path_or_bytes(row["image"]))
 
 
 def load_images(args: SearchArguments, evaluator: RetrievalEvaluator) -> Dataset:

@@ -3,25 +3,29 @@
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import PIL.Image
 from datasets import Dataset, Features
 from datasets.fingerprint import Hasher
 from huggingface_hub.utils import chunk_iterable
 
 from modeling_trips import __version__
 from modeling_trips.inspection.checkpoints import local_folder
-from trips_examples.data.loading import stamp_of
+from trips_examples.data.images import decode_untrusted_image
+from trips_examples.data.loading import RowReader, stamp_of
 from trips_examples.data.printing import printable
 from trips_examples.data.streams import IMAGE_SUFFIXES, FileShard, TarShard, encoded_image, find_shards
-from trips_examples.data.tasks import SHOWN, BadRowError, Fault
+from trips_examples.data.tasks import SHOWN, TASKS, BadRowError, Fault
 
 
 logger = logging.getLogger(__name__)
 
 FILES_PER_SHARD = 256
+PAIRS = RowReader(TASKS["nlvr2"], name="", image_root="")
 SUFFIXES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 
 
@@ -83,38 +87,62 @@ def _image_files(folder: str) -> list[str]:
     return found
 
 
-def rows_of(shard: Shard, image_column: str | None = None) -> Iterator[dict]:
+def rows_of(shard: Shard, image_column: str | None = None, num_images: int = 1) -> Iterator[dict]:
     """
-    Yield the images of a shard as rows: `image` as the datasets library encodes it, or its `error`. A file that
-    several rows name is yielded once. `image_column` is by default the first of `IMAGE_COLUMNS` that a record has.
+    Yield the images of a shard, or with `num_images=2` the pairs of a file of rows, each once, as rows: `images`,
+    paths or encoded; `source`, their paths, or the place of encoded ones; `error`, of those that cannot be used.
+    `image_column` is by default the first of `IMAGE_COLUMNS` that a record has.
     """
-    sources: Counter[str] = Counter()
-    paths: set[str] = set()
+    places: Counter[str] = Counter()
+    sources: set[str] = set()
     for record in shard:
-        source = record.source if isinstance(record, Fault) else record["source"]
+        place = record.source if isinstance(record, Fault) else record["source"]
         if isinstance(shard, FileShard):  # its records have only the name of their file
-            source = os.path.join(os.path.dirname(shard.name), source)
-        source = printable(source)
-        image = None
+            place = os.path.join(os.path.dirname(shard.name), place)
+        place = printable(place)
+        places[place] += 1
+        if places[place] > 1:  # a tar file may have equal names and several broken places
+            place += f" ({places[place]})"
+        images = []
         error = None
-        sources[source] += 1
-        if sources[source] > 1:  # a tar file may have equal names and several broken places
-            source += f" ({sources[source]})"
-        if isinstance(record, Fault):
-            error = record.error
-        else:
+        try:
+            if isinstance(record, Fault):
+                raise BadRowError(record.reason, record.detail)
+            columns = [image_column]
+            if num_images == 2:
+                columns = ["left_image", "right_image"]
+                record |= dict(zip(columns, PAIRS.image_values(record)))
+            for column in columns:
+                image = encoded_image(record, column)
+                is_path = isinstance(image, str)
+                images.append(str(Path(record.get("image_root", ""), image)) if is_path else image)
+        except BadRowError as bad:
+            error = str(bad)
+        names = [image if isinstance(image, str) else place for image in images]
+        source = "|".join(names) or place
+        if source not in sources:
+            yield {"source": source, "images": images, "error": error}
+        sources.add(source)
+
+
+def results_of(
+    rows: Iterable[dict], compute: Callable[[list[list[PIL.Image.Image]]], list], batch_size: int, patch_size: int
+) -> Iterator[tuple[dict, Any]]:
+    """
+    Yield rows of [`rows_of`], each with its result. `compute` returns the results of up to `batch_size` rows from
+    their decoded images. A row whose images cannot be decoded gets an `error`, and the result None.
+    """
+    for batch in map(list, chunk_iterable(rows, batch_size)):
+        decoded = {}
+        for place, row in enumerate(batch):
             try:
-                content = encoded_image(record, image_column)
-                if isinstance(content, str):
-                    content = str(Path(record.get("image_root", ""), content))
-                    if content in paths:
-                        continue
-                    paths.add(content)
-                is_path = isinstance(content, str)
-                image = {"bytes": None if is_path else content, "path": content if is_path else None}
-            except BadRowError as bad:
-                error = str(bad)
-        yield {"source": source, "image": image, "error": error}
+                if row["error"] is None:
+                    decoded[place] = [decode_untrusted_image(image, patch_size) for image in row["images"]]
+            except BadRowError as error:
+                row["error"] = str(error)
+        results = dict(zip(decoded, compute([*decoded.values()]), strict=True)) if decoded else {}
+        for place, row in enumerate(batch):
+            yield row, results.get(place)
 
 
 def version_of_model(model: str) -> list[str]:

@@ -28,6 +28,12 @@ def path_or_bytes(image: Any) -> Any:
     return image
 
 
+def stored_image(image: str | bytes | None) -> dict[str, str | bytes | None]:
+    """Return the path or the bytes of an image as the datasets library encodes it."""
+    is_path = isinstance(image, str)
+    return {"bytes": None if is_path else image, "path": image if is_path else None}
+
+
 def check_image(image: str | bytes, patch_size: int = 1, decode: bool = True) -> tuple[int, int]:
     """
     Return the upright width and height of an image (path or encoded), after decoding it unless `decode` is off. Raise

@@ -21,7 +21,14 @@ from datasets.fingerprint import Hasher
 
 from modeling_trips import TripsProcessor, __version__
 from trips_examples.data.busy_scenes import busy_records
-from trips_examples.data.images import check_image, column_of, path_or_bytes, texts_of_column, without_decoding
+from trips_examples.data.images import (
+    check_image,
+    column_of,
+    path_or_bytes,
+    stored_image,
+    texts_of_column,
+    without_decoding,
+)
 from trips_examples.data.records import parsed_record, read_records
 from trips_examples.data.source import BUNDLED, SPLIT_OPTIONS, DataArguments
 from trips_examples.data.tasks import (
@@ -81,10 +88,8 @@ def load_task_dataset(
     """
     source = source or DataArguments()
     source.check(task)
-    if source.is_bundled:
-        return _bundled(task, source, seed)
     data = {}
-    for split, part, root, records in _tables(task, source):
+    for split, part, root, records in _tables(task, source, seed):
         reader = RowReader(TASKS[task], part, root, patch_size, source.own_columns)
         data[split], faults_of_split = reader.rows_and_faults(records)
         if faults is None:
@@ -100,27 +105,18 @@ def load_task_dataset(
     return DatasetDict(data)
 
 
-def _bundled(task: str, source: DataArguments, seed: int) -> DatasetDict:
-    features = TASKS[task].features
-    data = {}
-    for split, num_scenes in source.num_scenes.items():
-        records = busy_records(task, split, num_scenes, source.grid, seed)
-        reader = RowReader(TASKS[task], f"{BUNDLED} {split}", "")
-        rows: list[dict] = []
-        bar = tqdm(records, desc=f"Drawing scenes ({split})", unit=" rows", delay=2)
-        for number, record in enumerate(bar, start=1):
-            rows += reader.rows(f"{reader.name} row {number}", record)
-        columns = {column: [row[column] for row in rows] for column in features}
-        data[split] = Dataset.from_dict(columns, features=features)
-    return DatasetDict(data)
-
-
-def _tables(task: str, source: DataArguments) -> Iterator[tuple[str, str, str, Dataset]]:
+def _tables(task: str, source: DataArguments, seed: int) -> Iterator[tuple[str, str, str, Dataset]]:
     """
     Yield each split, its name in messages, the folder that paths of images are relative to, and its records. A data
     set without a training split is for evaluation. Its test split must be requested by name, because public test
     splits often lack answers.
     """
+    if source.is_bundled:
+        for split, num_scenes in source.num_scenes.items():
+            records = busy_records(task, split, num_scenes, source.grid, seed)
+            bar = tqdm(records, desc=f"Drawing scenes ({split})", unit=" rows", delay=2)
+            yield split, f"{BUNDLED} {split}", "", Dataset.from_list(list(bar))
+        return
     if source.files:
         for split, file in source.files.items():
             yield split, file.name, source.image_root or str(file.parent), _records(file, task, split)
@@ -309,14 +305,12 @@ class RowReader:
         value = path_or_bytes(value)
         if isinstance(value, bytes):
             content = hashlib.blake2b(value, digest_size=16).hexdigest()
-            image: dict[str, bytes | str | None] = {"bytes": value, "path": None}
         else:
             content = self.path(value)
             value = content
-            image = {"bytes": None, "path": content}
         if content not in self.sizes:
             self.sizes[content] = check_image(value, self.patch_size)
-        return image, content, self.sizes[content]
+        return stored_image(value), content, self.sizes[content]
 
     def path(self, value: Any) -> str:
         path = filled_text({"image": value}, "image")

@@ -12,6 +12,7 @@ from tiny_collection import TEXTS, encoded, save_model, write_images, write_parq
 
 from modeling_trips import TripsForRetrieval, TripsProcessor
 from trips_examples import search
+from trips_examples.data import collection
 from trips_examples.data.images import decode_image
 
 
@@ -78,7 +79,8 @@ def test_texts_find_the_best_of_all_pairs(checkpoint, photos, capsys):
 def test_a_photo_finds_itself_and_its_features_are_kept(checkpoint, photos, monkeypatch):
     decoded = []
     decode = search.decode_untrusted_image
-    monkeypatch.setattr(search, "decode_untrusted_image", lambda *args: decoded.append(args) or decode(*args))
+    for module in (search, collection):
+        monkeypatch.setattr(module, "decode_untrusted_image", lambda *args: decoded.append(args) or decode(*args))
     query = photos / "images/3.png"
     first, *others = found_by(checkpoint, photos, "--image", query, "--k", 2)
     assert first["source"] == str(query) and first["similarity"] == pytest.approx(1, abs=1e-5)

@@ -19,7 +19,7 @@ def test_a_folder_has_its_image_files_and_those_of_its_folders(tmp_path, monkeyp
     found = rows(tmp_path / "a")
     for row, path in zip(found, (f"{tmp_path}/a/1.png", f"{tmp_path}/a/b/2.png"), strict=True):
         assert row["source"] == path
-        assert row["image"] == {"bytes": None, "path": path}
+        assert row["images"] == [path]
     monkeypatch.chdir(tmp_path)
     assert rows("a", "a/b", tmp_path) == found  # under any spelling of the path, and each once
     assert rows("a/*.png", "a/b/2.png") == found
@@ -29,11 +29,11 @@ def test_rows_may_name_files_and_be_broken(tmp_path):
     write_images(tmp_path, [1])
     (tmp_path / "rows.jsonl").write_text('{"image": "1.png"}\n{"image": \n{"caption": "none"}\n')
     first, second, third = rows(tmp_path / "rows.jsonl")
-    assert first["image"] == {"bytes": None, "path": str(tmp_path / "1.png")}
+    assert first["source"] == str(tmp_path / "1.png") and first["images"] == [first["source"]]
     assert first["error"] is None
     assert second["source"] == f"{tmp_path}/rows.jsonl row 2"
     assert "broken JSON" in second["error"]
-    assert third["image"] is None
+    assert third["images"] == []
     assert "no image" in third["error"]
 
 
@@ -43,10 +43,8 @@ def test_paths_of_rows_are_relative_to_a_root_and_an_image_of_several_rows_is_gi
     lines = [f'{{"image": "{number}.png", "question": "?", "answer": "a"}}' for number in (1, 1, 2, 1)]
     file.write_text("\n".join(lines))
     first, second = rows(file, image_root=str(images))
-    assert first["image"]["path"] == str(images / "1.png")
-    assert first["source"] == f"{file} row 1"
-    assert second["image"]["path"] == str(images / "2.png")
-    assert second["source"] == f"{file} row 3"
+    assert first["images"] == [str(images / "1.png")]
+    assert second["images"] == [str(images / "2.png")]
     with pytest.raises(FileNotFoundError, match="nowhere"):
         find_images([str(file)], "nowhere")
 
@@ -57,7 +55,7 @@ def test_shards_may_be_torn_and_use_a_name_twice(tmp_path):
     (tmp_path / "1.tar").write_bytes(whole.read_bytes()[:1000])
     found = rows(tmp_path / "{0..1}.tar")
     assert len({row["source"] for row in found}) == len(found)
-    assert [row["source"] for row in found if row["image"]][:2] == [f"{whole}/a", f"{whole}/b"]
+    assert [row["source"] for row in found if row["images"]][:2] == [f"{whole}/a", f"{whole}/b"]
     assert f"{whole}/c" in [row["source"] for row in found if row["error"]]
     assert found[-1]["source"].startswith(f"{tmp_path}/1.tar")
     assert "broken tar file" in found[-1]["error"]

@@ -308,7 +308,7 @@ def test_the_json_of_a_tar_file_names_no_local_file(tmp_path, column):
     with pytest.raises(ValueError, match="1 of the first 1 pairs are bad"):
         take(stream, 1)
     (row,) = rows_of(shard, image_column)
-    assert row["image"] is None
+    assert row["images"] == []
     assert row["error"] is not None
 
 

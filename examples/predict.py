@@ -61,11 +61,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
-from itertools import chain
 from typing import NamedTuple
 
 import datasets
-import PIL.Image
 import torch
 import transformers
 from accelerate import PartialState
@@ -180,21 +178,22 @@ def read_texts(args: PredictArguments, head: Head) -> list[str]:
 
 @torch.inference_mode()
 def predict(
-    photos: list[list[PIL.Image.Image]],
+    pixel_values: torch.Tensor,
+    sizes: list[tuple[int, int]],
     texts: tuple[str, ...],
     threshold: float,
     model: TripsPreTrainedModel,
     processor: TripsProcessor,
 ) -> list[list[dict]]:
-    """Return a row per text for each photo or pair of photos."""
+    """Return a row per text for each photo or pair of photos, as [`results_of`] gives them."""
     head = HEADS[type(model)]
-    images = list(chain.from_iterable(photos))
-    image_index = torch.arange(len(images)).view(len(photos), -1)  # (num_photos, num_images)
+    image_index = torch.arange(len(pixel_values)).view(len(sizes), -1)  # (num_photos, num_images)
     image_index = image_index.repeat_interleave(len(texts), dim=0).squeeze(1)
-    asked = [*texts] * len(photos)
-    inputs = processor(images=images, text=asked, image_index=image_index.tolist(), return_tensors="pt")
-    inputs = inputs.to(model.device, model.dtype)
-    sizes = [(photo[0].height, photo[0].width) for photo in photos for _ in texts]
+    asked = [*texts] * len(sizes)
+    inputs = processor(text=asked, return_tensors="pt").to(model.device)
+    inputs["pixel_values"] = pixel_values.to(model.device, model.dtype)
+    inputs["image_index"] = image_index.to(model.device)
+    sizes = [size for size in sizes for _ in texts]
     predictions = head.predict(model, processor, inputs, sizes, threshold)
     rows = []
     for text, prediction in zip(asked, predictions, strict=True):
@@ -203,8 +202,7 @@ def predict(
 
 
 def rows_of_part(photos: tuple[dict, ...], batch_size: int, bar: tqdm, **given) -> Iterator[dict]:
-    patch_size = given["processor"].patch_size
-    for photo, rows in results_of(photos, partial(predict, **given), batch_size, patch_size):
+    for photo, rows in results_of(photos, partial(predict, **given), given["processor"], batch_size):
         bar.update()
         for row in rows or [{"error": photo["error"]}]:
             yield {"image": photo["source"], **row}
@@ -281,11 +279,11 @@ def main(argv: list[str] | None = None):
     state = PartialState(cpu=is_on_cpu, timeout=timedelta(days=7))  # processes wait for the slowest
     model = load_checkpoint(args.model, list(HEADS)).to(args.device)
     processor = load_processor(args.model, model.config)
+    if getattr(model, "num_images", 1) == 2 and any(isinstance(shard, FolderShard) for shard in shards):
+        raise ValueError("Statements are about two photos: --images must be rows with left_image and right_image.")
     own_shards = list(enumerate(shards))[state.process_index :: state.num_processes]
     folders = [shard for _, shard in own_shards if isinstance(shard, FolderShard)]
     total = None  # the rows of files and archives are not known
-    if folders and getattr(model, "num_images", 1) == 2:
-        raise ValueError("Statements are about two photos: --images must be rows with left_image and right_image.")
     if len(folders) == len(own_shards):
         total = sum(len(folder.paths) for folder in folders)
     made_by = (version_of_model(args.model), texts, args.threshold, args.image_column)

@@ -68,7 +68,7 @@ from trips_examples.data.collection import (
 from trips_examples.data.images import DecodedImages, column_of, decode_untrusted_image, path_or_bytes, stored_image
 from trips_examples.data.loading import stamp_of
 from trips_examples.data.printing import visible
-from trips_examples.metrics.retrieval import RetrievalEvaluator
+from trips_examples.metrics.retrieval import RetrievalEvaluator, finite
 from trips_examples.training.files import write_json
 
 
@@ -86,10 +86,10 @@ FEATURES = Features(
 def rows_with_vectors(shard: Shard, evaluator: RetrievalEvaluator) -> Iterator[dict]:
     """Yield the images of a shard as rows with the columns `FEATURES`. Each has its `vector` or its `error`."""
 
-    def embed(photos: list[list[PIL.Image.Image]]) -> list:
-        return evaluator.index_images([image for (image,) in photos]).tolist()
+    def embed(pixel_values: torch.Tensor, sizes: list) -> list:
+        return finite(evaluator.image_features(pixel_values), "image").tolist()
 
-    for row, vector in results_of(rows_of(shard), embed, evaluator.batch_size, evaluator.processor.patch_size):
+    for row, vector in results_of(rows_of(shard), embed, evaluator.processor, evaluator.batch_size):
         (image,) = row.pop("images") or [None]
         yield {**row, "image": stored_image(image), "vector": vector}
 

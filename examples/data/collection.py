@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
+import torch
 from datasets import Dataset, Features
 from datasets.fingerprint import Hasher
 from huggingface_hub.utils import chunk_iterable
 
-from modeling_trips import __version__
+from modeling_trips import TripsProcessor, __version__
 from modeling_trips.inspection.checkpoints import local_folder
 from trips_examples.data.images import decode_untrusted_image
 from trips_examples.data.loading import RowReader, stamp_of
@@ -117,6 +117,7 @@ def rows_of(shard: Shard, image_column: str | None = None, num_images: int = 1) 
                 is_path = isinstance(image, str)
                 images.append(str(Path(record.get("image_root", ""), image)) if is_path else image)
         except BadRowError as bad:
+            images = []
             error = str(bad)
         names = [image if isinstance(image, str) else place for image in images]
         source = "|".join(names) or place
@@ -126,21 +127,33 @@ def rows_of(shard: Shard, image_column: str | None = None, num_images: int = 1) 
 
 
 def results_of(
-    rows: Iterable[dict], compute: Callable[[list[list[PIL.Image.Image]]], list], batch_size: int, patch_size: int
+    rows: Iterable[dict], compute: Callable[[torch.Tensor, list], list], processor: TripsProcessor, batch_size: int
 ) -> Iterator[tuple[dict, Any]]:
     """
     Yield rows of [`rows_of`], each with its result. `compute` returns the results of up to `batch_size` rows from
-    their decoded images. A row whose images cannot be decoded gets an `error`, and the result None.
+    their `pixel_values` (num_images, 3, image_size, image_size) and the (height, width) of the last image of each.
+    A row whose images cannot be decoded gets an `error`, and the result None.
     """
     for batch in map(list, chunk_iterable(rows, batch_size)):
-        decoded = {}
+        pixel_values = {}
+        sizes = []
         for place, row in enumerate(batch):
+            if row["error"] is not None:
+                continue
             try:
-                if row["error"] is None:
-                    decoded[place] = [decode_untrusted_image(image, patch_size) for image in row["images"]]
+                pixels = []
+                for image in row["images"]:  # one photo at a time: decoded, it may take hundreds of megabytes
+                    decoded = decode_untrusted_image(image, processor.patch_size)
+                    pixels.append(processor(images=decoded, return_tensors="pt")["pixel_values"])
             except BadRowError as error:
                 row["error"] = str(error)
-        results = dict(zip(decoded, compute([*decoded.values()]), strict=True)) if decoded else {}
+                continue
+            pixel_values[place] = torch.cat(pixels)
+            sizes.append((decoded.height, decoded.width))
+        results = {}
+        if pixel_values:
+            computed = compute(torch.cat([*pixel_values.values()]), sizes)
+            results = dict(zip(pixel_values, computed, strict=True))
         for place, row in enumerate(batch):
             yield row, results.get(place)
 

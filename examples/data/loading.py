@@ -88,8 +88,10 @@ def load_task_dataset(
     """
     source = source or DataArguments()
     source.check(task)
+    if source.is_bundled:
+        return _bundled(task, source, seed)
     data = {}
-    for split, part, root, records in _tables(task, source, seed):
+    for split, part, root, records in _tables(task, source):
         reader = RowReader(TASKS[task], part, root, patch_size, source.own_columns)
         data[split], faults_of_split = reader.rows_and_faults(records)
         if faults is None:
@@ -105,18 +107,27 @@ def load_task_dataset(
     return DatasetDict(data)
 
 
-def _tables(task: str, source: DataArguments, seed: int) -> Iterator[tuple[str, str, str, Dataset]]:
+def _bundled(task: str, source: DataArguments, seed: int) -> DatasetDict:
+    features = TASKS[task].features
+    data = {}
+    for split, num_scenes in source.num_scenes.items():
+        records = busy_records(task, split, num_scenes, source.grid, seed)
+        reader = RowReader(TASKS[task], f"{BUNDLED} {split}", "")
+        rows: list[dict] = []
+        bar = tqdm(records, desc=f"Drawing scenes ({split})", unit=" rows", delay=2)
+        for number, record in enumerate(bar, start=1):
+            rows += reader.rows(f"{reader.name} row {number}", record)
+        columns = {column: [row[column] for row in rows] for column in features}
+        data[split] = Dataset.from_dict(columns, features=features)
+    return DatasetDict(data)
+
+
+def _tables(task: str, source: DataArguments) -> Iterator[tuple[str, str, str, Dataset]]:
     """
     Yield each split, its name in messages, the folder that paths of images are relative to, and its records. A data
     set without a training split is for evaluation. Its test split must be requested by name, because public test
     splits often lack answers.
     """
-    if source.is_bundled:
-        for split, num_scenes in source.num_scenes.items():
-            records = busy_records(task, split, num_scenes, source.grid, seed)
-            bar = tqdm(records, desc=f"Drawing scenes ({split})", unit=" rows", delay=2)
-            yield split, f"{BUNDLED} {split}", "", Dataset.from_list(list(bar))
-        return
     if source.files:
         for split, file in source.files.items():
             yield split, file.name, source.image_root or str(file.parent), _records(file, task, split)

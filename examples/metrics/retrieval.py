@@ -84,9 +84,14 @@ class RetrievalEvaluator:
         batches = _batches(len(images), self.batch_size)
         features = {}
         for number, pixel_values in self._load(images, batches, "Images"):
-            outputs = self.model.get_image_features(pixel_values, schedule=self.schedule)
-            features[number] = outputs.pooler_output.to("cpu", self.model.dtype)  # (num_images, projection_dim)
-        return _finite(torch.cat(_gathered(features)), "image")
+            features[number] = self.image_features(pixel_values)
+        return finite(torch.cat(_gathered(features)), "image")
+
+    @torch.no_grad()
+    def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return the normalized features of a batch of images on the CPU, `(num_images, projection_dim)`."""
+        outputs = self.model.get_image_features(pixel_values.to(self.model.device), schedule=self.schedule)
+        return outputs.pooler_output.to("cpu", self.model.dtype)
 
     @torch.no_grad()
     def index_texts(self, texts: Sequence[str]) -> TextIndex:
@@ -108,7 +113,7 @@ class RetrievalEvaluator:
         for embeds, states in _gathered(indexed):
             all_embeds.append(embeds)
             all_states += states
-        return TextIndex(embeds=_finite(torch.cat(all_embeds), "text"), states=tuple(all_states))
+        return TextIndex(embeds=finite(torch.cat(all_embeds), "text"), states=tuple(all_states))
 
     @torch.no_grad()
     def match(self, images: Sequence[PIL.Image.Image], texts: TextIndex, pairs: torch.LongTensor) -> torch.FloatTensor:
@@ -139,7 +144,7 @@ class RetrievalEvaluator:
                 )
             scores[number] = torch.cat(scores_of_steps)
             del image_cache
-        return _finite(torch.cat(_gathered(scores)), "pair")
+        return finite(torch.cat(_gathered(scores)), "pair")
 
     def _match_step(self, image_cache: TripsImageCache, image_index, texts: TextIndex, text_numbers) -> torch.Tensor:
         device = self.model.device
@@ -301,7 +306,8 @@ def _gathered(results: dict[int, Any]) -> list:
     return [by_number[number] for number in sorted(by_number)]
 
 
-def _finite(values: torch.Tensor, unit: str) -> torch.Tensor:
+def finite(values: torch.Tensor, unit: str) -> torch.Tensor:
+    """Return outputs. Raise a `ValueError` for the first `unit` whose outputs are not finite."""
     bad = (~values.isfinite()).nonzero()  # (num_bad, values.ndim)
     if len(bad):
         place = f"{unit} {int(bad[0, 0])} (from 0)"

@@ -215,13 +215,16 @@ def _statement_records(split: str, num_pairs: int, grid: int, seed: int) -> Iter
 
 def _names_by_place(left: Scene, right: Scene) -> dict[tuple[bool, bool], list[str]]:
     """Return the names that both scenes have, the left one, the right one, and neither, as in `STATEMENTS`."""
-    of_left, of_right = (
-        {True: {item.name for item in scene.items}, False: _absent(scene.items)} for scene in (left, right)
-    )
-    names = {}
-    for in_left, in_right in itertools.product((True, False), repeat=2):
-        names[in_left, in_right] = sorted(of_left[in_left] & of_right[in_right])
-    return names
+    in_left = {item.name for item in left.items}
+    in_right = {item.name for item in right.items}
+    not_in_left = _absent(left.items)
+    not_in_right = _absent(right.items)
+    return {
+        (True, True): sorted(in_left & in_right),
+        (True, False): sorted(in_left & not_in_right),
+        (False, True): sorted(not_in_left & in_right),
+        (False, False): sorted(not_in_left & not_in_right),
+    }
 
 
 def _absent(items: list[Item]) -> set[str]:

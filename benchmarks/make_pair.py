@@ -1,7 +1,7 @@
 r"""
-Make a small model from nothing that answers questions about busy scenes, and the same with one of 144 patches. With
-`--bf16 --seed 1` they are `examples/trips-tiny-scenes-unpruned` and `examples/trips-tiny-scenes`, which ship rounded
-to bfloat16 and without code.
+Make a small model from nothing that answers questions about busy scenes, and the same with one of 144 patches.
+`examples/trips-tiny-scenes-unpruned` and `examples/trips-tiny-scenes` are those of commit d8bde055 with `--bf16
+--seed 1`, rounded to bfloat16 and without code.
 
     python benchmarks/make_pair.py --bf16                  # a quarter of an hour, where a CPU computes in bfloat16
     python benchmarks/make_pair.py --seed 1 --output_dir pair1

@@ -3,7 +3,6 @@
 import json
 import re
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
@@ -11,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from strange_pictures import noise
+from tiny_classes import GEMMA4, HYBRID, IMAGE, SMALL, mrope
 from tiny_vlm_processors import (
     make_idefics3_processor,
     make_llava_processor,
@@ -19,15 +19,13 @@ from tiny_vlm_processors import (
 )
 from tiny_vlms import (
     BY_NAME,
-    CLIP,
-    LLAMA,
+    FULL,
     QWEN,
-    SIGLIP,
-    TEXT,
     VISION_END,
     VISION_START,
     VIT,
-    llama_vlm,
+    WHOLE,
+    Vlm,
 )
 from transformers import (
     AutoModelForImageTextToText,
@@ -82,96 +80,53 @@ PLACEHOLDERS = {  # of an image in a prompt, by the first word of a family's nam
     "mistral3": "[IMG]",
     **dict.fromkeys(("qwen2", "qwen3"), "<|vision_start|> <|image_pad|> <|vision_end|>"),
 }
-GLM = deepcopy(BY_NAME["glm4v"])
-GLM.config["text_config"]["rope_parameters"]["partial_rotary_factor"] = 1.0  # else a half in vLLM
-GLM.config["text_config"]["attention_bias"] = True  # Transformers has it always, vLLM reads the configuration
-GEMMA3 = deepcopy(BY_NAME["gemma3"])
-GEMMA3.config.update(boi_token_index=VISION_START, eoi_token_index=VISION_END)
-GEMMA3.config["text_config"]["query_pre_attn_scalar"] = 32
+GLM_TEXT = mrope(2, 1, 1, rope={"partial_rotary_factor": 1.0})  # else a half in vLLM
+GLM_TEXT["attention_bias"] = True  # Transformers has it always, vLLM reads the configuration
+GEMMA3 = BY_NAME["gemma3"]
+MARKS = {"boi_token_index": VISION_START, "eoi_token_index": VISION_END}
+GEMMA4_VISION = {**VIT, "position_embedding_size": 64, "default_output_length": 70}  # the length is read by vLLM
+GEMMA4_TEXT = {
+    **GEMMA4["text_config"],
+    "global_head_dim": 32,
+    "sliding_window": 512,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": SMALL["vocab_size"],
+}
+GEMMA4_TOKENS = {
+    "boi_token_id": VISION_START,
+    "eoi_token_id": VISION_END,
+    "video_token_id": 93,
+    "audio_token_id": 94,
+    "boa_token_id": 95,
+    "eoa_token_index": 96,
+}
+MINICPM_CONFIG = {"image_token_id": IMAGE, "image_size": 448, "insert_layer_id": 0, "video_token_id": 93}
 VLMS = {
-    "llava": BY_NAME["llava"],
-    "llava_siglip": llama_vlm(
-        "llava_siglip",
-        "Llava",
-        SIGLIP,
-        LLAMA,
-        config={"vision_feature_layer": -1, "vision_feature_select_strategy": "full"},
-    ),
     **{
         name: BY_NAME[name]
-        for name in ("idefics3", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm")
+        for name in ("llava", "idefics3", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm")
     },
+    "llava_siglip": Vlm("llava_siglip", {"model_type": "siglip_vision_model", **VIT}, {}, WHOLE, model_type="llava"),
     "internvl_chat": BY_NAME["internvl"],
-    "gemma3": GEMMA3,
-    "glm4v": GLM,
-    "mistral3": llama_vlm(
-        "mistral3",
-        "Mistral3",
-        {"model_type": "pixtral", **VIT, "image_size": 64},
-        {"model_type": "mistral", **TEXT, "head_dim": 32},
-        config={"spatial_merge_size": 2, "vision_feature_layer": -1},
-    ),
-    "gemma4": llama_vlm(
-        "gemma4",
-        "Gemma4",
-        {
-            "model_type": "gemma4_vision",
-            **VIT,
-            "num_key_value_heads": 4,
-            "head_dim": 8,
-            "pooling_kernel_size": 2,
-            "position_embedding_size": 64,
-            "default_output_length": 70,  # read by vLLM
-        },
-        {
-            "model_type": "gemma4_text",
-            **TEXT,
-            "global_head_dim": 32,
-            "head_dim": 8,
-            "hidden_size_per_layer_input": 8,
-            "vocab_size_per_layer_input": TEXT["vocab_size"],
-            "layer_types": ["sliding_attention", "full_attention"],
-        },
-        config={
-            "audio_config": None,
-            "boi_token_id": VISION_START,
-            "eoi_token_id": VISION_END,
-            "video_token_id": 93,
-            "audio_token_id": 94,
-            "boa_token_id": 95,
-            "eoa_token_index": 96,
-        },
-    ),
-    "minicpmv4_6": llama_vlm(
-        "minicpmv4_6",
-        "MiniCPMV4_6",
-        {"model_type": "minicpmv4_6_vision", **VIT, "insert_layer_id": 0},
-        BY_NAME["qwen3_5"].config["text_config"],
-        config={"insert_layer_id": 0, "video_token_id": 93},
-    ),
+    "gemma3": replace(GEMMA3, text={**GEMMA3.text, "query_pre_attn_scalar": 32}, config={**GEMMA3.config, **MARKS}),
+    "glm4v": replace(BY_NAME["glm4v"], text=GLM_TEXT),
+    "mistral3": Vlm("mistral3", {**VIT, "image_size": 64}, {"sliding_window": None}),
+    "gemma4": Vlm("gemma4", GEMMA4["vision_config"] | GEMMA4_VISION, GEMMA4_TEXT, GEMMA4_TOKENS),
+    "minicpmv4_6": Vlm("minicpmv4_6", {**VIT, "insert_layer_id": 0}, FULL, MINICPM_CONFIG),
 }
 # What vLLM does not compute on CPUs, for `benchmarks/on_a_gpu.py`.
+LINEAR = {"layer_types": HYBRID, "linear_key_head_dim": 32}
+BOTH_WAYS = {"use_bidirectional_attention": "vision"}
 for name, base, text in (
-    (
-        "minicpmv4_6_linear",
-        "minicpmv4_6",
-        {"layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 32},
-    ),
-    ("gemma4_both_ways", "gemma4", {"use_bidirectional_attention": "vision"}),
+    ("minicpmv4_6_linear", "minicpmv4_6", LINEAR),
+    ("gemma4_both_ways", "gemma4", BOTH_WAYS),
 ):
-    VLMS[name] = deepcopy(VLMS[base])
-    VLMS[name].config["text_config"] |= text
-
-
-def widen(config):
-    if not isinstance(config, dict):
-        return config
-    return {name: WIDTHS.get(name, widen(value)) for name, value in config.items()}
+    VLMS[name] = replace(VLMS[base], text=VLMS[base].text | text)
 
 
 def make_siglip_processor():
     processor = make_llava_processor()
-    side = SIGLIP["image_size"]
+    side = VIT["image_size"]
     processor.image_processor = SiglipImageProcessor(size={"height": side, "width": side})
     processor.vision_feature_select_strategy = "full"
     processor.num_additional_image_tokens = 0
@@ -188,7 +143,7 @@ def name_tokens(tokenizer, tokens):
 
 def make_internvl_processor():
     """Return a processor for images of up to 4 tiles."""
-    side = {"height": CLIP["image_size"], "width": CLIP["image_size"]}
+    side = {"height": VIT["image_size"], "width": VIT["image_size"]}
     tokens = {"start_image": "<|vision_start|>", "end_image": "<|vision_end|>", "context_image": "<image>"}
     tokenizer = make_tokenizer("<image>")
     name_tokens(tokenizer, {**tokens, "video": "<|video_pad|>"})
@@ -265,7 +220,7 @@ def make_gemma3_processor():
         "<image_soft_token>", {**lines, VISION_START: "<start_of_image>", VISION_END: "<end_of_image>"}
     )
     name_tokens(tokenizer, {"boi": "<start_of_image>", "image": "<image_soft_token>", "eoi": "<end_of_image>"})
-    side = {"height": SIGLIP["image_size"], "width": SIGLIP["image_size"]}
+    side = {"height": VIT["image_size"], "width": VIT["image_size"]}
     return Gemma3Processor(Gemma3ImageProcessor(size=side), tokenizer, image_seq_length=BY_NAME["gemma3"].tokens)
 
 
@@ -343,8 +298,7 @@ class ServedVlm:
     def __init__(self, name, folder):
         self.name = name
         self.folder = folder
-        model = replace(VLMS[name], config=widen(VLMS[name].config)).make()
-        model.generation_config.eos_token_id = None
+        model = VLMS[name].make(WIDTHS)
         model.save_pretrained(folder)
         PROCESSORS[name]().save_pretrained(folder)
         self.guide = None

@@ -193,10 +193,18 @@ class TinyClass:
         return joined
 
 
-def make(name, own):
-    """Return a tiny model of the class for a type of model."""
+def resize(arguments, sizes):
+    """Return arguments with other values of some fields, also in parts."""
+    if not isinstance(arguments, dict):
+        return arguments
+    return {name: sizes.get(name, resize(value, sizes)) for name, value in arguments.items()}
+
+
+def make(name, own, sizes=None):
+    """Return a tiny model of the class for a type of model; `sizes` are those of fields that are to be larger."""
     config_class = CONFIG_MAPPING[name]
-    config = config_class(**shrink(config_class(), own))
+    arguments = shrink(config_class(), own)
+    config = config_class(**resize(arguments, sizes or {}))
     torch.manual_seed(0)
     model = getattr(transformers, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[name])(config).eval()
     model.generation_config.eos_token_id = None

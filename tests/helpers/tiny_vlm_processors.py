@@ -1,6 +1,7 @@
 """Processors of the tiny models of `tiny_vlms`: a vocabulary of words, and images of 32 x 32 pixels."""
 
-from tiny_vlms import BY_NAME, CLIP, IMAGE, PAD, QWEN, SIGLIP, TEXT, VISION_END, VISION_START
+from tiny_classes import SMALL
+from tiny_vlms import BY_NAME, IMAGE, PAD, QWEN, VISION_END, VISION_START, VIT
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessor,
@@ -32,7 +33,7 @@ def make_tokenizer(image_token, names=None):
     Return a tokenizer with one token per word, and special tokens with the ids of the tiny models; `names` are those
     from 91 on that a family has instead.
     """
-    tokens = [f"w{number}" for number in range(TEXT["vocab_size"])]
+    tokens = [f"w{number}" for number in range(SMALL["vocab_size"])]
     tokens[:4] = ["<unk>", "<pad>", "<s>", "</s>"]
     tokens[5 : 5 + len(WORDS)] = WORDS
     tokens[IMAGE], tokens[VISION_START], tokens[VISION_END] = image_token, "<|vision_start|>", "<|vision_end|>"
@@ -56,12 +57,12 @@ def make_tokenizer(image_token, names=None):
 
 
 def make_llava_processor(chat_template=LLAVA_TEMPLATE):
-    side = CLIP["image_size"]
+    side = VIT["image_size"]
     image_processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     return LlavaProcessor(
         image_processor,
         make_tokenizer("<image>"),
-        patch_size=CLIP["patch_size"],
+        patch_size=VIT["patch_size"],
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         image_token="<image>",
@@ -106,7 +107,7 @@ def make_idefics3_processor():
 
 def make_paligemma_processor():
     """Return a processor without a chat template, as in PaliGemma's checkpoints."""
-    side = SIGLIP["image_size"]
+    side = VIT["image_size"]
     image_processor = SiglipImageProcessor(size={"height": side, "width": side})
     image_processor.image_seq_length = BY_NAME["paligemma"].tokens
     tokenizer = make_tokenizer("<image>")

@@ -4,239 +4,79 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-import transformers
+from tiny_classes import GLM, IMAGE, QWEN3_5, SLIDING, make, mrope
 
 
-TEXT = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 37,
-    "max_position_embeddings": 512,
-    "pad_token_id": 1,
-    "bos_token_id": 2,
-    "eos_token_id": 3,
-}
-GEMMA = {**TEXT, "head_dim": 8}
-MROPE = {
-    **TEXT,
-    "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0},
-}
-MROPE3 = {**MROPE, "head_dim": 8, "rope_parameters": {**MROPE["rope_parameters"], "mrope_interleaved": True}}
-VIT = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 37,
-    "image_size": 32,
-    "patch_size": 4,
-    "num_channels": 3,
-}
-CLIP = {"model_type": "clip_vision_model", **VIT}
-SIGLIP = {"model_type": "siglip_vision_model", **VIT}
-QWEN = {
-    "depth": 3,
-    "num_heads": 4,
-    "patch_size": 4,
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 2,
-    "in_channels": 3,
-}
-WIDE_QWEN = {**QWEN, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 37}
-QWEN3 = {
-    **WIDE_QWEN,
-    "num_position_embeddings": 64,
-    "deepstack_visual_indexes": [0, 1],
-}
-IMAGE, PAD, VISION_START, VISION_END = 90, 1, 91, 92
+VIT = {"image_size": 32, "patch_size": 4, "num_hidden_layers": 3}
+QWEN = {"patch_size": 4, "depth": 3}
+PAD, VISION_START, VISION_END = 1, 91, 92
+SPECIAL = {"pad_token_id": PAD, "bos_token_id": 2, "eos_token_id": 3}
 QWEN_TOKENS = {"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END, "video_token_id": 93}
-PINPOINTS = [[32, 64], [64, 32], [64, 64], [32, 32]]
+PINPOINTS = {"image_grid_pinpoints": [[32, 64], [64, 32], [64, 64], [32, 32]]}
+WHOLE = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
 
 
 @dataclass(frozen=True)
 class Vlm:
-    """A family: its class, configuration and format of images."""
+    """A family: what its tiny configuration needs, and its format of images."""
 
     name: str
-    class_name: str
-    config_name: str
+    vision: dict
+    text: dict = field(default_factory=dict)
     config: dict = field(default_factory=dict)
     kind: str = "grid"  # format of the inputs: grid, tiles, anyres, packed
     tokens: int = 64  # visual tokens per image of a grid, or per tile
     num_layers: int = 3  # layers of the tower that may select
+    model_type: str | None = None  # if it is not the name
 
-    def make(self):
-        torch.manual_seed(0)
-        config = getattr(transformers, self.config_name)(**self.config)
-        model = getattr(transformers, self.class_name)(config).eval()
-        # Random weights of the usual scale give nearly equal tokens, so that a wrong token would not be detected.
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if not parameter.any():  # Gemma 3 initializes its projection with zeros
-                    parameter.normal_(std=0.02)
-                if parameter.dim() > 1:
-                    parameter.mul_(4.0)
-        return model
+    def make(self, sizes=None):
+        parts = {"vision_config": self.vision, "text_config": SPECIAL | self.text}
+        return make(self.model_type or self.name, parts | self.config, sizes)
 
 
-def llama_vlm(name, prefix, vision, text, kind="grid", **options):
-    config = {
-        "vision_config": vision,
-        "text_config": text,
-        "image_token_id": IMAGE,
-        "image_token_index": IMAGE,
-        **options.pop("config", {}),
-    }
-    return Vlm(name, f"{prefix}ForConditionalGeneration", f"{prefix}Config", config, kind, **options)
-
-
-LLAMA = {"model_type": "llama", **TEXT}
-QWEN2 = {"model_type": "qwen2", **TEXT}
+ROPE = GLM["text_config"]
+FULL = {**QWEN3_5["text_config"], "layer_types": ["full_attention"] * 2}
+ROPE3 = mrope(2, 1, 1, rope={"mrope_interleaved": True})
 VLMS = [
-    llama_vlm("llava", "Llava", CLIP, LLAMA, config={"vision_feature_layer": -2}, num_layers=2),
-    llama_vlm(
-        "llava_next",
-        "LlavaNext",
-        CLIP,
-        LLAMA,
-        "anyres",
-        config={"vision_feature_layer": -2, "image_grid_pinpoints": PINPOINTS},
-        num_layers=2,
-    ),
-    llama_vlm(
-        "llava_onevision",
-        "LlavaOnevision",
-        SIGLIP,
-        QWEN2,
-        "anyres",
-        config={
-            "vision_feature_layer": -1,
-            "vision_feature_select_strategy": "full",
-            "image_grid_pinpoints": PINPOINTS,
-            "video_token_id": 93,
-            "video_token_index": 93,
-        },
-    ),
-    llama_vlm("paligemma", "PaliGemma", SIGLIP, {"model_type": "gemma", **GEMMA}, config={"projection_dim": 32}),
-    llama_vlm(
-        "gemma3",
-        "Gemma3",
-        SIGLIP,
-        {
-            "model_type": "gemma3_text",
-            **GEMMA,
-            "layer_types": ["sliding_attention", "full_attention"],
-            "sliding_window": 32,
-            "query_pre_attn_scalar": 8,
-        },
-        config={"mm_tokens_per_image": 16},
-        tokens=16,
-    ),
-    *(
-        llama_vlm(
-            name,
-            prefix,
-            {**VIT, "model_type": f"{name}_vision"},
-            LLAMA,
-            "tiles",
-            config={"scale_factor": 2},
-            tokens=16,
-        )
-        for name, prefix in (("smolvlm", "SmolVLM"), ("idefics3", "Idefics3"))
-    ),
-    llama_vlm(
+    Vlm("llava", VIT, num_layers=2),
+    Vlm("llava_next", VIT, {}, PINPOINTS, "anyres", num_layers=2),
+    Vlm("llava_onevision", VIT, {}, PINPOINTS, "anyres"),
+    Vlm("paligemma", VIT),
+    Vlm("gemma3", VIT, {"layer_types": SLIDING, "query_pre_attn_scalar": 8}, {"mm_tokens_per_image": 16}, tokens=16),
+    Vlm("smolvlm", VIT, {}, {"scale_factor": 2}, "tiles", tokens=16),
+    Vlm("idefics3", VIT, {}, {"scale_factor": 2}, "tiles", tokens=16),
+    Vlm(
         "internvl",
-        "InternVL",
-        {
-            **{**VIT, "image_size": [32, 32], "patch_size": [4, 4]},
-            "model_type": "internvl_vision",
-            "use_qk_norm": True,
-            "norm_type": "rms_norm",
-        },
-        QWEN2,
-        config={"downsample_ratio": 0.5},
+        {**VIT, "image_size": [32, 32], "patch_size": [4, 4], "use_qk_norm": True, "norm_type": "rms_norm"},
         tokens=16,
     ),
-    llama_vlm(
-        "qwen2_vl",
-        "Qwen2VL",
-        {**QWEN, "embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2},
-        {"model_type": "qwen2_vl_text", **MROPE},
-        "packed",
-        config=QWEN_TOKENS,
-    ),
-    llama_vlm(
-        "qwen2_5_vl",
-        "Qwen2_5_VL",
-        {**WIDE_QWEN, "window_size": 16, "fullatt_block_indexes": [1]},
-        {"model_type": "qwen2_5_vl_text", **MROPE},
-        "packed",
-        config=QWEN_TOKENS,
-    ),
-    llama_vlm(
-        "qwen3_vl",
-        "Qwen3VL",
-        QWEN3,
-        {"model_type": "qwen3_vl_text", **MROPE3},
-        "packed",
-        config=QWEN_TOKENS,
-    ),
-    llama_vlm(
+    Vlm("qwen2_vl", QWEN, ROPE, QWEN_TOKENS, "packed"),
+    Vlm("qwen2_5_vl", {**QWEN, "window_size": 16, "fullatt_block_indexes": [1]}, ROPE, QWEN_TOKENS, "packed"),
+    Vlm("qwen3_vl", {**QWEN, "deepstack_visual_indexes": [0, 1]}, ROPE3, QWEN_TOKENS, "packed"),
+    Vlm(
         "qwen3_vl_moe",
-        "Qwen3VLMoe",
-        QWEN3,
-        {
-            "model_type": "qwen3_vl_moe_text",
-            **MROPE3,
-            "moe_intermediate_size": 16,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "norm_topk_prob": True,  # in published configurations: Transformers always does so, vLLM reads it
-        },
+        {**QWEN, "deepstack_visual_indexes": [0, 1]},
+        {**ROPE3, "norm_topk_prob": True},  # in published configurations: Transformers always does so, vLLM reads it
+        QWEN_TOKENS,
         "packed",
-        config=QWEN_TOKENS,
     ),
-    llama_vlm(
-        "qwen3_5",
-        "Qwen3_5",
-        {name: value for name, value in QWEN3.items() if name != "deepstack_visual_indexes"},
-        {
-            "model_type": "qwen3_5_text",
-            **MROPE,
-            "rope_parameters": {**MROPE["rope_parameters"], "partial_rotary_factor": 1.0},
-            "head_dim": 8,
-            "layer_types": ["full_attention", "full_attention"],
-        },
-        "packed",
-        config=QWEN_TOKENS,
-    ),
-    llama_vlm(
+    Vlm("qwen3_5", QWEN, FULL, QWEN_TOKENS, "packed"),
+    Vlm(
         "glm4v",
-        "Glm4v",
-        {**WIDE_QWEN, "image_size": 32},
-        {"model_type": "glm4v_text", **MROPE, "head_dim": 8},
-        "packed",
-        config={
+        QWEN,
+        ROPE,
+        {
             "image_start_token_id": VISION_START,
             "image_end_token_id": VISION_END,
             "video_token_id": 93,
             "video_start_token_id": 94,
             "video_end_token_id": 95,
         },
+        "packed",
     ),
 ]
 # Supported at the exit only.
-OTHERS = [
-    llama_vlm(
-        "llava_pixtral",
-        "Llava",
-        {"model_type": "pixtral", **VIT, "head_dim": 8},
-        LLAMA,
-        config={"vision_feature_layer": -1, "vision_feature_select_strategy": "full"},
-    ),
-]
+OTHERS = [Vlm("llava_pixtral", {"model_type": "pixtral", "head_dim": 8, **VIT}, {}, WHOLE, model_type="llava")]
 BY_NAME = {vlm.name: vlm for vlm in [*VLMS, *OTHERS]}
 SIZES = [(32, 64), (64, 64), (32, 32), (64, 32)]  # sizes of images without a fixed size
 

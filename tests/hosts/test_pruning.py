@@ -9,7 +9,7 @@ from tiny_vlms import (
     ENCODER_INPUTS,
     IMAGE,
     OTHERS,
-    TEXT,
+    SPECIAL,
     VIDEO,
     VLMS,
     grid_and_packed,
@@ -124,7 +124,7 @@ def test_special_tokens_do_not_score(name):
     model, inputs = make_both(name, [1])
     reader = PromptReader()
     prune_inputs(model, inputs, 5, scorer=reader)
-    ends = torch.tensor([[TEXT["eos_token_id"], TEXT["bos_token_id"]]])
+    ends = torch.tensor([[SPECIAL["eos_token_id"], SPECIAL["bos_token_id"]]])
     inputs["input_ids"] = torch.cat([inputs["input_ids"], ends], dim=1)
     inputs["attention_mask"] = nn.functional.pad(inputs["attention_mask"], (0, 2), value=1)
     if name == "qwen2_5_vl":

@@ -142,17 +142,19 @@ def test_a_line_is_compared_with_the_unpruned_baseline_which_comes_first(picture
     assert "Text sensitivity" not in few  # no row has it
 
 
-def test_the_figure_of_one_checkpoint_shows_the_rows(tmp_path):
-    rows = [row for row in tables.read("marks") if row["starts_from"] == figure.COMMON_START]
-    changed = [{**row, "accuracy_color": 0.9} if row["patches"] == 36 else row for row in rows]
-    figure.draw_every_rate(rows, tmp_path / "old.png")
-    figure.draw_every_rate(changed, tmp_path / "new.png")
-    assert (tmp_path / "old.png").read_bytes() != (tmp_path / "new.png").read_bytes()
+MARKS = [row for row in tables.read("marks") if row["starts_from"] == figure.COMMON_START]
+METHODS = tables.read("vlm_methods")
 
 
-def test_a_selection_that_is_new_in_the_rows_is_drawn(tmp_path):
-    rows = tables.read("vlm_methods")
-    new = [{**row, "selection": "another"} for row in rows if row["selection"] == "FastV"]
-    figure.draw_selections(rows, tmp_path / "old.png")
-    figure.draw_selections(rows + new, tmp_path / "new.png")
+@pytest.mark.parametrize(
+    "draw, rows, more",
+    [
+        (figure.draw_every_rate, MARKS, [{**row, "accuracy_color": 0.9} for row in MARKS if row["patches"] == 36]),
+        (figure.draw_selections, METHODS, [{**row, "selection": "new"} for row in METHODS]),
+    ],
+    ids=["every rate", "selections"],
+)
+def test_figures_show_the_rows(tmp_path, draw, rows, more):
+    draw(rows, tmp_path / "old.png")
+    draw(rows + more, tmp_path / "new.png")
     assert (tmp_path / "old.png").read_bytes() != (tmp_path / "new.png").read_bytes()

@@ -117,11 +117,8 @@ VLMS = {
 # What vLLM does not compute on CPUs, for `benchmarks/on_a_gpu.py`.
 LINEAR = {"layer_types": HYBRID, "linear_key_head_dim": 32}
 BOTH_WAYS = {"use_bidirectional_attention": "vision"}
-for name, base, text in (
-    ("minicpmv4_6_linear", "minicpmv4_6", LINEAR),
-    ("gemma4_both_ways", "gemma4", BOTH_WAYS),
-):
-    VLMS[name] = replace(VLMS[base], text=VLMS[base].text | text)
+VLMS["minicpmv4_6_linear"] = replace(VLMS["minicpmv4_6"], text=FULL | LINEAR)
+VLMS["gemma4_both_ways"] = replace(VLMS["gemma4"], text=GEMMA4_TEXT | BOTH_WAYS)
 
 
 def make_siglip_processor():

@@ -240,8 +240,7 @@ SAM = {"hidden_size": 32, "output_channels": 32, "global_attn_indexes": [1], "wi
 DEEPSTACK = {"vision_config": {"deepstack_visual_indexes": [0]}}
 MOLMO2 = {"image_patch_id": IMAGE, "adapter_config": {"vision_feature_layer": [1, 0], "num_key_value_heads": 4}}
 SLIDING = ["sliding_attention", "full_attention"]
-MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
-PER_LAYER = {"layer_types": SLIDING, "rope_parameters": dict.fromkeys(SLIDING, MROPE)}
+PER_LAYER = {"layer_types": SLIDING, "rope_parameters": dict.fromkeys(SLIDING, mrope(2, 1, 1)["rope_parameters"])}
 OCR2 = {
     "vision_config": {"sam_config": {"downsample_channels": [32, 32]}},
     **text(mlp_layer_types=["dense", "sparse"], num_experts_per_tok=2),

@@ -8,6 +8,7 @@ from modeling_trips import TripsForQuestionAnswering
 
 
 PAD, START, END = 0, 1, 2
+VOCABULARY = 12
 QUESTIONS = TEXTS[:4]
 MASK = (QUESTIONS != PAD).long()
 IMAGE_INDEX = torch.tensor([1, 0, 1, 0])
@@ -21,13 +22,13 @@ QUESTION_INDEX = torch.tensor([0, 0, 1, 2, 2, 2, 3])
 WEIGHTS = torch.tensor([0.7, 0.3, 1.0, 0.1, 0.6, 0.3, 1.0])
 
 
-def make_config(vocab_size=12):
-    return tiny_retrieval.make_config(vocab_size=vocab_size, decoder_layers=2)
+def make_config():
+    return tiny_retrieval.make_config(vocab_size=VOCABULARY, decoder_layers=2)
 
 
-def make_model(**fields):
+def make_model():
     torch.manual_seed(0)
-    return TripsForQuestionAnswering(make_config(**fields)).eval()
+    return TripsForQuestionAnswering(make_config()).eval()
 
 
 def inputs():

@@ -150,10 +150,10 @@ def test_damaged_and_hostile_folders_are_refused_with_a_short_message(saved, tmp
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("part", ["", "vision_config"])
-def test_a_stored_attention_of_the_hub_is_refused_without_this_package_s_tools(saved, tmp_path, part):
+@pytest.mark.parametrize("field", ["attn_implementation", "vision_config__attn_implementation"])
+def test_a_stored_attention_of_the_hub_is_refused_without_this_package_s_tools(saved, tmp_path, field):
     folder = shutil.copytree(saved, tmp_path / "model")
-    edit("config.json", **{f"{part}__attn_implementation" if part else "attn_implementation": KERNEL})(folder)
+    edit("config.json", **{field: KERNEL})(folder)
     for model_class in (TripsForQuestionAnswering, TripsModel):
         with pytest.raises(ValueError, match="attn_implementation"):
             model_class.from_pretrained(folder)

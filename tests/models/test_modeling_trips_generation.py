@@ -2,20 +2,19 @@
 
 import torch
 from tiny_models import each_generator
-from tiny_question_answering import END, PAD, START, inputs, make_config
+from tiny_question_answering import END, PAD, START, VOCABULARY, inputs, make_config
 
 from modeling_trips import TripsForConditionalGeneration, TripsForVisualGrounding
 from modeling_trips.modeling_trips_text import CACHE_NAME
 
 
-VOCABULARY = 12
 ENDLESS = {"eos_token_id": VOCABULARY + 1}  # an end token that no text can have
 
 
 def make_model():
     """Return a model whose texts differ between questions and tokens. Two of four texts end with the end token."""
     torch.manual_seed(61)
-    config = make_config(VOCABULARY)
+    config = make_config()
     config.tie_word_embeddings = config.decoder_config.tie_word_embeddings = False
     model = TripsForConditionalGeneration(config).eval()
     with torch.no_grad():

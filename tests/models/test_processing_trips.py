@@ -63,17 +63,13 @@ def test_image_index_lets_texts_share_images(processor, image, image_index):
     assert inputs.image_index.tolist() == image_index
 
 
-@pytest.mark.parametrize(
-    "image_index", [None, [0, 2, 1], [0, 1, -1], [0, 1], [[0, 1], [0, 2], [1, 1]], 0, ["0", "1", "1"], [0, None, 1]]
-)
-def test_an_image_index_that_fits_nothing_is_refused(processor, image, image_index):
-    with pytest.raises(ValueError, match="image_index"):
-        processor(images=[image] * 2, text=["a"] * 3, image_index=image_index)
+INDICES = [None, [0, 2, 1], [0, 1, -1], [0, 1], [[0, 1], [0, 2], [1, 1]], 0, ["0", "1", "1"], [0, None, 1]]
 
 
-def test_an_image_index_without_images_is_refused(processor):
+@pytest.mark.parametrize("images, image_index", [*(([noise(8, 8)] * 2, index) for index in INDICES), (None, [0] * 3)])
+def test_an_image_index_that_fits_nothing_is_refused(processor, images, image_index):
     with pytest.raises(ValueError, match="image_index"):
-        processor(text="red", image_index=[0])
+        processor(images=images, text=["a"] * 3, image_index=image_index)
 
 
 def test_answers_become_text_and_labels_by_hand(processor):

@@ -45,17 +45,17 @@ def ask(handler, parameters=None, **inputs):
 
 
 @pytest.mark.parametrize(
-    "parameters", [{}, {"top_k": 2, "answers": ["red", "teal", "picture"]}, {"max_new_tokens": 64, "num_beams": 3}]
+    "name, field, parameters",
+    [
+        (QA, "question", {}),
+        (QA, "question", {"top_k": 2, "answers": ["red", "teal", "picture"]}),
+        (QA, "question", {"max_new_tokens": 64, "num_beams": 3}),
+        (WRITER, "prompt", {"max_new_tokens": 2, "num_beams": 2}),
+    ],
 )
-def test_answers_are_those_of_the_pipeline(parameters, handlers):
-    handler = handlers[QA]
-    assert ask(handler, parameters) == handler.pipeline(IMAGE, TEXTS[0], **parameters)
-
-
-def test_captions_are_those_of_the_pipeline(handlers):
-    handler = handlers[WRITER]
-    parameters = {"max_new_tokens": 2, "num_beams": 2}
-    assert ask(handler, parameters) == handler.pipeline(IMAGE, prompt=TEXTS[0], **parameters)
+def test_texts_are_those_of_the_pipeline(name, field, parameters, handlers):
+    handler = handlers[name]
+    assert ask(handler, parameters) == handler.pipeline(IMAGE, **{field: TEXTS[0]}, **parameters)
 
 
 def test_scores_are_the_probabilities_that_texts_match(handlers):

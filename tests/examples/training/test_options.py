@@ -106,18 +106,6 @@ WRONG = {  # options, and what the error names
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("options", WRONG)
-def test_options_are_checked_before_anything_heavy_is_imported(options):
-    assert WRONG[options] in answer_of("run_vqa", options, 2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("script", ["run_vqa", "run_pretraining"])
-def test_help_imports_nothing_heavy(script):
-    assert "--schedule" in answer_of(script, "--help", 0)
-
-
 WITHOUT_HUB = {  # scripts and options that need the Hub
     "ask": "--model=nope/model",
     "app": "--model=nope/model",
@@ -134,14 +122,17 @@ WITHOUT_HUB = {  # scripts and options that need the Hub
 
 
 @pytest.mark.slow
-def test_a_question_without_image_is_refused_at_once():
-    assert "nowhere.png" in answer_of("ask", "--image=nowhere.png", 2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("script", WITHOUT_HUB)
-def test_without_the_hub_a_script_ends_at_once(script):
-    assert HUB in answer_of(script, WITHOUT_HUB[script], 2)
+@pytest.mark.parametrize(
+    "script, options, code, word",
+    [
+        *((script, "--help", 0, "--schedule") for script in ("run_vqa", "run_pretraining")),
+        ("ask", "--image=nowhere.png", 2, "nowhere.png"),
+        *(("run_vqa", options, 2, word) for options, word in WRONG.items()),
+        *((script, options, 2, HUB) for script, options in WITHOUT_HUB.items()),
+    ],
+)
+def test_a_script_answers_before_it_imports_anything_heavy(script, options, code, word):
+    assert word in answer_of(script, options, code)
 
 
 @pytest.mark.slow

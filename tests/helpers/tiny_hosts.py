@@ -65,10 +65,9 @@ def make_siglip():
     return SiglipModel(SiglipConfig(vision_config=VISION, text_config={**TEXT, "projection_size": 32}))
 
 
-def make_blip(model_class, image_size=32, vocab_size=50):
-    text = {**TEXT, **NO_DROPOUT, "encoder_hidden_size": 32, "sep_token_id": 2, "vocab_size": vocab_size}
-    vision = {**VISION, "image_size": image_size}
-    return model_class(BlipConfig(vision_config=vision, text_config=text, image_text_hidden_size=16))
+def make_blip(model_class):
+    text = {**TEXT, **NO_DROPOUT, "encoder_hidden_size": 32, "sep_token_id": 2}
+    return model_class(BlipConfig(vision_config=VISION, text_config=text, image_text_hidden_size=16))
 
 
 def make_bridgetower(model_class=BridgeTowerModel):

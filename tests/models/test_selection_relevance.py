@@ -11,8 +11,7 @@ from modeling_trips.modeling_trips_vision import TripsSelection, scores_of_token
 from modeling_trips.patch_selection import RelevanceGradient
 
 
-MODEL = next(case for case in CASES if case.model_class is TripsModel)
-QUESTIONS = next(case for case in CASES if case.model_class.__name__ == "TripsForQuestionAnswering")
+MODEL, QUESTIONS = CASES[:2]
 SCORED = {"schedule": SelectionSchedule.parse("1:text:score")}
 FIELDS = {"schedule": "1:text:0.5"}
 
@@ -21,6 +20,23 @@ def shared_inputs():
     """Return four texts about two images."""
     inputs = MODEL.make_inputs()
     return {**inputs, "pixel_values": inputs["pixel_values"][:2], "image_index": torch.tensor([0, 1, 1, 0])}
+
+
+def run_with_states(model, **inputs):
+    """Return the outputs, and the states of images that the text reads."""
+    read = []
+    hook = model.fusion_model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["encoder_hidden_states"]), with_kwargs=True
+    )
+    outputs = model(**inputs)
+    hook.remove()
+    (states,) = read
+    return outputs, states
+
+
+def targets_of(gradient, states):
+    relevance = (-gradient * states).sum(dim=-1)[:, 1:].clamp(min=0).detach()
+    return relevance / relevance.sum(dim=-1, keepdim=True).clamp(min=1e-30)
 
 
 def outputs_in_training(model, inputs, **kwargs):
@@ -69,20 +85,13 @@ def test_gradients_are_those_of_the_cross_entropy_with_the_relevance(schedule, f
 
     repeated = {**inputs, "pixel_values": inputs["pixel_values"][inputs["image_index"]]}
     del repeated["image_index"]
-    image_states = []
-    hook = model.fusion_model.register_forward_pre_hook(
-        lambda module, args, kwargs: image_states.append(kwargs["encoder_hidden_states"]), with_kwargs=True
-    )
-    unpruned = model(**repeated, schedule=UNPRUNED)
-    hook.remove()
-    (states,) = image_states
+    unpruned, states = run_with_states(model, **repeated, schedule=UNPRUNED)
     (gradient,) = torch.autograd.grad(other_losses(unpruned.last_hidden_state).sum(), states)
     gradient_of_image = torch.stack((gradient[0] + gradient[3], gradient[1] + gradient[2]))[inputs["image_index"]]
     loss = 0
     for number, settings in schedule.by_layer.items():
         own_gradient = gradient if settings.guidance == "text" else gradient_of_image
-        relevance = (-own_gradient * states).sum(dim=-1)[:, 1:].clamp(min=0).detach()
-        targets = relevance / relevance.sum(dim=-1, keepdim=True)
+        targets = targets_of(own_gradient, states)
         pruned = SelectionSchedule((number,), (settings._replace(keep_rate=0.5, only_scores=False),))
         scores = model(**repeated, schedule=pruned).selection[0].scores
         loss = loss - (targets * scores.log()).sum() / len(schedule.layers)
@@ -116,17 +125,10 @@ def test_a_pruned_pass_teaches_its_last_layer_by_the_tokens_that_it_passes_on(sc
     model = MODEL.make_model("eager", schedule=schedule, fuse_inattentive_tokens=fuse).train()
     schedule = SelectionSchedule.parse(schedule)
     weight = model.vision_model.layers[schedule.layers[-1] - 1].attention.q_proj.weight
-    image_states = []
-    hook = model.fusion_model.register_forward_pre_hook(
-        lambda module, args, kwargs: image_states.append(kwargs["encoder_hidden_states"]), with_kwargs=True
-    )
-    without = model(**inputs)
-    hook.remove()
-    (states,) = image_states
+    without, states = run_with_states(model, **inputs)
     loss = without.last_hidden_state.square().sum()
     gradient, untaught = torch.autograd.grad(loss, (states, weight), retain_graph=True)
-    relevance = (-gradient * states).sum(dim=-1)[:, 1:].clamp(min=0).detach()
-    targets = relevance / relevance.sum(dim=-1, keepdim=True).clamp(min=1e-30)
+    targets = targets_of(gradient, states)
     scores = scores_of_tokens(without.vision_model_output.selection[-1], num_tokens=targets.shape[1])
     losses = -(targets * scores.log()).sum(dim=-1)
     if schedule.selections[-1].guidance == "image":  # two texts have each image

@@ -81,7 +81,9 @@ def _schedule_of_lists(selection_layers=(5, 10), keep_rate=0.7, selection_guidan
     columns = []
     for values in (selection_guidance, keep_rate):
         columns.append(values if isinstance(values, (list, tuple)) else [values] * len(layers))
-    selections = tuple(LayerSelection(*settings) for settings in zip(*columns, strict=True))
+    if any(len(values) != len(layers) for values in columns):
+        raise ValueError(f"`selection_guidance` and `keep_rate` must be one value or {len(layers)}, one per layer.")
+    selections = tuple(LayerSelection(*settings) for settings in zip(*columns))
     return SelectionSchedule(layers, selections)
 
 

@@ -114,8 +114,9 @@ def rows_of(shard: Shard, image_column: str | None = None, num_images: int = 1) 
                 record |= dict(zip(columns, PAIRS.image_values(record)))
             for column in columns:
                 image = encoded_image(record, column)
-                is_path = isinstance(image, str)
-                images.append(str(Path(record.get("image_root", ""), image)) if is_path else image)
+                if isinstance(image, str):
+                    image = str(Path(record.get("image_root", ""), image))
+                images.append(image)
         except BadRowError as bad:
             images = []
             error = str(bad)

@@ -77,6 +77,7 @@ def test_texts_find_the_best_of_all_pairs(checkpoint, photos, capsys):
 
 
 def test_a_photo_finds_itself_and_its_features_are_kept(checkpoint, photos, monkeypatch):
+    found_by(checkpoint, photos, "--text", *TEXTS)
     decoded = []
     decode = search.decode_untrusted_image
     for module in (search, collection):
@@ -85,7 +86,7 @@ def test_a_photo_finds_itself_and_its_features_are_kept(checkpoint, photos, monk
     first, *others = found_by(checkpoint, photos, "--image", query, "--k", 2)
     assert first["source"] == str(query) and first["similarity"] == pytest.approx(1, abs=1e-5)
     assert "match" not in first and len(others) == 1
-    assert len(decoded) == 3  # the query, and two to draw: the search before has the features of all
+    assert len(decoded) == 3  # the query, and two to draw: the search before kept the features of all
     shutil.copyfile(photos / "images/4.png", query)
     names = {row["source"] for row in found_by(checkpoint, photos, "--image", query, "--k", 2)}
     assert names == {str(query), str(photos / "images/4.png")}  # a changed file is embedded anew

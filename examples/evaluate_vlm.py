@@ -73,6 +73,7 @@ from statistics import mean, stdev
 
 from datasets import Dataset
 from datasets.fingerprint import Hasher
+from huggingface_hub.utils import chunk_iterable
 from tqdm.auto import tqdm
 from transformers import AutoConfig, set_seed
 
@@ -81,7 +82,7 @@ from modeling_trips.inspection.provenance import provenance
 from trips_examples.data.images import column_of, read_image
 from trips_examples.data.loading import DataArguments, load_task_dataset
 from trips_examples.metrics.diagnostics import variety
-from trips_examples.metrics.generation import VisionLanguageModel, question_about
+from trips_examples.metrics.generation import VisionLanguageModel
 from trips_examples.metrics.vqa_accuracy import answer_score, most_common_answer, normalize_answer
 from trips_examples.training.files import write_json
 
@@ -128,13 +129,9 @@ def scores_of(vlm: VisionLanguageModel, questions: Dataset, args: EvaluationArgu
     """Return the score of the model's answers to questions, its standard error, and how the answers vary."""
     set_seed(args.seed)
     answers: list[str] = []
-    for start in tqdm(range(0, len(questions), args.batch_size), desc="questions", leave=False):
-        conversations = []
-        for place in range(start, min(start + args.batch_size, len(questions))):
-            row = questions[place]
-            text = f"{row['question']}\n{args.instruction}".strip()
-            conversations.append(question_about(read_image(row), text))
-        answers += vlm.answer(conversations)
+    for rows in map(list, chunk_iterable(tqdm(questions, desc="questions", leave=False), args.batch_size)):
+        texts = [f"{row['question']}\n{args.instruction}".strip() for row in rows]
+        answers += vlm.answer([read_image(row) for row in rows], texts)
     references = column_of(questions, "answers")
 
     def scores_of_texts(texts: list[str]) -> list[float]:

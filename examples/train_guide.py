@@ -84,7 +84,7 @@ from modeling_trips.hosts.vlm.supervision import (
 from modeling_trips.patch_selection import log_scores, selection_loss, targets_of_candidates
 from trips_examples.data.images import column_of, read_image
 from trips_examples.data.loading import BUNDLED
-from trips_examples.metrics.generation import VisionLanguageModel, encode, question_about
+from trips_examples.metrics.generation import VisionLanguageModel, encode
 from trips_examples.training.runs import parse_arguments, train_and_evaluate
 from trips_examples.training.start import load_data
 from trips_examples.training.trainer import FiniteTrainer
@@ -106,23 +106,17 @@ class GuideCollator:
         self.processor = processor
         self.teacher = teacher
 
-    def encode(self, images: list[PIL.Image.Image], questions: list[str], answers=(), **options) -> dict:
-        conversations = [question_about(*pair) for pair in zip(images, questions)]
-        for conversation, answer in zip(conversations, answers):
-            conversation.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        return dict(encode(self.processor, conversations, **options))
-
     def __call__(self, rows: list[dict]) -> dict:
         images = [read_image(row) for row in rows]
         questions = [row["question"] for row in rows]
         sources = [row["source"] for row in rows]
-        inputs = self.encode(images, questions)
+        inputs = encode(self.processor, images, questions)
         batch: dict[str, Any] = {"sources": sources, "inputs": inputs}
         if self.teacher == "regions":
             regions = [row["region"] for row in rows]
             black_images = [PIL.Image.new("RGB", image.size) for image in images]
-            batch["masks"] = self.encode(region_masks(images, regions), questions)
-            batch["blanks"] = self.encode(black_images, questions)
+            batch["masks"] = encode(self.processor, region_masks(images, regions), questions)
+            batch["blanks"] = encode(self.processor, black_images, questions)
             return batch
         answers = [row["answers"][0] for row in rows]
         answered = self.encode_answered(images, questions, answers)
@@ -136,9 +130,9 @@ class GuideCollator:
     def encode_answered(self, images: list[PIL.Image.Image], questions: list[str], answers: list[str]) -> dict:
         """Encode prompts with their answers behind them."""
         if not isinstance(self.processor, PaliGemmaProcessor):
-            return self.encode(images, questions, answers)
+            return encode(self.processor, images, questions, answers)
         # It takes answers as suffixes, and ends them with a token that is cut off.
-        answered = self.encode(images, questions, suffix=answers)
+        answered = encode(self.processor, images, questions, suffix=answers)
         del answered["labels"]
         shape = answered["input_ids"].shape
         for name, value in answered.items():

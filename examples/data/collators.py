@@ -86,19 +86,15 @@ class ImageBatchCollator:
 
     def boxes(self, images: Images, image_index: list, boxes: list) -> torch.Tensor:
         """Return boxes as the models take them, and zeros in place of None."""
-        encoded = torch.zeros(len(boxes), 4)
-        places = []
-        known_boxes = []
+        given = []
         sizes = []
-        for place, box in enumerate(boxes):
-            if box:
-                width, height = images[image_index[place]].size
-                places.append(place)
-                known_boxes.append(box)
-                sizes.append((height, width))
-        if places:
-            encoded[places] = self.processor.encode_boxes(known_boxes, sizes)
-        return encoded
+        for box, index in zip(boxes, image_index):
+            width, height = images[index].size
+            given.append(box or (0, 0, width, height))
+            sizes.append((height, width))
+        encoded = self.processor.encode_boxes(given, sizes)  # (num_rows, 4)
+        is_known = torch.tensor([bool(box) for box in boxes])
+        return encoded * is_known[:, None]
 
     def distinct_images(self, rows: list[dict]) -> tuple[Images, list]:
         """Return the distinct images of the rows, upright and RGB, and the index of each row's image or images."""

@@ -1,6 +1,7 @@
 """Generation of answers with vision-language models of Transformers for evaluations."""
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import PIL.Image
@@ -17,54 +18,38 @@ from modeling_trips.hosts.vlm.wrapper import selection_of
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 
 
-def question_about(image: PIL.Image.Image, text: str) -> list[dict]:
-    """Return the conversation of one question about an image."""
-    content = [
-        {"type": "image", "image": image},
-        {"type": "text", "text": text},
-    ]
-    return [{"role": "user", "content": content}]
-
-
-def parts_of(conversation: list[dict]) -> list[dict]:
-    """Return the parts of all messages of a conversation."""
-    parts: list[dict] = []
-    for message in conversation:
-        parts += message["content"]
-    return parts
-
-
-def encode(processor: ProcessorMixin, conversations: list[list[dict]], **options) -> BatchFeature:
+def encode(
+    processor: ProcessorMixin,
+    images: list[PIL.Image.Image],
+    questions: list[str],
+    answers: Sequence[str] = (),
+    **options,
+) -> BatchFeature:
     """
-    Return the inputs of a batch of conversations, as in [`VisionLanguageModel.answer`], padded on the left. The model
-    continues the last message if it is the assistant's, and else answers. Without a chat template, the prompt is one
-    image token per image and the texts. `options` are further arguments of the processor.
+    Return the inputs of a batch of questions about an image each, padded on the left. The model answers, or continues
+    `answers`. Without a chat template, a prompt is an image token and the texts. `options` are further arguments of
+    the processor.
     """
     options |= {"padding": True, "return_tensors": "pt"}
-    if processor.chat_template is not None:
-        is_answered = conversations[0][-1]["role"] == "assistant"
-        return processor.apply_chat_template(
-            conversations,
-            add_generation_prompt=not is_answered,
-            continue_final_message=is_answered,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs=options,
-        )
-    prompts = []
-    images = []
-    for conversation in conversations:
-        own_images = []
-        own_texts = []
-        for part in parts_of(conversation):
-            if part["type"] == "image":
-                own_images.append(part["image"])
-            elif part["type"] == "text":
-                own_texts.append(part["text"])
-        images.append(own_images)
-        prompts.append(processor.image_token * len(own_images) + "\n".join(own_texts))
-    return processor(text=prompts, images=images if any(images) else None, **options)
+    if processor.chat_template is None:
+        texts = map("\n".join, zip(questions, answers)) if answers else questions
+        prompts = [processor.image_token + text for text in texts]
+        return processor(text=prompts, images=[[image] for image in images], **options)
+    conversations = []
+    for image, question in zip(images, questions):
+        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+        conversations.append([{"role": "user", "content": content}])
+    for conversation, answer in zip(conversations, answers):
+        conversation.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return processor.apply_chat_template(
+        conversations,
+        add_generation_prompt=not answers,
+        continue_final_message=bool(answers),
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs=options,
+    )
 
 
 class VisionLanguageModel:
@@ -74,8 +59,7 @@ class VisionLanguageModel:
     Args:
         pretrained (`str`): Folder or Hub repository of a model for `AutoModelForImageTextToText`. Its code never runs.
         schedule (`str`, *optional*, defaults to `"unpruned"`): Selection inside the vision tower.
-        visual_tokens (`int`, *optional*): Number of visual tokens per image in the language model.
-        keep_rate (`float`, *optional*): Share of an image's visual tokens, instead of a number.
+        keep_rate (`float`, *optional*): Share of an image's visual tokens that the language model gets.
         scorer (`str`, *optional*, defaults to `"divprune"`): Scorer of these tokens.
         guide (`str`, *optional*): Folder or Hub repository of a `TextGuide`, for a layer that is scored by the text.
         resolution_tokens (`int`, *optional*): Reduce images to about this number of visual tokens.
@@ -91,7 +75,6 @@ class VisionLanguageModel:
         self,
         pretrained: str,
         schedule: str = "unpruned",
-        visual_tokens: int | None = None,
         keep_rate: float | None = None,
         scorer: str = "divprune",
         guide: str | None = None,
@@ -110,49 +93,29 @@ class VisionLanguageModel:
             tokenizer.pad_token = tokenizer.eos_token
         if resolution_tokens is not None:
             self.lower_resolution(resolution_tokens)
-        if schedule != "unpruned" or visual_tokens is not None or keep_rate is not None or guide is not None:
+        if schedule != "unpruned" or keep_rate is not None or guide is not None:
             loaded = None if guide is None else TextGuide.from_pretrained(guide).to(self.model.device).eval()
-            apply_patch_selection(
-                self.model,
-                schedule,
-                visual_tokens=visual_tokens,
-                keep_rate=keep_rate,
-                scorer=scorer,
-                guide=loaded,
-            )
+            apply_patch_selection(self.model, schedule, keep_rate=keep_rate, scorer=scorer, guide=loaded)
         self.num_images = 0
         self.num_visual_tokens = 0
 
     @property
-    def visual_tokens_per_image(self) -> float | None:
-        """Mean number of visual tokens in the language model; `None` without images."""
-        return self.num_visual_tokens / self.num_images if self.num_images else None
+    def visual_tokens_per_image(self) -> float:
+        """Mean number of visual tokens in the language model, of all answers so far."""
+        return self.num_visual_tokens / self.num_images
 
     @torch.no_grad()
-    def answer(self, conversations: list[list[dict]], max_new_tokens: int = 32) -> list[str]:
-        """
-        Continue a batch of conversations by the most probable tokens.
-
-        Args:
-            conversations (`list[list[dict]]`): Messages with `role` and `content`, a list of parts `{"type": "image",
-                "image": ...}` and `{"type": "text", "text": ...}`. An image is a Pillow image, a path or a URL.
-            max_new_tokens (`int`, *optional*, defaults to 32): Largest number of tokens of an answer.
-
-        Returns:
-            `list[str]`: The new text of each conversation.
-        """
-        inputs = encode(self.processor, conversations)
-        has_images = inputs.get("pixel_values") is not None
+    def answer(self, images: list[PIL.Image.Image], questions: list[str], max_new_tokens: int = 32) -> list[str]:
+        """Answer a batch of questions about an image each by the most probable tokens, at most `max_new_tokens`."""
+        inputs = encode(self.processor, images, questions)
         placeholders = inputs["input_ids"] == getattr(self.model.config, "image_token_id", -1)
         inputs = inputs.to(self.model.device, self.model.dtype)
-        is_pruned = has_images and selection_of(self.model) is not None
+        is_pruned = selection_of(self.model) is not None
         with record_patch_selection(self.model) if is_pruned else nullcontext() as selections:
             outputs = self.model.generate(**inputs, **GREEDY, max_new_tokens=max_new_tokens)
-        if has_images:
-            is_kept = selections[-1].kept_indices >= 0 if is_pruned else placeholders
-            self.num_visual_tokens += int(is_kept.sum())
-            for conversation in conversations:
-                self.num_images += sum(part["type"] == "image" for part in parts_of(conversation))
+        is_kept = selections[-1].kept_indices >= 0 if is_pruned else placeholders
+        self.num_visual_tokens += int(is_kept.sum())
+        self.num_images += len(images)
         prompt_length = inputs["input_ids"].shape[1]
         texts = self.processor.batch_decode(outputs[:, prompt_length:], skip_special_tokens=True)
         return [text.strip() for text in texts]

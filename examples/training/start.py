@@ -110,19 +110,10 @@ def load_data(task: str, args: DataArguments, training_args: TrainingArguments, 
         if limit is not None:
             rows = rows.select(range(min(limit, len(rows))))
         if split != "train" and "image_id" in rows.column_names:
-            rows = sorted_by_image(rows)
+            image_ids = column_of(rows, "image_id")  # rows of one image share its cached states
+            rows = rows.select(sorted(range(len(rows)), key=image_ids.__getitem__))  # `sort` warns since pyarrow 25
         data[split] = without_decoding(rows)
     return DatasetDict(data)
-
-
-def sorted_by_image(rows: Dataset) -> Dataset:
-    """Sort rows by `image_id`, so that those of one image share its cached states. Rows without one are last."""
-    image_ids = column_of(rows, "image_id")
-
-    def place(row: int) -> tuple:
-        return image_ids[row] is None, image_ids[row]
-
-    return rows.select(sorted(range(len(rows)), key=place))  # `Dataset.sort` warns since pyarrow 25
 
 
 def _check_splits(splits: Container[str], args: TrainingArguments):

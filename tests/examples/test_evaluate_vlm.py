@@ -6,7 +6,7 @@ import pytest
 from json_files import read_json
 from loading import write
 from strange_pictures import noise
-from tiny_vlm_processors import conversation, save_tiny_vlm
+from tiny_vlm_processors import save_tiny_vlm
 from tiny_vlms import BY_NAME
 from transformers import AutoModelForImageTextToText
 
@@ -30,7 +30,7 @@ def questions(checkpoint, tmp_path_factory):
     for number in range(4):
         image = noise(64, 64, seed=number)
         image.save(folder / f"{number}.png")
-        (answer,) = vlm.answer([conversation("what color ?", image)])
+        (answer,) = vlm.answer([image], ["what color ?"])
         rows.append({"image": f"{number}.png", "question": "what color ?", "answer": answer})
     rows[-1]["answer"] = "x"
     return write(folder / "val.jsonl", rows)

@@ -1,4 +1,4 @@
-"""Answers of a vision-language model to conversations of an evaluation, against `generate` by hand."""
+"""Answers of a vision-language model to questions about images, against `generate` by hand."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from json_files import read_json
 from strange_pictures import noise
-from tiny_vlm_processors import conversation, make_llava_processor, save_tiny_vlm
+from tiny_vlm_processors import make_llava_processor, save_tiny_vlm
 from tiny_vlms import BY_NAME
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -28,96 +28,90 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images():
-    """Return the images of three questions: one, two of different sizes, and none."""
-    return [[noise(40, 40)], [noise(64, 30), noise(48, 48)], []]
-
-
-@pytest.fixture(scope="module")
-def conversations(images):
-    return [conversation(question, *shown) for question, shown in zip(QUESTIONS, images)]
+    """Return the images of three questions, of different sizes."""
+    return [noise(40, 40), noise(64, 30), noise(48, 48)]
 
 
 @each_family
-@pytest.mark.parametrize("visual_tokens", [None, 5])
+@pytest.mark.parametrize("keep_rate", [None, 0.25])
 @torch.no_grad()
-def test_answers_match_generate_with_and_without_selection(family, visual_tokens, folders, images, conversations):
+def test_answers_match_generate_with_and_without_selection(family, keep_rate, folders, images):
     """Each question alone, with a prompt written by hand."""
     processor = AutoProcessor.from_pretrained(folders[family])
     model = AutoModelForImageTextToText.from_pretrained(folders[family]).eval()
     expected = []
-    for question, shown in zip(QUESTIONS, images):
-        prompt = f"<s>{PLACEHOLDERS[family] * len(shown)}{question} "
-        inputs = processor(text=prompt, images=shown or None, return_tensors="pt")
-        if visual_tokens is not None:
-            inputs = prune_inputs(model, inputs, visual_tokens=visual_tokens)
+    for question, image in zip(QUESTIONS, images):
+        prompt = f"<s>{PLACEHOLDERS[family]}{question} "
+        inputs = processor(text=prompt, images=image, return_tensors="pt")
+        if keep_rate is not None:
+            inputs = prune_inputs(model, inputs, keep_rate=keep_rate)
         (tokens,) = model.generate(**inputs, **OPTIONS, do_sample=False)
         answer = processor.decode(tokens[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         expected.append(answer.strip())
     assert len(set(expected)) == 3
-    vlm = VisionLanguageModel(folders[family], visual_tokens=visual_tokens)
-    assert vlm.answer(conversations, **OPTIONS) == expected
-    for asked, answer in zip(conversations, expected):
-        assert vlm.answer([asked], **OPTIONS) == [answer]
+    vlm = VisionLanguageModel(folders[family], keep_rate=keep_rate)
+    assert vlm.answer(images, QUESTIONS, **OPTIONS) == expected
+    for image, question, answer in zip(images, QUESTIONS, expected):
+        assert vlm.answer([image], [question], **OPTIONS) == [answer]
 
 
 @each_family
-def test_visual_tokens_are_counted(family, folders, conversations):
+def test_visual_tokens_are_counted(family, folders, images):
     def count(vlm):
-        vlm.answer(conversations, **OPTIONS)
+        vlm.answer(images, QUESTIONS, **OPTIONS)
         return vlm.visual_tokens_per_image
 
     # Images of 40 x 40, 64 x 30 and 48 x 48 pixels, in units of 8 x 8.
     whole = 64 if family == "llava" else pytest.approx((5 * 5 + 8 * 4 + 6 * 6) / 3)
     quarter = 16 if family == "llava" else pytest.approx((7 + 8 + 9) / 3)
-    vlm = VisionLanguageModel(folders[family])
-    assert vlm.visual_tokens_per_image is None
-    assert count(vlm) == whole
+    assert count(VisionLanguageModel(folders[family])) == whole
     assert count(VisionLanguageModel(folders[family], "2:image:0.25")) == quarter
-    assert count(VisionLanguageModel(folders[family], "2:image:0.5", visual_tokens=4)) == 4
+    assert count(VisionLanguageModel(folders[family], "2:image:0.5", keep_rate=0.25)) == quarter
 
 
-def test_prompt_without_a_chat_template(folders, images, conversations, tmp_path):
+def test_prompt_without_a_chat_template(folders, images, tmp_path):
     folder = save_tiny_vlm("llava", tmp_path / "plain", make_llava_processor(chat_template=None))
     vlm = VisionLanguageModel(folder)
-    encoded = encode(vlm.processor, conversations)
-    expected = vlm.processor(text=f"<image><image>{QUESTIONS[1]}", images=images[1])["input_ids"][0]
-    assert encoded["input_ids"][1].tolist() == expected
-    assert all(VisionLanguageModel(folders["paligemma"]).answer(conversations[:1], **OPTIONS))
+    for answers, end in (((), ""), (["a cat"], "\na cat")):
+        encoded = encode(vlm.processor, images[1:2], QUESTIONS[1:2], answers)
+        expected = vlm.processor(text=f"<image>{QUESTIONS[1]}{end}", images=images[1])["input_ids"]
+        assert encoded["input_ids"].tolist() == expected
+    assert all(VisionLanguageModel(folders["paligemma"]).answer(images[:1], QUESTIONS[:1], **OPTIONS))
 
 
 @pytest.mark.parametrize(
     "family, size", [("llava", {"shortest_edge": 16}), ("paligemma", {"height": 16, "width": 16})]
 )
 @torch.no_grad()
-def test_lower_resolution_interpolates_position_embeddings(family, size, folders, images, conversations):
+def test_lower_resolution_interpolates_position_embeddings(family, size, folders, images):
     vlm = VisionLanguageModel(folders[family])
-    whole = encode(vlm.processor, conversations[:1])
+    whole = encode(vlm.processor, images[:1], QUESTIONS[:1])
     vlm.lower_resolution(visual_tokens=16)
-    reduced = encode(vlm.processor, conversations[:1])
+    reduced = encode(vlm.processor, images[:1], QUESTIONS[:1])
     assert whole["input_ids"].shape[1] - reduced["input_ids"].shape[1] == 64 - 16
     inputs = vlm.processor.image_processor(
-        images[0], size=size, crop_size={"height": 16, "width": 16}, return_tensors="pt"
+        images[:1], size=size, crop_size={"height": 16, "width": 16}, return_tensors="pt"
     )
     pixels = inputs["pixel_values"]
     assert torch.equal(reduced["pixel_values"], pixels)
     tower = AutoModelForImageTextToText.from_pretrained(folders[family]).eval().model.vision_tower
     expected = tower(pixels, interpolate_pos_encoding=True).last_hidden_state
     assert torch.equal(vlm.model.model.vision_tower(pixels).last_hidden_state, expected)
-    vlm.answer(conversations[:1], **OPTIONS)
+    vlm.answer(images[:1], QUESTIONS[:1], **OPTIONS)
     assert vlm.visual_tokens_per_image == 16
 
 
 def test_lower_resolution_of_images_of_any_size(folders):
     vlm = VisionLanguageModel(folders["qwen2_5_vl"])
     vlm.lower_resolution(visual_tokens=20)
-    asked = conversation(QUESTIONS[1], noise(64, 64), noise(64, 32), noise(16, 24))
-    grids = encode(vlm.processor, [asked])["image_grid_thw"]
+    asked = [noise(64, 64), noise(64, 32), noise(16, 24)]
+    grids = encode(vlm.processor, asked, QUESTIONS)["image_grid_thw"]
     # 8 x 8 units become 4 x 4, and 4 x 8 become 3 x 7. The small image does not change.
     assert (grids[:, 1:] // 2).tolist() == [[4, 4], [3, 7], [3, 2]]
     for visual_tokens, expected in ((16, 1), (79, 1), (80, 5), (160, 10)):  # a tile has 16 tokens
         vlm = VisionLanguageModel(folders["idefics3"])
         vlm.lower_resolution(visual_tokens)
-        vlm.answer([conversation(QUESTIONS[0], noise(100, 100))], **OPTIONS)
+        vlm.answer([noise(100, 100)], QUESTIONS[:1], **OPTIONS)
         assert vlm.visual_tokens_per_image == 16 * expected
     for family in ("llava_next", "gemma3", "smolvlm", "internvl"):
         vlm.model = BY_NAME[family].make()

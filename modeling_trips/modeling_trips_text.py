@@ -31,6 +31,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     Seq2SeqLMOutput,
 )
+from transformers.models.bert.modeling_bert import BertIntermediate, BertOutput, BertSelfOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring
 from transformers.utils.deprecation import deprecate_kwarg
@@ -175,26 +176,11 @@ class TripsTextCrossAttention(TripsTextSelfAttention):
         return super().key_value(hidden_states, cache.cross_attention_cache)
 
 
-class TripsTextOutput(nn.Module):
-    """Projection, residual and post-norm, with BERT's parameter names: the end of attention and of feed-forward."""
-
-    def __init__(self, config: TripsTextConfig, input_size: int):
-        super().__init__()
-        self.dense = nn.Linear(input_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.dense(hidden_states)
-        hidden_states = self.dropout(hidden_states)
-        return self.LayerNorm(hidden_states + residual)
-
-
 class TripsTextAttention(nn.Module):
     def __init__(self, config: TripsTextConfig, layer_idx: int, attention_class: type[nn.Module]):
         super().__init__()
         self.self = attention_class(config, layer_idx)
-        self.output = TripsTextOutput(config, config.hidden_size)
+        self.output = BertSelfOutput(config)
 
     def forward(
         self,
@@ -207,25 +193,14 @@ class TripsTextAttention(nn.Module):
         return self.output(attn_output, hidden_states)
 
 
-class TripsTextIntermediate(nn.Module):
-    def __init__(self, config: TripsTextConfig):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.activation_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.dense(hidden_states)
-        return self.activation_fn(hidden_states)
-
-
 class TripsTextLayer(GradientCheckpointingLayer):
     """BERT's post-norm layer."""
 
     def __init__(self, config: TripsTextConfig, layer_idx: int):
         super().__init__()
         self.attention = TripsTextAttention(config, layer_idx, TripsTextSelfAttention)
-        self.intermediate = TripsTextIntermediate(config)
-        self.output = TripsTextOutput(config, config.intermediate_size)
+        self.intermediate = BertIntermediate(config)
+        self.output = BertOutput(config)
 
     def forward(
         self,
@@ -235,7 +210,7 @@ class TripsTextLayer(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         hidden_states = self.attention(hidden_states, hidden_states, attention_mask, **kwargs)
         intermediate_states = self.intermediate(hidden_states)
-        return self.output(intermediate_states, residual=hidden_states)
+        return self.output(intermediate_states, hidden_states)
 
 
 class TripsCrossLayer(TripsTextLayer):

@@ -44,7 +44,7 @@ from trips_examples.data.images import (
 )
 from trips_examples.data.loading import check_fit, load_task_dataset
 from trips_examples.data.printing import visible
-from trips_examples.data.tasks import SHOWN, TASKS, Fault, Task
+from trips_examples.data.tasks import SHOWN, TASKS, Fault
 from trips_examples.metrics.diagnostics import unwritable_texts
 from trips_examples.metrics.vqa_accuracy import normalize_answer
 from trips_examples.training.models import load_start, train_processor
@@ -81,7 +81,6 @@ def check(name: str, model_args: ModelArguments, data_args: DataArguments) -> tu
         image_ids = set(texts_of_column(rows, "image_ids" if task.has_two_images else "image_id"))
         texts = set(column_of(rows, task.text))
         notes.append(f"{split}: {len(rows)} rows, {len(image_ids)} images, {len(texts)} different {task.text}s")
-        notes += repetitions(rows, task)
         for content, source in contents_of_images(rows):
             rows_of_content[content].setdefault(split, source)
     shared = [list(sources.values()) for sources in rows_of_content.values() if len(sources) > 1]
@@ -89,25 +88,6 @@ def check(name: str, model_args: ModelArguments, data_args: DataArguments) -> tu
         example = " and ".join(shared[0])
         notes.append(f"{len(shared)} images are in several splits ({example}): evaluation on them is biased")
     return faults, notes
-
-
-def repetitions(rows: Dataset, task: Task) -> Iterator[str]:
-    """Yield notes on texts about one image whose labels contradict each other, and on ids of several questions."""
-    label = {"question": "answers", "statement": "label", "expression": "box"}.get(task.text)
-    if label is None:  # captions of an image differ
-        return
-    columns = ("source", "image_ids" if task.has_two_images else "image_id", task.text, label, "question_id")
-    first_of: dict[str, dict] = {"contradict": {}, "repeat": {}}
-    found = defaultdict(list)
-    for source, image, text, truth, question_id in zip(*(column_of(rows, column) for column in columns)):
-        first_truth, first_source = first_of["contradict"].setdefault((str(image), text), (truth, source))
-        if first_truth != truth:
-            found[f"rows contradict another one about their image and {task.text}"].append((first_source, source))
-        first_source = first_of["repeat"].setdefault(question_id, source)
-        if first_source != source:
-            found["rows have the question_id of another one"].append((first_source, source))
-    for what, pairs in found.items():
-        yield f"{len(pairs)} {what} ({' and '.join(pairs[0])})"
 
 
 def contents_of_images(rows: Dataset) -> Iterator[tuple[str, str]]:

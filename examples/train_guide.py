@@ -82,7 +82,7 @@ from modeling_trips.hosts.vlm.supervision import (
     targets_of_relevance,
 )
 from modeling_trips.patch_selection import log_scores, selection_loss, targets_of_candidates
-from trips_examples.data.images import column_of, read_image
+from trips_examples.data.images import column_of, read_image, regions_of
 from trips_examples.data.loading import BUNDLED
 from trips_examples.metrics.generation import VisionLanguageModel, encode
 from trips_examples.training.runs import parse_arguments, train_and_evaluate
@@ -267,7 +267,7 @@ def facts_of(args, data_args, training_args, data, model) -> dict:
 
 def rows_with_region(split: str, rows: Dataset) -> Dataset:
     """Leave out rows without a region, with a warning. Raise a `ValueError` if there are no others."""
-    known = [row for row, region in enumerate(column_of(rows, "region")) if region is not None]
+    known = [row for row, region in enumerate(regions_of(rows)) if region is not None]
     if not known:
         raise ValueError(f"No row of the {split} split has a region. Use --teacher relevance.")
     num_missing = len(rows) - len(known)
@@ -280,8 +280,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     args, data_args, training_args = parse_arguments(OPTIONS, argv)
     data = load_data("vqa", data_args, training_args)
     if args.teacher is None:
-        regions = column_of(next(iter(data.values())), "region")
-        has_regions = any(region is not None for region in regions)
+        has_regions = any(regions_of(next(iter(data.values()))))
         args.teacher = "regions" if has_regions else "relevance"
     if args.teacher == "regions":
         for split, rows in data.items():

@@ -116,6 +116,11 @@ class Item(NamedTuple):
     def name(self) -> str:
         return f"{self.color} {self.shape}"
 
+    @property
+    def descriptions(self) -> tuple[str, str, str]:
+        """What an expression can call it, where no other shape is called so."""
+        return f"{self.color} one", self.shape, self.name
+
 
 class Scene(NamedTuple):
     """An image with its items, and `QUESTIONS_PER_KIND` questions of each kind."""
@@ -244,14 +249,9 @@ def _caption(scene: Scene, rng: random.Random) -> str:
 
 
 def _expressions(scene: Scene, rng: random.Random) -> Iterator[dict]:
-    names_of_items = []
-    times: Counter[str] = Counter()
+    times = Counter(name for item in scene.items for name in item.descriptions)
     for item in scene.items:
-        names = (f"{item.color} one", item.shape, item.name)
-        names_of_items.append(names)
-        times.update(names)
-    for names, item in zip(names_of_items, scene.items, strict=True):
-        unique = [name for name in names if times[name] == 1]
+        unique = [name for name in item.descriptions if times[name] == 1]
         if unique:
             yield {"expression": f"the {rng.choice(unique)}", "box": list(item.box)}
 
@@ -364,12 +364,10 @@ def _shade(color: tuple[int, ...], rng: random.Random) -> tuple[int, ...]:
 
 def _draw_clutter(draw: PIL.ImageDraw.ImageDraw, side: int, rng: random.Random):
     """Draw a thin line, an outline or a few dots, often in the color of a shape."""
-    has_named_color = rng.random() < 0.6
-    if has_named_color:
+    if rng.random() < 0.6:
         base = rng.choice(list(COLORS.values()))
     else:
-        gray = rng.randint(0, 255)
-        base = (gray, gray, gray)
+        base = (rng.randint(0, 255),) * 3
     color = _shade(base, rng)
     x = rng.uniform(0, side)
     y = rng.uniform(0, side)

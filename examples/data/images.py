@@ -18,6 +18,8 @@ from modeling_trips.untrusted_images import decode_untrusted
 from trips_examples.data.tasks import BadRowError, Fault
 
 
+# Columns with the target region of a text: a box (x0, y0, x1, y1) in pixels of the image, or None.
+REGION_COLUMNS = ("region", "box")
 MAX_FILE_BYTES = 1 << 29  # 50 million uncompressed pixels of 4 x 16 bits have 400 MB
 
 
@@ -123,6 +125,12 @@ def without_decoding(dataset: Dataset) -> Dataset:
         elif isinstance(getattr(feature, "feature", None), Image):
             dataset = dataset.cast_column(column, Sequence(encoded))
     return dataset
+
+
+def regions_of(rows: Dataset) -> list:
+    """Return the target region of each row, a box or None, or nothing if the rows have no column of regions."""
+    column = next((column for column in REGION_COLUMNS if column in rows.column_names), None)
+    return [] if column is None else column_of(rows, column)
 
 
 def read_image(row: dict, patch_size: int = 1) -> PIL.Image.Image:

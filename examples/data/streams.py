@@ -31,7 +31,7 @@ from trips_examples.data.tasks import (
     caption_texts,
     filled_text,
     is_missing,
-    list_of,
+    one_or_several,
     text_of,
 )
 
@@ -363,11 +363,7 @@ class PairStream(TorchIterableDataset):
 
     def _caption(self, columns: dict, seed: str) -> str:
         name = self.caption_column or _first_filled(columns, CAPTION_COLUMNS)
-        value = columns.get(name)
-        if name == "captions":
-            captions = list_of(value, name)
-        else:
-            captions = value if isinstance(value, list) else [value]
+        captions = one_or_several({name: columns.get(name)}, one=name, several="captions")
         texts = caption_texts(captions, columns)
         text = random.Random(seed).choice(texts)
         if self.processor is not None:

@@ -125,7 +125,8 @@ def _box(record: dict, column: str) -> list[float]:
     return box
 
 
-def _one_or_several(record: dict, one: str, several: str) -> list:
+def one_or_several(record: dict, one: str | None, several: str) -> list:
+    """Return the values of a record in its column `several`, or else in `one`."""
     if not is_missing(record.get(several)):
         return list_of(record[several], several)
     value = record.get(one)
@@ -138,7 +139,7 @@ def _one_or_several(record: dict, one: str, several: str) -> list:
 def _question(record: dict) -> list[dict]:
     # VQAv2 has a dict per annotator, with the answer, the confidence and the annotator's number.
     answers = []
-    for answer in _one_or_several(record, "answer", "answers"):
+    for answer in one_or_several(record, "answer", "answers"):
         value = answer.get("answer") if isinstance(answer, dict) else answer
         text = text_of(value, "an answer")
         if text:
@@ -167,7 +168,7 @@ def caption_texts(captions: list, record: dict) -> list[str]:
 
 
 def _captions(record: dict) -> list[dict]:
-    captions = _one_or_several(record, "caption", "captions")
+    captions = one_or_several(record, "caption", "captions")
     return [{"caption": text} for text in caption_texts(captions, record)]
 
 

@@ -24,7 +24,7 @@ from modeling_trips.inspection import (
     score_entropy,
     text_sensitivity,
 )
-from trips_examples.data.images import column_of, image_size, texts_of_column
+from trips_examples.data.images import column_of, image_size, regions_of, texts_of_column
 from trips_examples.data.tasks import SHOWN
 
 
@@ -37,8 +37,6 @@ UNWRITABLE_REMEDY = (
     "docs/pictures.md, other languages."
 )
 NUM_ROWS = 256
-# Columns with the target region of a text: a box (x0, y0, x1, y1) in pixels of the image, or None.
-REGION_COLUMNS = ("region", "box")
 
 
 # Texts and predictions
@@ -173,9 +171,8 @@ def diagnose_selection(trainer: Trainer) -> dict[str, float]:
     """
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     processor = trainer.processing_class
-    num_rows = min(NUM_ROWS, len(trainer.eval_dataset))
-    rows = [trainer.eval_dataset[row] for row in range(num_rows)]
-    inputs = trainer.data_collator(rows)
+    rows = trainer.eval_dataset.take(min(NUM_ROWS, len(trainer.eval_dataset)))
+    inputs = trainer.data_collator(list(rows))
     inputs.pop("sources", None)
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     height, width = inputs["pixel_values"].shape[-2:]
@@ -197,9 +194,8 @@ def diagnose_selection(trainer: Trainer) -> dict[str, float]:
     return metrics
 
 
-def _region_metrics(selection: TripsSelection, rows: list[dict], processor, name: str) -> dict[str, float]:
-    column = next((column for column in REGION_COLUMNS if column in rows[0]), None)
-    regions = {number: row[column] for number, row in enumerate(rows) if row.get(column) is not None}
+def _region_metrics(selection: TripsSelection, rows: Dataset, processor, name: str) -> dict[str, float]:
+    regions = {number: region for number, region in enumerate(regions_of(rows)) if region is not None}
     if not regions:
         return {}
     sizes = [image_size(rows[number]) for number in regions]

@@ -16,6 +16,7 @@ number of processes.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import PIL.Image
@@ -108,12 +109,8 @@ class RetrievalEvaluator:
             # Each text's tokens are copied, because a view would keep the padding.
             states = [row[:length].clone() for row, length in zip(padded, lengths)]
             indexed[number] = (embeds, states)
-        all_embeds = []
-        all_states = []
-        for embeds, states in _gathered(indexed):
-            all_embeds.append(embeds)
-            all_states += states
-        return TextIndex(embeds=finite(torch.cat(all_embeds), "text"), states=tuple(all_states))
+        all_embeds, all_states = zip(*_gathered(indexed))
+        return TextIndex(embeds=finite(torch.cat(all_embeds), "text"), states=tuple(chain.from_iterable(all_states)))
 
     @torch.no_grad()
     def match(self, images: Sequence[PIL.Image.Image], texts: TextIndex, pairs: torch.LongTensor) -> torch.FloatTensor:
@@ -121,20 +118,17 @@ class RetrievalEvaluator:
         Return the log-odds of matches, float32 on the CPU, `(num_pairs,)`. Only images of pairs are read. `pairs`,
         `(num_pairs, 2)`, are the numbers of image and text of each pair, sorted by image.
         """
-        # The images of the pairs in order, and for each pair the place of its image among them.
-        distinct, places, pairs_per_image = pairs[:, 0].unique_consecutive(return_inverse=True, return_counts=True)
-        chunks = [distinct[rows].tolist() for rows in _batches(len(distinct), self.batch_size)]
+        distinct, pairs_per_image = pairs[:, 0].unique_consecutive(return_counts=True)
+        chunks = distinct.split(self.batch_size)
         pairs_per_chunk = [int(counts.sum()) for counts in pairs_per_image.split(self.batch_size)]
-        places_of_chunk = places.split(pairs_per_chunk)
-        texts_of_chunk = pairs[:, 1].split(pairs_per_chunk)
+        pairs_of_chunk = pairs.split(pairs_per_chunk)
         scores = {}
-        for number, pixel_values in self._load(images, chunks, "Matching"):
+        for number, pixel_values in self._load(images, [chunk.tolist() for chunk in chunks], "Matching"):
             image_cache = self.model.model.encode_images(pixel_values, schedule=self.schedule)
-            images_of_pairs = places_of_chunk[number] - number * self.batch_size  # places in the chunk
-            image_steps = images_of_pairs.split(self.batch_size)
-            text_steps = texts_of_chunk[number].split(self.batch_size)
             scores_of_steps = []
-            for image_index, text_numbers in zip(image_steps, text_steps):
+            for step in pairs_of_chunk[number].split(self.batch_size):
+                image_numbers, text_numbers = step.T.contiguous()
+                image_index = torch.searchsorted(chunks[number], image_numbers)  # places in the chunk
                 first = image_index[0]
                 end = image_index[-1] + 1
                 # Only images of a step: if no text scores patches, the upper layers run on all cached images. No name

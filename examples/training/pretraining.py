@@ -12,7 +12,6 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -25,6 +24,7 @@ from trips_examples.training.options import PairArguments, PretrainingArguments
 from trips_examples.training.retrieval import RetrievalTrainer
 from trips_examples.training.runs import TripsTrainingArguments
 from trips_examples.training.start import load_data
+from trips_examples.training.trainer import CallbackOf
 
 
 OBJECTIVES = ("itc_weight", "itm_weight", "mlm_weight", "prefix_lm_weight")
@@ -88,11 +88,8 @@ def stream_positions(state: dict) -> list[dict[str, int]]:
     return [worker["dataset_state"] for worker in workers]
 
 
-class TeacherCallback(TrainerCallback):
+class TeacherCallback(CallbackOf):
     """Update the momentum teacher after each optimizer step. Before its first step it is a copy of the model."""
-
-    def __init__(self, trainer: "PretrainingTrainer"):
-        self.trainer = trainer
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         momentum = None if self.trainer.teacher_takes_part else 0.0

@@ -15,8 +15,7 @@ from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
 from modeling_trips import SelectionSchedule
 from trips_examples.data.collators import ImageBatchCollator, ImageGroupedSampler
-from trips_examples.data.images import column_of, image_keys
-from trips_examples.metrics.diagnostics import REGION_COLUMNS
+from trips_examples.data.images import image_keys, regions_of
 from trips_examples.training.phases import Phases, options_of_phases
 
 
@@ -28,14 +27,18 @@ REMEDY = (
 )
 
 
-class PhasesCallback(TrainerCallback):
+class CallbackOf(TrainerCallback):
+    """Callback that knows its trainer."""
+
+    def __init__(self, trainer: "ImageGroupedTrainer"):
+        self.trainer = trainer
+
+
+class PhasesCallback(CallbackOf):
     """
     Log the phases of a training, train the late layers from where scores learn relevance, and forget the best
     checkpoint of the unpruned steps where pruning begins.
     """
-
-    def __init__(self, trainer: "ImageGroupedTrainer"):
-        self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
@@ -61,30 +64,23 @@ class PhasesCallback(TrainerCallback):
             state.best_model_checkpoint = None
 
 
-class SamplerEpochCallback(TrainerCallback):
+class SamplerEpochCallback(CallbackOf):
     """Set the epoch of the sampler. Accelerate skips that if several processes resume within an epoch."""
-
-    def __init__(self, trainer: "ImageGroupedTrainer"):
-        self.trainer = trainer
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self.trainer.train_sampler is not None:
             self.trainer.train_sampler.set_epoch(int(state.epoch or 0))
 
 
-class ZeroGradientCallback(TrainerCallback):
+class ZeroGradientCallback(CallbackOf):
     """
     Give what only the selection uses a gradient of zero in unpruned steps. FSDP resumes no parameter without an
     optimizer state: there, do so for all that never had a gradient, such as late layers. These stay as they are in one
     process: they neither decay nor count steps.
     """
 
-    def __init__(self, trainer: "ImageGroupedTrainer"):
-        self.trainer = trainer
-        self.untrained: dict[nn.Parameter, torch.Tensor] = {}  # parameters with their values
-
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
-        self.untrained = {}
+        self.untrained = {}  # parameters with their values
         if not self.trainer.step_schedule.layers:
             for name, parameter in model.named_parameters():
                 if "selection_projection" in name and parameter.requires_grad and parameter.grad is None:
@@ -224,24 +220,19 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
     @property
     def regions_used_for(self) -> str:
         """The losses that regions of the training data teach: "selection loss", "attention loss", both, or "none"."""
-        rows = self.train_dataset
-        has_regions = False
-        for column in REGION_COLUMNS:
-            if isinstance(rows, Dataset) and column in rows.column_names:
-                has_regions = has_regions or any(region is not None for region in column_of(rows, column))
         config = self.model.config
         losses = []
-        if has_regions and config.selection_loss_weight > 0 and config.vision_config.schedule.layers:
-            losses.append("selection loss")
-        if has_regions and config.attention_loss_weight > 0 and hasattr(self.model, "box_head"):
-            losses.append("attention loss")
+        if isinstance(self.train_dataset, Dataset) and any(regions_of(self.train_dataset)):
+            if config.selection_loss_weight > 0 and config.vision_config.schedule.layers:
+                losses.append("selection loss")
+            if config.attention_loss_weight > 0 and hasattr(self.model, "box_head"):
+                losses.append("attention loss")
         return ", ".join(losses) or "none"
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         args = self.args
-        if (
-            args.lr_scheduler_type == "warmup_stable_decay"
-        ):  # it decays behind the unpruned steps, and there in an unpruned baseline
+        # It decays behind the unpruned steps, and there in an unpruned baseline.
+        if args.lr_scheduler_type == "warmup_stable_decay":
             num_unpruned_steps = round(args.unpruned_share * num_training_steps)
             num_warmup_steps = args.get_warmup_steps(num_training_steps)
             num_decay_steps = num_training_steps - max(num_unpruned_steps, num_warmup_steps)
@@ -264,16 +255,17 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
             return optimizer
         vision_rate = self.args.tower_learning_rate[0]
         text_rate = self.args.tower_learning_rate[-1]
-        named_parameters = list((model or self.model).named_parameters())
-        for tower, rate in (("vision_model", vision_rate), ("text_model", text_rate)):
-            of_tower = {parameter for name, parameter in named_parameters if tower in name.split(".")}
-            for group in list(optimizer.param_groups):
-                own = [parameter for parameter in group["params"] if parameter in of_tower]
-                group["params"] = [parameter for parameter in group["params"] if parameter not in of_tower]
-                if own:
-                    optimizer.add_param_group({**group, "params": own, "lr": rate})
-        # FSDP resumes no empty group.
-        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        rates = {None: self.args.learning_rate, "vision_model": vision_rate, "text_model": text_rate}
+        tower_of = {}
+        for name, parameter in (model or self.model).named_parameters():
+            tower_of[parameter] = next((part for part in name.split(".") if part in rates), None)
+        groups = []
+        for tower, rate in rates.items():
+            for group in optimizer.param_groups:
+                own = [parameter for parameter in group["params"] if tower_of[parameter] == tower]
+                if own:  # FSDP resumes no empty group
+                    groups.append({**group, "params": own, "lr": rate})
+        optimizer.param_groups[:] = groups
         return optimizer
 
     def get_train_dataloader(self):

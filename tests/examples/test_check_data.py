@@ -137,22 +137,6 @@ def test_images_smaller_than_a_patch_of_the_model(folder, checkpoints):
         assert named(faults) == ["t.jsonl row 1: image smaller than a patch"]
 
 
-def test_contradicting_rows_and_repeated_ids_are_noted(folder):
-    asked = {"image": "a.png", "question": "what is it?"}
-    rows = [
-        {**asked, "answer": "red", "question_id": 1},
-        {**asked, "answer": "red", "question_id": 2},
-        {**asked, "answer": "blue", "question_id": 3},
-        {**asked, "image": "b.png", "answer": "blue", "question_id": 3},
-    ]
-    faults, notes = run("--task=vqa", "--preset=tiny", f"--train_file={write(folder / 'train.jsonl', rows)}")
-    assert faults == []
-    (contradiction,) = [note for note in notes if "contradict" in note]
-    assert contradiction.startswith("1 rows") and "row 1 and train.jsonl row 3" in contradiction
-    (repeated,) = [note for note in notes if "question_id" in note]
-    assert repeated.startswith("1 rows") and "row 3 and train.jsonl row 4" in repeated
-
-
 def test_columns_may_have_own_names(folder):
     (folder / "train.csv").write_text("Bild;Frage;Antwort\na.png;Was?;rot\n", encoding="cp1252")
     options = ["--task=vqa", "--preset=tiny", f"--train_file={folder / 'train.csv'}"]

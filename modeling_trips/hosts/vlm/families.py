@@ -110,21 +110,21 @@ class Family(Host):
         output = self.base.get_image_features(**arguments, return_dict=True)
         return VisualTokens.whole(self.groups(output), output)
 
-    def encode_videos(self, inputs: Mapping) -> VisualTokens:
-        """Encode the videos. Return the visual tokens of each time step, or of each video where steps have no grid."""
+    def encode_videos(self, inputs: Mapping) -> tuple[VisualTokens, list[int]]:
+        """
+        Encode the videos. Return the visual tokens of each time step, and the number of steps of each video: 1 where
+        steps have no grid.
+        """
         arguments = given(inputs, self.encoder_arguments["video"])
         with selecting(None):
             output = self.base.get_video_features(**arguments, return_dict=True)
+        num_steps = [1] * len(output.pooler_output)
+        if inputs.get("video_grid_thw") is not None:
+            num_steps = inputs["video_grid_thw"][:, 0].tolist()
         steps = []
-        for video, number in zip(output.pooler_output, self.steps_of_videos(inputs, output), strict=True):
+        for video, number in zip(output.pooler_output, num_steps, strict=True):
             steps += video.chunk(number)
-        return VisualTokens.whole(steps, output)
-
-    def steps_of_videos(self, inputs: Mapping, output) -> list[int]:
-        """Return the number of time steps of each video, 1 where it is not known."""
-        if inputs.get("video_grid_thw") is None:
-            return [1] * len(output.pooler_output)
-        return inputs["video_grid_thw"][:, 0].tolist()
+        return VisualTokens.whole(steps, output), num_steps
 
     def check_exit(self, at_exit: ExitSelection, in_tower: bool = False):
         """Raise a TypeError or a ValueError if the selection after the tower does not fit the model."""

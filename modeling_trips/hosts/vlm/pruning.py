@@ -116,9 +116,8 @@ def select_visual_tokens(
         rows = prompts.rows_of(tokens.sizes)
         kept["image"] = tokens.select(at_exit, rows=rows, text=lambda: prompts.text)
     if has_videos:
-        tokens = family.encode_videos(inputs)
+        tokens, steps = family.encode_videos(inputs)
         rows = prompts.rows_of(tokens.sizes, "video")
-        steps = family.steps_of_videos(inputs, tokens.output)
         if inputs.get("video_grid_thw") is not None:  # others stay whole: their steps are not known
             tokens = tokens.select_steps(at_exit, steps, rows=rows, text=lambda: prompts.text)
         kept["video"] = tokens.joined(steps)

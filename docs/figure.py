@@ -18,8 +18,8 @@ from modeling_trips.inspection.cost import forward_cost
 
 # Models in the figure of one checkpoint, by what their scores learn from.
 EVERY_RATE = {
-    "relevance in every eighth step, rates drawn": "trained with rates that are drawn",
-    "relevance in every eighth step": "trained with 1 patch",
+    "relevance, rates drawn": "one checkpoint, whose training drew rates",
+    "relevance": "a checkpoint for each rate",
 }
 COMMON_START = "captions, one start (commit 2d4792e)"
 TEXT_LENGTH = 12  # tokens of a question

@@ -4,10 +4,9 @@ Train a TextGuide: the prompt scores the patches inside the vision tower of a fr
     accelerate launch examples/train_guide.py --model llava-hf/llava-1.5-7b-hf --layer 8 \
         --train_file train.jsonl --validation_file val.jsonl --image_root images --output_dir guide
 
-Rows have the columns image, question, answer and region, as for run_vqa.py. With `--teacher regions`, the guide learns
-from the region that a question is about; with `--teacher relevance`, from what each visual token takes off the loss of
-the unpruned model's answer. Rows that teach nothing are counted: those without a region or with one outside the
-processor's crop, and those without a relevant token. The output folder gets the guide alone.
+Rows have the columns image, question and answer, as for run_vqa.py. The guide learns relevance: what the unpruned
+model's answer depends on. Images without a relevant token teach nothing and are counted. The output folder gets
+the guide alone.
 """
 
 from dataclasses import MISSING, dataclass
@@ -16,25 +15,11 @@ from trips_examples.data.source import option
 from trips_examples.training.options import DataArguments, RunOptions, make_parser, run_script
 
 
-# Share of the targets in the kept patches, by teacher.
-RECALLS = {"regions": "region_recall", "relevance": "relevance_recall"}
-# Why a row teaches nothing.
-UNUSED = {
-    "regions": "have a region that the processor crops away",
-    "relevance": "have no visual token that takes off the loss of the answer",
-}
-
-
 @dataclass
 class GuideArguments:
     model: str = option(MISSING, "The vision-language model, with its processor.")
     layer: int = option(2, "Tower layer that selects, from 1.")
     keep_rate: float = option(0.11, "Keep rate of the evaluation, in (0, 1].")
-    teacher: str | None = option(
-        None,
-        "What the guide learns from, by default regions if the rows have them, otherwise relevance.",
-        choices=[*RECALLS],
-    )
     dtype: str = option("auto", "Data type of the frozen model.")
 
     def __post_init__(self):
@@ -62,27 +47,18 @@ OPTIONS = make_parser(
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import PIL.Image
 import torch
-from accelerate import PartialState
-from datasets import Dataset
 from datasets.fingerprint import Hasher
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PaliGemmaProcessor, PreTrainedModel, ProcessorMixin
 
 from modeling_trips.hosts import TextGuide, apply_patch_selection
-from modeling_trips.hosts.vlm.supervision import (
-    guided_selection,
-    region_masks,
-    rows_of_images,
-    targets_of_masks,
-    targets_of_relevance,
-)
-from modeling_trips.patch_selection import log_scores, selection_loss, targets_of_candidates
-from trips_examples.data.images import column_of, read_image, regions_of
+from modeling_trips.hosts.vlm.supervision import guided_selection, targets_of_relevance
+from modeling_trips.patch_selection import log_scores, targets_of_candidates
+from trips_examples.data.images import column_of, read_image
 from trips_examples.data.loading import BUNDLED
 from trips_examples.metrics.generation import VisionLanguageModel, encode
 from trips_examples.training.runs import parse_arguments, train_and_evaluate
@@ -100,32 +76,27 @@ SETTINGS = (
 
 
 class GuideCollator:
-    """Collator of prompts, and of what the teacher needs: masks of the regions, or prompts with answers."""
+    """Collator of prompts, without answers and with them."""
 
-    def __init__(self, processor: ProcessorMixin, teacher: str):
+    def __init__(self, processor: ProcessorMixin):
         self.processor = processor
-        self.teacher = teacher
 
     def __call__(self, rows: list[dict]) -> dict:
         images = [read_image(row) for row in rows]
         questions = [row["question"] for row in rows]
         sources = [row["source"] for row in rows]
         inputs = encode(self.processor, images, questions)
-        batch: dict[str, Any] = {"sources": sources, "inputs": inputs}
-        if self.teacher == "regions":
-            regions = [row["region"] for row in rows]
-            black_images = [PIL.Image.new("RGB", image.size) for image in images]
-            batch["masks"] = encode(self.processor, region_masks(images, regions), questions)
-            batch["blanks"] = encode(self.processor, black_images, questions)
-            return batch
         answers = [row["answers"][0] for row in rows]
         answered = self.encode_answered(images, questions, answers)
         lengths = answered["attention_mask"].sum(dim=1)
         prompt_lengths = inputs["attention_mask"].sum(dim=1)
         num_answer_tokens = (lengths - prompt_lengths).clamp(min=1)
-        batch["answered"] = answered
-        batch["num_answer_tokens"] = num_answer_tokens.tolist()
-        return batch
+        return {
+            "sources": sources,
+            "inputs": inputs,
+            "answered": answered,
+            "num_answer_tokens": num_answer_tokens.tolist(),
+        }
 
     def encode_answered(self, images: list[PIL.Image.Image], questions: list[str], answers: list[str]) -> dict:
         """Encode prompts with their answers behind them."""
@@ -150,33 +121,22 @@ class GuidedModel(nn.Module):
         self.args = args
         self.frozen = (model,)  # a tuple keeps it out of parameters, checkpoints and data parallelism
 
-    def forward(
-        self, inputs: dict, masks=None, blanks=None, answered=None, num_answer_tokens=None
-    ) -> dict[str, torch.Tensor]:
+    def forward(self, inputs: dict, answered: dict, num_answer_tokens: list[int]) -> dict[str, torch.Tensor]:
         """
-        Return `loss`, the mean over the images (or tiles) that have a target, and `sums`, `(5,)`: of their losses, of
-        the kept shares of their targets, and the numbers of these images, of rows with one and of rows without.
+        Return `loss`, the mean over the images (or tiles) that have a target, and `sums`, `(4,)`: of their losses, of
+        the kept shares of their targets, and the numbers of these images and of the others.
         """
         (model,) = self.frozen
         apply_patch_selection(model, f"{self.args.layer}:text:{self.args.keep_rate}", guide=self.guide)
         selection = guided_selection(model, inputs)
-        if self.args.teacher == "regions":
-            targets = targets_of_masks(model, masks, blanks)
-            losses = selection_loss(selection.scores, selection.candidate_indices, targets)
-        else:
-            targets = targets_of_relevance(model, answered, num_answer_tokens)
-            shares = targets_of_candidates(targets, selection.candidate_indices)
-            losses = -(shares * log_scores(selection.scores)).sum(dim=-1)
+        targets = targets_of_relevance(model, answered, num_answer_tokens)
+        shares = targets_of_candidates(targets, selection.candidate_indices)
+        losses = -(shares * log_scores(selection.scores)).sum(dim=-1)
         has_target = targets.sum(dim=-1) > 0  # (num_images,)
-        # A row is used if one of its images has a target.
-        rows = torch.tensor(rows_of_images(model, inputs), device=targets.device)
-        num_targets = targets.new_zeros(len(inputs["input_ids"]))
-        num_targets = num_targets.index_add(0, rows, has_target.to(targets.dtype))
-        is_used = num_targets > 0  # (num_rows,)
         loss = (losses * has_target).sum()
         num_images = has_target.sum()
         recalls = targets_of_candidates(targets, selection.kept_indices).sum(dim=-1)
-        sums = (loss, recalls.sum(), num_images, is_used.sum(), (~is_used).sum())
+        sums = (loss, recalls.sum(), num_images, (~has_target).sum())
         sums = torch.stack([value.detach().float() for value in sums])
         return {"loss": loss / num_images.clamp(min=1), "sums": sums}
 
@@ -186,7 +146,7 @@ class GuideTrainer(FiniteTrainer):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.sums = torch.zeros(5, device=self.args.device)
+        self.sums = torch.zeros(4, device=self.args.device)
 
     def compute_loss(self, model, inputs, **kwargs):
         outputs = model(**inputs)
@@ -212,15 +172,15 @@ class GuideTrainer(FiniteTrainer):
         return metrics
 
     def results(self, stage: str, sums: torch.Tensor) -> dict[str, float]:
-        """Return the metrics of all processes; only numbers without a target. Warn of rows that teach nothing."""
-        loss, recall, num_images, num_used, num_unused = self.accelerator.reduce(sums, "sum").tolist()
-        teacher = self.model.args.teacher
+        """Return the metrics of all processes; only numbers without a target. Warn of images without one."""
+        loss, recall, num_images, num_unused = self.accelerator.reduce(sums, "sum").tolist()
         if num_unused and self.args.should_log:
-            logger.warning("%s: %d of the %d rows %s.", stage, num_unused, num_used + num_unused, UNUSED[teacher])
-        metrics: dict[str, float] = {f"{stage}_samples": int(num_used), f"{stage}_unused": int(num_unused)}
+            num_all = num_images + num_unused
+            logger.warning("%s: %d of %d images have no relevant visual token.", stage, num_unused, num_all)
+        metrics: dict[str, float] = {f"{stage}_samples": int(num_images), f"{stage}_unused": int(num_unused)}
         if num_images:
             metrics[f"{stage}_loss"] = loss / num_images
-            metrics[f"{stage}_{RECALLS[teacher]}"] = recall / num_images
+            metrics[f"{stage}_relevance_recall"] = recall / num_images
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict=None):
@@ -248,14 +208,13 @@ def facts_of(args, data_args, training_args, data, model) -> dict:
     source = data_args.dataset_name or BUNDLED
     if data_args.train_file:
         source = Path(data_args.train_file).name
-    columns = ("source", "image_id", "question", "answers", "region")
+    columns = ("source", "image_id", "question", "answers")
     fingerprint = Hasher.hash([column_of(data["train"], column) for column in columns])
     facts = {
         "base model": folder.resolve().name if folder.exists() else args.model,
         "commit": getattr(model.config, "_commit_hash", None),
         "dtype": str(model.dtype),
         "data": f"{source} ({fingerprint})",
-        "teacher": args.teacher,
         "keep rate": args.keep_rate,
         "processes": training_args.world_size,
     }
@@ -265,26 +224,9 @@ def facts_of(args, data_args, training_args, data, model) -> dict:
     return facts
 
 
-def rows_with_region(split: str, rows: Dataset) -> Dataset:
-    """Leave out rows without a region, with a warning. Raise a `ValueError` if there are no others."""
-    known = [row for row, region in enumerate(regions_of(rows)) if region is not None]
-    if not known:
-        raise ValueError(f"No row of the {split} split has a region. Use --teacher relevance.")
-    num_missing = len(rows) - len(known)
-    if num_missing and PartialState().is_main_process:
-        logger.warning("Left out %d of the %d rows of %s, which have no region.", num_missing, len(rows), split)
-    return rows.select(known)
-
-
 def main(argv: list[str] | None = None) -> dict[str, float]:
     args, data_args, training_args = parse_arguments(OPTIONS, argv)
     data = load_data("vqa", data_args, training_args)
-    if args.teacher is None:
-        has_regions = any(regions_of(next(iter(data.values()))))
-        args.teacher = "regions" if has_regions else "relevance"
-    if args.teacher == "regions":
-        for split, rows in data.items():
-            data[split] = rows_with_region(split, rows)
     vlm = VisionLanguageModel(args.model, device=training_args.device, dtype=args.dtype)
     model = vlm.model.requires_grad_(False)
     if training_args.do_train:
@@ -296,7 +238,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         model=GuidedModel(guide, model, args),
         args=training_args,
         data=data,
-        data_collator=GuideCollator(vlm.processor, args.teacher),
+        data_collator=GuideCollator(vlm.processor),
     )
     return train_and_evaluate(trainer)
 

@@ -2,22 +2,14 @@
 
 from dataclasses import replace
 
-import PIL.Image
 import pytest
 import torch
 from tiny_vlms import BY_NAME, IMAGE, OTHERS, SIZES, VLMS, Vlm, families, make_images, make_inputs, rows_alone
 from torch import nn
 
 from modeling_trips.hosts import TextGuide, apply_patch_selection, prune_inputs
-from modeling_trips.hosts.vlm.families import find_family
-from modeling_trips.hosts.vlm.supervision import (
-    guided_selection,
-    region_masks,
-    rows_of_images,
-    targets_of_masks,
-    targets_of_relevance,
-)
-from modeling_trips.patch_selection import log_scores, selection_loss
+from modeling_trips.hosts.vlm.supervision import guided_selection, targets_of_relevance
+from modeling_trips.patch_selection import log_scores
 
 
 def guided(vlm: Vlm):
@@ -27,41 +19,15 @@ def guided(vlm: Vlm):
     return model, guide
 
 
-def inputs_of_masks(vlm: Vlm) -> tuple[dict, dict]:
-    """
-    Return inputs with values from -1 (black) to 1 (white), and black inputs. In each image or tile the first unit is
-    white, and a half of the second is gray, as where resizing has mixed the edge of a region.
-    """
-    blanks = make_inputs(vlm)
-    blanks["pixel_values"].fill_(-1)
-    pixels = blanks["pixel_values"].clone()
-    unit = find_family(vlm.make()).unit
-    if vlm.kind == "packed":
-        number = unit**2
-        for first in (0, blanks["image_grid_thw"][0].prod()):
-            pixels[first : first + number] = 1
-            pixels[first + number : first + 2 * number, ::2] = 0
-    else:
-        side = 4 * unit
-        pixels[..., :side, :side] = 1
-        pixels[..., :side:2, side : 2 * side] = 0
-    return {**blanks, "pixel_values": pixels}, blanks
-
-
 @families
 def test_scores_have_gradients_and_the_shape_of_targets(vlm):
     model, guide = guided(vlm)
     inputs = make_inputs(vlm)
     selection = guided_selection(model, inputs)
-    targets = targets_of_masks(model, *inputs_of_masks(vlm))
-    rows = rows_of_images(model, inputs)
-    assert len(rows) == len(targets)
-    assert set(rows) == {0, 1}
-    assert rows == sorted(rows)
+    targets = targets_of_relevance(model, inputs, [2, 3])
     assert targets.shape == selection.scores.shape
-    torch.testing.assert_close(targets[:, :2], torch.tensor([[0.8, 0.2]]).expand(len(targets), -1))
-    assert not targets[:, 2:].any()
-    selection_loss(selection.scores, selection.candidate_indices, targets).mean().backward()
+    torch.testing.assert_close(targets.sum(dim=-1), torch.ones(len(targets)))
+    (targets * selection.scores).sum().backward()
     assert guide.query.weight.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -142,13 +108,6 @@ def test_a_layer_must_be_scored_by_the_text():
     apply_patch_selection(model, "1:image:0.5")
     with pytest.raises(ValueError):
         guided_selection(model, make_inputs(vlm))
-
-
-def test_region_masks():
-    images = [PIL.Image.new("RGB", (10, 6), "red")] * 3
-    masks = region_masks(images, [(2, 1, 5, 3), None, (4, 4, 4, 4)])
-    assert [mask.getbbox() for mask in masks] == [(2, 1, 5, 3), None, (4, 4, 5, 5)]
-    assert all(mask.size == (10, 6) for mask in masks)
 
 
 @torch.no_grad()

@@ -1,11 +1,10 @@
 """
-Selection supervision of a text guide on a frozen model: the scores of `guided_selection` are compared with targets,
-which come from regions of the data, or from the relevance of the visual tokens to the unpruned model's answer.
+What teaches a text guide on a frozen model: the scores of `guided_selection` learn the relevance of the visual tokens
+to the unpruned model's answer.
 """
 
 from collections.abc import Mapping, Sequence
 
-import PIL.Image
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -14,7 +13,7 @@ from ...modeling_trips_vision import TripsSelection
 from ..apply import record_patch_selection
 from ..layers import selecting_layers
 from .families import find_family
-from .pruning import Prompts, select_visual_tokens
+from .pruning import select_visual_tokens
 from .visual_tokens import ExitSelection
 from .wrapper import selection_of
 
@@ -31,61 +30,6 @@ def guided_selection(model: PreTrainedModel, inputs: Mapping) -> TripsSelection:
     with record_patch_selection(model) as selections:
         selection_of(model).prune_call(dict(inputs))
     return selections[guidances.index("text")]
-
-
-def region_masks(
-    images: Sequence[PIL.Image.Image],
-    regions: Sequence[Sequence[float] | None],
-) -> list[PIL.Image.Image]:
-    """
-    Paint each region white on a black image of the same size. The processor transforms these masks like the images
-    (resize, crop, pad, tiles), so they show which patches see the region. A region is (x0, y0, x1, y1) in pixels, x1
-    and y1 exclusive; `None` if unknown.
-    """
-    masks = []
-    for image, region in zip(images, regions):
-        mask = PIL.Image.new("RGB", image.size)
-        if region is not None:
-            x0, y0, x1, y1 = (round(edge) for edge in region)
-            x1 = max(x1, x0 + 1)  # at least one pixel
-            y1 = max(y1, y0 + 1)
-            mask.paste((255, 255, 255), (x0, y0, x1, y1))
-        masks.append(mask)
-    return masks
-
-
-def rows_of_images(model: PreTrainedModel, inputs: Mapping) -> list[int]:
-    """Return the row of `inputs`, which are outputs of the processor, of each image. Tiles count as images."""
-    return Prompts(find_family(model), dict(inputs)).row_of_images()
-
-
-def targets_of_masks(model: PreTrainedModel, masks: Mapping, blanks: Mapping) -> torch.Tensor:
-    """
-    Return the share of each region in the units of patches that become one visual token, `(num_images, num_units)`.
-    Each row sums to 1, or to 0 without a region. Tiles count as images; units of packed images are padded with zeros.
-    `masks` are the processor's outputs for `region_masks` and the prompts, `blanks` those for black images.
-    """
-    family = find_family(model)
-    shown = masks["pixel_values"] - blanks["pixel_values"]
-    shown = shown.float().clamp(min=0)
-    is_visual = masks["input_ids"] == family.image_token_id
-    num_visual = is_visual.sum(dim=1).tolist()
-    if shown.dim() == 2:  # packed: a row is a patch
-        areas = shown.mean(dim=-1)  # (num_patches,)
-        areas = areas.unflatten(0, (-1, family.unit**2))
-        areas = areas.mean(dim=-1)  # (num_units,)
-        areas = areas.split(family.group_sizes(masks, num_visual))
-        areas = nn.utils.rnn.pad_sequence(areas, batch_first=True)  # (num_images, num_units)
-    else:
-        if shown.dim() == 5:
-            counts = family.tiles_per_entry(masks, num_visual)
-            shown = torch.cat([tiles[:count] for tiles, count in zip(shown, counts)])
-        patch_size = family.config.vision_config.patch_size
-        if not isinstance(patch_size, int):
-            patch_size, _ = patch_size
-        shown = shown.mean(dim=1)  # (num_images, height, width)
-        areas = nn.functional.avg_pool2d(shown, patch_size * family.unit).flatten(1)
-    return areas / areas.sum(dim=-1, keepdim=True).clamp(min=1e-6)
 
 
 @torch.enable_grad()

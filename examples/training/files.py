@@ -43,12 +43,10 @@ def write_predictions(folder: str | Path, dataset: Dataset, columns: list[str], 
     images = without_decoding(dataset.select_columns(image_columns))
     lines = []
     for row, image_row, prediction in zip(texts, images, predictions, strict=True):
-        values = {**row, **_image_names(image_row), **prediction}
-        lines.append(json.dumps(values, ensure_ascii=False) + "\n")
+        if "images" in image_row:
+            pairs = zip(image_row["images"], image_row["image_ids"])
+            row["images"] = [image["path"] or name for image, name in pairs]
+        else:
+            row["image"] = image_row["image"]["path"] or image_row["image_id"]
+        lines.append(json.dumps({**row, **prediction}, ensure_ascii=False) + "\n")
     write_whole(Path(folder, "predictions.jsonl"), "".join(lines))
-
-
-def _image_names(row: dict) -> dict:
-    if "images" in row:
-        return {"images": [image["path"] or name for image, name in zip(row["images"], row["image_ids"])]}
-    return {"image": row["image"]["path"] or row["image_id"]}

@@ -79,8 +79,10 @@ class MomentumTeacher(nn.Module):
         if momentum is None:
             momentum = self.momentum
         for parameter, source in zip(self.model.parameters(), model.parameters()):
-            new = _whole(source.detach()).to(parameter.dtype)
-            parameter.lerp_(new, 1.0 - momentum)
+            new = source.detach()
+            if hasattr(new, "full_tensor"):  # FSDP2 shards it
+                new = new.full_tensor()
+            parameter.lerp_(new.to(parameter.dtype), 1.0 - momentum)
         for buffer, source in zip(self.model.buffers(), model.buffers()):
             buffer.copy_(source)
             if num_processes() > 1:
@@ -168,8 +170,3 @@ class MomentumTeacher(nn.Module):
             load_model(self, Path(folder, "momentum.safetensors"))
         except RuntimeError as error:
             raise ValueError(f"{folder} does not fit this run's model and queue size: {error}") from error
-
-
-def _whole(parameter: torch.Tensor) -> torch.Tensor:
-    """Return a parameter, gathered if FSDP2 shards it."""
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter

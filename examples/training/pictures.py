@@ -5,6 +5,10 @@ from pathlib import Path
 from modeling_trips.inspection.files import whole_file
 
 
+# Endings of losses, times and counts.
+TECHNICAL = ("_loss", "_runtime", "_per_second", "_samples", "_images")
+
+
 def plot_training(history: list[dict], path: Path, unpruned_steps: int = 0, majority: float | None = None):
     """
     Draw the training loss over steps, that of relevance if there is one, and the first metric of the evaluations if
@@ -21,7 +25,8 @@ def plot_training(history: list[dict], path: Path, unpruned_steps: int = 0, majo
     names = ["loss"]
     if any("relevance_loss" in entry for entry in history):
         names.append("relevance_loss")
-    metric = first_metric(history)
+    evaluated = (name for entry in history for name in entry if name.startswith("eval_"))
+    metric = next((name for name in evaluated if not name.endswith(TECHNICAL)), None)
     if metric is not None and len({entry["step"] for entry in history if metric in entry}) > 1:
         names.append(metric)
     figure = Figure(figsize=(5 * len(names), 4), dpi=120, layout="constrained")
@@ -40,13 +45,3 @@ def plot_training(history: list[dict], path: Path, unpruned_steps: int = 0, majo
             axes.legend()
     with whole_file(path) as partial:
         figure.savefig(partial)
-
-
-def first_metric(history: list[dict]) -> str | None:
-    """Return the name of the first metric of the evaluations, without losses, times and counts."""
-    technical = ("_loss", "_runtime", "_per_second", "_samples", "_images")
-    for entry in history:
-        for name in entry:
-            if name.startswith("eval_") and not name.endswith(technical):
-                return name
-    return None

@@ -108,12 +108,7 @@ def print_summary(trainer: FiniteTrainer, metrics: dict[str, Any]):
         print(f"All metrics: {Path(folder, f'{split}_results.json')}")
     if trainer.args.do_train:
         print(f"Model, predictions and training.png: {folder}")
-        print(f"Next: {next_command(trainer)}")
-
-
-def next_command(trainer: FiniteTrainer) -> str:
-    """Return what to type after a training."""
-    folder = trainer.args.output_dir
-    if type(trainer.model).__name__ == "TripsForQuestionAnswering":
-        return f"python examples/ask.py --model {folder} --image IMAGE --question QUESTION"
-    return f"python examples/push_to_hub.py --model {folder} --repo_id NAME/MODEL --dry_run"
+        command = f"push_to_hub.py --model {folder} --repo_id NAME/MODEL --dry_run"
+        if type(trainer.model).__name__ == "TripsForQuestionAnswering":
+            command = f"ask.py --model {folder} --image IMAGE --question QUESTION"
+        print(f"Next: python examples/{command}")

@@ -64,20 +64,14 @@ class RetrievalTrainer(ImageGroupedTrainer):
         """
         metrics, rankings = self.search(dataset)
         if not self.is_in_train:
-            self._write_rankings(dataset, rankings["t2i"])
+            image_ids = list(dict.fromkeys(column_of(dataset, "image_id")))
+            ranking = rankings["t2i"]
+            predictions = []
+            for best, rank in zip(ranking.candidates[:, :10].tolist(), ranking.first_right.tolist()):
+                found = [image_ids[number] for number in best]
+                predictions.append({"found": found, "first_right": rank + 1})
+            write_predictions(self.args.output_dir, dataset, ["source", "caption"], predictions)
         return {**metrics, "samples": len(dataset), "images": len(rankings["i2t"].candidates)}
-
-    def _write_rankings(self, dataset: Dataset, ranking: Ranking):
-        """Write what each caption found."""
-        image_rows, _ = first_rows(column_of(dataset, "image_id"))
-        image_ids = column_of(dataset.select(image_rows), "image_id")
-        best = ranking.candidates[:, :10].tolist()
-        ranks = (ranking.first_right + 1).tolist()
-        predictions = []
-        for numbers, rank in zip(best, ranks):
-            found = [image_ids[number] for number in numbers]
-            predictions.append({"found": found, "first_right": rank})
-        write_predictions(self.args.output_dir, dataset, ["source", "caption"], predictions)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         metrics = self.metrics_of(self.eval_dataset if eval_dataset is None else eval_dataset)

@@ -184,18 +184,13 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
         optimizer takes them, too.
         """
         late_layers = []
-        if self.teaches_scores:
+        if self.args.relevance_share > 0 or self.args.learns_relevance:
             for number in self.model.config.vision_config.schedule.scoring().layers:
                 layer = self.model.base_model.vision_model.layers[number - 1]
                 if not any(parameter.requires_grad for parameter in layer.parameters()):
                     layer.requires_grad_(True)
                     late_layers.append(layer)
         return late_layers
-
-    @property
-    def teaches_scores(self) -> bool:
-        """Whether some steps teach the scores relevance."""
-        return self.args.relevance_share > 0 or self.args.learns_relevance
 
     @property
     def phases(self) -> Phases:

@@ -97,19 +97,10 @@ class ImageBatchCollator:
         return encoded * is_known[:, None]
 
     def distinct_images(self, rows: list[dict]) -> tuple[Images, list]:
-        """Return the distinct images of the rows, upright and RGB, and the index of each row's image or images."""
-        image_ids: list[str] = []
-        rows_of_images: list[dict] = []  # each with one image and its source
-        for row in rows:
-            has_two_images = bool(row.get("images"))
-            images = row["images"] if has_two_images else [row["image"]]
-            image_ids += row["image_ids"] if has_two_images else [row["image_id"]]
-            rows_of_images += [{"image": image, "source": row["source"]} for image in images]
-        firsts, image_index = first_rows(image_ids)
-        distinct = [read_image(rows_of_images[first], self.processor.patch_size) for first in firsts]
-        if len(image_index) > len(rows):
-            return distinct, [image_index[place : place + 2] for place in range(0, len(image_index), 2)]
-        return distinct, image_index
+        """Return the distinct images of the rows, upright and RGB, and the index of each row's image."""
+        firsts, image_index = first_rows([row["image_id"] for row in rows])
+        images = [read_image(rows[first], self.processor.patch_size) for first in firsts]
+        return images, image_index
 
 
 @dataclass
@@ -183,7 +174,15 @@ class Nlvr2Collator(ImageBatchCollator):
     left image `image_index[i, 0]` and the right image `image_index[i, 1]`.
     """
 
-    def encode(self, images: Images, image_index: list[list[int]], rows: list[dict]) -> dict:
+    def distinct_images(self, rows: list[dict]) -> tuple[Images, list]:
+        rows_of_images = []
+        for row in rows:
+            for image, image_id in zip(row["images"], row["image_ids"]):
+                rows_of_images.append({"image": image, "image_id": image_id, "source": row["source"]})
+        images, image_index = super().distinct_images(rows_of_images)
+        return images, list(zip(image_index[::2], image_index[1::2]))
+
+    def encode(self, images: Images, image_index: list[tuple[int, int]], rows: list[dict]) -> dict:
         inputs = self.inputs(images, image_index, [row["statement"] for row in rows])
         inputs["labels"] = torch.tensor([row["label"] for row in rows])
         return inputs

@@ -352,7 +352,7 @@ def _within(box: list[float], size: tuple[int, int], column: str) -> list[float]
         detail += "; as [x, y, width, height] it is inside: give [x, y, x + width, y + height]"
     if x1 - x0 < LEAST_SIDE or y1 - y0 < LEAST_SIDE:
         raise BadRowError(f"{column} without area", detail)
-    limits = [float(width), float(height), float(width), float(height)]
+    limits = [float(width), float(height)] * 2
     is_near = all(-1 <= value <= limit + 1 for value, limit in zip(box, limits))
     clipped = [min(max(value, 0.0), limit) for value, limit in zip(box, limits)]
     left, top, right, bottom = clipped

@@ -32,9 +32,8 @@ def plot_training(history: list[dict], path: Path, unpruned_steps: int = 0, majo
     figure = Figure(figsize=(5 * len(names), 4), dpi=120, layout="constrained")
     panels = figure.subplots(1, len(names), squeeze=False)[0]
     for axes, name in zip(panels, names):
-        steps = [entry["step"] for entry in history if name in entry]
-        values = [entry[name] for entry in history if name in entry]
-        axes.plot(steps, values, marker="." if len(steps) < 30 else "")
+        points = [(entry["step"], entry[name]) for entry in history if name in entry]
+        axes.plot(*zip(*points), marker="." if len(points) < 30 else "")
         axes.set(xlabel="step", ylabel=name.replace("_", " "))
         axes.grid(alpha=0.3)
         if unpruned_steps:

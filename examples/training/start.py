@@ -77,12 +77,11 @@ def log_start(
 ):
     """Log the initial weights, the median (height, width) of the images in pixels, and what decides a step."""
     resized = processor.image_processor.size
-    images = f"images to {resized['width']}x{resized['height']}"
+    images = f"to {resized['width']}x{resized['height']}"
     if sizes:
-        median_height = median(size[0] for size in sizes)
-        median_width = median(size[1] for size in sizes)
-        images = f"images {median_width:g}x{median_height:g} to {resized['width']}x{resized['height']}"
-    logger.info("Start: %s, %.1f million parameters; %s", start, model.num_parameters() / 1e6, images)
+        heights, widths = zip(*sizes)
+        images = f"{median(widths):g}x{median(heights):g} {images}"
+    logger.info("Start: %s, %.1f million parameters; images %s", start, model.num_parameters() / 1e6, images)
     logger.info(
         "Steps of %d texts per process, up to %d of an image; learning rate %g (towers: %s); %s",
         args.per_device_train_batch_size,

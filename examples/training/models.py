@@ -32,42 +32,59 @@ def load_start(
     """
     fields = {**config_fields(args), **task_fields}
     check_names(args)
-    side = args.image_size or args.max_image_size
-    processor = None
     if args.model is not None:
-        config = TripsConfig.from_pretrained(args.model, **fields)
-        processor = TripsProcessor.from_pretrained(args.model)
-        if side is not None:
-            set_image_size(processor, side)
+        config, processor = _start_from_checkpoint(args, fields)
     elif args.starts_from_parts:
-        vision = args.vision_model_name_or_path
-        text = args.text_model_name_or_path
-        config = vision_text_config(
-            vision,
-            text,
-            num_fusion_layers=args.num_fusion_layers,
-            image_size=side,
-            **fields,
-        )
-        tokenizer = load_tokenizer(args.tokenizer or text)
-        processor = make_processor(tokenizer, config)
-        _set_ends(config, tokenizer)
-        source = AutoImageProcessor.from_pretrained(vision)  # the tower's normalization of images
-        processor.image_processor.image_mean = source.image_mean
-        processor.image_processor.image_std = source.image_std
+        config, processor = _start_from_towers(args, fields)
     else:
-        side = side or scene_size
-        vision_fields = {} if side is None else {"image_size": side}
-        config = TripsConfig.from_preset(args.preset or "tiny", vision_config=vision_fields, **fields)
-        if args.tokenizer is not None:
-            tokenizer = load_tokenizer(args.tokenizer)
-            processor = make_processor(tokenizer, config)
-            _set_vocabulary(config, tokenizer)
+        config, processor = _start_from_scratch(args, scene_size, fields)
     num_layers = config.vision_config.num_hidden_layers
     config.vision_config.schedule.check_fits(num_layers)
     num_frozen = args.freeze_vision_layers or 0
     if not 0 <= num_frozen <= num_layers:
         raise ValueError(f"--freeze_vision_layers must be in 0..{num_layers} for this tower, got {num_frozen}.")
+    return config, processor
+
+
+def _start_from_checkpoint(args: ModelArguments, fields: dict) -> tuple[TripsConfig, TripsProcessor]:
+    config = TripsConfig.from_pretrained(args.model, **fields)
+    processor = TripsProcessor.from_pretrained(args.model)
+    side = args.image_size or args.max_image_size
+    if side is not None:
+        set_image_size(processor, side)
+    return config, processor
+
+
+def _start_from_towers(args: ModelArguments, fields: dict) -> tuple[TripsConfig, TripsProcessor]:
+    vision = args.vision_model_name_or_path
+    text = args.text_model_name_or_path
+    config = vision_text_config(
+        vision,
+        text,
+        num_fusion_layers=args.num_fusion_layers,
+        image_size=args.image_size or args.max_image_size,
+        **fields,
+    )
+    tokenizer = load_tokenizer(args.tokenizer or text)
+    processor = make_processor(tokenizer, config)
+    _set_ends(config, tokenizer)
+    source = AutoImageProcessor.from_pretrained(vision)  # the tower's normalization of images
+    processor.image_processor.image_mean = source.image_mean
+    processor.image_processor.image_std = source.image_std
+    return config, processor
+
+
+def _start_from_scratch(
+    args: ModelArguments, scene_size: int | None, fields: dict
+) -> tuple[TripsConfig, TripsProcessor | None]:
+    side = args.image_size or args.max_image_size or scene_size
+    vision_fields = {} if side is None else {"image_size": side}
+    config = TripsConfig.from_preset(args.preset or "tiny", vision_config=vision_fields, **fields)
+    if args.tokenizer is None:
+        return config, None
+    tokenizer = load_tokenizer(args.tokenizer)
+    processor = make_processor(tokenizer, config)
+    _set_vocabulary(config, tokenizer)
     return config, processor
 
 

@@ -69,7 +69,9 @@ def settle(faults: list[Fault], name: str, total: int, skip: bool):
 
 
 def is_missing(value: Any) -> bool:
-    """Return whether a value is None, empty (as in CSV) or NaN (as in pandas)."""
+    """Return whether a value is None, empty or blank (as in CSV) or NaN (as in pandas)."""
+    if isinstance(value, str):
+        value = value.strip()
     return value in (None, "", []) or value != value
 
 

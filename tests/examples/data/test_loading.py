@@ -127,6 +127,12 @@ def test_bad_rows_are_skipped_and_counted(folder, suffix, caplog):
     assert "image_id of two images: 1" in caplog.text
 
 
+def test_a_blank_cell_is_not_among_the_columns_that_a_row_has(folder):
+    file = write(folder / "train.jsonl", [{"image": "a.png", "question": " ", "answer": "red"}])
+    with pytest.raises(ValueError, match="no question.* image, answer"):
+        load("vqa", train_file=file)
+
+
 STRAY = "image,question,answer\na.png,what?,red\na.png,{}\na.png,why?,blue\na.png,{}\na.png,who?,red\n"
 
 

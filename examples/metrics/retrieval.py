@@ -201,17 +201,8 @@ class RetrievalEvaluator:
         temperature = self.model.temp().item()
         both_log_odds = log_odds.split((i2t_numbers.numel(), t2i_numbers.numel()))
         for (name, ranking), own_log_odds in zip(found.items(), both_log_odds):
-            query_ids, candidate_ids = ids[name]
             scores = own_log_odds.view_as(ranking.candidates) + ranking.similarities / temperature
-            order = scores.argsort(dim=1, descending=True, stable=True)
-            candidates = ranking.candidates.gather(1, order)
-            is_right = candidate_ids[candidates] == query_ids[:, None]  # (num_queries, k)
-            rank_among_best = is_right.int().argmax(dim=1)
-            found[name] = Ranking(
-                candidates=candidates,
-                similarities=ranking.similarities.gather(1, order),
-                first_right=torch.where(is_right.any(dim=1), rank_among_best, ranking.first_right),
-            )
+            found[name] = rerank(ranking, scores, *ids[name])
         metrics |= recalls(found)
         metrics["reranked_pairs"] = len(pairs)
         return metrics, found
@@ -267,6 +258,24 @@ def rank(
         candidates=torch.cat(candidates),
         similarities=torch.cat(best_similarities),
         first_right=torch.cat(first_right),
+    )
+
+
+def rerank(
+    ranking: Ranking, scores: torch.Tensor, query_ids: torch.LongTensor, candidate_ids: torch.LongTensor
+) -> Ranking:
+    """
+    Reorder the best candidates of a ranking by `scores`, of the shape of `ranking.candidates`. Ties keep their order,
+    and the other candidates follow. Ids as in `rank`.
+    """
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    candidates = ranking.candidates.gather(1, order)
+    is_right = candidate_ids[candidates] == query_ids[:, None]  # (num_queries, k)
+    rank_among_best = is_right.int().argmax(dim=1)
+    return Ranking(
+        candidates=candidates,
+        similarities=ranking.similarities.gather(1, order),
+        first_right=torch.where(is_right.any(dim=1), rank_among_best, ranking.first_right),
     )
 
 

@@ -295,11 +295,14 @@ class Parser(HfArgumentParser):
         self.trains = any(issubclass(each, RunOptions) for each in classes)
         self.set_defaults(**defaults)
         of_recipe = recipe(task, {"train_file": None})
+        of_recipe_on_cpu = recipe(task, {"train_file": None}, on_cpu=True)
         is_whole = {RunOptions, TrainingOptions}.isdisjoint(classes)  # with the options of Transformers' `Trainer`
         for action in self._actions:
             value = of_recipe.get(action.dest)
             if value is not None:
-                action.help += f" On own data, without a start: {value}."
+                value_on_cpu = of_recipe_on_cpu[action.dest]
+                action.help += f" On own data, without a start: {value}"
+                action.help += "." if value_on_cpu == value else f", on a CPU {value_on_cpu}."
             is_negation = action.const is False  # --no_do_train beside --do_train
             if is_negation or (action.dest in RARE and not is_whole):
                 action.help = SUPPRESS

@@ -186,10 +186,6 @@ class Family(Host):
         """Return the number of images (or tiles) of the tower's batch in each group."""
         return [1] * len(sizes)
 
-    def tiles_per_entry(self, inputs: Mapping, tokens_per_prompt: list[int]) -> list[int]:
-        """Return the number of tiles in each entry of `pixel_values`, which pads entries with fewer."""
-        raise NotImplementedError
-
     def to_units(self, values: list[torch.Tensor], inputs: Mapping) -> list[torch.Tensor]:
         """Return values of each group's visual tokens, `(size,)`, as those of each image's units, `(num_units,)`."""
         return values
@@ -315,9 +311,6 @@ class LlavaNext(Llava):
     def images_per_group(self, inputs: Mapping, sizes: list[int]) -> list[int]:
         return self.tiles_per_image(inputs)
 
-    def tiles_per_entry(self, inputs: Mapping, tokens_per_prompt: list[int]) -> list[int]:
-        return self.tiles_per_image(inputs)
-
     def kept_tokens(self, sizes: list[int], inputs: Mapping, current: SelectionPass) -> list[torch.Tensor]:
         kept = current.kept_before()
         is_dropped = torch.ones(len(kept), current.grid_size, device=kept.device)
@@ -387,11 +380,8 @@ class Smolvlm(Family):
         # The encoder returns the tiles of a prompt as one tensor.
         return torch.cat(output.pooler_output).split(self.tokens_per_image)
 
-    def tiles_per_entry(self, inputs: Mapping, tokens_per_prompt: list[int]) -> list[int]:
-        return [number // self.tokens_per_image for number in tokens_per_prompt]
-
     def group_sizes(self, inputs: Mapping, tokens_per_prompt: list[int]) -> list[int]:
-        num_tiles = sum(self.tiles_per_entry(inputs, tokens_per_prompt))
+        num_tiles = sum(number // self.tokens_per_image for number in tokens_per_prompt)
         return [self.tokens_per_image] * num_tiles
 
 

@@ -12,20 +12,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tables import DOCS, Rows, group, percents, read
 
-from modeling_trips import SelectionSchedule, TripsConfig
-from modeling_trips.inspection.cost import forward_cost
-
 
 # Models in the figure of one checkpoint, by what their scores learn from.
 EVERY_RATE = {
     "relevance, rates drawn": "one checkpoint, whose training drew rates",
     "relevance": "a checkpoint for each rate",
 }
-COMMON_START = "captions, one start (commit 2d4792e)"
-TEXT_LENGTH = 12  # tokens of a question
+BUSY_SCENES = {"starts_from": "captions, one start (commit 2d4792e)"}
+EMOJI_SCENES = {"pictures": "emoji scenes, seeds of data", "steps": 1250}
 MARKERS = "os^"
 # Told apart by the color-blind.
 COLORS = ("#000000", "#d9480f", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+
+
+def rows_with(name: str, settings: dict) -> Rows:
+    """Return the rows of a file that have these values."""
+    return [row for row in read(name) if settings.items() <= row.items()]
 
 
 def style_of(number: int) -> dict[str, str]:
@@ -34,9 +36,10 @@ def style_of(number: int) -> dict[str, str]:
     return {"color": COLORS[color_number], "marker": MARKERS[marker_number]}
 
 
-def draw_line(axes: Axes, points: list[tuple[float, list[float]]], name: str, number: int):
-    """Join points of operations and of accuracies by start, the accuracies by mean and standard deviation."""
-    operations, accuracies = zip(*sorted(points))
+def draw_line(axes: Axes, runs: dict[float, Rows], result: str, name: str, number: int):
+    """Join the points of rows with equal operations, by mean and standard deviation of a result."""
+    operations = sorted(runs)
+    accuracies = [percents(runs[point], result).values() for point in operations]
     axes.errorbar(
         operations,
         [mean(values) for values in accuracies],
@@ -54,63 +57,64 @@ def draw_selections(rows: Rows, path: Path):
     selections = group(rows, ["selection"])
     unpruned = mean(row["total_mmacs"] for row in selections[("unpruned",)])
     for number, ((name,), runs) in enumerate(selections.items()):
-        points = []
+        points = {}
         for budget in group(runs, ["level"]).values():
             operations = mean(row["total_mmacs"] for row in budget)
-            accuracies = list(percents(budget, "mean").values())
-            points.append((operations / unpruned, accuracies))
-        draw_line(axes, points, name, number)
-    axes.set_xlabel("operations of a question, unpruned = 1")
-    axes.set_ylabel("right answers, %")
+            points[operations / unpruned] = budget
+        draw_line(axes, points, "mean", name, number)
+    axes.set(xlabel="operations of a question, unpruned = 1", ylabel="right answers, %")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right center", frameon=False)
     figure.savefig(path, dpi=120)
 
 
-def draw_every_rate(rows: Rows, path: Path):
-    """Draw models at the rates that they run with, with standard deviations, over a band for the unpruned twins."""
-    config = TripsConfig.from_pretrained(DOCS.parent / "examples" / "trips-tiny-scenes-unpruned")
-    num_patches = max(row["patches"] for row in rows)
-    unpruned_cost = forward_cost(config, TEXT_LENGTH).macs(texts_per_image=1)
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    unpruned = [row for row in rows if not row["learns_from"]]
-    accuracies = percents(unpruned, "mean_with_marks").values()
-    lowest = mean(accuracies) - stdev(accuracies)
-    highest = mean(accuracies) + stdev(accuracies)
+def draw_rates(axes: Axes, rows: Rows, teacher: str, result: str):
+    """Draw models at the rates that they run with over a band for the unpruned twins, with standard deviations."""
+    models = group(rows, [teacher])
+    unpruned = percents(models.get(("unpruned",)) or models[("",)], result).values()
+    deviation = stdev(unpruned)
     axes.axhspan(
-        lowest,
-        highest,
+        mean(unpruned) - deviation,
+        mean(unpruned) + deviation,
         color="#dddddd",
         label="trained unpruned",
     )
-    operations = {}  # by the number of patches
-    for patches in sorted({row["patches"] for row in rows}):
-        schedule = SelectionSchedule.parse(f"2:text:{(patches - 0.5) / num_patches:.4f}")  # rounded up
-        cost = forward_cost(config, TEXT_LENGTH, schedule)
-        operations[cost.num_kept] = cost.macs(texts_per_image=1) / unpruned_cost
     for number, (learns_from, name) in enumerate(EVERY_RATE.items(), start=1):
-        runs = [row for row in rows if row["learns_from"] == learns_from]
-        points = []
-        for (patches,), rate in group(runs, ["patches"]).items():
-            accuracies = list(percents(rate, "mean_with_marks").values())
-            points.append((operations[patches], accuracies))
-        draw_line(axes, points, name, number)
-    for patches, cost in operations.items():
-        axes.annotate(
+        points = {}
+        for (operations,), runs in group(models[(learns_from,)], ["operations_1"]).items():
+            points[operations] = runs
+        draw_line(axes, points, result, name, number)
+    costs = {row["patches"]: row["operations_1"] for row in rows}
+    for patches, cost in costs.items():
+        axes.text(
+            cost,
+            0.01,
             str(patches),
-            xy=(cost, axes.get_ylim()[0]),
-            xytext=(0, 4),
-            textcoords="offset points",
-            ha="right" if patches == 1 else "left",
+            ha="right" if patches == min(costs) else "left",
+            transform=axes.get_xaxis_transform(),
+            in_layout=False,
         )
-    axes.set_xlabel(f"operations of a question, unpruned = 1; patches kept of {num_patches} above the axis")
-    axes.set_ylabel("right answers, %")
-    axes.legend(loc="lower right", frameon=False)
+    axes.set(
+        xlabel=f"operations, unpruned = 1; patches of {max(costs)} above the axis",
+        ylabel="right answers, %",
+    )
+
+
+def draw_every_rate(busy_scenes: Rows, emoji_scenes: Rows, path: Path):
+    """Draw one checkpoint at every rate beside a checkpoint for each rate, on two kinds of pictures."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(ncols=2)
+    draw_rates(left, busy_scenes, teacher="learns_from", result="mean_with_marks")
+    draw_rates(right, emoji_scenes, teacher="contestant", result="test_accuracy")
+    left.set_title("busy scenes, one start")
+    right.set_title("emoji scenes, pretrained towers")
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
-    from_captions = [row for row in read("marks") if row["starts_from"] == COMMON_START]
-    draw_every_rate(from_captions, DOCS / "one_checkpoint.png")
+    busy_scenes = rows_with("marks", BUSY_SCENES)
+    emoji_scenes = rows_with("pictures", EMOJI_SCENES)
+    draw_every_rate(busy_scenes, emoji_scenes, DOCS / "one_checkpoint.png")
     draw_selections(read("vlm_methods"), DOCS / "vlm_methods.png")

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import figure
@@ -142,19 +143,29 @@ def test_a_line_is_compared_with_the_unpruned_baseline_which_comes_first(picture
     assert "Text sensitivity" not in few  # no row has it
 
 
-MARKS = [row for row in tables.read("marks") if row["starts_from"] == figure.COMMON_START]
+BUSY = figure.rows_with("marks", figure.BUSY_SCENES)
+EMOJI = figure.rows_with("pictures", figure.EMOJI_SCENES)
 METHODS = tables.read("vlm_methods")
 
 
 @pytest.mark.parametrize(
     "draw, rows, more",
     [
-        (figure.draw_every_rate, MARKS, [{**row, "accuracy_color": 0.9} for row in MARKS if row["patches"] == 36]),
+        (
+            partial(figure.draw_every_rate, emoji_scenes=EMOJI),
+            BUSY,
+            [{**row, "accuracy_color": 0.9} for row in BUSY if row["patches"] == 36],
+        ),
+        (
+            partial(figure.draw_every_rate, BUSY),
+            EMOJI,
+            [{**row, "test_accuracy": 0.9} for row in EMOJI if row["patches"] == 4],
+        ),
         (figure.draw_selections, METHODS, [{**row, "selection": "new"} for row in METHODS]),
     ],
-    ids=["every rate", "selections"],
+    ids=["busy scenes", "emoji scenes", "selections"],
 )
 def test_figures_show_the_rows(tmp_path, draw, rows, more):
-    draw(rows, tmp_path / "old.png")
-    draw(rows + more, tmp_path / "new.png")
+    draw(rows, path=tmp_path / "old.png")
+    draw(rows + more, path=tmp_path / "new.png")
     assert (tmp_path / "old.png").read_bytes() != (tmp_path / "new.png").read_bytes()

@@ -71,11 +71,12 @@ def draw_selections(rows: Rows, path: Path):
 def draw_rates(axes: Axes, rows: Rows, teacher: str, result: str):
     """Draw models at the rates that they run with over a band for the unpruned twins, with standard deviations."""
     models = group(rows, [teacher])
-    unpruned = percents(models.get(("unpruned",)) or models[("",)], result).values()
-    deviation = stdev(unpruned)
+    unpruned, *_ = models.values()
+    accuracies = percents(unpruned, result).values()
+    deviation = stdev(accuracies)
     axes.axhspan(
-        mean(unpruned) - deviation,
-        mean(unpruned) + deviation,
+        mean(accuracies) - deviation,
+        mean(accuracies) + deviation,
         color="#dddddd",
         label="trained unpruned",
     )

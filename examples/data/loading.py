@@ -404,5 +404,7 @@ def with_fitting_texts(data: DatasetDict, task: str, processor: TripsProcessor, 
         faults = check_fit(dataset, task, processor)
         settle([faults[place] for place in sorted(faults)], split, len(dataset), skip)
         good = [place for place in range(len(dataset)) if place not in faults]
+        if not good:
+            raise ValueError(f"No row of the {split} split has texts that fit. The lines above say why.")
         fitting[split] = dataset.select(good)
     return DatasetDict(fitting)

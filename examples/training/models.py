@@ -95,17 +95,17 @@ def train_processor(config: TripsConfig, texts: Iterable[str]) -> TripsProcessor
     return processor
 
 
-def fit_image_size(config: TripsConfig, processor: TripsProcessor, sizes: list[tuple[int, int]], largest: int):
+def fit_image_size(processor: TripsProcessor, sizes: list[tuple[int, int]], largest: int) -> int:
     """
-    Set the side of the images of a model and its processor: the median of the longer sides of `sizes`, (height, width)
-    in pixels, rounded to patches, or `largest` if that is less.
+    Set the side of the images of a processor, and return it: the median of the longer sides of `sizes`, (height,
+    width) in pixels, rounded to patches, or `largest` if that is less.
     """
     patch_size = processor.patch_size
     longer_side = median(max(size) for size in sizes)
     num_patches = max(1, round(longer_side / patch_size))
     side = min(largest, num_patches * patch_size)
-    config.vision_config.image_size = side
     set_image_size(processor, side)
+    return side
 
 
 def make_model(
@@ -199,7 +199,7 @@ def start_decoder_from_text(model: TripsPreTrainedModel, missing: Iterable[str])
 def set_image_size(processor: TripsProcessor, side: int):
     """Make a processor resize whole images to squares of this side."""
     if side < 1 or side % processor.patch_size:
-        raise ValueError(f"--image_size {side} must be a multiple of the model's patch size, {processor.patch_size}.")
+        raise ValueError(f"The image size {side} must be a multiple of the patch size, {processor.patch_size}.")
     size = {"height": side, "width": side}
     processor.image_processor.size = size
     if getattr(processor.image_processor, "do_center_crop", False):  # CLIP crops; use the whole image

@@ -9,7 +9,7 @@ import sys
 import traceback
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers.hf_argparser import HfArgumentParser
@@ -137,6 +137,8 @@ class RunOptions:
     def __post_init__(self):
         if self.max_steps == 0:
             raise ValueError("--max_steps must be positive, or -1 for --num_train_epochs, got 0.")
+        if self.max_steps < 0 and self.num_train_epochs <= 0:
+            raise ValueError(f"--num_train_epochs must be positive, got {self.num_train_epochs}.")
         sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
         for name in (*sizes, "save_steps"):
             if getattr(self, name) <= 0:
@@ -155,13 +157,15 @@ class TrainingOptions(RunOptions):
     tower_learning_rate: list[float] | None = option(None, "Peak rate of both towers, or of vision and text.")
     adam_beta2: float = option(0.98, "AdamW's decay of the second moment.")
     texts_per_image: int = option(4, "Texts of an image that may share a training batch.")
-    unpruned_share: float = option(0.0, "Share of unpruned first steps. With --model: 0.")
+    unpruned_share: float = option(0.0, "Share of unpruned first steps. With --model and --schedule: 0.125.")
     relevance_share: float = option(0.0, "Share of the unpruned steps, the last, in which scores learn relevance.")
     learns_relevance: bool = option(False, "Pruned steps teach the scores relevance, too.")
     keep_rates: list[float] = option([], "Rates of which each pruned step draws one: a model for all of them.")
 
     def __post_init__(self):
         super().__post_init__()
+        if self.texts_per_image < 1:
+            raise ValueError(f"--texts_per_image must be positive, got {self.texts_per_image}.")
         if not 0 <= self.unpruned_share < 1:
             raise ValueError(f"--unpruned_share must be in [0, 1), got {self.unpruned_share}.")
         if not 0 <= self.relevance_share <= 1:
@@ -234,6 +238,18 @@ class PairArguments(DataArguments):
     @property
     def is_bundled(self) -> bool:
         return not self.is_stream and super().is_bundled
+
+    def check_files(self):
+        if not self.is_stream:
+            super().check_files()
+            return
+        rest = replace(self, dataset_name=None, image_root=None, train_shards=None, streaming=False)
+        rest.check_files()
+        unread = set(self.own_columns) - {"image", "caption"}
+        if unread:
+            raise ValueError(f"A stream has images and captions: --columns {', '.join(sorted(unread))} is not read.")
+        if self.max_train_samples is not None:
+            raise ValueError("--max_train_samples does not shorten a stream. Give --max_steps.")
 
 
 # Options of a task, and defaults of its runs on bundled scenes and from scratch in place of [`TrainingOptions`]'.

@@ -23,6 +23,8 @@ def check_phases(config: TripsConfig, args: TrainingArguments):
     schedule = config.vision_config.schedule
     if args.keep_rates and len(schedule.layers) != 1:
         raise ValueError(f"--keep_rates needs a --schedule of one layer, whose rate it replaces, got {schedule}.")
+    if "relevance_share" in args.typed and args.relevance_share > 0 and args.unpruned_share == 0:
+        raise ValueError("--relevance_share is a share of the unpruned steps. Give --unpruned_share, or leave it out.")
     reason = None
     if config.fusion_type == "single_stream":
         reason = "a fusion encoder, got --fusion_type single_stream"

@@ -47,6 +47,7 @@ def load_pairs(
     patch_size = config.vision_config.patch_shape[0]
     if not args.is_stream:
         return load_data("captions", args, training_args, patch_size)
+    args.check_files()
     if args.train_shards is not None and (args.train_file is not None or args.streaming):
         raise ValueError("--train_shards excludes --train_file and --streaming. Give one of them.")
     if args.streaming and args.dataset_name is None:
@@ -252,4 +253,4 @@ class PretrainingTrainer(RetrievalTrainer):
                 for name in self.logged_losses:
                     if outputs.get(name) is not None:
                         losses[name].append(outputs[name])
-        return {**metrics, **self.means_of(losses), "samples": len(dataset)}
+        return {**metrics, **self.means_of(losses, self.logged_losses), "samples": len(dataset)}

@@ -85,6 +85,9 @@ def recipe(task: str | None, typed: dict, on_cpu: bool = False) -> dict:
         defaults |= {**towers(), **NEW, "schedule": SCHEDULES[task]}
         if on_cpu:
             defaults |= ON_CPU
+    if "learning_rate" in typed:  # the towers' is the same share of it
+        share = typed["learning_rate"] / defaults["learning_rate"]
+        defaults["tower_learning_rate"] = [share * rate for rate in defaults["tower_learning_rate"]]
     if task == "grounding":
         defaults["attention_loss_weight"] = 2.0
     if "num_train_epochs" in typed:

@@ -10,6 +10,7 @@ from modeling_trips.inspection import provenance
 from modeling_trips.inspection.cost import forward_cost
 from modeling_trips.inspection.diagnostics import advice, describe_sensitivities
 from trips_examples.training.files import write_json
+from trips_examples.training.schedules import as_seen
 from trips_examples.training.trainer import FiniteTrainer, ImageGroupedTrainer
 
 
@@ -75,7 +76,7 @@ def summary(trainer: FiniteTrainer, split: str, metrics: dict[str, Any]) -> list
         lines.append(line)
     if not isinstance(trainer, ImageGroupedTrainer):
         return lines
-    config = trainer.model.config
+    config = as_seen(trainer.model.config, trainer.processing_class)
     schedule = config.vision_config.schedule
     if not schedule.layers:
         return [*lines, "Unpruned: all patches are kept."]

@@ -151,7 +151,7 @@ def train_and_evaluate(trainer: FiniteTrainer) -> dict[str, float]:
             result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
             facts = facts_of(trainer)
             if trainer.is_world_process_zero():
-                remove_weights(args.output_dir)
+                remove_earlier(args.output_dir)
             trainer.save_model()
             trainer.save_state()
             save_results(trainer, "train", result.metrics, facts)
@@ -180,10 +180,14 @@ def train_and_evaluate(trainer: FiniteTrainer) -> dict[str, float]:
     return metrics
 
 
-def remove_weights(folder: str):
-    """Remove the weights of another run. On a full disk they would stay beside the new configuration, and load."""
-    for path in Path(folder).glob("*.safetensors*"):
-        path.unlink()
+def remove_earlier(folder: str):
+    """
+    Remove the weights and the results of another run. On a full disk its weights would stay beside the new
+    configuration, and load; its results would stay if this run does not evaluate.
+    """
+    for pattern in ("*.safetensors*", "*_results.json", "predictions.jsonl", "test/predictions.jsonl"):
+        for path in Path(folder).glob(pattern):
+            path.unlink()
 
 
 @contextmanager

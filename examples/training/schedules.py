@@ -1,5 +1,6 @@
 """The schedule of a run: what it costs, and the choice of the default one."""
 
+import copy
 import logging
 import math
 from collections import Counter
@@ -13,6 +14,13 @@ from trips_examples.training.recipe import MANY_TEXTS
 
 
 logger = logging.getLogger(__name__)
+
+
+def as_seen(config: TripsConfig, processor: TripsProcessor) -> TripsConfig:
+    """Return the configuration with the image size of the processor, which may differ from that of a checkpoint."""
+    config = copy.deepcopy(config)
+    config.vision_config.image_size = processor.image_processor.size["height"]
+    return config
 
 
 def settle_schedule(

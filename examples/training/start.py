@@ -16,7 +16,7 @@ from trips_examples.training.options import DataArguments, ModelArguments
 from trips_examples.training.phases import check_phases
 from trips_examples.training.recipe import FEW
 from trips_examples.training.resuming import check_resumed
-from trips_examples.training.schedules import settle_schedule, texts_of_images
+from trips_examples.training.schedules import as_seen, settle_schedule, texts_of_images
 
 
 logger = logging.getLogger(__name__)
@@ -54,13 +54,17 @@ def start_run(
     rows = loaded.get("train", loaded.get("validation"))
     sizes = [] if rows is None else some_image_sizes(rows)
     if sizes and model_args.image_size is None and model_args.max_image_size is not None:
-        fit_image_size(config, processor, sizes, model_args.max_image_size)
+        side = fit_image_size(processor, sizes, model_args.max_image_size)
+        if model_args.model is None:  # a checkpoint interpolates its position embeddings
+            config.vision_config.image_size = side
     fitting = with_fitting_texts(loaded, task, processor, skip=data_args.skip_bad_rows)
     if rows is not None:
         group_size = group_size or training_args.texts_per_image
         texts_per_image, texts_in_batch, text_length = texts_of_images(rows, TASKS[task].text, group_size, processor)
         is_default = model_args.schedule == FEW and "schedule" not in training_args.typed
-        settle_schedule(config, texts_per_image, texts_in_batch, text_length, is_default)
+        seen = as_seen(config, processor)
+        settle_schedule(seen, texts_per_image, texts_in_batch, text_length, is_default)
+        config.vision_config.schedule = seen.vision_config.schedule
     if training_args.do_train and training_args.resume_from_checkpoint is not None:
         check_resumed(config, training_args)
     model = make_model(model_class, model_args, config, processor)

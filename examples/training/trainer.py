@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -263,6 +263,21 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
         optimizer.param_groups[:] = groups
         return optimizer
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None):
+        # The learning rates of a resumed run are those of its own command line.
+        own_rates = [group["initial_lr"] for group in self.optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.is_deepspeed_enabled:
+            return
+        groups = self.optimizer.param_groups
+        for group, rate in zip(groups, own_rates):
+            group["lr"] *= rate / group["initial_lr"]
+            group["initial_lr"] = rate
+        state = self.lr_scheduler.state_dict()
+        self.lr_scheduler.load_state_dict(
+            {**state, "base_lrs": own_rates, "_last_lr": [group["lr"] for group in groups]}
+        )
+
     def get_train_dataloader(self):
         evaluation_collator = self.data_collator
         self.data_collator = self.train_collator
@@ -276,26 +291,30 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        num_parts = 1  # of the step, whose number of items the model divides its losses by
+        if self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None:
+            num_parts = self.current_gradient_accumulation_steps * self.args.world_size
         for name in self.logged_losses:
             if outputs.get(name) is not None:
-                self.losses[name].append(outputs[name].detach())
+                self.losses[name].append(num_parts * outputs[name].detach())
         self.losses["relevance_loss"] += outputs.get("relevance_values") or ()  # the backward pass fills them in
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args, **kwargs):
         if "loss" in logs:
-            logs = {**logs, **self.means_of(self.losses)}
+            logs = {**logs, **self.means_of(self.losses, (*self.logged_losses, "relevance_loss"))}
             self.losses.clear()
         super().log(logs, *args, **kwargs)
 
-    def means_of(self, losses: dict[str, list[torch.Tensor]]) -> dict[str, float]:
-        """Return the mean of each loss over steps and processes."""
+    def means_of(self, losses: dict[str, list[torch.Tensor]], names: Sequence[str]) -> dict[str, float]:
+        """Return the mean of each loss over the batches of all processes that have it."""
         means = {}
-        for name, values in losses.items():
-            if not values:
-                continue
-            own_mean = torch.stack([value.mean() for value in values]).mean()
-            means[name] = self.accelerator.gather(own_mean).mean().item()
+        for name in names:  # equal in all processes, of which some may have no such batch
+            values = [value.mean().float() for value in losses[name]]
+            own = torch.tensor([sum(values), len(values)], dtype=torch.float32, device=self.args.device)
+            total, count = self.accelerator.gather(own).view(-1, 2).sum(0).tolist()
+            if count:
+                means[name] = total / count
         return means
 
     def evaluation_loop(self, *args, **kwargs):

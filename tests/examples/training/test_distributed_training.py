@@ -9,7 +9,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from clean_environment import make_environment
 from json_files import read_json
-from loading import write
+from loading import read, write
 from PIL import Image
 from places import HELPERS, ROOT
 from programs import output_of
@@ -17,6 +17,7 @@ from random_checkpoint import save_random_checkpoint
 from safetensors.torch import load_file
 from tiny_models import CASES, each_model
 from torch.testing import assert_close
+from toy_tasks import OPTIONS, write_task
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from modeling_trips import TripsForQuestionAnswering
@@ -136,6 +137,18 @@ def test_two_processes_match_one_in_run_vqa(name, options, one_process, tmp_path
     config, expected_config = (read_json(folder / "config.json") for folder in (tmp_path, one_process))
     for field in ("architectures", "auto_map", "custom_pipelines"):
         assert config[field] == expected_config[field]
+
+
+@pytest.mark.slow
+def test_a_process_without_regions_logs_the_losses_of_the_others(tmp_path):
+    files = write_task("vqa", tmp_path)
+    rows = read(tmp_path / "rows.jsonl")
+    write(tmp_path / "rows.jsonl", [{**rows[0], "region": [8, 8, 24, 24]}, *rows[1:]])
+    options = [*OPTIONS, "--per_device_train_batch_size=1", "--max_steps=4", "--logging_steps=1", "--do_eval=False"]
+    options += ["--schedule=2:text:0.5", "--selection_loss_weight=0.5", f"--output_dir={tmp_path / 'run'}"]
+    launch("ddp", str(ROOT / "examples" / "run_vqa.py"), *files, *options)
+    history = read_json(tmp_path / "run" / "trainer_state.json")["log_history"]
+    assert any("selection_loss" in entry for entry in history)
 
 
 @pytest.mark.slow

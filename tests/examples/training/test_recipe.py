@@ -65,6 +65,12 @@ def test_the_command_line_wins():
     assert training.per_device_train_batch_size == 60
 
 
+def test_the_towers_learn_more_slowly_at_any_learning_rate():
+    usual = recipe("vqa", OWN)
+    half = recipe("vqa", {**OWN, "learning_rate": usual["learning_rate"] / 2})
+    assert half["tower_learning_rate"] == [rate / 2 for rate in usual["tower_learning_rate"]]
+
+
 @pytest.mark.parametrize("task", SCHEDULES)
 def test_a_run_without_accelerator_takes_smaller_images(task):
     on_cpu = recipe(task, OWN, on_cpu=True)
@@ -92,8 +98,7 @@ def test_copies_of_the_towers_are_found_from_any_folder(tmp_path, monkeypatch):
 def test_images_keep_their_size_up_to_a_limit(sizes, side):
     config = TripsConfig(vision_config={"image_size": 224, "patch_size": 14})
     processor = make_processor(train_tokenizer(["red"]), config)
-    fit_image_size(config, processor, sizes, 224)
-    assert config.vision_config.image_size == side
+    assert fit_image_size(processor, sizes, 224) == side
     assert dict(processor.image_processor.size) == {"height": side, "width": side}
 
 

@@ -54,6 +54,20 @@ def test_few_lines_are_printed_at_the_end(run, capsys):
     assert str(run / "again" / "test_results.json") in printed
 
 
+def test_a_run_at_another_image_size_counts_the_patches_that_it_sees(run):
+    options = [f"--test_file={run.parent / 'rows.jsonl'}", f"--model={run}", f"--output_dir={run / 'small'}"]
+    run_vqa.main([*options, "--do_train=False", "--do_eval=False", "--image_size=32"])
+    results = read_json(run / "small" / "test_results.json")
+    assert any(f"{results['test_layer3_kept']:.0f} of 16 patches" in line for line in results["summary"])
+
+
+def test_results_of_an_earlier_run_do_not_stay(run):
+    options = [f"--train_file={run.parent / 'rows.jsonl'}", f"--output_dir={run}", "--overwrite_output_dir=True"]
+    run_vqa.main([*options, *OPTIONS, "--max_steps=1", "--do_eval=False"])
+    assert not any(name.startswith(("eval_", "test_")) for name in read_json(run / "all_results.json"))
+    assert not (run / "test_results.json").exists()
+
+
 @pytest.mark.parametrize(
     "metrics, expected",
     [

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from loading import read, write
 from safetensors.torch import load_file
 from tiny_models import each_model, loss_of
 from toy_tasks import OPTIONS, write_task
@@ -71,6 +72,37 @@ def test_a_frozen_layer_that_a_text_scores_is_trained_while_its_scores_learn(tmp
     run_vqa.main([*options, f"--resume_from_checkpoint={tmp_path / 'run' / 'checkpoint-1'}"])
     weights = load_file(tmp_path / "run" / "model.safetensors")
     torch.testing.assert_close(weights, uninterrupted, rtol=0, atol=0)
+
+
+def test_a_resumed_run_takes_the_learning_rate_of_its_command(tmp_path):
+    options = [*write_task("vqa", tmp_path), *OPTIONS, "--max_steps=4", "--logging_steps=1"]
+    options += ["--save_strategy=steps", "--save_steps=2", "--lr_scheduler_type=linear"]
+    options += ["--do_eval=False", "--do_predict=False", f"--output_dir={tmp_path / 'run'}"]
+
+    def rates(*more):
+        run_vqa.main([*options, *more])
+        history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+        return {entry["step"]: entry["learning_rate"] for entry in history if "learning_rate" in entry}
+
+    usual = rates("--learning_rate=1e-3")
+    lower = rates("--learning_rate=1e-4", f"--resume_from_checkpoint={tmp_path / 'run' / 'checkpoint-2'}")
+    assert lower == pytest.approx({1: usual[1], 2: usual[2], 3: usual[3] / 10, 4: usual[4] / 10})
+
+
+def test_logged_losses_do_not_depend_on_accumulation(tmp_path):
+    """Of four rows with a region each, in one batch or in four."""
+    files = write_task("vqa", tmp_path)
+    rows = [{**row, "region": [8, 8, 24, 24]} for row in read(tmp_path / "rows.jsonl")[:4]]
+    write(tmp_path / "rows.jsonl", rows)
+    losses = []
+    for batch, parts in ((4, 1), (1, 4)):
+        options = [f"--per_device_train_batch_size={batch}", f"--gradient_accumulation_steps={parts}"]
+        options += ["--max_steps=1", "--logging_steps=1", "--schedule=2:text:0.5", "--selection_loss_weight=0.5"]
+        options += ["--do_eval=False", "--do_predict=False", f"--output_dir={tmp_path / str(parts)}"]
+        run_vqa.main([*files, *OPTIONS, *options])
+        history = json.loads((tmp_path / str(parts) / "trainer_state.json").read_text())["log_history"]
+        losses += [entry["selection_loss"] for entry in history if "selection_loss" in entry]
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)  # dropout differs
 
 
 def test_a_run_may_be_too_short_for_relevance(tmp_path):

@@ -47,6 +47,7 @@ def test_scripts_check_the_model_before_the_data(script, options):
         ("--validation_file=nowhere.json", "nowhere.json"),
         ("--dataset_name=busy_scenes", "dataset_name"),
         ("--do_eval=True", "no validation split"),
+        ("--texts_per_image=0", "texts_per_image"),
     ],
 )
 def test_wrong_options_raise_before_data_are_read(option, message, options):
@@ -54,7 +55,18 @@ def test_wrong_options_raise_before_data_are_read(option, message, options):
         importlib.import_module("trips_examples.run_vqa").main([*options, option])
 
 
+def test_relevance_in_unpruned_steps_needs_some(options):
+    assert "unpruned_share" in error_of("run_vqa", [*options, "--unpruned_share=0", "--relevance_share=0.5"])
+
+
+@pytest.mark.parametrize("option", ["--max_train_samples=2", "--columns=image_id=nr"])
+def test_a_stream_refuses_what_it_does_not_read(option, options, tmp_path):
+    stream = [option for option in options if "train_file" not in option]
+    stream += [f"--train_shards={tmp_path / 'rows.jsonl'}", f"--image_root={tmp_path}"]
+    assert option.partition("=")[0] in error_of("run_pretraining", [*stream, option])
+
+
 def test_wrong_image_size_raises_before_data_are_read(options, checkpoints):
     checkpoint = f"--model={checkpoints['TripsForQuestionAnswering']}"
-    message = "--image_size 50 must be a multiple of the model's patch size, 8"
+    message = "image size 50 must be a multiple of the patch size, 8"
     assert message in error_of("run_vqa", [*options, checkpoint, "--image_size=50"])

@@ -20,7 +20,7 @@ highest, and `TripsFusionModel` fuses both. A head reads the fused states.
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -228,6 +228,8 @@ class TripsModel(TripsPreTrainedModel):
             layer if settings.guidance == "text" else layer.rows(vision.image_index)
             for settings, layer in zip(schedule.selections, vision.selection)
         )
+        if relevance_losses is not None:  # a head that reads image states teaches, too
+            vision = replace(vision, last_hidden_state=image_states, image_index=states_index)
         # CODEPATH: a weight of 0 turns the loss off, and so does evaluation.
         has_supervision = regions is not None and self.training and self.config.selection_loss_weight > 0
         if has_supervision and not schedule.scores_only:

@@ -44,6 +44,11 @@ def outputs_in_training(model, inputs, **kwargs):
         return model.train()(**inputs, **kwargs)
 
 
+def test_a_head_reads_the_image_states_that_teach():
+    outputs, states = run_with_states(MODEL.make_model().train(), **shared_inputs(), **SCORED)
+    assert outputs.vision_model_output.last_hidden_state is states
+
+
 def test_the_scores_learn_from_the_relevance_of_the_candidates():
     """By hand: -g . h is 3, 1, and -2, which counts as 0; so the targets are 0.75, 0.25 and 0."""
     states = torch.tensor([[[1.0, 1.0], [1.0, 2.0], [0.5, 0.0], [-1.0, 1.0]]], requires_grad=True)

@@ -145,7 +145,7 @@ def test_a_process_without_regions_logs_the_losses_of_the_others(tmp_path):
     rows = read(tmp_path / "rows.jsonl")
     write(tmp_path / "rows.jsonl", [{**rows[0], "region": [8, 8, 24, 24]}, *rows[1:]])
     options = [*OPTIONS, "--per_device_train_batch_size=1", "--max_steps=4", "--logging_steps=1", "--do_eval=False"]
-    options += ["--schedule=2:text:0.5", "--selection_loss_weight=0.5", f"--output_dir={tmp_path / 'run'}"]
+    options.append(f"--output_dir={tmp_path / 'run'}")
     launch("ddp", str(ROOT / "examples" / "run_vqa.py"), *files, *options)
     history = read_json(tmp_path / "run" / "trainer_state.json")["log_history"]
     assert any("selection_loss" in entry for entry in history)

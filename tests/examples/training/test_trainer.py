@@ -77,7 +77,7 @@ def test_a_frozen_layer_that_a_text_scores_is_trained_while_its_scores_learn(tmp
 def test_a_resumed_run_takes_the_learning_rate_of_its_command(tmp_path):
     options = [*write_task("vqa", tmp_path), *OPTIONS, "--max_steps=4", "--logging_steps=1"]
     options += ["--save_strategy=steps", "--save_steps=2", "--lr_scheduler_type=linear"]
-    options += ["--do_eval=False", "--do_predict=False", f"--output_dir={tmp_path / 'run'}"]
+    options += ["--do_eval=False", f"--output_dir={tmp_path / 'run'}"]
 
     def rates(*more):
         run_vqa.main([*options, *more])
@@ -92,13 +92,13 @@ def test_a_resumed_run_takes_the_learning_rate_of_its_command(tmp_path):
 def test_logged_losses_do_not_depend_on_accumulation(tmp_path):
     """Of four rows with a region each, in one batch or in four."""
     files = write_task("vqa", tmp_path)
-    rows = [{**row, "region": [8, 8, 24, 24]} for row in read(tmp_path / "rows.jsonl")[:4]]
-    write(tmp_path / "rows.jsonl", rows)
+    rows = read(tmp_path / "rows.jsonl")[:4]
+    write(tmp_path / "rows.jsonl", [{**row, "region": [8, 8, 24, 24]} for row in rows])
     losses = []
     for batch, parts in ((4, 1), (1, 4)):
         options = [f"--per_device_train_batch_size={batch}", f"--gradient_accumulation_steps={parts}"]
-        options += ["--max_steps=1", "--logging_steps=1", "--schedule=2:text:0.5", "--selection_loss_weight=0.5"]
-        options += ["--do_eval=False", "--do_predict=False", f"--output_dir={tmp_path / str(parts)}"]
+        options += ["--max_steps=1", "--logging_steps=1"]
+        options += ["--do_eval=False", f"--output_dir={tmp_path / str(parts)}"]
         run_vqa.main([*files, *OPTIONS, *options])
         history = json.loads((tmp_path / str(parts) / "trainer_state.json").read_text())["log_history"]
         losses += [entry["selection_loss"] for entry in history if "selection_loss" in entry]
@@ -108,7 +108,7 @@ def test_logged_losses_do_not_depend_on_accumulation(tmp_path):
 def test_a_run_may_be_too_short_for_relevance(tmp_path):
     shares = ["--unpruned_share=0.5", "--relevance_share=0.25", "--max_steps=2"]
     options = [*write_task("vqa", tmp_path), *OPTIONS, *shares, "--schedule=2:text:0.5", "--freeze_vision_layers=2"]
-    run_vqa.main([*options, "--do_eval=False", "--do_predict=False", f"--output_dir={tmp_path / 'run'}"])
+    run_vqa.main([*options, "--do_eval=False", f"--output_dir={tmp_path / 'run'}"])
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 

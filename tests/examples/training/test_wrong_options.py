@@ -59,11 +59,9 @@ def test_relevance_in_unpruned_steps_needs_some(options):
     assert "unpruned_share" in error_of("run_vqa", [*options, "--unpruned_share=0", "--relevance_share=0.5"])
 
 
-@pytest.mark.parametrize("option", ["--max_train_samples=2", "--columns=image_id=nr"])
-def test_a_stream_refuses_what_it_does_not_read(option, options, tmp_path):
-    stream = [option for option in options if "train_file" not in option]
-    stream += [f"--train_shards={tmp_path / 'rows.jsonl'}", f"--image_root={tmp_path}"]
-    assert option.partition("=")[0] in error_of("run_pretraining", [*stream, option])
+def test_a_stream_refuses_what_it_does_not_read(options, tmp_path):
+    stream = [f"--train_shards={tmp_path / 'rows.jsonl'}", f"--image_root={tmp_path}", "--columns=image_id=nr"]
+    assert "--columns" in error_of("run_pretraining", [*options[1:], *stream])
 
 
 def test_wrong_image_size_raises_before_data_are_read(options, checkpoints):

@@ -43,7 +43,7 @@ def draw_line(axes: Axes, runs: dict[float, Rows], result: str, name: str, numbe
     axes.errorbar(
         operations,
         [mean(values) for values in accuracies],
-        yerr=[stdev(values) for values in accuracies],
+        yerr=[stdev(values) if len(values) > 1 else 0 for values in accuracies],
         capsize=2,
         label=name,
         **style_of(number),

@@ -17,6 +17,7 @@ from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 from transformers.utils import logging
 
 from .processing_trips import read_image
+from .schedule_trips import SelectionSchedule
 
 
 logger = logging.get_logger(__name__)
@@ -230,11 +231,14 @@ class TripsVisualQuestionAnsweringPipeline(TripsWritingPipeline):
         top_k: int = 5,
         answers: list[str] | None = None,
         keep_rate: float | None = None,
+        schedule: SelectionSchedule | None = None,
         **generate_kwargs,
     ) -> dict:
         if top_k < 1:
             raise ValueError(f"`top_k` must be at least 1, got {top_k}.")
         inputs = {**batch["inputs"], "keep_rate": keep_rate}
+        if schedule is not None:
+            inputs["schedule"] = schedule
         if answers is None:
             results = self._write_answers(inputs, top_k, **generate_kwargs)
         elif generate_kwargs:

@@ -47,7 +47,6 @@ def load_pairs(
     patch_size = config.vision_config.patch_shape[0]
     if not args.is_stream:
         return load_data("captions", args, training_args, patch_size)
-    args.check_files()
     if args.train_shards is not None and (args.train_file is not None or args.streaming):
         raise ValueError("--train_shards excludes --train_file and --streaming. Give one of them.")
     if args.streaming and args.dataset_name is None:
@@ -56,6 +55,7 @@ def load_pairs(
         raise ValueError("A stream needs --max_steps.")
     if training_args.do_eval and args.validation_file is None:
         raise ValueError("A stream has no validation split. Give --validation_file or --do_eval False.")
+    args.check_files()
     if args.train_shards is not None:
         shards: Sequence[Shard] = find_shards(args.train_shards, args.image_root)
     else:

@@ -292,7 +292,7 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         num_parts = 1  # of the step, whose number of items the model divides its losses by
-        if self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None:
+        if model.training and self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None:
             num_parts = self.current_gradient_accumulation_steps * self.args.world_size
         for name in self.logged_losses:
             if outputs.get(name) is not None:

@@ -98,6 +98,13 @@ def test_cdpruner_without_words_looks_at_diversity_alone():
         assert kept[0].floor_divide(2).tolist() == [0, 1, 2, 3]
 
 
+def test_cdpruner_keeps_distinct_tokens_of_few_directions():
+    torch.manual_seed(0)
+    features = torch.randn(1, 48, 3) @ torch.randn(3, 16)
+    kept, _ = select_by_cdpruner(features, torch.randn(1, 2, 16), torch.ones(1, 2, dtype=torch.bool), 24)
+    assert len(set(kept[0].tolist())) == 24
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_rounding_does_not_choose_without_words(seed):
     features, words, mask = random_tokens(seed)

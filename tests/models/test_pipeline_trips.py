@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import pipeline
 
 from modeling_trips import (
+    UNPRUNED,
     TripsForConditionalGeneration,
     TripsForQuestionAnswering,
     TripsForRetrieval,
@@ -89,6 +90,10 @@ def test_answers_are_those_of_a_beam_search_with_their_probabilities(oracle):
     assert_same(answers, [answer for answer in by_hand if answer["answer"]])
     assert answers[0]["score"] > answers[1]["score"] > 0
     assert oracle(IMAGES[0], QUESTIONS[0]) == oracle(IMAGES[0], QUESTIONS[0], top_k=5)
+
+
+def test_the_schedule_of_a_call_counts(oracle):
+    assert oracle(IMAGES[0], QUESTIONS[0], schedule=UNPRUNED) != oracle(IMAGES[0], QUESTIONS[0])
 
 
 def test_beams_end_at_their_first_end_token():

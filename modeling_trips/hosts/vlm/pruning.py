@@ -110,6 +110,7 @@ def select_visual_tokens(
             current.wants_attention = at_exit.reads_attention
             if guide is not None:
                 prompt, prompt_mask = prompts.text
+                guide.to(prompt.device)  # the model may have moved since it was patched
                 queries = guide(prompt, prompt_mask)  # (batch_size, num_heads, head_dim)
                 current.query = queries[prompts.row_of_images()]  # (num_images, num_heads, head_dim)
         tokens = family.encode(inputs, current)

@@ -118,8 +118,8 @@ def choose_by_determinant(kernel: torch.Tensor, num_kept: int) -> torch.Tensor:
         earlier_of_newest = earlier[images, :, newest]  # (num_images, step)
         explained = (earlier_of_newest.unsqueeze(-1) * earlier).sum(dim=1)  # (num_images, num_tokens)
         rest = kernel[images, newest] - explained
-        gain = gains[images, newest].clamp_min(1e-12)  # 0 where the kept tokens span the features
-        rows[:, step] = rest / gain.sqrt().unsqueeze(-1)
+        gain = gains[images, newest].unsqueeze(-1)  # rounding errors where the kept tokens span the features
+        rows[:, step] = torch.where(gain > 1e-6, rest / gain.clamp(min=1e-6).sqrt(), 0.0)
         gains = gains - rows[:, step].square()
         gains = gains.scatter(1, newest[:, None], -torch.inf)
     return torch.stack(chosen, dim=1).sort(dim=1).values

@@ -149,13 +149,13 @@ def test_a_pruned_pass_teaches_its_last_layer_by_the_tokens_that_it_passes_on(sc
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_outputs_are_those_without_it_and_texts_of_an_image_share_its_row(attention):
+def test_outputs_are_those_without_it_and_each_text_has_states_to_teach_it(attention):
     inputs = shared_inputs()
     model = MODEL.make_model(attention, **FIELDS)
     outputs = outputs_in_training(model, inputs, **SCORED)
     expected = outputs_in_training(model, inputs, schedule=UNPRUNED)
     assert torch.equal(outputs.last_hidden_state, expected.last_hidden_state)
-    assert outputs.vision_model_output.last_hidden_state.shape[0] == 2
+    assert outputs.vision_model_output.last_hidden_state.shape[0] == 4
     assert outputs.relevance_losses.shape == (4,)
     assert expected.relevance_losses is None
 

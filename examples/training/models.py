@@ -199,7 +199,7 @@ def start_decoder_from_text(model: TripsPreTrainedModel, missing: Iterable[str])
 def set_image_size(processor: TripsProcessor, side: int):
     """Make a processor resize whole images to squares of this side."""
     if side < 1 or side % processor.patch_size:
-        raise ValueError(f"The image size {side} must be a multiple of the patch size, {processor.patch_size}.")
+        raise ValueError(f"--image_size {side} must be a multiple of the model's patch size, {processor.patch_size}.")
     size = {"height": side, "width": side}
     processor.image_processor.size = size
     if getattr(processor.image_processor, "do_center_crop", False):  # CLIP crops; use the whole image

@@ -239,11 +239,17 @@ class PairArguments(DataArguments):
     def is_bundled(self) -> bool:
         return not self.is_stream and super().is_bundled
 
+    @property
+    def without_stream(self) -> "PairArguments":
+        """The options of the files beside a stream."""
+        return replace(self, dataset_name=None, train_split=None, train_shards=None, streaming=False)
+
     def check_files(self):
         if not self.is_stream:
             super().check_files()
             return
-        rest = replace(self, dataset_name=None, image_root=None, train_shards=None, streaming=False)
+        rest = self.without_stream
+        rest.image_root = rest.image_root if rest.files else None  # else that of the shards
         rest.check_files()
         unread = set(self.own_columns) - {"image", "caption"}
         if unread:

@@ -5,7 +5,6 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -77,10 +76,9 @@ def load_pairs(
     )
     if args.validation_file is None:
         return {"train": stream}
-    files = replace(args, dataset_name=None, train_split=None, train_shards=None, streaming=False)
     without_training = copy.copy(training_args)
     without_training.do_train = False
-    return {**load_data("captions", files, without_training, patch_size), "train": stream}
+    return {**load_data("captions", args.without_stream, without_training, patch_size), "train": stream}
 
 
 def stream_positions(state: dict) -> list[dict[str, int]]:

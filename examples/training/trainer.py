@@ -265,13 +265,14 @@ class ImageGroupedTrainer(FiniteTrainer, Seq2SeqTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None):
         # The learning rates of a resumed run are those of its own command line.
-        own_rates = [group["initial_lr"] for group in self.optimizer.param_groups]
+        own_rates = [group.get("initial_lr") for group in self.optimizer.param_groups]
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or self.is_deepspeed_enabled:
+        if checkpoint is None or self.is_deepspeed_enabled or None in own_rates:  # as of a rate that follows a metric
             return
         groups = self.optimizer.param_groups
         for group, rate in zip(groups, own_rates):
-            group["lr"] *= rate / group["initial_lr"]
+            if group["initial_lr"] > 0:
+                group["lr"] *= rate / group["initial_lr"]
             group["initial_lr"] = rate
         state = self.lr_scheduler.state_dict()
         self.lr_scheduler.load_state_dict(

@@ -84,8 +84,12 @@ def test_a_resumed_run_takes_the_learning_rate_of_its_command(tmp_path):
         history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
         return {entry["step"]: entry["learning_rate"] for entry in history if "learning_rate" in entry}
 
-    usual = rates("--learning_rate=1e-3")
-    lower = rates("--learning_rate=1e-4", f"--resume_from_checkpoint={tmp_path / 'run' / 'checkpoint-2'}")
+    usual = rates("--learning_rate=1e-3", "--tower_learning_rate=0")
+    lower = rates(
+        "--learning_rate=1e-4",
+        "--tower_learning_rate=0",
+        f"--resume_from_checkpoint={tmp_path / 'run' / 'checkpoint-2'}",
+    )
     assert lower == pytest.approx({1: usual[1], 2: usual[2], 3: usual[3] / 10, 4: usual[4] / 10})
 
 
@@ -108,7 +112,7 @@ def test_logged_losses_do_not_depend_on_accumulation(tmp_path):
 def test_a_run_may_be_too_short_for_relevance(tmp_path):
     shares = ["--unpruned_share=0.5", "--relevance_share=0.25", "--max_steps=2"]
     options = [*write_task("vqa", tmp_path), *OPTIONS, *shares, "--schedule=2:text:0.5", "--freeze_vision_layers=2"]
-    run_vqa.main([*options, "--do_eval=False", f"--output_dir={tmp_path / 'run'}"])
+    run_vqa.main([*options, "--do_eval=False", "--do_predict=False", f"--output_dir={tmp_path / 'run'}"])
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 

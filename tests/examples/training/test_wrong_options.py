@@ -66,5 +66,5 @@ def test_a_stream_refuses_what_it_does_not_read(options, tmp_path):
 
 def test_wrong_image_size_raises_before_data_are_read(options, checkpoints):
     checkpoint = f"--model={checkpoints['TripsForQuestionAnswering']}"
-    message = "image size 50 must be a multiple of the patch size, 8"
+    message = "--image_size 50 must be a multiple of the model's patch size, 8"
     assert message in error_of("run_vqa", [*options, checkpoint, "--image_size=50"])

@@ -2,7 +2,7 @@
 Draw accuracy over operations from the rows of `docs/results`: `python docs/figure.py`.
 
 In the figure of generative models, a point is the mean over the seeds of a selection with a budget of tokens. In the
-figure of one checkpoint, a line is a model, run at several rates.
+figure of one checkpoint, a line is a model, run at several rates. Another has accuracy over the steps of trainings.
 """
 
 from pathlib import Path
@@ -19,7 +19,8 @@ EVERY_RATE = {
     "relevance": "a checkpoint for each rate",
 }
 BUSY_SCENES = {"starts_from": "captions, one start (commit 2d4792e)"}
-EMOJI_SCENES = {"pictures": "emoji scenes, seeds of data", "steps": 1250}
+PICTURES = {"pictures": "emoji scenes, seeds of data"}
+EMOJI_SCENES = {**PICTURES, "steps": 1250}
 MARKERS = "os^"
 # Told apart by the color-blind.
 COLORS = ("#000000", "#d9480f", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -114,8 +115,26 @@ def draw_every_rate(busy_scenes: Rows, emoji_scenes: Rows, path: Path):
     figure.savefig(path, dpi=120)
 
 
+def draw_steps(rows: Rows, path: Path):
+    """Draw unpruned models and those with 4 of 64 patches over the steps of their trainings, a line for each seed."""
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes = figure.subplots()
+    lines = group(rows, ["contestant", "patches", "seed"])
+    for (contestant, patches, seed), runs in lines.items():
+        if (contestant, patches) in (("unpruned", 64), ("relevance", 4)):
+            accuracies = {row["steps"]: 100 * row["test_accuracy"] for row in runs}
+            steps = sorted(accuracies)
+            name = f"{patches} patches, seed {seed}"
+            axes.plot(steps, [accuracies[step] for step in steps], label=name, **style_of(len(axes.lines)))
+    axes.set(xlabel="steps", ylabel="right answers, %")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right center", frameon=False)
+    figure.savefig(path, dpi=120)
+
+
 if __name__ == "__main__":
     busy_scenes = rows_with("marks", BUSY_SCENES)
     emoji_scenes = rows_with("pictures", EMOJI_SCENES)
     draw_every_rate(busy_scenes, emoji_scenes, DOCS / "one_checkpoint.png")
+    draw_steps(rows_with("pictures", PICTURES), DOCS / "steps.png")
     draw_selections(read("vlm_methods"), DOCS / "vlm_methods.png")

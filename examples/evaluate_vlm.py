@@ -19,6 +19,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from trips_examples.data.source import option
+from trips_examples.training.checks import check_device
 from trips_examples.training.options import make_parser, run_script
 
 
@@ -62,6 +63,10 @@ class EvaluationArguments:
             numbers.append(self.limit)
         if min(numbers) < 1:
             raise ValueError(f"--visual_tokens, --batch_size and --limit must be at least 1, got {min(numbers)}.")
+
+    def check_files(self):
+        """Raise a `ValueError` for a wrong device."""
+        check_device(self.device)
 
 
 OPTIONS = make_parser(EvaluationArguments, description=__doc__, script=__name__)

@@ -16,6 +16,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from trips_examples.data.source import check_is_file, option
+from trips_examples.training.checks import check_device
 from trips_examples.training.options import make_parser, run_script
 
 
@@ -46,11 +47,12 @@ class PredictArguments:
             raise ValueError(f"--output must end with {' or '.join(FORMATS)}, got {self.output}.")
 
     def check_files(self):
-        """Raise an `OSError` for an output that exists, or a file that does not."""
+        """Raise an `OSError` for an output that exists, or a file that does not, a `ValueError` for a wrong device."""
         if Path(self.output).exists():
             raise FileExistsError(f"--output {self.output} exists. Give another name, or delete it.")
         if self.questions_file:
             check_is_file("questions_file", self.questions_file)
+        check_device(self.device)
 
 
 OPTIONS = make_parser(PredictArguments, description=__doc__, script=__name__)
@@ -279,6 +281,7 @@ def main(argv: list[str] | None = None):
     state = PartialState(cpu=is_on_cpu, timeout=timedelta(days=7))  # processes wait for the slowest
     model = load_checkpoint(args.model, list(HEADS)).to(args.device)
     processor = load_processor(args.model, model.config)
+    processor(text=texts)  # the error of a text that is too long names it
     if getattr(model, "num_images", 1) == 2 and any(isinstance(shard, FolderShard) for shard in shards):
         raise ValueError("Statements are about two photos: --images must be rows with left_image and right_image.")
     own_shards = list(enumerate(shards))[state.process_index :: state.num_processes]

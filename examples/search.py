@@ -12,6 +12,7 @@ or of a shard at a time: a later search, or one that was killed, computes those 
 from dataclasses import MISSING, dataclass
 
 from trips_examples.data.source import option
+from trips_examples.training.checks import check_device
 from trips_examples.training.options import make_parser, run_script
 
 
@@ -35,6 +36,10 @@ class SearchArguments:
             raise ValueError("Give either --text or --image.")
         if min(self.k, self.rerank_k + 1, self.batch_size) < 1:
             raise ValueError("--k and --batch_size must be at least 1, and --rerank_k at least 0.")
+
+    def check_files(self):
+        """Raise a `ValueError` for a wrong device."""
+        check_device(self.device)
 
 
 OPTIONS = make_parser(SearchArguments, description=__doc__, script=__name__)

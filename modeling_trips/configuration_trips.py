@@ -454,7 +454,7 @@ class TripsConfig(StoredConfig):
     mlm_weight: float | int = not_negative(default=1.0)
     prefix_lm_weight: float | int = not_negative(default=1.0)
     answer_ranking: Literal["likelihood", "albef"] = "likelihood"
-    confidence_temperature: float | int = not_negative(default=1.0)
+    confidence_temperature: float | int = interval(min=0, exclude_min=True, exclude_max=True)(default=1.0)
     question_tokens: str | None = None
     selection_loss_weight: float | int = not_negative(default=0.5)
     learns_relevance: bool = False

@@ -52,6 +52,7 @@ from .modeling_trips_vision import (
     TripsSingleStreamModel,
     TripsVisionModel,
     TripsVisionModelOutput,
+    check_shape,
     resolve_schedule,
     scores_of_tokens,
     select_rows,
@@ -166,7 +167,7 @@ class TripsModel(TripsPreTrainedModel):
         image_index: torch.LongTensor | None = None,
         image_cache: TripsImageCache | None = None,
         regions: torch.FloatTensor | None = None,
-        schedule: SelectionSchedule | None = None,
+        schedule: SelectionSchedule | str | None = None,
         keep_rate: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsModelOutput:
@@ -329,7 +330,7 @@ class TripsModel(TripsPreTrainedModel):
         image_cache: TripsImageCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         regions: torch.FloatTensor | None = None,
-        schedule: SelectionSchedule | None = None,
+        schedule: SelectionSchedule | str | None = None,
         keep_rate: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsModelOutput:
@@ -520,7 +521,7 @@ class TripsForConditionalGeneration(TripsWritingModel, GenerationMixin):
         loss_weights: torch.FloatTensor | None = None,
         text_index: torch.LongTensor | None = None,
         regions: torch.FloatTensor | None = None,
-        schedule: SelectionSchedule | None = None,
+        schedule: SelectionSchedule | str | None = None,
         keep_rate: float | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -628,9 +629,8 @@ def _check_labels(labels, loss_weights, text_index, num_texts: int):
         raise ValueError(
             f"Got {num_labels} rows of `labels` for {num_texts} texts. Pass `text_index`, the text of each row."
         )
-    for name, value in (("loss_weights", loss_weights), ("text_index", text_index)):
-        if value is not None and tuple(value.shape) != (num_labels,):
-            raise ValueError(f"`{name}` must have shape ({num_labels},), one entry per row of `labels`.")
+    check_shape("loss_weights", loss_weights, num_labels)
+    check_shape("text_index", text_index, num_labels)
 
 
 def token_nll(logits: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:

@@ -30,6 +30,7 @@ from .modeling_trips_vision import (
     TripsImageCache,
     TripsPreTrainedModel,
     TripsSelection,
+    check_shape,
     class_states,
 )
 
@@ -122,7 +123,7 @@ class TripsForImagesAndTextClassification(TripsPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         regions: torch.FloatTensor | None = None,
-        schedule: SelectionSchedule | None = None,
+        schedule: SelectionSchedule | str | None = None,
         keep_rate: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsForImagesAndTextClassificationOutput:
@@ -153,12 +154,8 @@ class TripsForImagesAndTextClassification(TripsPreTrainedModel):
         text_states = text_output.last_hidden_state.repeat_interleave(self.num_images, dim=0)
         if attention_mask is not None:
             attention_mask = attention_mask.repeat_interleave(self.num_images, dim=0)
+        check_shape("regions", regions, num_texts, self.num_images, 4)
         if regions is not None:
-            if regions.shape != (num_texts, self.num_images, 4):
-                raise ValueError(
-                    f"`regions` must have shape ({num_texts}, {self.num_images}, 4), one box per text and image, got "
-                    f"{tuple(regions.shape)}."
-                )
             regions = regions.flatten(0, 1)  # (num_texts * num_images, 4)
         fused = self.model.fuse(
             text_states=text_states,
@@ -214,19 +211,12 @@ def _flatten_images(
 ) -> tuple[torch.Tensor | None, torch.LongTensor | None]:
     """Return all images as one batch, and `image_index` with one entry per text and image."""
     if pixel_values is not None and pixel_values.ndim == 5:
-        if pixel_values.shape[:2] != (num_texts, num_images) or image_index is not None:
-            raise ValueError(
-                f"`pixel_values` must have shape ({num_texts}, {num_images}, num_channels, height, width), the images "
-                "of each text, or with `image_index` (num_all_images, num_channels, height, width), got "
-                f"{tuple(pixel_values.shape)}{'' if image_index is None else ' with `image_index`'}."
-            )
+        check_shape("pixel_values", pixel_values, num_texts, num_images, *pixel_values.shape[2:])
+        if image_index is not None:
+            raise ValueError("`pixel_values` of five dimensions are the images of each text: omit `image_index`.")
         pixel_values = pixel_values.flatten(0, 1)
     if image_index is not None:
-        if image_index.shape != (num_texts, num_images):
-            raise ValueError(
-                f"`image_index` must have shape ({num_texts}, {num_images}), the images of each text, got "
-                f"{tuple(image_index.shape)}."
-            )
+        check_shape("image_index", image_index, num_texts, num_images)
         image_index = image_index.flatten()
     return pixel_values, image_index
 

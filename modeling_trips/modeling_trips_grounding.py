@@ -28,6 +28,7 @@ from .modeling_trips_vision import (
     TripsImageCache,
     TripsPreTrainedModel,
     TripsSelection,
+    check_shape,
     class_states,
     next_candidates,
     select_rows,
@@ -265,7 +266,7 @@ class TripsForVisualGrounding(TripsPreTrainedModel):
         image_cache: TripsImageCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.FloatTensor | None = None,
-        schedule: SelectionSchedule | None = None,
+        schedule: SelectionSchedule | str | None = None,
         keep_rate: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsVisualGroundingOutput:
@@ -348,10 +349,7 @@ def box_losses(
     `Trainer` counts four items per box in `num_items_in_batch`. With it, gradient accumulation and several processes
     give the gradient of the whole batch.
     """
-    if labels.shape != pred_boxes.shape:
-        raise ValueError(
-            f"`labels` must have shape {tuple(pred_boxes.shape)}, one box per text, got {tuple(labels.shape)}."
-        )
+    check_shape("labels", labels, *pred_boxes.shape)
     labels = labels.to(pred_boxes)
     l1_losses = (pred_boxes - labels).abs().sum(dim=-1)  # (num_texts,)
     giou_losses = generalized_box_iou_loss(center_to_corners_format(pred_boxes), center_to_corners_format(labels))

@@ -40,6 +40,7 @@ from .modeling_trips_vision import (
     TripsSelection,
     TripsVisionModelOutput,
     check_counts,
+    check_shape,
     class_states,
     select_rows,
 )
@@ -319,8 +320,7 @@ def check_captions(
     num_texts = len(text_states)
     device = text_states.device
     check_counts(num_texts, num_images, image_index)
-    if image_ids is not None and tuple(image_ids.shape) != (num_images,):
-        raise ValueError(f"`image_ids` must have shape ({num_images},), got {tuple(image_ids.shape)}.")
+    check_shape("image_ids", image_ids, num_images)
     if image_index is None:
         image_index = torch.arange(num_texts, device=device)
     if image_ids is None:
@@ -509,7 +509,7 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         self,
         pixel_values: torch.FloatTensor | None = None,
         image_cache: TripsImageCache | None = None,
-        schedule: SelectionSchedule | None = None,
+        schedule: SelectionSchedule | str | None = None,
         keep_rate: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TripsVisionModelOutput:
@@ -545,7 +545,7 @@ class TripsContrastiveModel(TripsPreTrainedModel):  # trf-ignore: TRF013 (the he
         image_cache: TripsImageCache | None = None,
         text_states: torch.FloatTensor | None = None,
         text_index: torch.LongTensor | None = None,
-        schedule: SelectionSchedule | None = None,
+        schedule: SelectionSchedule | str | None = None,
         keep_rate: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TripsMatchingOutput:
@@ -687,7 +687,7 @@ class TripsForRetrieval(TripsContrastiveModel):
         image_ids: torch.LongTensor | None = None,
         return_loss: bool | None = None,
         regions: torch.FloatTensor | None = None,
-        schedule: SelectionSchedule | None = None,
+        schedule: SelectionSchedule | str | None = None,
         keep_rate: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TripsRetrievalOutput:
@@ -828,7 +828,7 @@ class TripsForPreTraining(TripsContrastiveModel, TripsWritingModel):
         teacher: TeacherOutput | None = None,
         teacher_weight: float = 0.0,
         regions: torch.FloatTensor | None = None,
-        schedule: SelectionSchedule | None = None,
+        schedule: SelectionSchedule | str | None = None,
         keep_rate: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TripsForPreTrainingOutput:

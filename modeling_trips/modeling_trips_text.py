@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import PrefixChange
@@ -31,7 +30,12 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     Seq2SeqLMOutput,
 )
-from transformers.models.bert.modeling_bert import BertIntermediate, BertOutput, BertSelfOutput
+from transformers.models.bert.modeling_bert import (
+    BertIntermediate,
+    BertOutput,
+    BertPredictionHeadTransform,
+    BertSelfOutput,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring
 from transformers.utils.deprecation import deprecate_kwarg
@@ -273,21 +277,15 @@ CROSS_OUTPUTS = {
 }
 
 
-class TripsLMHead(nn.Module):
+class TripsLMHead(BertPredictionHeadTransform):
     """BERT's prediction head: hidden states -> logits over the vocabulary."""
 
     def __init__(self, config: TripsDecoderConfig):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.activation_fn = ACT2FN[config.hidden_act]
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        super().__init__(config)
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.dense(hidden_states)
-        hidden_states = self.activation_fn(hidden_states)
-        hidden_states = self.LayerNorm(hidden_states)
-        return self.decoder(hidden_states)
+        return self.decoder(super().forward(hidden_states))
 
 
 @auto_docstring(

@@ -62,7 +62,7 @@ regions (`torch.FloatTensor` of shape `(num_texts, 4)`, *optional*):
     The target region of each text: boxes (center_x, center_y, width, height) in [0, 1] of the image in `pixel_values`,
     as [`TripsProcessor.encode_boxes`] returns them; a box without area if it is not known. In training they supervise
     the selection, see `selection_loss_weight`.
-schedule (`SelectionSchedule`, *optional*):
+schedule (`SelectionSchedule` or `str`, *optional*):
     How the vision layers select in this pass, in place of the configuration's. In training with one whose layers only
     score, their scores learn which patches the loss needs, see [`RelevanceGradient`].
 keep_rate (`float`, *optional*):
@@ -240,10 +240,13 @@ def check_counts(num_texts: int, num_images: int, image_index: torch.LongTensor 
             f"Got {num_texts} texts for {num_images} images. Pass one image per text, or `image_index`, the image of "
             "each text."
         )
-    if image_index is not None and tuple(image_index.shape) != (num_texts,):
-        raise ValueError(
-            f"`image_index` must have shape ({num_texts},), one entry per text, got {tuple(image_index.shape)}."
-        )
+    check_shape("image_index", image_index, num_texts)
+
+
+def check_shape(name: str, tensor: torch.Tensor | None, *shape: int):
+    """Raise a `ValueError` if there is a tensor and it has another shape."""
+    if tensor is not None and tuple(tensor.shape) != shape:
+        raise ValueError(f"`{name}` must have shape {shape}, got {tuple(tensor.shape)}.")
 
 
 def check_image_source(pixel_values: torch.Tensor | None, image_cache: object | None):
@@ -252,7 +255,7 @@ def check_image_source(pixel_values: torch.Tensor | None, image_cache: object | 
 
 
 def resolve_schedule(
-    config: TripsVisionConfig, schedule: SelectionSchedule | None, keep_rate: float | None = None
+    config: TripsVisionConfig, schedule: SelectionSchedule | str | None, keep_rate: float | None = None
 ) -> SelectionSchedule:
     """
     Return the schedule of a pass, by default the configuration's, at another keep rate if that is given.
@@ -260,13 +263,13 @@ def resolve_schedule(
     Raises:
         ValueError: A layer does not exist, or `keep_rate` is out of its range or for another number of layers than 1.
     """
-    schedule = config.schedule if schedule is None else schedule
+    schedule = SelectionSchedule.parse(config.schedule if schedule is None else schedule)
     schedule.check_fits(config.num_hidden_layers)
     if keep_rate is None:
         return schedule
     schedule = schedule.with_keep_rate(keep_rate)
     trained = config.trained_keep_rates
-    if trained is not None and not min(trained) <= keep_rate <= max(trained):
+    if trained and not min(trained) <= keep_rate <= max(trained):
         logger.warning_once(
             f"`keep_rate` {keep_rate:g} is outside of what this model was trained with, {min(trained):g} to "
             f"{max(trained):g}. Its accuracy there is not known."
@@ -701,7 +704,7 @@ class TripsVisionModel(TripsPreTrainedModel):
     def encode_images(
         self,
         pixel_values: torch.Tensor,
-        schedule: SelectionSchedule | None = None,
+        schedule: SelectionSchedule | str | None = None,
         keep_rate: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsImageCache:
@@ -712,7 +715,7 @@ class TripsVisionModel(TripsPreTrainedModel):
         Args:
             pixel_values (`torch.Tensor` of shape `(num_images, num_channels, height, width)`): Height and width are
                 multiples of the patch size. Positions are interpolated if they are not the configured `image_size`.
-            schedule ([`SelectionSchedule`], *optional*): In place of the configuration's.
+            schedule (`SelectionSchedule` or `str`, *optional*): In place of the configuration's.
             keep_rate (`float`, *optional*): Of the schedule's only layer, as in `forward`.
 
         Returns:
@@ -778,7 +781,7 @@ class TripsVisionModel(TripsPreTrainedModel):
         text_embeds: torch.Tensor | None = None,
         image_index: torch.LongTensor | None = None,
         image_cache: TripsImageCache | None = None,
-        schedule: SelectionSchedule | None = None,
+        schedule: SelectionSchedule | str | None = None,
         keep_rate: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsVisionModelOutput:
@@ -892,7 +895,7 @@ class TripsSingleStreamModel(TripsVisionModel):
         attention_mask: torch.Tensor | None = None,
         image_index: torch.LongTensor | None = None,
         image_cache: TripsImageCache | None = None,
-        schedule: SelectionSchedule | None = None,
+        schedule: SelectionSchedule | str | None = None,
         keep_rate: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TripsSingleStreamModelOutput:

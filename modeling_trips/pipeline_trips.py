@@ -31,7 +31,7 @@ def _torch_dataset(inputs):
     return Subset(inputs, range(len(inputs)))
 
 
-def _given(**options) -> dict:
+def given(**options) -> dict:
     """Return the options that are not `None`."""
     return {name: value for name, value in options.items() if value is not None}
 
@@ -97,6 +97,8 @@ class TripsWritingPipeline(TripsPipeline):
                 image = read_image(image, timeout)
             except Exception as error:  # the network and Pillow raise many types
                 raise ValueError(f"The image {image:.200} cannot be used: {error}") from error
+        if isinstance(image, (list, tuple)) or getattr(image, "ndim", 3) > 3:
+            raise ValueError(f"An item has one image, got {type(image).__name__} of {len(image)}.")
         is_single = isinstance(texts, str)
         return {
             "image": image,
@@ -141,7 +143,7 @@ class TripsWritingPipeline(TripsPipeline):
                 yield results_of_item[0] if is_single else results_of_item
 
     def run_single(self, inputs, preprocess_params, forward_params, postprocess_params):
-        results = self.get_iterator(
+        (result,) = self.get_iterator(
             [inputs],
             num_workers=0,
             batch_size=1,
@@ -149,7 +151,7 @@ class TripsWritingPipeline(TripsPipeline):
             forward_params=forward_params,
             postprocess_params=postprocess_params,
         )
-        return next(results)
+        return result
 
 
 class TripsVisualQuestionAnsweringPipeline(TripsWritingPipeline):
@@ -172,8 +174,8 @@ class TripsVisualQuestionAnsweringPipeline(TripsWritingPipeline):
     def _sanitize_parameters(
         self, timeout=None, truncation=None, top_k=None, answers=None, threshold=None, generate_kwargs=None, **kwargs
     ):
-        forward_params = {**kwargs, **(generate_kwargs or {}), **_given(top_k=top_k, answers=answers)}
-        return _given(timeout=timeout, truncation=truncation), forward_params, _given(threshold=threshold)
+        forward_params = {**kwargs, **(generate_kwargs or {}), **given(top_k=top_k, answers=answers)}
+        return given(timeout=timeout, truncation=truncation), forward_params, given(threshold=threshold)
 
     def __call__(self, image, question: str | list[str] | None = None, **kwargs):
         """
@@ -231,7 +233,7 @@ class TripsVisualQuestionAnsweringPipeline(TripsWritingPipeline):
         top_k: int = 5,
         answers: list[str] | None = None,
         keep_rate: float | None = None,
-        schedule: SelectionSchedule | None = None,
+        schedule: SelectionSchedule | str | None = None,
         **generate_kwargs,
     ) -> dict:
         if top_k < 1:
@@ -339,8 +341,8 @@ class TripsImageToTextPipeline(TripsWritingPipeline):
     def _sanitize_parameters(self, timeout=None, truncation=None, prompt=None, generate_kwargs=None, **kwargs):
         if not isinstance(prompt, (str, type(None))):
             raise ValueError(f"`prompt` must be one text for all images, got {prompt!r:.200}.")
-        preprocess_params = _given(timeout=timeout, truncation=truncation, prompt=prompt)
-        return preprocess_params, {**kwargs, **(generate_kwargs or {})}, _given(prompt=prompt)
+        preprocess_params = given(timeout=timeout, truncation=truncation, prompt=prompt)
+        return preprocess_params, {**kwargs, **(generate_kwargs or {})}, given(prompt=prompt)
 
     def preprocess(self, image, prompt: str = "", **options) -> dict:
         return self.make_item(image, prompt, **options)

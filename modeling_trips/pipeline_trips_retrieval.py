@@ -4,7 +4,7 @@
 
 from transformers import ZeroShotImageClassificationPipeline
 
-from .pipeline_trips import TripsPipeline
+from .pipeline_trips import TripsPipeline, given
 from .processing_trips import read_image
 
 
@@ -12,8 +12,8 @@ class TripsZeroShotImageClassificationPipeline(TripsPipeline, ZeroShotImageClass
     """
     Pipeline that ranks labels of an image, under the task name `"zero-shot-image-classification"`.
 
-    Arguments and results are those of Transformers' pipeline. Images and texts go through [`TripsProcessor`], as in
-    training.
+    Arguments and results are those of Transformers' pipeline, and `keep_rate` and `schedule` are those of the model.
+    Images and texts go through [`TripsProcessor`], as in training.
 
     ```python
     >>> from transformers import pipeline
@@ -27,22 +27,27 @@ class TripsZeroShotImageClassificationPipeline(TripsPipeline, ZeroShotImageClass
 
     default_task = "zero-shot-image-classification"
 
+    def _sanitize_parameters(self, keep_rate=None, schedule=None, **kwargs):
+        preprocess_params, _, _ = super()._sanitize_parameters(**kwargs)
+        return preprocess_params, given(keep_rate=keep_rate, schedule=schedule), {}
+
     def preprocess(
         self,
         image,
         candidate_labels=None,
         hypothesis_template="This is a photo of {}.",
         timeout=None,
-        tokenizer_kwargs=None,
     ):
         inputs = self.processor(images=read_image(image, timeout), return_tensors="pt")
         inputs = inputs.to(self.dtype)
         texts = [hypothesis_template.format(label) for label in candidate_labels]
-        options = {"padding": True, **(tokenizer_kwargs or {})}
-        text_inputs = self.processor(text=texts, return_tensors="pt", **options)
+        text_inputs = self.processor(text=texts, return_tensors="pt")
         inputs["candidate_labels"] = candidate_labels
         inputs["text_inputs"] = [text_inputs]
         return inputs
+
+    def _forward(self, model_inputs, **selection):
+        return super()._forward({**model_inputs, **selection})
 
 
 __all__ = ["TripsZeroShotImageClassificationPipeline"]

@@ -110,11 +110,10 @@ def read_image(image: str | os.PathLike | Image.Image, timeout: float | None = N
         raise FileNotFoundError("there is no such file, and it is neither a URL nor an image in base64") from error
 
 
-def check_images_of_texts(images: list | None, text: str | list[str] | None, image_index: list | None):
+def check_images_of_texts(images: list | None, texts: list[str] | None, image_index: list | None):
     """Raise a `ValueError` unless every text has an image, by position or by `image_index`."""
-    texts = [text] if isinstance(text, str) else text
     if texts is not None and not (isinstance(texts, list) and texts and all(isinstance(one, str) for one in texts)):
-        raise ValueError(f"`text` must be a string or a list of at least one string, got {text!r:.200}.")
+        raise ValueError(f"`text` must be a string or a list of at least one string, got {texts!r:.200}.")
     if images is None or texts is None:
         if image_index is not None:
             raise ValueError("`image_index` needs both `images` and `text`.")
@@ -297,16 +296,16 @@ class TripsProcessor(ProcessorMixin):
             image_index = image_index.tolist()
         if images is not None:
             images = prepare_images(images)
-        check_images_of_texts(images, text, image_index)
-        cleaned = text
         if isinstance(text, str):
-            (cleaned,) = self.clean_texts([text])
-        elif text is not None:
-            cleaned = self.clean_texts(text)
-        inputs = super().__call__(images=images, text=cleaned, **kwargs)
+            text = [text]
+        check_images_of_texts(images, text, image_index)
         if text is not None:
-            rows = [inputs["input_ids"]] if isinstance(text, str) else inputs["input_ids"]
-            self._check_lengths(rows, name="text", remedy="Shorten it, or pass `truncation=True` to cut it")
+            text = self.clean_texts(text)
+        inputs = super().__call__(images=images, text=text, **kwargs)
+        if text is not None:
+            self._check_lengths(
+                inputs["input_ids"], name="text", remedy="Shorten it, or pass `truncation=True` to cut it"
+            )
         if image_index is not None:
             tensor_types = {torch.Tensor: "pt", np.ndarray: "np"}
             tensor_type = tensor_types.get(type(inputs["input_ids"]))

@@ -111,15 +111,20 @@ class SelectionSchedule:
         object.__setattr__(self, "by_layer", by_layer)
 
     @classmethod
-    def parse(cls, text: str) -> "SelectionSchedule":
+    def parse(cls, text: "str | SelectionSchedule") -> "SelectionSchedule":
         """
         Args:
-            text (`str`): The text form. `"5,10"` and `"5:image,10"` leave out the guidance `"text"` or the keep rate
-                0.7. `"unpruned"` selects nothing.
+            text (`str` or `SelectionSchedule`): The text form. `"5,10"` and `"5:image,10"` leave out the guidance
+                `"text"` or the keep rate 0.7. `"unpruned"` selects nothing. A schedule is returned as it is.
 
         Raises:
+            TypeError: It is neither.
             ValueError: An entry has another form, or a setting is out of its range.
         """
+        if isinstance(text, cls):
+            return text
+        if not isinstance(text, str):
+            raise TypeError(f"A schedule is a text such as '5:image:0.7' or 'unpruned', got {text!r}.")
         if text == str(UNPRUNED):
             return UNPRUNED
         layers = []

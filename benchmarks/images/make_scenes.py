@@ -273,17 +273,19 @@ def questions(things: Sequence[Thing], names: Sequence[str], rng: random.Random)
             "question": f"what is {place} the {anchor.name}?",
             "answer": thing.name,
             "region": thing.box,
+            "kind": "place",
         }
     for thing in rng.sample(single, min(1, len(single))):
         yield {
             "question": f"is there {with_article(thing.name)}?",
             "answer": "yes",
             "region": thing.box,
+            "kind": "presence",
         }
     present = {thing.name for thing in things}
     absent = [name for name in names if name not in present]
     for name in rng.sample(absent, min(1, len(absent))):
-        yield {"question": f"is there {with_article(name)}?", "answer": "no"}
+        yield {"question": f"is there {with_article(name)}?", "answer": "no", "kind": "presence"}
 
 
 def write_split(split: str, by_name: dict[str, list[Picture]], num_scenes: int, args: SceneArguments, folder: Path):

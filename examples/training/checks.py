@@ -28,6 +28,19 @@ def check_schedule(text: str):
         raise ValueError(f"--schedule {text}: {error}") from error
 
 
+def check_device(name: str | None):
+    """Raise a `ValueError` for a `--device` that PyTorch has no name for, or that is not on this machine."""
+    if name in (None, "cpu"):
+        return
+    import torch  # takes seconds, but the script needs it as well
+
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device {name}: {reason}") from error
+
+
 # Names of models and data sets
 
 MODEL_OPTIONS = ("model", "checkpoint", "guide", *TOWERS, "tokenizer")

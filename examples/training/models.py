@@ -49,9 +49,10 @@ def load_start(
 def _start_from_checkpoint(args: ModelArguments, fields: dict) -> tuple[TripsConfig, TripsProcessor]:
     config = TripsConfig.from_pretrained(args.model, **fields)
     processor = TripsProcessor.from_pretrained(args.model)
-    side = args.image_size or args.max_image_size
-    if side is not None:
-        set_image_size(processor, side)
+    if args.image_size is not None:
+        set_image_size(processor, args.image_size, "--image_size")
+    elif args.max_image_size is not None:
+        set_image_size(processor, args.max_image_size, "--max_image_size")
     return config, processor
 
 
@@ -104,7 +105,7 @@ def fit_image_size(processor: TripsProcessor, sizes: list[tuple[int, int]], larg
     longer_side = median(max(size) for size in sizes)
     num_patches = max(1, round(longer_side / patch_size))
     side = min(largest, num_patches * patch_size)
-    set_image_size(processor, side)
+    set_image_size(processor, side, "--max_image_size")
     return side
 
 
@@ -196,10 +197,10 @@ def start_decoder_from_text(model: TripsPreTrainedModel, missing: Iterable[str])
     return True
 
 
-def set_image_size(processor: TripsProcessor, side: int):
-    """Make a processor resize whole images to squares of this side."""
+def set_image_size(processor: TripsProcessor, side: int, option: str):
+    """Make a processor resize whole images to squares of this side, which an `option` gives."""
     if side < 1 or side % processor.patch_size:
-        raise ValueError(f"--image_size {side} must be a multiple of the model's patch size, {processor.patch_size}.")
+        raise ValueError(f"{option} {side} must be a multiple of the model's patch size, {processor.patch_size}.")
     size = {"height": side, "width": side}
     processor.image_processor.size = size
     if getattr(processor.image_processor, "do_center_crop", False):  # CLIP crops; use the whole image

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from modeling_trips import TripsConfig
+from modeling_trips import TripsConfig, TripsProcessor
 from trips_examples.training.checks import check_output, checkpoints_in
 from trips_examples.training.phases import options_of_phases
 
@@ -81,10 +81,10 @@ def _read_ends(path: Path):
         zipfile.ZipFile(path).close()
 
 
-def check_resumed(config: TripsConfig, args: TrainingArguments):
+def check_resumed(config: TripsConfig, processor: TripsProcessor, args: TrainingArguments):
     """
-    Compare the selection and the length of a resumed run with those of its checkpoint. Other values that the command
-    line gives are a warning; other defaults, as of another version, are a `ValueError`.
+    Compare the selection, the image size and the length of a resumed run with those of its checkpoint. Other values
+    that the command line gives are a warning; other defaults, as of another version, are a `ValueError`.
     """
     folder = Path(args.resume_from_checkpoint)
     state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
@@ -94,6 +94,8 @@ def check_resumed(config: TripsConfig, args: TrainingArguments):
         values["schedule"] = (str(stored.vision_config.schedule), str(config.vision_config.schedule))
         values["selection_loss_weight"] = (stored.selection_loss_weight, config.selection_loss_weight)
         values["learns_relevance"] = (stored.learns_relevance, config.learns_relevance)
+        images = TripsProcessor.from_pretrained(folder).image_processor
+        values["image_size"] = (images.size["height"], processor.image_processor.size["height"])
     for entry in state.log_history:
         if "unpruned_share" in entry:  # by `PhasesCallback`; the last one counts
             for name, value in options_of_phases(args).items():
@@ -102,7 +104,8 @@ def check_resumed(config: TripsConfig, args: TrainingArguments):
     has_same_epochs = args.max_steps <= 0 and state.num_train_epochs == math.ceil(args.num_train_epochs)
     if not has_same_epochs:
         values["max_steps"] = (state.max_steps, args.max_steps)
-    typed = args.typed | ({"max_steps"} if "num_train_epochs" in args.typed else set())
+    same = {"num_train_epochs": "max_steps", "max_image_size": "image_size"}
+    typed = args.typed | {value for name, value in same.items() if name in args.typed}
     changed = [name for name, (before, now) in values.items() if before != now]
     before = " ".join(f"--{name} {values[name][0]}" for name in changed)
     now = " ".join(f"--{name} {values[name][1]}" for name in changed)

@@ -66,7 +66,7 @@ def start_run(
         settle_schedule(seen, texts_per_image, texts_in_batch, text_length, is_default)
         config.vision_config.schedule = seen.vision_config.schedule
     if training_args.do_train and training_args.resume_from_checkpoint is not None:
-        check_resumed(config, training_args)
+        check_resumed(config, processor, training_args)
     model = make_model(model_class, model_args, config, processor)
     log_start(model, processor, model_args.start, sizes, training_args)
     return model, processor, {**data, **fitting}

@@ -42,7 +42,7 @@ def load_exported(
 
     The model has the class of the exported one, so `generate`, `rank_answers`, `match`, `get_text_features` and
     pipelines work. The image size and the schedule are fixed, hidden states and attentions are not returned, and
-    training is not supported.
+    training and `save_pretrained` are not supported.
 
     Args:
         folder (`str` or `Path`): Folder of the export.
@@ -87,7 +87,7 @@ def assemble(
     trunk = TripsGraphModel(config, runners)
     model_class = getattr(modeling_trips, config.architectures[0])
     if issubclass(model_class, TripsModel):
-        return trunk.eval()
+        return for_inference(trunk)
     with torch.device("meta"):  # its parts are replaced
         model = model_class(config)
     model.model = trunk
@@ -98,7 +98,17 @@ def assemble(
     missing, unexpected = model.load_state_dict(head, strict=False, assign=True)
     if unexpected or missing != ["model.no_parameter"]:
         raise ValueError(f"{HEAD_FILE} does not fit this {model_class.__name__}. Export the model again.")
+    return for_inference(model)
+
+
+def for_inference(model: TripsPreTrainedModel) -> TripsPreTrainedModel:
+    """Return the model in evaluation mode, which refuses to be saved without its graphs."""
+    model.save_pretrained = refuse_to_save  # type: ignore[method-assign]
     return model.eval()
+
+
+def refuse_to_save(*args, **kwargs):
+    raise NotImplementedError("An exported model is not saved: copy its folder, or export it again.")
 
 
 def run(runner: Callable, options: dict, **inputs):

@@ -97,7 +97,8 @@ def apply_patch_selection(
             Generative models only: turns the prompt into the query of the layer that is scored by the text.
 
     Raises:
-        TypeError: The model or one of its layers is not supported, or `visual_tokens` is not an integer.
+        TypeError: The model or one of its layers is not supported, `visual_tokens` is not an integer, or `schedule` is
+            neither a text nor a `SelectionSchedule`.
         ValueError: The schedule or the guide does not fit the model, both a number and a rate are given or one of
             them is out of range, or a compiler or Accelerate has replaced the forward pass of a generative model or
             of a layer.
@@ -108,8 +109,9 @@ def apply_patch_selection(
         raise ValueError(
             "`apply_patch_selection` needs a `schedule`, such as '8:image:0.5', or `visual_tokens` or `keep_rate`."
         )
-    if not isinstance(schedule, SelectionSchedule):
-        schedule = SelectionSchedule.parse(schedule or "unpruned")
+    if scorer != "divprune" and not selects_at_exit:
+        raise ValueError(f"`scorer` needs `visual_tokens` or `keep_rate`, got {scorer!r} alone.")
+    schedule = SelectionSchedule.parse("unpruned" if schedule is None else schedule)
     host = find_host(model)
     if isinstance(host, Family):
         at_exit = ExitSelection(visual_tokens=visual_tokens, keep_rate=keep_rate, scorer=scorer)
@@ -135,13 +137,13 @@ def remove_patch_selection(model: nn.Module):
         ValueError: The model is a part of a generative model with selection, or a selection layer has hooks of
             Accelerate.
     """
-    generative = selection_of(model)
-    if generative is None and any(isinstance(layer, TowerLayer) for layer in model.modules()):
+    generative = [module for module in model.modules() if selection_of(module) is not None]
+    if not generative and any(isinstance(layer, TowerLayer) for layer in model.modules()):
         raise ValueError(
             f"This {type(model).__name__} is a part of a model with patch selection. Call `apply_patch_selection` or "
             "`remove_patch_selection` with the whole model."
         )
-    if generative is not None and generative.records:
+    if any(selection_of(module).records for module in generative):
         raise RuntimeError("Patch selection cannot change inside `record_patch_selection`. Leave it first.")
     places = [
         (parent, name, child)
@@ -155,8 +157,8 @@ def remove_patch_selection(model: nn.Module):
     for parent, name, wrapper in places:
         setattr(parent, name, wrapper.restore())
     remove_text_guidance(model)
-    if generative is not None:
-        generative.remove(model)
+    for module in generative:
+        selection_of(module).remove(module)
 
 
 @contextmanager

@@ -39,7 +39,7 @@ def test_expressions_and_questions_fit_one_thing():
     for seed in range(20):
         drawn.update(expressions(things, random.Random(seed)))
         for row in questions(things, ["apple", "bat", "cat", "owl"], random.Random(seed)):
-            asked.add((row["question"], row["answer"]))
+            asked.add((row["kind"], row["question"], row["answer"]))
     assert drawn == {
         ("name", "the owl", owl),
         ("name", "the bat", bat),
@@ -49,11 +49,11 @@ def test_expressions_and_questions_fit_one_thing():
         ("place", "what is below the owl", bat),
     }
     assert asked == {
-        ("is there an owl?", "yes"),
-        ("is there a bat?", "yes"),
-        ("is there a cat?", "no"),
-        ("what is left of the bat?", "owl"),
-        ("what is below the owl?", "bat"),
+        ("presence", "is there an owl?", "yes"),
+        ("presence", "is there a bat?", "yes"),
+        ("presence", "is there a cat?", "no"),
+        ("place", "what is left of the bat?", "owl"),
+        ("place", "what is below the owl?", "bat"),
     }
 
 

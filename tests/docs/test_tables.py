@@ -145,6 +145,7 @@ def test_a_line_is_compared_with_the_unpruned_baseline_which_comes_first(picture
 
 BUSY = figure.rows_with("marks", figure.BUSY_SCENES)
 EMOJI = figure.rows_with("pictures", figure.EMOJI_SCENES)
+STEPS = figure.rows_with("pictures", figure.PICTURES)
 METHODS = tables.read("vlm_methods")
 
 
@@ -161,9 +162,10 @@ METHODS = tables.read("vlm_methods")
             EMOJI,
             [{**row, "test_accuracy": 0.9} for row in EMOJI if row["patches"] == 4],
         ),
+        (figure.draw_steps, STEPS, [{**row, "steps": 5000} for row in STEPS]),
         (figure.draw_selections, METHODS, [{**row, "selection": "new"} for row in METHODS]),
     ],
-    ids=["busy scenes", "emoji scenes", "selections"],
+    ids=["busy scenes", "emoji scenes", "steps", "selections"],
 )
 def test_figures_show_the_rows(tmp_path, draw, rows, more):
     draw(rows, path=tmp_path / "old.png")

@@ -107,9 +107,9 @@ def test_texts_are_prepared_as_albef_does(arguments, tokenizer, sizes, task, hea
         words = tokenizer(clean(text, task), add_special_tokens=False)["input_ids"]
         assert tokenizer.unk_token_id not in words
         # ALBEF's own tokenizer puts no [SEP] after a text.
-        assert processor(text=text)["input_ids"] == [tokenizer.cls_token_id, *words]
+        assert processor(text=text)["input_ids"] == [[tokenizer.cls_token_id, *words]]
         assert processor.tokenizer(text, "red")["input_ids"][-1] == tokenizer.sep_token_id
-    assert processor.tokenizer.mask_token_id in processor(text="a [MASK] circle")["input_ids"]
+    assert processor.tokenizer.mask_token_id in processor(text="a [MASK] circle")["input_ids"][0]
 
 
 def test_texts_are_in_lower_case_whatever_the_tokenizer_does(tokenizer, tmp_path):

@@ -164,6 +164,7 @@ def test_a_killed_run_goes_on_in_two_processes_and_loses_and_doubles_nothing(che
         ("TripsForQuestionAnswering", "rows.csv", ["--questions", "x"], "rows.csv has no rows"),
         ("TripsForQuestionAnswering", "photos", ["--questions_file", "rows.csv"], "rows.csv has none"),
         ("TripsForQuestionAnswering", "photos", [], "--questions"),
+        ("TripsForQuestionAnswering", "photos", ["--questions", "x", "x " * 600], r"text\[1\]"),
         ("TripsForQuestionAnswering", "bad", ["--questions", "x"], "No photo could be used"),
         ("TripsForImagesAndTextClassification", "photos", ["--questions", "x"], "left_image"),
     ],

@@ -122,6 +122,12 @@ def test_unsupported_inputs_raise(answerers, changes, message):
         answerers[1].model(**{**inputs(), "attention_mask": None, **changes})
 
 
+def test_saving_without_the_graphs_is_refused(answerers, tmp_path):
+    with pytest.raises(NotImplementedError):
+        answerers[1].save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_unsupported_backends_dtypes_and_models_raise(tmp_path):
     model = CASES[0].make_model()
     (pretraining,) = [case for case in CASES if case.model_class is TripsForPreTraining]

@@ -175,11 +175,20 @@ def test_tokens_of_a_scorer_keep_their_order():
     def keep_too_few(features, prompt, prompt_mask, num_kept):
         return keep_longest(features, prompt, prompt_mask, num_kept - 1)
 
+    def keep_one_twice(features, *others):
+        kept, kept_features = keep_longest(features, *others)
+        return torch.cat((kept[:, :1], kept[:, :-1]), dim=1), kept_features
+
+    def keep_beyond_the_end(features, *others):
+        kept, kept_features = keep_longest(features, *others)
+        return kept + features.shape[1], kept_features
+
     pruned = prune_inputs(model, inputs, 5, scorer=keep_longest)
     expected = prune_inputs(model, inputs, 5, scorer=keep_longest_in_order)
     assert torch.equal(model(**pruned).logits, model(**expected).logits)
-    with pytest.raises(ValueError, match="positions"):
-        prune_inputs(model, inputs, 5, scorer=keep_too_few)
+    for wrong in (keep_too_few, keep_one_twice, keep_beyond_the_end):
+        with pytest.raises(ValueError, match="positions"):
+            prune_inputs(model, inputs, 5, scorer=wrong)
 
 
 def test_attention_that_a_tower_does_not_have_is_refused():
@@ -329,6 +338,15 @@ def test_bad_inputs_raise():
     model, inputs = make_both("llava")
     with pytest.raises(ValueError, match="visual_tokens"):
         prune_inputs(model, inputs, visual_tokens=65)
+    with pytest.raises(ValueError, match="keep_rate"):
+        prune_inputs(model, inputs)
+    with pytest.raises(ValueError, match="scorer"):
+        apply_patch_selection(model, "1:image:0.5", scorer="prompt")
+    for schedule in (0.5, False, ["1:image:0.5"]):
+        with pytest.raises(TypeError):
+            apply_patch_selection(model, schedule)
+    with pytest.raises(ValueError, match="schedule"):
+        apply_patch_selection(model, "", keep_rate=0.5)
     apply_patch_selection(model, "1:image:0.5")
     cache = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)[CACHE_NAME]
     for name in {CACHE_NAME, "past_key_values"}:

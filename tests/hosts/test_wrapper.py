@@ -303,6 +303,16 @@ def test_a_part_of_a_patched_model_is_refused():
     assert torch.equal(model(**inputs).logits, expected)
 
 
+@pytest.mark.parametrize("schedule", ["unpruned", "2:image:0.5"])
+def test_removal_reaches_the_selection_of_a_part(schedule):
+    model, inputs = make_both("llava", [1])
+    expected = model(**inputs).logits
+    apply_patch_selection(model.model, schedule, visual_tokens=5)
+    assert model.model(**inputs).last_hidden_state.shape[1] < expected.shape[1]
+    remove_patch_selection(model)
+    assert torch.equal(model(**inputs).logits, expected)
+
+
 def test_the_pipeline_takes_chat_messages():
     model = BY_NAME["llava"].make()
     processor = make_llava_processor()

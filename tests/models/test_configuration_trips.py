@@ -42,6 +42,7 @@ WRONG_VALUES = [
     (TripsConfig, {"selection_layers": [2, 4]}),  # a part of the schedule
     (TripsVisionConfig, {"schedule": "2", "selection_layers": [2]}),
     (TripsConfig, {"itc_weight": float("nan")}),
+    (TripsConfig, {"confidence_temperature": 0.0}),
     (TripsConfig, {"num_images": 0}),
     (TripsConfig, {"fusion_encoder_config": {"hidden_size": 384}}),
 ]

@@ -92,8 +92,13 @@ def test_answers_are_those_of_a_beam_search_with_their_probabilities(oracle):
     assert oracle(IMAGES[0], QUESTIONS[0]) == oracle(IMAGES[0], QUESTIONS[0], top_k=5)
 
 
-def test_the_schedule_of_a_call_counts(oracle):
-    assert oracle(IMAGES[0], QUESTIONS[0], schedule=UNPRUNED) != oracle(IMAGES[0], QUESTIONS[0])
+def test_the_schedule_of_a_call_counts(oracle, classifier):
+    for pipe, inputs in ((oracle, {"question": QUESTIONS[0]}), (classifier, {"candidate_labels": ["red", "blue"]})):
+        unpruned = pipe(IMAGES[0], **inputs, schedule=UNPRUNED)
+        assert unpruned != pipe(IMAGES[0], **inputs)
+        assert unpruned == pipe(IMAGES[0], **inputs, schedule="unpruned")
+        at_a_rate = pipe(IMAGES[0], **inputs, schedule="2:image:0.5", keep_rate=0.25)
+        assert at_a_rate == pipe(IMAGES[0], **inputs, schedule="2:image:0.25")
 
 
 def test_beams_end_at_their_first_end_token():
@@ -320,6 +325,14 @@ def test_transparent_pixels_are_white_by_every_road(oracle, captioner, classifie
 def test_bad_questions_and_options_are_refused_by_name(oracle, question, options, item):
     with pytest.raises(ValueError, match=item):
         oracle({"image": IMAGES[0], "question": question}, **options)
+
+
+@pytest.mark.parametrize("images", [[IMAGES[:2], IMAGES[1:]], np.zeros((2, 40, 40, 3), dtype=np.uint8)], ids=type)
+def test_several_images_of_an_item_are_refused(oracle, captioner, images):
+    with pytest.raises(ValueError, match="image"):
+        oracle(images, QUESTIONS[0], **SHORT)
+    with pytest.raises(ValueError, match="image"):
+        captioner(images, **SHORT)
 
 
 def test_a_prompt_for_each_image_is_refused_by_name(captioner):

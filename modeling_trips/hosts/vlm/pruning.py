@@ -64,8 +64,9 @@ def prune_inputs(
     Raises:
         TypeError: The model is not supported or has no `attention` for the scorer, or `visual_tokens` is no integer.
         ValueError: Images or videos and placeholders do not match, a time step of a video would keep no token,
-            `labels` cover the whole prompt, the scorer is unknown or does not choose in videos, or both a number and
-            a rate are given or one of them is out of range.
+            `labels` cover the whole prompt, the scorer is unknown or does not choose in videos, a function as scorer
+            returns other positions than so many of the features', each once, or not exactly one of number and rate is
+            given or it is out of range.
     """
     family = find_family(model)
     if family is None:
@@ -75,6 +76,8 @@ def prune_inputs(
         keep_rate=keep_rate,
         scorer=scorer,
     )
+    if at_exit.keeps_all:
+        raise ValueError("`prune_inputs` needs `visual_tokens` or `keep_rate`.")
     family.check_exit(at_exit)
     pruned, _, _ = select_visual_tokens(family, dict(inputs), at_exit)
     return pruned

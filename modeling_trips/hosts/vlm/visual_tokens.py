@@ -92,6 +92,18 @@ class ExitSelection:
         return self.scorer if callable(self.scorer) else SCORERS[self.scorer]
 
 
+def check_positions(positions: torch.LongTensor, num_tokens: int):
+    """Raise a `ValueError` unless ascending positions, `(num_images, num_kept)`, are of these tokens, each once."""
+    is_outside = (positions[:, 0] < 0) | (positions[:, -1] >= num_tokens)
+    is_twice = (positions.diff(dim=1) == 0).any(dim=1)
+    wrong = (is_outside | is_twice).nonzero()
+    if len(wrong):
+        raise ValueError(
+            f"The scorer must return positions in [0, {num_tokens - 1}], each once, got "
+            f"{positions[wrong[0, 0]].tolist()}."
+        )
+
+
 @dataclass(frozen=True)
 class VisualTokens:
     """
@@ -168,6 +180,8 @@ class VisualTokens:
                 )
             # A prompt keeps its order, so a function of the user that returns the best first is put in order.
             chosen, order = chosen.sort(dim=1)
+            if callable(at_exit.scorer):
+                check_positions(chosen, batch.shape[1])
             kept_features = gather_tokens(kept_features, order)
             for index, group in enumerate(groups):
                 features[group] = kept_features[index]

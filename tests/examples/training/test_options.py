@@ -13,6 +13,7 @@ from itertools import product
 import pytest
 import torch
 from huggingface_hub import constants
+from places import EXAMPLES
 
 from modeling_trips import TripsConfig
 from trips_examples.data.busy_scenes import busy_records
@@ -119,6 +120,14 @@ WITHOUT_HUB = {  # scripts and options that need the Hub
     "search": "--model=nope/model --images=nowhere --text=dog",
     "train_guide": "--model=nope/model",
 }
+
+
+@pytest.mark.parametrize("script", ["evaluate_vlm", "predict", "search"])
+def test_a_device_that_is_not_here_is_named(script):
+    command = [sys.executable, EXAMPLES / f"{script}.py", *WITHOUT_HUB[script].split(), "--device=xpu:7"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert "--device xpu:7" in ended.stderr
 
 
 @pytest.mark.slow

@@ -134,7 +134,7 @@ def test_the_first_steps_are_those_of_an_unpruned_training(tmp_path):
 def test_a_resumed_run_goes_on_with_the_options_of_its_checkpoint_or_says_so(tmp_path, caplog):
     """Other defaults, as of a newer version, are refused; options on the command line may differ."""
     write_task("vqa", tmp_path)
-    learnt = ["--relevance_share=0.5", "--selection_loss_weight=0.25"]
+    learnt = ["--relevance_share=0.5", "--selection_loss_weight=0.25", "--image_size=32"]
     saved = ["--save_strategy=steps", "--save_steps=2", "--do_eval=False"]
     train(tmp_path / "out", *PHASES, *learnt, *saved)
     resumed = [*saved, f"--resume_from_checkpoint={tmp_path / 'out' / 'checkpoint-2'}"]

@@ -64,7 +64,8 @@ def test_a_stream_refuses_what_it_does_not_read(options, tmp_path):
     assert "--columns" in error_of("run_pretraining", [*options[1:], *stream])
 
 
-def test_wrong_image_size_raises_before_data_are_read(options, checkpoints):
+@pytest.mark.parametrize("option", ["--image_size", "--max_image_size"])
+def test_wrong_image_size_raises_before_data_are_read(option, options, checkpoints):
     checkpoint = f"--model={checkpoints['TripsForQuestionAnswering']}"
-    message = "--image_size 50 must be a multiple of the model's patch size, 8"
-    assert message in error_of("run_vqa", [*options, checkpoint, "--image_size=50"])
+    message = f"{option} 50 must be a multiple of the model's patch size, 8"
+    assert message in error_of("run_vqa", [*options, checkpoint, f"{option}=50"])

@@ -133,10 +133,15 @@ def strip(index):
 
 
 def pooled(index):
-    """Patches, and those of each visual token, which count from the first image on."""
+    """Patches, and those of each visual token."""
     units = torch.arange(16).view(2, 2, 2, 2).transpose(1, 2).reshape(4, 4)
     grid = torch.tensor([[2, 2, 0, 0]])
-    return {"pixel_values": pixels(index, 1, 16, 3 * PATCH**2), "image_token_pooling": units, "image_grids": grid}
+    return {
+        "pixel_values": pixels(index, 1, 16, 3 * PATCH**2),
+        "image_token_pooling": units,
+        "image_grids": grid,
+        "image_num_crops": torch.tensor([1]),
+    }
 
 
 def placed(index):
@@ -176,17 +181,16 @@ class TinyClass:
     title: str
     image: Callable[[int], dict] = square
     config: dict = field(default_factory=dict)
-    # Logits of the same tokens dropped by hand: not where attention or positions depend on the whole image.
+    # Logits of the same tokens dropped by hand: not where attention or positions depend on the whole image, or where
+    # the frame has no embeddings of words.
     by_hand: bool = True
     tolerance: float = 1e-5  # of a batch against its prompts alone, of the largest logit
     quick: bool = False  # also outside of the slow tests
+    frame: tuple[int, ...] = ()  # tokens before and after the placeholders of an image, where the model asks for them
 
     def images(self, first, end):
         images = [self.image(index) for index in range(first, end)]
         joined = {}
-        for number, image in enumerate(images):
-            if "image_token_pooling" in image:
-                image["image_token_pooling"] += 16 * number
         for name in images[0]:
             dim = -1 if self.image is strip and name == "pixel_values" else 0
             joined[name] = torch.cat([image[name] for image in images], dim=dim)
@@ -279,6 +283,13 @@ PERCEPTION = {"embed_dim": 32, "depth": 2, "num_heads": 4, "img_size": SIDE, "pa
 PERCEPTION |= {"global_pool": "", "use_post_transformer_norm": False, "init_values": 0.1}
 TIMM = {"vision_config": {"architecture": "vit_pe_core_large_patch14_336", "model_args": PERCEPTION}}
 
+OVIS2_5_FRAME = (96, 97)
+OVIS2_5 = {
+    "image_start_token_id": OVIS2_5_FRAME[0],
+    "image_end_token_id": OVIS2_5_FRAME[1],
+    "vision_config": {"temporal_patch_size": 1},
+}
+
 # By type of model, in the order of the table: those that select in their tower, too, and those that do not.
 IN_TOWER = {
     "llava": TinyClass("LLaVA-1.5", quick=True),
@@ -326,6 +337,7 @@ AT_EXIT = {
     "lfm2_vl": TinyClass("LFM2-VL", siglip2, {**CONVOLUTIONS, "vision_config": {"num_patches": 16}}),
     "lfm3_vl": TinyClass("LFM3-VL", QWEN, CONVOLUTIONS),
     "lighton_ocr": TinyClass("LightOnOCR", sized),
+    "llava_onevision1_5": TinyClass("LLaVA-OneVision-1.5", FLAT),
     "llava_next_video": TinyClass("LLaVA-NeXT-Video", anyres, {"image_grid_pinpoints": [[32, 64]]}),
     "minicpm_ocr": TinyClass("MiniCPM-OCR", strip, {**MINICPM, **text(layer_types=HYBRID)}),
     "minicpmv4_6": TinyClass("MiniCPM-V 4.6", strip, {**MINICPM, **text(layer_types=["full_attention"] * 2)}),
@@ -335,6 +347,7 @@ AT_EXIT = {
     "molmo2": TinyClass("Molmo 2", pooled, MOLMO2, by_hand=False),
     "muse_glimmer": TinyClass("Muse Glimmer", QWEN, {"out_hidden_size": 128}),
     "ovis2": TinyClass("Ovis 2"),
+    "ovis2_5": TinyClass("Ovis 2.5", FLAT, OVIS2_5, by_hand=False, frame=OVIS2_5_FRAME),
     "paddleocr_vl": TinyClass("PaddleOCR-VL", CONV, GLM),
     "qianfan_ocr": TinyClass("Qianfan-OCR"),
     "step3p7": TinyClass("Step 3.7", config=text(sliding_window=16, layer_types=["full_attention"] * 2)),
@@ -379,6 +392,7 @@ REFUSED = {
     "llama4": "Llama 4",
     "mistral4": "Mistral 4",
     "pi0": "Pi0",
+    "pi05": "Pi0.5",
     "udop": "UDOP",
     "minicpmv4_7": "MiniCPM-V 4.7",
     "qwen2_5_omni_thinker": "Qwen2.5-Omni",

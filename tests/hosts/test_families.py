@@ -17,11 +17,11 @@ from modeling_trips.patch_selection import num_kept_tokens
 
 
 COUNTS = [1, 2]  # images per prompt
-SETTINGS = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "suppress_tokens": [IMAGE]}
+SETTINGS = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
 
 
-def make_prompts(sizes):
-    """Return left-padded prompts with images of these numbers of visual tokens."""
+def make_prompts(sizes, frame=()):
+    """Return left-padded prompts with images of these numbers of visual tokens, in frames of these tokens."""
     generator = torch.Generator().manual_seed(1)
 
     def words(number):
@@ -32,7 +32,7 @@ def make_prompts(sizes):
     for row, count in enumerate(COUNTS):
         ids = words(3)
         for _ in range(count):
-            ids += [IMAGE] * remaining.pop(0) + words(2)
+            ids += [*frame[:1], *[IMAGE] * remaining.pop(0), *frame[1:], *words(2)]
         rows.append(ids + words(4 + row))
     longest = max(map(len, rows))
     ids = torch.tensor([[1] * (longest - len(row)) + row for row in rows])
@@ -49,7 +49,11 @@ def with_types(model, inputs):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[] if row.quick else pytest.mark.slow) for name, row in RUNS.items()],
+    [
+        pytest.param(name, marks=[] if row.quick else pytest.mark.slow)
+        for name, row in RUNS.items()
+        if name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    ],
 )
 @torch.no_grad()
 def test_a_class_that_runs(name):
@@ -60,14 +64,15 @@ def test_a_class_that_runs(name):
     assert bool(family.layer_classes) == (name in IN_TOWER)
     images = row.images(0, sum(COUNTS))
     sizes = [len(group) for group in family.groups(model.base_model.get_image_features(**images, return_dict=True))]
-    inputs = with_types(model, make_prompts(sizes)) | images
+    inputs = with_types(model, make_prompts(sizes, row.frame)) | images
     mask = inputs["attention_mask"].bool()
 
     def logits(values=inputs):
         return model(**copy.deepcopy(values)).logits
 
     def generate(**options):
-        return model.generate(**copy.deepcopy(inputs), **SETTINGS, **options)
+        suppressed = [IMAGE, *row.frame]
+        return model.generate(**copy.deepcopy(inputs), **SETTINGS, suppress_tokens=suppressed, **options)
 
     unpruned = logits()
     sequences = generate()
@@ -104,16 +109,17 @@ def test_a_class_that_runs(name):
         assert_close(logits(own), by_hand, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", [name for name in REFUSED if name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES])
 def test_a_class_that_is_refused(name):
     with pytest.raises((TypeError, ValueError)) as raised:
         apply_patch_selection(make_refused(name), keep_rate=0.25)
     assert reason_of(name).partition(";")[0] in str(raised.value) or name == "blip"
 
 
+@pytest.mark.release
 def test_every_class_has_a_row():
     """A class that a new Transformers brings needs a row in tests/helpers/tiny_classes.py."""
-    assert {*RUNS, *REFUSED} == {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
+    assert {*RUNS, *REFUSED} >= {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
     assert not RUNS.keys() & REFUSED.keys()
 
 

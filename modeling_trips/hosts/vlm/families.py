@@ -540,6 +540,7 @@ CROSS_ATTENTION = "its decoder reads the image by cross-attention, not as tokens
 POSITIONS = "its `get_rope_index` needs more than the types of tokens and the sizes of images"
 CONVOLUTIONAL = "its vision tower is convolutional"
 VOCABULARY = "an image is tokens of its vocabulary"
+ROBOT = "it answers with actions of a robot, not with text"
 NOT_SUPPORTED = {
     "apertus1p5": VOCABULARY,
     "blip-2": Q_FORMER,
@@ -563,7 +564,8 @@ NOT_SUPPORTED = {
     "llama4": "it projects the visual tokens in its own forward pass, not in `get_image_features`",
     "mistral4": "it has no vision tower",
     "mllama": CROSS_ATTENTION,
-    "pi0": "it answers with actions of a robot, not with text",
+    "pi0": ROBOT,
+    "pi05": ROBOT,
     "pix2struct": CROSS_ATTENTION,
     "pp_formulanet": CROSS_ATTENTION,
     "t5gemma2": CROSS_ATTENTION,

@@ -209,6 +209,8 @@ class TripsVisionConfig(StoredConfig):
     def validate_architecture(self):
         self.schedule.check_fits(self.num_hidden_layers)
         _validate_heads(self)
+        if not all(0 < rate <= 1 for rate in self.trained_keep_rates or []):
+            raise ValueError(f"`trained_keep_rates` must be in (0, 1], got {self.trained_keep_rates}.")
         height, width = _as_pair("image_size", self.image_size)
         patch_height, patch_width = self.patch_shape
         if height % patch_height or width % patch_width:

@@ -285,11 +285,11 @@ class SelectingModel(nn.Module):
         log = logger.warning if self.settings.keeps_all else logger.info
         log("Patch selection %s.", self.settings.describe(family.tokens_per_image))
 
-    def query(self, questions: Sequence[torch.Tensor] | None) -> torch.Tensor | None:
-        """Return the queries of the guide, `(num_images, num_heads, head_dim)`, or `None` without one."""
+    def query(self, request: RequestInputs) -> torch.Tensor | None:
+        """Return the guide's query of each image (tile), `(num_images, num_heads, head_dim)`, if there is a guide."""
         if not self.guides:
             return None
-        embeddings, mask = self.embed_questions(questions)
+        embeddings, mask = self.embed_questions(request.questions_of_tiles)
         return self.guides[0](embeddings, mask)
 
     def embed_questions(self, questions: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -311,7 +311,7 @@ class SelectingModel(nn.Module):
         current = self.family.begin_pass(inputs)
         current.selects = bool(self.settings.tower.layers)
         current.wants_attention = at_exit.reads_attention
-        current.query = self.query(request.questions)
+        current.query = self.query(request)
         tokens = self.family.encode(inputs, current)
         rows = range(len(tokens.sizes))
         return tokens.select(at_exit, rows=rows, text=lambda: self.embed_questions(request.questions_of_tiles))

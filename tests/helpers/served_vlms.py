@@ -270,7 +270,7 @@ class Selection:
 
     schedule: str = "unpruned"
     visual_tokens: int | None = None
-    scorer: str = "prompt"
+    scorer: str = "divprune"
     keep_rate: float | None = None
 
     @property

@@ -43,6 +43,7 @@ WRONG_VALUES = [
     (TripsVisionConfig, {"schedule": "2", "selection_layers": [2]}),
     (TripsConfig, {"itc_weight": float("nan")}),
     (TripsConfig, {"confidence_temperature": 0.0}),
+    (TripsVisionConfig, {"trained_keep_rates": [0.25, 2.0]}),
     (TripsConfig, {"num_images": 0}),
     (TripsConfig, {"fusion_encoder_config": {"hidden_size": 384}}),
 ]

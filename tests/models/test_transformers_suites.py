@@ -43,7 +43,9 @@ NOT_APPLICABLE = {
     r"TripsDecoder\.test_(torch_save_load|can_load_from_already_mapped_keys)": "an Auto class",
     r"TripsFor\w+\.test_can_capture_specific_layers_hidden_states": "hidden states of one stack alone",
     r"TripsProcessor\.\w+_(video|videos|audio|audio_from_video|video_frame_sampling)(_\d)?": "videos and audio",
-    r"TripsProcessor\.test_(get_num_multimodal_tokens\w*|replacement_offsets)": "placeholder tokens for images",
+    r"TripsProcessor\.test_(get_num_multimodal_tokens\w*|replacement_offsets|processor_single_text_same_as_batched)": (
+        "placeholder tokens for images"
+    ),
     r"TripsProcessor\.test_apply_chat_template_tool_calls_no_content": "tools",
 }
 NOT_HERE = r"test requires .+|test is slow"  # accelerators, flash attention, ...; slow tests need an accelerator too

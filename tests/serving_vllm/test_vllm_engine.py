@@ -76,6 +76,7 @@ CASES = {
     "qwen2_5_vl": ([], [BOTH, GUIDED]),
     "qwen3_vl": ([CDPRUNER], [BOTH, RATE]),
     "mistral3": ([], [SHARE]),
+    "internvl": ([GUIDED], []),
 }
 FURTHER_CASES = {
     "llava": ([EXIT, TOWER, RATE, CDPRUNER, VISPRUNER], []),
@@ -85,7 +86,7 @@ FURTHER_CASES = {
     "glm4v": ([UNPRUNED, RATE], [SHARE]),
     "minicpmv4_6": ([UNPRUNED], [SHARE]),
     "mistral3": ([UNPRUNED, EXIT], []),
-    "internvl": ([UNPRUNED, BOTH, GUIDED, RATE, VISPRUNER], []),
+    "internvl": ([UNPRUNED, BOTH, RATE, VISPRUNER], []),
     "internvl_chat": ([UNPRUNED], [EXIT]),
     "idefics3": ([TOWER, BOTH, Selection("1:text:0.5"), VISPRUNER], []),
     "qwen2_vl": ([UNPRUNED, GUIDED, VISPRUNER], [BOTH]),
@@ -177,9 +178,11 @@ def test_tokens_match_transformers(python, served, tmp_path, cases):
     assert len(hashes) == len(selected)  # the settings are part of an image's hash, for caches that servers share
     for (vlm, selection), result in zip(selected, results):
         tokens, logprobs = vlm.reference(selection)
-        assert result["tokens"] == [tokens, tokens], (vlm.name, selection)
+        same = comparable_prompts(vlm)
+        assert [answers[same] for answers in result["tokens"]] == [tokens[same]] * 2, (vlm.name, selection)
         atol = 0.2 if vlm.name == "gemma4" else 1e-3  # vLLM's Gemma 4 differs as much without selection
-        assert_close(torch.tensor(result["logprobs"]), logprobs.expand(2, -1, -1), atol=atol, rtol=0)
+        own_logprobs = torch.tensor(result["logprobs"])[:, same]
+        assert_close(own_logprobs, logprobs[same].expand(2, -1, -1), atol=atol, rtol=0)
         is_shorter = [own < whole for own, whole in zip(result["lengths"], lengths[vlm.name])]
         if selection == UNPRUNED:
             assert not any(is_shorter)
@@ -188,7 +191,13 @@ def test_tokens_match_transformers(python, served, tmp_path, cases):
         # The second pass finds the prefix.
         assert sum(result["cached"][1]) > 0 or vlm.name in ONLY_ATTENTION
     for vlm, result in zip(plain, results[len(jobs) :]):
-        assert result["tokens"][0] == unpruned[vlm.name][0]
+        same = comparable_prompts(vlm)
+        assert result["tokens"][0][same] == unpruned[vlm.name][0][same]
+
+
+def comparable_prompts(vlm):
+    """Return the prompts that vLLM itself answers as Transformers does: with Gemma 4, not an image without a text."""
+    return slice(-1) if vlm.name == "gemma4" else slice(None)
 
 
 def test_each_request_may_choose_its_number(python, served, tmp_path):

@@ -121,11 +121,11 @@ class SelectionSchedule:
             TypeError: It is neither.
             ValueError: An entry has another form, or a setting is out of its range.
         """
-        # By its name, as code from the Hub is loaded once for each class of a folder.
-        if type(text).__name__ == cls.__name__:
-            return text
         if not isinstance(text, str):
-            raise TypeError(f"A schedule is a text such as '5:image:0.7' or 'unpruned', got {text!r}.")
+            # By its name, as code from the Hub is loaded once for each class of a folder.
+            if type(text).__name__ != cls.__name__:
+                raise TypeError(f"A schedule is a text such as '5:image:0.7' or 'unpruned', got {text!r}.")
+            return text
         if text == str(UNPRUNED):
             return UNPRUNED
         layers = []

@@ -77,7 +77,7 @@ def test_a_class_that_runs(name):
     unpruned = logits()
     sequences = generate()
     apply_patch_selection(model, keep_rate=1.0)
-    assert torch.equal(logits()[mask], unpruned[mask])
+    assert_close(logits()[mask], unpruned[mask], atol=1e-5, rtol=1e-5)  # some CPUs round otherwise
     assert torch.equal(generate(), sequences)
 
     apply_patch_selection(model, keep_rate=0.25)
